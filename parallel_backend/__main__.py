@@ -1,0 +1,128 @@
+"""The command line: serve, status, stop, demo."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from .config import DEFAULT_IDLE_SECONDS, BackendSpec
+from .errors import BackendError
+from .rpc import launcher
+from .rpc.client import Backend
+from .rpc.messages import BackendState
+from .version import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 1 a BackendError, printed with its remedy."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except BackendError as error:
+        print(f"parallel-mmdit: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="parallel-mmdit", description="One SD3.5 image on many GPUs.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="start a backend and keep it in the foreground")
+    _named(serve)
+    _ranks(serve)
+    serve.add_argument(
+        "--idle-seconds", type=float, default=DEFAULT_IDLE_SECONDS, help="end after so long without a job"
+    )
+    serve.add_argument("--memory-budget-mib", type=int, default=0, help="for models, per rank; 0 is no limit")
+    serve.add_argument("--detach", action="store_true", help="return as soon as it is ready")
+    serve.set_defaults(run=_serve)
+
+    status = commands.add_parser("status", help="ranks, devices, memory, models, jobs of a running backend")
+    _named(status)
+    status.set_defaults(run=_status)
+
+    stop = commands.add_parser("stop", help="end a running backend")
+    _named(stop)
+    stop.set_defaults(run=_stop)
+
+    demo = commands.add_parser("demo", help="sample a picture on two CPU ranks, with nothing downloaded")
+    demo.add_argument("--output", default="demo-output", help="folder for the picture and the small checkpoint")
+    demo.add_argument("--steps", type=int, default=8)
+    demo.add_argument("--size", type=int, default=512, help="pixels")
+    demo.add_argument("--family", default="sd3.5-medium", help="sd3-medium, sd3.5-medium or sd3.5-large")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _named(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--name", default="default", help="the backend's name")
+
+
+def _ranks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--world-size", type=int, help="ranks; all GPUs, or 2 on a CPU, where it is left out")
+    parser.add_argument("--device", choices=("cuda", "cpu"))
+    parser.add_argument("--devices", default="", help="CUDA ordinals, one per rank, separated by commas")
+
+
+def _serve(args: argparse.Namespace) -> int:
+    device, count = launcher.default_ranks()
+    device = args.device or device
+    devices = tuple(int(d) for d in args.devices.split(",")) if args.devices else ()
+    world_size = args.world_size or len(devices) or (count if device == launcher.default_ranks()[0] else 2)
+    spec = BackendSpec(args.name, world_size, device, devices, args.idle_seconds, args.memory_budget_mib * 2**20)
+    if launcher.find(spec) is not None:
+        print(f"Backend {args.name!r} runs already.")
+        return 0
+    if args.detach:
+        record = launcher.attach_or_start(spec)
+        print(
+            f"Backend {args.name!r} is ready: {record.world_size} ranks on {record.device}, process {record.agent_pid}."
+        )
+        return 0
+    return subprocess.run(launcher.command(spec), env=launcher.environment(spec), check=False).returncode
+
+
+def _status(args: argparse.Namespace) -> int:
+    print(describe(Backend.attach(args.name).status()))
+    return 0
+
+
+def _stop(args: argparse.Namespace) -> int:
+    Backend.attach(args.name).stop()
+    print(f"Backend {args.name!r} has stopped.")
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from .demo import run_demo  # torch models and diffusers, which the other commands do without
+
+    run_demo(args.output, steps=args.steps, size=args.size, family=args.family)
+    return 0
+
+
+def describe(state: BackendState) -> str:
+    """A page that a person reads."""
+    running = f"runs {state.running}" if state.running else "idle"
+    lines = [
+        f"backend {state.name}: version {state.version}, generation {state.generation}, up {state.uptime:.0f} s",
+        f"jobs: {running}, {state.queued} queued, {state.jobs_done} done; {state.cached_tensors} prompts' tensors kept",
+        f"{'rank':>4}  {'host':<16} {'pid':>8}  {'device':<8} {'used MiB':>9} {'free MiB':>9} {'all MiB':>9}  name",
+    ]
+    for r in state.ranks:
+        used, free, total = (n / 2**20 for n in (r.used_bytes, r.free_bytes, r.total_bytes))
+        lines.append(
+            f"{r.rank:>4}  {r.host:<16} {r.pid:>8}  {r.device:<8} {used:>9.0f} {free:>9.0f} {total:>9.0f}  {r.device_name}"
+        )
+    lines.append("models, least recently used first:" if state.models else "no models resident")
+    for m in state.models:
+        lines.append(f"  {m.name}: {m.family}, {m.mesh}, {m.dtype}, {m.rank_bytes / 2**20:.1f} MiB a rank")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""Plain, frozen settings and their checks: what a mesh is, what a sampling run is. They travel as they are."""
+
+from __future__ import annotations
+
+from itertools import product
+from math import isfinite, prod
+from typing import Literal, get_args
+
+import msgspec
+
+from .errors import ConfigError
+
+AXES = ("dp", "cfg", "ring", "ulysses", "tp")
+DTYPES = ("float32", "float16", "bfloat16")
+KERNELS = ("auto", "native", "flash", "flash3", "sage", "cudnn", "efficient")
+DeviceType = Literal["cuda", "cpu"]
+DEFAULT_IDLE_SECONDS = 4 * 3600
+
+SAMPLERS = (
+    "euler",
+    "euler_ancestral",
+    "heun",
+    "dpm_2",
+    "dpm_2_ancestral",
+    "lms",
+    "dpmpp_2s_ancestral",
+    "dpmpp_sde",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "dpmpp_3m_sde",
+    "ddim",
+    "lcm",
+    "ddpm",
+    "deis",
+    "ipndm",
+    "uni_pc",
+    "res_multistep",
+)
+SCHEDULERS = (
+    "simple",
+    "sgm_uniform",
+    "normal",
+    "karras",
+    "exponential",
+    "ddim_uniform",
+    "beta",
+    "linear_quadratic",
+    "kl_optimal",
+)
+
+
+def choose(value: str, allowed: tuple[str, ...], what: str) -> str:
+    """`value`, which is one of `allowed`, or a ConfigError that lists them."""
+    if value not in allowed:
+        raise ConfigError(f"{what} {value!r} is not known.", f"Choose one of: {', '.join(allowed)}.")
+    return value
+
+
+class MeshSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the ranks of a backend share one model: a degree for each axis, outermost axis first.
+
+    `order` is the nesting of the axes in rank numbers, outermost first; ranks of the innermost axis are
+    neighbours. It matters only for which links an axis uses, never for the result.
+    """
+
+    dp: int = 1
+    cfg: int = 1
+    ring: int = 1
+    ulysses: int = 1
+    tp: int = 1
+    order: tuple[str, ...] = AXES
+
+    def __post_init__(self) -> None:
+        for axis in AXES:
+            degree = getattr(self, axis)
+            if not isinstance(degree, int) or isinstance(degree, bool) or degree < 1:
+                raise ConfigError(f"{axis}={degree!r} is not a degree.", "Give a whole number of 1 or more.")
+        if self.cfg > 2:
+            raise ConfigError(
+                f"cfg={self.cfg} is not possible: guidance has two branches, cond and uncond.", "Use cfg=1 or cfg=2."
+            )
+        if sorted(self.order) != sorted(AXES):
+            raise ConfigError(f"order={self.order} does not name each axis once.", f"Use an order of {AXES}.")
+
+    @property
+    def degrees(self) -> dict[str, int]:
+        return {axis: getattr(self, axis) for axis in AXES}
+
+    @property
+    def world_size(self) -> int:
+        return prod(self.degrees.values())
+
+    def check_world(self, world_size: int) -> None:
+        """Raises ConfigError unless dp*cfg*ring*ulysses*tp == world_size."""
+        if self.world_size != world_size:
+            terms = " * ".join(f"{axis}={degree}" for axis, degree in self.degrees.items())
+            raise ConfigError(
+                f"{terms} = {self.world_size}, but the backend has {world_size} ranks.",
+                f"Choose degrees whose product is {world_size}, or a backend of {self.world_size} ranks.",
+            )
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """The position of `rank` on every axis."""
+        position = {}
+        for axis in reversed(self.order):
+            rank, position[axis] = divmod(rank, getattr(self, axis))
+        return position
+
+    def groups(self, axis: str) -> list[list[int]]:
+        """The ranks that talk to each other along `axis`, one list per group, each in axis order."""
+        found: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.world_size):
+            position = self.coordinates(rank)
+            found.setdefault(tuple(position[a] for a in AXES if a != axis), []).append(rank)
+        return sorted(found.values())
+
+    def describe(self) -> str:
+        named = [f"{axis}={degree}" for axis, degree in self.degrees.items() if degree > 1]
+        return " ".join(named) or "one rank"
+
+    @classmethod
+    def from_axes(
+        cls,
+        cfg: tuple[int, int],
+        sp: tuple[int, int],
+        tp: tuple[int, int],
+        *,
+        mesh_shape: tuple[int, int],
+        sp_method: Literal["ring", "ulysses"] = "ring",
+    ) -> MeshSpec:
+        """The form `((cfg_factor, cfg_axis), (sp_factor, sp_axis), (tp_factor, tp_axis))` on a named mesh shape.
+
+        Ranks are numbered along the rows of `mesh_shape`. Where factors share a mesh axis, cfg is outermost and
+        tp innermost. Source: the parallel config of tt-metal's SD3.5 Large.
+        """
+        if sp_method not in ("ring", "ulysses"):
+            raise ConfigError(f"sp_method {sp_method!r} is not known.", "Use 'ring' or 'ulysses'.")
+        parts = {"cfg": cfg, sp_method: sp, "tp": tp}
+        for name, (_, mesh_axis) in parts.items():
+            if mesh_axis not in (0, 1):
+                raise ConfigError(
+                    f"{name} is put on axis {mesh_axis} of a {mesh_shape[0]}x{mesh_shape[1]} mesh.",
+                    "Use axis 0 (rows) or 1 (columns).",
+                )
+        for mesh_axis, size in enumerate(mesh_shape):
+            factors = {name: factor for name, (factor, at) in parts.items() if at == mesh_axis}
+            if prod(factors.values()) != size:
+                terms = " * ".join(f"{n}={f}" for n, f in factors.items()) or "no factor"
+                raise ConfigError(
+                    f"{terms} does not fill axis {mesh_axis} of the {mesh_shape[0]}x{mesh_shape[1]} mesh, which has {size}.",
+                    "The factors on a mesh axis multiply to its size.",
+                )
+        nesting = [name for mesh_axis in (0, 1) for name, (_, at) in parts.items() if at == mesh_axis]
+        order = tuple([axis for axis in AXES if axis not in nesting] + nesting)
+        return cls(order=order, **{name: factor for name, (factor, _) in parts.items()})
+
+    @classmethod
+    def exact_default(cls, world_size: int) -> MeshSpec:
+        """The mesh used when nothing is asked for: cfg 2 where it fits, the rest ulysses."""
+        if world_size < 1:
+            raise ConfigError(f"A mesh of {world_size} ranks is empty.", "Use one rank or more.")
+        cfg = 2 if world_size % 2 == 0 else 1
+        return cls(cfg=cfg, ulysses=world_size // cfg)
+
+    @classmethod
+    def all_of(cls, world_size: int) -> list[MeshSpec]:
+        """Every mesh of `world_size` ranks, in a fixed order; tests and benchmarks go through it."""
+        divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
+        combos = (dict(zip(AXES, degrees, strict=True)) for degrees in product(divisors, repeat=len(AXES)))
+        return [cls(**c) for c in combos if prod(c.values()) == world_size and c["cfg"] <= 2]
+
+
+class SamplerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What KSampler's widgets say. `denoise` below 1 keeps the end of a longer schedule."""
+
+    sampler: str = "euler"
+    scheduler: str = "simple"
+    steps: int = 20
+    cfg_scale: float = 4.5
+    denoise: float = 1.0
+    seed: int = 0
+    shift: float = 3.0
+
+    def __post_init__(self) -> None:
+        choose(self.sampler, SAMPLERS, "Sampler")
+        choose(self.scheduler, SCHEDULERS, "Scheduler")
+        if not 1 <= self.steps <= 10_000:
+            raise ConfigError(f"steps={self.steps} is not possible.", "Use 1 to 10000 steps.")
+        if not 0.0 < self.denoise <= 1.0:
+            raise ConfigError(f"denoise={self.denoise} is not possible.", "Use more than 0 and at most 1.")
+        if not isfinite(self.cfg_scale):
+            raise ConfigError(f"cfg_scale={self.cfg_scale} is not a number.", "Use a finite number; 1 is no guidance.")
+        if not 0 <= self.seed < 2**64:
+            raise ConfigError(f"seed={self.seed} does not fit in 64 bits.", "Use 0 to 18446744073709551615.")
+        if not (isfinite(self.shift) and self.shift > 0):
+            raise ConfigError(f"shift={self.shift} is not possible.", "Use a positive number; SD3.5 uses 3.")
+
+
+class BackendSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which backend is meant, and how it is started when none of that name runs.
+
+    `devices` lists CUDA ordinals, one per rank; empty means 0, 1, ... in order.
+    """
+
+    name: str = "default"
+    world_size: int = 2
+    device: DeviceType = "cpu"
+    devices: tuple[int, ...] = ()
+    idle_seconds: float = DEFAULT_IDLE_SECONDS
+    memory_budget: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.name or not all(c.isalnum() or c in "-_." for c in self.name) or self.name.startswith("."):
+            raise ConfigError(f"Backend name {self.name!r} can't be used.", "Use letters, digits, '-', '_' and '.'.")
+        choose(self.device, get_args(DeviceType), "Device")
+        if self.world_size < 1:
+            raise ConfigError(f"world_size={self.world_size} is not possible.", "Use one rank or more.")
+        if self.devices and len(self.devices) != self.world_size:
+            raise ConfigError(
+                f"{len(self.devices)} devices are named for {self.world_size} ranks.", "Name one device per rank."
+            )
+        if self.idle_seconds <= 0:
+            raise ConfigError(f"idle_seconds={self.idle_seconds} is not possible.", "Use a positive number of seconds.")
+        if self.memory_budget < 0:
+            raise ConfigError(f"memory_budget={self.memory_budget} is not possible.", "Use bytes per rank, 0 for none.")

@@ -1,0 +1,1 @@
+"""Parallel methods: one method, one file."""

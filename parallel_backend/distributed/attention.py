@@ -1,0 +1,111 @@
+"""The one seam that knows how tokens are spread: attention over all tokens, from each rank's own.
+
+Kernels come from diffusers' dispatch (flash-attn where it is installed) and torch; none is written here.
+Shapes: B batch, L tokens, N heads, H head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from importlib.util import find_spec
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor
+
+from ..errors import ConfigError
+from .mesh import Mesh
+from .ring import LseKernel, ring_attention
+from .ulysses import heads_to_tokens, tokens_to_heads
+
+_DISPATCH_NAMES = {
+    "native": "native",
+    "flash": "flash",
+    "flash3": "_flash_3",
+    "sage": "sage",
+    "cudnn": "_native_cudnn",
+    "efficient": "_native_efficient",
+}
+_NEEDS_PACKAGE = {"flash": "flash_attn", "flash3": "flash_attn_interface", "sage": "sageattention"}
+
+
+def resolve_kernel(name: str, device: torch.device, dtype: torch.dtype, ring: bool) -> str:
+    """The kernel that `name` stands for here; "auto" takes flash-attn where it is installed and fits, else torch's.
+
+    Raises: ConfigError: the kernel is not installed, needs a GPU, or gives no log-sum-exp where ring needs it.
+    """
+    half = dtype in (torch.float16, torch.bfloat16)
+    if name == "auto":
+        return "flash" if device.type == "cuda" and half and find_spec("flash_attn") else "native"
+    if name != "native" and device.type != "cuda":
+        raise ConfigError(
+            f"Attention kernel {name!r} needs a GPU, and the ranks compute on {device.type}.", "Use 'auto'."
+        )
+    package = _NEEDS_PACKAGE.get(name)
+    if package and not find_spec(package):
+        raise ConfigError(f"Attention kernel {name!r} needs the package {package}.", "Install it, or use 'auto'.")
+    if package and not half:
+        raise ConfigError(f"Attention kernel {name!r} can't compute in {dtype}.", "Use float16, bfloat16 or 'native'.")
+    if ring and name not in ("native", "flash", "flash3"):
+        raise ConfigError(
+            f"Attention kernel {name!r} gives no log-sum-exp, which ring attention needs.",
+            "Use 'auto', 'native' or 'flash' with ring, or ulysses in its place.",
+        )
+    return name
+
+
+def lse_kernel(name: str) -> LseKernel:
+    """A kernel (q, k, v) -> (out BLNH, log-sum-exp BLN fp32)."""
+    return _native_with_lse if name == "native" else partial(_dispatched_with_lse, _DISPATCH_NAMES[name])
+
+
+def _dispatched_with_lse(backend: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    out, lse = dispatch_attention_fn(q, k, v, backend=backend, attention_kwargs={"return_lse": True})
+    return out, lse.float().transpose(1, 2)  # flash-attn gives B, N, L
+
+
+def _native_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if q.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    elif q.dtype == torch.float32:
+        out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, compute_log_sumexp=True)[:2]
+        lse = lse[:, :, : q.shape[2]]  # this kernel pads the queries of its log-sum-exp to its block size
+    else:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+    return out.transpose(1, 2), lse.transpose(1, 2)
+
+
+class ParallelAttention:
+    """attention(q, k, v, token_counts) over a mesh: ulysses inside, ring around it.
+
+    Args:
+        kernel: a name that `resolve_kernel` returned.
+    """
+
+    def __init__(self, mesh: Mesh, kernel: str) -> None:
+        self.mesh = mesh
+        self.kernel = kernel
+        self.lse_kernel = lse_kernel(kernel) if mesh.ring.degree > 1 else None
+
+    def __call__(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, token_counts: Sequence[int]) -> Tensor:
+        """What this rank's tokens take from the tokens of all ranks.
+
+        Args:
+            q_BLNH, k_BLNH, v_BLNH: this rank's tokens; their order among ranks doesn't matter.
+            token_counts: tokens of each sequence-parallel rank, ring outer, ulysses inner.
+        Returns: (B, L, N, H), this rank's tokens.
+        Comm: ulysses: two all-to-all; ring: degree - 1 exchanges of keys and values.
+        """
+        ring, ulysses = self.mesh.ring, self.mesh.ulysses
+        if ring.degree == ulysses.degree == 1:
+            return dispatch_attention_fn(q_BLNH, k_BLNH, v_BLNH, backend=_DISPATCH_NAMES[self.kernel])
+        per_ring = [list(token_counts[i * ulysses.degree : (i + 1) * ulysses.degree]) for i in range(ring.degree)]
+        heads = q_BLNH.shape[2]
+        q, k, v = tokens_to_heads(torch.stack([q_BLNH, k_BLNH, v_BLNH]), per_ring[ring.rank], ulysses).unbind(0)
+        if self.lse_kernel is not None:
+            out = ring_attention(q, k, v, [sum(counts) for counts in per_ring], ring, self.lse_kernel)
+        else:
+            out = dispatch_attention_fn(q, k, v, backend=_DISPATCH_NAMES[self.kernel])
+        return heads_to_tokens(out, per_ring[ring.rank], heads, ulysses)

@@ -1,0 +1,328 @@
+"""What a rank does for each request. The only place that puts models, methods and sampling together."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from .config import DTYPES, KERNELS, DeviceType, MeshSpec, choose
+from .distributed.attention import resolve_kernel
+from .distributed.mesh import BandAxes, Mesh, build_mesh
+from .errors import ConfigError, InputError, MissingTensorsError, ProtocolError, UnknownModelError
+from .jobs import Job
+from .models.checkpoint import load_parameters
+from .models.mmdit import MMDiT
+from .models.mmdit_checkpoint import POS_EMBED, PositionTable, mmdit_config, open_mmdit
+from .models.prediction import LATENT_SCALE, LATENT_SHIFT, Predictor, Rows
+from .models.vae import BandVAE, open_vae
+from .rpc.messages import (
+    Decode,
+    Done,
+    Encode,
+    Forward,
+    Loaded,
+    LoadModel,
+    LoadVAE,
+    ModelState,
+    Progress,
+    Reply,
+    RequestHeader,
+    Result,
+    Sample,
+    StepDone,
+    Unload,
+)
+from .sampling.driver import StepReport
+from .sampling.image import sample_latent
+from .sampling.parameterization import Flow
+
+TENSOR_CACHE_BYTES = 2**30
+
+
+@dataclass
+class Resident:
+    """A model that is held, and what is said of it."""
+
+    model: Predictor | BandVAE
+    state: ModelState
+    channels: int
+
+
+class _Sizes(msgspec.Struct):
+    """What a rank says of a load: bytes read from the file, bytes held."""
+
+    read: int
+    held: int
+
+
+class Engine:
+    """One rank's models. All ranks handle the same requests in the same order.
+
+    Args:
+        memory_budget: bytes per rank for models; the least recently used leave when it is passed. 0 is no budget.
+    """
+
+    def __init__(self, device: torch.device, memory_budget: int = 0) -> None:
+        self.device = device
+        self.memory_budget = memory_budget
+        self.residents: OrderedDict[str, Resident] = OrderedDict()
+        self._meshes: dict[MeshSpec, Mesh] = {}
+        self._bands = BandAxes()
+        self._tensors: OrderedDict[str, Tensor] = OrderedDict()
+        self._handlers: dict[type, Any] = {
+            LoadModel: self._load_model,
+            LoadVAE: self._load_vae,
+            Sample: self._sample,
+            Forward: self._forward,
+            Decode: self._decode,
+            Encode: self._encode,
+            Unload: self._unload,
+        }
+
+    @property
+    def cached_tensors(self) -> int:
+        return len(self._tensors)
+
+    @torch.inference_mode()
+    def handle(self, header: RequestHeader, tensors: Sequence[Tensor | None], job: Job) -> tuple[Reply, list[Tensor]]:
+        """The final reply and its tensors, alike on every rank.
+
+        Raises: BackendError: on every rank alike; the models stay. Any other exception: ranks may be out of step.
+        """
+        full = job.control.agreed(lambda: self._complete(header, tensors))
+        handler = self._handlers.get(type(header.body))
+        if handler is None:
+            raise ProtocolError(f"{type(header.body).__name__} is not a job.", "Send it as a control message.")
+        return handler(header.body, full, job)
+
+    # -- tensors that are kept by hash -------------------------------------------------------------------------
+
+    def _complete(self, header: RequestHeader, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        """All tensors of the message; those sent with a hash are kept, those named by it alone are looked up."""
+        missing = [
+            m.hash for m, t in zip(header.tensors, tensors, strict=True) if t is None and m.hash not in self._tensors
+        ]
+        if missing:
+            raise MissingTensorsError("The backend no longer holds these tensors.", " ".join(str(h) for h in missing))
+        full = []
+        for meta, tensor in zip(header.tensors, tensors, strict=True):
+            if meta.hash is not None and tensor is not None:
+                self._tensors[meta.hash] = tensor
+            if meta.hash is not None:
+                self._tensors.move_to_end(meta.hash)
+                tensor = self._tensors[meta.hash]
+            assert tensor is not None
+            full.append(tensor)
+        while sum(t.nbytes for t in self._tensors.values()) > TENSOR_CACHE_BYTES:
+            self._tensors.popitem(last=False)
+        return full
+
+    # -- loading ------------------------------------------------------------------------------------------------
+
+    def _load_model(self, body: LoadModel, _: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
+        start = time.perf_counter()
+        job.control.agreed(lambda: self._check_load(body, job.control.world_size))
+        name = f"{body.key}/{body.dtype}/{body.kernel}/{body.mesh.describe()}/{'-'.join(body.mesh.order)}"
+        if name in self.residents:
+            return self._loaded(name, _Sizes(0, 0), [], start, job), []
+        mesh = self._mesh(body.mesh)
+        dtype = getattr(torch, body.dtype)
+        source = job.control.agreed(lambda: open_mmdit(Path(body.path)))
+
+        def build() -> tuple[MMDiT, int]:
+            kernel = resolve_kernel(body.kernel, self.device, dtype, mesh.ring.degree > 1)
+            with torch.device("meta"):
+                model = MMDiT(mmdit_config(source), mesh, kernel)
+            return model, sum(p.numel() for p in model.parameters()) * dtype.itemsize
+
+        model, needed = job.control.agreed(build)
+        evicted = self._make_room(needed, Path(body.path).name, job)
+        job.emit(Progress(f"Loading {Path(body.path).name}", 0, 1), [])
+
+        def read() -> None:
+            load_parameters(
+                model,
+                source,
+                device=self.device,
+                dtype=dtype,
+                lazy=frozenset({POS_EMBED}),
+                should_stop=job.cancelled,
+            )
+
+        job.control.agreed(read)
+        positions = PositionTable(source, model.config.pos_embed_size, self.device, dtype)
+        predictor = Predictor(model, mesh, positions, dtype, self.device)
+        state = ModelState(name, Path(body.path).name, model.config.family, body.mesh.describe(), body.dtype, needed)
+        self.residents[name] = Resident(predictor, state, model.config.channels)
+        return self._loaded(name, _Sizes(source.bytes_read, needed), evicted, start, job), []
+
+    def _load_vae(self, body: LoadVAE, _: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
+        start = time.perf_counter()
+        choose(body.dtype, DTYPES, "dtype")
+        name = f"{body.key}/{body.dtype}/vae"
+        if name in self.residents:
+            return self._loaded(name, _Sizes(0, 0), [], start, job), []
+        checkpoint = job.control.agreed(lambda: open_vae([Path(p) for p in body.paths]))
+        dtype = getattr(torch, body.dtype)
+        needed = checkpoint.elements * dtype.itemsize
+        evicted = self._make_room(needed, Path(body.paths[0]).name, job)
+        vae = job.control.agreed(lambda: checkpoint.build(self.device, dtype, self._bands))
+        state = ModelState(name, Path(body.paths[0]).name, vae.family, "bands", body.dtype, needed)
+        self.residents[name] = Resident(vae, state, vae.latent_channels)
+        return self._loaded(name, _Sizes(checkpoint.bytes_read, needed), evicted, start, job), []
+
+    @staticmethod
+    def _check_load(body: LoadModel, world_size: int) -> None:
+        body.mesh.check_world(world_size)
+        choose(body.dtype, DTYPES, "dtype")
+        choose(body.kernel, KERNELS, "Attention kernel")
+
+    def _mesh(self, spec: MeshSpec) -> Mesh:
+        if spec not in self._meshes:
+            device: DeviceType = "cuda" if self.device.type == "cuda" else "cpu"
+            self._meshes[spec] = build_mesh(spec, device)
+        return self._meshes[spec]
+
+    def _make_room(self, needed: int, name: str, job: Job) -> list[str]:
+        """Lets models go, oldest use first, until `needed` more bytes fit the budget on every rank."""
+        most = max(sizes.held for sizes in job.control.gather(_Sizes(0, needed)))
+        if not self.memory_budget:
+            return []
+        if most > self.memory_budget:
+            raise ConfigError(
+                f"{name} needs {most / 2**20:.0f} MiB on a rank; the budget is {self.memory_budget / 2**20:.0f} MiB.",
+                "Raise the memory budget, use a smaller dtype, or spread the weights further with tp.",
+            )
+        evicted: list[str] = []
+        while self.residents and most + self._largest_held(job) > self.memory_budget:
+            evicted.append(self.residents.popitem(last=False)[1].state.name)
+        self._give_back_memory()
+        return evicted
+
+    def _largest_held(self, job: Job) -> int:
+        held = sum(resident.state.rank_bytes for resident in self.residents.values())
+        return max(sizes.held for sizes in job.control.gather(_Sizes(0, held)))
+
+    def _loaded(self, name: str, sizes: _Sizes, evicted: list[str], start: float, job: Job) -> Loaded:
+        self.residents.move_to_end(name)
+        resident = self.residents[name]
+        everywhere = job.control.gather(_Sizes(sizes.read, resident.state.rank_bytes))
+        return Loaded(
+            model=name,
+            family=resident.state.family,
+            bytes_read=[s.read for s in everywhere],
+            resident_bytes=[s.held for s in everywhere],
+            seconds=time.perf_counter() - start,
+            evicted=evicted,
+            channels=resident.channels,
+        )
+
+    def _unload(self, body: Unload, _: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
+        for name in body.models or list(self.residents):
+            self.residents.pop(name, None)
+        if not body.models:
+            self._tensors.clear()
+        self._give_back_memory()
+        return Done(), []
+
+    def _give_back_memory(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # -- computing ----------------------------------------------------------------------------------------------
+
+    def _resident(self, name: str, kind: type) -> Any:
+        if name not in self.residents:
+            raise UnknownModelError(f"The backend does not hold {name!r} (any more).", "Load it again.")
+        self.residents.move_to_end(name)
+        model = self.residents[name].model
+        if not isinstance(model, kind):
+            raise InputError(
+                f"{name!r} is not a model for this request.", "Use a diffusion model to sample, a VAE to decode."
+            )
+        return model
+
+    def _sample(self, body: Sample, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
+        start = time.perf_counter()
+
+        def prepare():  # type: ignore[no-untyped-def]
+            predictor: Predictor = self._resident(body.model, Predictor)
+            latent = tensors[body.latent].float()
+            if body.mask is not None and not torch.isfinite(tensors[body.mask]).all():
+                raise InputError("The noise mask holds NaN or infinity.", "Look at the node that made it.")
+            # At cfg 1 the uncond branch has no weight: it is not computed.
+            wanted = [body.cond] if body.uncond is None or body.spec.cfg_scale == 1.0 else [body.cond, body.uncond]
+            for prompt in wanted:
+                predictor.check_latent(latent, tensors[prompt.context].shape[1])
+            rows = latent.shape[0]
+            prompts = [predictor.prompt(tensors[p.context], tensors[p.pooled], rows) for p in wanted]
+            return predictor, prompts, latent.to(self.device)
+
+        predictor, prompts, latent = job.control.agreed(prepare)
+        if torch.count_nonzero(latent) > 0:
+            latent = (latent - LATENT_SHIFT) * LATENT_SCALE
+        steps = 0
+
+        def on_step(report: StepReport) -> None:
+            nonlocal steps
+            steps += 1
+            job.emit(StepDone(report.index, report.total), [report.x, report.denoised] if body.preview else [])
+            job.check_cancelled()
+
+        job.check_cancelled()
+        out = sample_latent(
+            lambda x, timestep: predictor.velocities(x, timestep, prompts),
+            body.spec,
+            Flow(body.spec.shift),
+            latent=latent,
+            mask=None if body.mask is None else tensors[body.mask],
+            noise=None if body.noise is None else tensors[body.noise].float(),
+            sigmas=None if body.sigmas is None else tensors[body.sigmas],
+            batch_index=body.batch_index,
+            share=job.control.share,
+            on_step=on_step,
+        )
+        out = out / LATENT_SCALE + LATENT_SHIFT
+        return Result(time.perf_counter() - start, steps), [out]
+
+    def _forward(self, body: Forward, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
+        start = time.perf_counter()
+
+        def prepare() -> tuple[Predictor, Rows]:
+            predictor: Predictor = self._resident(body.model, Predictor)
+            x, timesteps = tensors[body.x].to(self.device), tensors[body.timesteps].to(self.device)
+            context = tensors[body.context]
+            predictor.check_latent(x, context.shape[1] if context.ndim == 3 else 0)
+            if timesteps.shape != x.shape[:1]:
+                raise InputError(f"{list(timesteps.shape)} timesteps for {x.shape[0]} latents.", "Give one per latent.")
+            return predictor, Rows(x, timesteps, predictor.prompt(context, tensors[body.pooled], x.shape[0]))
+
+        predictor, rows = job.control.agreed(prepare)
+        return Result(time.perf_counter() - start, 1), [predictor.velocity(rows)]
+
+    def _decode(self, body: Decode, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
+        start = time.perf_counter()
+        vae: BandVAE = job.control.agreed(lambda: self._checked_vae(body.vae, tensors[body.latent], "latent"))
+        image = vae.decode(tensors[body.latent], raw=body.raw)
+        return Result(time.perf_counter() - start), [image] if image is not None else []
+
+    def _encode(self, body: Encode, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
+        start = time.perf_counter()
+        vae: BandVAE = job.control.agreed(lambda: self._checked_vae(body.vae, tensors[body.image], "image"))
+        latent = vae.encode(tensors[body.image])
+        return Result(time.perf_counter() - start), [latent] if latent is not None else []
+
+    def _checked_vae(self, name: str, x: Tensor, what: str) -> BandVAE:
+        vae: BandVAE = self._resident(name, BandVAE)
+        vae.check_latent(x) if what == "latent" else vae.check_image(x)
+        if not torch.isfinite(x).all():
+            raise InputError(f"The {what} holds NaN or infinity.", "Look at the node that made it.")
+        return vae

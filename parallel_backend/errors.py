@@ -1,0 +1,91 @@
+"""Every error that a person can meet, as one tree.
+
+BackendError
+├── ConfigError          a setting that can't be, e.g. degrees that don't fit the ranks
+├── InputError           a tensor or number of a request that can't be used
+├── CheckpointError      a file that can't be loaded as what was asked for
+├── UnsupportedError     something real that this path doesn't do, refused by its name
+├── ProtocolError        a message of another version or of a wrong form
+├── MissingTensorsError  tensors sent by hash that the backend no longer holds
+├── UnknownModelError    a model id that the backend doesn't hold (any more)
+├── CancelledError       the job was cancelled by its client
+├── StartError           a backend could not be started or reached
+├── BackendLostError     the backend went away in the middle of a request
+└── RankError            a rank failed while it computed; the ranks are restarted
+
+Each carries a `code` (stable, for scripts), a `message` (one sentence, with the values) and a `remedy`.
+"""
+
+from __future__ import annotations
+
+
+class BackendError(Exception):
+    """Root of the tree; `str()` gives the message and the remedy."""
+
+    code = "backend_error"
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message, remedy)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.remedy}".strip()
+
+
+class ConfigError(BackendError):
+    code = "config"
+
+
+class InputError(BackendError):
+    code = "input"
+
+
+class CheckpointError(BackendError):
+    code = "checkpoint"
+
+
+class UnsupportedError(BackendError):
+    code = "unsupported"
+
+
+class ProtocolError(BackendError):
+    code = "protocol"
+
+
+class MissingTensorsError(BackendError):
+    """`hashes` names the tensors to send again."""
+
+    code = "missing_tensors"
+
+    @property
+    def hashes(self) -> list[str]:
+        return self.remedy.split()
+
+
+class UnknownModelError(BackendError):
+    code = "unknown_model"
+
+
+class CancelledError(BackendError):
+    code = "cancelled"
+
+
+class StartError(BackendError):
+    code = "start"
+
+
+class BackendLostError(BackendError):
+    code = "backend_lost"
+
+
+class RankError(BackendError):
+    code = "rank"
+
+
+_BY_CODE: dict[str, type[BackendError]] = {cls.code: cls for cls in [BackendError, *BackendError.__subclasses__()]}
+
+
+def error_from_code(code: str, message: str, remedy: str) -> BackendError:
+    """The error that a backend reported, as the class of the same code."""
+    return _BY_CODE.get(code, BackendError)(message, remedy)

@@ -1,0 +1,1 @@
+"""Models and how their checkpoints are read."""

@@ -1,0 +1,197 @@
+"""Checkpoint files: opened safely, recognised by their header, and read slice by slice.
+
+A `TensorSource` gives tensors by the names of the single-file checkpoints that ComfyUI users have, whatever the
+file's own layout is, and counts the bytes that it reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ..distributed.tensor_parallel import Shard, ShardedParameter
+from ..errors import CancelledError, CheckpointError, UnsupportedError
+from ..safetensors_file import files_of, safetensors_header
+
+DIFFUSION_PREFIX = "model.diffusion_model."
+VAE_PREFIX = "first_stage_model."
+_READABLE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class TensorSource(Protocol):
+    """Named tensors of which any part can be read."""
+
+    path: Path
+    bytes_read: int
+
+    def names(self) -> list[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def read(self, name: str, shard: Shard | None = None) -> Tensor: ...
+
+
+class SafetensorsSource:
+    """The tensors of one or more safetensors files below a name prefix."""
+
+    def __init__(self, path: Path, prefix: str = "") -> None:
+        self.path = path
+        self.prefix = prefix
+        self.bytes_read = 0
+        self._file_of: dict[str, Path] = {}
+        self._entries: dict[str, dict[str, Any]] = {}
+        for file in files_of(path):
+            for name, entry in safetensors_header(file).items():
+                if name != "__metadata__" and name.startswith(prefix):
+                    self._file_of[name[len(prefix) :]] = file
+                    self._entries[name[len(prefix) :]] = entry
+        self._open: dict[Path, Any] = {}
+
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._entries[name]["shape"])
+
+    def dtype(self, name: str) -> torch.dtype:
+        kind = self._entries[name]["dtype"]
+        if kind not in _READABLE:
+            raise UnsupportedError(
+                f"{self.path.name} stores {name} as {kind}.", "Use a checkpoint in float32, float16 or bfloat16."
+            )
+        return _READABLE[kind]
+
+    def read(self, name: str, shard: Shard | None = None) -> Tensor:
+        self.dtype(name)
+        opened = self._handle(self._file_of[name])
+        try:
+            view = opened.get_slice(self.prefix + name)
+            if shard is None:
+                parts = [view[...] if not self.shape(name) else view[:]]
+            else:
+                index = (slice(None),) * shard.dim
+                parts = [view[(*index, slice(start, stop))] for start, stop in shard.ranges]
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{name} can't be read from {self.path.name}: {error}.", "Download it again."
+            ) from None
+        self.bytes_read += sum(part.numel() * part.element_size() for part in parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, shard.dim if shard else 0)
+
+    def _handle(self, file: Path) -> Any:
+        if file not in self._open:
+            self._open[file] = safe_open(file, framework="pt", device="cpu")
+        return self._open[file]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows `start` to `stop` of a tensor of the file; stop None is its end."""
+
+    name: str
+    start: int = 0
+    stop: int | None = None
+
+
+@dataclass
+class RenamedSource:
+    """Another file layout under the single-file names: each tensor is pieces of the file's, joined along dim 0."""
+
+    inner: SafetensorsSource
+    pieces: Mapping[str, Sequence[Piece]]
+    path: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.path = self.inner.path
+
+    @property
+    def bytes_read(self) -> int:
+        return self.inner.bytes_read
+
+    def names(self) -> list[str]:
+        return list(self.pieces)
+
+    def _rows(self, piece: Piece) -> tuple[int, int]:
+        return piece.start, piece.stop if piece.stop is not None else self.inner.shape(piece.name)[0]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        pieces = self.pieces[name]
+        rows = sum(stop - start for start, stop in map(self._rows, pieces))
+        tail = self.inner.shape(pieces[0].name)[1:]
+        return (rows, *tail)
+
+    def read(self, name: str, shard: Shard | None = None) -> Tensor:
+        pieces = self.pieces[name]
+        if shard is not None and shard.dim == 0:
+            return torch.cat([part for wanted in shard.ranges for part in self._read_rows(pieces, *wanted)])
+        if len(pieces) == 1 and pieces[0].start == 0 and pieces[0].stop is None:
+            return self.inner.read(pieces[0].name, shard)
+        whole = torch.cat(list(self._read_rows(pieces, 0, self.shape(name)[0])))
+        if shard is None:
+            return whole
+        return torch.cat([whole.narrow(shard.dim, a, b - a) for a, b in shard.ranges], shard.dim)
+
+    def _read_rows(self, pieces: Sequence[Piece], start: int, stop: int) -> Iterable[Tensor]:
+        offset = 0
+        for piece in pieces:
+            first, last = self._rows(piece)
+            a, b = max(start, offset), min(stop, offset + last - first)
+            if a < b:
+                yield self.inner.read(piece.name, Shard(0, ((first + a - offset, first + b - offset),)))
+            offset += last - first
+
+
+def load_parameters(
+    model: nn.Module,
+    source: TensorSource,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    lazy: frozenset[str] = frozenset(),
+    should_stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Every parameter of `model` holds this rank's part of the tensor of its name, on `device` in `dtype`.
+
+    Args:
+        lazy: names that the file must have but that are not read now.
+        should_stop: asked before each tensor.
+    Raises:
+        CheckpointError: names missing from the file or left over in it, or a tensor of another shape.
+        CancelledError: `should_stop` said so.
+    """
+    wanted = dict(model.named_parameters())
+    check_names(set(wanted) | lazy, set(source.names()), source.path.name)
+    for name, parameter in wanted.items():
+        full_shape = parameter.full_shape if isinstance(parameter, ShardedParameter) else tuple(parameter.shape)
+        if source.shape(name) != full_shape:
+            raise CheckpointError(
+                f"{source.path.name}: {name} has shape {list(source.shape(name))}, the model needs {list(full_shape)}.",
+                "The file is damaged, or of a model that this version doesn't know.",
+            )
+    for name, parameter in wanted.items():
+        if should_stop():
+            raise CancelledError(f"Loading {source.path.name} was cancelled.")
+        shard = parameter.shard if isinstance(parameter, ShardedParameter) else None
+        # A slice is a view of the mapped file: `copy` keeps the file's pages from living on in the model.
+        tensor = source.read(name, shard).to(device=device, dtype=dtype, copy=True)
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+def check_names(wanted: set[str], found: set[str], file_name: str) -> None:
+    """Raises CheckpointError that names what is missing from the file and what is left over in it."""
+    missing, left_over = sorted(wanted - found), sorted(found - wanted)
+    if missing or left_over:
+        parts = [
+            f"{len(names)} {what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+            for what, names in (("missing", missing), ("left over", left_over))
+            if names
+        ]
+        raise CheckpointError(
+            f"{file_name} doesn't fit the model that its header describes ({'; '.join(parts)}).",
+            "The file is damaged, or of a model that this version doesn't know.",
+        )

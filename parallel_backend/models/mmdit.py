@@ -1,0 +1,337 @@
+"""The MMDiT of SD3 and SD3.5, sharded over a mesh. Parameter names are the checkpoint's.
+
+Source: Esser et al. 2024 (arXiv 2403.03206), figure 2; SD3.5-medium adds a second, image-only attention.
+Shapes: B rows, L this rank's tokens, D hidden, N heads of this tp rank, H head dim, C latent channels, Y X latent
+cells, E context width, A pooled width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..distributed.attention import ParallelAttention
+from ..distributed.collectives import all_gather, split_range, split_sizes
+from ..distributed.mesh import Mesh, MeshAxis
+from ..distributed.tensor_parallel import ColumnParallelLinear, RowParallelLinear, sharded_parameter
+from ..errors import ConfigError, InputError
+
+HEAD_DIM = 64
+FREQUENCIES = 256
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class MMDiTConfig:
+    """Sizes of one MMDiT, as its checkpoint's header gives them."""
+
+    family: str
+    depth: int
+    heads: int
+    dual_blocks: tuple[int, ...]
+    qk_norm: bool
+    channels: int
+    patch_size: int
+    pos_embed_size: int
+    context_width: int
+    pooled_width: int
+    mlp_width: int
+
+    @property
+    def hidden(self) -> int:
+        return self.heads * HEAD_DIM
+
+
+class HeadNorm(nn.Module):
+    """RMS norm of each head's queries or keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = sharded_parameter((HEAD_DIM,))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (HEAD_DIM,), self.weight, EPS)
+
+
+class SelfAttention(nn.Module):
+    """Projections into and out of one attention, for this tp rank's heads."""
+
+    def __init__(self, config: MMDiTConfig, tp: MeshAxis, with_proj: bool) -> None:
+        super().__init__()
+        hidden = config.hidden
+        first, last = (h * HEAD_DIM for h in split_range(config.heads, tp.degree, tp.rank))
+        self.qkv = ColumnParallelLinear(hidden, 3 * hidden, [(i * hidden + first, i * hidden + last) for i in range(3)])
+        self.ln_q = HeadNorm() if config.qk_norm else None
+        self.ln_k = HeadNorm() if config.qk_norm else None
+        if with_proj:
+            self.proj = RowParallelLinear(hidden, hidden, (first, last), tp)
+
+    def pre_attention(self, x_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (part.unflatten(-1, (-1, HEAD_DIM)) for part in self.qkv(x_BLD).chunk(3, dim=-1))
+        if self.ln_q is not None and self.ln_k is not None:
+            q, k = self.ln_q(q), self.ln_k(k)
+        return q, k, v
+
+
+class Mlp(nn.Module):
+    def __init__(self, config: MMDiTConfig, tp: MeshAxis) -> None:
+        super().__init__()
+        kept = split_range(config.mlp_width, tp.degree, tp.rank)
+        self.fc1 = ColumnParallelLinear(config.hidden, config.mlp_width, [kept])
+        self.fc2 = RowParallelLinear(config.mlp_width, config.hidden, kept, tp)
+
+
+class Modulation(nn.Module):
+    """adaLN: `count` vectors of D from the conditioning vector. Under tp each rank computes a share of the rows."""
+
+    def __init__(self, hidden: int, count: int, tp: MeshAxis) -> None:
+        super().__init__()
+        kept = split_range(count * hidden, tp.degree, tp.rank)
+        self.add_module("1", ColumnParallelLinear(hidden, count * hidden, [kept]))
+        self.count = count
+
+    def forward(self, activated_BD: Tensor) -> Tensor:
+        return self.get_submodule("1")(activated_BD)
+
+
+class StreamBlock(nn.Module):
+    """One block's half for one stream, text or image."""
+
+    def __init__(self, config: MMDiTConfig, tp: MeshAxis, *, pre_only: bool, dual: bool) -> None:
+        super().__init__()
+        self.pre_only, self.dual = pre_only, dual
+        self.attn = SelfAttention(config, tp, with_proj=not pre_only)
+        if dual:
+            self.attn2 = SelfAttention(config, tp, with_proj=True)
+        if not pre_only:
+            self.mlp = Mlp(config, tp)
+        self.adaLN_modulation = Modulation(config.hidden, 2 if pre_only else 9 if dual else 6, tp)
+
+
+class JointBlock(nn.Module):
+    """Text and image attend to each other; each has its own weights."""
+
+    def __init__(self, config: MMDiTConfig, tp: MeshAxis, index: int) -> None:
+        super().__init__()
+        self.context_block = StreamBlock(config, tp, pre_only=index == config.depth - 1, dual=False)
+        self.x_block = StreamBlock(config, tp, pre_only=False, dual=index in config.dual_blocks)
+
+    def forward(
+        self,
+        c_BLD: Tensor,
+        x_BLD: Tensor,
+        c_mod: list[Tensor],
+        x_mod: list[Tensor],
+        tokens: Tokens,
+        attention: ParallelAttention,
+    ) -> tuple[Tensor, Tensor]:
+        c_block, x_block = self.context_block, self.x_block
+        x_normed = layer_norm(x_BLD)
+        c_qkv = c_block.attn.pre_attention(modulate(layer_norm(c_BLD), *c_mod[:2]))
+        x_qkv = x_block.attn.pre_attention(modulate(x_normed, *x_mod[:2]))
+        q, k, v = (torch.cat(pair, dim=1) for pair in zip(c_qkv, x_qkv, strict=True))
+        attended = attention(q, k, v, tokens.joint_counts).flatten(2)
+        c_attended, x_attended = attended.split([c_BLD.shape[1], x_BLD.shape[1]], dim=1)
+
+        # The sums over tp run while the other stream's products are computed.
+        x_sum = x_block.attn.proj.start(x_attended)
+        c_sum = None if c_block.pre_only else c_block.attn.proj.start(c_attended)
+        if x_block.dual:
+            own = x_block.attn2.pre_attention(modulate(x_normed, *x_mod[6:8]))
+            own_sum = x_block.attn2.proj.start(attention(*own, tokens.image_counts).flatten(2))
+        x_BLD = x_BLD + x_mod[2] * x_sum.wait()
+        if x_block.dual:
+            x_BLD = x_BLD + x_mod[8] * own_sum.wait()
+        x_sum = x_block.mlp.fc2.start(mlp_hidden(x_block.mlp, modulate(layer_norm(x_BLD), *x_mod[3:5])))
+        if c_sum is not None:
+            c_BLD = c_BLD + c_mod[2] * c_sum.wait()
+            c_sum = c_block.mlp.fc2.start(mlp_hidden(c_block.mlp, modulate(layer_norm(c_BLD), *c_mod[3:5])))
+            c_BLD = c_BLD + c_mod[5] * c_sum.wait()
+        return c_BLD, x_BLD + x_mod[5] * x_sum.wait()
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, config: MMDiTConfig, tp: MeshAxis) -> None:
+        super().__init__()
+        self.linear = ColumnParallelLinear(config.hidden, config.patch_size**2 * config.channels)
+        self.adaLN_modulation = Modulation(config.hidden, 2, tp)
+
+    def forward(self, x_BLD: Tensor, mod: list[Tensor]) -> Tensor:
+        return self.linear(modulate(layer_norm(x_BLD), *mod))
+
+
+class Embedder(nn.Module):
+    """Linear, SiLU, linear: of the timestep's frequencies, or of the pooled prompt."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.mlp = nn.ModuleDict({"0": ColumnParallelLinear(width, hidden), "2": ColumnParallelLinear(hidden, hidden)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp["2"](F.silu(self.mlp["0"](x)))
+
+
+class PatchEmbed(nn.Module):
+    """Patches of latent cells to tokens; the checkpoint stores it as a convolution."""
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        self.proj = nn.Module()
+        patch = config.patch_size
+        self.proj.weight = sharded_parameter((config.hidden, config.channels, patch, patch))
+        self.proj.bias = sharded_parameter((config.hidden,))
+
+    def forward(self, patches_BLP: Tensor) -> Tensor:
+        return F.linear(patches_BLP, self.proj.weight.flatten(1), self.proj.bias)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """How many tokens there are, and which of them this rank has."""
+
+    image: tuple[int, int]
+    text: tuple[int, int]
+    image_counts: list[int]
+    joint_counts: list[int]
+
+    @classmethod
+    def spread(cls, image_tokens: int, text_tokens: int, mesh: Mesh) -> Tokens:
+        degree, rank = mesh.sp_degree, mesh.sp_rank
+        image, text = split_sizes(image_tokens, degree), split_sizes(text_tokens, degree)
+        # The rank that gets one image token less gets the odd text token: loads differ by one at most.
+        text.reverse()
+        start = sum(text[:rank])
+        joint = [i + t for i, t in zip(image, text, strict=True)]
+        return cls(split_range(image_tokens, degree, rank), (start, start + text[rank]), image, joint)
+
+
+class MMDiT(nn.Module):
+    """Velocity of a latent, computed by all ranks of a mesh; every rank has the whole input and output."""
+
+    def __init__(self, config: MMDiTConfig, mesh: Mesh, kernel: str) -> None:
+        """Raises: ConfigError: tp * ulysses is more than the heads."""
+        super().__init__()
+        if mesh.tp.degree * mesh.ulysses.degree > config.heads:
+            raise ConfigError(
+                f"tp={mesh.tp.degree} * ulysses={mesh.ulysses.degree} spreads {config.heads} heads too thin.",
+                "Use ring in place of a part of ulysses, or fewer ranks.",
+            )
+        self.config, self.mesh = config, mesh
+        self.attention = ParallelAttention(mesh, kernel)
+        self.x_embedder = PatchEmbed(config)
+        self.t_embedder = Embedder(FREQUENCIES, config.hidden)
+        self.y_embedder = Embedder(config.pooled_width, config.hidden)
+        self.context_embedder = ColumnParallelLinear(config.context_width, config.hidden)
+        self.joint_blocks = nn.ModuleList(JointBlock(config, mesh.tp, i) for i in range(config.depth))
+        self.final_layer = FinalLayer(config, mesh.tp)
+
+    def tokens_for(self, height: int, width: int, text_tokens: int) -> Tokens:
+        """Raises: InputError: the latent is too large or doesn't divide, or there are fewer tokens than ranks."""
+        patch, limit = self.config.patch_size, self.config.pos_embed_size
+        if height % patch or width % patch:
+            raise InputError(
+                f"A latent of {width}x{height} cells ({width * 8}x{height * 8} pixels) can't be cut in {patch}x{patch} patches.",
+                f"Use sides divisible by {patch * 8} pixels.",
+            )
+        rows, columns = height // patch, width // patch
+        if rows > limit or columns > limit:
+            raise InputError(
+                f"{width * 8}x{height * 8} pixels is larger than this model's position table.",
+                f"Use sides of at most {limit * patch * 8} pixels.",
+            )
+        if (
+            text_tokens < 1
+            or rows * columns + text_tokens < self.mesh.sp_degree
+            or rows * columns < self.mesh.sp_degree
+        ):
+            raise InputError(
+                f"{rows * columns} image and {text_tokens} text tokens can't be spread over {self.mesh.sp_degree} ranks.",
+                "Use a larger image, or less ring and ulysses.",
+            )
+        return Tokens.spread(rows * columns, text_tokens, self.mesh)
+
+    def forward(self, x_BCYX: Tensor, timesteps_B: Tensor, context_BLE: Tensor, y_BA: Tensor, pos_LD: Tensor) -> Tensor:
+        """The velocity at `x`.
+
+        Args:
+            x_BCYX: full latent, in the model's scale and dtype.
+            timesteps_B: 1000 * sigma, fp32.
+            context_BLE: full text tokens.
+            y_BA: pooled prompt.
+            pos_LD: the position table's rows of this rank's image tokens.
+        Returns: (B, C, Y, X), whole on every rank.
+        Comm: as attention and tp say, one all-gather of modulations under tp, one of the output tokens.
+        """
+        tokens = self.tokens_for(x_BCYX.shape[2], x_BCYX.shape[3], context_BLE.shape[1])
+        x = self.x_embedder(patchify(x_BCYX, self.config.patch_size)[:, slice(*tokens.image)]) + pos_LD
+        context = self.context_embedder(context_BLE[:, slice(*tokens.text)])
+        vector = self.t_embedder(timestep_frequencies(timesteps_B).to(x.dtype)) + self.y_embedder(y_BA)
+        modulations = self.modulations(F.silu(vector))
+        for block in self.joint_blocks:
+            context, x = block(context, x, next(modulations), next(modulations), tokens, self.attention)
+        out = self.final_layer(x, next(modulations))
+        for axis, counts in self._gathers(tokens):
+            out = all_gather(out, 1, counts, axis)
+        return unpatchify(out, x_BCYX.shape, self.config.patch_size)
+
+    def modulations(self, activated_BD: Tensor):  # type: ignore[no-untyped-def]
+        """The adaLN vectors in the order of use, each a list of (B, 1, D).
+
+        Comm: under tp, one all-gather for all blocks of the model.
+        """
+        modules = [m for block in self.joint_blocks for m in (block.context_block, block.x_block)] + [self.final_layer]
+        modules = [m.adaLN_modulation for m in modules]
+        degree, hidden = self.mesh.tp.degree, self.config.hidden
+        rows = [split_sizes(m.count * hidden, degree) for m in modules]
+        local = torch.cat([m(activated_BD) for m in modules], dim=1)
+        if degree > 1:
+            shares = all_gather(local, 1, [sum(r[i] for r in rows) for i in range(degree)], self.mesh.tp)
+            by_rank = shares.split([sum(r[i] for r in rows) for i in range(degree)], dim=1)
+            parts = [share.split([r[i] for r in rows], dim=1) for i, share in enumerate(by_rank)]
+            full = [torch.cat(same, dim=1) for same in zip(*parts, strict=True)]
+        else:
+            full = list(local.split([sum(r) for r in rows], dim=1))
+        for vector in full:
+            yield list(vector.unsqueeze(1).split(hidden, dim=2))
+
+    def _gathers(self, tokens: Tokens) -> list[tuple[MeshAxis, list[int]]]:
+        ulysses, ring = self.mesh.ulysses, self.mesh.ring
+        per_ring = [tokens.image_counts[i * ulysses.degree : (i + 1) * ulysses.degree] for i in range(ring.degree)]
+        return [(ulysses, per_ring[ring.rank]), (ring, [sum(counts) for counts in per_ring])]
+
+
+def mlp_hidden(mlp: Mlp, x: Tensor) -> Tensor:
+    return F.gelu(mlp.fc1(x), approximate="tanh")
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    return F.layer_norm(x, (x.shape[-1],), eps=EPS)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+def timestep_frequencies(timesteps_B: Tensor) -> Tensor:
+    """(B, 256): cosines, then sines, of the timestep at 128 geometric frequencies."""
+    half = FREQUENCIES // 2
+    rates = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=timesteps_B.device) / half)
+    angles = timesteps_B.float()[:, None] * rates[None]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def patchify(x_BCYX: Tensor, patch: int) -> Tensor:
+    """(B, L, C * patch * patch), in the order of a convolution's weights."""
+    B, C, Y, X = x_BCYX.shape
+    x = x_BCYX.view(B, C, Y // patch, patch, X // patch, patch)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(B, (Y // patch) * (X // patch), C * patch * patch)
+
+
+def unpatchify(x_BLP: Tensor, shape: torch.Size, patch: int) -> Tensor:
+    B, C, Y, X = shape
+    x = x_BLP.view(B, Y // patch, X // patch, patch, patch, C)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, C, Y, X)

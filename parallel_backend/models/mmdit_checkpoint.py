@@ -1,0 +1,181 @@
+"""MMDiT files: recognised by their names and shapes, in the single-file and in the diffusers layout."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..distributed.collectives import split_range
+from ..distributed.tensor_parallel import Shard
+from ..errors import CheckpointError
+from .checkpoint import DIFFUSION_PREFIX, Piece, RenamedSource, SafetensorsSource, TensorSource
+from .mmdit import HEAD_DIM, MMDiT, MMDiTConfig
+
+POS_EMBED = "pos_embed"
+_OTHER_FAMILIES = (
+    ("input_blocks.0.0.weight", "a UNet (SDXL or SD1/SD2)"),
+    ("down_blocks.0.resnets.0.conv1.weight", "a diffusers UNet (SDXL or SD1/SD2)"),
+    ("double_blocks.0.img_attn.qkv.weight", "Flux"),
+    ("decoder.conv_in.weight", "a VAE"),
+    ("first_stage_model.decoder.conv_in.weight", "a checkpoint whose diffusion model is not an MMDiT"),
+    ("text_model.embeddings.token_embedding.weight", "a text encoder"),
+)
+
+
+def open_mmdit(path: Path) -> TensorSource:
+    """The MMDiT at `path`, under single-file names: a bare file, a full checkpoint, or a diffusers folder.
+
+    Raises: CheckpointError: it holds something else; the message says what.
+    """
+    source = SafetensorsSource(path)
+    names = set(source.names())
+    if any(name.startswith(DIFFUSION_PREFIX + "joint_blocks.") for name in names):
+        return SafetensorsSource(path, DIFFUSION_PREFIX)
+    if any(name.startswith("joint_blocks.") for name in names):
+        return source
+    if (
+        any(name.startswith("transformer_blocks.0.attn.add_q_proj") for name in names)
+        and "pos_embed.pos_embed" in names
+    ):
+        return RenamedSource(source, _diffusers_pieces(source))
+    stripped = {name.removeprefix(DIFFUSION_PREFIX) for name in names}
+    kind = next(
+        (kind for name, kind in _OTHER_FAMILIES if name in names | stripped), "something this version doesn't know"
+    )
+    raise CheckpointError(
+        f"{path.name} is {kind}; an SD3 or SD3.5 model (MMDiT) is needed here.",
+        "Choose SD3-medium, SD3.5-medium or SD3.5-large.",
+    )
+
+
+def mmdit_config(source: TensorSource) -> MMDiTConfig:
+    """Family and sizes, read from names and shapes alone.
+
+    Raises: CheckpointError: a tensor that tells the sizes is missing.
+    """
+    names = set(source.names())
+    needed = (
+        "x_embedder.proj.weight",
+        "pos_embed",
+        "context_embedder.weight",
+        "y_embedder.mlp.0.weight",
+        "joint_blocks.0.x_block.mlp.fc1.weight",
+    )
+    missing = [name for name in needed if name not in names]
+    if missing:
+        raise CheckpointError(f"{source.path.name} lacks {', '.join(missing)}.", "The file is not whole; get it again.")
+    hidden, channels, patch_size, _ = source.shape("x_embedder.proj.weight")
+    blocks = [int(match[1]) for name in names if (match := re.match(r"joint_blocks\.(\d+)\.", name))]
+    dual = tuple(
+        sorted({int(m[1]) for n in names if (m := re.match(r"joint_blocks\.(\d+)\.x_block\.attn2\.qkv\.weight", n))})
+    )
+    qk_norm = "joint_blocks.0.x_block.attn.ln_q.weight" in names
+    return MMDiTConfig(
+        family="sd3.5-medium" if dual else "sd3.5-large" if qk_norm else "sd3-medium",
+        depth=max(blocks) + 1,
+        heads=hidden // HEAD_DIM,
+        dual_blocks=dual,
+        qk_norm=qk_norm,
+        channels=channels,
+        patch_size=patch_size,
+        pos_embed_size=round(source.shape("pos_embed")[1] ** 0.5),
+        context_width=source.shape("context_embedder.weight")[1],
+        pooled_width=source.shape("y_embedder.mlp.0.weight")[1],
+        mlp_width=source.shape("joint_blocks.0.x_block.mlp.fc1.weight")[0],
+    )
+
+
+@dataclass
+class PositionTable:
+    """The rows of the position table that this rank needs for one latent size, read from the file at first use.
+
+    The full table of SD3.5-medium is 302 MB in fp16; a rank keeps only the crops that it has used.
+    """
+
+    source: TensorSource
+    size: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        self._crops: dict[tuple[int, int, int, int], Tensor] = {}
+
+    def rows(self, model: MMDiT, height: int, width: int) -> Tensor:
+        """(L, D) for this rank's tokens of a latent of height x width cells; the crop is centred."""
+        patch = model.config.patch_size
+        rows, columns = height // patch, width // patch
+        first, last = split_range(rows * columns, model.mesh.sp_degree, model.mesh.sp_rank)
+        key = (rows, columns, first, last)
+        if key not in self._crops:
+            top, left = (self.size - rows) // 2, (self.size - columns) // 2
+            ranges = []
+            for row in range(first // columns, -(-last // columns)):
+                start, stop = max(first, row * columns), min(last, (row + 1) * columns)
+                offset = (top + row) * self.size + left - row * columns
+                ranges.append((offset + start, offset + stop))
+            crop = self.source.read(POS_EMBED, Shard(1, tuple(ranges)))[0]
+            self._crops[key] = crop.to(device=self.device, dtype=self.dtype, copy=True)
+        return self._crops[key]
+
+
+def _diffusers_pieces(source: SafetensorsSource) -> dict[str, list[Piece]]:
+    """Single-file names of a diffusers SD3Transformer2DModel; q, k, v are joined, and adaLN halves swapped back."""
+    names = set(source.names())
+    depth = 1 + max(int(m[1]) for n in names if (m := re.match(r"transformer_blocks\.(\d+)\.", n)))
+    pieces: dict[str, list[Piece]] = {"pos_embed": [Piece("pos_embed.pos_embed")]}
+
+    def linear(ours: str, *theirs: str) -> None:
+        for leaf in ("weight", "bias"):
+            pieces[f"{ours}.{leaf}"] = [Piece(f"{name}.{leaf}") for name in theirs]
+
+    def swapped(ours: str, theirs: str) -> None:
+        # diffusers' AdaLayerNormContinuous stores (scale, shift), the single file (shift, scale).
+        for leaf in ("weight", "bias"):
+            half = source.shape(f"{theirs}.{leaf}")[0] // 2
+            pieces[f"{ours}.{leaf}"] = [Piece(f"{theirs}.{leaf}", half, 2 * half), Piece(f"{theirs}.{leaf}", 0, half)]
+
+    def norms(ours: str, query: str, key: str) -> None:
+        if f"{query}.weight" in names:
+            pieces[f"{ours}.ln_q.weight"] = [Piece(f"{query}.weight")]
+            pieces[f"{ours}.ln_k.weight"] = [Piece(f"{key}.weight")]
+
+    linear("x_embedder.proj", "pos_embed.proj")
+    linear("context_embedder", "context_embedder")
+    for ours, theirs in (("t_embedder", "timestep_embedder"), ("y_embedder", "text_embedder")):
+        linear(f"{ours}.mlp.0", f"time_text_embed.{theirs}.linear_1")
+        linear(f"{ours}.mlp.2", f"time_text_embed.{theirs}.linear_2")
+    linear("final_layer.linear", "proj_out")
+    swapped("final_layer.adaLN_modulation.1", "norm_out.linear")
+    for i in range(depth):
+        theirs, x, c = f"transformer_blocks.{i}", f"joint_blocks.{i}.x_block", f"joint_blocks.{i}.context_block"
+        linear(f"{x}.attn.qkv", *(f"{theirs}.attn.to_{p}" for p in "qkv"))
+        linear(f"{c}.attn.qkv", *(f"{theirs}.attn.add_{p}_proj" for p in "qkv"))
+        norms(f"{x}.attn", f"{theirs}.attn.norm_q", f"{theirs}.attn.norm_k")
+        norms(f"{c}.attn", f"{theirs}.attn.norm_added_q", f"{theirs}.attn.norm_added_k")
+        linear(f"{x}.attn.proj", f"{theirs}.attn.to_out.0")
+        linear(f"{x}.adaLN_modulation.1", f"{theirs}.norm1.linear")
+        linear(f"{x}.mlp.fc1", f"{theirs}.ff.net.0.proj")
+        linear(f"{x}.mlp.fc2", f"{theirs}.ff.net.2")
+        if f"{theirs}.attn2.to_q.weight" in names:
+            linear(f"{x}.attn2.qkv", *(f"{theirs}.attn2.to_{p}" for p in "qkv"))
+            norms(f"{x}.attn2", f"{theirs}.attn2.norm_q", f"{theirs}.attn2.norm_k")
+            linear(f"{x}.attn2.proj", f"{theirs}.attn2.to_out.0")
+        if i == depth - 1:
+            swapped(f"{c}.adaLN_modulation.1", f"{theirs}.norm1_context.linear")
+        else:
+            linear(f"{c}.adaLN_modulation.1", f"{theirs}.norm1_context.linear")
+            linear(f"{c}.attn.proj", f"{theirs}.attn.to_add_out")
+            linear(f"{c}.mlp.fc1", f"{theirs}.ff_context.net.0.proj")
+            linear(f"{c}.mlp.fc2", f"{theirs}.ff_context.net.2")
+    used = {piece.name for parts in pieces.values() for piece in parts}
+    absent, unknown = sorted(used - names), sorted(names - used)
+    if absent or unknown:
+        raise CheckpointError(
+            f"{source.path.name} is not a whole SD3Transformer2DModel: missing {absent[:5]}, left over {unknown[:5]}.",
+            "Download the folder again.",
+        )
+    return pieces

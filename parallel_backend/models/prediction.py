@@ -1,0 +1,130 @@
+"""One call of a resident model for rows of latents, spread over the mesh; with guidance, over cfg as well."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import MeshSpec
+from ..distributed.cfg import gather_branches, own_branches
+from ..distributed.data import gather_batch, shard_batch
+from ..distributed.mesh import Mesh
+from ..errors import InputError
+from .mmdit import MMDiT
+from .mmdit_checkpoint import PositionTable
+
+# Between a VAE's latent and the model's: (latent - shift) * scale. Source: SD3's VAE configuration.
+LATENT_SCALE, LATENT_SHIFT = 1.5305, 0.0609
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Text tokens (B, L, E) and pooled prompt (B, A), in the model's dtype and on its device."""
+
+    context: Tensor
+    pooled: Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Latents (B, C, Y, X) with their timesteps (B,) and prompt, on every rank."""
+
+    x: Tensor
+    timesteps: Tensor
+    prompt: Prompt
+
+
+@dataclass
+class Predictor:
+    """A model in its mesh, ready to be asked."""
+
+    model: MMDiT
+    mesh: Mesh
+    positions: PositionTable
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def spec(self) -> MeshSpec:
+        return self.mesh.spec
+
+    def check_latent(self, x: Tensor, text_tokens: int) -> None:
+        """Raises: InputError: a latent that this model can't take."""
+        channels = self.model.config.channels
+        if x.ndim != 4 or x.shape[1] != channels:
+            raise InputError(
+                f"A latent of shape {list(x.shape)} came; this model needs (batch, {channels}, height / 8, width / 8).",
+                "Use an SD3 latent, from EmptySD3LatentImage or a VAE of 16 channels.",
+            )
+        if not torch.isfinite(x).all():
+            raise InputError("The latent holds NaN or infinity.", "Look at the node that made it.")
+        self.model.tokens_for(x.shape[2], x.shape[3], text_tokens)
+
+    def prompt(self, context: Tensor, pooled: Tensor, rows: int) -> Prompt:
+        """A prompt for `rows` latents: repeated where it has fewer rows, cut where it has more.
+
+        Raises: InputError: widths of another model, or values that are not numbers.
+        """
+        config = self.model.config
+        for tensor, dims, width, name in (
+            (context, 3, config.context_width, "conditioning"),
+            (pooled, 2, config.pooled_width, "pooled conditioning"),
+        ):
+            if tensor.ndim != dims or tensor.shape[-1] != width or tensor.shape[0] < 1:
+                raise InputError(
+                    f"The {name} has shape {list(tensor.shape)}; this model needs {dims} dims, the last of {width}.",
+                    "Encode the prompt with SD3's text encoders (CLIPLoader type sd3).",
+                )
+            if not torch.isfinite(tensor).all():
+                raise InputError(f"The {name} holds NaN or infinity.", "Look at the node that made it.")
+        return Prompt(*(self._repeated(t, rows).to(self.device, self.dtype) for t in (context, pooled)))
+
+    @staticmethod
+    def _repeated(x: Tensor, rows: int) -> Tensor:
+        return x.repeat(-(-rows // x.shape[0]), *[1] * (x.ndim - 1))[:rows] if x.shape[0] != rows else x
+
+    def velocity(self, rows: Rows) -> Tensor:
+        """The model's output, fp32; its rows spread over cfg, then dp: for callers that have made one batch of all.
+
+        Comm: the model's, and one all-gather of the output over dp and one over cfg.
+        """
+        axes = (self.mesh.cfg, self.mesh.dp)
+        counts, local = [], rows
+        for axis in axes:
+            counts.append(local.x.shape[0])
+            prompt = Prompt(shard_batch(local.prompt.context, axis), shard_batch(local.prompt.pooled, axis))
+            local = Rows(shard_batch(local.x, axis), shard_batch(local.timesteps, axis), prompt)
+        out = self._local(local)
+        for axis, count in zip(reversed(axes), reversed(counts), strict=True):
+            out = gather_batch(out, count, axis)
+        return out
+
+    def velocities(self, x: Tensor, timestep: Tensor, prompts: Sequence[Prompt]) -> list[Tensor]:
+        """The model's output for each prompt (cond, uncond), fp32; prompts spread over cfg, the batch over dp.
+
+        Prompts of equal length that this rank has both go through the model as one batch.
+        Comm: the model's, and one all-gather of the output over cfg and one over dp.
+        """
+        dp = self.mesh.dp
+        x_own = shard_batch(x, dp)
+        own = [
+            Prompt(shard_batch(p.context, dp), shard_batch(p.pooled, dp)) for p in own_branches(prompts, self.mesh.cfg)
+        ]
+        times = timestep.float().expand(x_own.shape[0])
+        if len(own) == 2 and own[0].context.shape == own[1].context.shape:
+            both = Prompt(torch.cat([p.context for p in own]), torch.cat([p.pooled for p in own]))
+            outputs = list(self._local(Rows(torch.cat([x_own, x_own]), torch.cat([times, times]), both)).chunk(2))
+        else:
+            outputs = [self._local(Rows(x_own, times, prompt)) for prompt in own]
+        return [gather_batch(out, x.shape[0], dp) for out in gather_branches(outputs, len(prompts), self.mesh.cfg)]
+
+    def _local(self, rows: Rows) -> Tensor:
+        x = rows.x
+        if x.shape[0] == 0:  # fewer rows than ranks of dp: all ranks of this share wait together
+            return x.float()
+        pos = self.positions.rows(self.model, x.shape[2], x.shape[3])
+        out = self.model(x.to(self.dtype), rows.timesteps, rows.prompt.context, rows.prompt.pooled, pos)
+        return out.float()

@@ -1,0 +1,221 @@
+"""SD3's and SDXL's VAE and TAESD, decoding and encoding in horizontal bands, one per rank.
+
+The models are diffusers' AutoencoderKL and AutoencoderTiny with banded layers put in place.
+Shapes: B batch, C latent channels, Y X rows and columns: of latent cells or of pixels, as named.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+from torch import Tensor
+
+from ..distributed.collectives import gather_to_first, split_sizes
+from ..distributed.mesh import BandAxes
+from ..distributed.patch_layers import Band, place_band_layers
+from ..errors import CheckpointError, InputError
+from .checkpoint import VAE_PREFIX, SafetensorsSource, check_names
+
+CELL = 8  # pixels per latent cell, each way
+# TAESD was trained on the model's scaled latents: (latent - shift) * scale. Source: each model's VAE configuration.
+TAESD_SCALES = {"taesd": (0.18215, 0.0), "taesdxl": (0.13025, 0.0), "taesd3": (1.5305, 0.0609)}
+
+
+@dataclass
+class BandVAE:
+    """A VAE that computes an image in bands. Every rank has the whole input; rank 0 gets the whole output."""
+
+    model: AutoencoderKL | AutoencoderTiny
+    family: str
+    latent_channels: int
+    device: torch.device
+    dtype: torch.dtype
+    band: Band
+    axes: BandAxes
+
+    def check_latent(self, latent: Tensor) -> None:
+        """Raises: InputError: not (B, C, Y, X) of this VAE's channels."""
+        if latent.ndim != 4 or latent.shape[1] != self.latent_channels or 0 in latent.shape:
+            raise InputError(
+                f"A latent of shape {list(latent.shape)} came; this VAE ({self.family}) needs "
+                f"(batch, {self.latent_channels}, height / 8, width / 8).",
+                "Use the VAE that belongs to the model of this latent.",
+            )
+
+    def check_image(self, image: Tensor) -> None:
+        """Raises: InputError: not (B, Y, X, 3) with sides divisible by 8."""
+        if image.ndim != 4 or image.shape[3] != 3 or 0 in image.shape or image.shape[1] % CELL or image.shape[2] % CELL:
+            raise InputError(
+                f"An image of shape {list(image.shape)} came; (batch, height, width, 3) is needed.",
+                f"Crop or scale both sides to a multiple of {CELL}.",
+            )
+
+    def decode(self, latent_BCYX: Tensor, raw: bool = False) -> Tensor | None:
+        """The image of a latent (unscaled, as ComfyUI has it), fp32, on rank 0; None on the others.
+
+        Args:
+            raw: give the model's own output, (B, 3, Y, X), about -1..1, in place of (B, Y, X, 3) clamped to 0..1.
+        Comm: that of the layers, and one gather of the bands.
+        """
+        start, stop = self._cut(latent_BCYX.shape[2])
+        if start == stop:
+            return None
+        bands = []
+        for latent in latent_BCYX.split(1):
+            band = latent[:, :, start:stop].to(self.device, torch.float32)
+            if isinstance(self.model, AutoencoderTiny):
+                scale, shift = TAESD_SCALES[self.family]
+                bands.append(self.model.decoder(((band - shift) * scale).to(self.dtype)))
+            else:
+                band = band.to(self.dtype)
+                if self.model.post_quant_conv is not None:
+                    band = self.model.post_quant_conv(band)
+                bands.append(self.model.decoder(band))
+        image = self._gathered(torch.cat(bands).float(), CELL)
+        if image is None or raw:
+            return image
+        return ((image + 1) / 2).clamp_(0, 1).permute(0, 2, 3, 1).contiguous()
+
+    def encode(self, image_BYXC: Tensor) -> Tensor | None:
+        """The latent of an image in 0..1, unscaled, fp32, on rank 0; None on the others. The distribution's mode.
+
+        Comm: that of the layers, and one gather of the bands.
+        """
+        start, stop = self._cut(image_BYXC.shape[1] // CELL)
+        if start == stop:
+            return None
+        bands = []
+        for image in image_BYXC.split(1):
+            band = image[:, start * CELL : stop * CELL].permute(0, 3, 1, 2)
+            band = (band.to(self.device, torch.float32) * 2 - 1).to(self.dtype)
+            moments = self.model.encoder(band)
+            if isinstance(self.model, AutoencoderTiny):
+                scale, shift = TAESD_SCALES[self.family]
+                bands.append(moments.float() / scale + shift)
+            else:
+                if self.model.quant_conv is not None:
+                    moments = self.model.quant_conv(moments)
+                bands.append(moments.float().chunk(2, dim=1)[0])
+        return self._gathered(torch.cat(bands), 1)
+
+    def _cut(self, latent_rows: int) -> tuple[int, int]:
+        """This rank's rows of latent cells; none on ranks beyond the last row."""
+        world_size = self.axes.world_size
+        degree = min(world_size, latent_rows)
+        axis = self.axes.first(degree)
+        if axis is None:
+            return 0, 0
+        self.band.axis, self.band.rows = axis, split_sizes(latent_rows, degree)
+        start = sum(self.band.rows[: axis.rank])
+        return start, start + self.band.rows[axis.rank]
+
+    def _gathered(self, bands: Tensor, factor: int) -> Tensor | None:
+        return gather_to_first(bands, 2, [rows * factor for rows in self.band.rows], self.band.axis)
+
+
+@dataclass
+class VAECheckpoint:
+    """An opened VAE file (TAESD: two) that is known to be whole."""
+
+    family: str
+    latent_channels: int
+    sources: list[SafetensorsSource]
+
+    @property
+    def elements(self) -> int:
+        return sum(torch.Size(s.shape(name)).numel() for s in self.sources for name in s.names())
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(source.bytes_read for source in self.sources)
+
+    def build(self, device: torch.device, dtype: torch.dtype, axes: BandAxes) -> BandVAE:
+        """The model with its weights on `device` in `dtype`, layers banded."""
+        tensors = [{name: s.read(name) for name in s.names()} for s in self.sources]
+        with torch.device("meta"):
+            if self.family in TAESD_SCALES:
+                model = AutoencoderTiny(latent_channels=self.latent_channels)
+                weights = {f"encoder.layers.{k}": v for k, v in tensors[0].items()}
+                weights |= {f"decoder.layers.{_previous(k)}": v for k, v in tensors[1].items()}
+            else:
+                config = _kl_config(self.sources[0])
+                model, weights = AutoencoderKL(**config), tensors[0]
+                if any(name.startswith("decoder.up.") for name in weights):
+                    weights = convert_ldm_vae_checkpoint(weights, config)
+        check_names(set(model.state_dict()), set(weights), self.sources[0].path.name)
+        # A slice is a view of the mapped file; the copy lets the file go.
+        weights = {name: t.to(device=device, dtype=dtype, copy=True) for name, t in weights.items()}
+        model.load_state_dict(weights, assign=True)
+        model.requires_grad_(False).eval()
+        band = Band()
+        place_band_layers(model.encoder, band)
+        place_band_layers(model.decoder, band)
+        return BandVAE(model, self.family, self.latent_channels, device, dtype, band, axes)
+
+
+def open_vae(paths: Sequence[Path]) -> VAECheckpoint:
+    """A VAE file or the VAE inside a full checkpoint; for TAESD its encoder and decoder files, in this order.
+
+    Raises: CheckpointError: it holds something else.
+    """
+    if len(paths) == 2:
+        return _open_taesd(paths)
+    path = paths[0]
+    source = SafetensorsSource(path)
+    if any(name.startswith(VAE_PREFIX) for name in source.names()):
+        source = SafetensorsSource(path, VAE_PREFIX)
+    names = set(source.names())
+    if "decoder.conv_in.weight" not in names or "encoder.conv_in.weight" not in names:
+        raise CheckpointError(
+            f"{path.name} holds no AutoencoderKL (decoder.conv_in.weight is not there).",
+            "Choose the VAE of SD3 or SDXL, or taesd3 / taesdxl.",
+        )
+    channels = source.shape("decoder.conv_in.weight")[1]
+    return VAECheckpoint(f"kl-{channels}", channels, [source])
+
+
+def _open_taesd(paths: Sequence[Path]) -> VAECheckpoint:
+    family = re.sub(r"_(en|de)coder$", "", paths[1].stem)
+    if family not in TAESD_SCALES:
+        raise CheckpointError(
+            f"{paths[1].name} is of no known TAESD family.",
+            f"Known are {', '.join(TAESD_SCALES)} (NAME_decoder.safetensors).",
+        )
+    sources = [SafetensorsSource(path) for path in paths]
+    if "1.weight" not in sources[1].names():
+        raise CheckpointError(f"{paths[1].name} is not a TAESD decoder.", "Use TAESD's own encoder and decoder files.")
+    return VAECheckpoint(family, sources[1].shape("1.weight")[1], sources)
+
+
+def _previous(key: str) -> str:
+    # diffusers keeps TAESD's first layer, a clamp, in forward: its layer numbers are one lower.
+    number, rest = key.split(".", 1)
+    return f"{int(number) - 1}.{rest}"
+
+
+def _kl_config(source: SafetensorsSource) -> dict[str, object]:
+    names = source.names()
+    single_file = any(name.startswith("decoder.up.") for name in names)
+    level = r"encoder\.down\.(\d+)\.block\.(\d+)\." if single_file else r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\."
+    found = {(int(m[1]), int(m[2])) for name in names if (m := re.match(level, name))}
+    if not found:
+        raise CheckpointError(f"{source.path.name} has no encoder levels.", "Choose a whole VAE file.")
+    first = "encoder.down.{}.block.0.conv1.weight" if single_file else "encoder.down_blocks.{}.resnets.0.conv1.weight"
+    levels = max(i for i, _ in found) + 1
+    return {
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": source.shape("decoder.conv_in.weight")[1],
+        "block_out_channels": tuple(source.shape(first.format(i))[0] for i in range(levels)),
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "layers_per_block": max(j for _, j in found) + 1,
+        "use_quant_conv": "quant_conv.weight" in names,
+        "use_post_quant_conv": "post_quant_conv.weight" in names,
+    }

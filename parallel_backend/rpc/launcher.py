@@ -1,0 +1,153 @@
+"""Starts a backend that outlives its starter, or finds the one that runs."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..config import BackendSpec
+from ..errors import ConfigError, StartError
+from ..version import __version__
+from . import runtime_dir as files
+from .runtime_dir import BackendRecord
+
+PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+START_SECONDS = 180.0
+MAX_RESTARTS = 100
+
+Waiting = Callable[[float], None]
+
+
+def default_ranks() -> tuple[str, int]:
+    """("cuda", all GPUs), or ("cpu", 2) where there is none."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return ("cuda", count) if count else ("cpu", 2)
+
+
+def find(spec: BackendSpec) -> BackendRecord | None:
+    """The running backend of that name; None where none runs.
+
+    Raises: ConfigError: it runs with other ranks or another version than `spec` asks for.
+    """
+    record = files.read_record(spec.name)
+    if record is None:
+        return None
+    stop = f"stop it with `parallel-mmdit stop --name {spec.name}`, or use another backend name."
+    if record.version != __version__:
+        raise ConfigError(
+            f"Backend {spec.name!r} runs version {record.version}, this is {__version__}.", f"First {stop}"
+        )
+    wanted = (spec.world_size, spec.device, list(spec.devices))
+    if (record.world_size, record.device, record.devices) != wanted:
+        raise ConfigError(
+            f"Backend {spec.name!r} runs with {record.world_size} ranks on {_place(record.device, record.devices)}; "
+            f"{spec.world_size} on {_place(spec.device, list(spec.devices))} were asked for.",
+            f"Ask for what runs, {stop}",
+        )
+    return record
+
+
+def _place(device: str, devices: list[int]) -> str:
+    return f"{device} {','.join(map(str, devices))}" if devices else device
+
+
+def attach_or_start(spec: BackendSpec, waiting: Waiting = lambda seconds: None) -> BackendRecord:
+    """The record of a backend that is ready; starts one, detached, where none of that name runs.
+
+    Two callers at once start one backend: the second waits for the first.
+
+    Args:
+        waiting: called about four times a second with the seconds passed; what it raises ends the wait.
+    Raises: StartError: it did not come up; the message has the end of its log.
+    """
+    with _start_lock(spec.name, waiting):
+        record = find(spec)
+        if record is None:
+            process = start(spec)
+            record = wait_ready(spec, process, waiting)
+    return record
+
+
+def start(spec: BackendSpec) -> subprocess.Popen[bytes]:
+    """torchrun in a session of its own, its output in the runtime folder's backend.log."""
+    folder = files.runtime_dir(spec.name)
+    (folder / "backend.json").unlink(missing_ok=True)
+    log = folder / "backend.log"
+    if log.exists():
+        log.replace(folder / "backend.previous.log")
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            command(spec),
+            env=environment(spec),
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def command(spec: BackendSpec) -> list[str]:
+    """The torchrun command of a backend on this machine."""
+    return [
+        sys.executable,
+        *("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={spec.world_size}"),
+        *(f"--max-restarts={MAX_RESTARTS}", "-m", "parallel_backend.server"),
+        *("--name", spec.name, "--device", spec.device, "--devices", ",".join(map(str, spec.devices))),
+        *("--idle-seconds", str(spec.idle_seconds), "--memory-budget", str(spec.memory_budget)),
+    ]
+
+
+def environment(spec: BackendSpec) -> dict[str, str]:
+    """This process's environment, with the package importable and the cores shared out among CPU ranks."""
+    env = dict(os.environ)
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), env.get("PYTHONPATH", "")]))
+    env["PARALLEL_MMDIT_RUNTIME_DIR"] = str(files.runtime_root())
+    if spec.device == "cpu":
+        cores = len(os.sched_getaffinity(0))
+        env.setdefault("OMP_NUM_THREADS", str(max(1, cores // spec.world_size)))
+    return env
+
+
+def wait_ready(spec: BackendSpec, process: subprocess.Popen[bytes] | None, waiting: Waiting) -> BackendRecord:
+    """The record, once every rank has acknowledged.
+
+    Args:
+        process: the starter's own torchrun, or None where ranks are being restarted by a torchrun that lives.
+    Raises: StartError: torchrun ended, or nothing came within START_SECONDS.
+    """
+    begun = time.monotonic()
+    while (record := files.read_record(spec.name)) is None:
+        passed = time.monotonic() - begun
+        ended = process is not None and process.poll() is not None
+        if ended or passed > START_SECONDS:
+            what = "ended while it started" if ended else f"was not ready after {passed:.0f} s"
+            raise StartError(
+                f"Backend {spec.name!r} {what}. Its log ends:\n{files.log_tail(spec.name)}",
+                f"The whole log is {files.runtime_dir(spec.name) / 'backend.log'}.",
+            )
+        waiting(passed)
+        time.sleep(0.25)
+    return record
+
+
+@contextmanager
+def _start_lock(name: str, waiting: Waiting) -> Iterator[None]:
+    with (files.runtime_dir(name) / "lock").open("w") as lock:
+        begun = time.monotonic()
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                waiting(time.monotonic() - begun)
+                time.sleep(0.25)
+        yield

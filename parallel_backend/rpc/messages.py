@@ -1,0 +1,217 @@
+"""Every message, as typed structs. Fields of type `TensorIndex` point into the frames that follow the header.
+
+Requests that compute are run by all ranks, one after the other. Hello, Status, Cancel and Stop are answered by
+rank 0 at once, also while a job runs.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import msgspec
+
+from ..config import MeshSpec, SamplerSpec
+from ..version import __version__
+
+TensorIndex: TypeAlias = int
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """A body of the wire; its tag is the class name."""
+
+
+class Hello(Message, frozen=True):
+    client: str
+
+
+class LoadModel(Message, frozen=True):
+    """Hold the MMDiT at `path`; a no-op where `key`, dtype, mesh and kernel are resident already."""
+
+    path: str
+    key: str
+    dtype: str
+    mesh: MeshSpec
+    kernel: str = "auto"
+
+
+class LoadVAE(Message, frozen=True):
+    """Hold the VAE at `paths`: one file, or TAESD's encoder and decoder."""
+
+    paths: list[str]
+    key: str
+    dtype: str
+
+
+class Prompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    context: TensorIndex
+    pooled: TensorIndex
+
+
+class Sample(Message, frozen=True):
+    """Run the whole loop. Without `uncond` there is no guidance, whatever cfg_scale says."""
+
+    model: str
+    spec: SamplerSpec
+    latent: TensorIndex
+    cond: Prompt
+    uncond: Prompt | None = None
+    mask: TensorIndex | None = None
+    noise: TensorIndex | None = None
+    sigmas: TensorIndex | None = None
+    batch_index: list[int] | None = None
+    preview: bool = False
+
+
+class Forward(Message, frozen=True):
+    """One evaluation of the model, rows as they come."""
+
+    model: str
+    x: TensorIndex
+    timesteps: TensorIndex
+    context: TensorIndex
+    pooled: TensorIndex
+
+
+class Decode(Message, frozen=True):
+    """Latent to image; with `raw`, the model's own output before it is clamped to 0..1, channels first."""
+
+    vae: str
+    latent: TensorIndex
+    raw: bool = False
+
+
+class Encode(Message, frozen=True):
+    vae: str
+    image: TensorIndex
+
+
+class Unload(Message, frozen=True):
+    """Free these models; all of them where none is named."""
+
+    models: list[str] = []
+
+
+class Status(Message, frozen=True):
+    pass
+
+
+class Cancel(Message, frozen=True):
+    """Ends the client's own job of that number at its next step, or takes it from the queue."""
+
+    job: int
+
+
+class Stop(Message, frozen=True):
+    pass
+
+
+class Welcome(Message, frozen=True):
+    generation: str
+    world_size: int
+    device: str
+
+
+class Progress(Message, frozen=True):
+    """Something long is under way: `done` of `total` of `what`."""
+
+    what: str
+    done: int
+    total: int
+
+
+class StepDone(Message, frozen=True):
+    """A sampling step was evaluated; tensors, where a preview was asked for: x and denoised."""
+
+    index: int
+    total: int
+
+
+class Loaded(Message, frozen=True):
+    """`bytes_read` has one entry per rank, 0 where the model was resident."""
+
+    model: str
+    family: str
+    bytes_read: list[int]
+    resident_bytes: list[int]
+    seconds: float
+    evicted: list[str]
+    channels: int
+
+
+class Result(Message, frozen=True):
+    """The job is done; its tensors follow. `seconds` is rank 0's time from start to end."""
+
+    seconds: float
+    steps: int = 0
+
+
+class Done(Message, frozen=True):
+    pass
+
+
+class Failed(Message, frozen=True):
+    code: str
+    message: str
+    remedy: str
+
+
+class RankState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    rank: int
+    host: str
+    pid: int
+    device: str
+    device_name: str
+    free_bytes: int
+    total_bytes: int
+    used_bytes: int
+
+
+class ModelState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    model: str
+    name: str
+    family: str
+    mesh: str
+    dtype: str
+    rank_bytes: int
+
+
+class BackendState(Message, frozen=True):
+    """What a backend is, holds and does."""
+
+    version: str
+    generation: str
+    name: str
+    uptime: float
+    ranks: list[RankState]
+    models: list[ModelState]
+    running: str
+    queued: int
+    jobs_done: int
+    cached_tensors: int
+
+
+Request: TypeAlias = Hello | LoadModel | LoadVAE | Sample | Forward | Decode | Encode | Unload | Status | Cancel | Stop
+Reply: TypeAlias = Welcome | Progress | StepDone | Loaded | Result | Done | Failed | BackendState
+FINAL_REPLIES = (Welcome, Loaded, Result, Done, Failed, BackendState)
+
+
+class TensorMeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A tensor of the message. With `hash` alone the receiver has it already; `sent` says that a frame follows."""
+
+    dtype: str
+    shape: list[int]
+    sent: bool = True
+    hash: str | None = None
+
+
+class RequestHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    job: int
+    body: Request
+    tensors: list[TensorMeta] = []
+    version: str = __version__
+
+
+class ReplyHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    job: int
+    body: Reply
+    tensors: list[TensorMeta] = []

@@ -1,0 +1,119 @@
+"""Where backends are found: a folder per name that only its user can enter.
+
+It holds `backend.json` (written by rank 0 once all ranks are ready), the socket, a lock, logs, and the last words
+of ranks that failed.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+import time
+from pathlib import Path
+
+import msgspec
+
+from ..errors import StartError
+
+_LONGEST_SOCKET_PATH = 100
+
+
+class BackendRecord(msgspec.Struct, frozen=True):
+    """What a running backend says of itself. `generation` changes whenever its ranks are restarted."""
+
+    version: str
+    generation: str
+    pid: int
+    agent_pid: int
+    address: str
+    world_size: int
+    device: str
+    devices: list[int] = []
+
+
+def runtime_root() -> Path:
+    """$PARALLEL_MMDIT_RUNTIME_DIR, else a folder in the user's own run-time or temporary folder."""
+    if chosen := os.environ.get("PARALLEL_MMDIT_RUNTIME_DIR"):
+        return Path(chosen)
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    if base and Path(base).is_dir():
+        return Path(base) / "parallel-mmdit"
+    return Path(tempfile.gettempdir()) / f"parallel-mmdit-{os.getuid()}"
+
+
+def runtime_dir(name: str) -> Path:
+    """The folder of the backend `name`, made if it is not there.
+
+    Raises: StartError: it belongs to somebody else, or its path is too long for a socket.
+    """
+    for folder in (runtime_root(), runtime_root() / name):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        info = folder.lstat()
+        if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid():
+            raise StartError(
+                f"{folder} belongs to another user.", "Set PARALLEL_MMDIT_RUNTIME_DIR to a folder of yours."
+            )
+        folder.chmod(0o700)
+    if len(str(folder / "socket")) > _LONGEST_SOCKET_PATH:
+        raise StartError(
+            f"The path {folder}/socket is longer than a socket's may be ({_LONGEST_SOCKET_PATH}).",
+            "Set PARALLEL_MMDIT_RUNTIME_DIR to a shorter path, or use a shorter backend name.",
+        )
+    return folder
+
+
+def read_record(name: str) -> BackendRecord | None:
+    """The record of a backend that lives; None where there is none or its rank 0 is gone."""
+    try:
+        record = msgspec.json.decode((runtime_dir(name) / "backend.json").read_bytes(), type=BackendRecord)
+    except (FileNotFoundError, msgspec.DecodeError):
+        return None
+    return record if is_alive(record.pid) else None
+
+
+def write_record(name: str, record: BackendRecord) -> None:
+    """The record in place, whole or not at all."""
+    path = runtime_dir(name) / "backend.json"
+    draft = path.with_suffix(".new")
+    draft.write_bytes(msgspec.json.encode(record))
+    draft.replace(path)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process runs; a zombie doesn't."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def note_last_words(name: str, rank: int, words: str) -> None:
+    """Leaves what rank `rank` failed of for the client to read."""
+    (runtime_dir(name) / f"rank{rank}.error").write_text(words)
+
+
+def last_words(name: str, since: float) -> str:
+    """What failed first since a time.time(), in the words of that rank; else the end of the log."""
+    folder = runtime_dir(name)
+    notes = [p for p in folder.glob("rank*.error") if p.stat().st_mtime >= since - 1]
+    if notes:
+        first = min(notes, key=lambda p: p.stat().st_mtime)
+        return f"{first.stem.replace('rank', 'rank ')}: {first.read_text().strip()}"
+    return "no rank left a message"
+
+
+def log_tail(name: str, lines: int = 15) -> str:
+    try:
+        return "\n".join((runtime_dir(name) / "backend.log").read_text(errors="replace").splitlines()[-lines:])
+    except FileNotFoundError:
+        return "(no log)"
+
+
+def wait_until_gone(pid: int, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while is_alive(pid):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True

@@ -1,0 +1,114 @@
+"""Messages as frames: a msgpack header of a known type, then each tensor's raw bytes. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Sequence
+from typing import TypeVar
+
+import msgspec
+import torch
+from torch import Tensor
+
+from ..errors import ProtocolError
+from ..version import __version__
+from .messages import ReplyHeader, RequestHeader, TensorMeta
+
+# A frame's memory is read-only, and so are the tensors made of it: they are copied to a device or cast, never written.
+warnings.filterwarnings("ignore", message="The given buffer is not writable")
+
+MAX_TENSORS = 30
+MAX_FRAME_BYTES = 2**31
+_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+    "int64": torch.int64,
+    "uint8": torch.uint8,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+Header = TypeVar("Header", RequestHeader, ReplyHeader)
+Frame = bytes | bytearray | memoryview
+
+
+class _Version(msgspec.Struct):
+    version: str = "unknown"
+
+
+def tensor_meta(tensor: Tensor, *, sent: bool = True, hash: str | None = None) -> TensorMeta:
+    """Raises: ProtocolError: a dtype that does not travel."""
+    if tensor.dtype not in _NAMES:
+        raise ProtocolError(
+            f"A tensor of {tensor.dtype} can't be sent.", f"Convert it to one of: {', '.join(_DTYPES)}."
+        )
+    return TensorMeta(_NAMES[tensor.dtype], list(tensor.shape), sent, hash)
+
+
+def tensor_frame(tensor: Tensor) -> memoryview:
+    """The tensor's bytes, without a copy where it is contiguous on the CPU."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy())
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    digest = hashlib.blake2b(tensor_frame(tensor), digest_size=16)
+    digest.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
+    return digest.hexdigest()
+
+
+def pack(header: RequestHeader | ReplyHeader, tensors: Sequence[Tensor]) -> list[Frame]:
+    """The frames of a message. `tensors` are those whose meta says `sent`, in order."""
+    if len(header.tensors) > MAX_TENSORS:
+        raise ProtocolError(f"{len(header.tensors)} tensors in one message.", f"Send at most {MAX_TENSORS}.")
+    return [msgspec.msgpack.encode(header), *(tensor_frame(tensor) for tensor in tensors)]
+
+
+def unpack(frames: Sequence[Frame], kind: type[Header]) -> tuple[Header, list[Tensor | None]]:
+    """The header and its tensors; None in the place of a tensor that is named by its hash alone.
+
+    Raises: ProtocolError: another version, an unknown message or field, or frames that don't fit the header.
+    """
+    if not frames:
+        raise ProtocolError("An empty message came.", "Send a header frame.")
+    if kind is RequestHeader:
+        _check_version(frames[0])
+    try:
+        header = msgspec.msgpack.decode(frames[0], type=kind)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise ProtocolError(f"A message can't be read: {error}.", "Use client and backend of one version.") from None
+    sent = sum(meta.sent for meta in header.tensors)
+    if sent != len(frames) - 1 or len(header.tensors) > MAX_TENSORS:
+        raise ProtocolError(
+            f"A message names {sent} tensors and carries {len(frames) - 1} frames.", "Send one frame per tensor."
+        )
+    rest = iter(frames[1:])
+    return header, [_tensor(meta, next(rest)) if meta.sent else None for meta in header.tensors]
+
+
+def _check_version(frame: Frame) -> None:
+    try:
+        version = msgspec.msgpack.decode(frame, type=_Version).version
+    except (msgspec.DecodeError, msgspec.ValidationError):
+        raise ProtocolError(
+            "A message has no readable header.", "Speak msgpack as parallel_backend.rpc does."
+        ) from None
+    if version != __version__:
+        raise ProtocolError(
+            f"A message of version {version} came; this backend is version {__version__}.",
+            "Stop the backend with `parallel-mmdit stop` and start it again, so that both ends are of one version.",
+        )
+
+
+def _tensor(meta: TensorMeta, frame: Frame) -> Tensor:
+    if meta.dtype not in _DTYPES or any(size < 0 for size in meta.shape):
+        raise ProtocolError(f"A tensor of {meta.dtype} {meta.shape} can't be read.", "Send a known dtype and sizes.")
+    dtype, shape = _DTYPES[meta.dtype], torch.Size(meta.shape)
+    expected = shape.numel() * dtype.itemsize
+    if len(frame) != expected:
+        raise ProtocolError(
+            f"A frame has {len(frame)} bytes where {meta.dtype} {meta.shape} needs {expected}.", "Send whole tensors."
+        )
+    return torch.frombuffer(frame, dtype=dtype).view(shape) if expected else torch.empty(shape, dtype=dtype)

@@ -1,0 +1,84 @@
+"""Safetensors files from outside: is it one, is it whole, has it changed. Reads headers, never weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError
+
+_SAMPLES = 256
+_SAMPLE_BYTES = 4096
+
+
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """The JSON header of a safetensors file, checked against the file's length.
+
+    Raises: CheckpointError: not a file, not safetensors (a pickle, say), or cut short.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"There is no file at {path}.", "Check the name, and that the backend sees this disk.")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = int.from_bytes(head, "little")
+        if len(head) < 8 or not 2 <= length <= min(size - 8, 100_000_000):
+            raise CheckpointError(_not_safetensors(path, head), "Use the .safetensors file of this model.")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(_not_safetensors(path, head), "Use the .safetensors file of this model.") from None
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise CheckpointError(
+            f"{path.name} has {size} bytes where its header promises {expected}: it is cut short or damaged.",
+            "Download or copy it again.",
+        )
+    return header
+
+
+def _not_safetensors(path: Path, head: bytes) -> str:
+    pickled = head[:2] in (b"PK", b"\x80\x02", b"\x80\x04")
+    kind = "a pickle (a .ckpt or .pt file under another name), which can run code when opened" if pickled else "not one"
+    return f"{path.name} should be a safetensors file, but it is {kind}."
+
+
+def content_key(path: Path) -> str:
+    """A key that changes when the weights at `path` do: header, size, time of change and samples of the data.
+
+    Reads at most 1 MiB and the header of each file, whatever the checkpoint's size.
+    """
+    digest = hashlib.sha256()
+    for file in files_of(path):
+        safetensors_header(file)
+        stat = file.stat()
+        digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+        with file.open("rb") as opened:
+            digest.update(opened.read(8 + int.from_bytes(opened.read(8), "little")))
+            for sample in range(_SAMPLES):
+                opened.seek(stat.st_size * sample // _SAMPLES)
+                digest.update(opened.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:32]
+
+
+def model_folder(path: Path) -> Path:
+    """The folder that holds the weights: a diffusers pipeline keeps them in `transformer`."""
+    return path / "transformer" if (path / "transformer").is_dir() else path
+
+
+def files_of(path: Path) -> list[Path]:
+    """The safetensors files at `path`: itself, or all of the folder.
+
+    Raises: CheckpointError: a folder without any.
+    """
+    path = model_folder(path)
+    if not path.is_dir():
+        return [path]
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"The folder {path} holds no .safetensors file.", "Name the model's own folder.")
+    return files

@@ -1,0 +1,1 @@
+"""Schedules, samplers and guidance; nothing here knows how a model is spread."""

@@ -1,0 +1,78 @@
+"""One sampling request from latent to latent: noise, schedule, guidance, the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..config import SamplerSpec
+from ..errors import InputError
+from .driver import StepReport, drive
+from .guidance import guide, mask_for
+from .noise import initial_noise
+from .parameterization import Parameterization
+from .schedules import sigmas_for
+
+Velocities = Callable[[Tensor, Tensor], Sequence[Tensor]]
+
+
+def sample_latent(
+    velocities: Velocities,
+    spec: SamplerSpec,
+    model: Parameterization,
+    *,
+    latent: Tensor,
+    mask: Tensor | None,
+    noise: Tensor | None,
+    sigmas: Tensor | None,
+    batch_index: Sequence[int] | None,
+    share: Callable[[Tensor], Tensor],
+    on_step: Callable[[StepReport], None],
+) -> Tensor:
+    """The sampled latent, in the model's scale.
+
+    Args:
+        velocities: (x, timestep) -> outputs for cond and, with guidance, uncond.
+        latent: (B, C, Y, X), fp32, on the device that computes.
+        noise: start noise; None draws it from the seed.
+        sigmas: in place of the scheduler's; None makes them.
+        batch_index: which draws of the seed's stream the rows get.
+    Raises: InputError: noise, sigmas or batch_index that don't fit the latent.
+    """
+    device = latent.device
+    if noise is not None and noise.shape != latent.shape:
+        raise InputError(f"Noise of {list(noise.shape)} for a latent of {list(latent.shape)}.", "Give equal shapes.")
+    if batch_index is not None and (len(batch_index) != latent.shape[0] or min(batch_index) < 0):
+        raise InputError(f"batch_index {list(batch_index)} for {latent.shape[0]} latents.", "Name one draw per latent.")
+    if noise is None:
+        noise = initial_noise(latent.shape, spec.seed, batch_index)
+    sigmas = (sigmas_for(spec, model) if sigmas is None else check_sigmas(sigmas)).to(device)
+    noise = noise.to(device)
+    # ComfyUI's ddim draws the noise of the masked part from the next seed.
+    mask_noise = initial_noise(latent.shape, (spec.seed + 1) % 2**64).to(device) if spec.sampler == "ddim" else noise
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        outputs = [model.denoised(x, sigma, out) for out in velocities(x, model.timestep(sigma))]
+        return guide(outputs[0], outputs[1], spec.cfg_scale) if len(outputs) == 2 else outputs[0]
+
+    return drive(
+        denoise,
+        spec,
+        model,
+        sigmas,
+        latent=latent,
+        noise=noise,
+        mask=None if mask is None else mask_for(mask, latent),
+        mask_noise=mask_noise,
+        share=share,
+        on_step=on_step,
+    )
+
+
+def check_sigmas(sigmas: Tensor) -> Tensor:
+    sigmas = sigmas.float()
+    if sigmas.ndim != 1 or not torch.isfinite(sigmas).all() or (sigmas < 0).any() or (sigmas.diff() >= 0).any():
+        raise InputError(f"Sigmas {sigmas.tolist()[:6]} don't fall.", "Give finite sigmas in descending order.")
+    return sigmas
