@@ -155,12 +155,24 @@ class MeshSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return cls(order=order, **{name: factor for name, (factor, _) in parts.items()})
 
     @classmethod
+    def filled(cls, world_size: int, *, dp: int, cfg: int, ring: int, ulysses: int, tp: int) -> MeshSpec:
+        """The mesh of these degrees, where cfg and ulysses may be 0: then they take what the others leave.
+
+        Raises: ConfigError: the degrees don't fit `world_size` ranks.
+        """
+        if cfg == 0:
+            left = world_size // (dp * ring * tp * max(ulysses, 1)) if min(dp, ring, tp) > 0 else 0
+            cfg = 2 if left and left % 2 == 0 else 1
+        if ulysses == 0:
+            ulysses = max(1, world_size // (dp * cfg * ring * tp)) if min(dp, ring, tp) > 0 else 1
+        mesh = cls(dp=dp, cfg=cfg, ring=ring, ulysses=ulysses, tp=tp)
+        mesh.check_world(world_size)
+        return mesh
+
+    @classmethod
     def exact_default(cls, world_size: int) -> MeshSpec:
         """The mesh used when nothing is asked for: cfg 2 where it fits, the rest ulysses."""
-        if world_size < 1:
-            raise ConfigError(f"A mesh of {world_size} ranks is empty.", "Use one rank or more.")
-        cfg = 2 if world_size % 2 == 0 else 1
-        return cls(cfg=cfg, ulysses=world_size // cfg)
+        return cls.filled(world_size, dp=1, cfg=0, ring=1, ulysses=0, tp=1)
 
     @classmethod
     def all_of(cls, world_size: int) -> list[MeshSpec]:

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from .mesh import MeshAxis
 
+# torch 2.13 renamed it; older ones have only the first name.
+_all_gather_flat = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
 
 def split_sizes(total: int, parts: int) -> list[int]:
     """`total` in `parts` whole numbers that differ by at most 1, larger ones first."""
@@ -68,7 +71,7 @@ def all_gather(x: Tensor, dim: int, sizes: Sequence[int], axis: MeshAxis) -> Ten
     if sent.shape[0] < longest:
         sent = torch.cat([sent, sent.new_zeros(longest - sent.shape[0], *sent.shape[1:])])
     full = sent.new_empty(axis.degree * longest, *sent.shape[1:])
-    dist.all_gather_into_tensor(full, sent.contiguous(), group=axis.group)
+    _all_gather_flat(full, sent.contiguous(), group=axis.group)
     if any(size != longest for size in sizes):
         full = torch.cat([full[i * longest : i * longest + size] for i, size in enumerate(sizes)])
     return full.movedim(0, dim)

@@ -79,7 +79,7 @@ class Control:
         sent[:4] = torch.frombuffer(bytearray(len(raw).to_bytes(4, "little")), dtype=torch.uint8)
         sent[4 : 4 + len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
         full = torch.empty(self.world_size * _NOTE_BYTES, dtype=torch.uint8)
-        dist.all_gather_into_tensor(full, sent, group=self._group)
+        dist.all_gather(list(full.view(self.world_size, _NOTE_BYTES)), sent, group=self._group)
         notes = []
         for row in full.view(self.world_size, _NOTE_BYTES):
             data = row.numpy().tobytes()

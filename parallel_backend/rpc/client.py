@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -246,10 +247,8 @@ class Backend:
 
         Raises: StartError: they still run after `seconds`.
         """
-        try:
+        with contextlib.suppress(BackendLostError):
             self.request(Stop())
-        except BackendLostError:
-            pass
         if not files.wait_until_gone(self.record.agent_pid, seconds):
             raise StartError(
                 f"Backend {self.spec.name!r} (process {self.record.agent_pid}) still runs {seconds:.0f} s after stop.",

@@ -1,0 +1,1 @@
+"""The ComfyUI side: the only folder that imports comfy."""

@@ -1,0 +1,19 @@
+"""The list of nodes, in ComfyUI's V3 form."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .load_models import LoadParallelMMDiT
+from .mesh_config import MeshConfig
+from .parallel_sampler import ParallelSampler
+from .patch_parallel_vae import PatchParallelVAE
+
+
+class ParallelMMDiTExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [MeshConfig, LoadParallelMMDiT, ParallelSampler, PatchParallelVAE]
+
+
+async def comfy_entrypoint() -> ParallelMMDiTExtension:
+    return ParallelMMDiTExtension()

@@ -1,0 +1,104 @@
+"""LoadParallelMMDiT: a checkpoint into the backend, a MODEL out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import comfy.utils
+import folder_paths
+import torch
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from ..parallel_backend import RemoteModel
+from ..parallel_backend.errors import CheckpointError
+from ..parallel_backend.rpc.messages import Progress, StepDone
+from .node_text import say
+from .parallel_mesh import MeshSocket, ParallelMesh, make_room
+from .remote_model import interruptible, remote_patcher
+
+CHECKPOINTS = "checkpoints/"
+
+
+def model_names() -> list[str]:
+    """Files of the diffusion_models folder, then those of the checkpoints folder with that folder's name before them."""
+    checkpoints = (CHECKPOINTS + name for name in folder_paths.get_filename_list("checkpoints"))
+    return [*folder_paths.get_filename_list("diffusion_models"), *checkpoints]
+
+
+def model_path(name: str) -> Path:
+    """Raises: CheckpointError: no such file in the model folders."""
+    folder, file = (
+        ("checkpoints", name.removeprefix(CHECKPOINTS)) if name.startswith(CHECKPOINTS) else ("diffusion_models", name)
+    )
+    path = folder_paths.get_full_path(folder, file)
+    if path is None:
+        raise CheckpointError(f"There is no {file!r} in ComfyUI's {folder} folder.", "Put it there, or choose another.")
+    return Path(path)
+
+
+def file_fingerprint(path: Path) -> str:
+    """Changes when the file does, so that the node runs again."""
+    stat = path.stat()
+    return f"{path} {stat.st_size} {stat.st_mtime_ns}"
+
+
+def load_remote_model(mesh: ParallelMesh, path: Path) -> tuple[RemoteModel, str]:
+    """The model in the backend, and a line about how it came there."""
+    backend = mesh.backend()
+    room = make_room(backend, path.stat().st_size // mesh.mesh.tp if path.is_file() else 0)
+    bar = comfy.utils.ProgressBar(1)
+
+    def on_event(event: Progress | StepDone, _: Sequence[Tensor]) -> None:
+        if isinstance(event, Progress):
+            say(f"{event.what} on {mesh.mesh.describe()}")
+            bar.update_absolute(event.done, event.total)
+
+    remote = interruptible(backend.load_model, path, mesh.mesh, mesh.dtype, mesh.kernel, on_event=on_event)
+    bar.update_absolute(1, 1)
+    return remote, "\n".join(filter(None, [load_report(remote), room]))
+
+
+def load_report(remote: RemoteModel) -> str:
+    loaded = remote.loaded
+    held = " / ".join(f"{count / 2**20:.0f}" for count in loaded.resident_bytes)
+    if not any(loaded.bytes_read):
+        text = f"{loaded.family}: weights already resident, 0 bytes read; {held} MiB on the ranks"
+    else:
+        read = " / ".join(f"{count / 2**20:.0f}" for count in loaded.bytes_read)
+        text = f"{loaded.family}: read {read} MiB in {loaded.seconds:.1f} s; {held} MiB on the ranks"
+    return text + (f"; made room by freeing {', '.join(loaded.evicted)}" if loaded.evicted else "")
+
+
+class LoadParallelMMDiT(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoadParallelMMDiT",
+            display_name="Load Parallel MMDiT (SD3 / SD3.5)",
+            category="parallel",
+            description="Loads SD3-medium, SD3.5-medium or SD3.5-large into the backend, each rank its own part. "
+            "The MODEL works with KSampler and guiders; ParallelSampler runs the whole loop in the backend.",
+            search_aliases=["sd3", "sd3.5", "multi gpu", "load diffusion model"],
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=model_names(),
+                    tooltip="A .safetensors file of the diffusion_models or checkpoints folder.",
+                ),
+                MeshSocket.Input("mesh", tooltip="From Mesh Config."),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="A MODEL whose weights live in the backend.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name: str, mesh: None = None) -> str:
+        return file_fingerprint(model_path(model_name))
+
+    @classmethod
+    def execute(cls, model_name: str, mesh: ParallelMesh) -> io.NodeOutput:
+        path = model_path(model_name)
+        remote, report = load_remote_model(mesh, path)
+        say(report)
+        return io.NodeOutput(remote_patcher(remote, path, getattr(torch, mesh.dtype)), ui=ui.PreviewText(report))

@@ -1,0 +1,152 @@
+"""MeshConfig: how many ranks, and how they share the work."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io, ui
+
+from ..parallel_backend.config import DEFAULT_IDLE_SECONDS, DTYPES, KERNELS, BackendSpec, MeshSpec
+from ..parallel_backend.errors import BackendError
+from ..parallel_backend.rpc.launcher import default_ranks
+from .parallel_mesh import MeshSocket, ParallelMesh
+
+
+def parallel_mesh(
+    ranks: int,
+    device: str,
+    devices: str,
+    cfg: int,
+    ulysses: int,
+    ring: int,
+    tp: int,
+    dp: int,
+    dtype: str,
+    attention: str,
+    backend: str,
+    memory_budget_mib: int,
+    idle_minutes: int,
+) -> ParallelMesh:
+    """The settings as one object.
+
+    Raises: ConfigError: they don't fit together.
+    """
+    found_device, found = default_ranks()
+    device = found_device if device == "auto" else device
+    try:
+        ordinals = tuple(int(part) for part in devices.replace(" ", "").split(",") if part)
+    except ValueError:
+        raise BackendError(
+            f"devices {devices!r} is not a list of GPU numbers.", "Write it like 0,1,3 or leave it empty."
+        ) from None
+    world_size = ranks or len(ordinals) or (found if device == found_device else 2)
+    spec = BackendSpec(backend, world_size, device, ordinals, idle_minutes * 60.0, memory_budget_mib * 2**20)  # type: ignore[arg-type]
+    mesh = MeshSpec.filled(world_size, dp=dp, cfg=cfg, ring=ring, ulysses=ulysses, tp=tp)
+    dtype = ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype
+    return ParallelMesh(spec, mesh, dtype, attention)
+
+
+class MeshConfig(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MeshConfig",
+            display_name="Mesh Config (parallel)",
+            category="parallel",
+            description="Says how many GPUs work on one image and how they share it. "
+            "Left as it is, it takes all GPUs and an exact split.",
+            search_aliases=["multi gpu", "parallel", "tensor parallel", "ulysses", "ring attention"],
+            inputs=[
+                io.Int.Input(
+                    "ranks", default=0, min=0, max=256, tooltip="Processes, one per GPU. 0: all GPUs, or 2 on a CPU."
+                ),
+                io.Combo.Input(
+                    "device", options=["auto", "cuda", "cpu"], default="auto", tooltip="auto: GPUs where there are any."
+                ),
+                io.String.Input(
+                    "devices", default="", tooltip="GPU numbers, one per rank, such as 0,1,3. Empty: the first ones."
+                ),
+                io.Int.Input(
+                    "cfg",
+                    default=0,
+                    min=0,
+                    max=2,
+                    tooltip="2: cond and uncond on different ranks, the cheapest split. 0: 2 where it fits. No gain at cfg 1.",
+                ),
+                io.Int.Input(
+                    "ulysses",
+                    default=0,
+                    min=0,
+                    max=64,
+                    tooltip="Tokens over ranks, exchanged for heads in attention. 0: whatever is left.",
+                ),
+                io.Int.Input(
+                    "ring",
+                    default=1,
+                    min=1,
+                    max=64,
+                    tooltip="Tokens over ranks, keys and values sent round a ring. For slow links or long sequences.",
+                ),
+                io.Int.Input(
+                    "tp",
+                    default=1,
+                    min=1,
+                    max=64,
+                    tooltip="Weights over ranks: each holds 1/tp of the model. For models that don't fit one GPU.",
+                ),
+                io.Int.Input(
+                    "dp", default=1, min=1, max=64, tooltip="The batch over ranks. Only for batches of several images."
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=["auto", *DTYPES],
+                    default="auto",
+                    tooltip="auto: bfloat16 on GPUs, float32 on a CPU.",
+                ),
+                io.Combo.Input(
+                    "attention",
+                    options=list(KERNELS),
+                    default="auto",
+                    tooltip="auto: flash-attn where it is installed, else torch's own.",
+                ),
+                io.String.Input(
+                    "backend",
+                    default="default",
+                    tooltip="The backend's name. One of that name that runs already is used as it is.",
+                    advanced=True,
+                ),
+                io.Int.Input(
+                    "memory_budget_mib",
+                    default=0,
+                    min=0,
+                    max=2**24,
+                    tooltip="Most MiB of models on a rank; the least recently used leave. 0: no limit.",
+                    advanced=True,
+                ),
+                io.Int.Input(
+                    "idle_minutes",
+                    default=int(DEFAULT_IDLE_SECONDS / 60),
+                    min=1,
+                    max=10**6,
+                    tooltip="The backend ends itself after so long without work.",
+                    advanced=True,
+                ),
+            ],
+            outputs=[MeshSocket.Output(display_name="mesh", tooltip="For the parallel loaders.")],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls, ranks=None, device=None, devices=None, cfg=None, ulysses=None, ring=None, tp=None, dp=None
+    ):  # type: ignore[no-untyped-def]
+        values = (ranks, device, devices, cfg, ulysses, ring, tp, dp)
+        if any(value is None for value in values):  # a linked value is known only when the node runs
+            return True
+        try:
+            parallel_mesh(*values, "auto", "auto", "default", 0, 1)
+        except BackendError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, **settings) -> io.NodeOutput:  # type: ignore[no-untyped-def]
+        mesh = parallel_mesh(**settings)
+        return io.NodeOutput(mesh, ui=ui.PreviewText(mesh.describe()))

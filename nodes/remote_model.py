@@ -1,0 +1,210 @@
+"""A ComfyUI MODEL whose weights live in a backend: one request per model evaluation.
+
+Stock samplers and guiders run on it as on any MODEL. What can't be sent is refused by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import comfy.model_detection
+import comfy.model_management as mm
+import comfy.model_patcher
+import comfy.patcher_extension
+import torch
+from torch import Tensor
+
+from ..parallel_backend import RemoteModel
+from ..parallel_backend.errors import CancelledError, CheckpointError, UnsupportedError
+from ..parallel_backend.safetensors_file import files_of, safetensors_header
+from .comfy_types import refuse, transformer_patches, weight_patches
+
+_PREFIX = "model.diffusion_model."
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ELSEWHERE = "The weights live in the backend. Remove that node, or load the model with ComfyUI's own loader."
+
+
+def interruptible(request: Any, *args: Any, **kwargs: Any) -> Any:
+    """request(*args, **kwargs), given up when ComfyUI is interrupted; then ComfyUI's own exception is raised."""
+    try:
+        return request(*args, should_cancel=mm.processing_interrupted, **kwargs)
+    except CancelledError:
+        mm.throw_exception_if_processing_interrupted()
+        raise
+
+
+def meta_state_dict(path: Path) -> dict[str, Tensor]:
+    """The diffusion model's tensors without their values: what ComfyUI recognises a model by."""
+    entries = {
+        name: entry
+        for file in files_of(path)
+        for name, entry in safetensors_header(file).items()
+        if name != "__metadata__"
+    }
+    if any(name.startswith(_PREFIX) for name in entries):
+        entries = {name.removeprefix(_PREFIX): e for name, e in entries.items() if name.startswith(_PREFIX)}
+    return {
+        name: torch.empty(entry["shape"], dtype=_DTYPES.get(entry["dtype"], torch.float32), device="meta")
+        for name, entry in entries.items()
+    }
+
+
+class RemoteDiffusionModel(torch.nn.Module):
+    """Stands where ComfyUI expects the network; has its names and shapes, and no weights."""
+
+    def __init__(self, remote: RemoteModel, meta: dict[str, Tensor], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.remote, self.meta, self.dtype = remote, meta, dtype
+
+    def __getattr__(self, name: str) -> Any:
+        # Only names found nowhere else come here. Somebody who reaches for a layer would patch it without effect.
+        if any(key.split(".", 1)[0] == name for key in self.__dict__.get("meta", ())):
+            raise UnsupportedError(f"A node reaches for the layer {name!r} of a parallel MODEL.", _ELSEWHERE)
+        return super().__getattr__(name)
+
+    def state_dict(  # type: ignore[override]
+        self, *args: Any, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
+        destination = {} if destination is None else destination
+        destination.update({prefix + key: value for key, value in self.meta.items()})
+        return destination
+
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor | None = None,
+        y: Tensor | None = None,
+        control: Any = None,
+        transformer_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        options = transformer_options or {}
+        # Checked here too: some guiders add their patches while they sample.
+        refuse(_unsendable(control, options, kwargs), "A parallel MODEL", _ELSEWHERE)
+        executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(
+            self._remote_forward,
+            self,
+            comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options),
+        )
+        return executor.execute(x, timesteps, context, y, control, options)
+
+    def _remote_forward(self, x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor, *_: Any, **__: Any) -> Tensor:
+        out = interruptible(self.remote.forward, x, timesteps, context, y)
+        return out.to(device=x.device, dtype=x.dtype)
+
+
+def _unsendable(control: Any, options: dict[str, Any], kwargs: dict[str, Any]) -> Iterator[str]:
+    if control is not None:
+        yield "a ControlNet"
+    yield from transformer_patches(options)
+    yield from (f"the model argument {name!r}" for name, value in kwargs.items() if value is not None)
+
+
+class RemotePatcher(comfy.model_patcher.ModelPatcher):
+    """Holds no memory, so ComfyUI never evicts anything for it; refuses what would change weights."""
+
+    @property
+    def remote(self) -> RemoteModel:
+        return self.model.diffusion_model.remote
+
+    def is_dynamic(self) -> bool:
+        return False
+
+    def model_size(self) -> int:
+        return 1
+
+    def loaded_size(self) -> int:
+        return 0
+
+    def memory_required(self, input_shape: Any) -> int:
+        return 0
+
+    def get_free_memory(self, device: Any) -> float:
+        return 1e30  # cond and uncond always go out as one batch
+
+    def pinned_memory_size(self) -> int:
+        return 0
+
+    def loaded_ram_size(self) -> int:
+        return 0
+
+    def partially_unload_ram(self, ram_to_unload: int, subsets: Any = None) -> int:
+        return 0
+
+    def partially_unload(self, device_to: Any, memory_to_free: int = 0, force_patch_weights: bool = False) -> int:
+        return 0
+
+    def partially_load(self, device_to: Any, extra_memory: int = 0, force_patch_weights: bool = False) -> Any:
+        # Runs before every sampling, where `load` runs only after a change.
+        refuse(weight_patches(self), "A parallel MODEL", _ELSEWHERE)
+        return super().partially_load(device_to, extra_memory, force_patch_weights)
+
+    def load(
+        self,
+        device_to: Any = None,
+        lowvram_model_memory: int = 0,
+        force_patch_weights: bool = False,
+        full_load: bool = False,
+    ) -> None:
+        self.model.device = device_to
+        self.model.model_loaded_weight_memory = 1
+        self.model.model_lowvram = False
+        self.model.current_weight_patches_uuid = self.patches_uuid
+        for callback in self.get_all_callbacks(comfy.patcher_extension.CallbacksMP.ON_LOAD):
+            callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
+
+    def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> NoReturn:
+        self._refuse(f"a LoRA or weight patch on {len(patches)} weights")
+
+    def get_key_patches(self, filter_prefix: str | None = None) -> NoReturn:
+        self._refuse("merging models")
+
+    def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse("saving the model")
+
+    def model_state_dict_for_saving(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse("saving the model")
+
+    def deepclone_multigpu(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse("ComfyUI's own MultiGPU")
+
+    def set_injections(self, key: str, injections: Any) -> NoReturn:
+        self._refuse(f"injections ({key})")
+
+    def patch_weight_to_device(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse("patching a weight")
+
+    def add_hook_patches(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse("weight hooks")
+
+    def patch_hooks(self, hooks: Any) -> None:
+        if hooks is not None:
+            self._refuse("hooks in the conditioning")
+        self.current_hooks = None
+
+    def unpatch_hooks(self, whitelist_keys_set: Any = None) -> None:
+        self.current_hooks = None
+
+    @staticmethod
+    def _refuse(what: str) -> NoReturn:
+        raise UnsupportedError(f"A parallel MODEL can't honour {what}.", _ELSEWHERE)
+
+
+def remote_patcher(remote: RemoteModel, path: Path, dtype: torch.dtype) -> RemotePatcher:
+    """The MODEL of a model that is loaded in a backend.
+
+    Raises: CheckpointError: ComfyUI doesn't recognise the file.
+    """
+    meta = meta_state_dict(path)
+    config = comfy.model_detection.model_config_from_unet(meta, "")
+    if config is None:
+        raise CheckpointError(f"ComfyUI doesn't recognise the model in {path.name}.", "Update ComfyUI.")
+    config.set_inference_dtype(dtype, None)
+    config.unet_config["disable_unet_model_creation"] = True
+    model = config.get_model(meta, "")
+    model.diffusion_model = RemoteDiffusionModel(remote, meta, dtype)
+    model.memory_required = lambda input_shape, cond_shapes=None: 0
+    return RemotePatcher(model, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())

@@ -1,0 +1,94 @@
+"""A ComfyUI VAE whose decode and encode are requests to a backend."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import comfy.model_management as mm
+import comfy.model_patcher
+import comfy.sd
+import torch
+from torch import Tensor
+
+from ..parallel_backend import RemoteVAE
+from ..parallel_backend.errors import UnsupportedError
+from .remote_model import interruptible
+
+
+class RemoteFirstStage(torch.nn.Module):
+    """The network as tiled decoding calls it: latents to pixels in -1..1 and back, channels first."""
+
+    def __init__(self, remote: RemoteVAE) -> None:
+        super().__init__()
+        self.remote = remote
+
+    def decode(self, latent_BCYX: Tensor) -> Tensor:
+        return interruptible(self.remote.decode, latent_BCYX, raw=True)
+
+    def encode(self, pixels_BCYX: Tensor) -> Tensor:
+        return interruptible(self.remote.encode, ((pixels_BCYX + 1) / 2).movedim(1, -1))
+
+
+class ParallelVAE(comfy.sd.VAE):
+    """What VAEDecode, VAEDecodeTiled, VAEEncode and their kin use of a VAE. Holds no weights."""
+
+    def __init__(self, remote: RemoteVAE) -> None:
+        # The base class would build and load a network here; this one lives in the backend.
+        self.first_stage_model = RemoteFirstStage(remote)
+        self.remote = remote
+        self.latent_channels, self.latent_dim, self.output_channels = remote.latent_channels, 2, 3
+        self.downscale_ratio = self.upscale_ratio = 8
+        self.downscale_index_formula = self.upscale_index_formula = self.extra_1d_channel = None
+        self.pad_channel_value = self.format_encoded = self.size = None
+        self.crop_input, self.not_video, self.handles_tiling, self.disable_offload = True, False, False, False
+        self.process_input = lambda image: image * 2.0 - 1.0
+        self.process_output = lambda image: ((image + 1.0) / 2.0).clamp_(0.0, 1.0)
+        self.memory_used_encode = self.memory_used_decode = lambda shape, dtype: 0
+        self.working_dtypes, self.vae_dtype = [torch.float32], torch.float32
+        self.device = self.output_device = mm.intermediate_device()
+        self.patcher = comfy.model_patcher.ModelPatcher(self.first_stage_model, self.device, self.device, size=1)
+
+    def throw_exception_if_invalid(self) -> None:
+        """It was loaded, so it is valid."""
+
+    def is_dynamic(self) -> bool:
+        return False
+
+    def decode(self, samples_in: Tensor, vae_options: dict[str, Any] | None = None) -> Tensor:
+        if vae_options:
+            raise UnsupportedError(f"A parallel VAE has no options {list(vae_options)}.", "Decode without them.")
+        samples = samples_in[:, :, 0] if samples_in.ndim == 5 else samples_in
+        return interruptible(self.remote.decode, samples).to(self.output_device)
+
+    def encode(self, pixel_samples: Tensor) -> Tensor:
+        return interruptible(self.remote.encode, self.vae_encode_crop_pixels(pixel_samples)).to(self.output_device)
+
+    def decode_tiled(  # type: ignore[override]
+        self,
+        samples: Tensor,
+        tile_x: Any = None,
+        tile_y: Any = None,
+        overlap: Any = None,
+        tile_t: Any = None,
+        overlap_t: Any = None,
+    ) -> Tensor:
+        tiles = {"tile_x": tile_x, "tile_y": tile_y, "overlap": overlap}
+        return self.decode_tiled_(samples, **{k: v for k, v in tiles.items() if v is not None}).movedim(1, -1)
+
+    def encode_tiled(  # type: ignore[override]
+        self,
+        pixel_samples: Tensor,
+        tile_x: Any = None,
+        tile_y: Any = None,
+        overlap: Any = None,
+        tile_t: Any = None,
+        overlap_t: Any = None,
+    ) -> Tensor:
+        tiles = {"tile_x": tile_x, "tile_y": tile_y, "overlap": overlap}
+        pixels = self.vae_encode_crop_pixels(pixel_samples).movedim(-1, 1)
+        return self.encode_tiled_(pixels, **{k: v for k, v in tiles.items() if v is not None})
+
+    def get_sd(self) -> NoReturn:
+        raise UnsupportedError(
+            "A parallel VAE can't be saved: its weights live in the backend.", "Save the file's own VAE."
+        )
