@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import comfy.model_management as mm
@@ -48,7 +49,7 @@ def sample(
     def on_step(step: Step) -> None:
         clock.tick(step)
         mm.throw_exception_if_processing_interrupted()
-        callback(step.index, step.denoised if step.denoised is not None else full, step.x, step.total)
+        callback(step.index, step.denoised, step.x, step.total)
 
     try:
         out = model.remote.sample(
@@ -83,8 +84,6 @@ class StepClock:
         self._times: list[float] = []
 
     def tick(self, step: Step) -> None:
-        import time
-
         self._times.append(time.perf_counter())
 
     def report(self) -> str:

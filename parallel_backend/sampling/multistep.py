@@ -7,6 +7,7 @@ Sources: lms: Adams-Bashforth on uneven steps, as k-diffusion has it. ipndm and 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from scipy import integrate
@@ -105,57 +106,77 @@ def uni_pc(x: Tensor, run: Run) -> Sampler:
     if steps < 2:
         raise ConfigError("uni_pc can't run in a single step.", "Use 2 steps or more, or another sampler.")
     highest = min(3, steps - 1)
-    sigmas = run.sigmas.double()
-    scales = (1 + sigmas**2).sqrt()
-    x = x / scales[0].to(x.dtype)
+    times = _VpTimes.of(run.sigmas)
+    scales = (1 + run.sigmas**2).sqrt()
+    x = x / scales[0]
     past: list[tuple[int, Tensor]] = []
-    for i in range(steps + 1):
+    for i in range(steps):
         if i == 0:
-            past = [(0, (yield Evaluation(x * scales[0].to(x.dtype), run.sigmas[0], 0)))]
+            past = [(0, (yield Evaluation(x * scales[0], run.sigmas[0], 0)))]
             continue
         order = min(highest, steps + 1 - i) if i >= highest else i
-        base, predicted, correct = _uni_pc_step(x, past[:order], sigmas, i)
-        if i == steps:
-            x = predicted
-        else:
-            denoised = yield Evaluation(predicted * scales[i].to(x.dtype), run.sigmas[i], i)
-            x = base + correct(denoised)
-            past = [(i, denoised), *past[: highest - 1]]
-    return x * scales[-1].to(x.dtype)
+        step = _UniPcStep.plan(x, past[:order], times, i)
+        denoised = yield Evaluation(step.predicted * scales[i], run.sigmas[i], i)
+        x = step.corrected(denoised)
+        past = [(i, denoised), *past[: highest - 1]]
+    return _UniPcStep.plan(x, past[:1], times, steps).predicted / times.alpha[-1]
 
 
-def _uni_pc_step(x: Tensor, past: list[tuple[int, Tensor]], sigmas: Tensor, i: int):  # type: ignore[no-untyped-def]
-    """(first-order part, prediction, correction as a function of the new evaluation) of a step to sigmas[i]."""
-    order, (at, newest) = len(past), past[0]
-    log_snr = -sigmas.log()
-    h = log_snr[i] - log_snr[at]
-    alpha = 1 / (1 + sigmas**2).sqrt()
-    ratios = torch.stack([(log_snr[j] - log_snr[at]) / h for j, _ in past[1:]] + [torch.ones_like(h)])
-    differences = [(m - newest) / r.to(x.dtype) for (_, m), r in zip(past[1:], ratios, strict=False)]
-    powers = torch.stack([ratios**k for k in range(order)])
-    targets, phi = [], torch.expm1(-h) / -h - 1
-    for k in range(1, order + 1):
-        targets.append(phi * math.factorial(k) / -h)
-        phi = phi / -h - 1 / math.factorial(k + 1)
-    target = torch.stack(targets)
-    # For these low orders the paper takes 1/2 in place of the solution.
-    half = torch.full((1,), 0.5, dtype=sigmas.dtype, device=sigmas.device)
-    predictor = half if order == 2 else torch.linalg.solve(powers[:-1, :-1], target[:-1])
-    corrector = half if order == 1 else torch.linalg.solve(powers, target)
+class _VpTimes(NamedTuple):
+    """Signal share, noise share and log-SNR of the sigmas in the variance-preserving form.
 
-    scale = (alpha[i] * -h).to(x.dtype)
-    ratio = (sigmas[i] * alpha[i] / (sigmas[at] * alpha[at])).to(x.dtype)
-    base = ratio * x - (alpha[i] * torch.expm1(-h)).to(x.dtype) * newest
-    predicted = base - scale * _weighted(predictor, differences, x)
+    In fp32 and by way of the logarithm of alpha, as the reference has it: near sigma 0 its rounding shows in the result.
+    """
 
-    def correct(denoised: Tensor) -> Tensor:
-        return -scale * _weighted(corrector, [*differences, denoised - newest], x)
+    alpha: Tensor
+    std: Tensor
+    log_snr: Tensor
 
-    return base, predicted, correct
+    @classmethod
+    def of(cls, sigmas: Tensor) -> _VpTimes:
+        log_alpha = 0.5 * (1 / (sigmas * sigmas + 1)).log()
+        variance = 1.0 - (2.0 * log_alpha).exp()
+        return cls(log_alpha.exp(), variance.sqrt(), log_alpha - 0.5 * variance.log())
+
+
+class _UniPcStep(NamedTuple):
+    """One step: its first-order part, the prediction, and what the correction needs."""
+
+    base: Tensor
+    predicted: Tensor
+    newest: Tensor
+    differences: list[Tensor]
+    weights: Tensor
+    scale: Tensor
+
+    @classmethod
+    def plan(cls, x: Tensor, past: list[tuple[int, Tensor]], times: _VpTimes, i: int) -> _UniPcStep:
+        """`past`: (index of sigma, evaluation there), newest first; as many as the step's order."""
+        order, (at, newest) = len(past), past[0]
+        h = times.log_snr[i] - times.log_snr[at]
+        ratios = torch.stack([(times.log_snr[j] - times.log_snr[at]) / h for j, _ in past[1:]] + [torch.ones_like(h)])
+        differences = [(m - newest) / r for (_, m), r in zip(past[1:], ratios, strict=False)]
+        powers = torch.stack([ratios**k for k in range(order)])
+        targets, phi = [], torch.expm1(-h) / -h - 1
+        for k in range(1, order + 1):
+            targets.append(phi * math.factorial(k) / -h)
+            phi = phi / -h - 1 / math.factorial(k + 1)
+        target = torch.stack(targets)
+        # For these low orders the paper takes 1/2 in place of the solution.
+        half = torch.full_like(target[:1], 0.5)
+        predictor = half if order == 2 else torch.linalg.solve(powers[:-1, :-1], target[:-1])
+        corrector = half if order == 1 else torch.linalg.solve(powers, target)
+        scale = times.alpha[i] * -h
+        base = times.std[i] / times.std[at] * x - times.alpha[i] * torch.expm1(-h) * newest
+        predicted = base - scale * _weighted(predictor, differences, x)
+        return cls(base, predicted, newest, differences, corrector, scale)
+
+    def corrected(self, denoised: Tensor) -> Tensor:
+        return self.base - self.scale * _weighted(self.weights, [*self.differences, denoised - self.newest], self.base)
 
 
 def _weighted(weights: Tensor, tensors: list[Tensor], like: Tensor) -> Tensor:
     total = torch.zeros_like(like)
     for weight, tensor in zip(weights[: len(tensors)], tensors, strict=False):
-        total = total + weight.to(like.dtype) * tensor
+        total = total + weight * tensor
     return total

@@ -1,0 +1,63 @@
+"""KSampler's latents for a list of cases, on a local MODEL of a real ComfyUI: reference.py COMFYUI MODEL CASES OUT.
+
+CASES is a safetensors file of inputs whose metadata holds the cases as JSON; OUT gets one latent per case, and the
+sigmas of each schedule.
+"""
+
+import json
+import os
+import sys
+
+import shims
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+
+def main(comfy_folder, model_path, cases_path, out_path):
+    shims.install()
+    sys.path.insert(0, os.path.abspath(comfy_folder))
+    sys.argv = ["main.py", "--cpu"]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import comfy.sample
+    import comfy.samplers
+    import comfy.sd
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+    torch.set_num_threads(2)
+    model = comfy.sd.load_diffusion_model(model_path, model_options={"dtype": torch.float32})
+    results = {}
+    with safe_open(cases_path, framework="pt") as file, torch.inference_mode():
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        for name, case in json.loads(file.metadata()["cases"]).items():
+            patched = ModelSamplingSD3().patch(model, case["shift"])[0] if "shift" in case else model
+            latent = tensors[case["latent"]]
+            prompts = [
+                [[tensors[case[which]], {"pooled_output": tensors[case[which] + ".pooled"]}]]
+                for which in ("positive", "negative")
+            ]
+            results[name] = comfy.sample.sample(
+                patched,
+                comfy.sample.prepare_noise(latent, case["seed"], case.get("batch_index")),
+                case["steps"],
+                case["cfg"],
+                case["sampler"],
+                case["scheduler"],
+                *prompts,
+                latent,
+                denoise=case.get("denoise", 1.0),
+                noise_mask=tensors[case["mask"]] if "mask" in case else None,
+                disable_pbar=True,
+                seed=case["seed"],
+            ).contiguous()
+        for scheduler in comfy.samplers.SCHEDULER_NAMES:
+            for steps in (1, 2, 7, 20, 30):
+                sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
+                results[f"sigmas/{scheduler}/{steps}"] = sigmas.contiguous()
+    save_file(results, out_path)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,49 @@
+"""What a ComfyUI core needs to start beside a CPU build of torch: its own imports of torchvision and torchaudio.
+
+PyPI has no CPU build of either; the core imports them and, for what is tested here, never calls them.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+
+
+def install() -> None:
+    """Before the first import of comfy."""
+    _declare_torchvision_ops()
+    if not _importable("torchaudio"):
+        for name in ("torchaudio", "torchaudio.functional", "torchaudio.transforms"):
+            _stand_in(name)
+
+
+def _declare_torchvision_ops() -> None:
+    arguments = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+    for op in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, op):
+            torch.library.define(f"torchvision::{op}", arguments)
+
+
+def _importable(name: str) -> bool:
+    if find_spec(name) is None:
+        return False
+    try:
+        __import__(name)
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def _stand_in(name: str) -> None:
+    module = ModuleType(name)
+    parent, _, leaf = name.rpartition(".")
+    module.__spec__ = ModuleSpec(name, None, is_package=not parent)
+    if parent:
+        setattr(sys.modules[parent], leaf, module)
+    else:
+        module.__path__ = []
+    sys.modules[name] = module

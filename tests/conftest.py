@@ -1,0 +1,72 @@
+"""What many tests share: small checkpoints, backends that live for the whole session, and a real ComfyUI if any."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from comfyui.installation import ComfyInstallation, find_installation
+from rank_pool import RankPool
+from vae_files import write_kl_vae
+
+from parallel_backend import Backend
+from parallel_backend.demo_checkpoints import DEMO_FAMILIES, small_config, write_mmdit, write_taesd
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def runtime_folder() -> Iterator[Path]:
+    """Backends of the tests keep away from those of the person who runs them."""
+    with tempfile.TemporaryDirectory(prefix="pm-") as folder:
+        os.environ["PARALLEL_MMDIT_RUNTIME_DIR"] = folder
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ComfyUI models folder with a small checkpoint of each kind."""
+    root = tmp_path_factory.mktemp("models")
+    for family in DEMO_FAMILIES:
+        write_mmdit(root / "diffusion_models" / f"{family}.safetensors", small_config(family))
+    write_taesd(root / "vae_approx", "taesd3", 16)
+    write_taesd(root / "vae_approx", "taesdxl", 4)
+    write_kl_vae(root / "vae" / "sd3_vae.safetensors", latent_channels=16, quant=False)
+    write_kl_vae(root / "vae" / "sdxl_vae.safetensors", latent_channels=4, quant=True)
+    return root
+
+
+def _backend(world_size: int) -> Iterator[Backend]:
+    backend = Backend.attach_or_start(world_size, "cpu", f"test{world_size}")
+    yield backend
+    backend.stop()
+
+
+@pytest.fixture(scope="session")
+def backend2(runtime_folder: Path) -> Iterator[Backend]:
+    yield from _backend(2)
+
+
+@pytest.fixture(scope="session")
+def backend4(runtime_folder: Path) -> Iterator[Backend]:
+    yield from _backend(4)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    """Runs a function on N gloo ranks; the ranks of each N are started once."""
+    pool = RankPool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def comfy() -> ComfyInstallation:
+    found = find_installation()
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found

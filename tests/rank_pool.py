@@ -1,0 +1,76 @@
+"""Gloo ranks for tests of the parallel methods: a test names a function, and every rank runs it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class RankPool:
+    """`pool(2, function, *args)` gives the list of function(*args) over ranks 0 and 1."""
+
+    def __init__(self) -> None:
+        self._worlds: dict[int, tuple[list[mp.Process], list[Connection]]] = {}
+
+    def __call__(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        if world_size == 1:
+            return [function(*args)]
+        if world_size not in self._worlds:
+            self._worlds[world_size] = self._start(world_size)
+        _, lines = self._worlds[world_size]
+        for line in lines:
+            line.send((function, args))
+        answers = [line.recv() for line in lines]
+        failed = [text for ok, text in answers if not ok]
+        if failed:
+            self._end(world_size)
+            raise AssertionError(f"{len(failed)} of {world_size} ranks failed:\n{failed[0]}")
+        return [value for _, value in answers]
+
+    @staticmethod
+    def _start(world_size: int) -> tuple[list[mp.Process], list[Connection]]:
+        context, port = mp.get_context("spawn"), free_port()
+        processes, lines = [], []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world_size, port, theirs), daemon=True)
+            process.start()
+            processes.append(process)
+            lines.append(ours)
+        return processes, lines
+
+    def _end(self, world_size: int) -> None:
+        processes, _ = self._worlds.pop(world_size)
+        for process in processes:
+            process.kill()
+
+    def close(self) -> None:
+        for world_size in list(self._worlds):
+            self._end(world_size)
+
+
+def _serve(rank: int, world_size: int, port: int, line: Connection) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+    while True:
+        function, args = line.recv()
+        try:
+            line.send((True, function(*args)))
+        except BaseException:  # the test process must hear of every failure
+            line.send((False, f"rank {rank}:\n{traceback.format_exc()}"))
