@@ -26,6 +26,7 @@ import torch.distributed as dist
 import zmq
 from torch import Tensor
 
+from . import lean_imports  # noqa: F401 - before anything that imports diffusers
 from .config import DEFAULT_IDLE_SECONDS
 from .distributed.control import Control
 from .engine import Engine

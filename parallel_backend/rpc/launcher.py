@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +21,8 @@ from .runtime_dir import BackendRecord
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 180.0
 MAX_RESTARTS = 100
+# What torchrun writes when a rank ends by itself; before the first "ready" nothing can be restarted into health.
+_RANK_FAILED = "failed (exitcode:"
 
 Waiting = Callable[[float], None]
 
@@ -127,16 +130,37 @@ def wait_ready(spec: BackendSpec, process: subprocess.Popen[bytes] | None, waiti
     begun = time.monotonic()
     while (record := files.read_record(spec.name)) is None:
         passed = time.monotonic() - begun
-        ended = process is not None and process.poll() is not None
-        if ended or passed > START_SECONDS:
-            what = "ended while it started" if ended else f"was not ready after {passed:.0f} s"
-            raise StartError(
-                f"Backend {spec.name!r} {what}. Its log ends:\n{files.log_tail(spec.name)}",
-                f"The whole log is {files.runtime_dir(spec.name) / 'backend.log'}.",
-            )
-        waiting(passed)
+        if process is not None and (process.poll() is not None or _RANK_FAILED in files.log_tail(spec.name, 200)):
+            raise _start_error(spec, process, "ended while it started")
+        if passed > START_SECONDS:
+            raise _start_error(spec, process, f"was not ready after {passed:.0f} s")
+        try:
+            waiting(passed)
+        except BaseException:
+            _end(process)
+            raise
         time.sleep(0.25)
     return record
+
+
+def _start_error(spec: BackendSpec, process: subprocess.Popen[bytes] | None, what: str) -> StartError:
+    words = files.log_tail(spec.name)
+    _end(process)
+    return StartError(
+        f"Backend {spec.name!r} {what}. Its log ends:\n{words}",
+        f"The whole log is {files.runtime_dir(spec.name) / 'backend.log'}.",
+    )
+
+
+def _end(process: subprocess.Popen[bytes] | None) -> None:
+    """No rank of a start that failed stays behind."""
+    if process is not None and process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 @contextmanager

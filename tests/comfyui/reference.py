@@ -30,7 +30,7 @@ def main(comfy_folder, model_path, cases_path, out_path):
     model = comfy.sd.load_diffusion_model(model_path, model_options={"dtype": torch.float32})
     results = {}
     with safe_open(cases_path, framework="pt") as file, torch.inference_mode():
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         for name, case in json.loads(file.metadata()["cases"]).items():
             patched = ModelSamplingSD3().patch(model, case["shift"])[0] if "shift" in case else model
             latent = tensors[case["latent"]]

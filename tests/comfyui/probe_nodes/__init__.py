@@ -1,0 +1,71 @@
+"""Nodes that tests of workflows use in place of text encoders, and to hang refused things on conditioning."""
+
+import torch
+
+
+class RandomConditioning:
+    """SD3 conditioning from a seed: `tokens` of context and the pooled prompt."""
+
+    RETURN_TYPES = ("CONDITIONING",)
+    FUNCTION = "make"
+    CATEGORY = "probe"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {"seed": ("INT", {"default": 0}), "tokens": ("INT", {"default": 77})},
+            "optional": {"nan": ("BOOLEAN", {"default": False})},
+        }
+
+    def make(self, seed, tokens, nan=False):
+        generator = torch.Generator().manual_seed(seed)
+        context = torch.randn(1, tokens, 4096, generator=generator)
+        pooled = torch.randn(1, 2048, generator=generator)
+        if nan:
+            context[0, 0, 0] = float("nan")
+        return ([[context, {"pooled_output": pooled}]],)
+
+
+class RandomLatent:
+    RETURN_TYPES = ("LATENT",)
+    FUNCTION = "make"
+    CATEGORY = "probe"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        sizes = {name: ("INT", {"default": value}) for name, value in (("channels", 16), ("height", 16), ("width", 16))}
+        return {"required": {"seed": ("INT", {"default": 0}), **sizes}}
+
+    def make(self, seed, channels, height, width):
+        generator = torch.Generator().manual_seed(seed)
+        return ({"samples": torch.randn(1, channels, height, width, generator=generator)},)
+
+
+class AttentionPatch:
+    """A MODEL with a patch inside its attention: what a parallel MODEL must refuse."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "patch"
+    CATEGORY = "probe"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    def patch(self, model):
+        patched = model.clone()
+        patched.set_model_attn1_patch(lambda q, k, v, extra: (q, k, v))
+        return (patched,)
+
+
+class WeightPatch(AttentionPatch):
+    def patch(self, model):
+        patched = model.clone()
+        key = "diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"
+        patched.add_patches({key: ("diff", (torch.zeros(768, 256),))}, 1.0)
+        return (patched,)
+
+
+NODE_CLASS_MAPPINGS = {
+    f"Probe{cls.__name__}": cls for cls in (RandomConditioning, RandomLatent, AttentionPatch, WeightPatch)
+}

@@ -1,0 +1,291 @@
+"""The nodes in a real ComfyUI, over its HTTP API: equal to its own nodes on the same files, and errors by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comfyui.installation import ComfyInstallation
+from comfyui.prompts import Prompt, conditioning, mesh, out, sampler, save_latent
+from comfyui.server import ComfyServer, Outcome
+from safetensors.torch import load_file
+from torch import Tensor
+
+from parallel_backend import Backend
+
+MODEL = "sd3.5-medium.safetensors"
+
+
+@pytest.fixture(scope="module")
+def server(
+    comfy: ComfyInstallation, models: Path, tmp_path_factory: pytest.TempPathFactory, runtime_folder: Path
+) -> Iterator[ComfyServer]:
+    server = ComfyServer(comfy, tmp_path_factory.mktemp("comfyui"), models)
+    yield server
+    server.stop()
+    Backend.attach("comfy").stop()
+
+
+def latent_of(server: ComfyServer, outcome: Outcome, node: str) -> Tensor:
+    assert outcome.error is None, outcome.error
+    saved = outcome.outputs[node]["latents"][0]
+    return load_file(server.base / "output" / saved["subfolder"] / saved["filename"])["latent_tensor"]
+
+
+def local_model(prompt: Prompt, name: str = MODEL) -> list[Any]:
+    return out(prompt.add("UNETLoader", unet_name=name, weight_dtype="default"))
+
+
+def parallel_model(prompt: Prompt, name: str = MODEL, **settings: Any) -> list[Any]:
+    return out(prompt.add("LoadParallelMMDiT", model_name=name, mesh=mesh(prompt, **settings)))
+
+
+def picture(prompt: Prompt, node: str, model: list[Any], name: str, **settings: Any) -> str:
+    """A whole small graph behind `model`; the id of the node that saves its latent."""
+    positive, negative = conditioning(prompt, 1, 154), conditioning(prompt, 2, settings.pop("negative_tokens", 77))
+    empty = out(prompt.add("EmptySD3LatentImage", width=settings.pop("width", 160), height=96, batch_size=1))
+    return save_latent(prompt, sampler(prompt, node, model, positive, negative, empty, **settings), name)
+
+
+@pytest.fixture(scope="module")
+def local(server: ComfyServer) -> Tensor:
+    prompt = Prompt()
+    node = picture(prompt, "KSampler", local_model(prompt), "local")
+    return latent_of(server, server.run(prompt.nodes), node)
+
+
+@pytest.mark.parametrize("node", ["ParallelSampler", "KSampler"])
+@pytest.mark.parametrize("degrees", [{}, {"cfg": 1, "ulysses": 2}, {"cfg": 1, "ring": 2}, {"cfg": 1, "tp": 2}], ids=str)
+def test_latent_equals_a_local_models(node: str, degrees: dict[str, int], server: ComfyServer, local: Tensor) -> None:
+    prompt = Prompt()
+    saved = picture(prompt, node, parallel_model(prompt, **degrees), "parallel")
+    latent = latent_of(server, server.run(prompt.nodes), saved)
+    torch.testing.assert_close(latent, local, rtol=1e-4, atol=1e-4)
+
+
+def advanced(prompt: Prompt, model: list[Any], name: str) -> str:
+    """SamplerCustomAdvanced with a CFGGuider on a shifted model, from a random latent."""
+    shifted = out(prompt.add("ModelSamplingSD3", model=model, shift=5.0))
+    guider = prompt.add(
+        "CFGGuider", model=shifted, positive=conditioning(prompt, 1), negative=conditioning(prompt, 2), cfg=3.0
+    )
+    sigmas = prompt.add("BasicScheduler", model=shifted, scheduler="karras", steps=3, denoise=0.7)
+    latent = prompt.add("ProbeRandomLatent", seed=1, channels=16, height=14, width=10)
+    done = prompt.add(
+        "SamplerCustomAdvanced",
+        noise=out(prompt.add("RandomNoise", noise_seed=3)),
+        guider=out(guider),
+        sampler=out(prompt.add("KSamplerSelect", sampler_name="dpmpp_2m")),
+        sigmas=out(sigmas),
+        latent_image=out(latent),
+    )
+    return save_latent(prompt, out(done), name)
+
+
+def test_guiders_and_model_sampling_run_on_a_parallel_model(server: ComfyServer) -> None:
+    latents = []
+    for load in (local_model, parallel_model):
+        prompt = Prompt()
+        node = advanced(prompt, load(prompt), load.__name__)
+        latents.append(latent_of(server, server.run(prompt.nodes), node))
+    torch.testing.assert_close(latents[1], latents[0], rtol=1e-4, atol=1e-4)
+
+
+def test_parallel_sampler_takes_the_shift_of_model_sampling(server: ComfyServer) -> None:
+    latents = []
+    for node, load in (("KSampler", local_model), ("ParallelSampler", parallel_model)):
+        prompt = Prompt()
+        shifted = out(prompt.add("ModelSamplingSD3", model=load(prompt), shift=5.0))
+        saved = picture(prompt, node, shifted, node, steps=4, scheduler="normal")
+        latents.append(latent_of(server, server.run(prompt.nodes), saved))
+    torch.testing.assert_close(latents[1], latents[0], rtol=1e-4, atol=1e-4)
+
+
+def test_mask_and_image_to_image(server: ComfyServer) -> None:
+    latents = []
+    for node, load in (("KSampler", local_model), ("ParallelSampler", parallel_model)):
+        prompt = Prompt()
+        latent = out(prompt.add("ProbeRandomLatent", seed=1, channels=16, height=14, width=10))
+        half = out(prompt.add("SolidMask", value=1.0, width=40, height=112))
+        whole = out(prompt.add("SolidMask", value=0.0, width=80, height=112))
+        mask = out(prompt.add("MaskComposite", destination=whole, source=half, x=0, y=0, operation="add"))
+        masked = out(prompt.add("SetLatentNoiseMask", samples=latent, mask=mask))
+        positive, negative = conditioning(prompt, 1), conditioning(prompt, 2)
+        done = sampler(
+            prompt, node, load(prompt), positive, negative, masked, denoise=0.7, sampler_name="euler_ancestral"
+        )
+        saved = save_latent(prompt, done, node)
+        latents.append(latent_of(server, server.run(prompt.nodes), saved))
+    torch.testing.assert_close(latents[1], latents[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_restarted_comfyui_reads_no_weight_again(server: ComfyServer, local: Tensor) -> None:
+    server.restart()
+    prompt = Prompt()
+    model = parallel_model(prompt)
+    node = picture(prompt, "ParallelSampler", model, "again")
+    outcome = server.run(prompt.nodes)
+    torch.testing.assert_close(latent_of(server, outcome, node), local, rtol=1e-4, atol=1e-4)
+    assert "weights already resident, 0 bytes read" in outcome.outputs[model[0]]["text"][0]
+
+
+def test_progress_and_previews(server: ComfyServer) -> None:
+    prompt = Prompt()
+    picture(prompt, "ParallelSampler", parallel_model(prompt), "preview", steps=4, seed=123)
+    outcome = server.run(prompt.nodes, preview=True)
+    assert outcome.error is None
+    assert outcome.progress[-1] == (4, 4)
+    assert outcome.previews >= 4
+
+
+@pytest.mark.parametrize("node", ["ParallelSampler", "KSampler"])
+def test_an_interrupt_ends_the_prompt_and_the_next_one_works(node: str, server: ComfyServer, local: Tensor) -> None:
+    prompt = Prompt()
+    picture(prompt, node, parallel_model(prompt), "long", steps=200, width=512, seed=77)
+    outcome = server.run(prompt.nodes, preview=True, interrupt_at_step=2)
+    assert outcome.interrupted
+    assert max(value for value, _ in outcome.progress) < 100
+    prompt = Prompt()
+    saved = picture(prompt, "ParallelSampler", parallel_model(prompt), "after")
+    latent = latent_of(server, server.run(prompt.nodes), saved)
+    torch.testing.assert_close(latent, local, rtol=1e-4, atol=1e-4)
+
+
+def test_mesh_config_left_alone_says_what_it_takes(server: ComfyServer) -> None:
+    prompt = Prompt()
+    link = mesh(prompt, ranks=0, device="auto", dtype="auto")
+    prompt.add("LoadParallelMMDiT", model_name=MODEL, mesh=link)
+    picture(prompt, "ParallelSampler", ["2", 0], "default")
+    outcome = server.run(prompt.nodes)
+    assert outcome.error is None
+    assert outcome.outputs[link[0]]["text"] == ["2 ranks on cpu: cfg=2, float32"]
+
+
+def refused(server: ComfyServer, prompt: Prompt) -> str:
+    """The error's text on the node; afterwards the next prompt must work."""
+    outcome = server.run(prompt.nodes)
+    assert outcome.error is not None
+    after = Prompt()
+    node = picture(after, "ParallelSampler", parallel_model(after), "after", seed=hash(outcome.prompt_id) % 1000)
+    assert torch.isfinite(latent_of(server, server.run(after.nodes), node)).all()
+    return outcome.message
+
+
+def test_degrees_that_dont_fit_are_said_on_the_node_before_anything_runs(server: ComfyServer) -> None:
+    prompt = Prompt()
+    picture(prompt, "ParallelSampler", parallel_model(prompt, tp=3), "never")
+    text = refused(server, prompt)
+    assert "dp=1 * cfg=1 * ring=1 * ulysses=1 * tp=3 = 3, but the backend has 2 ranks" in text
+
+
+@pytest.mark.parametrize(
+    ("probe", "words"),
+    [("ProbeAttentionPatch", "patches 'attn1_patch'"), ("ProbeWeightPatch", "weight patch on 1 weights")],
+)
+@pytest.mark.parametrize("node", ["ParallelSampler", "KSampler"])
+def test_patches_that_cant_be_sent_are_refused_by_name(node: str, probe: str, words: str, server: ComfyServer) -> None:
+    prompt = Prompt()
+    patched = out(prompt.add(probe, model=parallel_model(prompt)))
+    picture(prompt, node, patched, "never")
+    assert words in refused(server, prompt)
+
+
+def test_a_loop_patch_is_refused_by_the_sampler_and_runs_on_ksampler(server: ComfyServer) -> None:
+    prompt = Prompt()
+    rescaled = out(prompt.add("RescaleCFG", model=parallel_model(prompt), multiplier=0.7))
+    picture(prompt, "ParallelSampler", rescaled, "never")
+    assert "sampler_cfg_function" in refused(server, prompt)
+    latents = []
+    for load in (local_model, parallel_model):
+        prompt = Prompt()
+        node = picture(
+            prompt, "KSampler", out(prompt.add("RescaleCFG", model=load(prompt), multiplier=0.7)), "rescaled"
+        )
+        latents.append(latent_of(server, server.run(prompt.nodes), node))
+    torch.testing.assert_close(latents[1], latents[0], rtol=1e-4, atol=1e-4)
+
+
+def test_conditioning_that_cant_be_honoured_is_refused_by_name(server: ComfyServer) -> None:
+    prompt = Prompt()
+    area = prompt.add(
+        "ConditioningSetArea", conditioning=conditioning(prompt, 1), width=64, height=64, x=0, y=0, strength=1.0
+    )
+    empty = out(prompt.add("EmptySD3LatentImage", width=160, height=96, batch_size=1))
+    done = sampler(prompt, "ParallelSampler", parallel_model(prompt), out(area), conditioning(prompt, 2), empty)
+    save_latent(prompt, done, "never")
+    text = refused(server, prompt)
+    assert "positive conditioning carries 'area'" in text and "KSampler" in text
+
+
+def test_nan_in_conditioning_is_named(server: ComfyServer) -> None:
+    prompt = Prompt()
+    empty = out(prompt.add("EmptySD3LatentImage", width=160, height=96, batch_size=1))
+    bad = conditioning(prompt, 1, 77, nan=True)
+    save_latent(
+        prompt, sampler(prompt, "ParallelSampler", parallel_model(prompt), bad, conditioning(prompt, 2), empty), "x"
+    )
+    assert "conditioning holds NaN" in refused(server, prompt)
+
+
+def test_a_latent_of_other_channels_is_named(server: ComfyServer) -> None:
+    prompt = Prompt()
+    latent = out(prompt.add("ProbeRandomLatent", seed=1, channels=4, height=16, width=16))
+    done = sampler(
+        prompt, "ParallelSampler", parallel_model(prompt), conditioning(prompt, 1), conditioning(prompt, 2), latent
+    )
+    save_latent(prompt, done, "never")
+    assert "needs (batch, 16," in refused(server, prompt)
+
+
+def test_an_unknown_sampler_is_refused(server: ComfyServer) -> None:
+    prompt = Prompt()
+    picture(prompt, "ParallelSampler", parallel_model(prompt), "never", sampler_name="dpm_fast")
+    assert "sampler_name" in refused(server, prompt)
+
+
+@pytest.mark.parametrize("vae", ["sd3_vae.safetensors", "taesd3"])
+def test_the_vae_decodes_and_encodes_as_stock_nodes_expect(vae: str, server: ComfyServer) -> None:
+    prompt = Prompt()
+    parallel = out(prompt.add("PatchParallelVAE", vae_name=vae, mesh=mesh(prompt)))
+    latent = out(prompt.add("ProbeRandomLatent", seed=1, channels=16, height=21, width=13))
+    image = out(prompt.add("VAEDecode", samples=latent, vae=parallel))
+    tiled = out(
+        prompt.add(
+            "VAEDecodeTiled",
+            samples=latent,
+            vae=parallel,
+            tile_size=64,
+            overlap=16,
+            temporal_size=64,
+            temporal_overlap=8,
+        )
+    )
+    saved = [prompt.add("SaveImage", images=i, filename_prefix="decoded") for i in (image, tiled)]
+    encoded = save_latent(prompt, out(prompt.add("VAEEncode", pixels=image, vae=parallel)), "encoded")
+    outcome = server.run(prompt.nodes)
+    assert latent_of(server, outcome, encoded).shape == (1, 16, 21, 13)
+    assert all(outcome.outputs[node]["images"] for node in saved)
+
+
+def test_taesd_equals_the_stock_loaders(server: ComfyServer) -> None:
+    latents = []
+    for loader in ("VAELoader", "PatchParallelVAE"):
+        prompt = Prompt()
+        more = {} if loader == "VAELoader" else {"mesh": mesh(prompt)}
+        vae = out(prompt.add(loader, vae_name="taesd3", **more))
+        latent = out(prompt.add("ProbeRandomLatent", seed=1, channels=16, height=21, width=13))
+        image = out(prompt.add("VAEDecode", samples=latent, vae=vae))
+        node = save_latent(prompt, out(prompt.add("VAEEncode", pixels=image, vae=vae)), loader)
+        latents.append(latent_of(server, server.run(prompt.nodes), node))
+    torch.testing.assert_close(latents[1], latents[0], rtol=1e-4, atol=1e-4)
+
+
+def test_help_pages_and_tooltips_are_there(server: ComfyServer) -> None:
+    for node in ("MeshConfig", "LoadParallelMMDiT", "ParallelSampler", "PatchParallelVAE"):
+        info = server.get(f"/object_info/{node}")[node]
+        inputs = [spec for group in info["input"].values() for spec in group.values()]
+        assert inputs and all(len(spec) > 1 and spec[1].get("tooltip") for spec in inputs), node
+        assert server.get_text(f"/extensions/parallel-mmdit/docs/{node}.md").startswith(f"# {info['display_name']}")
