@@ -1,0 +1,106 @@
+"""Rules of the house that no other test would notice: imports, requirements, versions."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+
+# What each part may import of the others. `rpc.messages` and `rpc.wire` are the words both ends speak.
+ALLOWED = {
+    "errors": set(),
+    "version": set(),
+    "lean_imports": set(),
+    "config": {"errors"},
+    "safetensors_file": {"errors"},
+    "distributed": {"config", "errors"},
+    "models": {"distributed", "config", "errors", "safetensors_file"},
+    "sampling": {"config", "errors"},
+    "rpc": {"config", "errors", "version", "safetensors_file"},
+    "jobs": {"distributed", "errors", "rpc.messages"},
+    "engine": {"distributed", "models", "sampling", "jobs", "config", "errors", "rpc.messages"},
+    "server": {
+        "engine",
+        "distributed",
+        "jobs",
+        "config",
+        "errors",
+        "version",
+        "lean_imports",
+        "rpc.messages",
+        "rpc.wire",
+        "rpc.runtime_dir",
+    },
+    "__init__": {"config", "rpc", "version"},
+    "__main__": {"config", "errors", "rpc", "version", "demo"},
+    "demo_checkpoints": {"config", "distributed", "models"},
+    "demo": {"demo_checkpoints", "engine", "distributed", "jobs", "config", "rpc"},
+}
+
+
+def imported_parts(file: Path, package: Path) -> set[str]:
+    """Dotted names below `package` that the file imports, relatively."""
+    found = set()
+    depth = len(file.relative_to(package).parts)
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = file.relative_to(package).parts[: depth - node.level]
+            module = [*base, *(node.module.split(".") if node.module else [])]
+            whole_modules = package.joinpath(*module).is_dir()
+            found |= {".".join([*module, alias.name] if whole_modules else module) for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "parallel_backend").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_parts_import_only_what_lies_below_them(file: Path) -> None:
+    package = ROOT / "parallel_backend"
+    part = file.relative_to(package).parts[0].removesuffix(".py")
+    for name in imported_parts(file, package):
+        top = name.split(".")[0]
+        allowed = ALLOWED[part] | {part}
+        assert top in allowed or any(name == a or name.startswith(a + ".") for a in allowed), f"{part} imports {name}"
+
+
+def test_only_nodes_import_comfy_and_they_keep_to_the_client() -> None:
+    for file in (ROOT / "parallel_backend").rglob("*.py"):
+        assert not re.search(r"^\s*(import|from) (comfy|nodes|server|folder_paths)\b", file.read_text(), re.M), file
+    for file in (ROOT / "nodes").rglob("*.py"):
+        assert "torch.distributed" not in file.read_text(), file
+        for name in re.findall(r"from \.\.parallel_backend(\.[\w.]+)? import", file.read_text()):
+            assert name == "" or name.split(".")[1] in {"config", "errors", "rpc", "safetensors_file"}, (file, name)
+
+
+def test_the_root_imports_silently_without_comfyui() -> None:
+    source = (ROOT / "__init__.py").read_text()
+    namespace: dict[str, object] = {"__name__": "pack"}
+    exec(compile(source, "__init__.py", "exec"), namespace)
+    assert "comfy_entrypoint" not in namespace
+
+
+def test_requirements_txt_says_what_pyproject_says() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert [line for line in lines if line and not line.startswith("#")] == project["dependencies"]
+
+
+def test_no_host_of_a_registry_and_no_path_of_one_machine_is_in_the_tree() -> None:
+    words = re.compile("/" + "work/|/" + "root/|pypi" + r"\.org|files\.python" + "hosted")
+    suffixes = {".py", ".md", ".toml", ".txt", ".json", ".sh", ""}
+    for file in ROOT.rglob("*"):
+        hidden = any(
+            (part.startswith(".") and part != ".ci") or part == "venv" for part in file.relative_to(ROOT).parts
+        )
+        if file.is_file() and file.suffix in suffixes and not hidden:
+            assert not words.search(file.read_text(errors="replace")), file

@@ -1,0 +1,173 @@
+"""Each parallel method on its own, N gloo ranks against one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from rank_pool import RankPool
+from torch import Tensor
+
+from parallel_backend import MeshSpec
+from parallel_backend.distributed import cfg, collectives, data
+from parallel_backend.distributed.attention import ParallelAttention, resolve_kernel
+from parallel_backend.distributed.control import Control
+from parallel_backend.distributed.mesh import MeshAxis, build_mesh
+from parallel_backend.errors import BackendError, ConfigError, InputError, RankError
+
+
+def world_axis() -> MeshAxis:
+    return MeshAxis("all", dist.get_world_size(), dist.get_rank(), dist.group.WORLD)
+
+
+def seeded(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# -- collectives ------------------------------------------------------------------------------------------------
+
+
+def gather_case(length: int, dim: int) -> bool:
+    axis, full = world_axis(), seeded(3, length, 5).movedim(1, dim)
+    sizes = collectives.split_sizes(length, axis.degree)
+    start, stop = collectives.split_range(length, axis.degree, axis.rank)
+    local = full.narrow(dim, start, stop - start)
+    first = collectives.gather_to_first(local, dim, sizes, axis)
+    assert (first is None) == (axis.rank > 0)
+    assert first is None or torch.equal(first, full)
+    return torch.equal(collectives.all_gather(local, dim, sizes, axis), full)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("length", [2, 7, 12])
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_gathers_join_equal_and_unequal_slices(world_size: int, length: int, dim: int, ranks: RankPool) -> None:
+    assert all(ranks(world_size, gather_case, length, dim))
+
+
+def halo_case(rows: int, above: int, below: int) -> bool:
+    axis, full = world_axis(), seeded(2, 3, rows, 4)
+    start, stop = collectives.split_range(rows, axis.degree, axis.rank)
+    padded = F.pad(full, (0, 0, above, below))
+    return torch.equal(
+        collectives.exchange_halo(full[:, :, start:stop], above, below, axis),
+        padded[:, :, start : stop + above + below],
+    )
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize(("above", "below"), [(1, 1), (1, 0), (0, 1), (2, 2), (0, 0)])
+def test_halo_is_the_neighbours_rows_and_zeros_outside(
+    world_size: int, above: int, below: int, ranks: RankPool
+) -> None:
+    assert all(ranks(world_size, halo_case, 11, above, below))
+
+
+def control_case() -> list[object]:
+    control = Control()
+    frames = [memoryview(bytearray(b"header")), memoryview(bytearray(range(200)))] if control.rank == 0 else None
+    handed = [bytes(frame) for frame in control.hand_on(frames)]
+    said = []
+    for kind in ("own", "other"):
+
+        def local(kind: str = kind) -> int:
+            if control.rank == 1 and kind == "own":
+                raise InputError("Rank 1 doesn't like it.", "Give another.")
+            if control.rank == 1:
+                raise ValueError("x" * 9000)
+            return 5
+
+        try:
+            control.agreed(local)
+        except BackendError as error:
+            said.append((type(error), str(error)[:50]))
+    return [handed, said, control.agreed(lambda: 5), control.any(control.rank == 0)]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_control_hands_on_frames_and_makes_one_ranks_error_everybodys(world_size: int, ranks: RankPool) -> None:
+    for handed, said, value, flag in ranks(world_size, control_case):
+        assert handed == [b"header", bytes(range(200))]
+        assert [kind for kind, _ in said] == [InputError, RankError]
+        assert said[0][1].startswith("Rank 1 doesn't like it.") and said[1][1].startswith("Rank 1 failed: ValueError")
+        assert value == 5 and flag
+
+
+def batch_case(rows: int) -> bool:
+    axis, full = world_axis(), seeded(rows, 3)
+    local = data.shard_batch(full, axis)
+    return torch.equal(data.gather_batch(local * 2, rows, axis), full * 2)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5])
+def test_batches_spread_and_come_back_in_order(rows: int, ranks: RankPool) -> None:
+    assert all(ranks(2, batch_case, rows)) and all(ranks(4, batch_case, rows))
+
+
+def branch_case() -> bool:
+    axis, branches = world_axis(), [seeded(2, 3, seed=s) for s in range(2)]
+    own = cfg.own_branches(branches, axis)
+    both = cfg.gather_branches(own, 2, axis)
+    alone = cfg.own_branches(branches[:1], axis)
+    return len(own) == 1 and all(map(torch.equal, both, branches)) and len(alone) == 1
+
+
+def test_cond_and_uncond_are_computed_by_one_rank_each(ranks: RankPool) -> None:
+    assert all(ranks(2, branch_case))
+
+
+# -- attention --------------------------------------------------------------------------------------------------
+
+
+def attention_case(mesh: MeshSpec, counts: list[int], heads: int, dtype: torch.dtype, alone: bool) -> float:
+    """The largest relative error of this rank's part; with `alone` each rank attends to its own tokens only."""
+    built = build_mesh(mesh, "cpu")
+    q, k, v = (seeded(2, sum(counts), heads, 64, seed=s).to(dtype) for s in range(3))
+    expected = F.scaled_dot_product_attention(*(x.double().transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    start = sum(counts[: built.sp_rank])
+    mine = slice(start, start + counts[built.sp_rank])
+    if alone:
+        out = F.scaled_dot_product_attention(*(x[:, mine].transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    else:
+        out = ParallelAttention(built, "native")(q[:, mine], k[:, mine], v[:, mine], counts)
+    assert out.dtype == dtype
+    return float((out - expected[:, mine]).abs().max() / expected.abs().max())
+
+
+MESHES = [MeshSpec(ulysses=2), MeshSpec(ring=2), MeshSpec(ulysses=4), MeshSpec(ring=4), MeshSpec(ring=2, ulysses=2)]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=MeshSpec.describe)
+@pytest.mark.parametrize("divides", [True, False])
+@pytest.mark.parametrize("heads", [8, 38, 5])
+def test_attention_over_ranks_equals_one_process(mesh: MeshSpec, divides: bool, heads: int, ranks: RankPool) -> None:
+    counts = [24] * mesh.world_size if divides else [25, 24, 20, 31][: mesh.world_size]
+    errors = ranks(mesh.world_size, attention_case, mesh, counts, heads, torch.float32, False)
+    assert max(errors) < 1e-5
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=MeshSpec.describe)
+def test_attention_in_bfloat16_stays_in_its_rounding(mesh: MeshSpec, ranks: RankPool) -> None:
+    counts = [25, 24, 20, 31][: mesh.world_size]
+    assert max(ranks(mesh.world_size, attention_case, mesh, counts, 6, torch.bfloat16, False)) < 2e-2
+
+
+def test_negative_control_attention_to_local_tokens_only_is_far_off(ranks: RankPool) -> None:
+    assert min(ranks(2, attention_case, MeshSpec(ring=2), [25, 24], 8, torch.float32, True)) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "ring", "words"),
+    [("flash", False, "needs a GPU"), ("sage", True, "needs a GPU"), ("cudnn", False, "needs a GPU")],
+)
+def test_kernels_that_cant_run_here_are_refused_by_name(name: str, ring: bool, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        resolve_kernel(name, torch.device("cpu"), torch.bfloat16, ring)
+
+
+def test_kernels_without_log_sum_exp_are_refused_for_ring() -> None:
+    with pytest.raises(ConfigError, match="log-sum-exp"):
+        resolve_kernel("cudnn", torch.device("cuda"), torch.bfloat16, True)
+    assert resolve_kernel("cudnn", torch.device("cuda"), torch.bfloat16, False) == "cudnn"
+    assert resolve_kernel("auto", torch.device("cpu"), torch.float32, True) == "native"
