@@ -107,20 +107,18 @@ class Engine:
 
     def _complete(self, header: RequestHeader, tensors: Sequence[Tensor | None]) -> list[Tensor]:
         """All tensors of the message; those sent with a hash are kept, those named by it alone are looked up."""
-        missing = [
-            m.hash for m, t in zip(header.tensors, tensors, strict=True) if t is None and m.hash not in self._tensors
-        ]
-        if missing:
-            raise MissingTensorsError("The backend no longer holds these tensors.", " ".join(str(h) for h in missing))
-        full = []
         for meta, tensor in zip(header.tensors, tensors, strict=True):
             if meta.hash is not None and tensor is not None:
                 self._tensors[meta.hash] = tensor
+        unsent = [meta.hash for meta, tensor in zip(header.tensors, tensors, strict=True) if tensor is None]
+        missing = [name for name in unsent if name not in self._tensors]
+        if missing:
+            raise MissingTensorsError("The backend no longer holds these tensors.", " ".join(map(str, missing)))
+        full = []
+        for meta, tensor in zip(header.tensors, tensors, strict=True):
             if meta.hash is not None:
                 self._tensors.move_to_end(meta.hash)
-                tensor = self._tensors[meta.hash]
-            assert tensor is not None
-            full.append(tensor)
+            full.append(tensor if tensor is not None else self._tensors[str(meta.hash)])
         while sum(t.nbytes for t in self._tensors.values()) > TENSOR_CACHE_BYTES:
             self._tensors.popitem(last=False)
         return full

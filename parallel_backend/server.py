@@ -201,6 +201,21 @@ def _anonymous_bytes() -> int:
         return next((int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon")), 0)
 
 
+def join_world(backend: str) -> None:
+    """The process group of all ranks that torchrun started this time.
+
+    torchrun's store lives through restarts, and what ranks of an earlier start left there would be taken for this
+    one's addresses: so each start has names of its own.
+    """
+    env = os.environ
+    rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
+    host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    agents = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(host, port, world_size, is_master=not agents and rank == 0)
+    own = dist.PrefixStore(f"start-{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=world_size)
+
+
 class Rank:
     """This process: its engine, its line to the other ranks and, on rank 0, the socket."""
 
@@ -213,7 +228,7 @@ class Rank:
             torch.cuda.set_device(self.device)
         else:
             self.device = torch.device("cpu")
-        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
+        join_world("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
         self.control = Control()
         self.engine = Engine(self.device, args.memory_budget)
         self.server: SocketServer | None = None
@@ -312,7 +327,9 @@ class Rank:
         if self.server is not None:
             time.sleep(0.5)  # the rank that failed first may be another one, and its words are the better ones
             first = files.last_words(self.args.name, time.time() - 5)
-            failed = Failed(RankError.code, f"{first}.", "The ranks are being restarted; run the prompt again.")
+            failed = Failed(
+                RankError.code, f"A rank failed: {first}.", "The ranks are being restarted; run the prompt again."
+            )
             for (client, number), job in list(self.server._open.items()):
                 if not job.cancelled.is_set():
                     self.server.send(client, number, failed)

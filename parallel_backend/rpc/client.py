@@ -143,6 +143,7 @@ class Backend:
         self._socket: zmq.Socket[bytes] | None = None
         self._sent = SentTensors()
         self._jobs = 0
+        self._falls_seen = 0
         self._connect(record)
 
     @classmethod
@@ -288,11 +289,11 @@ class Backend:
         """
         with self._lock:
             self._reconnect_if_restarted()
-            while True:
-                try:
-                    return self._exchange(body, attachments, on_event, should_cancel)
-                except MissingTensorsError as missing:
-                    self._sent.forget(missing.hashes)
+            try:
+                return self._exchange(body, attachments, on_event, should_cancel)
+            except MissingTensorsError as missing:
+                self._sent.forget(missing.hashes)
+                return self._exchange(body, attachments, on_event, should_cancel)
 
     def _exchange(
         self,
@@ -372,6 +373,7 @@ class Backend:
         self._socket.connect(record.address)
         self.record = record
         self._sent.forget()
+        self._falls_seen = len(files.fallen_ranks(self.spec.name))
         reply, _ = self._exchange(Hello(f"pid {os.getpid()}"), (), None, None)
         if not isinstance(reply, Welcome) or reply.generation != record.generation:
             raise ProtocolError("Another backend answered than the runtime folder names.", "Run the prompt again.")
@@ -399,10 +401,19 @@ class Backend:
         record = files.read_record(self.spec.name)
         if record is None or record.generation != self.record.generation:
             raise BackendLostError(
-                f"The backend {self.spec.name!r} was lost in the middle of a request ({files.last_words(self.spec.name, since)}).",
+                f"The backend {self.spec.name!r} was lost in the middle of a request: {self._what_happened(since)}.",
                 f"Run the prompt again: its ranks are being restarted. The log is "
                 f"{files.runtime_dir(self.spec.name) / 'backend.log'}.",
             )
+
+    def _what_happened(self, since: float) -> str:
+        """The word of torchrun on the rank that fell, which comes a moment later, and the ranks' own last words."""
+        deadline = time.monotonic() + 3.0
+        while len(files.fallen_ranks(self.spec.name)) <= self._falls_seen and time.monotonic() < deadline:
+            time.sleep(0.1)
+        falls = files.fallen_ranks(self.spec.name)[self._falls_seen :]
+        words = [*falls[:1], files.last_words(self.spec.name, since)]
+        return "; ".join(filter(None, words)) or "no rank left a message"
 
 
 @dataclass

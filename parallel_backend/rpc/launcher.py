@@ -80,7 +80,11 @@ def attach_or_start(spec: BackendSpec, waiting: Waiting = lambda seconds: None) 
 
 
 def start(spec: BackendSpec) -> subprocess.Popen[bytes]:
-    """torchrun in a session of its own, its output in the runtime folder's backend.log."""
+    """torchrun in a session of its own, its output in the runtime folder's backend.log.
+
+    Raises: ConfigError: more GPUs, or others, than there are.
+    """
+    check_devices(spec)
     folder = files.runtime_dir(spec.name)
     (folder / "backend.json").unlink(missing_ok=True)
     log = folder / "backend.log"
@@ -95,6 +99,21 @@ def start(spec: BackendSpec) -> subprocess.Popen[bytes]:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+        )
+
+
+def check_devices(spec: BackendSpec) -> None:
+    """Raises ConfigError where `spec` names GPUs that this machine doesn't have."""
+    if spec.device != "cuda":
+        return
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    wanted = spec.devices or tuple(range(spec.world_size))
+    if absent := [ordinal for ordinal in wanted if not 0 <= ordinal < count]:
+        raise ConfigError(
+            f"GPUs {', '.join(map(str, absent))} were asked for; torch sees {count} here.",
+            "Use fewer ranks, other devices, or device 'cpu'.",
         )
 
 

@@ -7,6 +7,7 @@ of ranks that failed.
 from __future__ import annotations
 
 import os
+import re
 import stat
 import tempfile
 import time
@@ -93,14 +94,22 @@ def note_last_words(name: str, rank: int, words: str) -> None:
     (runtime_dir(name) / f"rank{rank}.error").write_text(words)
 
 
-def last_words(name: str, since: float) -> str:
-    """What failed first since a time.time(), in the words of that rank; else the end of the log."""
-    folder = runtime_dir(name)
-    notes = [p for p in folder.glob("rank*.error") if p.stat().st_mtime >= since - 1]
-    if notes:
-        first = min(notes, key=lambda p: p.stat().st_mtime)
-        return f"{first.stem.replace('rank', 'rank ')}: {first.read_text().strip()}"
-    return "no rank left a message"
+def last_words(name: str, since: float) -> str | None:
+    """What the rank said that failed first after a time.time(); None where none said anything."""
+    notes = [p for p in runtime_dir(name).glob("rank*.error") if p.stat().st_mtime >= since - 1]
+    if not notes:
+        return None
+    first = min(notes, key=lambda p: p.stat().st_mtime)
+    return f"{first.stem.replace('rank', 'rank ')}: {first.read_text().strip()}"
+
+
+def fallen_ranks(name: str) -> list[str]:
+    """How each rank ended that torchrun saw end, oldest first."""
+    found = re.findall(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)", log_tail(name, 10_000))
+    return [
+        f"rank {rank} was killed by signal {-int(code)}" if int(code) < 0 else f"rank {rank} ended with code {code}"
+        for code, rank in found
+    ]
 
 
 def log_tail(name: str, lines: int = 15) -> str:

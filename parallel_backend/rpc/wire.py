@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Sequence
+from math import prod
 from typing import TypeVar
 
 import msgspec
@@ -105,10 +106,10 @@ def _check_version(frame: Frame) -> None:
 def _tensor(meta: TensorMeta, frame: Frame) -> Tensor:
     if meta.dtype not in _DTYPES or any(size < 0 for size in meta.shape):
         raise ProtocolError(f"A tensor of {meta.dtype} {meta.shape} can't be read.", "Send a known dtype and sizes.")
-    dtype, shape = _DTYPES[meta.dtype], torch.Size(meta.shape)
-    expected = shape.numel() * dtype.itemsize
+    dtype = _DTYPES[meta.dtype]
+    expected = prod(meta.shape) * dtype.itemsize  # Python's numbers: a lie about sizes must not wrap around
     if len(frame) != expected:
         raise ProtocolError(
             f"A frame has {len(frame)} bytes where {meta.dtype} {meta.shape} needs {expected}.", "Send whole tensors."
         )
-    return torch.frombuffer(frame, dtype=dtype).view(shape) if expected else torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(frame, dtype=dtype).view(meta.shape) if expected else torch.empty(meta.shape, dtype=dtype)

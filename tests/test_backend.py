@@ -1,0 +1,427 @@
+"""A real backend: persistence, several clients, cancel, bad input, and faults that it survives."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import zmq
+from torch import Tensor
+
+from parallel_backend import Backend, Conditioning, MeshSpec, RemoteModel
+from parallel_backend.demo_checkpoints import random_prompt, small_config, write_mmdit
+from parallel_backend.errors import (
+    BackendError,
+    BackendLostError,
+    CancelledError,
+    CheckpointError,
+    ConfigError,
+    InputError,
+    RankError,
+    StartError,
+)
+from parallel_backend.rpc import runtime_dir as files
+from parallel_backend.rpc.client import Step
+from parallel_backend.rpc.messages import Failed, ReplyHeader, RequestHeader, Status
+from parallel_backend.rpc.wire import pack, unpack
+
+POSITIVE, NEGATIVE = Conditioning(*random_prompt(1, 154)), Conditioning(*random_prompt(2, 77))
+EMPTY = torch.zeros(1, 16, 16, 16)
+
+
+@pytest.fixture(scope="module")
+def large(models: Path) -> Path:
+    return models / "diffusion_models" / "sd3.5-large.safetensors"
+
+
+@pytest.fixture
+def model(backend2: Backend, large: Path) -> RemoteModel:
+    return backend2.load_model(large, MeshSpec(cfg=2), "float32")
+
+
+@pytest.fixture(scope="module")
+def expected(backend2: Backend, large: Path) -> Tensor:
+    return sample(backend2.load_model(large, MeshSpec(cfg=2), "float32"))
+
+
+def sample(model: RemoteModel, **settings: object) -> Tensor:
+    return model.sample(EMPTY, POSITIVE, NEGATIVE, **{"seed": 1, "steps": 3} | settings)  # type: ignore[arg-type]
+
+
+# -- persistence ------------------------------------------------------------------------------------------------
+
+
+def test_the_second_load_reads_nothing_and_gives_the_same(backend2: Backend, large: Path, expected: Tensor) -> None:
+    again = backend2.load_model(large, MeshSpec(cfg=2), "float32")
+    assert again.loaded.bytes_read == [0, 0]
+    assert torch.equal(sample(again), expected)
+
+
+def test_another_client_finds_backend_and_model(backend2: Backend, large: Path, expected: Tensor) -> None:
+    other = Backend.attach_or_start(2, "cpu", "test2")
+    assert other.generation == backend2.generation
+    model = other.load_model(large, MeshSpec(cfg=2), "float32")
+    assert model.loaded.bytes_read == [0, 0]
+    assert torch.equal(sample(model), expected)
+    other.close()
+    assert backend2.status().ranks
+
+
+def test_a_backend_outlives_the_process_that_started_it(runtime_folder: Path) -> None:
+    code = "from parallel_backend import Backend; print(Backend.attach_or_start(1, 'cpu', 'outlives').generation)"
+    started = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    backend = Backend.attach("outlives")
+    assert backend.generation == started.stdout.strip()
+    backend.stop()
+    assert files.read_record("outlives") is None
+    with pytest.raises(StartError, match="No backend 'outlives' runs"):
+        Backend.attach("outlives")
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_two_starts_at_once_make_one_backend(runtime_folder: Path) -> None:
+    code = "from parallel_backend import Backend; print(Backend.attach_or_start(1, 'cpu', 'race').generation)"
+    both = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)
+    ]
+    generations = {process.communicate(timeout=120)[0].strip() for process in both}
+    assert generations == {Backend.attach("race").generation}
+    Backend.attach("race").stop()
+
+
+def test_an_idle_backend_ends_by_itself(runtime_folder: Path) -> None:
+    backend = Backend.attach_or_start(1, "cpu", "idle", idle_seconds=1.0)
+    assert files.wait_until_gone(backend.record.agent_pid, 30)
+    assert files.read_record("idle") is None
+    backend.close()
+
+
+def test_other_ranks_than_those_that_run_are_refused_with_the_remedy(backend2: Backend) -> None:
+    with pytest.raises(
+        ConfigError, match=r"runs with 2 ranks on cpu; 3 on cpu were asked for.*parallel-mmdit stop --name"
+    ):
+        Backend.attach_or_start(3, "cpu", "test2")
+
+
+def test_a_start_that_fails_says_why_and_leaves_no_process(
+    runtime_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuchlink0")
+    with pytest.raises(StartError, match=r"(?s)ended while it started. Its log ends:.*nosuchlink0"):
+        Backend.attach_or_start(1, "cpu", "nolink")
+    marks = subprocess.run(["pgrep", "-f", "name nolink"], capture_output=True, text=True, check=False).stdout.split()
+    assert not [pid for pid in marks if files.is_alive(int(pid))]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has GPUs")
+def test_gpus_that_are_not_there_are_named(runtime_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="GPUs 0, 1 were asked for; torch sees 0 here"):
+        Backend.attach_or_start(2, "cuda", "nogpu")
+
+
+def test_folder_and_socket_belong_to_their_user_alone(backend2: Backend) -> None:
+    folder = files.runtime_dir("test2")
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE((folder / "socket").stat().st_mode) & 0o077 == 0
+
+
+def test_status_tells_ranks_models_and_jobs(backend2: Backend, model: RemoteModel) -> None:
+    before = backend2.status().jobs_done
+    sample(model)
+    state = backend2.status()
+    assert [rank.rank for rank in state.ranks] == [0, 1]
+    assert all(rank.host == socket.gethostname() and rank.used_bytes > 0 for rank in state.ranks)
+    assert state.jobs_done == before + 1 and state.running == ""
+    assert model.name in {m.model for m in state.models}
+
+
+def test_the_command_line_tells_and_stops(runtime_folder: Path) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "parallel_backend", *arguments, "--name", "shell"]
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+    assert "process" in run("serve", "--world-size", "1", "--device", "cpu", "--detach").stdout
+    assert "runs already" in run("serve", "--world-size", "1", "--device", "cpu").stdout
+    assert "no models resident" in run("status").stdout
+    assert "has stopped" in run("stop").stdout
+    stopped = run("stop")
+    assert stopped.returncode == 1 and "No backend 'shell' runs" in stopped.stderr
+
+
+# -- models and prompts -----------------------------------------------------------------------------------------
+
+
+def test_the_least_recently_used_model_leaves_when_the_budget_is_passed(runtime_folder: Path, tmp_path: Path) -> None:
+    paths = [write_mmdit(tmp_path / f"{i}.safetensors", small_config("sd3.5-large", 2), seed=i) for i in range(3)]
+    one = 8 * 2**20
+    backend = Backend.attach_or_start(1, "cpu", "budget", memory_budget=2 * one + 2**20)
+    try:
+        mesh = MeshSpec()
+        assert backend.load_model(paths[0], mesh, "float32").loaded.resident_bytes[0] < one
+        backend.load_model(paths[1], mesh, "float32")
+        backend.load_model(paths[0], mesh, "float32")  # used again: 1 is now the oldest
+        assert backend.load_model(paths[2], mesh, "float32").loaded.evicted == ["1.safetensors"]
+        assert [m.name for m in backend.status().models] == ["0.safetensors", "2.safetensors"]
+        big = write_mmdit(tmp_path / "big.safetensors", small_config("sd3.5-large", 4))
+        with pytest.raises(ConfigError, match=r"big.safetensors needs \d+ MiB on a rank; the budget is 17 MiB"):
+            backend.load_model(big, mesh, "float32")
+        backend.unload()
+        assert backend.status().models == []
+    finally:
+        backend.stop()
+
+
+def test_a_model_that_left_is_loaded_again_by_itself(backend2: Backend, model: RemoteModel, expected: Tensor) -> None:
+    backend2.unload([model.name])
+    assert torch.equal(sample(model), expected)
+    assert all(model.loaded.bytes_read)
+
+
+def test_an_unchanged_prompt_is_not_sent_again_and_a_changed_one_is(model: RemoteModel, expected: Tensor) -> None:
+    sample(model)
+    changed = Conditioning(POSITIVE.context.clone(), POSITIVE.pooled)
+    same = model.sample(EMPTY, changed, NEGATIVE, seed=1, steps=3)
+    changed.context[0, 0, 0] += 5.0  # in place: the client must not take it for the tensor it sent
+    other = model.sample(EMPTY, changed, NEGATIVE, seed=1, steps=3)
+    assert torch.equal(same, expected) and not torch.equal(other, expected)
+    sent = len(pack_size(model, POSITIVE))
+    assert sent < POSITIVE.context.nbytes / 10
+
+
+def pack_size(model: RemoteModel, conditioning: Conditioning) -> bytes:
+    """The bytes that a request with this prompt puts on the wire now."""
+    from parallel_backend.rpc.client import _Attachment
+    from parallel_backend.rpc.messages import Forward
+
+    metas, sent, _ = model.backend._prepare([_Attachment(conditioning.context, True)])
+    return b"".join(bytes(frame) for frame in pack(RequestHeader(1, Forward("m", 0, 0, 0, 0), metas), sent))
+
+
+# -- progress and cancel ----------------------------------------------------------------------------------------
+
+
+def test_every_step_is_reported_with_a_preview(model: RemoteModel, expected: Tensor) -> None:
+    steps: list[Step] = []
+    out = sample(model, preview=True, on_step=steps.append)
+    assert [(s.index, s.total) for s in steps] == [(0, 3), (1, 3), (2, 3)]
+    assert all(s.denoised is not None and s.denoised.shape == EMPTY.shape for s in steps)
+    assert torch.equal(out, expected)
+
+
+def test_cancel_ends_the_job_within_a_step_and_the_next_is_bit_equal(model: RemoteModel, expected: Tensor) -> None:
+    seen: list[int] = []
+    with pytest.raises(CancelledError):
+        sample(model, steps=500, on_step=lambda s: seen.append(s.index), should_cancel=lambda: len(seen) >= 2)
+    assert len(seen) < 100
+    assert torch.equal(sample(model), expected)
+
+
+def test_an_exception_in_the_callback_cancels_and_comes_back(model: RemoteModel, expected: Tensor) -> None:
+    class Interrupt(BaseException):
+        pass
+
+    def interrupt(step: Step) -> None:
+        raise Interrupt
+
+    with pytest.raises(Interrupt):
+        sample(model, steps=500, on_step=interrupt)
+    assert torch.equal(sample(model), expected)
+
+
+def test_two_clients_take_turns_and_one_cancel_leaves_the_other_alone(
+    backend2: Backend, model: RemoteModel, large: Path, expected: Tensor
+) -> None:
+    other = Backend.attach("test2")
+    others_model = other.load_model(large, MeshSpec(cfg=2), "float32")
+    results: list[object] = []
+
+    def cancelled() -> None:
+        try:
+            sample(others_model, steps=400, should_cancel=lambda: len(results) > 0)
+        except CancelledError as error:
+            results.append(error)
+
+    thread = threading.Thread(target=cancelled)
+    thread.start()
+    time.sleep(0.3)
+    waiting = threading.Thread(target=lambda: results.append(sample(model)))
+    waiting.start()
+    time.sleep(0.3)
+    results.append("cancel now")
+    thread.join(60)
+    waiting.join(60)
+    other.close()
+    assert any(isinstance(r, CancelledError) for r in results)
+    assert any(isinstance(r, Tensor) and torch.equal(r, expected) for r in results)
+
+
+# -- bad input: a typed error, and the next prompt works ----------------------------------------------------------
+
+
+def with_nan(conditioning: Conditioning) -> Conditioning:
+    context = conditioning.context.clone()
+    context[0, 3, 7] = float("nan")
+    return Conditioning(context, conditioning.pooled)
+
+
+BAD = {
+    "channels": (InputError, "needs \\(batch, 16,", {"latent": torch.zeros(1, 4, 16, 16)}),
+    "nan latent": (InputError, "latent holds NaN", {"latent": torch.full((1, 16, 16, 16), float("nan"))}),
+    "size": (InputError, "divisible by 16 pixels", {"latent": torch.zeros(1, 16, 15, 16)}),
+    "nan conditioning": (InputError, "conditioning holds NaN", {"positive": with_nan(POSITIVE)}),
+    "width": (InputError, "the last of 4096", {"positive": Conditioning(torch.zeros(1, 77, 2048), POSITIVE.pooled)}),
+    "pooled": (InputError, "the last of 2048", {"negative": Conditioning(NEGATIVE.context, torch.zeros(1, 1280))}),
+    "sampler": (ConfigError, "'dpm_fast' is not known", {"sampler": "dpm_fast"}),
+    "scheduler": (ConfigError, "'turbo' is not known", {"scheduler": "turbo"}),
+    "steps": (ConfigError, "steps=0", {"steps": 0}),
+    "uni_pc": (ConfigError, "single step", {"sampler": "uni_pc", "steps": 1}),
+    "sigmas": (InputError, "don't fall", {"sigmas": torch.tensor([0.1, 0.5])}),
+    "noise": (InputError, "Noise of", {"noise": torch.zeros(1, 16, 8, 8)}),
+    "batch_index": (InputError, "batch_index", {"batch_index": [1, 2]}),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_names_the_value_and_the_next_prompt_works(name: str, model: RemoteModel, expected: Tensor) -> None:
+    kind, words, change = BAD[name]
+    settings = {"latent": EMPTY, "positive": POSITIVE, "negative": NEGATIVE, "seed": 1, "steps": 3} | change
+    with pytest.raises(kind, match=words) as caught:
+        model.sample(**settings)
+    assert caught.value.remedy
+    assert torch.equal(sample(model), expected)
+
+
+def test_bad_files_and_meshes_leave_the_backend_as_it_was(
+    backend2: Backend, model: RemoteModel, expected: Tensor, tmp_path: Path, large: Path
+) -> None:
+    half = tmp_path / "half.safetensors"
+    half.write_bytes(large.read_bytes()[:1_000_000])
+    with pytest.raises(CheckpointError, match="cut short"):
+        backend2.load_model(half, MeshSpec(cfg=2))
+    with pytest.raises(CheckpointError, match="is a VAE"):
+        backend2.load_model(large.parents[1] / "vae" / "sd3_vae.safetensors", MeshSpec(cfg=2))
+    with pytest.raises(ConfigError, match="= 3, but the backend has 2 ranks"):
+        backend2.load_model(large, MeshSpec(tp=3))
+    with pytest.raises(ConfigError, match="dtype 'int8' is not known"):
+        backend2.load_model(large, MeshSpec(cfg=2), "int8")
+    with pytest.raises(ConfigError, match="needs a GPU"):
+        backend2.load_model(large, MeshSpec(cfg=2), "float16", kernel="flash")
+    with pytest.raises(InputError, match="is not a model for this request"):
+        RemoteModel.decode = None  # type: ignore[attr-defined]
+        from parallel_backend.rpc.client import _Attachment
+        from parallel_backend.rpc.messages import Decode
+
+        backend2.request(Decode(model.name, 0), [_Attachment(EMPTY)])
+    assert torch.equal(sample(model), expected)
+
+
+@pytest.fixture
+def raw_line(backend2: Backend) -> Iterator[zmq.Socket[bytes]]:
+    context = zmq.Context()
+    line = context.socket(zmq.DEALER)
+    line.connect(backend2.record.address)
+    yield line
+    context.destroy(linger=0)
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [b"nonsense"],
+        [b""],
+        [pack(RequestHeader(3, Status(), version="9.9.9"), [])[0]],
+        [pack(RequestHeader(3, Status()), [])[0], b"a frame too many"],
+    ],
+    ids=["nonsense", "empty", "another version", "frames"],
+)
+def test_messages_of_another_kind_get_an_error_and_do_no_harm(
+    frames: list[bytes], raw_line: zmq.Socket[bytes], model: RemoteModel, expected: Tensor
+) -> None:
+    raw_line.send_multipart(frames)
+    assert raw_line.poll(5000)
+    header, _ = unpack(raw_line.recv_multipart(), ReplyHeader)
+    assert isinstance(header.body, Failed) and header.body.code == "protocol"
+    if b"9.9.9" in frames[0]:
+        assert "version 9.9.9" in header.body.message and "parallel-mmdit stop" in header.body.remedy
+    assert torch.equal(sample(model), expected)
+
+
+# -- faults -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fragile(runtime_folder: Path) -> Iterator[Backend]:
+    backend = Backend.attach_or_start(2, "cpu", "fragile")
+    yield backend
+    Backend.attach("fragile").stop()
+
+
+@pytest.mark.parametrize("victim", [1, 0])
+def test_a_killed_rank_is_an_error_in_seconds_and_the_next_prompt_works(
+    victim: int, fragile: Backend, large: Path, expected: Tensor
+) -> None:
+    model = fragile.load_model(large, MeshSpec(cfg=2), "float32")
+    assert torch.equal(sample(model), expected)
+    generation, pid = fragile.generation, fragile.status().ranks[victim].pid
+    killed: list[float] = []
+
+    def kill(step: Step) -> None:
+        if not killed:
+            killed.append(time.monotonic())
+            os.kill(pid, signal.SIGKILL)
+
+    with pytest.raises(
+        (BackendLostError, RankError), match=f"rank {victim} was killed by signal 9|A rank failed: rank"
+    ):
+        sample(model, steps=2000, on_step=kill)
+    assert time.monotonic() - killed[0] < 10
+    assert torch.equal(sample(model), expected)  # ranks are back, the model came back by itself
+    assert fragile.generation != generation
+    assert all(model.loaded.bytes_read)
+
+
+def test_a_client_that_vanishes_leaves_the_backend_in_order(fragile: Backend, large: Path, expected: Tensor) -> None:
+    code = (
+        "import sys, os, torch; from parallel_backend import *; from parallel_backend.demo_checkpoints import random_prompt\n"
+        "m = Backend.attach('fragile').load_model(sys.argv[1], MeshSpec(cfg=2), 'float32')\n"
+        "p = Conditioning(*random_prompt(1, 154))\n"
+        "m.sample(torch.zeros(1, 16, 16, 16), p, p, steps=30, on_step=lambda s: os._exit(9) if s.index == 2 else None)"
+    )
+    gone = subprocess.run([sys.executable, "-c", code, str(large)], check=False, cwd=ROOT)
+    assert gone.returncode == 9
+    model = fragile.load_model(large, MeshSpec(cfg=2), "float32")
+    assert torch.equal(sample(model), expected)
+
+
+def test_a_cut_connection_heals_at_the_next_request(fragile: Backend, large: Path, expected: Tensor) -> None:
+    model = fragile.load_model(large, MeshSpec(cfg=2), "float32")
+    assert fragile._socket is not None
+    fragile._socket.disconnect(fragile.record.address)
+    fragile._socket.connect(fragile.record.address)
+    assert torch.equal(sample(model), expected)
+
+
+def test_a_stopped_backend_is_started_again_by_the_next_request(large: Path, expected: Tensor) -> None:
+    backend = Backend.attach_or_start(2, "cpu", "again")
+    try:
+        model = backend.load_model(large, MeshSpec(cfg=2), "float32")
+        Backend.attach("again").stop()
+        assert torch.equal(sample(model), expected)
+    finally:
+        Backend.attach("again").stop()
+
+
+def test_errors_are_all_of_one_tree() -> None:
+    assert issubclass(BackendLostError, BackendError)

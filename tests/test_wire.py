@@ -1,0 +1,86 @@
+"""Messages and frames: what goes out comes back, and what doesn't fit is refused without harm."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+import torch
+
+from parallel_backend import SamplerSpec
+from parallel_backend.errors import ConfigError, ProtocolError
+from parallel_backend.rpc.messages import Forward, Prompt, RequestHeader, Sample, Status, TensorMeta
+from parallel_backend.rpc.wire import pack, tensor_hash, tensor_meta, unpack
+
+TENSORS = [
+    torch.randn(2, 3, 4),
+    torch.randn(5).bfloat16(),
+    torch.randn(2, 2).half(),
+    torch.tensor(3.5),
+    torch.zeros(0, 4),
+    torch.arange(6),
+    torch.randn(4, 6).t(),
+]
+
+
+def test_tensors_come_back_bit_for_bit() -> None:
+    body = Sample("m", SamplerSpec(seed=2**64 - 1), 0, Prompt(1, 2), mask=3, batch_index=[1, 2], preview=True)
+    header = RequestHeader(7, body, [tensor_meta(t) for t in TENSORS])
+    decoded, tensors = unpack([bytes(f) for f in pack(header, TENSORS)], RequestHeader)
+    assert decoded == header
+    for sent, received in zip(TENSORS, tensors, strict=True):
+        assert received is not None and received.dtype == sent.dtype and torch.equal(received, sent)
+
+
+def test_a_tensor_named_by_hash_has_no_frame() -> None:
+    metas = [tensor_meta(TENSORS[0]), tensor_meta(TENSORS[1], sent=False, hash="abc")]
+    _, tensors = unpack(pack(RequestHeader(1, Forward("m", 0, 1, 1, 1), metas), TENSORS[:1]), RequestHeader)
+    assert tensors[0] is not None and tensors[1] is None
+
+
+def test_hashes_tell_values_shapes_and_dtypes_apart() -> None:
+    x = torch.zeros(2, 4)
+    hashes = {tensor_hash(t) for t in (x, x.view(4, 2), x.half(), x + 1, x.view(torch.int32).view(torch.float32)[:1])}
+    assert len(hashes) == 5
+    assert tensor_hash(x) == tensor_hash(torch.zeros(2, 4))
+
+
+def header(**changes: object) -> bytes:
+    plain = msgspec.to_builtins(RequestHeader(1, Status()))
+    return msgspec.msgpack.encode(plain | changes)
+
+
+@pytest.mark.parametrize(
+    ("frames", "words"),
+    [
+        ([], "empty message"),
+        ([b""], "no readable header"),
+        ([b"\xc1garbage"], "no readable header"),
+        ([header(version="0.0.1")], "version 0.0.1 came; this backend is version"),
+        ([header(surprise=1)], "surprise"),
+        ([header(body={"type": "Format"})], "Invalid value 'Format'"),
+        ([header(body={"type": "Cancel", "job": "x"})], "Expected `int`"),
+        ([header(body={"type": "Status", "more": 1})], "more"),
+        ([header(), b"extra"], "names 0 tensors and carries 1 frames"),
+        ([header(tensors=[{"dtype": "float32", "shape": [4]}])], "names 1 tensors and carries 0 frames"),
+        ([header(tensors=[{"dtype": "float32", "shape": [4]}]), b"\0" * 15], r"15 bytes where float32 \[4\] needs 16"),
+        ([header(tensors=[{"dtype": "object", "shape": [1]}]), b"\0" * 8], "tensor of object"),
+        ([header(tensors=[{"dtype": "float32", "shape": [-1, -4]}]), b"\0" * 16], r"float32 \[-1, -4\] can't be read"),
+        ([header(tensors=[{"dtype": "float32", "shape": [2**40, 2**40]}]), b""], "needs"),
+    ],
+)
+def test_messages_that_lie_or_are_of_another_kind_are_refused(frames: list[bytes], words: str) -> None:
+    with pytest.raises(ProtocolError, match=words):
+        unpack(frames, RequestHeader)
+
+
+def test_settings_are_checked_as_they_are_read() -> None:
+    body = msgspec.to_builtins(Sample("m", SamplerSpec(), 0, Prompt(1, 2)))
+    body["spec"]["steps"] = 0
+    with pytest.raises(ConfigError, match="steps=0"):
+        unpack([header(body=body)], RequestHeader)
+
+
+def test_a_dtype_that_does_not_travel_is_named() -> None:
+    with pytest.raises(ProtocolError, match=r"torch\.complex64"):
+        tensor_meta(torch.zeros(1, dtype=torch.complex64))
+    assert TensorMeta("float32", [1]).sent
