@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io, ui
 
 from ..parallel_backend.config import DEFAULT_IDLE_SECONDS, DTYPES, KERNELS, BackendSpec, MeshSpec
@@ -135,18 +137,30 @@ class MeshConfig(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, ranks=None, device=None, devices=None, cfg=None, ulysses=None, ring=None, tp=None, dp=None
-    ):  # type: ignore[no-untyped-def]
-        values = (ranks, device, devices, cfg, ulysses, ring, tp, dp)
-        if any(value is None for value in values):  # a linked value is known only when the node runs
+        cls,
+        ranks: int | None = None,
+        device: str | None = None,
+        devices: str | None = None,
+        cfg: int | None = None,
+        ulysses: int | None = None,
+        ring: int | None = None,
+        tp: int | None = None,
+        dp: int | None = None,
+    ) -> bool | str:
+        given = {
+            **{"ranks": ranks, "device": device, "devices": devices},
+            **{"cfg": cfg, "ulysses": ulysses, "ring": ring, "tp": tp, "dp": dp},
+        }
+        if None in given.values():  # a linked value is known only when the node runs
             return True
+        others: dict[str, Any] = {"dtype": "auto", "attention": "auto", "backend": "default"}
         try:
-            parallel_mesh(*values, "auto", "auto", "default", 0, 1)
+            parallel_mesh(**given, **others, memory_budget_mib=0, idle_minutes=1)  # type: ignore[arg-type]
         except BackendError as error:
             return str(error)
         return True
 
     @classmethod
-    def execute(cls, **settings) -> io.NodeOutput:  # type: ignore[no-untyped-def]
+    def execute(cls, **settings: Any) -> io.NodeOutput:
         mesh = parallel_mesh(**settings)
         return io.NodeOutput(mesh, ui=ui.PreviewText(mesh.describe()))

@@ -13,7 +13,7 @@ from comfy_api.latest import io, ui
 
 from ..parallel_backend.config import SAMPLERS, SCHEDULERS
 from ..parallel_backend.errors import CancelledError, UnsupportedError
-from ..parallel_backend.rpc.client import Step
+from ..parallel_backend.rpc.remote import Step
 from .comfy_types import ON_KSAMPLER, flow_shift, loop_patches, refuse, to_conditioning, weight_patches
 from .node_text import say
 from .remote_model import RemotePatcher
@@ -147,8 +147,18 @@ class ParallelSampler(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise
-    ) -> io.NodeOutput:  # type: ignore[no-untyped-def]
+        cls,
+        model: ModelPatcher,
+        seed: int,
+        steps: int,
+        cfg: float,
+        sampler_name: str,
+        scheduler: str,
+        positive: list[Any],
+        negative: list[Any],
+        latent_image: dict[str, Any],
+        denoise: float,
+    ) -> io.NodeOutput:
         latent, report = sample(
             model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise
         )

@@ -8,7 +8,8 @@ A `Backend` is a set of torchrun ranks that outlives its clients:
 """
 
 from .config import MeshSpec, SamplerSpec
-from .rpc.client import Backend, Conditioning, RemoteModel, RemoteVAE
+from .rpc.client import Backend
+from .rpc.remote import Conditioning, RemoteModel, RemoteVAE
 from .version import __version__
 
 __all__ = ["Backend", "Conditioning", "MeshSpec", "RemoteModel", "RemoteVAE", "SamplerSpec", "__version__"]

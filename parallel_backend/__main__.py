@@ -74,7 +74,7 @@ def _serve(args: argparse.Namespace) -> int:
     device = args.device or device
     devices = tuple(int(d) for d in args.devices.split(",")) if args.devices else ()
     world_size = args.world_size or len(devices) or (count if device == launcher.default_ranks()[0] else 2)
-    spec = BackendSpec(args.name, world_size, device, devices, args.idle_seconds, args.memory_budget_mib * 2**20)
+    spec = BackendSpec(args.name, world_size, device, devices, args.idle_seconds, args.memory_budget_mib * 2**20)  # type: ignore[arg-type]
     if launcher.find(spec) is not None:
         print(f"Backend {args.name!r} runs already.")
         return 0

@@ -179,7 +179,7 @@ class MeshSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Every mesh of `world_size` ranks, in a fixed order; tests and benchmarks go through it."""
         divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
         combos = (dict(zip(AXES, degrees, strict=True)) for degrees in product(divisors, repeat=len(AXES)))
-        return [cls(**c) for c in combos if prod(c.values()) == world_size and c["cfg"] <= 2]
+        return [cls(**c) for c in combos if prod(c.values()) == world_size and c["cfg"] <= 2]  # type: ignore[arg-type]
 
 
 class SamplerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

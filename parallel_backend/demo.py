@@ -15,8 +15,9 @@ from .demo_checkpoints import DEMO_FAMILIES, random_prompt, small_config, write_
 from .distributed.control import Control
 from .engine import Engine
 from .jobs import Job
-from .rpc.client import Backend, Conditioning, RemoteModel, Step
+from .rpc.client import Backend
 from .rpc.messages import Loaded, LoadModel, Prompt, RequestHeader, Sample
+from .rpc.remote import Conditioning, RemoteModel, Step
 from .rpc.wire import tensor_meta
 
 BACKEND = "demo"
@@ -28,13 +29,15 @@ def run_demo(output: str, *, steps: int, size: int, family: str) -> None:
     choose(family, DEMO_FAMILIES, "Family")
     folder = Path(output)
     print(f"1. A small {family} checkpoint with random weights (its pictures are noise) ...")
-    model_path = write_mmdit(folder / f"{family}.safetensors", small_config(family, depth=6, heads=6, pos_embed_size=96))
+    model_path = write_mmdit(
+        folder / f"{family}.safetensors", small_config(family, depth=6, heads=6, pos_embed_size=96)
+    )
     vae_paths = write_taesd(folder)
     print(f"   {model_path} ({model_path.stat().st_size / 2**20:.0f} MiB)")
 
     print("2. A backend of two CPU ranks ...")
-    with tqdm(total=None, desc="   starting", bar_format="{desc} {elapsed}") as bar:
-        backend = Backend.attach_or_start(2, "cpu", BACKEND, waiting=lambda _: bar.update(0) or bar.refresh())
+    with tqdm(total=None, desc="   starting", bar_format="{desc} {elapsed}", mininterval=1) as bar:
+        backend = Backend.attach_or_start(2, "cpu", BACKEND, waiting=lambda seconds: bar.refresh())
     try:
         mesh = MeshSpec(cfg=2)
         model = backend.load_model(model_path, mesh, "float32")
@@ -48,7 +51,9 @@ def run_demo(output: str, *, steps: int, size: int, family: str) -> None:
 
         again = backend.load_model(model_path, mesh, "float32")
         warm, seconds = _sample(again, prompts, steps, size, "4. The same again")
-        print(f"   weights already resident: {sum(again.loaded.bytes_read)} bytes read; {seconds:.3f} s a step;", end=" ")
+        print(
+            f"   weights already resident: {sum(again.loaded.bytes_read)} bytes read; {seconds:.3f} s a step;", end=" "
+        )
         print("bit-equal to the first" if torch.equal(warm, latent) else "NOT equal to the first")
 
         alone, seconds = _one_process(model_path, prompts, steps, size)
@@ -80,9 +85,7 @@ def _sample(
         return latent, (time.perf_counter() - start) / steps
 
 
-def _one_process(
-    path: Path, prompts: tuple[Conditioning, Conditioning], steps: int, size: int
-) -> tuple[Tensor, float]:
+def _one_process(path: Path, prompts: tuple[Conditioning, Conditioning], steps: int, size: int) -> tuple[Tensor, float]:
     """The same picture by the same engine in this process, on one thread; and seconds per step."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny
@@ -77,7 +78,7 @@ def write_taesd(folder: Path, name: str = "taesd3", channels: int = 16, seed: in
     folder.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoencoderTiny(latent_channels=channels)
+        model: Any = AutoencoderTiny(latent_channels=channels)
     encoder = {k.removeprefix("layers."): v for k, v in model.encoder.state_dict().items()}
     decoder = {}
     for key, value in model.decoder.state_dict().items():

@@ -83,7 +83,8 @@ class RankError(BackendError):
     code = "rank"
 
 
-_BY_CODE: dict[str, type[BackendError]] = {cls.code: cls for cls in [BackendError, *BackendError.__subclasses__()]}
+_CLASSES: list[type[BackendError]] = [BackendError, *BackendError.__subclasses__()]
+_BY_CODE = {cls.code: cls for cls in _CLASSES}
 
 
 def error_from_code(code: str, message: str, remedy: str) -> BackendError:

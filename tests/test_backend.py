@@ -31,8 +31,9 @@ from parallel_backend.errors import (
     StartError,
 )
 from parallel_backend.rpc import runtime_dir as files
-from parallel_backend.rpc.client import Step
-from parallel_backend.rpc.messages import Failed, ReplyHeader, RequestHeader, Status
+from parallel_backend.rpc.messages import Decode, Failed, Forward, ReplyHeader, RequestHeader, Status
+from parallel_backend.rpc.remote import Step
+from parallel_backend.rpc.sent_tensors import Attachment
 from parallel_backend.rpc.wire import pack, unpack
 
 POSITIVE, NEGATIVE = Conditioning(*random_prompt(1, 154)), Conditioning(*random_prompt(2, 77))
@@ -202,10 +203,7 @@ def test_an_unchanged_prompt_is_not_sent_again_and_a_changed_one_is(model: Remot
 
 def pack_size(model: RemoteModel, conditioning: Conditioning) -> bytes:
     """The bytes that a request with this prompt puts on the wire now."""
-    from parallel_backend.rpc.client import _Attachment
-    from parallel_backend.rpc.messages import Forward
-
-    metas, sent, _ = model.backend._prepare([_Attachment(conditioning.context, True)])
+    metas, sent, _ = model.backend._sent.prepare([Attachment(conditioning.context, True)])
     return b"".join(bytes(frame) for frame in pack(RequestHeader(1, Forward("m", 0, 0, 0, 0), metas), sent))
 
 
@@ -319,11 +317,7 @@ def test_bad_files_and_meshes_leave_the_backend_as_it_was(
     with pytest.raises(ConfigError, match="needs a GPU"):
         backend2.load_model(large, MeshSpec(cfg=2), "float16", kernel="flash")
     with pytest.raises(InputError, match="is not a model for this request"):
-        RemoteModel.decode = None  # type: ignore[attr-defined]
-        from parallel_backend.rpc.client import _Attachment
-        from parallel_backend.rpc.messages import Decode
-
-        backend2.request(Decode(model.name, 0), [_Attachment(EMPTY)])
+        backend2.request(Decode(model.name, 0), [Attachment(EMPTY)])
     assert torch.equal(sample(model), expected)
 
 

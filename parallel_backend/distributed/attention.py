@@ -11,7 +11,7 @@ from functools import partial
 from importlib.util import find_spec
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -20,12 +20,12 @@ from .ring import LseKernel, ring_attention
 from .ulysses import heads_to_tokens, tokens_to_heads
 
 _DISPATCH_NAMES = {
-    "native": "native",
-    "flash": "flash",
-    "flash3": "_flash_3",
-    "sage": "sage",
-    "cudnn": "_native_cudnn",
-    "efficient": "_native_efficient",
+    "native": AttentionBackendName.NATIVE,
+    "flash": AttentionBackendName.FLASH,
+    "flash3": AttentionBackendName._FLASH_3,
+    "sage": AttentionBackendName.SAGE,
+    "cudnn": AttentionBackendName._NATIVE_CUDNN,
+    "efficient": AttentionBackendName._NATIVE_EFFICIENT,
 }
 _NEEDS_PACKAGE = {"flash": "flash_attn", "flash3": "flash_attn_interface", "sage": "sageattention"}
 
@@ -60,7 +60,7 @@ def lse_kernel(name: str) -> LseKernel:
     return _native_with_lse if name == "native" else partial(_dispatched_with_lse, _DISPATCH_NAMES[name])
 
 
-def _dispatched_with_lse(backend: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _dispatched_with_lse(backend: AttentionBackendName, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     out, lse = dispatch_attention_fn(q, k, v, backend=backend, attention_kwargs={"return_lse": True})
     return out, lse.float().transpose(1, 2)  # flash-attn gives B, N, L
 

@@ -59,7 +59,7 @@ class Control:
                 buffer = torch.empty(size, dtype=torch.uint8)
             if size:
                 dist.broadcast(buffer, 0, group=self._group)
-            received.append(memoryview(buffer.numpy()))
+            received.append(buffer.numpy().data)
         return received
 
     def any(self, flag: bool) -> bool:

@@ -43,6 +43,7 @@ class BandConv2d(nn.Module):
         super().__init__()
         assert isinstance(conv.padding, tuple) and conv.dilation == (1, 1)
         self.conv, self.band = conv, band
+        self.columns = conv.padding[1]
         above = conv.padding[0] if padding is None else padding[0]
         self.halo = (above, max(0, conv.kernel_size[0] - conv.stride[0] - above))
 
@@ -51,7 +52,7 @@ class BandConv2d(nn.Module):
             return self.conv(x_BCYX)
         x = exchange_halo(x_BCYX, *self.halo, self.band.axis)
         conv = self.conv
-        return F.conv2d(x, conv.weight, conv.bias, conv.stride, (0, conv.padding[1]), groups=conv.groups)
+        return F.conv2d(x, conv.weight, conv.bias, conv.stride, (0, self.columns), groups=conv.groups)
 
 
 class BandDownsample(nn.Module):
@@ -108,7 +109,8 @@ class BandAttention(nn.Module):
     def __init__(self, attention: Attention, band: Band) -> None:
         super().__init__()
         assert attention.heads == 1 and attention.residual_connection and attention.spatial_norm is None
-        self.inner, self.band = attention, band
+        self.inner: Attention = attention
+        self.band: Band = band
 
     def forward(self, hidden_states: Tensor, temb: Tensor | None = None) -> Tensor:
         inner, (B, C, Y, X) = self.inner, hidden_states.shape

@@ -30,7 +30,8 @@ def ring_attention(
     if axis.degree == 1:
         return kernel(q_BLNH, k_BLNH, v_BLNH)[0]
     kv = torch.stack([k_BLNH, v_BLNH])
-    out = lse = None
+    out: Tensor | None = None
+    lse: Tensor | None = None
     for turn in range(axis.degree):
         last = turn == axis.degree - 1
         if not last:
@@ -40,6 +41,7 @@ def ring_attention(
         out, lse = merge(out, lse, block_out, block_lse)
         if not last:
             kv = handle.wait()
+    assert out is not None
     return out.to(q_BLNH.dtype)
 
 

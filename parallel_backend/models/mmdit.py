@@ -8,7 +8,9 @@ cells, E context width, A pooled width.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -120,6 +122,10 @@ class JointBlock(nn.Module):
         self.context_block = StreamBlock(config, tp, pre_only=index == config.depth - 1, dual=False)
         self.x_block = StreamBlock(config, tp, pre_only=False, dual=index in config.dual_blocks)
 
+    def modulations(self) -> tuple[Modulation, Modulation]:
+        """The text stream's and the image stream's, in the order of use."""
+        return self.context_block.adaLN_modulation, self.x_block.adaLN_modulation
+
     def forward(
         self,
         c_BLD: Tensor,
@@ -180,13 +186,12 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
-        self.proj = nn.Module()
         patch = config.patch_size
-        self.proj.weight = sharded_parameter((config.hidden, config.channels, patch, patch))
-        self.proj.bias = sharded_parameter((config.hidden,))
+        weight = sharded_parameter((config.hidden, config.channels, patch, patch))
+        self.proj = nn.ParameterDict({"weight": weight, "bias": sharded_parameter((config.hidden,))})
 
     def forward(self, patches_BLP: Tensor) -> Tensor:
-        return F.linear(patches_BLP, self.proj.weight.flatten(1), self.proj.bias)
+        return F.linear(patches_BLP, self.proj["weight"].flatten(1), self.proj["bias"])
 
 
 @dataclass(frozen=True)
@@ -278,13 +283,13 @@ class MMDiT(nn.Module):
             out = all_gather(out, 1, counts, axis)
         return unpatchify(out, x_BCYX.shape, self.config.patch_size)
 
-    def modulations(self, activated_BD: Tensor):  # type: ignore[no-untyped-def]
+    def modulations(self, activated_BD: Tensor) -> Iterator[list[Tensor]]:
         """The adaLN vectors in the order of use, each a list of (B, 1, D).
 
         Comm: under tp, one all-gather for all blocks of the model.
         """
-        modules = [m for block in self.joint_blocks for m in (block.context_block, block.x_block)] + [self.final_layer]
-        modules = [m.adaLN_modulation for m in modules]
+        blocks = cast(Iterable[JointBlock], self.joint_blocks)
+        modules = [m for block in blocks for m in block.modulations()] + [self.final_layer.adaLN_modulation]
         degree, hidden = self.mesh.tp.degree, self.config.hidden
         rows = [split_sizes(m.count * hidden, degree) for m in modules]
         local = torch.cat([m(activated_BD) for m in modules], dim=1)

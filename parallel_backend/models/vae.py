@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
@@ -31,7 +32,7 @@ TAESD_SCALES = {"taesd": (0.18215, 0.0), "taesdxl": (0.13025, 0.0), "taesd3": (1
 class BandVAE:
     """A VAE that computes an image in bands. Every rank has the whole input; rank 0 gets the whole output."""
 
-    model: AutoencoderKL | AutoencoderTiny
+    model: Any  # AutoencoderKL or AutoencoderTiny, whose layers diffusers doesn't type
     family: str
     latent_channels: int
     device: torch.device
@@ -69,7 +70,7 @@ class BandVAE:
         bands = []
         for latent in latent_BCYX.split(1):
             band = latent[:, :, start:stop].to(self.device, torch.float32)
-            if isinstance(self.model, AutoencoderTiny):
+            if self.family in TAESD_SCALES:
                 scale, shift = TAESD_SCALES[self.family]
                 bands.append(self.model.decoder(((band - shift) * scale).to(self.dtype)))
             else:
@@ -95,7 +96,7 @@ class BandVAE:
             band = image[:, start * CELL : stop * CELL].permute(0, 3, 1, 2)
             band = (band.to(self.device, torch.float32) * 2 - 1).to(self.dtype)
             moments = self.model.encoder(band)
-            if isinstance(self.model, AutoencoderTiny):
+            if self.family in TAESD_SCALES:
                 scale, shift = TAESD_SCALES[self.family]
                 bands.append(moments.float() / scale + shift)
             else:
@@ -140,7 +141,7 @@ class VAECheckpoint:
         tensors = [{name: s.read(name) for name in s.names()} for s in self.sources]
         with torch.device("meta"):
             if self.family in TAESD_SCALES:
-                model = AutoencoderTiny(latent_channels=self.latent_channels)
+                model: Any = AutoencoderTiny(latent_channels=self.latent_channels)
                 weights = {f"encoder.layers.{k}": v for k, v in tensors[0].items()}
                 weights |= {f"decoder.layers.{_previous(k)}": v for k, v in tensors[1].items()}
             else:

@@ -24,7 +24,7 @@ MAX_RESTARTS = 100
 # What torchrun writes when a rank ends by itself; before the first "ready" nothing can be restarted into health.
 _RANK_FAILED = "failed (exitcode:"
 
-Waiting = Callable[[float], None]
+Waiting = Callable[[float], object]
 
 
 def default_ranks() -> tuple[str, int]:

@@ -51,7 +51,7 @@ def tensor_meta(tensor: Tensor, *, sent: bool = True, hash: str | None = None) -
 def tensor_frame(tensor: Tensor) -> memoryview:
     """The tensor's bytes, without a copy where it is contiguous on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy())
+    return flat.numpy().data
 
 
 def tensor_hash(tensor: Tensor) -> str:

@@ -16,7 +16,8 @@ from torch import Tensor
 class Parameterization(Protocol):
     """A noise schedule and the meaning of the model's output under it."""
 
-    is_flow: bool
+    @property
+    def is_flow(self) -> bool: ...
 
     @property
     def sigmas(self) -> Tensor: ...

@@ -1,0 +1,208 @@
+"""What a backend holds, as its client sees it: a model to sample with, a VAE to decode with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..config import SamplerSpec
+from ..errors import UnknownModelError
+from .messages import (
+    Decode,
+    Encode,
+    Forward,
+    Loaded,
+    LoadModel,
+    LoadVAE,
+    Progress,
+    Prompt,
+    Reply,
+    Request,
+    Result,
+    Sample,
+    StepDone,
+)
+from .sent_tensors import Attachment
+
+if TYPE_CHECKING:
+    from .client import Backend
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """A prompt as SD3 takes it.
+
+    Args:
+        context: (B, L, E) text tokens.
+        pooled: (B, A).
+    """
+
+    context: Tensor
+    pooled: Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """What `on_step` is told: step `index` of `total` is done. x and denoised, where a preview was asked for."""
+
+    index: int
+    total: int
+    x: Tensor | None = None
+    denoised: Tensor | None = None
+
+
+@dataclass
+class _Remote:
+    """Something loaded in a backend; it is loaded again by itself when the backend has lost it."""
+
+    backend: Backend
+    load: LoadModel | LoadVAE
+    loaded: Loaded
+    _generation: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._generation = self.backend.generation
+
+    @property
+    def name(self) -> str:
+        """The name under which the backend holds it."""
+        return self.loaded.model
+
+    def ensure_loaded(self) -> Loaded:
+        """Resident now; reads nothing where it was."""
+        self.loaded = self.backend.load(self.load, None, None)
+        self._generation = self.backend.generation
+        return self.loaded
+
+    def _request(
+        self, body: Request, attachments: Sequence[Attachment], **callbacks: Any
+    ) -> tuple[Reply, list[Tensor]]:
+        with self.backend.lock:
+            self.backend.follow_restarts()
+            if self._generation != self.backend.generation:
+                self.ensure_loaded()
+            try:
+                return self.backend.request(body, attachments, **callbacks)
+            except UnknownModelError:
+                self.ensure_loaded()
+                return self.backend.request(body, attachments, **callbacks)
+
+
+class RemoteModel(_Remote):
+    """A diffusion model in a backend."""
+
+    @property
+    def family(self) -> str:
+        return self.loaded.family
+
+    def sample(
+        self,
+        latent: Tensor,
+        positive: Conditioning,
+        negative: Conditioning | None = None,
+        *,
+        seed: int = 0,
+        steps: int = 20,
+        cfg_scale: float = 4.5,
+        sampler: str = "euler",
+        scheduler: str = "simple",
+        denoise: float = 1.0,
+        shift: float = 3.0,
+        noise: Tensor | None = None,
+        sigmas: Tensor | None = None,
+        noise_mask: Tensor | None = None,
+        batch_index: Sequence[int] | None = None,
+        preview: bool = False,
+        on_step: Callable[[Step], None] | None = None,
+        should_cancel: Callable[[], bool] | None = None,
+    ) -> Tensor:
+        """The sampled latent: KSampler's, for the same seed and settings.
+
+        Args:
+            latent: (B, 16, Y, X), unscaled as a VAE gives it; all zeros to start from noise alone.
+            negative: None, or cfg_scale 1, computes no uncond branch.
+            noise, sigmas: in place of those that seed and scheduler give.
+            noise_mask: 1 where the latent may change, (B, 1, Y, X) of any Y and X.
+            on_step: told after each step. What it raises cancels the job and is raised again.
+        Returns: (B, 16, Y, X), fp32, on the CPU.
+        Raises: InputError, ConfigError, CancelledError, BackendLostError, RankError.
+        """
+        spec = SamplerSpec(sampler, scheduler, steps, cfg_scale, denoise, seed, shift)
+        attachments = [Attachment(latent.float())]
+
+        def attach(tensor: Tensor, kept: bool = False) -> int:
+            attachments.append(Attachment(tensor, kept))
+            return len(attachments) - 1
+
+        def prompt(conditioning: Conditioning) -> Prompt:
+            return Prompt(attach(conditioning.context, kept=True), attach(conditioning.pooled, kept=True))
+
+        body = Sample(
+            self.name,
+            spec,
+            0,
+            prompt(positive),
+            None if negative is None else prompt(negative),
+            mask=None if noise_mask is None else attach(noise_mask.float()),
+            noise=None if noise is None else attach(noise.float()),
+            sigmas=None if sigmas is None else attach(sigmas.float()),
+            batch_index=None if batch_index is None else list(batch_index),
+            preview=preview,
+        )
+
+        def on_event(event: Progress | StepDone, tensors: Sequence[Tensor]) -> None:
+            if on_step is not None and isinstance(event, StepDone):
+                x, denoised = tensors if tensors else (None, None)
+                on_step(Step(event.index, event.total, x, denoised))
+
+        reply, tensors = self._request(body, attachments, on_event=on_event, should_cancel=should_cancel)
+        assert isinstance(reply, Result)
+        return tensors[0].clone()
+
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        pooled: Tensor,
+        *,
+        should_cancel: Callable[[], bool] | None = None,
+    ) -> Tensor:
+        """One evaluation: the velocity, fp32, of latents in the model's scale; rows spread over cfg and dp.
+
+        Args:
+            x: (B, 16, Y, X). timesteps: (B,), 1000 * sigma. context: (B, L, E). pooled: (B, A).
+        """
+        attachments = [
+            Attachment(x),
+            Attachment(timesteps.float()),
+            Attachment(context, True),
+            Attachment(pooled, True),
+        ]
+        _, tensors = self._request(Forward(self.name, 0, 1, 2, 3), attachments, should_cancel=should_cancel)
+        return tensors[0].clone()
+
+
+class RemoteVAE(_Remote):
+    """A VAE in a backend."""
+
+    @property
+    def latent_channels(self) -> int:
+        return self.loaded.channels
+
+    def decode(self, latent: Tensor, *, raw: bool = False, should_cancel: Callable[[], bool] | None = None) -> Tensor:
+        """(B, Y, X, 3) in 0..1, fp32; with `raw` the model's own (B, 3, Y, X), about -1..1.
+
+        Args:
+            latent: (B, C, Y, X), unscaled.
+        """
+        _, tensors = self._request(Decode(self.name, 0, raw), [Attachment(latent.float())], should_cancel=should_cancel)
+        return tensors[0].clone()
+
+    def encode(self, image: Tensor, *, should_cancel: Callable[[], bool] | None = None) -> Tensor:
+        """(B, C, Y / 8, X / 8), unscaled, fp32, of an image (B, Y, X, 3) in 0..1."""
+        _, tensors = self._request(Encode(self.name, 0), [Attachment(image.float())], should_cancel=should_cancel)
+        return tensors[0].clone()
