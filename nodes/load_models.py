@@ -6,42 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import comfy.utils
-import folder_paths
 import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..parallel_backend import RemoteModel
-from ..parallel_backend.errors import CheckpointError
 from ..parallel_backend.rpc.messages import Progress, StepDone
+from .model_files import file_fingerprint, names_in, path_of
 from .node_text import say
 from .parallel_mesh import MeshSocket, ParallelMesh, make_room
 from .remote_model import interruptible, remote_patcher
 
-CHECKPOINTS = "checkpoints/"
-
-
-def model_names() -> list[str]:
-    """Files of the diffusion_models folder, then those of the checkpoints folder with that folder's name before them."""
-    checkpoints = (CHECKPOINTS + name for name in folder_paths.get_filename_list("checkpoints"))
-    return [*folder_paths.get_filename_list("diffusion_models"), *checkpoints]
-
-
-def model_path(name: str) -> Path:
-    """Raises: CheckpointError: no such file in the model folders."""
-    folder, file = (
-        ("checkpoints", name.removeprefix(CHECKPOINTS)) if name.startswith(CHECKPOINTS) else ("diffusion_models", name)
-    )
-    path = folder_paths.get_full_path(folder, file)
-    if path is None:
-        raise CheckpointError(f"There is no {file!r} in ComfyUI's {folder} folder.", "Put it there, or choose another.")
-    return Path(path)
-
-
-def file_fingerprint(path: Path) -> str:
-    """Changes when the file does, so that the node runs again."""
-    stat = path.stat()
-    return f"{path} {stat.st_size} {stat.st_mtime_ns}"
+FOLDER = "diffusion_models"
 
 
 def load_remote_model(mesh: ParallelMesh, path: Path) -> tuple[RemoteModel, str]:
@@ -84,7 +60,7 @@ class LoadParallelMMDiT(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=model_names(),
+                    options=names_in(FOLDER),
                     tooltip="A .safetensors file of the diffusion_models or checkpoints folder.",
                 ),
                 MeshSocket.Input("mesh", tooltip="From Mesh Config."),
@@ -94,11 +70,11 @@ class LoadParallelMMDiT(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str, mesh: None = None) -> str:
-        return file_fingerprint(model_path(model_name))
+        return file_fingerprint(path_of(model_name, FOLDER))
 
     @classmethod
     def execute(cls, model_name: str, mesh: ParallelMesh) -> io.NodeOutput:
-        path = model_path(model_name)
+        path = path_of(model_name, FOLDER)
         remote, report = load_remote_model(mesh, path)
         say(report)
         return io.NodeOutput(remote_patcher(remote, path, getattr(torch, mesh.dtype)), ui=ui.PreviewText(report))

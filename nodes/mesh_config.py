@@ -148,8 +148,14 @@ class MeshConfig(io.ComfyNode):
         dp: int | None = None,
     ) -> bool | str:
         given = {
-            **{"ranks": ranks, "device": device, "devices": devices},
-            **{"cfg": cfg, "ulysses": ulysses, "ring": ring, "tp": tp, "dp": dp},
+            "ranks": ranks,
+            "device": device,
+            "devices": devices,
+            "cfg": cfg,
+            "ulysses": ulysses,
+            "ring": ring,
+            "tp": tp,
+            "dp": dp,
         }
         if None in given.values():  # a linked value is known only when the node runs
             return True

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from clip_files import write_clip
 from comfyui.installation import ComfyInstallation, find_installation
 from rank_pool import RankPool
+from safetensors.torch import load_file, save_file
 from vae_files import write_kl_vae
 
 from parallel_backend import Backend
@@ -38,6 +40,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_kl_vae(root / "vae" / "sd3_vae.safetensors", latent_channels=16, quant=False)
     write_kl_vae(root / "vae" / "sdxl_vae.safetensors", latent_channels=4, quant=True)
     return root
+
+
+@pytest.fixture(scope="session")
+def workflow_models(models: Path) -> Path:
+    """The same folder with the files that the workflows name: of their true layouts, small where that is allowed."""
+    mmdit = models / "diffusion_models" / "sd3.5-medium.safetensors"
+    parts = [("model.diffusion_model.", mmdit), ("first_stage_model.", models / "vae" / "sd3_vae.safetensors")]
+    whole = {prefix + name: tensor for prefix, file in parts for name, tensor in load_file(file).items()}
+    (models / "checkpoints").mkdir(exist_ok=True)
+    save_file(whole, models / "checkpoints" / "sd3.5_medium.safetensors")
+    write_clip(models / "text_encoders" / "clip_l.safetensors", width=768, layers=12)
+    write_clip(models / "text_encoders" / "clip_g.safetensors", width=1280, layers=32)
+    return models
 
 
 def _backend(world_size: int) -> Iterator[Backend]:

@@ -1,0 +1,148 @@
+#!/usr/bin/env python3
+"""Makes the workflow that the editor opens out of its API-format twin, which is the one written by hand.
+
+python scripts/ui_workflow.py http://127.0.0.1:8188     # every file of workflows/api, from a running ComfyUI
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import urllib.request
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+WORKFLOWS = Path(__file__).parents[1] / "workflows"
+COLUMN, GAP, TITLE, ROW = 420, 40, 60, 26
+PREVIEW_ROWS = {"SaveImage": 12, "LoadImage": 12, "MeshConfig": 3, "LoadParallelMMDiT": 3, "PatchParallelVAE": 3}
+TALL_TEXT_ROWS = 5
+
+
+def ui_workflow(prompt: dict[str, Any], object_info: dict[str, Any]) -> dict[str, Any]:
+    """The editor's form of an API-format prompt: nodes in columns, each right of those it needs."""
+    links: list[list[Any]] = []
+    nodes: dict[str, dict[str, Any]] = {}
+    bottoms: dict[int, int] = defaultdict(int)
+    for order, node_id in enumerate(_in_order(prompt)):
+        node = prompt[node_id]
+        info = object_info[node["class_type"]]
+        column = _depth(prompt, node_id)
+        made = _node(int(node_id), node, info, order)
+        made["pos"] = [column * (COLUMN + GAP), bottoms[column]]
+        bottoms[column] += made["size"][1] + TITLE
+        nodes[node_id] = made
+        for slot, entry in enumerate(made["inputs"]):
+            value = node["inputs"].get(entry["name"])
+            if isinstance(value, list):
+                link = len(links) + 1
+                source = nodes[value[0]]["outputs"][value[1]]
+                links.append([link, int(value[0]), value[1], int(node_id), slot, source["type"]])
+                source["links"] = [*(source["links"] or []), link]
+                entry["link"] = link
+    return {
+        "last_node_id": max(int(node_id) for node_id in prompt),
+        "last_link_id": len(links),
+        "nodes": list(nodes.values()),
+        "links": links,
+        "groups": [],
+        "config": {},
+        "extra": {},
+        "version": 0.4,
+    }
+
+
+def api_prompt(workflow: dict[str, Any], object_info: dict[str, Any]) -> dict[str, Any]:
+    """What the editor would queue for such a workflow: the way back, for the test that twins are equal."""
+    sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    prompt = {}
+    for node in workflow["nodes"]:
+        inputs: dict[str, Any] = {}
+        values = iter(node["widgets_values"])
+        for name, kind, options in _inputs(object_info[node["type"]]):
+            if _is_widget(kind, options):
+                inputs[name] = next(values)
+                for _ in range(_extra_widgets(name, options)):
+                    next(values)
+        for entry in node["inputs"]:
+            if entry["link"] is not None:
+                inputs[entry["name"]] = sources[entry["link"]]
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs, "_meta": {"title": node["title"]}}
+    return prompt
+
+
+def _node(node_id: int, node: dict[str, Any], info: dict[str, Any], order: int) -> dict[str, Any]:
+    given = dict(node["inputs"])
+    sockets, values, rows = [], [], max(1, len(info["output"]))
+    for name, kind, options in _inputs(info):
+        value = given.pop(name, None)
+        if _is_widget(kind, options):
+            values += [value, *(["fixed"] if _has_seed_control(name, options) else [])]
+            values += ["image"] if options.get("image_upload") else []
+            rows += 1 + _extra_widgets(name, options) + (TALL_TEXT_ROWS if options.get("multiline") else 0)
+        elif value is not None:
+            sockets.append({"name": name, "type": kind, "link": None})
+            rows += 1
+    if given:
+        raise ValueError(f"{node['class_type']} has no inputs {sorted(given)}; its own are {sorted(_names(info))}")
+    outputs = zip(info["output_name"], info["output"], strict=True)
+    return {
+        "id": node_id,
+        "type": node["class_type"],
+        "title": node["_meta"]["title"],
+        "size": [COLUMN, (rows + PREVIEW_ROWS.get(node["class_type"], 0)) * ROW],
+        "flags": {},
+        "order": order,
+        "mode": 0,
+        "inputs": sockets,
+        "outputs": [{"name": name, "type": kind, "links": None} for name, kind in outputs],
+        "properties": {"Node name for S&R": node["class_type"]},
+        "widgets_values": values,
+    }
+
+
+def _inputs(info: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    found = []
+    for group in ("required", "optional"):
+        for name in info["input_order"].get(group, []):
+            kind, *options = info["input"][group][name]
+            found.append((name, "COMBO" if isinstance(kind, list) else kind, options[0] if options else {}))
+    return found
+
+
+def _names(info: dict[str, Any]) -> set[str]:
+    return {name for name, _, _ in _inputs(info)}
+
+
+def _is_widget(kind: str, options: dict[str, Any]) -> bool:
+    return kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO") and not options.get("forceInput")
+
+
+def _has_seed_control(name: str, options: dict[str, Any]) -> bool:
+    return bool(options.get("control_after_generate")) or name in ("seed", "noise_seed")
+
+
+def _extra_widgets(name: str, options: dict[str, Any]) -> int:
+    return _has_seed_control(name, options) + bool(options.get("image_upload"))
+
+
+def _depth(prompt: dict[str, Any], node_id: str) -> int:
+    needed = [value[0] for value in prompt[node_id]["inputs"].values() if isinstance(value, list)]
+    return max((_depth(prompt, other) + 1 for other in needed), default=0)
+
+
+def _in_order(prompt: dict[str, Any]) -> list[str]:
+    return sorted(prompt, key=lambda node_id: (_depth(prompt, node_id), int(node_id)))
+
+
+def main() -> None:
+    with urllib.request.urlopen(f"{sys.argv[1]}/object_info", timeout=30) as answer:
+        object_info = json.load(answer)
+    for path in sorted((WORKFLOWS / "api").glob("*.json")):
+        workflow = ui_workflow(json.loads(path.read_text()), object_info)
+        (WORKFLOWS / path.name).write_text(json.dumps(workflow, indent=2) + "\n")
+        print(WORKFLOWS / path.name)
+
+
+if __name__ == "__main__":
+    main()

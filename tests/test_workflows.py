@@ -1,0 +1,78 @@
+"""Every file in workflows/, run through a real ComfyUI on small checkpoints of the names that they ask for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from comfyui.installation import ComfyInstallation
+from comfyui.server import ComfyServer
+from PIL import Image
+from ui_workflow import WORKFLOWS, api_prompt, ui_workflow
+
+from parallel_backend import Backend
+
+TWINS = sorted((WORKFLOWS / "api").glob("*.json"))
+SIZE, STEPS = 256, 3
+
+
+@pytest.fixture(scope="module")
+def server(
+    comfy: ComfyInstallation, workflow_models: Path, tmp_path_factory: pytest.TempPathFactory, runtime_folder: Path
+) -> Iterator[ComfyServer]:
+    base = tmp_path_factory.mktemp("workflows")
+    (base / "input").mkdir()
+    pixels = torch.rand(300, 400, 3, generator=torch.Generator().manual_seed(0))
+    Image.fromarray((pixels * 255).byte().numpy()).save(base / "input" / "example.png")
+    server = ComfyServer(comfy, base, workflow_models)
+    yield server
+    server.stop()
+    Backend.attach("default").stop()
+
+
+def test_each_workflow_has_its_twin() -> None:
+    assert TWINS and [p.name for p in TWINS] == sorted(p.name for p in WORKFLOWS.glob("*.json"))
+
+
+@pytest.mark.parametrize("path", TWINS, ids=lambda p: p.stem)
+def test_the_editors_form_is_made_of_the_api_form(path: Path, server: ComfyServer) -> None:
+    object_info = server.get("/object_info")
+    prompt, workflow = json.loads(path.read_text()), json.loads((WORKFLOWS / path.name).read_text())
+    assert ui_workflow(prompt, object_info) == workflow, "run scripts/ui_workflow.py"
+    assert api_prompt(workflow, object_info) == prompt
+
+
+def small(prompt: dict[str, Any]) -> dict[str, Any]:
+    """The same graph at a size that two cores sample in seconds."""
+    for node in prompt.values():
+        inputs = node["inputs"]
+        inputs |= {"width": SIZE, "height": SIZE} if "width" in inputs else {}
+        inputs |= {"steps": STEPS} if "steps" in inputs else {}
+    return prompt
+
+
+def run(server: ComfyServer, path: Path) -> np.ndarray[Any, Any]:
+    """The picture that the workflow saves."""
+    prompt = small(json.loads(path.read_text()))
+    outcome = server.run(prompt)
+    assert outcome.error is None, outcome.error
+    (save,) = (node_id for node_id, node in prompt.items() if node["class_type"] == "SaveImage")
+    image = outcome.outputs[save]["images"][0]
+    return np.asarray(Image.open(server.base / "output" / image["subfolder"] / image["filename"]))
+
+
+@pytest.mark.parametrize("path", TWINS, ids=lambda p: p.stem)
+def test_workflow_saves_a_picture(path: Path, server: ComfyServer) -> None:
+    picture = run(server, path)
+    assert picture.shape == (SIZE, SIZE, 3) and picture.std() > 0
+
+
+def test_both_samplers_give_one_picture(server: ComfyServer) -> None:
+    pictures = [run(server, WORKFLOWS / "api" / f"sd35_text_to_image{end}.json") for end in ("", "_ksampler")]
+    difference = np.abs(pictures[0].astype(int) - pictures[1].astype(int))
+    assert difference.max() <= 1
