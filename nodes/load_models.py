@@ -38,13 +38,18 @@ def load_remote_model(mesh: ParallelMesh, path: Path) -> tuple[RemoteModel, str]
 
 def load_report(remote: RemoteModel) -> str:
     loaded = remote.loaded
-    held = " / ".join(f"{count / 2**20:.0f}" for count in loaded.resident_bytes)
+    held = f"{per_rank(loaded.resident_bytes)} MiB held"
     if not any(loaded.bytes_read):
-        text = f"{loaded.family}: weights already resident, 0 bytes read; {held} MiB on the ranks"
+        text = f"{loaded.family}: weights already resident, 0 bytes read; {held}"
     else:
-        read = " / ".join(f"{count / 2**20:.0f}" for count in loaded.bytes_read)
-        text = f"{loaded.family}: read {read} MiB in {loaded.seconds:.1f} s; {held} MiB on the ranks"
+        text = f"{loaded.family}: {per_rank(loaded.bytes_read)} MiB read in {loaded.seconds:.1f} s, {held}"
     return text + (f"; made room by freeing {', '.join(loaded.evicted)}" if loaded.evicted else "")
+
+
+def per_rank(byte_counts: Sequence[int]) -> str:
+    """In MiB: "2 x 44", or "44 + 48" where ranks differ."""
+    counts = [f"{count / 2**20:.0f}" for count in byte_counts]
+    return f"{len(counts)} x {counts[0]}" if len(set(counts)) == 1 else " + ".join(counts)
 
 
 class LoadParallelMMDiT(io.ComfyNode):

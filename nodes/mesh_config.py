@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 from ..parallel_backend.config import DEFAULT_IDLE_SECONDS, DTYPES, KERNELS, BackendSpec, MeshSpec
 from ..parallel_backend.errors import BackendError
 from ..parallel_backend.rpc.launcher import default_ranks
+from .node_text import say
 from .parallel_mesh import MeshSocket, ParallelMesh
 
 
@@ -146,7 +147,7 @@ class MeshConfig(io.ComfyNode):
         ring: int | None = None,
         tp: int | None = None,
         dp: int | None = None,
-    ) -> bool | str:
+    ) -> bool:
         given = {
             "ranks": ranks,
             "device": device,
@@ -160,13 +161,12 @@ class MeshConfig(io.ComfyNode):
         if None in given.values():  # a linked value is known only when the node runs
             return True
         others: dict[str, Any] = {"dtype": "auto", "attention": "auto", "backend": "default"}
-        try:
-            parallel_mesh(**given, **others, memory_budget_mib=0, idle_minutes=1)  # type: ignore[arg-type]
-        except BackendError as error:
-            return str(error)
+        # Raised, not returned: ComfyUI would repeat a returned text for each of these inputs.
+        parallel_mesh(**given, **others, memory_budget_mib=0, idle_minutes=1)  # type: ignore[arg-type]
         return True
 
     @classmethod
     def execute(cls, **settings: Any) -> io.NodeOutput:
         mesh = parallel_mesh(**settings)
+        say(mesh.describe())
         return io.NodeOutput(mesh, ui=ui.PreviewText(mesh.describe()))

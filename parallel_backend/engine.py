@@ -44,7 +44,7 @@ from .sampling.driver import StepReport
 from .sampling.image import sample_latent
 from .sampling.parameterization import Flow
 
-TENSOR_CACHE_BYTES = 2**30
+TENSOR_CACHE_BYTES = 2**28
 
 
 @dataclass
@@ -97,28 +97,31 @@ class Engine:
 
         Raises: BackendError: on every rank alike; the models stay. Any other exception: ranks may be out of step.
         """
-        full = job.control.agreed(lambda: self._complete(header, tensors))
+        full = self._complete(header, tensors)
         handler = self._handlers.get(type(header.body))
         if handler is None:
             raise ProtocolError(f"{type(header.body).__name__} is not a job.", "Send it as a control message.")
         return handler(header.body, full, job)
 
-    # -- tensors that are kept by hash -------------------------------------------------------------------------
+    # -- tensors that are kept by key -------------------------------------------------------------------------
 
     def _complete(self, header: RequestHeader, tensors: Sequence[Tensor | None]) -> list[Tensor]:
-        """All tensors of the message; those sent with a hash are kept, those named by it alone are looked up."""
+        """All tensors of the message; those sent with a key are kept, those named by it alone are looked up.
+
+        Ranks have the same requests in the same order, so they keep and miss the same.
+        """
         for meta, tensor in zip(header.tensors, tensors, strict=True):
-            if meta.hash is not None and tensor is not None:
-                self._tensors[meta.hash] = tensor
-        unsent = [meta.hash for meta, tensor in zip(header.tensors, tensors, strict=True) if tensor is None]
+            if meta.key is not None and tensor is not None:
+                self._tensors[meta.key] = tensor
+        unsent = [meta.key for meta, tensor in zip(header.tensors, tensors, strict=True) if tensor is None]
         missing = [name for name in unsent if name not in self._tensors]
         if missing:
             raise MissingTensorsError("The backend no longer holds these tensors.", " ".join(map(str, missing)))
         full = []
         for meta, tensor in zip(header.tensors, tensors, strict=True):
-            if meta.hash is not None:
-                self._tensors.move_to_end(meta.hash)
-            full.append(tensor if tensor is not None else self._tensors[str(meta.hash)])
+            if meta.key is not None:
+                self._tensors.move_to_end(meta.key)
+            full.append(tensor if tensor is not None else self._tensors[str(meta.key)])
         while sum(t.nbytes for t in self._tensors.values()) > TENSOR_CACHE_BYTES:
             self._tensors.popitem(last=False)
         return full
@@ -304,7 +307,8 @@ class Engine:
             return predictor, Rows(x, timesteps, predictor.prompt(context, tensors[body.pooled], x.shape[0]))
 
         predictor, rows = job.control.agreed(prepare)
-        return Result(time.perf_counter() - start, 1), [predictor.velocity(rows)]
+        velocity = predictor.velocity(rows)
+        return Result(time.perf_counter() - start, 1), [velocity]
 
     def _decode(self, body: Decode, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         start = time.perf_counter()

@@ -6,7 +6,7 @@ BackendError
 ├── CheckpointError      a file that can't be loaded as what was asked for
 ├── UnsupportedError     something real that this path doesn't do, refused by its name
 ├── ProtocolError        a message of another version or of a wrong form
-├── MissingTensorsError  tensors sent by hash that the backend no longer holds
+├── MissingTensorsError  tensors named by key that the backend no longer holds
 ├── UnknownModelError    a model id that the backend doesn't hold (any more)
 ├── CancelledError       the job was cancelled by its client
 ├── StartError           a backend could not be started or reached
@@ -54,12 +54,12 @@ class ProtocolError(BackendError):
 
 
 class MissingTensorsError(BackendError):
-    """`hashes` names the tensors to send again."""
+    """`keys` names the tensors to send again."""
 
     code = "missing_tensors"
 
     @property
-    def hashes(self) -> list[str]:
+    def keys(self) -> list[str]:
         return self.remedy.split()
 
 

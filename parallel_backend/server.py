@@ -43,6 +43,7 @@ from .rpc.messages import (
     Reply,
     ReplyHeader,
     RequestHeader,
+    Result,
     Status,
     Stop,
     Welcome,
@@ -304,18 +305,16 @@ class Rank:
             log.log(
                 logging.INFO if isinstance(error, CancelledError) else logging.WARNING, "%s failed: %s", kind, error
             )
+        if board is not None:
+            board.note(running="", jobs_done=board.jobs_done + 1, cached_tensors=self.engine.cached_tensors)
+            log.info("%s took %.3f s", kind, time.perf_counter() - start)
+        if isinstance(body, Result):
+            emit(body, results)  # the client need not wait for what the ranks then tell of themselves
         states = self.control.gather(rank_state(self.device, self.control.rank))
         if board is not None:
-            models = [resident.state for resident in self.engine.residents.values()]
-            board.note(
-                ranks=states,
-                models=models,
-                running="",
-                jobs_done=board.jobs_done + 1,
-                cached_tensors=self.engine.cached_tensors,
-            )
-            log.info("%s took %.3f s", kind, time.perf_counter() - start)
-        emit(body, results)
+            board.note(ranks=states, models=[resident.state for resident in self.engine.residents.values()])
+        if not isinstance(body, Result):
+            emit(body, results)
         if queued is not None:
             queued.cancelled.set()  # nothing is left to cancel; the table forgets it
 

@@ -15,7 +15,16 @@ from typing import Any
 
 WORKFLOWS = Path(__file__).parents[1] / "workflows"
 COLUMN, GAP, TITLE, ROW = 420, 40, 60, 26
-PREVIEW_ROWS = {"SaveImage": 12, "LoadImage": 12, "MeshConfig": 3, "LoadParallelMMDiT": 3, "PatchParallelVAE": 3}
+PREVIEW_ROWS = {
+    "SaveImage": 12,
+    "LoadImage": 12,
+    "MeshConfig": 2,
+    "LoadParallelMMDiT": 3,
+    "PatchParallelVAE": 3,
+    "ParallelSampler": 1,
+    "DualCLIPLoader": 1,
+    "EmptySD3LatentImage": 1,
+}
 TALL_TEXT_ROWS = 5
 
 
@@ -26,12 +35,7 @@ def ui_workflow(prompt: dict[str, Any], object_info: dict[str, Any]) -> dict[str
     bottoms: dict[int, int] = defaultdict(int)
     for order, node_id in enumerate(_in_order(prompt)):
         node = prompt[node_id]
-        info = object_info[node["class_type"]]
-        column = _depth(prompt, node_id)
-        made = _node(int(node_id), node, info, order)
-        made["pos"] = [column * (COLUMN + GAP), bottoms[column]]
-        bottoms[column] += made["size"][1] + TITLE
-        nodes[node_id] = made
+        nodes[node_id] = made = _node(int(node_id), node, object_info[node["class_type"]], order)
         for slot, entry in enumerate(made["inputs"]):
             value = node["inputs"].get(entry["name"])
             if isinstance(value, list):
@@ -40,6 +44,11 @@ def ui_workflow(prompt: dict[str, Any], object_info: dict[str, Any]) -> dict[str
                 links.append([link, int(value[0]), value[1], int(node_id), slot, source["type"]])
                 source["links"] = [*(source["links"] or []), link]
                 entry["link"] = link
+    # Those that give most links first: they are on top of their column, and their links cross nothing.
+    for node_id in sorted(nodes, key=lambda i: (_column(prompt, i), -_consumers(prompt, i), int(i))):
+        column, made = _column(prompt, node_id), nodes[node_id]
+        made["pos"] = [column * (COLUMN + GAP), bottoms[column]]
+        bottoms[column] += made["size"][1] + TITLE
     return {
         "last_node_id": max(int(node_id) for node_id in prompt),
         "last_link_id": len(links),
@@ -127,8 +136,22 @@ def _extra_widgets(name: str, options: dict[str, Any]) -> int:
 
 
 def _depth(prompt: dict[str, Any], node_id: str) -> int:
-    needed = [value[0] for value in prompt[node_id]["inputs"].values() if isinstance(value, list)]
-    return max((_depth(prompt, other) + 1 for other in needed), default=0)
+    return max((_depth(prompt, other) + 1 for other in _needed(prompt[node_id])), default=0)
+
+
+def _column(prompt: dict[str, Any], node_id: str) -> int:
+    """The depth; a node that needs nothing stands just left of the first that needs it."""
+    users = [i for i, node in prompt.items() if node_id in _needed(node)]
+    depth = _depth(prompt, node_id)
+    return depth if depth or not users else min(_depth(prompt, i) for i in users) - 1
+
+
+def _consumers(prompt: dict[str, Any], node_id: str) -> int:
+    return sum(_needed(node).count(node_id) for node in prompt.values())
+
+
+def _needed(node: dict[str, Any]) -> list[str]:
+    return [value[0] for value in node["inputs"].values() if isinstance(value, list)]
 
 
 def _in_order(prompt: dict[str, Any]) -> list[str]:

@@ -9,7 +9,8 @@ import torch
 from parallel_backend import SamplerSpec
 from parallel_backend.errors import ConfigError, ProtocolError
 from parallel_backend.rpc.messages import Forward, Prompt, RequestHeader, Sample, Status, TensorMeta
-from parallel_backend.rpc.wire import pack, tensor_hash, tensor_meta, unpack
+from parallel_backend.rpc.sent_tensors import Attachment, SentTensors
+from parallel_backend.rpc.wire import pack, tensor_meta, unpack
 
 TENSORS = [
     torch.randn(2, 3, 4),
@@ -31,17 +32,27 @@ def test_tensors_come_back_bit_for_bit() -> None:
         assert received is not None and received.dtype == sent.dtype and torch.equal(received, sent)
 
 
-def test_a_tensor_named_by_hash_has_no_frame() -> None:
-    metas = [tensor_meta(TENSORS[0]), tensor_meta(TENSORS[1], sent=False, hash="abc")]
+def test_a_tensor_named_by_key_has_no_frame() -> None:
+    metas = [tensor_meta(TENSORS[0]), tensor_meta(TENSORS[1], sent=False, key="abc")]
     _, tensors = unpack(pack(RequestHeader(1, Forward("m", 0, 1, 1, 1), metas), TENSORS[:1]), RequestHeader)
     assert tensors[0] is not None and tensors[1] is None
 
 
-def test_hashes_tell_values_shapes_and_dtypes_apart() -> None:
+def test_an_unchanged_tensor_is_sent_once_and_a_changed_one_again() -> None:
+    kept = SentTensors()
     x = torch.zeros(2, 4)
-    hashes = {tensor_hash(t) for t in (x, x.view(4, 2), x.half(), x + 1, x.view(torch.int32).view(torch.float32)[:1])}
-    assert len(hashes) == 5
-    assert tensor_hash(x) == tensor_hash(torch.zeros(2, 4))
+
+    def frames(*tensors: torch.Tensor) -> int:
+        _, sent, keys = kept.prepare([Attachment(t, kept=True) for t in tensors])
+        kept.note_sent(keys)
+        return len(sent)
+
+    assert [frames(x, x), frames(x), frames(x.clone())] == [1, 0, 0]
+    assert [frames(x.view(4, 2)), frames(x.half()), frames(x + 1)] == [1, 1, 1]
+    x[0, 0] = 5.0
+    assert frames(x) == 1
+    kept.forget()
+    assert frames(x) == 1
 
 
 def header(**changes: object) -> bytes:

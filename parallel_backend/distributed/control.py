@@ -20,6 +20,9 @@ T = TypeVar("T")
 Note = TypeVar("Note", bound=msgspec.Struct)
 
 _MAX_FRAMES = 32
+_SIZES_BYTES = 8 * (_MAX_FRAMES + 1)
+_ENVELOPE_BYTES = 32 * 1024
+_ALIGNED = 16
 _NOTE_BYTES = 4096
 _FOREVER = timedelta(days=3650)
 
@@ -42,22 +45,30 @@ class Control:
     def hand_on(self, frames: Sequence[memoryview] | None) -> list[memoryview]:
         """The frames that rank 0 has, on every rank. Rank 0 gives them, the others give None and wait.
 
-        Comm: one broadcast of sizes and one per frame.
+        Comm: one broadcast of sizes and of the frames that fit beside them, and one of each larger frame.
         """
         if self._group is None:
             assert frames is not None
             return list(frames)
-        sizes = torch.zeros(_MAX_FRAMES + 1, dtype=torch.int64)
+        envelope = torch.zeros(_ENVELOPE_BYTES, dtype=torch.uint8)
+        sizes = envelope[:_SIZES_BYTES].view(torch.int64)
         if frames is not None:
             sizes[: len(frames) + 1] = torch.tensor([len(frames), *map(len, frames)])
-        dist.broadcast(sizes, 0, group=self._group)
+            for frame, start in zip(frames, _places(sizes), strict=True):
+                if start is not None and len(frame):
+                    envelope[start : start + len(frame)] = torch.frombuffer(frame, dtype=torch.uint8)
+        dist.broadcast(envelope, 0, group=self._group)
         received = []
-        for i, size in enumerate(sizes[1 : 1 + int(sizes[0])].tolist()):
-            if frames is not None:
-                buffer = torch.frombuffer(frames[i], dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
+        for i, start in enumerate(_places(sizes)):
+            size = int(sizes[i + 1])
+            if start is not None:
+                buffer = envelope[start : start + size]
             else:
-                buffer = torch.empty(size, dtype=torch.uint8)
-            if size:
+                buffer = (
+                    torch.frombuffer(frames[i], dtype=torch.uint8)
+                    if frames is not None
+                    else torch.empty(size, dtype=torch.uint8)
+                )
                 dist.broadcast(buffer, 0, group=self._group)
             received.append(buffer.numpy().data)
         return received
@@ -100,14 +111,32 @@ class Control:
         except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
             words = f"Rank {self.rank} failed: {type(error).__name__}: {error}"
             outcome = _Outcome(RankError.code, words, "The backend goes on; its log has the whole trace.")
+        if not self._any_rank(bool(outcome.code)):
+            return result  # type: ignore[return-value]
         short = _Outcome(outcome.code, outcome.message[:1500], outcome.remedy[:1500])
-        for said in self.gather(short):
-            if said.code:
-                raise error_from_code(said.code, said.message, said.remedy)
-        return result  # type: ignore[return-value]
+        said = next(note for note in self.gather(short) if note.code)
+        raise error_from_code(said.code, said.message, said.remedy)
+
+    def _any_rank(self, flag: bool) -> bool:
+        if self._group is None:
+            return flag
+        shared = torch.tensor([flag], dtype=torch.uint8)
+        dist.all_reduce(shared, dist.ReduceOp.MAX, group=self._group)
+        return bool(shared)
 
     def share(self, x: Tensor) -> Tensor:
         """Rank 0's `x` in place on every rank, over the default group of its device."""
         if self._group is not None:
             dist.broadcast(x, 0)
         return x
+
+
+def _places(sizes: Tensor) -> list[int | None]:
+    """Where in the envelope each frame lies; None for one that travels by itself."""
+    places: list[int | None] = []
+    free = -(-_SIZES_BYTES // _ALIGNED) * _ALIGNED
+    for size in sizes[1 : 1 + int(sizes[0])].tolist():
+        fits = free + size <= _ENVELOPE_BYTES
+        places.append(free if fits else None)
+        free += -(-size // _ALIGNED) * _ALIGNED if fits else 0
+    return places

@@ -108,7 +108,7 @@ class Backend:
         """
         record = files.read_record(name)
         if record is None:
-            raise StartError(f"No backend {name!r} runs.", "Start one with `parallel-mmdit serve`.")
+            raise StartError(f"No backend {name!r} runs.", "Start one with `python -m parallel_backend serve`.")
         spec = BackendSpec(name, record.world_size, record.device, tuple(record.devices))  # type: ignore[arg-type]
         return cls(spec, record)
 
@@ -221,7 +221,7 @@ class Backend:
             try:
                 return self._exchange(body, attachments, on_event, should_cancel)
             except MissingTensorsError as missing:
-                self._sent.forget(missing.hashes)
+                self._sent.forget(missing.keys)
                 return self._exchange(body, attachments, on_event, should_cancel)
 
     def _exchange(
@@ -233,7 +233,7 @@ class Backend:
     ) -> tuple[Reply, list[Tensor]]:
         self._jobs += 1
         job = self._jobs
-        metas, sent, hashes = self._sent.prepare(attachments)
+        metas, sent, keys = self._sent.prepare(attachments)
         assert self._socket is not None
         self._socket.send_multipart(pack(RequestHeader(job, body, metas), sent), copy=False)
         begun = time.time()
@@ -247,7 +247,7 @@ class Backend:
                     continue  # the acknowledgement of a cancel, or the end of a job that was given up
                 full = [t for t in tensors if t is not None]
                 if isinstance(header.body, FINAL_REPLIES):
-                    return self._final(header.body, full, hashes, pending)
+                    return self._final(header.body, full, keys, pending)
                 if on_event is not None and pending is None:
                     assert isinstance(header.body, (Progress, StepDone))
                     try:
@@ -263,13 +263,13 @@ class Backend:
                 self._check_alive(begun)
 
     def _final(
-        self, body: Reply, tensors: list[Tensor], hashes: list[str], pending: BaseException | None
+        self, body: Reply, tensors: list[Tensor], keys: list[str], pending: BaseException | None
     ) -> tuple[Reply, list[Tensor]]:
         if pending is not None:
             raise pending
         if isinstance(body, Failed):
             raise error_from_code(body.code, body.message, body.remedy)
-        self._sent.note_sent(hashes)
+        self._sent.note_sent(keys)
         return body, tensors
 
     def _send_cancel(self, job: int) -> None:

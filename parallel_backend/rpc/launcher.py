@@ -43,7 +43,7 @@ def find(spec: BackendSpec) -> BackendRecord | None:
     record = files.read_record(spec.name)
     if record is None:
         return None
-    stop = f"stop it with `parallel-mmdit stop --name {spec.name}`, or use another backend name."
+    stop = f"stop it with `python -m parallel_backend stop --name {spec.name}`, or use another backend name."
     if record.version != __version__:
         raise ConfigError(
             f"Backend {spec.name!r} runs version {record.version}, this is {__version__}.", f"First {stop}"

@@ -196,12 +196,12 @@ FINAL_REPLIES = (Welcome, Loaded, Result, Done, Failed, BackendState)
 
 
 class TensorMeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A tensor of the message. With `hash` alone the receiver has it already; `sent` says that a frame follows."""
+    """A tensor of the message. One with a `key` is kept; `sent` says that a frame follows, else it is kept already."""
 
     dtype: str
     shape: list[int]
     sent: bool = True
-    hash: str | None = None
+    key: str | None = None
 
 
 class RequestHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -19,7 +19,6 @@ from .messages import (
     LoadVAE,
     Progress,
     Prompt,
-    Reply,
     Request,
     Result,
     Sample,
@@ -56,11 +55,15 @@ class Step:
 
 @dataclass
 class _Remote:
-    """Something loaded in a backend; it is loaded again by itself when the backend has lost it."""
+    """Something loaded in a backend; it is loaded again by itself when the backend has lost it.
+
+    `last` is what rank 0 says of the last job: its own seconds, and the steps.
+    """
 
     backend: Backend
     load: LoadModel | LoadVAE
     loaded: Loaded
+    last: Result | None = field(init=False, default=None)
     _generation: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -77,18 +80,19 @@ class _Remote:
         self._generation = self.backend.generation
         return self.loaded
 
-    def _request(
-        self, body: Request, attachments: Sequence[Attachment], **callbacks: Any
-    ) -> tuple[Reply, list[Tensor]]:
+    def _request(self, body: Request, attachments: Sequence[Attachment], **callbacks: Any) -> list[Tensor]:
         with self.backend.lock:
             self.backend.follow_restarts()
             if self._generation != self.backend.generation:
                 self.ensure_loaded()
             try:
-                return self.backend.request(body, attachments, **callbacks)
+                reply, tensors = self.backend.request(body, attachments, **callbacks)
             except UnknownModelError:
                 self.ensure_loaded()
-                return self.backend.request(body, attachments, **callbacks)
+                reply, tensors = self.backend.request(body, attachments, **callbacks)
+            assert isinstance(reply, Result)
+            self.last = reply
+            return tensors
 
 
 class RemoteModel(_Remote):
@@ -158,8 +162,7 @@ class RemoteModel(_Remote):
                 x, denoised = tensors if tensors else (None, None)
                 on_step(Step(event.index, event.total, x, denoised))
 
-        reply, tensors = self._request(body, attachments, on_event=on_event, should_cancel=should_cancel)
-        assert isinstance(reply, Result)
+        tensors = self._request(body, attachments, on_event=on_event, should_cancel=should_cancel)
         return tensors[0].clone()
 
     def forward(
@@ -182,7 +185,7 @@ class RemoteModel(_Remote):
             Attachment(context, True),
             Attachment(pooled, True),
         ]
-        _, tensors = self._request(Forward(self.name, 0, 1, 2, 3), attachments, should_cancel=should_cancel)
+        tensors = self._request(Forward(self.name, 0, 1, 2, 3), attachments, should_cancel=should_cancel)
         return tensors[0].clone()
 
 
@@ -199,10 +202,10 @@ class RemoteVAE(_Remote):
         Args:
             latent: (B, C, Y, X), unscaled.
         """
-        _, tensors = self._request(Decode(self.name, 0, raw), [Attachment(latent.float())], should_cancel=should_cancel)
+        tensors = self._request(Decode(self.name, 0, raw), [Attachment(latent.float())], should_cancel=should_cancel)
         return tensors[0].clone()
 
     def encode(self, image: Tensor, *, should_cancel: Callable[[], bool] | None = None) -> Tensor:
         """(B, C, Y / 8, X / 8), unscaled, fp32, of an image (B, Y, X, 3) in 0..1."""
-        _, tensors = self._request(Encode(self.name, 0), [Attachment(image.float())], should_cancel=should_cancel)
+        tensors = self._request(Encode(self.name, 0), [Attachment(image.float())], should_cancel=should_cancel)
         return tensors[0].clone()

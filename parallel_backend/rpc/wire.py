@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Sequence
 from math import prod
@@ -39,25 +38,19 @@ class _Version(msgspec.Struct):
     version: str = "unknown"
 
 
-def tensor_meta(tensor: Tensor, *, sent: bool = True, hash: str | None = None) -> TensorMeta:
+def tensor_meta(tensor: Tensor, *, sent: bool = True, key: str | None = None) -> TensorMeta:
     """Raises: ProtocolError: a dtype that does not travel."""
     if tensor.dtype not in _NAMES:
         raise ProtocolError(
             f"A tensor of {tensor.dtype} can't be sent.", f"Convert it to one of: {', '.join(_DTYPES)}."
         )
-    return TensorMeta(_NAMES[tensor.dtype], list(tensor.shape), sent, hash)
+    return TensorMeta(_NAMES[tensor.dtype], list(tensor.shape), sent, key)
 
 
 def tensor_frame(tensor: Tensor) -> memoryview:
     """The tensor's bytes, without a copy where it is contiguous on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return flat.numpy().data
-
-
-def tensor_hash(tensor: Tensor) -> str:
-    digest = hashlib.blake2b(tensor_frame(tensor), digest_size=16)
-    digest.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
-    return digest.hexdigest()
 
 
 def pack(header: RequestHeader | ReplyHeader, tensors: Sequence[Tensor]) -> list[Frame]:
@@ -68,7 +61,7 @@ def pack(header: RequestHeader | ReplyHeader, tensors: Sequence[Tensor]) -> list
 
 
 def unpack(frames: Sequence[Frame], kind: type[Header]) -> tuple[Header, list[Tensor | None]]:
-    """The header and its tensors; None in the place of a tensor that is named by its hash alone.
+    """The header and its tensors; None in the place of a tensor that is named by its key alone.
 
     Raises: ProtocolError: another version, an unknown message or field, or frames that don't fit the header.
     """
@@ -99,7 +92,7 @@ def _check_version(frame: Frame) -> None:
     if version != __version__:
         raise ProtocolError(
             f"A message of version {version} came; this backend is version {__version__}.",
-            "Stop the backend with `parallel-mmdit stop` and start it again, so that both ends are of one version.",
+            "Stop the backend with `python -m parallel_backend stop` and start it again, so that both ends are of one version.",
         )
 
 
