@@ -9,7 +9,9 @@ The model: an SD3-layout MMDiT of 12 blocks, hidden 768, random weights, fp32; g
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +25,7 @@ from parallel_backend.demo_checkpoints import random_prompt, small_config, write
 from parallel_backend.distributed.control import Control
 from parallel_backend.engine import Engine
 from parallel_backend.jobs import Job
+from parallel_backend.rpc.launcher import KEEP_FREED_MEMORY
 from parallel_backend.rpc.messages import Loaded, LoadModel, Prompt, RequestHeader, Sample
 from parallel_backend.rpc.wire import tensor_meta
 
@@ -70,7 +73,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="image tokens, a square number")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--meshes", nargs="+", default=list(MESHES), choices=list(MESHES))
     args = parser.parse_args()
+    if not KEEP_FREED_MEMORY.items() <= os.environ.items():  # as the ranks have it, and read only at a start
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_FREED_MEMORY)
     side = 2 * round(args.tokens**0.5)
     with tempfile.TemporaryDirectory() as folder:
         config = small_config("sd3-medium", depth=12, heads=12, pos_embed_size=96)
@@ -81,8 +87,8 @@ def main() -> None:
                 "one process, 1 thread": alone(path, side, args.steps, 1),
                 "one process, 2 threads": alone(path, side, args.steps, 2),
             }
-            for name, mesh in MESHES.items():
-                cases[f"two ranks, {name}"] = on_two_ranks(backend, path, side, args.steps, mesh)
+            for name in args.meshes:
+                cases[f"two ranks, {name}"] = on_two_ranks(backend, path, side, args.steps, MESHES[name])
             times = interleaved(cases, args.rounds, f"{args.tokens} tokens")
         finally:
             backend.stop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .conditioning_file import LoadConditioning, SaveConditioning
 from .load_models import LoadParallelMMDiT
 from .mesh_config import MeshConfig
 from .parallel_sampler import ParallelSampler
@@ -12,7 +13,14 @@ from .patch_parallel_vae import PatchParallelVAE
 
 class ParallelMMDiTExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [MeshConfig, LoadParallelMMDiT, ParallelSampler, PatchParallelVAE]
+        return [
+            MeshConfig,
+            LoadParallelMMDiT,
+            ParallelSampler,
+            PatchParallelVAE,
+            SaveConditioning,
+            LoadConditioning,
+        ]
 
 
 async def comfy_entrypoint() -> ParallelMMDiTExtension:

@@ -50,6 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     _named(stop)
     stop.set_defaults(run=_stop)
 
+    train = commands.add_parser("train", help="train the demo's small checkpoints (pip install '.[train]')")
+    _train_arguments(train)
+
     demo = commands.add_parser("demo", help="sample a picture on two CPU ranks, with nothing downloaded")
     demo.add_argument("--output", default="demo-output", help="folder for the picture and the small checkpoint")
     demo.add_argument("--steps", type=int, default=8)
@@ -57,6 +60,13 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--family", default="sd3.5-medium", help="sd3-medium, sd3.5-medium or sd3.5-large")
     demo.set_defaults(run=_demo)
     return parser
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    from parallel_training import command
+
+    command.add_arguments(parser)
+    parser.set_defaults(run=command.run)
 
 
 def _named(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderTiny
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import MeshSpec
 from .distributed.mesh import build_mesh
@@ -48,11 +48,11 @@ def mmdit_tensors(config: MMDiTConfig, seed: int = 0) -> dict[str, Tensor]:
         else:
             values = values / parameter[0].numel() ** 0.5
         tensors[name] = values
-    tensors["pos_embed"] = _sine_table(config.hidden, config.pos_embed_size)
+    tensors["pos_embed"] = sine_table(config.hidden, config.pos_embed_size)
     return tensors
 
 
-def _sine_table(hidden: int, size: int) -> Tensor:
+def sine_table(hidden: int, size: int) -> Tensor:
     """(1, size * size, hidden): sines and cosines of the column, then of the row."""
     rates = 10_000.0 ** -(torch.arange(hidden // 4, dtype=torch.float64) / (hidden / 4))
     row, column = torch.meshgrid(torch.arange(size).double(), torch.arange(size).double(), indexing="ij")
@@ -75,18 +75,25 @@ def write_mmdit(
 
 def write_taesd(folder: Path, name: str = "taesd3", channels: int = 16, seed: int = 0) -> tuple[Path, Path]:
     """TAESD's encoder and decoder files, under the names that ComfyUI's vae_approx folder has them."""
-    folder.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: Any = AutoencoderTiny(latent_channels=channels)
-    encoder = {k.removeprefix("layers."): v for k, v in model.encoder.state_dict().items()}
-    decoder = {}
-    for key, value in model.decoder.state_dict().items():
-        number, rest = key.removeprefix("layers.").split(".", 1)
-        decoder[f"{int(number) + 1}.{rest}"] = value
+    return write_taesd_files(folder, name, model.encoder, model.decoder)
+
+
+def write_taesd_files(
+    folder: Path, name: str, encoder: nn.Module, decoder: nn.Module, dtype: torch.dtype = torch.float32
+) -> tuple[Path, Path]:
+    """The encoder and decoder of an AutoencoderTiny under TAESD's own names."""
+    folder.mkdir(parents=True, exist_ok=True)
     paths = folder / f"{name}_encoder.safetensors", folder / f"{name}_decoder.safetensors"
-    for path, tensors in zip(paths, (encoder, decoder), strict=True):
-        save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata={"format": "pt"})
+    for path, module, shift in zip(paths, (encoder, decoder), (0, 1), strict=True):
+        tensors = {}
+        for key, value in module.state_dict().items():
+            # TAESD counts the clamp before the decoder's first layer; diffusers keeps it in forward.
+            number, rest = key.removeprefix("layers.").split(".", 1)
+            tensors[f"{int(number) + shift}.{rest}"] = value.to("cpu", dtype).contiguous()
+        save_file(tensors, path, metadata={"format": "pt"})
     return paths
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -237,6 +238,10 @@ class Engine:
     def _give_back_memory(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        else:
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; the launcher has it keep what is freed
+            if trim is not None:
+                trim(0)
 
     # -- computing ----------------------------------------------------------------------------------------------
 

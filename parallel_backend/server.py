@@ -38,12 +38,13 @@ from .rpc.messages import (
     Cancel,
     Done,
     Failed,
+    Forward,
     Hello,
+    Loaded,
     RankState,
     Reply,
     ReplyHeader,
     RequestHeader,
-    Result,
     Status,
     Stop,
     Welcome,
@@ -308,14 +309,20 @@ class Rank:
         if board is not None:
             board.note(running="", jobs_done=board.jobs_done + 1, cached_tensors=self.engine.cached_tensors)
             log.info("%s took %.3f s", kind, time.perf_counter() - start)
-        if isinstance(body, Result):
-            emit(body, results)  # the client need not wait for what the ranks then tell of themselves
-        states = self.control.gather(rank_state(self.device, self.control.rank))
-        if board is not None:
-            board.note(ranks=states, models=[resident.state for resident in self.engine.residents.values()])
-        if not isinstance(body, Result):
-            emit(body, results)
-        if queued is not None:
+        # What is resident has changed: a status asked for after the reply must tell so. Other replies need not wait.
+        changed = isinstance(body, (Loaded, Done))
+        if not changed:
+            self._finish(queued, body, results)
+        if kind != Forward.__name__:  # many in a row, each waited for, and they leave all as it was
+            states = self.control.gather(rank_state(self.device, self.control.rank))
+            if board is not None:
+                board.note(ranks=states, models=[resident.state for resident in self.engine.residents.values()])
+        if changed:
+            self._finish(queued, body, results)
+
+    def _finish(self, queued: QueuedJob | None, body: Reply, results: Sequence[Tensor]) -> None:
+        if self.server is not None and queued is not None:
+            self.server.send(queued.client, queued.number, body, results)
             queued.cancelled.set()  # nothing is left to cancel; the table forgets it
 
     def fail(self, error: BaseException) -> None:

@@ -289,3 +289,35 @@ def test_help_pages_and_tooltips_are_there(server: ComfyServer) -> None:
         inputs = [spec for group in info["input"].values() for spec in group.values()]
         assert inputs and all(len(spec) > 1 and spec[1].get("tooltip") for spec in inputs), node
         assert server.get_text(f"/extensions/parallel-mmdit/docs/{node}.md").startswith(f"# {info['display_name']}")
+
+
+def test_conditioning_comes_back_from_its_file(server: ComfyServer, local: Tensor) -> None:
+    prompt = Prompt()
+    for seed, tokens in ((1, 154), (2, 77)):
+        prompt.add("SaveConditioning", conditioning=conditioning(prompt, seed, tokens), filename_prefix=f"kept{seed}")
+    outcome = server.run(prompt.nodes)
+    names = sorted(output["text"][0] for output in outcome.outputs.values())
+    assert [name[:5] for name in names] == ["kept1", "kept2"]
+
+    prompt = Prompt()
+    positive, negative = (out(prompt.add("LoadConditioning", name=name)) for name in names)
+    empty = out(prompt.add("EmptySD3LatentImage", width=160, height=96, batch_size=1))
+    node = save_latent(prompt, sampler(prompt, "KSampler", local_model(prompt), positive, negative, empty), "loaded")
+    torch.testing.assert_close(latent_of(server, server.run(prompt.nodes), node), local, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("../secret.safetensors", "There is no conditioning file"), ("absent.safetensors", "There is no conditioning")],
+)
+def test_conditioning_files_that_arent_there_are_refused(name: str, words: str, server: ComfyServer) -> None:
+    prompt = Prompt()
+    prompt.add("SaveConditioning", conditioning=out(prompt.add("LoadConditioning", name=name)), filename_prefix="no")
+    assert words in refused(server, prompt)
+
+
+def test_what_a_conditioning_file_cant_hold_is_refused_by_name(server: ComfyServer) -> None:
+    prompt = Prompt()
+    odd = conditioning(prompt, 1, hooked=True)
+    prompt.add("SaveConditioning", conditioning=odd, filename_prefix="no")
+    assert "Entry 1 has 'hooks', a object, which a file can't hold" in refused(server, prompt)

@@ -104,3 +104,20 @@ def test_no_host_of_a_registry_and_no_path_of_one_machine_is_in_the_tree() -> No
         )
         if file.is_file() and file.suffix in suffixes and not hidden:
             assert not words.search(file.read_text(errors="replace")), file
+
+
+# Folders beside the backend, and what of the project each may import. The command line imports all of them.
+BESIDE = {
+    "parallel_demo": {"parallel_demo", "parallel_backend.errors"},
+    "parallel_training": {"parallel_training", "parallel_demo", "parallel_backend"},
+    "parallel_backend": {"parallel_backend"},
+}
+
+
+@pytest.mark.parametrize("folder", BESIDE)
+def test_folders_beside_the_backend_stay_outside_the_sampling_path(folder: str) -> None:
+    for file in (ROOT / folder).rglob("*.py"):
+        if file.relative_to(ROOT).as_posix() in ("parallel_backend/__main__.py", "parallel_backend/demo.py"):
+            continue
+        for name in re.findall(r"^\s*(?:from|import) (parallel_\w+(?:\.\w+)*)", file.read_text(), re.M):
+            assert any(name == a or name.startswith(a + ".") for a in BESIDE[folder]), (file, name)

@@ -7,7 +7,7 @@ Shapes: B batch, C latent channels, Y X rows and columns: of latent cells or of 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,8 +142,11 @@ class VAECheckpoint:
         with torch.device("meta"):
             if self.family in TAESD_SCALES:
                 model: Any = AutoencoderTiny(latent_channels=self.latent_channels)
-                weights = {f"encoder.layers.{k}": v for k, v in tensors[0].items()}
-                weights |= {f"decoder.layers.{_previous(k)}": v for k, v in tensors[1].items()}
+                weights = {
+                    f"{part}.{name}": value
+                    for part, held in zip(("encoder", "decoder"), tensors, strict=True)
+                    for name, value in taesd_module_names(part, held).items()
+                }
             else:
                 config = _kl_config(self.sources[0])
                 model, weights = AutoencoderKL(**config), tensors[0]
@@ -194,10 +197,12 @@ def _open_taesd(paths: Sequence[Path]) -> VAECheckpoint:
     return VAECheckpoint(family, sources[1].shape("1.weight")[1], sources)
 
 
-def _previous(key: str) -> str:
-    # diffusers keeps TAESD's first layer, a clamp, in forward: its layer numbers are one lower.
-    number, rest = key.split(".", 1)
-    return f"{int(number) - 1}.{rest}"
+def taesd_module_names(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """TAESD's tensors under the names of diffusers' EncoderTiny or DecoderTiny; `part` is encoder or decoder."""
+    # TAESD's decoder counts its first step, a clamp, as a layer; diffusers keeps that in forward.
+    shift = 1 if part == "decoder" else 0
+    split = {tuple(name.split(".", 1)): value for name, value in tensors.items()}
+    return {f"layers.{int(number) - shift}.{rest}": value for (number, rest), value in split.items()}
 
 
 def _kl_config(source: SafetensorsSource) -> dict[str, object]:

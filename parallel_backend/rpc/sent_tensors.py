@@ -16,7 +16,7 @@ from .wire import tensor_frame, tensor_meta
 
 REMEMBERED = 8
 
-Bytes: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
+Words: TypeAlias = "np.ndarray[Any, np.dtype[np.uint64]]"
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class SentTensors:
     def __init__(self) -> None:
         self._client = uuid.uuid4().hex
         self._count = 0
-        self._copies: OrderedDict[str, tuple[object, Bytes]] = OrderedDict()
+        self._copies: OrderedDict[str, tuple[object, Words]] = OrderedDict()
         self._sent: set[str] = set()
 
     def prepare(self, attachments: Sequence[Attachment]) -> tuple[list[TensorMeta], list[Tensor], list[str]]:
@@ -59,9 +59,9 @@ class SentTensors:
         self._sent.difference_update(self._sent.copy() if keys is None else keys)
 
     def _key_of(self, tensor: Tensor) -> str:
-        # Bytes, and numpy: torch would wake its threads, which then spin for a while on the ranks' cores.
-        data = np.asarray(tensor_frame(tensor))
-        kind = (tensor.dtype, tensor.shape, _checksum(data))
+        # In numpy: torch would wake its threads, which then spin for a while on the ranks' cores.
+        data = _words(np.asarray(tensor_frame(tensor)))
+        kind = (tensor.dtype, tensor.shape, int(data.sum()))
         for key, (copy_kind, copy) in reversed(self._copies.items()):
             if copy_kind == kind and np.array_equal(copy, data):
                 self._copies.move_to_end(key)
@@ -75,6 +75,8 @@ class SentTensors:
         return key
 
 
-def _checksum(data: Bytes) -> int:
-    """Tells different tensors apart nearly always, in one pass."""
-    return int(data[: data.size // 8 * 8].view(np.uint64).sum())
+def _words(data: np.ndarray[Any, np.dtype[Any]]) -> Words:
+    """The bytes as 64-bit words, the last one filled up: eight times fewer to add and compare."""
+    if data.size % 8:
+        data = np.concatenate([data, np.zeros(8 - data.size % 8, np.uint8)])
+    return data.view(np.uint64)

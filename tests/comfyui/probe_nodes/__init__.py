@@ -14,16 +14,17 @@ class RandomConditioning:
     def INPUT_TYPES(cls):
         return {
             "required": {"seed": ("INT", {"default": 0}), "tokens": ("INT", {"default": 77})},
-            "optional": {"nan": ("BOOLEAN", {"default": False})},
+            "optional": {name: ("BOOLEAN", {"default": False}) for name in ("nan", "hooked")},
         }
 
-    def make(self, seed, tokens, nan=False):
+    def make(self, seed, tokens, nan=False, hooked=False):
         generator = torch.Generator().manual_seed(seed)
         context = torch.randn(1, tokens, 4096, generator=generator)
         pooled = torch.randn(1, 2048, generator=generator)
         if nan:
             context[0, 0, 0] = float("nan")
-        return ([[context, {"pooled_output": pooled}]],)
+        extras = {"pooled_output": pooled, "width": 1024, "area": (64, 64, 0, 0), "hooks": object()} if hooked else {}
+        return ([[context, {"pooled_output": pooled, **extras}]],)
 
 
 class RandomLatent:

@@ -1,0 +1,87 @@
+"""The task of a tiny autoencoder: TAESD's architecture, latents near unit variance."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderTiny
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from parallel_backend.demo_checkpoints import write_taesd_files
+from parallel_backend.models.vae import taesd_module_names
+from parallel_demo.drawing import draw
+from parallel_demo.scenes import held_out_scenes
+
+from .config import TrainSpec
+from .data import Batch, PixelSource, pixels
+from .sheets import tile
+
+# How much the mean and spread of latents weigh against the picture: they stay where a diffusion model wants them.
+SPREAD_WEIGHT = 0.05
+EDGE_WEIGHT = 1.0
+NAMES = {16: "taesd3", 4: "taesdxl"}
+
+
+class Autoencoder(nn.Module):
+    """Pixels in 0..1 to latents and back."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        model: Any = AutoencoderTiny(latent_channels=channels)
+        self.encoder, self.decoder = model.encoder, model.decoder
+
+    def encode(self, images_BCYX: Tensor) -> Tensor:
+        return self.encoder(images_BCYX * 2 - 1)
+
+    def decode(self, latents_BCYX: Tensor) -> Tensor:
+        return (self.decoder(latents_BCYX) + 1) / 2
+
+    def forward(self, images_BCYX: Tensor) -> tuple[Tensor, Tensor]:
+        latents = self.encode(images_BCYX)
+        return self.decode(latents), latents
+
+
+class AutoencoderTask:
+    def __init__(self, spec: TrainSpec, device: torch.device) -> None:
+        self.spec, self.device = spec, device
+        self.model = Autoencoder(spec.channels).to(device)
+
+    def source(self, rank: int) -> PixelSource:
+        return PixelSource(self.spec, rank)
+
+    def loss(self, model: nn.Module, batch: Batch, draws: torch.Generator) -> Tensor:
+        """L1 + L2 of pixels, L1 of their differences to the next pixel, and the spread of each latent channel."""
+        images = batch.images.to(self.device)
+        restored, latents = model(images)
+        edges = sum(F.l1_loss(restored.diff(dim=dim), images.diff(dim=dim)) for dim in (2, 3))
+        mean, variance = latents.float().mean((0, 2, 3)), latents.float().var((0, 2, 3))
+        spread = mean.square().mean() + (variance - 1).square().mean()
+        return F.l1_loss(restored, images) + F.mse_loss(restored, images) + EDGE_WEIGHT * edges + SPREAD_WEIGHT * spread
+
+    @torch.no_grad()
+    def sheet(self, model: nn.Module) -> Image.Image:
+        """Held-out scenes above, their reconstructions below."""
+        rng = random.Random(0)
+        images = torch.stack([pixels(draw(s, self.spec.size, self.spec.size, rng)) for s in held_out_scenes(8)])
+        restored, _ = model(images.to(self.device))
+        return tile(torch.cat([images, restored.float().cpu()]), 8)
+
+    def export(self, model: nn.Module, folder: Path) -> list[Path]:
+        """TAESD's two files in half precision, as ComfyUI's vae_approx folder has them."""
+        assert isinstance(model, Autoencoder)
+        return list(write_taesd_files(folder, NAMES[self.spec.channels], model.encoder, model.decoder, torch.float16))
+
+
+def open_autoencoder(folder: Path, channels: int) -> Autoencoder:
+    """An exported autoencoder, frozen."""
+    model = Autoencoder(channels)
+    for part, module in (("encoder", model.encoder), ("decoder", model.decoder)):
+        saved = load_file(folder / f"{NAMES[channels]}_{part}.safetensors")
+        module.load_state_dict(taesd_module_names(part, saved))
+    return model.requires_grad_(False).eval()

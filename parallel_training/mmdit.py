@@ -1,0 +1,106 @@
+"""The task of a small MMDiT: rectified flow on latents, in SD3.5's layout.
+
+Source: Esser et al. 2024 (arXiv 2403.03206), section 3.1 (logit-normal timesteps).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from parallel_backend.config import MeshSpec, SamplerSpec
+from parallel_backend.demo_checkpoints import sine_table, small_config
+from parallel_backend.distributed.mesh import build_mesh
+from parallel_backend.models.mmdit import MMDiT
+from parallel_backend.sampling.image import sample_latent
+from parallel_backend.sampling.parameterization import Flow
+from parallel_demo.captions import embed, word_ids
+from parallel_demo.scenes import held_out_scenes
+
+from .autoencoder import open_autoencoder
+from .config import TrainSpec
+from .data import Batch, LatentSource
+from .sheets import tile
+
+POSITIONS = 32
+SHEET_STEPS, SHEET_GUIDANCE = 20, 3.0
+
+
+class MMDiTTask:
+    def __init__(self, spec: TrainSpec, device: torch.device) -> None:
+        self.spec, self.device = spec, device
+        self.autoencoder = open_autoencoder(Path(spec.autoencoder), spec.channels).to(device)
+        config = small_config("sd3.5-medium", depth=spec.depth, pos_embed_size=POSITIONS)
+        self.model = MMDiT(config, build_mesh(MeshSpec(), "cpu"), "native").requires_grad_(True)
+        initialise(self.model, spec.seed)
+        self.model.to(device)
+        self.positions = sine_table(config.hidden, POSITIONS)
+
+    def source(self, rank: int) -> LatentSource:
+        return LatentSource(self.spec, rank, self._encode)
+
+    def loss(self, model: nn.Module, batch: Batch, draws: torch.Generator) -> Tensor:
+        """The velocity's squared error at logit-normal times; some prompts are dropped, for guidance."""
+        latents, rows = batch.images.to(self.device), batch.images.shape[0]
+        sigmas = torch.randn(rows, generator=draws).sigmoid().to(self.device)
+        noise = torch.randn(latents.shape, generator=draws).to(self.device)
+        dropped = torch.rand(rows, generator=draws) < self.spec.prompt_dropout
+        sigmas_B111 = sigmas.view(-1, 1, 1, 1)
+        x = sigmas_B111 * noise + (1 - sigmas_B111) * latents
+        velocity = self._velocity(model, x, 1000 * sigmas, batch.words.masked_fill(dropped[:, None], 0))
+        return F.mse_loss(velocity.float(), noise - latents)
+
+    @torch.no_grad()
+    def sheet(self, model: nn.Module) -> Image.Image:
+        """Held-out captions, sampled with guidance."""
+        words = torch.tensor([word_ids(scene) for scene in held_out_scenes(16)])
+        side = self.spec.size // 8
+        latents = sample_latent(
+            lambda x, t: [self._velocity(model, x, t.expand(len(x)), w) for w in (words, torch.zeros_like(words))],
+            SamplerSpec(steps=SHEET_STEPS, cfg_scale=SHEET_GUIDANCE, seed=1),
+            Flow(),
+            latent=torch.zeros(len(words), self.spec.channels, side, side, device=self.device),
+            mask=None,
+            noise=None,
+            sigmas=None,
+            batch_index=None,
+            share=lambda x: x,
+            on_step=lambda report: None,
+        )
+        return tile(self.autoencoder.decode(latents).float().cpu(), 8)
+
+    def export(self, model: nn.Module, folder: Path) -> list[Path]:
+        """One file in half precision, under the names that SD3.5's files have."""
+        tensors = {name: p.detach().half().cpu().contiguous() for name, p in model.named_parameters()}
+        path = folder / "mmdit.safetensors"
+        save_file(tensors | {"pos_embed": self.positions.half()}, path, metadata={"format": "pt"})
+        return [path]
+
+    def _velocity(self, model: nn.Module, x: Tensor, timesteps: Tensor, words: Tensor) -> Tensor:
+        context, pooled = (t.to(self.device) for t in embed(words))
+        rows, columns = (side // 2 for side in x.shape[2:])
+        top, left = (POSITIONS - rows) // 2, (POSITIONS - columns) // 2
+        table = self.positions.view(POSITIONS, POSITIONS, -1)
+        crop = table[top : top + rows, left : left + columns].reshape(rows * columns, -1)
+        return model(x, timesteps, context, pooled, crop.to(self.device))
+
+    @torch.no_grad()
+    def _encode(self, images: Tensor) -> Tensor:
+        return self.autoencoder.encode(images.to(self.device)).cpu()
+
+
+def initialise(model: MMDiT, seed: int) -> None:
+    """Linear layers as in the DiT paper: Xavier, and zero where a block or the output begins as nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("ln_q.weight", "ln_k.weight")):
+            nn.init.ones_(parameter)
+        elif name.endswith("bias") or "adaLN_modulation" in name or name == "final_layer.linear.weight":
+            nn.init.zeros_(parameter)
+        else:
+            nn.init.xavier_uniform_(parameter.flatten(1), generator=generator)

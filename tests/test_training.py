@@ -1,0 +1,154 @@
+"""Short runs of the trainer: the loss falls, a resumed run is the run that did not stop, ranks of two kinds agree."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from parallel_backend.errors import CheckpointError, ConfigError
+from parallel_backend.models.mmdit_checkpoint import mmdit_config, open_mmdit
+from parallel_backend.models.vae import open_vae
+from parallel_training import snapshots
+from parallel_training.config import Roles, TrainSpec
+from parallel_training.data import LatentSource, PixelSource
+from parallel_training.loop import train
+
+ROOT = Path(__file__).parents[1]
+ALONE = Roles(1)
+
+
+def spec_of(folder: Path, **settings: object) -> TrainSpec:
+    small = {"task": "autoencoder", "output": str(folder), "steps": 30, "batch": 2, "warmup": 5, "size": 64}
+    return TrainSpec(**small | {"save_every": 10, "sheet_every": 30, "ema_decay": 0.9} | settings)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("autoencoder")
+    train(spec_of(folder), ALONE)
+    return folder
+
+
+def losses_of(spec: TrainSpec, roles: Roles = ALONE) -> list[float]:
+    snapshot = snapshots.load(spec, roles)
+    assert snapshot is not None
+    return snapshot.losses
+
+
+def test_an_autoencoder_learns_and_is_one_that_the_backend_opens(autoencoder: Path) -> None:
+    losses = losses_of(spec_of(autoencoder))
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    vae = open_vae([autoencoder / f"taesd3_{part}.safetensors" for part in ("encoder", "decoder")])
+    assert (vae.family, vae.latent_channels) == ("taesd3", 16)
+    assert (autoencoder / "samples.png").stat().st_size > 1000 and (autoencoder / "loss.png").exists()
+
+
+def test_a_resumed_run_is_the_run_that_did_not_stop(autoencoder: Path, tmp_path: Path) -> None:
+    halves, whole = tmp_path / "halves", tmp_path / "whole"
+    settings = {"task": "mmdit", "autoencoder": str(autoencoder), "steps": 20, "first_scenes": 16, "depth": 2}
+    train(spec_of(whole, **settings), ALONE)
+
+    class Enough(Exception):
+        """Ends the run right after its first snapshot, as a cut-off machine would."""
+
+    original = snapshots.save
+
+    def save_and_end(*arguments: object) -> None:
+        original(*arguments)  # type: ignore[arg-type]
+        raise Enough
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(snapshots, "save", save_and_end)
+        with pytest.raises(Enough):
+            train(spec_of(halves, **settings), ALONE)
+    assert len(losses_of(spec_of(halves, **settings))) == 10
+    train(spec_of(halves, **settings), ALONE)
+    assert losses_of(spec_of(halves, **settings)) == losses_of(spec_of(whole, **settings))
+    ours, theirs = (load_file(folder / "mmdit.safetensors") for folder in (halves, whole))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    losses = losses_of(spec_of(whole, **settings))
+    assert sum(losses[-5:]) < sum(losses[:5])
+    assert mmdit_config(open_mmdit(whole / "mmdit.safetensors")).depth == 2
+
+
+def launch(spec: TrainSpec, ranks: int, loaders: str) -> subprocess.CompletedProcess[str]:
+    options = [
+        f"--{k.replace('_', '-')}={v}" for k, v in msgspec.structs.asdict(spec).items() if k != "task" and v != ""
+    ]
+    command = [sys.executable, "-m", "parallel_backend", "train", spec.task, *options]
+    return subprocess.run(
+        [*command, f"--ranks={ranks}", f"--loaders={loaders}"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def test_a_loader_rank_feeds_model_ranks_under_torchrun(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, steps=6, accumulate=2, save_every=6)
+    roles = Roles.parse("{1: [0, 2]}", 3)
+    done = launch(spec, 3, "{1: [0, 2]}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(losses_of(spec, roles)) == 6
+    with pytest.raises(ConfigError, match=r"had 3 ranks and loader map \{1: \[0, 2\]\}; this one has 1"):
+        snapshots.load(spec, ALONE)
+
+
+def test_model_ranks_stay_equal_to_one_rank_on_their_batches(tmp_path: Path) -> None:
+    """Two fed ranks take the loader's batches in turn: one rank that accumulates the same two batches learns the same."""
+    fed = spec_of(tmp_path / "fed", steps=4, save_every=4)
+    assert launch(fed, 3, "{2: [0, 1]}").returncode == 0
+    alone = spec_of(tmp_path / "alone", steps=4, save_every=4, accumulate=2)
+
+    source = PixelSource(alone, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("parallel_training.autoencoder.AutoencoderTask.source", lambda task, rank: source)
+        train(alone, ALONE)
+    pairs = zip(*(load_file(Path(s.output) / "taesd3_decoder.safetensors").values() for s in (fed, alone)), strict=True)
+    assert all(torch.allclose(a.float(), b.float(), atol=2e-3) for a, b in pairs)
+
+
+def test_batches_depend_on_seed_rank_and_number_alone(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path)
+
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        return images[:, :, ::8, ::8]
+
+    source = LatentSource(spec, 0, encode)
+    fifth = [source.batch(number) for number in range(6)][5]
+    again = LatentSource(spec, 0, encode).batch(5)
+    assert torch.equal(fifth.images, again.images) and torch.equal(fifth.words, again.words)
+    assert not torch.equal(fifth.words, LatentSource(spec, 1, encode).batch(5).words)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{0: [1, 2", "can't be read"),
+        ("[0, 1]", "no map from a rank"),
+        ("{0: [1]}", r"names ranks \[0, 1\]; the run has \[0, 1, 2\]"),
+        ("{0: [1, 1, 2]}", r"names ranks \[0, 1, 1, 2\]"),
+    ],
+)
+def test_loader_maps_that_dont_fit_are_refused(text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Roles.parse(text, 3)
+
+
+def test_a_damaged_snapshot_and_another_run_are_named(autoencoder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="batch: 2 then, 4 now"):
+        snapshots.load(spec_of(autoencoder, batch=4), ALONE)
+    (tmp_path / snapshots.NAME).write_bytes((autoencoder / snapshots.NAME).read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match="can't be read"):
+        snapshots.load(spec_of(tmp_path), ALONE)
+    with pytest.raises(ConfigError, match="trained on latents"):
+        spec_of(tmp_path, task="mmdit")
