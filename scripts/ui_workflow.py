@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import sys
 import urllib.request
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ def ui_workflow(prompt: dict[str, Any], object_info: dict[str, Any]) -> dict[str
     """The editor's form of an API-format prompt: nodes in columns, each right of those it needs."""
     links: list[list[Any]] = []
     nodes: dict[str, dict[str, Any]] = {}
-    bottoms: dict[int, int] = defaultdict(int)
     for order, node_id in enumerate(_in_order(prompt)):
         node = prompt[node_id]
         nodes[node_id] = made = _node(int(node_id), node, object_info[node["class_type"]], order)
@@ -44,11 +42,7 @@ def ui_workflow(prompt: dict[str, Any], object_info: dict[str, Any]) -> dict[str
                 links.append([link, int(value[0]), value[1], int(node_id), slot, source["type"]])
                 source["links"] = [*(source["links"] or []), link]
                 entry["link"] = link
-    # Those that give most links first: they are on top of their column, and their links cross nothing.
-    for node_id in sorted(nodes, key=lambda i: (_column(prompt, i), -_consumers(prompt, i), int(i))):
-        column, made = _column(prompt, node_id), nodes[node_id]
-        made["pos"] = [column * (COLUMN + GAP), bottoms[column]]
-        bottoms[column] += made["size"][1] + TITLE
+    _lay_out(nodes, prompt)
     return {
         "last_node_id": max(int(node_id) for node_id in prompt),
         "last_link_id": len(links),
@@ -59,6 +53,21 @@ def ui_workflow(prompt: dict[str, Any], object_info: dict[str, Any]) -> dict[str
         "extra": {},
         "version": 0.4,
     }
+
+
+def _lay_out(nodes: dict[str, dict[str, Any]], prompt: dict[str, Any]) -> None:
+    """Beside the node that a node's first link comes from, so that links run straight and cross little."""
+    for column in range(max(_column(prompt, i) for i in prompt) + 1):
+        members = [i for i in nodes if _column(prompt, i) == column]
+        wished = {
+            i: max((nodes[n]["pos"][1] for n in _needed(prompt[i])[:1] if "pos" in nodes[n]), default=0)
+            for i in members
+        }
+        bottom = 0
+        for node_id in sorted(members, key=lambda i: (wished[i], -_consumers(prompt, i), int(i))):
+            made = nodes[node_id]
+            made["pos"] = [column * (COLUMN + GAP), max(bottom, wished[node_id])]
+            bottom = made["pos"][1] + made["size"][1] + TITLE
 
 
 def api_prompt(workflow: dict[str, Any], object_info: dict[str, Any]) -> dict[str, Any]:
