@@ -22,12 +22,8 @@ from interleaved import interleaved, machine, ratio
 
 from parallel_backend import Backend, Conditioning, MeshSpec, SamplerSpec
 from parallel_backend.demo_checkpoints import random_prompt, small_config, write_mmdit
-from parallel_backend.distributed.control import Control
-from parallel_backend.engine import Engine
-from parallel_backend.jobs import Job
+from parallel_backend.one_process import OneProcess
 from parallel_backend.rpc.launcher import KEEP_FREED_MEMORY
-from parallel_backend.rpc.messages import Loaded, LoadModel, Prompt, RequestHeader, Sample
-from parallel_backend.rpc.wire import tensor_meta
 
 MESHES = {
     "cfg=2": MeshSpec(cfg=2),
@@ -40,18 +36,12 @@ PROMPTS = Conditioning(*random_prompt(1, 154)), Conditioning(*random_prompt(2, 1
 
 def alone(path: Path, side: int, steps: int, threads: int) -> Callable[[], float]:
     """A step in this process, by the same engine as the ranks run."""
-    engine = Engine(torch.device("cpu"))
-    job = Job(Control(), lambda body, tensors: None, lambda: False)
-    loaded, _ = engine.handle(RequestHeader(1, LoadModel(str(path), "bench", "float32", MeshSpec())), [], job)
-    assert isinstance(loaded, Loaded)
-    tensors = [torch.zeros(1, 16, side, side), *(t for p in PROMPTS for t in (p.context, p.pooled))]
-    body = Sample(loaded.model, SamplerSpec(steps=steps, seed=1), 0, Prompt(1, 2), Prompt(3, 4))
-    header = RequestHeader(2, body, [tensor_meta(t) for t in tensors])
+    model = OneProcess(path)
 
     def case() -> float:
         torch.set_num_threads(threads)
         start = time.perf_counter()
-        engine.handle(header, tensors, job)
+        model.sample(torch.zeros(1, 16, side, side), *PROMPTS, SamplerSpec(steps=steps, seed=1))
         return (time.perf_counter() - start) / steps
 
     return case

@@ -9,7 +9,8 @@ import folder_paths
 from ..parallel_backend.errors import CheckpointError
 
 CHECKPOINTS = "checkpoints/"
-TAESD_NAMES = ("taesd3", "taesdxl")
+TAESD_FAMILIES = ("taesd3", "taesdxl")
+ENCODER, DECODER = "_encoder.safetensors", "_decoder.safetensors"
 
 
 def names_in(folder: str) -> list[str]:
@@ -32,8 +33,10 @@ def path_of(name: str, folder: str) -> Path:
 
 
 def vae_names() -> list[str]:
-    """Files that may hold a VAE, and the TAESD families whose encoder and decoder are in vae_approx."""
-    return [*names_in("vae"), *(name for name in TAESD_NAMES if None not in _taesd_files(name))]
+    """Files that may hold a VAE, and TAESD's encoder and decoder pairs of vae_approx, in any folder there."""
+    approx = set(folder_paths.get_filename_list("vae_approx"))
+    pairs = sorted(name.removesuffix(ENCODER) for name in approx if name.endswith(ENCODER))
+    return [*names_in("vae"), *(name for name in pairs if _is_taesd(name) and name + DECODER in approx)]
 
 
 def vae_paths(name: str) -> list[Path]:
@@ -41,21 +44,20 @@ def vae_paths(name: str) -> list[Path]:
 
     Raises: CheckpointError: not in the model folders.
     """
-    if name not in TAESD_NAMES:
+    if not _is_taesd(name):
         return [path_of(name, "vae")]
-    paths = [Path(path) for path in _taesd_files(name) if path is not None]
+    found = [folder_paths.get_full_path("vae_approx", name + part) for part in (ENCODER, DECODER)]
+    paths = [Path(path) for path in found if path is not None]
     if len(paths) < 2:
-        raise CheckpointError(
-            f"{name} needs {name}_encoder.safetensors and {name}_decoder.safetensors.", "Put both in vae_approx."
-        )
+        raise CheckpointError(f"{name} needs {name}{ENCODER} and {name}{DECODER}.", "Put both in vae_approx.")
     return paths
+
+
+def _is_taesd(name: str) -> bool:
+    return name.rpartition("/")[2] in TAESD_FAMILIES
 
 
 def file_fingerprint(path: Path) -> str:
     """Changes when the file does, so that the node runs again."""
     stat = path.stat()
     return f"{path} {stat.st_size} {stat.st_mtime_ns}"
-
-
-def _taesd_files(name: str) -> list[str | None]:
-    return [folder_paths.get_full_path("vae_approx", f"{name}_{part}.safetensors") for part in ("encoder", "decoder")]

@@ -109,7 +109,7 @@ def _stop(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from .demo import run_demo  # torch models and diffusers, which the other commands do without
+    from .demo.command import run_demo  # torch models and diffusers, which the other commands do without
 
     run_demo(args.output, steps=args.steps, size=args.size, family=args.family)
     return 0

@@ -13,10 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from parallel_backend.demo.drawing import draw
+from parallel_backend.demo.scenes import held_out_scenes
 from parallel_backend.demo_checkpoints import write_taesd_files
 from parallel_backend.models.vae import taesd_module_names
-from parallel_demo.drawing import draw
-from parallel_demo.scenes import held_out_scenes
 
 from .config import TrainSpec
 from .data import Batch, PixelSource, pixels
@@ -50,14 +50,15 @@ class Autoencoder(nn.Module):
 class AutoencoderTask:
     def __init__(self, spec: TrainSpec, device: torch.device) -> None:
         self.spec, self.device = spec, device
-        self.model = Autoencoder(spec.channels).to(device)
+        # This layout makes convolutions half as fast again on CPUs, and suits tensor cores.
+        self.model = Autoencoder(spec.channels).to(device).to(memory_format=torch.channels_last)
 
     def source(self, rank: int) -> PixelSource:
         return PixelSource(self.spec, rank)
 
     def loss(self, model: nn.Module, batch: Batch, draws: torch.Generator) -> Tensor:
         """L1 + L2 of pixels, L1 of their differences to the next pixel, and the spread of each latent channel."""
-        images = batch.images.to(self.device)
+        images = batch.images.to(self.device).contiguous(memory_format=torch.channels_last)
         restored, latents = model(images)
         edges = sum(F.l1_loss(restored.diff(dim=dim), images.diff(dim=dim)) for dim in (2, 3))
         mean, variance = latents.float().mean((0, 2, 3)), latents.float().var((0, 2, 3))

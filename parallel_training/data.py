@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parallel_demo.captions import word_ids
-from parallel_demo.drawing import draw
-from parallel_demo.scenes import Scene, training_scenes
+from parallel_backend.demo.captions import word_ids
+from parallel_backend.demo.drawing import draw
+from parallel_backend.demo.scenes import Scene, training_scenes
 
 from .config import TrainSpec
 
-CROP = 64
+CROP = 48
 
 Encode = Callable[[Tensor], Tensor]
 

@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from parallel_backend.config import MeshSpec, SamplerSpec
+from parallel_backend.demo.captions import embed, word_ids
+from parallel_backend.demo.scenes import held_out_scenes
 from parallel_backend.demo_checkpoints import sine_table, small_config
 from parallel_backend.distributed.mesh import build_mesh
 from parallel_backend.models.mmdit import MMDiT
 from parallel_backend.sampling.image import sample_latent
 from parallel_backend.sampling.parameterization import Flow
-from parallel_demo.captions import embed, word_ids
-from parallel_demo.scenes import held_out_scenes
 
 from .autoencoder import open_autoencoder
 from .config import TrainSpec

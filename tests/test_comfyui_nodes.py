@@ -246,6 +246,25 @@ def test_an_unknown_sampler_is_refused(server: ComfyServer) -> None:
     assert "sampler_name" in refused(server, prompt)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("cut.safetensors", "it is cut short or damaged"),
+        ("pickled.safetensors", "it is a pickle"),
+        ("foreign.safetensors", "is a VAE"),
+    ],
+)
+def test_damaged_and_foreign_files_are_named(name: str, words: str, server: ComfyServer, models: Path) -> None:
+    folder = models / "diffusion_models"
+    (folder / "cut.safetensors").write_bytes((folder / MODEL).read_bytes()[:1_000_000])
+    torch.save({"weight": torch.zeros(3)}, folder / "pickled.safetensors")
+    (folder / "foreign.safetensors").write_bytes((models / "vae" / "sd3_vae.safetensors").read_bytes())
+    prompt = Prompt()
+    picture(prompt, "ParallelSampler", parallel_model(prompt, name), "never")
+    text = refused(server, prompt)
+    assert name in text and words in text
+
+
 @pytest.mark.parametrize("vae", ["sd3_vae.safetensors", "taesd3"])
 def test_the_vae_decodes_and_encodes_as_stock_nodes_expect(vae: str, server: ComfyServer) -> None:
     prompt = Prompt()

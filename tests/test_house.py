@@ -44,7 +44,8 @@ ALLOWED = {
     "__init__": {"config", "rpc", "version"},
     "__main__": {"config", "errors", "rpc", "version", "demo"},
     "demo_checkpoints": {"config", "distributed", "models"},
-    "demo": {"demo_checkpoints", "engine", "distributed", "jobs", "config", "rpc"},
+    "demo": {"one_process", "demo_checkpoints", "config", "errors", "rpc"},
+    "one_process": {"engine", "distributed", "jobs", "config", "rpc"},
 }
 
 
@@ -79,7 +80,10 @@ def test_only_nodes_import_comfy_and_they_keep_to_the_client() -> None:
     for file in (ROOT / "nodes").rglob("*.py"):
         assert "torch.distributed" not in file.read_text(), file
         for name in re.findall(r"from \.\.parallel_backend(\.[\w.]+)? import", file.read_text()):
-            assert name == "" or name.split(".")[1] in {"config", "errors", "rpc", "safetensors_file"}, (file, name)
+            assert name == "" or name.split(".")[1] in {"config", "errors", "rpc", "safetensors_file", "demo"}, (
+                file,
+                name,
+            )
 
 
 def test_the_root_imports_silently_without_comfyui() -> None:
@@ -106,18 +110,12 @@ def test_no_host_of_a_registry_and_no_path_of_one_machine_is_in_the_tree() -> No
             assert not words.search(file.read_text(errors="replace")), file
 
 
-# Folders beside the backend, and what of the project each may import. The command line imports all of them.
-BESIDE = {
-    "parallel_demo": {"parallel_demo", "parallel_backend.errors"},
-    "parallel_training": {"parallel_training", "parallel_demo", "parallel_backend"},
-    "parallel_backend": {"parallel_backend"},
-}
-
-
-@pytest.mark.parametrize("folder", BESIDE)
-def test_folders_beside_the_backend_stay_outside_the_sampling_path(folder: str) -> None:
-    for file in (ROOT / folder).rglob("*.py"):
-        if file.relative_to(ROOT).as_posix() in ("parallel_backend/__main__.py", "parallel_backend/demo.py"):
-            continue
-        for name in re.findall(r"^\s*(?:from|import) (parallel_\w+(?:\.\w+)*)", file.read_text(), re.M):
-            assert any(name == a or name.startswith(a + ".") for a in BESIDE[folder]), (file, name)
+# The trainer stands beside the backend; of the project, only the command line knows it.
+def test_nothing_of_the_sampling_path_knows_the_trainer() -> None:
+    for folder in ("parallel_backend", "nodes"):
+        for file in (ROOT / folder).rglob("*.py"):
+            if file.name != "__main__.py":
+                assert "parallel_training" not in file.read_text(), file
+    for file in (ROOT / "parallel_training").rglob("*.py"):
+        for name in re.findall(r"^\s*(?:from|import) (\w+)", file.read_text(), re.M):
+            assert name not in ("nodes", "comfy"), file

@@ -8,11 +8,11 @@ from itertools import islice
 import pytest
 import torch
 
+from parallel_backend.demo.captions import encode, word_ids
+from parallel_backend.demo.drawing import draw
+from parallel_backend.demo.scenes import held_out_scenes, is_held_out, known_words, parse, training_scenes
+from parallel_backend.demo.score import shows
 from parallel_backend.errors import InputError
-from parallel_demo.captions import encode, word_ids
-from parallel_demo.drawing import draw
-from parallel_demo.scenes import held_out_scenes, is_held_out, known_words, parse, training_scenes
-from parallel_demo.score import shows
 
 SIZES = [(128, 128), (160, 96), (96, 160), (256, 256)]
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from parallel_backend.errors import InputError
+from ..errors import InputError
 
 COLORS = {
     "red": (220, 40, 40),

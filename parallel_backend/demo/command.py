@@ -10,15 +10,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from .config import MeshSpec, SamplerSpec, choose
-from .demo_checkpoints import DEMO_FAMILIES, random_prompt, small_config, write_mmdit, write_taesd
-from .distributed.control import Control
-from .engine import Engine
-from .jobs import Job
-from .rpc.client import Backend
-from .rpc.messages import Loaded, LoadModel, Prompt, RequestHeader, Sample
-from .rpc.remote import Conditioning, RemoteModel, Step
-from .rpc.wire import tensor_meta
+from ..config import MeshSpec, SamplerSpec, choose
+from ..demo_checkpoints import DEMO_FAMILIES, random_prompt, small_config, write_mmdit, write_taesd
+from ..one_process import OneProcess
+from ..rpc.client import Backend
+from ..rpc.remote import Conditioning, RemoteModel, Step
 
 BACKEND = "demo"
 CFG_SCALE, SEED = 4.5, 1
@@ -90,17 +86,10 @@ def _one_process(path: Path, prompts: tuple[Conditioning, Conditioning], steps: 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        engine = Engine(torch.device("cpu"))
-        job = Job(Control(), lambda body, tensors: None, lambda: False)
-        load = LoadModel(str(path), "demo", "float32", MeshSpec())
-        loaded, _ = engine.handle(RequestHeader(1, load), [], job)
-        assert isinstance(loaded, Loaded)
-        tensors = [torch.zeros(1, 16, size // 8, size // 8)]
-        tensors += [tensor for prompt in prompts for tensor in (prompt.context, prompt.pooled)]
+        alone = OneProcess(path)
         spec = SamplerSpec(steps=steps, cfg_scale=CFG_SCALE, seed=SEED)
-        body = Sample(loaded.model, spec, 0, Prompt(1, 2), Prompt(3, 4))
         start = time.perf_counter()
-        _, (latent,) = engine.handle(RequestHeader(2, body, [tensor_meta(t) for t in tensors]), tensors, job)
+        latent = alone.sample(torch.zeros(1, 16, size // 8, size // 8), *prompts, spec)
         return latent, (time.perf_counter() - start) / steps
     finally:
         torch.set_num_threads(threads)

@@ -1,0 +1,37 @@
+"""The backend's own engine in this process, without ranks: what the parallel result is compared with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .config import MeshSpec, SamplerSpec
+from .distributed.control import Control
+from .engine import Engine
+from .jobs import Job
+from .rpc.messages import Loaded, LoadModel, Prompt, Request, RequestHeader, Sample
+from .rpc.remote import Conditioning
+from .rpc.wire import tensor_meta
+
+
+class OneProcess:
+    """A model that this process samples alone."""
+
+    def __init__(self, path: Path, dtype: str = "float32") -> None:
+        self._engine = Engine(torch.device("cpu"))
+        loaded, _ = self._ask(LoadModel(str(path), "alone", dtype, MeshSpec()), [])
+        assert isinstance(loaded, Loaded)
+        self._name = loaded.model
+
+    def sample(self, latent: Tensor, positive: Conditioning, negative: Conditioning, spec: SamplerSpec) -> Tensor:
+        """As `RemoteModel.sample`, of the same settings."""
+        tensors = [latent, positive.context, positive.pooled, negative.context, negative.pooled]
+        _, (sampled,) = self._ask(Sample(self._name, spec, 0, Prompt(1, 2), Prompt(3, 4)), tensors)
+        return sampled
+
+    def _ask(self, body: Request, tensors: list[Tensor]) -> tuple[object, list[Tensor]]:
+        header = RequestHeader(1, body, [tensor_meta(tensor) for tensor in tensors])
+        job = Job(Control(), lambda body, tensors: None, lambda: False)
+        return self._engine.handle(header, tensors, job)

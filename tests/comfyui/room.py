@@ -1,0 +1,42 @@
+"""Whether ComfyUI's own models leave when a rank lacks room: room.py COMFYUI PACK MODEL; prints what happened, as JSON.
+
+The ranks are invented, since a shared GPU is needed for real ones; ComfyUI's memory management is the real one.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+from types import SimpleNamespace
+
+import shims
+
+
+def main(comfy_folder, pack, model_path):
+    shims.install()
+    sys.path.insert(0, os.path.abspath(comfy_folder))
+    sys.argv = ["main.py", "--cpu"]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import comfy.model_management as mm
+    import comfy.sd
+
+    spec = importlib.util.spec_from_file_location("pack", f"{pack}/__init__.py", submodule_search_locations=[pack])
+    sys.modules["pack"] = importlib.util.module_from_spec(spec)
+    parallel_mesh = importlib.import_module("pack.nodes.parallel_mesh")
+
+    model = comfy.sd.load_diffusion_model(model_path)  # held: ComfyUI forgets models that nobody holds
+    mm.load_models_gpu([model])
+    gib = 2**30
+    outcomes = {}
+    for name, device, free in (("cpu", "cpu", 0), ("roomy", "cuda:0", 20 * gib), ("short", "cuda:1", 2 * gib)):
+        ranks = [SimpleNamespace(rank=3, device=device, free_bytes=free)]
+        backend = SimpleNamespace(status=lambda ranks=ranks: SimpleNamespace(ranks=ranks))
+        said = parallel_mesh.make_room(backend, 10 * gib)
+        outcomes[name] = {"said": said, "loaded": len(mm.loaded_models())}
+    print(json.dumps(outcomes))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
