@@ -51,7 +51,7 @@ class AutoencoderTask:
     def __init__(self, spec: TrainSpec, device: torch.device) -> None:
         self.spec, self.device = spec, device
         # This layout makes convolutions half as fast again on CPUs, and suits tensor cores.
-        self.model = Autoencoder(spec.channels).to(device).to(memory_format=torch.channels_last)
+        self.model = Autoencoder(spec.channels).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def source(self, rank: int) -> PixelSource:
         return PixelSource(self.spec, rank)
