@@ -6,6 +6,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from .config import DEFAULT_IDLE_SECONDS, BackendSpec
 from .errors import BackendError
@@ -49,6 +50,11 @@ def _parser() -> argparse.ArgumentParser:
     stop = commands.add_parser("stop", help="end a running backend")
     _named(stop)
     stop.set_defaults(run=_stop)
+
+    convert = commands.add_parser("convert", help="a from-scratch SD3 model (model_ema_*.pkl) to safetensors")
+    convert.add_argument("pickle", type=Path, help="with model_params_*.json beside it")
+    convert.add_argument("output", type=Path)
+    convert.set_defaults(run=_convert)
 
     train = commands.add_parser("train", help="train the demo's small checkpoints (pip install '.[train]')")
     _train_arguments(train)
@@ -105,6 +111,14 @@ def _status(args: argparse.Namespace) -> int:
 def _stop(args: argparse.Namespace) -> int:
     Backend.attach(args.name).stop()
     print(f"Backend {args.name!r} has stopped.")
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from .models.from_scratch_file import convert  # torch models, which the other commands do without
+
+    convert(args.pickle, args.output)
+    print(f"{args.output} ({args.output.stat().st_size / 2**20:.0f} MiB)")
     return 0
 
 

@@ -19,6 +19,7 @@ DEFAULT_IDLE_SECONDS = 4 * 3600
 SAMPLERS = (
     "euler",
     "euler_ancestral",
+    "euler_stochastic",
     "heun",
     "dpm_2",
     "dpm_2_ancestral",

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import DTYPES, KERNELS, DeviceType, MeshSpec, choose
 from .distributed.attention import resolve_kernel
@@ -20,9 +20,8 @@ from .distributed.mesh import BandAxes, Mesh, build_mesh
 from .errors import ConfigError, InputError, MissingTensorsError, ProtocolError, UnknownModelError
 from .jobs import Job
 from .models.checkpoint import load_parameters
-from .models.mmdit import MMDiT
-from .models.mmdit_checkpoint import POS_EMBED, PositionTable, mmdit_config, open_mmdit
-from .models.prediction import LATENT_SCALE, LATENT_SHIFT, Predictor, Rows
+from .models.families import open_model
+from .models.prediction import Predictor, Rows
 from .models.vae import BandVAE, open_vae
 from .rpc.messages import (
     Decode,
@@ -137,12 +136,12 @@ class Engine:
             return self._loaded(name, _Sizes(0, 0), [], start, job), []
         mesh = self._mesh(body.mesh)
         dtype = getattr(torch, body.dtype)
-        source = job.control.agreed(lambda: open_mmdit(Path(body.path)))
+        opened = job.control.agreed(lambda: open_model(Path(body.path)))
 
-        def build() -> tuple[MMDiT, int]:
+        def build() -> tuple[nn.Module, int]:
             kernel = resolve_kernel(body.kernel, self.device, dtype, mesh.ring.degree > 1)
             with torch.device("meta"):
-                model = MMDiT(mmdit_config(source), mesh, kernel)
+                model = opened.build(mesh, kernel)
             return model, sum(p.numel() for p in model.parameters()) * dtype.itemsize
 
         model, needed = job.control.agreed(build)
@@ -152,19 +151,21 @@ class Engine:
         def read() -> None:
             load_parameters(
                 model,
-                source,
+                opened.source,
                 device=self.device,
                 dtype=dtype,
-                lazy=frozenset({POS_EMBED}),
+                lazy=opened.lazy,
                 should_stop=job.cancelled,
             )
 
         job.control.agreed(read)
-        positions = PositionTable(source, model.config.pos_embed_size, self.device, dtype)
-        predictor = Predictor(model, mesh, positions, dtype, self.device)
-        state = ModelState(name, Path(body.path).name, model.config.family, body.mesh.describe(), body.dtype, needed)
-        self.residents[name] = Resident(predictor, state, model.config.channels)
-        return self._loaded(name, _Sizes(source.bytes_read, needed), evicted, start, job), []
+        config = opened.config
+        predictor = Predictor(
+            model, mesh, opened.positions(self.device, dtype), dtype, self.device, config, opened.scale
+        )
+        state = ModelState(name, Path(body.path).name, config.family, body.mesh.describe(), body.dtype, needed)
+        self.residents[name] = Resident(predictor, state, config.channels)
+        return self._loaded(name, _Sizes(opened.source.bytes_read, needed), evicted, start, job), []
 
     def _load_vae(self, body: LoadVAE, _: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         start = time.perf_counter()
@@ -274,7 +275,7 @@ class Engine:
 
         predictor, prompts, latent = job.control.agreed(prepare)
         if torch.count_nonzero(latent) > 0:
-            latent = (latent - LATENT_SHIFT) * LATENT_SCALE
+            latent = (latent - predictor.scale.shift) * predictor.scale.scale
         steps = 0
 
         def on_step(report: StepReport) -> None:
@@ -296,7 +297,7 @@ class Engine:
             share=job.control.share,
             on_step=on_step,
         )
-        out = out / LATENT_SCALE + LATENT_SHIFT
+        out = out / predictor.scale.scale + predictor.scale.shift
         return Result(time.perf_counter() - start, steps), [out]
 
     def _forward(self, body: Forward, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:

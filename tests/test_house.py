@@ -42,7 +42,7 @@ ALLOWED = {
         "rpc.runtime_dir",
     },
     "__init__": {"config", "rpc", "version"},
-    "__main__": {"config", "errors", "rpc", "version", "demo"},
+    "__main__": {"config", "errors", "rpc", "version", "demo", "models"},
     "demo_checkpoints": {"config", "distributed", "models"},
     "demo": {"one_process", "demo_checkpoints", "config", "errors", "rpc"},
     "one_process": {"engine", "distributed", "jobs", "config", "rpc"},

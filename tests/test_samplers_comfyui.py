@@ -19,9 +19,15 @@ from parallel_backend.sampling.parameterization import Flow
 from parallel_backend.sampling.schedules import sigmas_for
 
 BASE = {"latent": "empty", "positive": "long", "negative": "short", "seed": 7, "steps": 5, "cfg": 4.5}
+# euler_stochastic is the from-scratch repository's; ComfyUI has none.
+COMFYUI_SAMPLERS = [name for name in SAMPLERS if name != "euler_stochastic"]
+
 CASES = {
-    **{f"{s}-simple": {"sampler": s, "scheduler": "simple"} for s in SAMPLERS},
-    **{f"{s}-karras-image": {"sampler": s, "scheduler": "karras", "latent": "image", "denoise": 0.6} for s in SAMPLERS},
+    **{f"{s}-simple": {"sampler": s, "scheduler": "simple"} for s in COMFYUI_SAMPLERS},
+    **{
+        f"{s}-karras-image": {"sampler": s, "scheduler": "karras", "latent": "image", "denoise": 0.6}
+        for s in COMFYUI_SAMPLERS
+    },
     **{f"euler-{s}": {"sampler": "euler", "scheduler": s} for s in SCHEDULERS if s != "simple"},
     **{
         f"dpmpp_2m-{s}": {"sampler": "dpmpp_2m", "scheduler": s, "denoise": 0.45, "latent": "image"} for s in SCHEDULERS

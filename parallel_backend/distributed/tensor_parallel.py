@@ -30,19 +30,23 @@ class Shard:
 
 
 class ShardedParameter(nn.Parameter):
-    """A parameter that knows the shape of the full tensor and its own part of it. `shard` None keeps all."""
+    """A parameter that knows the shape of the full tensor and its own part of it.
+
+    `shard` None keeps all. One that is `fp32` stays so in a model of half precision.
+    """
 
     full_shape: tuple[int, ...]
     shard: Shard | None
+    fp32: bool
 
 
-def sharded_parameter(full_shape: Sequence[int], shard: Shard | None = None) -> ShardedParameter:
+def sharded_parameter(full_shape: Sequence[int], shard: Shard | None = None, *, fp32: bool = False) -> ShardedParameter:
     """An empty parameter of the local shape, on the default device."""
     shape = list(full_shape)
     if shard is not None:
         shape[shard.dim] = shard.size
     parameter = ShardedParameter(torch.empty(shape), requires_grad=False)
-    parameter.full_shape, parameter.shard = tuple(full_shape), shard
+    parameter.full_shape, parameter.shard, parameter.fp32 = tuple(full_shape), shard, fp32
     return parameter
 
 
@@ -54,11 +58,18 @@ class ColumnParallelLinear(nn.Module):
     Returns: (..., kept features).
     """
 
-    def __init__(self, in_features: int, out_features: int, ranges: Sequence[tuple[int, int]] | None = None) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        ranges: Sequence[tuple[int, int]] | None = None,
+        *,
+        bias: bool = True,
+    ) -> None:
         super().__init__()
         shard = None if ranges is None else Shard(0, tuple(ranges))
         self.weight = sharded_parameter((out_features, in_features), shard)
-        self.bias = sharded_parameter((out_features,), shard)
+        self.bias = sharded_parameter((out_features,), shard) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
@@ -71,10 +82,12 @@ class RowParallelLinear(nn.Module):
     Comm: one all-reduce of the output.
     """
 
-    def __init__(self, in_features: int, out_features: int, kept: tuple[int, int], axis: MeshAxis) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, kept: tuple[int, int], axis: MeshAxis, *, bias: bool = True
+    ) -> None:
         super().__init__()
         self.weight = sharded_parameter((out_features, in_features), Shard(1, (kept,)))
-        self.bias = sharded_parameter((out_features,))
+        self.bias = sharded_parameter((out_features,)) if bias else None
         self.axis = axis
 
     def start(self, x: Tensor) -> Handle:

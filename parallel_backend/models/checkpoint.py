@@ -176,9 +176,11 @@ def load_parameters(
     for name, parameter in wanted.items():
         if should_stop():
             raise CancelledError(f"Loading {source.path.name} was cancelled.")
-        shard = parameter.shard if isinstance(parameter, ShardedParameter) else None
+        shard, kept_dtype = None, dtype
+        if isinstance(parameter, ShardedParameter):
+            shard, kept_dtype = parameter.shard, torch.float32 if parameter.fp32 else dtype
         # A slice is a view of the mapped file: `copy` keeps the file's pages from living on in the model.
-        tensor = source.read(name, shard).to(device=device, dtype=dtype, copy=True)
+        tensor = source.read(name, shard).to(device=device, dtype=kept_dtype, copy=True)
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
 

@@ -20,7 +20,8 @@ from ..distributed.attention import ParallelAttention
 from ..distributed.collectives import all_gather, split_range, split_sizes
 from ..distributed.mesh import Mesh, MeshAxis
 from ..distributed.tensor_parallel import ColumnParallelLinear, RowParallelLinear, sharded_parameter
-from ..errors import ConfigError, InputError
+from ..errors import ConfigError
+from .tokens import Tokens, patchify, tokens_for, unpatchify
 
 HEAD_DIM = 64
 FREQUENCIES = 256
@@ -194,37 +195,13 @@ class PatchEmbed(nn.Module):
         return F.linear(patches_BLP, self.proj["weight"].flatten(1), self.proj["bias"])
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """How many tokens there are, and which of them this rank has."""
-
-    image: tuple[int, int]
-    text: tuple[int, int]
-    image_counts: list[int]
-    joint_counts: list[int]
-
-    @classmethod
-    def spread(cls, image_tokens: int, text_tokens: int, mesh: Mesh) -> Tokens:
-        degree, rank = mesh.sp_degree, mesh.sp_rank
-        image, text = split_sizes(image_tokens, degree), split_sizes(text_tokens, degree)
-        # The rank that gets one image token less gets the odd text token: loads differ by one at most.
-        text.reverse()
-        start = sum(text[:rank])
-        joint = [i + t for i, t in zip(image, text, strict=True)]
-        return cls(split_range(image_tokens, degree, rank), (start, start + text[rank]), image, joint)
-
-
 class MMDiT(nn.Module):
     """Velocity of a latent, computed by all ranks of a mesh; every rank has the whole input and output."""
 
     def __init__(self, config: MMDiTConfig, mesh: Mesh, kernel: str) -> None:
         """Raises: ConfigError: tp * ulysses is more than the heads."""
         super().__init__()
-        if mesh.tp.degree * mesh.ulysses.degree > config.heads:
-            raise ConfigError(
-                f"tp={mesh.tp.degree} * ulysses={mesh.ulysses.degree} spreads {config.heads} heads too thin.",
-                "Use ring in place of a part of ulysses, or fewer ranks.",
-            )
+        check_heads(config.heads, mesh)
         self.config, self.mesh = config, mesh
         self.attention = ParallelAttention(mesh, kernel)
         self.x_embedder = PatchEmbed(config)
@@ -235,29 +212,8 @@ class MMDiT(nn.Module):
         self.final_layer = FinalLayer(config, mesh.tp)
 
     def tokens_for(self, height: int, width: int, text_tokens: int) -> Tokens:
-        """Raises: InputError: the latent is too large or doesn't divide, or there are fewer tokens than ranks."""
-        patch, limit = self.config.patch_size, self.config.pos_embed_size
-        if height % patch or width % patch:
-            raise InputError(
-                f"A latent of {width}x{height} cells ({width * 8}x{height * 8} pixels) can't be cut in {patch}x{patch} patches.",
-                f"Use sides divisible by {patch * 8} pixels.",
-            )
-        rows, columns = height // patch, width // patch
-        if rows > limit or columns > limit:
-            raise InputError(
-                f"{width * 8}x{height * 8} pixels is larger than this model's position table.",
-                f"Use sides of at most {limit * patch * 8} pixels.",
-            )
-        if (
-            text_tokens < 1
-            or rows * columns + text_tokens < self.mesh.sp_degree
-            or rows * columns < self.mesh.sp_degree
-        ):
-            raise InputError(
-                f"{rows * columns} image and {text_tokens} text tokens can't be spread over {self.mesh.sp_degree} ranks.",
-                "Use a larger image, or less ring and ulysses.",
-            )
-        return Tokens.spread(rows * columns, text_tokens, self.mesh)
+        """Raises: InputError: see `tokens_for`."""
+        return tokens_for(self.config, self.mesh, height, width, text_tokens)
 
     def forward(self, x_BCYX: Tensor, timesteps_B: Tensor, context_BLE: Tensor, y_BA: Tensor, pos_LD: Tensor) -> Tensor:
         """The velocity at `x`.
@@ -279,7 +235,7 @@ class MMDiT(nn.Module):
         for block in self.joint_blocks:
             context, x = block(context, x, next(modulations), next(modulations), tokens, self.attention)
         out = self.final_layer(x, next(modulations))
-        for axis, counts in self._gathers(tokens):
+        for axis, counts in gathers(self.mesh, tokens):
             out = all_gather(out, 1, counts, axis)
         return unpatchify(out, x_BCYX.shape, self.config.patch_size)
 
@@ -303,10 +259,21 @@ class MMDiT(nn.Module):
         for vector in full:
             yield list(vector.unsqueeze(1).split(hidden, dim=2))
 
-    def _gathers(self, tokens: Tokens) -> list[tuple[MeshAxis, list[int]]]:
-        ulysses, ring = self.mesh.ulysses, self.mesh.ring
-        per_ring = [tokens.image_counts[i * ulysses.degree : (i + 1) * ulysses.degree] for i in range(ring.degree)]
-        return [(ulysses, per_ring[ring.rank]), (ring, [sum(counts) for counts in per_ring])]
+
+def check_heads(heads: int, mesh: Mesh) -> None:
+    """Raises: ConfigError: tp * ulysses is more than the heads."""
+    if mesh.tp.degree * mesh.ulysses.degree > heads:
+        raise ConfigError(
+            f"tp={mesh.tp.degree} * ulysses={mesh.ulysses.degree} spreads {heads} heads too thin.",
+            "Use ring in place of a part of ulysses, or fewer ranks.",
+        )
+
+
+def gathers(mesh: Mesh, tokens: Tokens) -> list[tuple[MeshAxis, list[int]]]:
+    """Which axes the output tokens are gathered over, in this order, with each rank's count."""
+    ulysses, ring = mesh.ulysses, mesh.ring
+    per_ring = [tokens.image_counts[i * ulysses.degree : (i + 1) * ulysses.degree] for i in range(ring.degree)]
+    return [(ulysses, per_ring[ring.rank]), (ring, [sum(counts) for counts in per_ring])]
 
 
 def mlp_hidden(mlp: Mlp, x: Tensor) -> Tensor:
@@ -327,16 +294,3 @@ def timestep_frequencies(timesteps_B: Tensor) -> Tensor:
     rates = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=timesteps_B.device) / half)
     angles = timesteps_B.float()[:, None] * rates[None]
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-def patchify(x_BCYX: Tensor, patch: int) -> Tensor:
-    """(B, L, C * patch * patch), in the order of a convolution's weights."""
-    B, C, Y, X = x_BCYX.shape
-    x = x_BCYX.view(B, C, Y // patch, patch, X // patch, patch)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(B, (Y // patch) * (X // patch), C * patch * patch)
-
-
-def unpatchify(x_BLP: Tensor, shape: torch.Size, patch: int) -> Tensor:
-    B, C, Y, X = shape
-    x = x_BLP.view(B, Y // patch, X // patch, patch, patch, C)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, C, Y, X)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +14,7 @@ from ..distributed.cfg import gather_branches, own_branches
 from ..distributed.data import gather_batch, shard_batch
 from ..distributed.mesh import Mesh
 from ..errors import InputError
-from .mmdit import MMDiT
-from .mmdit_checkpoint import PositionTable
-
-# Between a VAE's latent and the model's: (latent - shift) * scale. Source: SD3's VAE configuration.
-LATENT_SCALE, LATENT_SHIFT = 1.5305, 0.0609
+from .families import LatentScale, Positions
 
 
 @dataclass(frozen=True)
@@ -41,11 +38,13 @@ class Rows:
 class Predictor:
     """A model in its mesh, ready to be asked."""
 
-    model: MMDiT
+    model: Any
     mesh: Mesh
-    positions: PositionTable
+    positions: Positions
     dtype: torch.dtype
     device: torch.device
+    config: Any
+    scale: LatentScale
 
     @property
     def spec(self) -> MeshSpec:
@@ -53,7 +52,7 @@ class Predictor:
 
     def check_latent(self, x: Tensor, text_tokens: int) -> None:
         """Raises: InputError: a latent that this model can't take."""
-        channels = self.model.config.channels
+        channels = self.config.channels
         if x.ndim != 4 or x.shape[1] != channels:
             raise InputError(
                 f"A latent of shape {list(x.shape)} came; this model needs (batch, {channels}, height / 8, width / 8).",
@@ -68,7 +67,7 @@ class Predictor:
 
         Raises: InputError: widths of another model, or values that are not numbers.
         """
-        config = self.model.config
+        config = self.config
         for tensor, dims, width, name in (
             (context, 3, config.context_width, "conditioning"),
             (pooled, 2, config.pooled_width, "pooled conditioning"),

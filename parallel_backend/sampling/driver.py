@@ -18,6 +18,7 @@ from .samplers import Run, Sampler
 SAMPLERS_BY_NAME: dict[str, Callable[[Tensor, Run], Sampler]] = {
     "euler": samplers.euler,
     "euler_ancestral": samplers.euler_ancestral,
+    "euler_stochastic": samplers.euler_stochastic,
     "heun": samplers.heun,
     "dpm_2": samplers.dpm_2,
     "dpm_2_ancestral": samplers.dpm_2_ancestral,

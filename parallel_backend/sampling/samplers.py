@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from .noise import StepNoise
 from .parameterization import Flow, Parameterization
 
@@ -107,6 +108,22 @@ def euler_ancestral(x: Tensor, run: Run) -> Sampler:
         else:
             down, up = ancestral_split(sigma, following)
             x = x + slope(x, sigma, denoised) * (down - sigma) + run.noise.gaussian() * up
+    return x
+
+
+def euler_stochastic(x: Tensor, run: Run) -> Sampler:
+    """Euler with some noise after each step, the last too; for flow models, where sigma is the time.
+
+    Source: the sampler of that name in gmongaras/Stable-Diffusion-3-From-Scratch.
+    Raises: InputError: not a flow model.
+    """
+    if not run.model.is_flow:
+        raise InputError("euler_stochastic samples flow models only.", "Use euler_ancestral.")
+    for i, sigma, following in run.pairs:
+        denoised = yield Evaluation(x, sigma, i)
+        spread = sigma * (1 - sigma) / (1 - sigma + 0.008)
+        step = sigma - following
+        x = x - slope(x, sigma, denoised) * step + spread * run.noise.gaussian() * step.sqrt()
     return x
 
 

@@ -1,0 +1,303 @@
+"""The MMDiT of "Stable Diffusion 3 from scratch", sharded over a mesh. Parameter names are the checkpoint's.
+
+Source: the public repository gmongaras/Stable-Diffusion-3-From-Scratch. Beside SD3: rotary positions in two dimensions
+in place of a table, SwiGLU or GELU, two text encoders with norms of their own, a learned scale of time, and no biases in
+attention and modulation. Modulations are small here and kept whole under tp.
+Shapes: B rows, L this rank's tokens, D hidden, N heads of this tp rank, H head dim, E context width, A pooled width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..distributed.attention import ParallelAttention
+from ..distributed.collectives import all_gather, split_range
+from ..distributed.mesh import Mesh, MeshAxis
+from ..distributed.tensor_parallel import ColumnParallelLinear, RowParallelLinear, sharded_parameter
+from .mmdit import check_heads, gathers
+from .tokens import Tokens, patchify, tokens_for
+
+# Tokens of the first text encoder (Gemma); those after them are the second's (ModernBERT).
+FIRST_TEXT_TOKENS = 77
+LAYER_NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class FromScratchConfig:
+    """Sizes and kinds, as the file and its `model_params_*.json` give them."""
+
+    depth: int
+    heads: int
+    hidden: int
+    mlp_width: int
+    mlp: str
+    rotary: bool
+    channels: int
+    patch_size: int
+    context_width: int
+    pooled_width: int
+    family: str = "sd3-from-scratch"
+    pos_embed_size: int = 4096  # rotary positions have no table that ends
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+
+class JointAttention(nn.Module):
+    """Attention of image (x) and text (c) tokens together; each stream has its own projections and norms."""
+
+    def __init__(self, config: FromScratchConfig, tp: MeshAxis, last: bool) -> None:
+        super().__init__()
+        self.head_dim, hidden = config.head_dim, config.hidden
+        kept = tuple(h * config.head_dim for h in split_range(config.heads, tp.degree, tp.rank))
+        for stream in "xc":
+            for part in ("query", "key", "value"):
+                projection = ColumnParallelLinear(hidden, hidden, [(kept[0], kept[1])], bias=False)
+                self.add_module(f"{part}_proj_{stream}", projection)
+            self.add_module(f"q_norm_{stream}", HeadNorm(config.head_dim))
+            self.add_module(f"k_norm_{stream}", HeadNorm(config.head_dim))
+            if stream == "x" or not last:
+                out = RowParallelLinear(hidden, hidden, (kept[0], kept[1]), tp, bias=False)
+                self.add_module(f"out_proj_{stream}", out)
+        if config.rotary:
+            self.rotary_emb = nn.ParameterDict({"freqs": sharded_parameter((config.head_dim // 4,))})
+
+    def qkv(self, stream: str, tokens_BLD: Tensor, positions_L2: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, L, N, H) each. Image tokens are turned by their row and column."""
+        query, key, value = (
+            self.get_submodule(f"{part}_proj_{stream}")(tokens_BLD).unflatten(-1, (-1, self.head_dim))
+            for part in ("query", "key", "value")
+        )
+        query, key = self.get_submodule(f"q_norm_{stream}")(query), self.get_submodule(f"k_norm_{stream}")(key)
+        if positions_L2 is not None:
+            angles = rotary_angles(positions_L2, self.rotary_emb["freqs"])
+            query, key = rotate(query, angles), rotate(key, angles)
+        return query, key, value
+
+
+class HeadNorm(nn.Module):
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.weight = sharded_parameter((head_dim,))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight)
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(first half of w12(x)) * second half)."""
+
+    def __init__(self, config: FromScratchConfig, tp: MeshAxis) -> None:
+        super().__init__()
+        width, (first, last) = config.mlp_width, split_range(config.mlp_width, tp.degree, tp.rank)
+        self.w12 = ColumnParallelLinear(config.hidden, 2 * width, [(first, last), (width + first, width + last)])
+        self.w3 = RowParallelLinear(width, config.hidden, (first, last), tp)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class GeluMlp(nn.Module):
+    def __init__(self, config: FromScratchConfig, tp: MeshAxis) -> None:
+        super().__init__()
+        kept = split_range(config.mlp_width, tp.degree, tp.rank)
+        self.lin_up = ColumnParallelLinear(config.hidden, config.mlp_width, [kept])
+        self.lin_down = RowParallelLinear(config.mlp_width, config.hidden, kept, tp)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin_down(F.gelu(self.lin_up(x)))
+
+
+class NamedMlp(nn.Module):
+    """SwiGLU one level deeper, as newer files name it."""
+
+    def __init__(self, config: FromScratchConfig, tp: MeshAxis) -> None:
+        super().__init__()
+        self.MLP = SwiGLU(config, tp)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.MLP(x)
+
+
+MLPS: dict[str, Callable[[FromScratchConfig, MeshAxis], nn.Module]] = {
+    "swiglu": NamedMlp,
+    "swiglu_old": SwiGLU,
+    "gelu": GeluMlp,
+}
+
+
+class Norm(nn.Module):
+    """A layer norm, shifted and scaled by the conditioning vector."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.c_shift = ColumnParallelLinear(hidden, hidden, bias=False)
+        self.c_scale = ColumnParallelLinear(hidden, hidden, bias=False)
+
+    def forward(self, x_BLD: Tensor, y_BD: Tensor) -> Tensor:
+        normed = F.layer_norm(x_BLD, x_BLD.shape[-1:], eps=LAYER_NORM_EPS)
+        return normed * (1 + self.c_scale(y_BD)[:, None]) + self.c_shift(y_BD)[:, None]
+
+
+class Block(nn.Module):
+    """Text and image attend to each other; each has its own weights. The last block gives image tokens only."""
+
+    def __init__(self, config: FromScratchConfig, tp: MeshAxis, last: bool) -> None:
+        super().__init__()
+        hidden = config.hidden
+        self.last, self.rotary = last, config.rotary
+        self.y_proj = nn.ModuleDict({"0": ColumnParallelLinear(hidden, hidden)})
+        self.attn = JointAttention(config, tp, last)
+        self.norm1_x, self.norm2_x, self.norm1_c = Norm(hidden), Norm(hidden), Norm(hidden)
+        self.MLP_x = MLPS[config.mlp](config, tp)
+        self.scale1_x = ColumnParallelLinear(hidden, hidden, bias=False)
+        self.scale2_x = ColumnParallelLinear(hidden, hidden, bias=False)
+        if not last:
+            self.MLP_c = MLPS[config.mlp](config, tp)
+            self.norm2_c = Norm(hidden)
+            self.scale1_c = ColumnParallelLinear(hidden, hidden, bias=False)
+            self.scale2_c = ColumnParallelLinear(hidden, hidden, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        c: Tensor,
+        y_BD: Tensor,
+        positions_L2: Tensor,
+        tokens: Tokens,
+        attention: ParallelAttention,
+    ) -> tuple[Tensor, Tensor]:
+        y, attn = F.silu(self.y_proj["0"](y_BD)), self.attn
+        x_qkv = attn.qkv("x", self.norm1_x(x, y), positions_L2 if self.rotary else None)
+        c_qkv = attn.qkv("c", self.norm1_c(c, y), None)
+        q, k, v = (torch.cat(pair, dim=1) for pair in zip(x_qkv, c_qkv, strict=True))
+        attended = attention(q, k, v, tokens.joint_counts).flatten(2)
+        x_attended, c_attended = attended.split([x.shape[1], c.shape[1]], dim=1)
+        x = x + attn.get_submodule("out_proj_x")(x_attended) * self.scale1_x(y)[:, None]
+        x = x + self.MLP_x(self.norm2_x(x, y)) * self.scale2_x(y)[:, None]
+        if not self.last:
+            c = c + attn.get_submodule("out_proj_c")(c_attended) * self.scale1_c(y)[:, None]
+            c = c + self.MLP_c(self.norm2_c(c, y)) * self.scale2_c(y)[:, None]
+        return x, c
+
+
+class PatchProjection(nn.Module):
+    """Patches to tokens; the checkpoint stores it as a convolution."""
+
+    def __init__(self, hidden: int, channels: int, patch: int) -> None:
+        super().__init__()
+        self.weight = sharded_parameter((hidden, channels, patch, patch))
+
+    def forward(self, patches_BLP: Tensor) -> Tensor:
+        return F.linear(patches_BLP, self.weight.flatten(1))
+
+
+class FromScratch(nn.Module):
+    """Velocity of a latent, computed by all ranks of a mesh; every rank has the whole input and output."""
+
+    def __init__(self, config: FromScratchConfig, mesh: Mesh, kernel: str) -> None:
+        """Raises: ConfigError: tp * ulysses is more than the heads."""
+        super().__init__()
+        check_heads(config.heads, mesh)
+        hidden, patch = config.hidden, config.patch_size
+        self.config, self.mesh = config, mesh
+        self.attention = ParallelAttention(mesh, kernel)
+        self.blocks = nn.ModuleList(Block(config, mesh.tp, i == config.depth - 1) for i in range(config.depth))
+        self.t_emb2 = ColumnParallelLinear(hidden, hidden, bias=False)
+        self.cond_MLP = ColumnParallelLinear(config.pooled_width, hidden, bias=False)
+        self.c_proj = ColumnParallelLinear(config.context_width, hidden, bias=False)
+        self.c_proj2 = ColumnParallelLinear(config.context_width, hidden, bias=False)
+        self.pre_c_norm, self.pre_c_norm2 = HeadNorm(config.context_width), HeadNorm(config.context_width)
+        self.learnable_scalar, self.learnable_scalar2 = sharded_parameter((1,)), sharded_parameter((1,))
+        self.pos_enc = nn.ModuleDict({"proj": PatchProjection(hidden, config.channels, patch)})
+        self.patch_emb = ColumnParallelLinear(hidden, hidden)
+        self.out_norm = Norm(hidden)
+        self.out_proj = ColumnParallelLinear(hidden, config.channels * patch**2)
+        self.time_scale = sharded_parameter((1,), fp32=True)
+
+    def tokens_for(self, height: int, width: int, text_tokens: int) -> Tokens:
+        """Raises: InputError: see `tokens_for`."""
+        return tokens_for(self.config, self.mesh, height, width, text_tokens)
+
+    def forward(
+        self, x_BCYX: Tensor, timesteps_B: Tensor, context_BLE: Tensor, y_BA: Tensor, positions_L2: Tensor
+    ) -> Tensor:
+        """The velocity at `x`.
+
+        Args:
+            x_BCYX: full latent, in the model's scale and dtype.
+            timesteps_B: 1000 * sigma, fp32.
+            context_BLE: full text tokens, the first encoder's 77, then the second's; all zeros for no prompt.
+            y_BA: pooled prompt.
+            positions_L2: row and column of this rank's image tokens.
+        Returns: (B, C, Y, X), whole on every rank.
+        Comm: as attention and tp say, and one all-gather of the output tokens.
+        """
+        tokens = self.tokens_for(x_BCYX.shape[2], x_BCYX.shape[3], context_BLE.shape[1])
+        times = time_waves(timesteps_B / 1000 * self.time_scale, self.config.hidden)
+        y = self.t_emb2(times.to(x_BCYX.dtype)) + self.cond_MLP(y_BA)
+        c = self._text(context_BLE, *tokens.text)
+        patches = patchify(x_BCYX, self.config.patch_size)[:, slice(*tokens.image)]
+        x = self.patch_emb(self.pos_enc["proj"](patches))
+        for block in self.blocks:
+            x, c = block(x, c, y, positions_L2, tokens, self.attention)
+        out = self.out_proj(self.out_norm(x, y))
+        for axis, counts in gathers(self.mesh, tokens):
+            out = all_gather(out, 1, counts, axis)
+        return from_patches(out, x_BCYX.shape, self.config.patch_size)
+
+    def _text(self, context_BLE: Tensor, start: int, stop: int) -> Tensor:
+        split = max(start, min(FIRST_TEXT_TOKENS, stop))
+        first, second = context_BLE[:, start:split], context_BLE[:, split:stop]
+        embedded = [
+            self.c_proj(self.learnable_scalar * self.pre_c_norm(first)),
+            self.c_proj2(self.learnable_scalar2 * self.pre_c_norm2(second)),
+        ]
+        return torch.cat(embedded, dim=1)
+
+
+@dataclass(frozen=True)
+class GridPositions:
+    """Rows and columns of image tokens, which no file has to give."""
+
+    device: torch.device
+
+    def rows(self, model: FromScratch, height: int, width: int) -> Tensor:
+        """(L, 2): row and column of this rank's tokens of a latent of height x width cells."""
+        rows, columns = height // model.config.patch_size, width // model.config.patch_size
+        first, last = split_range(rows * columns, model.mesh.sp_degree, model.mesh.sp_rank)
+        index = torch.arange(first, last, device=self.device)
+        return torch.stack([index // columns, index % columns], dim=1).float()
+
+
+def rotary_angles(positions_L2: Tensor, frequencies: Tensor) -> Tensor:
+    """(L, H / 2): half of a head's pairs turn with the row, half with the column."""
+    return (positions_L2[:, :, None] * frequencies.float()).flatten(1)
+
+
+def rotate(x_BLNH: Tensor, angles: Tensor) -> Tensor:
+    """Each pair of neighbouring values turned by its angle."""
+    cos, sin = angles.cos()[None, :, None], angles.sin()[None, :, None]
+    first, second = x_BLNH.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2).to(x_BLNH.dtype)
+
+
+def time_waves(times_B: Tensor, width: int) -> Tensor:
+    """(B, width): sines of the even rates, then cosines of the odd ones."""
+    rates = 10_000.0 ** (2 * torch.arange(width, dtype=torch.float32, device=times_B.device) / width)
+    angles = times_B.float()[:, None] / rates
+    return torch.cat([angles[:, ::2].sin(), angles[:, 1::2].cos()], dim=1)
+
+
+def from_patches(x_BLP: Tensor, shape: torch.Size, patch: int) -> Tensor:
+    """The inverse of `patchify`: in a patch, channels come first."""
+    B, C, Y, X = shape
+    x = x_BLP.view(B, Y // patch, X // patch, C, patch, patch)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(B, C, Y, X)
