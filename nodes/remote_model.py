@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import comfy.latent_formats
 import comfy.model_detection
 import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.patcher_extension
+import comfy.supported_models
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ from ..parallel_backend.errors import CancelledError, CheckpointError, Unsupport
 from ..parallel_backend.safetensors_file import files_of, safetensors_header
 from .comfy_types import refuse, transformer_patches, weight_patches
 
+FROM_SCRATCH = "sd3-from-scratch"
 _PREFIX = "model.diffusion_model."
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ELSEWHERE = "The weights live in the backend. Remove that node, or load the model with ComfyUI's own loader."
@@ -198,8 +201,11 @@ def remote_patcher(remote: RemoteModel, path: Path, dtype: torch.dtype) -> Remot
 
     Raises: CheckpointError: ComfyUI doesn't recognise the file.
     """
-    meta = meta_state_dict(path)
-    config = comfy.model_detection.model_config_from_unet(meta, "")
+    if remote.family == FROM_SCRATCH:
+        meta, config = {}, from_scratch_config()
+    else:
+        meta = meta_state_dict(path)
+        config = comfy.model_detection.model_config_from_unet(meta, "")
     if config is None:
         raise CheckpointError(f"ComfyUI doesn't recognise the model in {path.name}.", "Update ComfyUI.")
     config.set_inference_dtype(dtype, None)
@@ -208,3 +214,19 @@ def remote_patcher(remote: RemoteModel, path: Path, dtype: torch.dtype) -> Remot
     model.diffusion_model = RemoteDiffusionModel(remote, meta, dtype)
     model.memory_required = lambda input_shape, cond_shapes=None: 0
     return RemotePatcher(model, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
+
+
+class FromScratchLatent(comfy.latent_formats.Flux):
+    """FLUX's VAE as the from-scratch models were trained with it: the shift is added after the scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift_factor: float = -0.1159 / self.scale_factor
+
+
+def from_scratch_config() -> Any:
+    """SD3's class of sampling, at shift 1, for a family that ComfyUI has no detection for."""
+    config = comfy.supported_models.SD3({"in_channels": 16})
+    config.latent_format = FromScratchLatent()
+    config.sampling_settings = {"shift": 1.0}
+    return config

@@ -12,6 +12,7 @@ from comfyui.installation import ComfyInstallation
 from comfyui.prompts import Prompt, conditioning, mesh, out, sampler, save_latent
 from comfyui.server import ComfyServer, Outcome
 from safetensors.torch import load_file
+from test_from_scratch import write_pickle
 from torch import Tensor
 
 from parallel_backend import Backend
@@ -340,3 +341,19 @@ def test_what_a_conditioning_file_cant_hold_is_refused_by_name(server: ComfyServ
     odd = conditioning(prompt, 1, hooked=True)
     prompt.add("SaveConditioning", conditioning=odd, filename_prefix="no")
     assert "Entry 1 has 'hooks', a object, which a file can't hold" in refused(server, prompt)
+
+
+def test_a_from_scratch_model_samples_in_the_backend_and_under_ksampler_alike(
+    server: ComfyServer, models: Path
+) -> None:
+    write_pickle(models / "diffusion_models" / "scratch")
+    latents = []
+    for node in ("ParallelSampler", "KSampler"):
+        prompt = Prompt()
+        positive, negative = (conditioning(prompt, seed, 154, width=2304, pooled=32) for seed in (1, 2))
+        latent = out(prompt.add("ProbeRandomLatent", seed=1, channels=16, height=14, width=10))
+        model = parallel_model(prompt, "scratch/model_ema_10s.pkl")
+        done = sampler(prompt, node, model, positive, negative, latent, denoise=0.8, steps=4)
+        saved = save_latent(prompt, done, node)
+        latents.append(latent_of(server, server.run(prompt.nodes), saved))
+    torch.testing.assert_close(latents[1], latents[0], rtol=1e-4, atol=1e-4)

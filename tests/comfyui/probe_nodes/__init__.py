@@ -14,13 +14,19 @@ class RandomConditioning:
     def INPUT_TYPES(cls):
         return {
             "required": {"seed": ("INT", {"default": 0}), "tokens": ("INT", {"default": 77})},
-            "optional": {name: ("BOOLEAN", {"default": False}) for name in ("nan", "hooked")},
+            "optional": {
+                **{name: ("BOOLEAN", {"default": False}) for name in ("nan", "hooked")},
+                **{
+                    name: ("INT", {"default": width, "max": 10000})
+                    for name, width in (("width", 4096), ("pooled", 2048))
+                },
+            },
         }
 
-    def make(self, seed, tokens, nan=False, hooked=False):
+    def make(self, seed, tokens, nan=False, hooked=False, width=4096, pooled=2048):
         generator = torch.Generator().manual_seed(seed)
-        context = torch.randn(1, tokens, 4096, generator=generator)
-        pooled = torch.randn(1, 2048, generator=generator)
+        context = torch.randn(1, tokens, width, generator=generator)
+        pooled = torch.randn(1, pooled, generator=generator)
         if nan:
             context[0, 0, 0] = float("nan")
         extras = {"pooled_output": pooled, "width": 1024, "area": (64, 64, 0, 0), "hooks": object()} if hooked else {}
