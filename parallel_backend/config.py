@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from math import isfinite, prod
 from typing import Literal, get_args
@@ -10,7 +11,10 @@ import msgspec
 
 from .errors import ConfigError
 
-AXES = ("dp", "cfg", "ring", "ulysses", "tp")
+AXES = ("dp", "cfg", "patch", "ring", "ulysses", "tp")
+# Which axes the two kinds of model know, and which of them takes the ranks that nothing else was said of.
+MMDIT_AXES, MMDIT_REST = ("dp", "cfg", "ring", "ulysses", "tp"), "ulysses"
+UNET_AXES, UNET_REST = ("dp", "cfg", "patch"), "patch"
 DTYPES = ("float32", "float16", "bfloat16")
 KERNELS = ("auto", "native", "flash", "flash3", "sage", "cudnn", "efficient")
 DeviceType = Literal["cuda", "cpu"]
@@ -66,6 +70,7 @@ class MeshSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     dp: int = 1
     cfg: int = 1
+    patch: int = 1
     ring: int = 1
     ulysses: int = 1
     tp: int = 1
@@ -92,7 +97,7 @@ class MeshSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return prod(self.degrees.values())
 
     def check_world(self, world_size: int) -> None:
-        """Raises ConfigError unless dp*cfg*ring*ulysses*tp == world_size."""
+        """Raises ConfigError unless dp*cfg*patch*ring*ulysses*tp == world_size."""
         if self.world_size != world_size:
             terms = " * ".join(f"{axis}={degree}" for axis, degree in self.degrees.items())
             raise ConfigError(
@@ -155,36 +160,50 @@ class MeshSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         order = tuple([axis for axis in AXES if axis not in nesting] + nesting)
         return cls(order=order, **{name: factor for name, (factor, _) in parts.items()})
 
+    def check_axes(self, axes: Sequence[str], what: str) -> None:
+        """Raises ConfigError where a degree above 1 is of an axis that the model has no use for."""
+        for axis, degree in self.degrees.items():
+            if degree > 1 and axis not in axes:
+                raise ConfigError(
+                    f"{axis}={degree} can't be used on {what}: its axes are {', '.join(axes)}.",
+                    f"Set {axis} to 1, and raise one of these in its place.",
+                )
+
     @classmethod
-    def filled(cls, world_size: int, *, dp: int, cfg: int, ring: int, ulysses: int, tp: int) -> MeshSpec:
-        """The mesh of these degrees, where cfg and ulysses may be 0: then they take what the others leave.
+    def filled(cls, world_size: int, rest: str = MMDIT_REST, **degrees: int) -> MeshSpec:
+        """The mesh of these degrees, where 0 leaves one open: cfg is 2 where that fits, `rest` takes what is left.
 
         Raises: ConfigError: the degrees don't fit `world_size` ranks.
         """
-        if cfg == 0:
-            left = world_size // (dp * ring * tp * max(ulysses, 1)) if min(dp, ring, tp) > 0 else 0
-            cfg = 2 if left and left % 2 == 0 else 1
-        if ulysses == 0:
-            ulysses = max(1, world_size // (dp * cfg * ring * tp)) if min(dp, ring, tp) > 0 else 1
-        mesh = cls(dp=dp, cfg=cfg, ring=ring, ulysses=ulysses, tp=tp)
+        given = {axis: degree for axis, degree in degrees.items() if degree}
+        left = world_size // max(1, prod(given.values()))
+        if degrees.get("cfg") == 0:
+            given["cfg"] = 2 if left and left % 2 == 0 else 1
+            left //= given["cfg"]
+        if rest not in given:
+            given[rest] = max(1, left)
+        mesh = cls(**given)
         mesh.check_world(world_size)
         return mesh
 
     @classmethod
-    def exact_default(cls, world_size: int) -> MeshSpec:
-        """The mesh used when nothing is asked for: cfg 2 where it fits, the rest ulysses."""
-        return cls.filled(world_size, dp=1, cfg=0, ring=1, ulysses=0, tp=1)
+    def exact_default(cls, world_size: int, rest: str = MMDIT_REST) -> MeshSpec:
+        """The mesh used when nothing is asked for: cfg 2 where it fits, the rest ulysses, or bands for a UNet."""
+        return cls.filled(world_size, rest, cfg=0)
 
     @classmethod
-    def all_of(cls, world_size: int) -> list[MeshSpec]:
-        """Every mesh of `world_size` ranks, in a fixed order; tests and benchmarks go through it."""
+    def all_of(cls, world_size: int, axes: Sequence[str] = MMDIT_AXES) -> list[MeshSpec]:
+        """Every mesh of `world_size` ranks on `axes`, in a fixed order; tests and benchmarks go through it."""
         divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
-        combos = (dict(zip(AXES, degrees, strict=True)) for degrees in product(divisors, repeat=len(AXES)))
+        combos = (dict(zip(axes, degrees, strict=True)) for degrees in product(divisors, repeat=len(axes)))
         return [cls(**c) for c in combos if prod(c.values()) == world_size and c["cfg"] <= 2]  # type: ignore[arg-type]
 
 
 class SamplerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What KSampler's widgets say. `denoise` below 1 keeps the end of a longer schedule."""
+    """What KSampler's widgets say. `denoise` below 1 keeps the end of a longer schedule.
+
+    With `warmup_steps`, ranks compute the steps after so many on what the others had a step ago; None is exact.
+    """
 
     sampler: str = "euler"
     scheduler: str = "simple"
@@ -193,6 +212,7 @@ class SamplerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     denoise: float = 1.0
     seed: int = 0
     shift: float = 3.0
+    warmup_steps: int | None = None
 
     def __post_init__(self) -> None:
         choose(self.sampler, SAMPLERS, "Sampler")
@@ -207,6 +227,8 @@ class SamplerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(f"seed={self.seed} does not fit in 64 bits.", "Use 0 to 18446744073709551615.")
         if not (isfinite(self.shift) and self.shift > 0):
             raise ConfigError(f"shift={self.shift} is not possible.", "Use a positive number; SD3.5 uses 3.")
+        if self.warmup_steps is not None and self.warmup_steps < 0:
+            raise ConfigError(f"warmup_steps={self.warmup_steps} is not possible.", "Use 0 or more; 4 is usual.")
 
 
 class BackendSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -14,16 +14,19 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from .config import DTYPES, KERNELS, DeviceType, MeshSpec, choose
+from .config import DTYPES, KERNELS, DeviceType, MeshSpec, SamplerSpec, choose
 from .distributed.attention import resolve_kernel
 from .distributed.mesh import BandAxes, Mesh, build_mesh
-from .errors import ConfigError, InputError, MissingTensorsError, ProtocolError, UnknownModelError
+from .distributed.stale import Kept, Step
+from .errors import BackendError, ConfigError, InputError, MissingTensorsError, ProtocolError, UnknownModelError
 from .jobs import Job
 from .models.checkpoint import load_parameters
 from .models.families import open_model
+from .models.network import Network
 from .models.prediction import Predictor, Rows
 from .models.vae import BandVAE, open_vae
 from .rpc.messages import (
+    AxisCost,
     Decode,
     Done,
     Encode,
@@ -42,7 +45,7 @@ from .rpc.messages import (
 )
 from .sampling.driver import StepReport
 from .sampling.image import sample_latent
-from .sampling.parameterization import Flow
+from .sampling.parameterization import Discrete, Flow, Parameterization
 
 TENSOR_CACHE_BYTES = 2**28
 
@@ -131,24 +134,29 @@ class Engine:
     def _load_model(self, body: LoadModel, _: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         start = time.perf_counter()
         job.control.agreed(lambda: self._check_load(body, job.control.world_size))
-        name = f"{body.key}/{body.dtype}/{body.kernel}/{body.mesh.describe()}/{'-'.join(body.mesh.order)}"
+        opened, spec = None, body.mesh
+        if spec is None:
+            opened = job.control.agreed(lambda: open_model(Path(body.path)))
+            spec = MeshSpec.exact_default(job.control.world_size, opened.kind.rest)
+        name = f"{body.key}/{body.dtype}/{body.kernel}/{spec.describe()}/{'-'.join(spec.order)}"
         if name in self.residents:
             return self._loaded(name, _Sizes(0, 0), [], start, job), []
-        mesh = self._mesh(body.mesh)
+        mesh = self._mesh(spec)
         dtype = getattr(torch, body.dtype)
-        opened = job.control.agreed(lambda: open_model(Path(body.path)))
+        opened = opened or job.control.agreed(lambda: open_model(Path(body.path)))
 
-        def build() -> tuple[nn.Module, int]:
+        def build() -> tuple[nn.Module, str, int]:
+            spec.check_axes(opened.kind.axes, opened.config.family)
             kernel = resolve_kernel(body.kernel, self.device, dtype, mesh.ring.degree > 1)
             with torch.device("meta"):
                 model = opened.build(mesh, kernel)
-            return model, sum(p.numel() for p in model.parameters()) * dtype.itemsize
+            return model, kernel, sum(p.numel() for p in model.parameters()) * dtype.itemsize
 
-        model, needed = job.control.agreed(build)
+        model, kernel, needed = job.control.agreed(build)
         evicted = self._make_room(needed, Path(body.path).name, job)
         job.emit(Progress(f"Loading {Path(body.path).name}", 0, 1), [])
 
-        def read() -> None:
+        def read() -> Network:
             load_parameters(
                 model,
                 opened.source,
@@ -157,13 +165,11 @@ class Engine:
                 lazy=opened.lazy,
                 should_stop=job.cancelled,
             )
+            return opened.network(model, mesh, kernel, self.device, dtype)
 
-        job.control.agreed(read)
-        config = opened.config
-        predictor = Predictor(
-            model, mesh, opened.positions(self.device, dtype), dtype, self.device, config, opened.scale
-        )
-        state = ModelState(name, Path(body.path).name, config.family, body.mesh.describe(), body.dtype, needed)
+        network, config = job.control.agreed(read), opened.config
+        predictor = Predictor(network, mesh, dtype, self.device, opened.kind)
+        state = ModelState(name, Path(body.path).name, config.family, spec.describe(), body.dtype, needed)
         self.residents[name] = Resident(predictor, state, config.channels)
         return self._loaded(name, _Sizes(opened.source.bytes_read, needed), evicted, start, job), []
 
@@ -184,7 +190,8 @@ class Engine:
 
     @staticmethod
     def _check_load(body: LoadModel, world_size: int) -> None:
-        body.mesh.check_world(world_size)
+        if body.mesh is not None:
+            body.mesh.check_world(world_size)
         choose(body.dtype, DTYPES, "dtype")
         choose(body.kernel, KERNELS, "Attention kernel")
 
@@ -259,6 +266,8 @@ class Engine:
 
     def _sample(self, body: Sample, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         start = time.perf_counter()
+        spec = body.spec
+        displaced = spec.warmup_steps is not None and spec.warmup_steps < spec.steps
 
         def prepare():  # type: ignore[no-untyped-def]
             predictor: Predictor = self._resident(body.model, Predictor)
@@ -266,17 +275,17 @@ class Engine:
             if body.mask is not None and not torch.isfinite(tensors[body.mask]).all():
                 raise InputError("The noise mask holds NaN or infinity.", "Look at the node that made it.")
             # At cfg 1 the uncond branch has no weight: it is not computed.
-            wanted = [body.cond] if body.uncond is None or body.spec.cfg_scale == 1.0 else [body.cond, body.uncond]
+            wanted = [body.cond] if body.uncond is None or spec.cfg_scale == 1.0 else [body.cond, body.uncond]
             for prompt in wanted:
                 predictor.check_latent(latent, tensors[prompt.context].shape[1])
             rows = latent.shape[0]
-            prompts = [predictor.prompt(tensors[p.context], tensors[p.pooled], rows) for p in wanted]
-            return predictor, prompts, latent.to(self.device)
+            prompts = [predictor.prompt(tensors[p.context], tensors[p.pooled], rows, p.sizes) for p in wanted]
+            return predictor, predictor.network.new_job(displaced), prompts, latent.to(self.device)
 
-        predictor, prompts, latent = job.control.agreed(prepare)
+        predictor, kept, prompts, latent = job.control.agreed(prepare)
         if torch.count_nonzero(latent) > 0:
-            latent = (latent - predictor.scale.shift) * predictor.scale.scale
-        steps = 0
+            latent = (latent - predictor.kind.shift) * predictor.kind.scale
+        steps, before = 0, _traffic(predictor.mesh)
 
         def on_step(report: StepReport) -> None:
             nonlocal steps
@@ -285,20 +294,29 @@ class Engine:
             job.check_cancelled()
 
         job.check_cancelled()
-        out = sample_latent(
-            lambda x, timestep: predictor.velocities(x, timestep, prompts),
-            body.spec,
-            Flow(body.spec.shift),
-            latent=latent,
-            mask=None if body.mask is None else tensors[body.mask],
-            noise=None if body.noise is None else tensors[body.noise].float(),
-            sigmas=None if body.sigmas is None else tensors[body.sigmas],
-            batch_index=body.batch_index,
-            share=job.control.share,
-            on_step=on_step,
-        )
-        out = out / predictor.scale.scale + predictor.scale.shift
-        return Result(time.perf_counter() - start, steps), [out]
+        try:
+            out = sample_latent(
+                lambda x, timestep, index: predictor.outputs(x, timestep, prompts, _step(spec, index, kept)),
+                spec,
+                _parameterization(predictor, spec),
+                latent=latent,
+                mask=None if body.mask is None else tensors[body.mask],
+                noise=None if body.noise is None else tensors[body.noise].float(),
+                sigmas=None if body.sigmas is None else tensors[body.sigmas],
+                batch_index=body.batch_index,
+                share=job.control.share,
+                on_step=on_step,
+            )
+        except BackendError:
+            kept.close()  # all ranks are here together; after any other error they may not be, and waiting could hang
+            raise
+        kept.close()
+        out = out / predictor.kind.scale + predictor.kind.shift
+        costs = [
+            AxisCost(now.axis, now.sent_bytes - then.sent_bytes, now.waited - then.waited)
+            for now, then in zip(_traffic(predictor.mesh), before, strict=True)
+        ]
+        return Result(time.perf_counter() - start, steps, costs), [out]
 
     def _forward(self, body: Forward, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         start = time.perf_counter()
@@ -313,8 +331,8 @@ class Engine:
             return predictor, Rows(x, timesteps, predictor.prompt(context, tensors[body.pooled], x.shape[0]))
 
         predictor, rows = job.control.agreed(prepare)
-        velocity = predictor.velocity(rows)
-        return Result(time.perf_counter() - start, 1), [velocity]
+        output = predictor.output(rows)
+        return Result(time.perf_counter() - start, 1), [output]
 
     def _decode(self, body: Decode, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         start = time.perf_counter()
@@ -334,3 +352,22 @@ class Engine:
         if not torch.isfinite(x).all():
             raise InputError(f"The {what} holds NaN or infinity.", "Look at the node that made it.")
         return vae
+
+
+def _parameterization(predictor: Predictor, spec: SamplerSpec) -> Parameterization:
+    if predictor.kind.prediction == "flow":
+        return Flow(spec.shift)
+    return Discrete(predictor.network.config.v_prediction, predictor.network.config.zero_snr)
+
+
+def _step(spec: SamplerSpec, index: int, kept: Kept) -> Step:
+    """The first step is fresh in any case: there is nothing yet to go on."""
+    fresh = spec.warmup_steps is None or index < max(1, spec.warmup_steps)
+    return Step(index, "sync" if fresh else "displaced", kept=kept)
+
+
+def _traffic(mesh: Mesh) -> list[AxisCost]:
+    """What this rank has sent and waited so far, by axis."""
+    return [
+        AxisCost(a.name, a.traffic.sent_bytes, a.traffic.waited()) for a in mesh.axes if a.degree > 1
+    ]

@@ -61,7 +61,7 @@ class MMDiTTask:
         words = torch.tensor([word_ids(scene) for scene in held_out_scenes(16)])
         side = self.spec.size // 8
         latents = sample_latent(
-            lambda x, t: [self._velocity(model, x, t.expand(len(x)), w) for w in (words, torch.zeros_like(words))],
+            lambda x, t, step: [self._velocity(model, x, t.expand(len(x)), w) for w in (words, torch.zeros_like(words))],
             SamplerSpec(steps=SHEET_STEPS, cfg_scale=SHEET_GUIDANCE, seed=1),
             Flow(),
             latent=torch.zeros(len(words), self.spec.channels, side, side, device=self.device),

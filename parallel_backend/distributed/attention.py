@@ -19,7 +19,7 @@ from .mesh import Mesh
 from .ring import LseKernel, ring_attention
 from .ulysses import heads_to_tokens, tokens_to_heads
 
-_DISPATCH_NAMES = {
+DISPATCH_NAMES = {
     "native": AttentionBackendName.NATIVE,
     "flash": AttentionBackendName.FLASH,
     "flash3": AttentionBackendName._FLASH_3,
@@ -57,7 +57,7 @@ def resolve_kernel(name: str, device: torch.device, dtype: torch.dtype, ring: bo
 
 def lse_kernel(name: str) -> LseKernel:
     """A kernel (q, k, v) -> (out BLNH, log-sum-exp BLN fp32)."""
-    return _native_with_lse if name == "native" else partial(_dispatched_with_lse, _DISPATCH_NAMES[name])
+    return _native_with_lse if name == "native" else partial(_dispatched_with_lse, DISPATCH_NAMES[name])
 
 
 def _dispatched_with_lse(backend: AttentionBackendName, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,12 +100,12 @@ class ParallelAttention:
         """
         ring, ulysses = self.mesh.ring, self.mesh.ulysses
         if ring.degree == ulysses.degree == 1:
-            return dispatch_attention_fn(q_BLNH, k_BLNH, v_BLNH, backend=_DISPATCH_NAMES[self.kernel])
+            return dispatch_attention_fn(q_BLNH, k_BLNH, v_BLNH, backend=DISPATCH_NAMES[self.kernel])
         per_ring = [list(token_counts[i * ulysses.degree : (i + 1) * ulysses.degree]) for i in range(ring.degree)]
         heads = q_BLNH.shape[2]
         q, k, v = tokens_to_heads(torch.stack([q_BLNH, k_BLNH, v_BLNH]), per_ring[ring.rank], ulysses).unbind(0)
         if self.lse_kernel is not None:
             out = ring_attention(q, k, v, [sum(counts) for counts in per_ring], ring, self.lse_kernel)
         else:
-            out = dispatch_attention_fn(q, k, v, backend=_DISPATCH_NAMES[self.kernel])
+            out = dispatch_attention_fn(q, k, v, backend=DISPATCH_NAMES[self.kernel])
         return heads_to_tokens(out, per_ring[ring.rank], heads, ulysses)

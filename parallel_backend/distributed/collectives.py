@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .mesh import MeshAxis
+from .traffic import Traffic
 
 # torch 2.13 renamed it; older ones have only the first name.
 _all_gather_flat = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -39,10 +40,13 @@ class Handle:
     result: Tensor
     works: Sequence[dist.Work] = ()
     keep: tuple[Tensor, ...] = field(default=())
+    traffic: Traffic | None = None
 
     def wait(self) -> Tensor:
-        for work in self.works:
-            work.wait()
+        if self.works and self.traffic is not None:
+            with self.traffic.waiting(self.result.device):
+                for work in self.works:
+                    work.wait()
         self.works, self.keep = (), ()
         return self.result
 
@@ -55,7 +59,8 @@ def start_all_reduce(x: Tensor, axis: MeshAxis) -> Handle:
     if axis.degree == 1 or x.numel() == 0:
         return Handle(x)
     x = x.contiguous()
-    return Handle(x, [dist.all_reduce(x, group=axis.group, async_op=True)])
+    axis.traffic.sent_bytes += 2 * (axis.degree - 1) * x.nbytes // axis.degree
+    return Handle(x, [dist.all_reduce(x, group=axis.group, async_op=True)], traffic=axis.traffic)
 
 
 def all_gather(x: Tensor, dim: int, sizes: Sequence[int], axis: MeshAxis) -> Tensor:
@@ -70,11 +75,24 @@ def all_gather(x: Tensor, dim: int, sizes: Sequence[int], axis: MeshAxis) -> Ten
     sent = x.movedim(dim, 0)
     if sent.shape[0] < longest:
         sent = torch.cat([sent, sent.new_zeros(longest - sent.shape[0], *sent.shape[1:])])
-    full = sent.new_empty(axis.degree * longest, *sent.shape[1:])
-    _all_gather_flat(full, sent.contiguous(), group=axis.group)
+    full = start_all_gather(sent, axis).wait()
     if any(size != longest for size in sizes):
         full = torch.cat([full[i * longest : i * longest + size] for i, size in enumerate(sizes)])
     return full.movedim(0, dim)
+
+
+def start_all_gather(x: Tensor, axis: MeshAxis) -> Handle:
+    """The ranks' tensors, alike in shape, joined along dim 0.
+
+    Comm: (degree - 1) * x.numel() elements received by each rank.
+    """
+    if axis.degree == 1:
+        return Handle(x)
+    x = x.contiguous()
+    full = x.new_empty(axis.degree * x.shape[0], *x.shape[1:])
+    axis.traffic.sent_bytes += (axis.degree - 1) * x.nbytes
+    work = _all_gather_flat(full, x, group=axis.group, async_op=True)
+    return Handle(full, [work], keep=(x,), traffic=axis.traffic)
 
 
 def all_to_all(parts: Sequence[Tensor], shapes: Sequence[torch.Size | tuple[int, ...]], axis: MeshAxis) -> list[Tensor]:
@@ -87,7 +105,9 @@ def all_to_all(parts: Sequence[Tensor], shapes: Sequence[torch.Size | tuple[int,
     sent = torch.cat([part.reshape(-1) for part in parts])
     numels = [torch.Size(shape).numel() for shape in shapes]
     received = sent.new_empty(sum(numels))
-    dist.all_to_all_single(received, sent, numels, [part.numel() for part in parts], group=axis.group)
+    axis.traffic.sent_bytes += sent.nbytes - parts[axis.rank].nbytes
+    with axis.traffic.waiting(sent.device):
+        dist.all_to_all_single(received, sent, numels, [part.numel() for part in parts], group=axis.group)
     return [flat.view(shape) for flat, shape in zip(received.split(numels), shapes, strict=True)]
 
 
@@ -103,7 +123,8 @@ def start_ring_exchange(x: Tensor, received_shape: Sequence[int], axis: MeshAxis
         dist.P2POp(dist.isend, x, following, group=axis.group),
         dist.P2POp(dist.irecv, received, previous, group=axis.group),
     ]
-    return Handle(received, dist.batch_isend_irecv(ops), keep=(x,))
+    axis.traffic.sent_bytes += x.nbytes
+    return Handle(received, dist.batch_isend_irecv(ops), keep=(x,), traffic=axis.traffic)
 
 
 def exchange_halo(x_BCYX: Tensor, above: int, below: int, axis: MeshAxis) -> Tensor:
@@ -112,25 +133,54 @@ def exchange_halo(x_BCYX: Tensor, above: int, below: int, axis: MeshAxis) -> Ten
     Every band has at least max(above, below) rows: the caller sees to it.
     Comm: above rows to the rank below and below rows to the rank above, B * C * X elements a row.
     """
+    if not (above or below):
+        return x_BCYX
+    sizes = halo_sizes(x_BCYX, above, below)
+    received = start_neighbour_exchange(*facing_rows(x_BCYX, above, below), *sizes, axis).wait()
+    return with_halo(x_BCYX, received, above, below)
+
+
+def facing_rows(x_BCYX: Tensor, above: int, below: int) -> tuple[Tensor, Tensor]:
+    """The rows, flat, that the rank above takes as its `below`, and those that the rank below takes as its `above`."""
+    return x_BCYX[:, :, :below].flatten(), x_BCYX[:, :, x_BCYX.shape[2] - above :].flatten()
+
+
+def halo_sizes(x_BCYX: Tensor, above: int, below: int) -> tuple[int, int]:
+    """Elements of the rows that come from above and from below."""
+    row = x_BCYX.numel() // x_BCYX.shape[2]
+    return above * row, below * row
+
+
+def with_halo(x_BCYX: Tensor, received_N: Tensor, above: int, below: int) -> Tensor:
+    """The band between the rows that came from above and from below, given flat."""
     B, C, _, X = x_BCYX.shape
-    top, bottom = x_BCYX.new_zeros(B, C, above, X), x_BCYX.new_zeros(B, C, below, X)
+    top, bottom = received_N.split(list(halo_sizes(x_BCYX, above, below)))
+    return torch.cat([top.view(B, C, above, X), x_BCYX, bottom.view(B, C, below, X)], dim=2)
+
+
+def start_neighbour_exchange(up_N: Tensor, down_N: Tensor, from_above: int, from_below: int, axis: MeshAxis) -> Handle:
+    """`up` goes to the rank above and `down` to the rank below; so many elements come from each.
+
+    The result is flat: what came from above, then what came from below; zeros at the outer edges.
+    Comm: up.numel() and down.numel() elements, each to one neighbour.
+    """
+    received = up_N.new_zeros(from_above + from_below)
+    parts = received.split([from_above, from_below])
     ops, keep = [], []
-    if axis.rank > 0:
-        if below:
-            keep.append(x_BCYX[:, :, :below].contiguous())
-            ops.append(dist.P2POp(dist.isend, keep[-1], axis.global_rank(axis.rank - 1), group=axis.group))
-        if above:
-            ops.append(dist.P2POp(dist.irecv, top, axis.global_rank(axis.rank - 1), group=axis.group))
-    if axis.rank < axis.degree - 1:
-        if above:
-            keep.append(x_BCYX[:, :, -above:].contiguous())
-            ops.append(dist.P2POp(dist.isend, keep[-1], axis.global_rank(axis.rank + 1), group=axis.group))
-        if below:
-            ops.append(dist.P2POp(dist.irecv, bottom, axis.global_rank(axis.rank + 1), group=axis.group))
-    if ops:
-        for work in dist.batch_isend_irecv(ops):
-            work.wait()
-    return torch.cat([top, x_BCYX, bottom], dim=2) if above or below else x_BCYX
+    for at_edge, turn, sent, arriving in (
+        (axis.rank == 0, -1, up_N, parts[0]),
+        (axis.rank == axis.degree - 1, 1, down_N, parts[1]),
+    ):
+        if at_edge:
+            continue
+        neighbour = axis.global_rank(axis.rank + turn)
+        if sent.numel():
+            keep.append(sent.contiguous())
+            ops.append(dist.P2POp(dist.isend, keep[-1], neighbour, group=axis.group))
+            axis.traffic.sent_bytes += sent.nbytes
+        if arriving.numel():
+            ops.append(dist.P2POp(dist.irecv, arriving, neighbour, group=axis.group))
+    return Handle(received, dist.batch_isend_irecv(ops) if ops else (), tuple(keep), axis.traffic)
 
 
 def gather_to_first(x: Tensor, dim: int, sizes: Sequence[int], axis: MeshAxis) -> Tensor | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from ..config import AXES, DeviceType, MeshSpec
 from ..errors import ConfigError
+from .traffic import Traffic
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class MeshAxis:
     degree: int = 1
     rank: int = 0
     group: dist.ProcessGroup | None = None
+    traffic: Traffic = field(default_factory=Traffic, compare=False)
 
     def global_rank(self, axis_rank: int) -> int:
         """The world's number of the rank at `axis_rank`."""
@@ -29,14 +31,19 @@ class MeshAxis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's five axes."""
+    """This rank's axes."""
 
     spec: MeshSpec
     dp: MeshAxis
     cfg: MeshAxis
+    patch: MeshAxis
     ring: MeshAxis
     ulysses: MeshAxis
     tp: MeshAxis
+
+    @property
+    def axes(self) -> list[MeshAxis]:
+        return [getattr(self, axis) for axis in AXES]
 
     @property
     def sp_degree(self) -> int:

@@ -7,52 +7,117 @@ Shapes: B batch, C channels, Y rows of the band, X columns, G groups, L tokens.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from torch import Tensor, nn
 
-from .collectives import all_gather, exchange_halo
+from .attention import DISPATCH_NAMES
+from .collectives import all_gather, exchange_halo, facing_rows, halo_sizes, start_neighbour_exchange, with_halo
 from .mesh import MeshAxis
+from .stale import Step
 
 
 @dataclass
 class Band:
-    """How the image of the current request is cut. One object is shared by all layers of a model."""
+    """How the image of the current request is cut, and where in its job it is. All layers of a model share one.
+
+    `rows` of every band and `columns` of the image are those of the model's input.
+    """
 
     axis: MeshAxis = field(default_factory=lambda: MeshAxis("band"))
     rows: list[int] = field(default_factory=lambda: [1])
+    columns: int = 1
+    step: Step = Step()
+
+    @property
+    def own_rows(self) -> tuple[int, int]:
+        """First and one-past-last row of this rank's band."""
+        start = sum(self.rows[: self.axis.rank])
+        return start, start + self.rows[self.axis.rank]
 
     def rows_like(self, x_BCYX: Tensor) -> list[int]:
         """Rows of every band at the scale of `x`, this rank's band of it."""
-        factor = x_BCYX.shape[2] / self.rows[self.axis.rank]
-        return [int(rows * factor) for rows in self.rows]
+        if x_BCYX.shape[3] > self.columns:
+            return [rows * (x_BCYX.shape[3] // self.columns) for rows in self.rows]
+        return next(rows for rows, columns in self._halvings() if columns == x_BCYX.shape[3])
+
+    def tokens_like(self, x_BLD: Tensor) -> list[int]:
+        """Tokens of every band at the scale at which this rank's band has as many as `x`."""
+        rows, columns = next(
+            (rows, columns) for rows, columns in self._halvings() if rows[self.axis.rank] * columns == x_BLD.shape[1]
+        )
+        return [count * columns for count in rows]
+
+    def _halvings(self) -> Iterator[tuple[list[int], int]]:
+        rows, columns = self.rows, self.columns
+        while True:
+            yield rows, columns
+            if columns == 1:
+                return
+            rows, columns = [-(-count // 2) for count in rows], -(-columns // 2)
 
 
 class BandConv2d(nn.Module):
-    """A convolution of a band whose height is a multiple of the stride.
+    """A convolution of a band. Only the last band's height may not be a multiple of the stride.
 
-    Comm: halo exchange with the neighbours: `padding` rows from above, kernel - stride - padding rows from below.
+    Comm: `padding` rows from above, kernel - stride - padding rows from below; in displaced steps they arrive late.
     """
 
-    def __init__(self, conv: nn.Conv2d, band: Band, padding: tuple[int, int] | None = None) -> None:
-        """`padding` (above, below) where the model pads by itself; None takes the convolution's own."""
+    def __init__(self, conv: nn.Conv2d, band: Band, slot: str) -> None:
         super().__init__()
         assert isinstance(conv.padding, tuple) and conv.dilation == (1, 1)
-        self.conv, self.band = conv, band
-        self.columns = conv.padding[1]
-        above = conv.padding[0] if padding is None else padding[0]
+        self.conv, self.band, self.slot = conv, band, slot
+        self.columns, above = conv.padding[1], conv.padding[0]
         self.halo = (above, max(0, conv.kernel_size[0] - conv.stride[0] - above))
 
     def forward(self, x_BCYX: Tensor) -> Tensor:
         if self.band.axis.degree == 1:
             return self.conv(x_BCYX)
-        x = exchange_halo(x_BCYX, *self.halo, self.band.axis)
         conv = self.conv
+        x = _with_halo(x_BCYX, *self.halo, self.band, self.slot)
+        # Below an odd height a strided kernel looks at one more row, which lies outside the image.
+        outside = x_BCYX.shape[2] % conv.stride[0]
+        if outside:
+            x = F.pad(x, (0, 0, 0, outside))
         return F.conv2d(x, conv.weight, conv.bias, conv.stride, (0, self.columns), groups=conv.groups)
+
+
+class CuttingConv2d(nn.Module):
+    """A model's first convolution: every rank has its whole input, so the rows around the band are there already."""
+
+    def __init__(self, conv: nn.Conv2d, band: Band) -> None:
+        super().__init__()
+        assert isinstance(conv.padding, tuple) and conv.stride == conv.dilation == (1, 1)
+        self.conv, self.band = conv, band
+        self.halo, self.columns = conv.padding
+
+    def forward(self, full_BCYX: Tensor) -> Tensor:
+        if self.band.axis.degree == 1:
+            return self.conv(full_BCYX)
+        start, stop = self.band.own_rows
+        x = F.pad(full_BCYX, (0, 0, self.halo, self.halo))[:, :, start : stop + 2 * self.halo]
+        return F.conv2d(x, self.conv.weight, self.conv.bias, 1, (0, self.columns), groups=self.conv.groups)
+
+
+def _with_halo(x_BCYX: Tensor, above: int, below: int, band: Band, slot: str) -> Tensor:
+    """The band with its neighbours' rows: fresh ones, or in displaced steps those of the last evaluation."""
+    stale, place = band.step.stale, (slot, band.step.branch)
+    if stale is None or not (above or below):
+        return exchange_halo(x_BCYX, above, below, band.axis)
+    rows, sizes = facing_rows(x_BCYX, above, below), halo_sizes(x_BCYX, above, below)
+    if band.step.phase == "sync":
+        received = start_neighbour_exchange(*rows, *sizes, band.axis).wait()
+        stale.keep_facing(place, received)
+    else:
+        received = stale.swap_facing(place, *rows, *sizes)
+    return with_halo(x_BCYX, received, above, below)
 
 
 class BandDownsample(nn.Module):
@@ -72,26 +137,23 @@ class BandDownsample(nn.Module):
 class BandGroupNorm(nn.Module):
     """Group norm with the whole image's mean and biased variance, in fp32.
 
-    Bands' statistics are combined around the common mean (Chan et al. 1979), so nothing cancels.
-    Comm: one all-gather of 2 * B * G numbers.
+    Bands' statistics are combined around the common mean (Chan et al. 1979), so nothing cancels. In displaced steps
+    the whole image's are last evaluation's, moved as far as this band's own have moved since (DistriFusion, 4.3).
+    Comm: 2 * B * G numbers to every rank.
     """
 
-    def __init__(self, norm: nn.GroupNorm, band: Band) -> None:
+    def __init__(self, norm: nn.GroupNorm, band: Band, slot: str) -> None:
         super().__init__()
-        self.norm, self.band = norm, band
+        self.norm, self.band, self.slot = norm, band, slot
 
     def forward(self, x_BCYX: Tensor) -> Tensor:
-        norm, axis = self.norm, self.band.axis
-        if axis.degree == 1:
+        norm, band = self.norm, self.band
+        if band.axis.degree == 1:
             return norm(x_BCYX)
         B, C = x_BCYX.shape[:2]
         grouped = x_BCYX.reshape(B, norm.num_groups, -1).float()
         var_BG, mean_BG = torch.var_mean(grouped, dim=2, correction=0)
-        every = all_gather(torch.stack([mean_BG, var_BG]).unsqueeze(0), 0, [1] * axis.degree, axis)
-        rows = torch.tensor(self.band.rows_like(x_BCYX), dtype=torch.float32, device=x_BCYX.device)
-        share = (rows / rows.sum()).view(-1, 1, 1)
-        mean = (share * every[:, 0]).sum(0)
-        var = (share * (every[:, 1] + (every[:, 0] - mean) ** 2)).sum(0)
+        mean, var = self._whole(torch.stack([mean_BG, var_BG]), band.rows_like(x_BCYX))
         normed = (grouped - mean.unsqueeze(2)) * torch.rsqrt(var + norm.eps).unsqueeze(2)
         normed = normed.view(x_BCYX.shape)
         if norm.weight is not None:
@@ -99,9 +161,34 @@ class BandGroupNorm(nn.Module):
             normed = torch.addcmul(norm.bias.float().view(shape), normed, norm.weight.float().view(shape))
         return normed.to(x_BCYX.dtype)
 
+    def _whole(self, own_2BG: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Mean and variance (B, G) of the whole image from this band's."""
+        band, stale, place = self.band, self.band.step.stale, (self.slot, self.band.step.branch)
+        if stale is None or band.step.phase == "sync":
+            every = all_gather(own_2BG.unsqueeze(0), 0, [1] * band.axis.degree, band.axis)
+            if stale is not None:
+                stale.keep_gathered(place, every)
+            return _combined(every, rows)
+        every = torch.stack(stale.swap_gathered(place, own_2BG, [own_2BG.shape] * band.axis.degree))
+        mean, var = _combined(every, rows)
+        before = every[band.axis.rank]
+        moved_mean = mean + own_2BG[0] - before[0]
+        square = var + mean.square() + (own_2BG[1] + own_2BG[0].square()) - (before[1] + before[0].square())
+        moved_var = square - moved_mean.square()
+        # Far from the last evaluation the estimate can turn negative; the paper then takes the band's own.
+        return moved_mean, torch.where(moved_var > 0, moved_var, own_2BG[1])
 
-class BandAttention(nn.Module):
-    """diffusers' single-head image attention: a band's queries, the whole image's keys and values.
+
+def _combined(every_R2BG: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of all bands together from each band's, weighted by rows."""
+    weights = torch.tensor(rows, dtype=torch.float32, device=every_R2BG.device)
+    share = (weights / weights.sum()).view(-1, 1, 1)
+    mean = (share * every_R2BG[:, 0]).sum(0)
+    return mean, (share * (every_R2BG[:, 1] + (every_R2BG[:, 0] - mean) ** 2)).sum(0)
+
+
+class BandImageAttention(nn.Module):
+    """A VAE's single-head attention over the image: a band's queries, the whole image's keys and values.
 
     Comm: one all-gather of keys and values, 2 * B * L * C elements of each band.
     """
@@ -123,16 +210,92 @@ class BandAttention(nn.Module):
         return (out + hidden_states) / inner.rescale_output_factor
 
 
-def place_band_layers(module: nn.Module, band: Band) -> None:
-    """Every layer below `module` that looks beyond its own rows is put in its banded form; weights stay."""
+class BandSelfAttention:
+    """Processor of a UNet's self-attention: a band's queries, the whole image's keys and values.
+
+    The attention has one product for queries, keys and values, `to_qkv`.
+    Comm: keys and values to every rank, 2 * B * L * D elements; in displaced steps they arrive late.
+    """
+
+    def __init__(self, band: Band, kernel: str, slot: str) -> None:
+        self.band, self.kernel, self.slot = band, kernel, slot
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        if self.band.axis.degree > 1:
+            k, v = self._whole(torch.stack([k, v])).unbind(0)
+        return attn.to_out[0](_attend(q, k, v, attn.heads, self.kernel))
+
+    def _whole(self, own_2BLD: Tensor) -> Tensor:
+        """Keys and values of the whole image; the order of bands doesn't matter to attention."""
+        band, stale, place = self.band, self.band.step.stale, (self.slot, self.band.step.branch)
+        tokens = band.tokens_like(own_2BLD[0])
+        if stale is None:
+            return all_gather(own_2BLD, 2, tokens, band.axis)
+        if band.step.phase == "sync":
+            whole = all_gather(own_2BLD, 2, tokens, band.axis)
+            stale.keep_gathered(place, whole.split(tokens, dim=2))
+            return whole
+        _, B, _, D = own_2BLD.shape
+        parts = stale.swap_gathered(place, own_2BLD, [(2, B, count, D) for count in tokens])
+        parts[band.axis.rank] = own_2BLD
+        return torch.cat(parts, dim=2)
+
+
+class CachedCrossAttention:
+    """Processor of a UNet's attention to the prompt, whose keys and values a job computes once.
+
+    The attention has one product for keys and values, `to_kv`.
+    """
+
+    def __init__(self, band: Band, kernel: str, slot: str) -> None:
+        self.band, self.kernel, self.slot = band, kernel, slot
+
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        kept, place = self.band.step.kept, (self.slot, self.band.step.branch)
+        kv = kept.prompt_kv.get(place) if kept is not None else None
+        if kv is None:
+            kv = attn.to_kv(encoder_hidden_states)
+            if kept is not None:
+                kept.prompt_kv[place] = kv
+        k, v = kv.chunk(2, dim=-1)
+        return attn.to_out[0](_attend(attn.to_q(hidden_states), k, v, attn.heads, self.kernel))
+
+
+def _attend(q_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, heads: int, kernel: str) -> Tensor:
+    q, k, v = (x.unflatten(-1, (heads, -1)) for x in (q_BLD, k_BLD, v_BLD))
+    return dispatch_attention_fn(q, k, v, backend=DISPATCH_NAMES[kernel]).flatten(2)
+
+
+def place_band_layers(module: nn.Module, band: Band, kernel: str = "native", path: str = "") -> None:
+    """Every layer below `module` that looks beyond its own rows is put in its banded form; weights stay.
+
+    A UNet's attentions must have joint projections already: see `join_projections`.
+    """
     for name, child in module.named_children():
+        slot = f"{path}.{name}"
         if isinstance(child, Downsample2D) and child.padding == 0:
             setattr(module, name, BandDownsample(child, band))
             continue
-        place_band_layers(child, band)
+        place_band_layers(child, band, kernel, slot)
         if isinstance(child, nn.Conv2d) and child.kernel_size != (1, 1):
-            setattr(module, name, BandConv2d(child, band))
+            setattr(module, name, BandConv2d(child, band, slot))
         elif isinstance(child, nn.GroupNorm):
-            setattr(module, name, BandGroupNorm(child, band))
+            setattr(module, name, BandGroupNorm(child, band, slot))
+        elif isinstance(child, Attention) and child.residual_connection:
+            setattr(module, name, BandImageAttention(child, band))
         elif isinstance(child, Attention):
-            setattr(module, name, BandAttention(child, band))
+            kind = CachedCrossAttention if child.is_cross_attention else BandSelfAttention
+            child.processor = kind(band, kernel, slot)
+
+
+def join_projections(module: nn.Module) -> None:
+    """Attentions below `module` get one projection for q, k and v, or for k and v where these come from the prompt."""
+    for attention in [m for m in module.modules() if isinstance(m, Attention)]:
+        width = attention.inner_dim
+        if attention.is_cross_attention:
+            attention.to_kv = nn.Linear(attention.cross_attention_dim, 2 * width, bias=False)
+        else:
+            attention.to_qkv = nn.Linear(attention.query_dim, 3 * width, bias=False)
+            del attention.to_q
+        del attention.to_k, attention.to_v

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ..config import MMDIT_AXES, MMDIT_REST, UNET_AXES, UNET_REST
 from ..distributed.mesh import Mesh
 from ..errors import CheckpointError
 from ..safetensors_file import PICKLED
@@ -18,52 +19,102 @@ from .from_scratch import FromScratch, GridPositions
 from .from_scratch_file import from_scratch_config, is_from_scratch, open_from_scratch
 from .mmdit import MMDiT
 from .mmdit_checkpoint import POS_EMBED, PositionTable, mmdit_config, open_mmdit
-
-
-class Positions(Protocol):
-    """What a model is told of the places of this rank's image tokens."""
-
-    def rows(self, model: Any, height: int, width: int) -> Tensor: ...
+from .network import Network, TokenNetwork
+from .unet import BandUNet, loadable_unet
+from .unet_checkpoint import is_unet, open_unet
 
 
 @dataclass(frozen=True)
-class LatentScale:
-    """Between a VAE's latent and the model's: (latent - shift) * scale."""
+class Kind:
+    """What a family takes, and how its users are told so.
 
+    A VAE's latent becomes the model's by (latent - shift) * scale. `prediction` is what its output means.
+    """
+
+    axes: tuple[str, ...]
+    rest: str
     scale: float
     shift: float
+    prediction: str
+    latent_remedy: str
+    prompt_remedy: str
 
 
-# Sources: the configurations of SD3's and of FLUX's VAE; from-scratch models add the shift after the scale.
-SD3_SCALE = LatentScale(1.5305, 0.0609)
-FROM_SCRATCH_SCALE = LatentScale(0.3611, -0.1159 / 0.3611)
+# Sources of the scales: the configurations of SD3's, FLUX's and SDXL's VAE. From-scratch models add the shift last.
+SD3 = Kind(
+    MMDIT_AXES,
+    MMDIT_REST,
+    1.5305,
+    0.0609,
+    "flow",
+    "Use an SD3 latent, from EmptySD3LatentImage or a VAE of 16 channels.",
+    "Encode the prompt with SD3's text encoders (CLIPLoader type sd3).",
+)
+FROM_SCRATCH = Kind(
+    MMDIT_AXES, MMDIT_REST, 0.3611, -0.1159 / 0.3611, "flow", SD3.latent_remedy, "Use Load Conditioning: Gemma and ModernBERT."
+)
+SDXL = Kind(
+    UNET_AXES,
+    UNET_REST,
+    0.13025,
+    0.0,
+    "eps",
+    "Use an SDXL latent, from EmptyLatentImage or a VAE of 4 channels.",
+    "Encode the prompt with this model's text encoders: base and refiner have different ones.",
+)
 
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A file that was recognised. `lazy` names tensors that are read when they are needed."""
+    """A file that was recognised.
+
+    Args:
+        build: (mesh, kernel) -> a module without weights, whose names are those of `source`.
+        network: (that module with its weights, mesh, kernel, device, dtype) -> what is asked.
+        lazy: names of tensors that are read when they are needed.
+    """
 
     source: TensorSource
     config: Any
+    kind: Kind
     build: Callable[[Mesh, str], nn.Module]
-    positions: Callable[[torch.device, torch.dtype], Positions]
-    scale: LatentScale
+    network: Callable[[Any, Mesh, str, torch.device, torch.dtype], Network]
     lazy: frozenset[str] = frozenset()
 
 
 def open_model(path: Path) -> OpenedModel:
     """Raises: CheckpointError, UnsupportedError: the file holds something else; the message says what."""
-    if path.suffix in PICKLED or (path.is_file() and is_from_scratch(SafetensorsSource(path))):
+    if path.suffix in PICKLED:
         return _open_from_scratch(path)
+    source = SafetensorsSource(path)
+    if is_from_scratch(source):
+        return _open_from_scratch(path)
+    return _open_unet(path) if is_unet(source) else _open_mmdit(path)
+
+
+def _open_mmdit(path: Path) -> OpenedModel:
     source = open_mmdit(path)
     config = mmdit_config(source)
     return OpenedModel(
         source,
         config,
+        SD3,
         lambda mesh, kernel: MMDiT(config, mesh, kernel),
-        lambda device, dtype: PositionTable(source, config.pos_embed_size, device, dtype),
-        SD3_SCALE,
+        lambda model, mesh, kernel, device, dtype: TokenNetwork(
+            model, PositionTable(source, config.pos_embed_size, device, dtype)
+        ),
         frozenset({POS_EMBED}),
+    )
+
+
+def _open_unet(path: Path) -> OpenedModel:
+    source, config = open_unet(path)
+    return OpenedModel(
+        source,
+        config,
+        SDXL,
+        lambda mesh, kernel: loadable_unet(config),
+        lambda model, mesh, kernel, device, dtype: BandUNet(model, config, mesh, kernel),
     )
 
 
@@ -77,7 +128,7 @@ def _open_from_scratch(path: Path) -> OpenedModel:
     return OpenedModel(
         source,
         config,
+        FROM_SCRATCH,
         lambda mesh, kernel: FromScratch(config, mesh, kernel),
-        lambda device, dtype: GridPositions(device),
-        FROM_SCRATCH_SCALE,
+        lambda model, mesh, kernel, device, dtype: TokenNetwork(model, GridPositions(device)),
     )

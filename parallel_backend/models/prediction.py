@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,8 +12,11 @@ from ..config import MeshSpec
 from ..distributed.cfg import gather_branches, own_branches
 from ..distributed.data import gather_batch, shard_batch
 from ..distributed.mesh import Mesh
+from ..distributed.stale import Step
 from ..errors import InputError
-from .families import LatentScale, Positions
+from .families import Kind
+from .network import Network
+from .unet import micro_conditioning
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,11 @@ class Rows:
 class Predictor:
     """A model in its mesh, ready to be asked."""
 
-    model: Any
+    network: Network
     mesh: Mesh
-    positions: Positions
     dtype: torch.dtype
     device: torch.device
-    config: Any
-    scale: LatentScale
+    kind: Kind
 
     @property
     def spec(self) -> MeshSpec:
@@ -52,22 +52,26 @@ class Predictor:
 
     def check_latent(self, x: Tensor, text_tokens: int) -> None:
         """Raises: InputError: a latent that this model can't take."""
-        channels = self.config.channels
+        channels = self.network.config.channels
         if x.ndim != 4 or x.shape[1] != channels:
             raise InputError(
                 f"A latent of shape {list(x.shape)} came; this model needs (batch, {channels}, height / 8, width / 8).",
-                "Use an SD3 latent, from EmptySD3LatentImage or a VAE of 16 channels.",
+                self.kind.latent_remedy,
             )
         if not torch.isfinite(x).all():
             raise InputError("The latent holds NaN or infinity.", "Look at the node that made it.")
-        self.model.tokens_for(x.shape[2], x.shape[3], text_tokens)
+        self.network.check_size(x.shape[2], x.shape[3], text_tokens)
 
-    def prompt(self, context: Tensor, pooled: Tensor, rows: int) -> Prompt:
+    def prompt(self, context: Tensor, pooled: Tensor, rows: int, sizes: Sequence[float] | None = None) -> Prompt:
         """A prompt for `rows` latents: repeated where it has fewer rows, cut where it has more.
 
+        Args:
+            sizes: of micro-conditioning, where `pooled` doesn't hold them embedded already.
         Raises: InputError: widths of another model, or values that are not numbers.
         """
-        config = self.config
+        config = self.network.config
+        if sizes is not None and pooled.ndim == 2:
+            pooled = micro_conditioning(pooled, sizes)
         for tensor, dims, width, name in (
             (context, 3, config.context_width, "conditioning"),
             (pooled, 2, config.pooled_width, "pooled conditioning"),
@@ -75,7 +79,7 @@ class Predictor:
             if tensor.ndim != dims or tensor.shape[-1] != width or tensor.shape[0] < 1:
                 raise InputError(
                     f"The {name} has shape {list(tensor.shape)}; this model needs {dims} dims, the last of {width}.",
-                    "Encode the prompt with SD3's text encoders (CLIPLoader type sd3).",
+                    self.kind.prompt_remedy,
                 )
             if not torch.isfinite(tensor).all():
                 raise InputError(f"The {name} holds NaN or infinity.", "Look at the node that made it.")
@@ -85,8 +89,8 @@ class Predictor:
     def _repeated(x: Tensor, rows: int) -> Tensor:
         return x.repeat(-(-rows // x.shape[0]), *[1] * (x.ndim - 1))[:rows] if x.shape[0] != rows else x
 
-    def velocity(self, rows: Rows) -> Tensor:
-        """The model's output, fp32; its rows spread over cfg, then dp: for callers that have made one batch of all.
+    def output(self, rows: Rows) -> Tensor:
+        """The model's output, fp32, exact; its rows spread over cfg, then dp: for callers that have made one batch of all.
 
         Comm: the model's, and one all-gather of the output over dp and one over cfg.
         """
@@ -96,12 +100,12 @@ class Predictor:
             counts.append(local.x.shape[0])
             prompt = Prompt(shard_batch(local.prompt.context, axis), shard_batch(local.prompt.pooled, axis))
             local = Rows(shard_batch(local.x, axis), shard_batch(local.timesteps, axis), prompt)
-        out = self._local(local)
+        out = self._local(local, Step())
         for axis, count in zip(reversed(axes), reversed(counts), strict=True):
             out = gather_batch(out, count, axis)
         return out
 
-    def velocities(self, x: Tensor, timestep: Tensor, prompts: Sequence[Prompt]) -> list[Tensor]:
+    def outputs(self, x: Tensor, timestep: Tensor, prompts: Sequence[Prompt], step: Step) -> list[Tensor]:
         """The model's output for each prompt (cond, uncond), fp32; prompts spread over cfg, the batch over dp.
 
         Prompts of equal length that this rank has both go through the model as one batch.
@@ -115,15 +119,14 @@ class Predictor:
         times = timestep.float().expand(x_own.shape[0])
         if len(own) == 2 and own[0].context.shape == own[1].context.shape:
             both = Prompt(torch.cat([p.context for p in own]), torch.cat([p.pooled for p in own]))
-            outputs = list(self._local(Rows(torch.cat([x_own, x_own]), torch.cat([times, times]), both)).chunk(2))
+            outputs = list(self._local(Rows(torch.cat([x_own, x_own]), torch.cat([times, times]), both), step).chunk(2))
         else:
-            outputs = [self._local(Rows(x_own, times, prompt)) for prompt in own]
+            branches = [replace(step, branch=branch) for branch in range(len(own))]
+            outputs = [self._local(Rows(x_own, times, p), s) for p, s in zip(own, branches, strict=True)]
         return [gather_batch(out, x.shape[0], dp) for out in gather_branches(outputs, len(prompts), self.mesh.cfg)]
 
-    def _local(self, rows: Rows) -> Tensor:
+    def _local(self, rows: Rows, step: Step) -> Tensor:
         x = rows.x
         if x.shape[0] == 0:  # fewer rows than ranks of dp: all ranks of this share wait together
             return x.float()
-        pos = self.positions.rows(self.model, x.shape[2], x.shape[3])
-        out = self.model(x.to(self.dtype), rows.timesteps, rows.prompt.context, rows.prompt.pooled, pos)
-        return out.float()
+        return self.network(x.to(self.dtype), rows.timesteps, rows.prompt.context, rows.prompt.pooled, step).float()

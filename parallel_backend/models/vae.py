@@ -64,7 +64,7 @@ class BandVAE:
             raw: give the model's own output, (B, 3, Y, X), about -1..1, in place of (B, Y, X, 3) clamped to 0..1.
         Comm: that of the layers, and one gather of the bands.
         """
-        start, stop = self._cut(latent_BCYX.shape[2])
+        start, stop = self._cut(*latent_BCYX.shape[2:])
         if start == stop:
             return None
         bands = []
@@ -88,7 +88,7 @@ class BandVAE:
 
         Comm: that of the layers, and one gather of the bands.
         """
-        start, stop = self._cut(image_BYXC.shape[1] // CELL)
+        start, stop = self._cut(*(side // CELL for side in image_BYXC.shape[1:3]))
         if start == stop:
             return None
         bands = []
@@ -105,16 +105,14 @@ class BandVAE:
                 bands.append(moments.float().chunk(2, dim=1)[0])
         return self._gathered(torch.cat(bands), 1)
 
-    def _cut(self, latent_rows: int) -> tuple[int, int]:
+    def _cut(self, latent_rows: int, latent_columns: int) -> tuple[int, int]:
         """This rank's rows of latent cells; none on ranks beyond the last row."""
-        world_size = self.axes.world_size
-        degree = min(world_size, latent_rows)
+        degree = min(self.axes.world_size, latent_rows)
         axis = self.axes.first(degree)
         if axis is None:
             return 0, 0
-        self.band.axis, self.band.rows = axis, split_sizes(latent_rows, degree)
-        start = sum(self.band.rows[: axis.rank])
-        return start, start + self.band.rows[axis.rank]
+        self.band.axis, self.band.rows, self.band.columns = axis, split_sizes(latent_rows, degree), latent_columns
+        return self.band.own_rows
 
     def _gathered(self, bands: Tensor, factor: int) -> Tensor | None:
         return gather_to_first(bands, 2, [rows * factor for rows in self.band.rows], self.band.axis)

@@ -133,16 +133,14 @@ class Backend:
         on_event: OnEvent | None = None,
         should_cancel: Callable[[], bool] | None = None,
     ) -> RemoteModel:
-        """An SD3 or SD3.5 model, resident and sharded. A file that is resident already is not read again.
+        """An SD3, SD3.5 or SDXL model, resident and sharded. A file that is resident already is not read again.
 
         Args:
-            mesh: None takes cfg 2 where the ranks are even, the rest ulysses.
+            mesh: None takes cfg 2 where the ranks are even; the rest is ulysses, or bands (patch) for a UNet.
         Raises: CheckpointError, ConfigError.
         """
         resolved = Path(path).resolve()
-        load = LoadModel(
-            str(resolved), content_key(resolved), dtype, mesh or MeshSpec.exact_default(self.world_size), kernel
-        )
+        load = LoadModel(str(resolved), content_key(resolved), dtype, mesh, kernel)
         return RemoteModel(self, load, self.load(load, on_event, should_cancel))
 
     def load_vae(

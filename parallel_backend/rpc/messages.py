@@ -25,12 +25,15 @@ class Hello(Message, frozen=True):
 
 
 class LoadModel(Message, frozen=True):
-    """Hold the MMDiT at `path`; a no-op where `key`, dtype, mesh and kernel are resident already."""
+    """Hold the MMDiT or UNet at `path`; a no-op where `key`, dtype, mesh and kernel are resident already.
+
+    Without a mesh the backend takes an exact one that suits the family: see MeshSpec.exact_default.
+    """
 
     path: str
     key: str
     dtype: str
-    mesh: MeshSpec
+    mesh: MeshSpec | None
     kernel: str = "auto"
 
 
@@ -43,8 +46,11 @@ class LoadVAE(Message, frozen=True):
 
 
 class Prompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`sizes`: of SDXL's micro-conditioning, where the pooled tensor doesn't hold them embedded."""
+
     context: TensorIndex
     pooled: TensorIndex
+    sizes: list[float] | None = None
 
 
 class Sample(Message, frozen=True):
@@ -138,11 +144,20 @@ class Loaded(Message, frozen=True):
     channels: int
 
 
+class AxisCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a rank sent along an axis, and how many seconds its computing stood still for it."""
+
+    axis: str
+    sent_bytes: int
+    waited: float
+
+
 class Result(Message, frozen=True):
-    """The job is done; its tensors follow. `seconds` is rank 0's time from start to end."""
+    """The job is done; its tensors follow. `seconds` and `costs` are rank 0's, from start to end."""
 
     seconds: float
     steps: int = 0
+    costs: list[AxisCost] = []
 
 
 class Done(Message, frozen=True):

@@ -32,15 +32,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """A prompt as SD3 takes it.
+    """A prompt as SD3 or SDXL takes it.
 
     Args:
         context: (B, L, E) text tokens.
         pooled: (B, A).
+        sizes: SDXL's height, width, crop_y, crop_x, target height and target width in pixels (the refiner's: an
+            aesthetic score in place of the last two); None where `pooled` holds them embedded already.
     """
 
     context: Tensor
     pooled: Tensor
+    sizes: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ class RemoteModel(_Remote):
         scheduler: str = "simple",
         denoise: float = 1.0,
         shift: float = 3.0,
+        warmup_steps: int | None = None,
         noise: Tensor | None = None,
         sigmas: Tensor | None = None,
         noise_mask: Tensor | None = None,
@@ -126,15 +130,19 @@ class RemoteModel(_Remote):
         """The sampled latent: KSampler's, for the same seed and settings.
 
         Args:
-            latent: (B, 16, Y, X), unscaled as a VAE gives it; all zeros to start from noise alone.
+            latent: (B, C, Y, X), unscaled as a VAE gives it; all zeros to start from noise alone. C is 16 for SD3, 4
+                for SDXL.
             negative: None, or cfg_scale 1, computes no uncond branch.
+            shift: of flow models.
+            warmup_steps: UNets only: steps after so many compute with what the other bands had a step ago, which is
+                faster and not exact. None: every step is exact.
             noise, sigmas: in place of those that seed and scheduler give.
             noise_mask: 1 where the latent may change, (B, 1, Y, X) of any Y and X.
             on_step: told after each step. What it raises cancels the job and is raised again.
-        Returns: (B, 16, Y, X), fp32, on the CPU.
+        Returns: (B, C, Y, X), fp32, on the CPU.
         Raises: InputError, ConfigError, CancelledError, BackendLostError, RankError.
         """
-        spec = SamplerSpec(sampler, scheduler, steps, cfg_scale, denoise, seed, shift)
+        spec = SamplerSpec(sampler, scheduler, steps, cfg_scale, denoise, seed, shift, warmup_steps)
         attachments = [Attachment(latent.float())]
 
         def attach(tensor: Tensor, kept: bool = False) -> int:
@@ -142,7 +150,8 @@ class RemoteModel(_Remote):
             return len(attachments) - 1
 
         def prompt(conditioning: Conditioning) -> Prompt:
-            return Prompt(attach(conditioning.context, kept=True), attach(conditioning.pooled, kept=True))
+            sizes = None if conditioning.sizes is None else [float(size) for size in conditioning.sizes]
+            return Prompt(attach(conditioning.context, kept=True), attach(conditioning.pooled, kept=True), sizes)
 
         body = Sample(
             self.name,
@@ -174,10 +183,10 @@ class RemoteModel(_Remote):
         *,
         should_cancel: Callable[[], bool] | None = None,
     ) -> Tensor:
-        """One evaluation: the velocity, fp32, of latents in the model's scale; rows spread over cfg and dp.
+        """One exact evaluation: the output, fp32, at the model's own input; rows spread over cfg and dp.
 
         Args:
-            x: (B, 16, Y, X). timesteps: (B,), 1000 * sigma. context: (B, L, E). pooled: (B, A).
+            x: (B, C, Y, X). timesteps: (B,), 1000 * sigma for flow models. context: (B, L, E). pooled: (B, A).
         """
         attachments = [
             Attachment(x),

@@ -50,7 +50,7 @@ class StepReport:
 
 
 def drive(
-    denoise: Callable[[Tensor, Tensor], Tensor],
+    denoise: Callable[[Tensor, Tensor, int], Tensor],
     spec: SamplerSpec,
     model: Parameterization,
     sigmas: Tensor,
@@ -65,7 +65,7 @@ def drive(
     """The latent at the end of the sigmas.
 
     Args:
-        denoise: (x, sigma) -> denoised, guidance included.
+        denoise: (x, sigma, step) -> denoised, guidance included.
         sigmas: descending, on the latent's device.
         latent: what is noised to the first sigma, in the model's scale.
         mask: 1 where the latent may change; None everywhere.
@@ -77,13 +77,14 @@ def drive(
     if spec.sampler == "uni_pc" and sigmas[-1] == 0:
         sigmas = torch.cat([sigmas[:-1], sigmas.new_tensor([multistep.UNI_PC_END])])
     keep = None if mask is None else Inpaint(mask, latent, mask_noise, model)
-    x = model.add_noise(latent, noise, sigmas[0])
+    x = model.start(latent, noise, sigmas[0])
     run = Run(sigmas, StepNoise(x, sigmas, spec.seed, share), model)
     sampler = SAMPLERS_BY_NAME[spec.sampler](x, run)
-    wanted = next(sampler)
+    wanted, step = next(sampler), 0
     while True:
+        step = step if wanted.step is None else wanted.step
         x = wanted.x if keep is None else keep.before(wanted.x, wanted.sigma)
-        denoised = denoise(x, wanted.sigma)
+        denoised = denoise(x, wanted.sigma, step)
         if keep is not None:
             denoised = keep.after(denoised)
         if wanted.step is not None:

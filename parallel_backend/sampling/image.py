@@ -15,11 +15,11 @@ from .noise import initial_noise
 from .parameterization import Parameterization
 from .schedules import sigmas_for
 
-Velocities = Callable[[Tensor, Tensor], Sequence[Tensor]]
+Outputs = Callable[[Tensor, Tensor, int], Sequence[Tensor]]
 
 
 def sample_latent(
-    velocities: Velocities,
+    outputs: Outputs,
     spec: SamplerSpec,
     model: Parameterization,
     *,
@@ -34,7 +34,7 @@ def sample_latent(
     """The sampled latent, in the model's scale.
 
     Args:
-        velocities: (x, timestep) -> outputs for cond and, with guidance, uncond.
+        outputs: (model's input, timestep, step) -> the model's output for cond and, with guidance, uncond.
         latent: (B, C, Y, X), fp32, on the device that computes.
         noise: start noise; None draws it from the seed.
         sigmas: in place of the scheduler's; None makes them.
@@ -53,9 +53,10 @@ def sample_latent(
     # ComfyUI's ddim draws the noise of the masked part from the next seed.
     mask_noise = initial_noise(latent.shape, (spec.seed + 1) % 2**64).to(device) if spec.sampler == "ddim" else noise
 
-    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        outputs = [model.denoised(x, sigma, out) for out in velocities(x, model.timestep(sigma))]
-        return guide(outputs[0], outputs[1], spec.cfg_scale) if len(outputs) == 2 else outputs[0]
+    def denoise(x: Tensor, sigma: Tensor, step: int) -> Tensor:
+        predicted = outputs(model.model_input(x, sigma), model.timestep(sigma), step)
+        denoised = [model.denoised(x, sigma, out) for out in predicted]
+        return guide(denoised[0], denoised[1], spec.cfg_scale) if len(denoised) == 2 else denoised[0]
 
     return drive(
         denoise,

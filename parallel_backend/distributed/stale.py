@@ -1,0 +1,212 @@
+"""Started this step, read the next step: what the other ranks of an axis had one evaluation ago.
+
+Source: DistriFusion (Li et al. 2024, arXiv 2402.19481), section 4.2. A network has hundreds of small tensors to share;
+they travel as a few large messages, while the rest of this evaluation and the start of the next are computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .collectives import Handle, start_all_gather, start_neighbour_exchange
+from .mesh import MeshAxis
+
+# Large enough that a message's start costs nothing beside it, small enough that most of a step's are under way early.
+BUCKET_BYTES = 8 * 2**20
+ALIGNED = 16
+
+Phase = Literal["sync", "displaced"]
+
+
+@dataclass
+class Kept:
+    """What one job keeps from evaluation to evaluation; it dies with the job.
+
+    `stale` is there only in jobs that have displaced steps. `prompt_kv` holds keys and values of prompts.
+    """
+
+    stale: StaleExchange | None = None
+    prompt_kv: dict[Hashable, Tensor] = field(default_factory=dict)
+
+    def close(self) -> None:
+        """Waits for all that is under way, so that the next job finds the lines free."""
+        if self.stale is not None:
+            self.stale.close()
+
+
+@dataclass(frozen=True)
+class Step:
+    """Which evaluation of a job this is. `branch` tells apart calls that one step makes for cond and for uncond."""
+
+    index: int = 0
+    phase: Phase = "sync"
+    branch: int = 0
+    kept: Kept | None = None
+
+    @property
+    def stale(self) -> StaleExchange | None:
+        return self.kept.stale if self.kept is not None else None
+
+
+class StaleExchange:
+    """Tensors of the other ranks, by slot: those of the evaluation before this one.
+
+    Every rank uses the same slots in the same order, and calls `end_evaluation` after each evaluation.
+    """
+
+    def __init__(self, axis: MeshAxis) -> None:
+        self.axis = axis
+        self._kept: dict[Hashable, _Gathered | _Facing] = {}
+        self._bucket = _Bucket(axis)
+
+    def keep_gathered(self, slot: Hashable, by_rank: Sequence[Tensor]) -> None:
+        """In a synchronous evaluation: what came fresh is what the next evaluation reads."""
+        self._kept[slot] = _Gathered(by_rank)
+
+    def keep_facing(self, slot: Hashable, received_N: Tensor) -> None:
+        self._kept[slot] = _Facing(received_N)
+
+    def swap_gathered(self, slot: Hashable, fresh: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Every rank's tensor of the last evaluation; `fresh`, of shapes[rank], is sent for the next one.
+
+        Comm: later, in a bucket: (degree - 1) * fresh.numel() elements, padded to the largest rank's bucket.
+        """
+        stale = self._kept[slot].tensors()
+        self._kept[slot] = self._bucket.share(fresh, shapes)
+        self._start_if_full()
+        return list(stale)
+
+    def swap_facing(self, slot: Hashable, up_N: Tensor, down_N: Tensor, from_above: int, from_below: int) -> Tensor:
+        """What the neighbours sent in the last evaluation, flat, above before below; ours is sent for the next one.
+
+        Comm: later, in a bucket: up.numel() and down.numel() elements, each to one neighbour.
+        """
+        (stale,) = self._kept[slot].tensors()
+        self._kept[slot] = self._bucket.face(up_N, down_N, from_above, from_below)
+        self._start_if_full()
+        return stale
+
+    def end_evaluation(self) -> None:
+        """What is still to be sent goes on its way."""
+        self._bucket.start()
+        self._bucket = _Bucket(self.axis)
+
+    def close(self) -> None:
+        """Waits for all that is under way, so that the next job finds the lines free."""
+        self.end_evaluation()
+        for kept in self._kept.values():
+            kept.tensors()
+        self._kept.clear()
+
+    def _start_if_full(self) -> None:
+        if self._bucket.size >= BUCKET_BYTES:
+            self.end_evaluation()
+
+
+class _Bucket:
+    """Tensors that travel together, as bytes: some to every rank of the axis, some to a neighbour."""
+
+    def __init__(self, axis: MeshAxis) -> None:
+        self.axis = axis
+        self.to_all: list[Tensor] = []
+        self.used = [0] * axis.degree
+        self.up: list[Tensor] = []
+        self.down: list[Tensor] = []
+        self.arriving = [0, 0]
+        self._gathering: Handle | None = None
+        self._facing: Handle | None = None
+
+    @property
+    def size(self) -> int:
+        """Alike on every rank, so that all start a bucket at the same slot."""
+        return max(self.used)
+
+    def share(self, fresh: Tensor, shapes: Sequence[Sequence[int]]) -> _Gathered:
+        places = []
+        for rank, shape in enumerate(shapes):
+            places.append((self.used[rank], tuple(shape)))
+            self.used[rank] += _aligned(prod(shape) * fresh.itemsize)
+        self.to_all.append(_as_bytes(fresh))
+        return _Gathered((), self, places, fresh.dtype)
+
+    def face(self, up_N: Tensor, down_N: Tensor, from_above: int, from_below: int) -> _Facing:
+        self.up.append(_as_bytes(up_N))
+        self.down.append(_as_bytes(down_N))
+        starts, counts = tuple(self.arriving), (from_above, from_below)
+        for side, count in enumerate(counts):
+            self.arriving[side] += _aligned(count * up_N.itemsize)
+        return _Facing(None, self, starts, counts, up_N.dtype)
+
+    def start(self) -> None:
+        if self.to_all:
+            padding = self.to_all[0].new_zeros(max(self.used) - self.used[self.axis.rank])
+            self._gathering = start_all_gather(torch.cat([*self.to_all, padding]), self.axis)
+        if self.up:
+            self._facing = start_neighbour_exchange(torch.cat(self.up), torch.cat(self.down), *self.arriving, self.axis)
+        self.to_all, self.up, self.down = [], [], []
+
+    def gathered(self, rank: int, start: int, size: int) -> Tensor:
+        assert self._gathering is not None, "read before the evaluation ended"
+        start += rank * max(self.used)
+        return self._gathering.wait()[start : start + size]
+
+    def faced(self, side: int, start: int, size: int) -> Tensor:
+        assert self._facing is not None, "read before the evaluation ended"
+        start += side * self.arriving[0]
+        return self._facing.wait()[start : start + size]
+
+
+@dataclass
+class _Gathered:
+    """A tensor of each rank: here already, or as places in a bucket."""
+
+    here: Sequence[Tensor]
+    bucket: _Bucket | None = None
+    places: Sequence[tuple[int, tuple[int, ...]]] = ()
+    dtype: torch.dtype = torch.float32
+
+    def tensors(self) -> Sequence[Tensor]:
+        if self.bucket is None:
+            return self.here
+        found = []
+        for rank, (start, shape) in enumerate(self.places):
+            data = self.bucket.gathered(rank, start, prod(shape) * self.dtype.itemsize)
+            found.append(data.view(self.dtype).view(shape))
+        return found
+
+
+@dataclass
+class _Facing:
+    """What both neighbours sent, flat: here already, or as two places in a bucket."""
+
+    here: Tensor | None
+    bucket: _Bucket | None = None
+    starts: Sequence[int] = ()
+    counts: Sequence[int] = ()
+    dtype: torch.dtype = torch.float32
+
+    def tensors(self) -> Sequence[Tensor]:
+        if self.bucket is None:
+            assert self.here is not None
+            return [self.here]
+        sides = [
+            self.bucket.faced(side, start, count * self.dtype.itemsize).view(self.dtype)
+            for side, (start, count) in enumerate(zip(self.starts, self.counts, strict=True))
+        ]
+        return [torch.cat(sides)]
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNED) * ALIGNED
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    data = x.contiguous().flatten().view(torch.uint8)
+    missing = _aligned(data.numel()) - data.numel()
+    return torch.cat([data, data.new_zeros(missing)]) if missing else data

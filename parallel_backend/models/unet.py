@@ -1,0 +1,154 @@
+"""SDXL's UNet in horizontal bands, one per rank of the patch axis: diffusers' model with banded layers put in place.
+
+Sources: Podell et al. 2023 (arXiv 2307.01952); bands: Li et al. 2024 (arXiv 2402.19481).
+Shapes: B rows, C latent channels, Y X latent cells, L text tokens, E context width, A micro-conditioning width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.embeddings import get_timestep_embedding
+from torch import Tensor, nn
+
+from ..distributed.collectives import all_gather, split_sizes
+from ..distributed.mesh import Mesh
+from ..distributed.patch_layers import Band, CuttingConv2d, join_projections, place_band_layers
+from ..distributed.stale import Kept, StaleExchange, Step
+from ..errors import ConfigError, InputError
+
+HEAD_DIM = 64
+NORM_GROUPS = 32
+SIZE_FREQUENCIES = 256
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Sizes of one UNet, as its checkpoint's header gives them. Depths are transformer blocks, by block and layer."""
+
+    family: str
+    channels: int
+    block_channels: tuple[int, ...]
+    layers_per_block: int
+    down_depths: tuple[tuple[int, ...], ...]
+    up_depths: tuple[tuple[int, ...], ...]
+    mid_depth: int | None
+    context_width: int
+    pooled_width: int
+    v_prediction: bool = False
+    zero_snr: bool = False
+
+    @property
+    def row_unit(self) -> int:
+        """Rows of latent cells that become one row at the coarsest scale."""
+        return 2 ** (len(self.block_channels) - 1)
+
+    def diffusers(self) -> dict[str, Any]:
+        """The settings of diffusers' UNet2DConditionModel.
+
+        Micro-conditioning comes as one vector, which diffusers calls a class embedding by projection.
+        """
+        heads = tuple(channels // HEAD_DIM for channels in self.block_channels)
+        mid = {None: None, 0: "UNetMidBlock2D"}.get(self.mid_depth, "UNetMidBlock2DCrossAttn")
+        return {
+            "in_channels": self.channels,
+            "out_channels": self.channels,
+            "block_out_channels": self.block_channels,
+            "layers_per_block": self.layers_per_block,
+            "down_block_types": tuple("CrossAttnDownBlock2D" if any(d) else "DownBlock2D" for d in self.down_depths),
+            "up_block_types": tuple("CrossAttnUpBlock2D" if any(d) else "UpBlock2D" for d in self.up_depths),
+            "mid_block_type": mid,
+            # The middle block takes the last entry.
+            "transformer_layers_per_block": [*(list(d) for d in self.down_depths), [self.mid_depth]],
+            "reverse_transformer_layers_per_block": [list(d) for d in self.up_depths],
+            "attention_head_dim": heads,
+            "cross_attention_dim": self.context_width,
+            "use_linear_projection": True,
+            "class_embed_type": "projection",
+            "projection_class_embeddings_input_dim": self.pooled_width,
+            "norm_num_groups": NORM_GROUPS,
+        }
+
+
+class BandUNet:
+    """The UNet's output at a latent, computed by all ranks of a mesh; every rank has the whole input and output."""
+
+    def __init__(self, model: Any, config: UNetConfig, mesh: Mesh, kernel: str) -> None:
+        """`model` is a `loadable_unet` with its weights."""
+        self.config, self.mesh = config, mesh
+        self.band = Band(mesh.patch)
+        first, model.conv_in = model.conv_in, nn.Identity()
+        place_band_layers(model, self.band, kernel)
+        model.conv_in = CuttingConv2d(first, self.band)
+        self.model = model.to(memory_format=torch.channels_last)
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raises: InputError: too few rows for the bands, or too narrow to tell scales apart."""
+        degree, unit = self.mesh.patch.degree, self.config.row_unit
+        least = unit * (degree - 1) + 1
+        if height < least:
+            raise InputError(
+                f"A latent of {height} rows ({height * 8} pixels) can't be cut in {degree} bands of whole {unit * 8} pixels.",
+                f"Use a height of {least * 8} pixels or more, or a smaller patch degree.",
+            )
+        if degree > 1 and width < unit:
+            raise InputError(
+                f"A latent of {width} columns ({width * 8} pixels) is too narrow to be cut in bands.",
+                f"Use a width of {unit * 8} pixels or more.",
+            )
+
+    def new_job(self, displaced: bool) -> Kept:
+        """What a job of this model keeps between its evaluations."""
+        return Kept(StaleExchange(self.mesh.patch) if displaced and self.mesh.patch.degree > 1 else None)
+
+    def __call__(self, x_BCYX: Tensor, timesteps_B: Tensor, context_BLE: Tensor, y_BA: Tensor, step: Step) -> Tensor:
+        """What the model predicts (noise, or v) at `x`.
+
+        Args:
+            x_BCYX: full latent, scaled as the model takes it, in the model's dtype.
+            y_BA: pooled prompt and the embedded sizes.
+        Returns: (B, C, Y, X), whole on every rank.
+        Comm: as the layers say, and one all-gather of the output.
+        """
+        band, (rows, columns) = self.band, x_BCYX.shape[2:]
+        band.rows, band.columns, band.step = band_rows(rows, band.axis.degree, self.config.row_unit), columns, step
+        out = self.model(x_BCYX, timesteps_B, context_BLE, class_labels=y_BA, return_dict=False)[0]
+        if step.stale is not None and step.phase == "displaced":
+            step.stale.end_evaluation()
+        return all_gather(out, 2, band.rows, band.axis)
+
+
+def loadable_unet(config: UNetConfig) -> Any:
+    """diffusers' model of these sizes, attention projections joined: what the checkpoint's tensors are loaded into.
+
+    Raises: ConfigError: widths that its norms can't group.
+    """
+    if any(channels % NORM_GROUPS for channels in config.block_channels):
+        raise ConfigError(f"Widths {config.block_channels} don't divide by {NORM_GROUPS}.", "Use an SDXL model.")
+    model = UNet2DConditionModel(**config.diffusers())
+    join_projections(model)
+    return model
+
+
+def band_rows(rows: int, degree: int, unit: int) -> list[int]:
+    """Rows of each band: whole units, as even as can be; only the last band may end in a part of one."""
+    counts = [unit * share for share in split_sizes(-(-rows // unit), degree)]
+    counts[-1] -= sum(counts) - rows
+    return counts
+
+
+def micro_conditioning(pooled_BP: Tensor, sizes: Sequence[float]) -> Tensor:
+    """(B, A): the pooled prompt and the embedded sizes, as SDXL takes them.
+
+    Args:
+        sizes: height, width, crop_y, crop_x, target height and target width in pixels; the refiner has an aesthetic
+            score in place of the last two.
+    """
+    embedded = get_timestep_embedding(
+        torch.tensor(sizes, dtype=torch.float32), SIZE_FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=0
+    )
+    return torch.cat([pooled_BP, embedded.flatten().to(pooled_BP).expand(pooled_BP.shape[0], -1)], dim=1)

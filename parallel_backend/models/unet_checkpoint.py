@@ -1,0 +1,183 @@
+"""SDXL UNet files: recognised by their names and shapes, in the single-file and in the diffusers layout."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from ..errors import CheckpointError, UnsupportedError
+from .checkpoint import DIFFUSION_PREFIX, Piece, RenamedSource, SafetensorsSource
+from .unet import HEAD_DIM, UNetConfig
+
+# (context width, micro-conditioning width) of the families.
+_FAMILIES = {(2048, 2816): "sdxl", (1280, 2560): "sdxl-refiner"}
+# What single files hold beside the weights: they say what the model's output means.
+V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
+_OTHER_OUTPUTS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+
+_TOP = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.0": "class_embedding.linear_1",
+    "label_emb.0.2": "class_embedding.linear_2",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
+_RESNET = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+
+
+def is_unet(source: SafetensorsSource) -> bool:
+    """Whether the file holds a UNet of the Stable Diffusion line, of whatever version."""
+    marks = ("input_blocks.0.0.weight", "down_blocks.0.resnets.0.conv1.weight")
+    return any(mark in source.names() or DIFFUSION_PREFIX + mark in source.names() for mark in marks)
+
+
+def open_unet(path: Path) -> tuple[RenamedSource, UNetConfig]:
+    """The UNet at `path` under diffusers' names, queries, keys and values joined, and its sizes.
+
+    Raises: CheckpointError: not a whole UNet. UnsupportedError: a UNet of another kind; the message says which.
+    """
+    source = SafetensorsSource(path)
+    if DIFFUSION_PREFIX + "input_blocks.0.0.weight" in source.names():
+        whole, source = source, SafetensorsSource(path, DIFFUSION_PREFIX)
+        flags = {name for name in (*_OTHER_OUTPUTS, V_PREDICTION, ZERO_SNR) if name in whole.names()}
+    else:
+        flags = {name for name in (*_OTHER_OUTPUTS, V_PREDICTION, ZERO_SNR) if name in source.names()}
+    if other := flags.intersection(_OTHER_OUTPUTS):
+        raise UnsupportedError(f"{path.name} is a model in EDM form ({sorted(other)[0]}).", "Use ComfyUI's own loader.")
+    layers = _layers_per_block(source)
+    by_theirs = {_diffusers_name(name, layers): name for name in source.names() if name not in flags}
+    pieces = _joined({theirs: [Piece(ours)] for theirs, ours in by_theirs.items()})
+    config = _config(by_theirs, source, V_PREDICTION in flags, ZERO_SNR in flags)
+    return RenamedSource(source, pieces), config
+
+
+def _diffusers_name(name: str, layers: int) -> str:
+    if not name.startswith(("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")):
+        return name.replace("add_embedding.", "class_embedding.")
+    stem, _, leaf = name.rpartition(".")
+    if stem in _TOP:
+        return f"{_TOP[stem]}.{leaf}"
+    match = re.fullmatch(r"(input_blocks|middle_block|output_blocks)\.(\d+)\.(.+)", stem)
+    if match is None:
+        return name
+    side, number, rest = match[1], int(match[2]), match[3]
+    if side == "middle_block":
+        return f"mid_block.{'attentions.0' if number == 1 else f'resnets.{number // 2}'}.{_inner(rest)}.{leaf}"
+    part, _, rest = rest.partition(".")
+    if side == "input_blocks":
+        block, layer = divmod(number - 1, layers + 1)
+        if rest == "op":
+            return f"down_blocks.{block}.downsamplers.0.conv.{leaf}"
+        where = f"down_blocks.{block}"
+    else:
+        block, layer = divmod(number, layers + 1)
+        if rest == "conv":
+            return f"up_blocks.{block}.upsamplers.0.conv.{leaf}"
+        where = f"up_blocks.{block}"
+    return f"{where}.{'resnets' if part == '0' else 'attentions'}.{layer}.{_inner(rest)}.{leaf}"
+
+
+def _inner(rest: str) -> str:
+    return _RESNET.get(rest, rest)
+
+
+def _layers_per_block(source: SafetensorsSource) -> int:
+    """Residual blocks before the first downsampling."""
+    names, number = set(source.names()), 1
+    while f"input_blocks.{number}.0.in_layers.0.weight" in names:
+        number += 1
+    return number - 1
+
+
+def _joined(pieces: dict[str, list[Piece]]) -> dict[str, list[Piece]]:
+    """Self-attention's q, k, v as one tensor and cross-attention's k, v as one."""
+    joined = {}
+    for name, (piece,) in pieces.items():
+        stem, _, part = name.removesuffix(".weight").rpartition(".")
+        if part not in ("to_q", "to_k", "to_v"):
+            joined[name] = [piece]
+        elif stem.endswith("attn1"):
+            if part == "to_q":
+                joined[f"{stem}.to_qkv.weight"] = [pieces[f"{stem}.{p}.weight"][0] for p in ("to_q", "to_k", "to_v")]
+        elif part == "to_q":
+            joined[name] = [piece]
+        elif part == "to_k":
+            joined[f"{stem}.to_kv.weight"] = [pieces[f"{stem}.{p}.weight"][0] for p in ("to_k", "to_v")]
+    return joined
+
+
+def _config(names: dict[str, str], source: SafetensorsSource, v_prediction: bool, zero_snr: bool) -> UNetConfig:
+    """Sizes, read from names and shapes alone."""
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in names:
+            raise CheckpointError(f"{source.path.name} lacks {name}.", "The file is not whole; get it again.")
+        return source.shape(names[name])
+
+    def count(pattern: str) -> int:
+        return 1 + max((int(m[1]) for name in names if (m := re.match(pattern, name))), default=-1)
+
+    if "class_embedding.linear_1.weight" not in names:
+        raise UnsupportedError(
+            f"{source.path.name} is a UNet without micro-conditioning (SD1 or SD2).", "Choose an SDXL model."
+        )
+    channels = shape("conv_in.weight")[1]
+    if channels != 4:
+        raise UnsupportedError(
+            f"{source.path.name} takes {channels} channels: an inpainting or edit model; 4 are supported.",
+            "Choose a text-to-image model; a noise mask works with every one of them.",
+        )
+    blocks = count(r"down_blocks\.(\d+)\.")
+    layers = count(r"down_blocks\.0\.resnets\.(\d+)\.")
+    pooled = shape("class_embedding.linear_1.weight")[1]
+    down = tuple(_depths(names, f"down_blocks.{i}", layers, count) for i in range(blocks))
+    up = tuple(_depths(names, f"up_blocks.{i}", layers + 1, count) for i in range(blocks))
+    context = next((source.shape(names[name])[1] for name in names if name.endswith("attn2.to_k.weight")), 0)
+    family = _FAMILIES.get((context, pooled))
+    if family is None:
+        raise UnsupportedError(
+            f"{source.path.name} takes prompts of widths {context} and {pooled}; SDXL's are {list(_FAMILIES)}.",
+            "Choose an SDXL model: base, refiner, turbo, lightning, SSD-1B or KOALA.",
+        )
+    heads = next(name for name in names if name.endswith("attn1.to_q.weight"))
+    if shape(heads)[0] % HEAD_DIM:
+        raise UnsupportedError(f"{source.path.name} has heads of another width than {HEAD_DIM}.", "Use an SDXL model.")
+    return UNetConfig(
+        family=family,
+        channels=channels,
+        block_channels=tuple(shape(f"down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(blocks)),
+        layers_per_block=layers,
+        down_depths=down,
+        up_depths=up,
+        mid_depth=_mid_depth(names, count),
+        context_width=context,
+        pooled_width=pooled,
+        v_prediction=v_prediction,
+        zero_snr=zero_snr,
+    )
+
+
+def _depths(names: dict[str, str], block: str, layers: int, count: Callable[[str], int]) -> tuple[int, ...]:
+    """Transformer blocks of each layer of a block: of all of its layers, or of none."""
+    place = re.escape(block)
+    depths = tuple(count(rf"{place}\.attentions\.{layer}\.transformer_blocks\.(\d+)\.") for layer in range(layers))
+    if any(depths) and not all(depths):
+        raise UnsupportedError(f"{block} has attention in some layers only: {depths}.", "Use an SDXL model.")
+    return depths
+
+
+def _mid_depth(names: dict[str, str], count: Callable[[str], int]) -> int | None:
+    """Transformer blocks in the middle; None without a middle block, 0 where it is one residual block."""
+    if "mid_block.resnets.0.conv1.weight" not in names:
+        return None
+    return count(r"mid_block\.attentions\.0\.transformer_blocks\.(\d+)\.")
