@@ -14,9 +14,9 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from .config import DTYPES, KERNELS, DeviceType, MeshSpec, choose
+from .config import DTYPES, KERNELS, MeshSpec, choose
 from .distributed.attention import resolve_kernel
-from .distributed.mesh import BandAxes, Mesh, build_mesh
+from .distributed.mesh import BandAxes, Groups, Mesh, build_mesh
 from .errors import ConfigError, InputError, MissingTensorsError, ProtocolError, UnknownModelError
 from .jobs import Job
 from .models.checkpoint import load_parameters
@@ -75,7 +75,8 @@ class Engine:
         self.memory_budget = memory_budget
         self.residents: OrderedDict[str, Resident] = OrderedDict()
         self._meshes: dict[MeshSpec, Mesh] = {}
-        self._bands = BandAxes()
+        self._groups = Groups()
+        self._bands = BandAxes(self._groups)
         self._tensors: OrderedDict[str, Tensor] = OrderedDict()
         self._handlers: dict[type, Any] = {
             LoadModel: self._load_model,
@@ -190,8 +191,7 @@ class Engine:
 
     def _mesh(self, spec: MeshSpec) -> Mesh:
         if spec not in self._meshes:
-            device: DeviceType = "cuda" if self.device.type == "cuda" else "cpu"
-            self._meshes[spec] = build_mesh(spec, device)
+            self._meshes[spec] = build_mesh(spec, self._groups)
         return self._meshes[spec]
 
     def _make_room(self, needed: int, name: str, job: Job) -> list[str]:

@@ -36,7 +36,7 @@ class MMDiTTask:
         self.spec, self.device = spec, device
         self.autoencoder = open_autoencoder(Path(spec.autoencoder), spec.channels).to(device)
         config = small_config("sd3.5-medium", depth=spec.depth, pos_embed_size=POSITIONS)
-        self.model = MMDiT(config, build_mesh(MeshSpec(), "cpu"), "native").requires_grad_(True)
+        self.model = MMDiT(config, build_mesh(MeshSpec()), "native").requires_grad_(True)
         initialise(self.model, spec.seed)
         self.model.to(device)
         self.positions = sine_table(config.hidden, POSITIONS)
