@@ -37,7 +37,7 @@ def small_config(family: str, depth: int = 4, heads: int | None = None, pos_embe
 def mmdit_tensors(config: MMDiTConfig, seed: int = 0) -> dict[str, Tensor]:
     """Random weights under the single-file names, scaled so that activations stay near 1."""
     generator = torch.Generator().manual_seed(seed)
-    model = MMDiT(config, build_mesh(MeshSpec(), "cpu"), "native")
+    model = MMDiT(config, build_mesh(MeshSpec()), "native")
     tensors = {}
     for name, parameter in model.named_parameters():
         values = torch.randn(parameter.shape, generator=generator)

@@ -14,9 +14,9 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from .config import DTYPES, KERNELS, DeviceType, MeshSpec, SamplerSpec, choose
+from .config import DTYPES, KERNELS, MeshSpec, SamplerSpec, choose
 from .distributed.attention import resolve_kernel
-from .distributed.mesh import BandAxes, Mesh, build_mesh
+from .distributed.mesh import BandAxes, Groups, Mesh, build_mesh
 from .distributed.stale import Kept, Step
 from .errors import BackendError, ConfigError, InputError, MissingTensorsError, ProtocolError, UnknownModelError
 from .jobs import Job
@@ -78,7 +78,8 @@ class Engine:
         self.memory_budget = memory_budget
         self.residents: OrderedDict[str, Resident] = OrderedDict()
         self._meshes: dict[MeshSpec, Mesh] = {}
-        self._bands = BandAxes()
+        self._groups = Groups()
+        self._bands = BandAxes(self._groups)
         self._tensors: OrderedDict[str, Tensor] = OrderedDict()
         self._handlers: dict[type, Any] = {
             LoadModel: self._load_model,
@@ -197,8 +198,7 @@ class Engine:
 
     def _mesh(self, spec: MeshSpec) -> Mesh:
         if spec not in self._meshes:
-            device: DeviceType = "cuda" if self.device.type == "cuda" else "cpu"
-            self._meshes[spec] = build_mesh(spec, device)
+            self._meshes[spec] = build_mesh(spec, self._groups)
         return self._meshes[spec]
 
     def _make_room(self, needed: int, name: str, job: Job) -> list[str]:
@@ -368,6 +368,4 @@ def _step(spec: SamplerSpec, index: int, kept: Kept) -> Step:
 
 def _traffic(mesh: Mesh) -> list[AxisCost]:
     """What this rank has sent and waited so far, by axis."""
-    return [
-        AxisCost(a.name, a.traffic.sent_bytes, a.traffic.waited()) for a in mesh.axes if a.degree > 1
-    ]
+    return [AxisCost(a.name, a.traffic.sent_bytes, a.traffic.waited()) for a in mesh.axes if a.degree > 1]

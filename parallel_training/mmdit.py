@@ -36,7 +36,7 @@ class MMDiTTask:
         self.spec, self.device = spec, device
         self.autoencoder = open_autoencoder(Path(spec.autoencoder), spec.channels).to(device)
         config = small_config("sd3.5-medium", depth=spec.depth, pos_embed_size=POSITIONS)
-        self.model = MMDiT(config, build_mesh(MeshSpec(), "cpu"), "native").requires_grad_(True)
+        self.model = MMDiT(config, build_mesh(MeshSpec()), "native").requires_grad_(True)
         initialise(self.model, spec.seed)
         self.model.to(device)
         self.positions = sine_table(config.hidden, POSITIONS)
@@ -61,7 +61,9 @@ class MMDiTTask:
         words = torch.tensor([word_ids(scene) for scene in held_out_scenes(16)])
         side = self.spec.size // 8
         latents = sample_latent(
-            lambda x, t, step: [self._velocity(model, x, t.expand(len(x)), w) for w in (words, torch.zeros_like(words))],
+            lambda x, t, step: [
+                self._velocity(model, x, t.expand(len(x)), w) for w in (words, torch.zeros_like(words))
+            ],
             SamplerSpec(steps=SHEET_STEPS, cfg_scale=SHEET_GUIDANCE, seed=1),
             Flow(),
             latent=torch.zeros(len(words), self.spec.channels, side, side, device=self.device),

@@ -56,7 +56,7 @@ def workflow_models(models: Path) -> Path:
 
 
 def _backend(world_size: int) -> Iterator[Backend]:
-    backend = Backend.attach_or_start(world_size, "cpu", f"test{world_size}")
+    backend = Backend.attach_or_start(world_size, "cpu", f"test{world_size}", memory_budget=2**29)
     yield backend
     backend.stop()
 

@@ -7,6 +7,7 @@ import socket
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -14,11 +15,19 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from parallel_backend.distributed.mesh import Groups
+
 
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@cache
+def groups() -> Groups:
+    """The process groups of this rank, made once for all cases that it runs."""
+    return Groups()
 
 
 class RankPool:

@@ -60,7 +60,7 @@ def write_pickle(folder: Path, **changes: Any) -> Path:
     )
     generator = torch.Generator().manual_seed(0)
     tensors = {}
-    for name, parameter in FromScratch(config, build_mesh(MeshSpec(), "cpu"), "native").named_parameters():
+    for name, parameter in FromScratch(config, build_mesh(MeshSpec()), "native").named_parameters():
         values = torch.randn(parameter.shape, generator=generator)
         tensors[name] = values / parameter[0].numel() ** 0.5 if parameter.ndim > 1 else 1 + 0.1 * values
         if name.endswith("freqs"):
@@ -83,7 +83,7 @@ def inputs(rows: int, height: int, width: int, text: int) -> tuple[Tensor, Tenso
 def velocity(path: Path, mesh: MeshSpec, shape: tuple[int, int, int, int]) -> Tensor:
     opened = open_model(path)
     with torch.device("meta"):
-        model = opened.build(build_mesh(mesh, "cpu"), "native")
+        model = opened.build(build_mesh(mesh), "native")
     load_parameters(model, opened.source, device=torch.device("cpu"), dtype=torch.float32, lazy=opened.lazy)
     positions = opened.positions(torch.device("cpu"), torch.float32).rows(model, *shape[1:3])
     return model(*inputs(*shape), positions)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from rank_pool import RankPool
+from rank_pool import RankPool, groups
 from torch import Tensor
 
 from parallel_backend import MeshSpec
@@ -122,7 +122,7 @@ def test_cond_and_uncond_are_computed_by_one_rank_each(ranks: RankPool) -> None:
 
 def attention_case(mesh: MeshSpec, counts: list[int], heads: int, dtype: torch.dtype, alone: bool) -> float:
     """The largest relative error of this rank's part; with `alone` each rank attends to its own tokens only."""
-    built = build_mesh(mesh, "cpu")
+    built = build_mesh(mesh, groups())
     q, k, v = (seeded(2, sum(counts), heads, 64, seed=s).to(dtype) for s in range(3))
     expected = F.scaled_dot_product_attention(*(x.double().transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
     start = sum(counts[: built.sp_rank])

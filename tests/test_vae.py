@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-from rank_pool import RankPool
+from rank_pool import RankPool, groups
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -67,7 +67,9 @@ def reference_encode(models: Path, name: str, image: Tensor) -> Tensor:
 
 @cache
 def band_vae(models: Path, name: str) -> BandVAE:
-    return open_vae([models / file for file in FILES[name]]).build(torch.device("cpu"), torch.float32, BandAxes())
+    return open_vae([models / file for file in FILES[name]]).build(
+        torch.device("cpu"), torch.float32, BandAxes(groups())
+    )
 
 
 @torch.inference_mode()

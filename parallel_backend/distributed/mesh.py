@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
-from ..config import AXES, DeviceType, MeshSpec
+from ..config import AXES, MeshSpec
 from ..errors import ConfigError
 from .traffic import Traffic
 
@@ -55,44 +55,63 @@ class Mesh:
         return self.ring.rank * self.ulysses.degree + self.ulysses.rank
 
 
-def build_mesh(spec: MeshSpec, device: DeviceType) -> Mesh:
+class Groups:
+    """Process groups by their ranks, each made once: meshes whose axes join the same ranks share them.
+
+    A group costs memory on a GPU (NCCL's buffers), and gloo's costs time even when idle: a thread that wakes for each.
+    Every rank of the world must ask for the same groups in the same order.
+    """
+
+    def __init__(self) -> None:
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+
+    def of(self, ranks: Sequence[int]) -> dist.ProcessGroup:
+        """Comm: a group creation at the first use of these ranks."""
+        key = tuple(ranks)
+        if key not in self._groups:
+            world = dist.group.WORLD
+            whole = key == tuple(range(self.world_size)) and world is not None
+            self._groups[key] = world if whole else dist.new_group(list(key))  # type: ignore[assignment]
+        return self._groups[key]
+
+
+def build_mesh(spec: MeshSpec, groups: Groups | None = None) -> Mesh:
     """The mesh of `spec` over the whole world.
 
     Raises: ConfigError: the product of degrees is not the world's size.
-    Comm: one group creation per axis of degree 2 or more; every rank must call this in the same order.
+    Comm: as `Groups.of`, for every group of every axis of degree 2 or more.
     """
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    spec.check_world(world_size)
-    if world_size == 1:
-        return Mesh(spec, **{axis: MeshAxis(axis) for axis in AXES})
-    shape = tuple(getattr(spec, axis) for axis in spec.order)
-    device_mesh = init_device_mesh(device, shape, mesh_dim_names=spec.order)
+    groups = groups or Groups()
+    spec.check_world(groups.world_size)
     axes = {}
     for axis in AXES:
         degree = getattr(spec, axis)
-        group = device_mesh.get_group(axis) if degree > 1 else None
-        axes[axis] = MeshAxis(axis, degree, device_mesh.get_local_rank(axis), group)
+        axes[axis] = MeshAxis(axis, degree)
+        for ranks in spec.groups(axis) if degree > 1 else []:
+            group = groups.of(ranks)
+            if groups.rank in ranks:
+                axes[axis] = MeshAxis(axis, degree, ranks.index(groups.rank), group)
     return Mesh(spec, **axes)
 
 
 class BandAxes:
     """Axes over the first k ranks of the world, for images with fewer rows than there are ranks."""
 
-    def __init__(self) -> None:
-        self._axes: dict[int, MeshAxis] = {}
-        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+    def __init__(self, groups: Groups | None = None) -> None:
+        self._groups = groups or Groups()
+        self.world_size = self._groups.world_size
 
     def first(self, degree: int) -> MeshAxis | None:
         """The axis over ranks 0 to degree - 1; None on a rank beyond it.
 
-        Comm: a group creation at the first use of a degree; every rank of the world must call this.
+        Comm: as `Groups.of`; every rank of the world must call this.
         """
         if not 1 <= degree <= self.world_size:
             raise ConfigError(
                 f"{degree} bands can't be spread over {self.world_size} ranks.", "Use at most one band a rank."
             )
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        if degree not in self._axes:
-            group = dist.new_group(list(range(degree))) if degree > 1 else None
-            self._axes[degree] = MeshAxis("band", degree, rank, group)
-        return self._axes[degree] if rank < degree else None
+        group = self._groups.of(range(degree)) if degree > 1 else None
+        rank = self._groups.rank
+        return MeshAxis("band", degree, rank, group) if rank < degree else None

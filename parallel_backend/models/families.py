@@ -51,7 +51,13 @@ SD3 = Kind(
     "Encode the prompt with SD3's text encoders (CLIPLoader type sd3).",
 )
 FROM_SCRATCH = Kind(
-    MMDIT_AXES, MMDIT_REST, 0.3611, -0.1159 / 0.3611, "flow", SD3.latent_remedy, "Use Load Conditioning: Gemma and ModernBERT."
+    MMDIT_AXES,
+    MMDIT_REST,
+    0.3611,
+    -0.1159 / 0.3611,
+    "flow",
+    SD3.latent_remedy,
+    "Use Load Conditioning: Gemma and ModernBERT.",
 )
 SDXL = Kind(
     UNET_AXES,
