@@ -182,7 +182,7 @@ class MeshSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             left //= given["cfg"]
         if rest not in given:
             given[rest] = max(1, left)
-        mesh = cls(**given)
+        mesh = cls(**given)  # type: ignore[arg-type]
         mesh.check_world(world_size)
         return mesh
 

@@ -136,7 +136,7 @@ def exchange_halo(x_BCYX: Tensor, above: int, below: int, axis: MeshAxis) -> Ten
     if not (above or below):
         return x_BCYX
     sizes = halo_sizes(x_BCYX, above, below)
-    received = start_neighbour_exchange(*facing_rows(x_BCYX, above, below), *sizes, axis).wait()
+    received = start_neighbour_exchange(*facing_rows(x_BCYX, above, below), sizes, axis).wait()
     return with_halo(x_BCYX, received, above, below)
 
 
@@ -158,16 +158,16 @@ def with_halo(x_BCYX: Tensor, received_N: Tensor, above: int, below: int) -> Ten
     return torch.cat([top.view(B, C, above, X), x_BCYX, bottom.view(B, C, below, X)], dim=2)
 
 
-def start_neighbour_exchange(up_N: Tensor, down_N: Tensor, from_above: int, from_below: int, axis: MeshAxis) -> Handle:
-    """`up` goes to the rank above and `down` to the rank below; so many elements come from each.
+def start_neighbour_exchange(up_N: Tensor, down_N: Tensor, arriving: tuple[int, int], axis: MeshAxis) -> Handle:
+    """`up` goes to the rank above and `down` to the rank below; `arriving` elements come from each of them.
 
     The result is flat: what came from above, then what came from below; zeros at the outer edges.
     Comm: up.numel() and down.numel() elements, each to one neighbour.
     """
-    received = up_N.new_zeros(from_above + from_below)
-    parts = received.split([from_above, from_below])
+    received = up_N.new_zeros(sum(arriving))
+    parts = received.split(list(arriving))
     ops, keep = [], []
-    for at_edge, turn, sent, arriving in (
+    for at_edge, turn, sent, part in (
         (axis.rank == 0, -1, up_N, parts[0]),
         (axis.rank == axis.degree - 1, 1, down_N, parts[1]),
     ):
@@ -178,8 +178,8 @@ def start_neighbour_exchange(up_N: Tensor, down_N: Tensor, from_above: int, from
             keep.append(sent.contiguous())
             ops.append(dist.P2POp(dist.isend, keep[-1], neighbour, group=axis.group))
             axis.traffic.sent_bytes += sent.nbytes
-        if arriving.numel():
-            ops.append(dist.P2POp(dist.irecv, arriving, neighbour, group=axis.group))
+        if part.numel():
+            ops.append(dist.P2POp(dist.irecv, part, neighbour, group=axis.group))
     return Handle(received, dist.batch_isend_irecv(ops) if ops else (), tuple(keep), axis.traffic)
 
 

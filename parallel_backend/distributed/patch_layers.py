@@ -34,7 +34,7 @@ class Band:
     axis: MeshAxis = field(default_factory=lambda: MeshAxis("band"))
     rows: list[int] = field(default_factory=lambda: [1])
     columns: int = 1
-    step: Step = Step()
+    step: Step = field(default_factory=Step)
 
     @property
     def own_rows(self) -> tuple[int, int]:
@@ -113,10 +113,10 @@ def _with_halo(x_BCYX: Tensor, above: int, below: int, band: Band, slot: str) ->
         return exchange_halo(x_BCYX, above, below, band.axis)
     rows, sizes = facing_rows(x_BCYX, above, below), halo_sizes(x_BCYX, above, below)
     if band.step.phase == "sync":
-        received = start_neighbour_exchange(*rows, *sizes, band.axis).wait()
+        received = start_neighbour_exchange(*rows, sizes, band.axis).wait()
         stale.keep_facing(place, received)
     else:
-        received = stale.swap_facing(place, *rows, *sizes)
+        received = stale.swap_facing(place, *rows, sizes)
     return with_halo(x_BCYX, received, above, below)
 
 
@@ -167,7 +167,7 @@ class BandGroupNorm(nn.Module):
         if stale is None or band.step.phase == "sync":
             every = all_gather(own_2BG.unsqueeze(0), 0, [1] * band.axis.degree, band.axis)
             if stale is not None:
-                stale.keep_gathered(place, every)
+                stale.keep_gathered(place, every.unbind(0))
             return _combined(every, rows)
         every = torch.stack(stale.swap_gathered(place, own_2BG, [own_2BG.shape] * band.axis.degree))
         mean, var = _combined(every, rows)
@@ -285,7 +285,7 @@ def place_band_layers(module: nn.Module, band: Band, kernel: str = "native", pat
         elif isinstance(child, Attention) and child.residual_connection:
             setattr(module, name, BandImageAttention(child, band))
         elif isinstance(child, Attention):
-            kind = CachedCrossAttention if child.is_cross_attention else BandSelfAttention
+            kind: Any = CachedCrossAttention if child.is_cross_attention else BandSelfAttention
             child.processor = kind(band, kernel, slot)
 
 

@@ -82,13 +82,13 @@ class StaleExchange:
         self._start_if_full()
         return list(stale)
 
-    def swap_facing(self, slot: Hashable, up_N: Tensor, down_N: Tensor, from_above: int, from_below: int) -> Tensor:
+    def swap_facing(self, slot: Hashable, up_N: Tensor, down_N: Tensor, arriving: tuple[int, int]) -> Tensor:
         """What the neighbours sent in the last evaluation, flat, above before below; ours is sent for the next one.
 
         Comm: later, in a bucket: up.numel() and down.numel() elements, each to one neighbour.
         """
         (stale,) = self._kept[slot].tensors()
-        self._kept[slot] = self._bucket.face(up_N, down_N, from_above, from_below)
+        self._kept[slot] = self._bucket.face(up_N, down_N, arriving)
         self._start_if_full()
         return stale
 
@@ -118,7 +118,7 @@ class _Bucket:
         self.used = [0] * axis.degree
         self.up: list[Tensor] = []
         self.down: list[Tensor] = []
-        self.arriving = [0, 0]
+        self.arriving = (0, 0)
         self._gathering: Handle | None = None
         self._facing: Handle | None = None
 
@@ -135,20 +135,20 @@ class _Bucket:
         self.to_all.append(_as_bytes(fresh))
         return _Gathered((), self, places, fresh.dtype)
 
-    def face(self, up_N: Tensor, down_N: Tensor, from_above: int, from_below: int) -> _Facing:
+    def face(self, up_N: Tensor, down_N: Tensor, arriving: tuple[int, int]) -> _Facing:
         self.up.append(_as_bytes(up_N))
         self.down.append(_as_bytes(down_N))
-        starts, counts = tuple(self.arriving), (from_above, from_below)
-        for side, count in enumerate(counts):
-            self.arriving[side] += _aligned(count * up_N.itemsize)
-        return _Facing(None, self, starts, counts, up_N.dtype)
+        starts = self.arriving
+        above, below = (_aligned(count * up_N.itemsize) for count in arriving)
+        self.arriving = (starts[0] + above, starts[1] + below)
+        return _Facing(None, self, starts, arriving, up_N.dtype)
 
     def start(self) -> None:
         if self.to_all:
             padding = self.to_all[0].new_zeros(max(self.used) - self.used[self.axis.rank])
             self._gathering = start_all_gather(torch.cat([*self.to_all, padding]), self.axis)
         if self.up:
-            self._facing = start_neighbour_exchange(torch.cat(self.up), torch.cat(self.down), *self.arriving, self.axis)
+            self._facing = start_neighbour_exchange(torch.cat(self.up), torch.cat(self.down), self.arriving, self.axis)
         self.to_all, self.up, self.down = [], [], []
 
     def gathered(self, rank: int, start: int, size: int) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from ..distributed.stale import Kept, Step
@@ -18,7 +17,7 @@ class Network(Protocol):
     def config(self) -> Any: ...
     def check_size(self, height: int, width: int, text_tokens: int) -> None: ...
     def new_job(self, displaced: bool) -> Kept: ...
-    def __call__(self, x: Tensor, timesteps: Tensor, context: Tensor, pooled: Tensor, step: Step) -> Tensor: ...
+    def __call__(self, x: Tensor, timesteps: Tensor, context: Tensor, pooled: Tensor, step: Step, /) -> Tensor: ...
 
 
 class Positions(Protocol):

@@ -86,7 +86,7 @@ class BandUNet:
         model.conv_in = CuttingConv2d(first, self.band)
         self.model = model.to(memory_format=torch.channels_last)
 
-    def check_size(self, height: int, width: int) -> None:
+    def check_size(self, height: int, width: int, text_tokens: int) -> None:
         """Raises: InputError: too few rows for the bands, or too narrow to tell scales apart."""
         degree, unit = self.mesh.patch.degree, self.config.row_unit
         least = unit * (degree - 1) + 1
@@ -129,7 +129,7 @@ def loadable_unet(config: UNetConfig) -> Any:
     """
     if any(channels % NORM_GROUPS for channels in config.block_channels):
         raise ConfigError(f"Widths {config.block_channels} don't divide by {NORM_GROUPS}.", "Use an SDXL model.")
-    model = UNet2DConditionModel(**config.diffusers())
+    model: Any = UNet2DConditionModel(**config.diffusers())
     join_projections(model)
     return model
 

@@ -1,0 +1,364 @@
+"""SDXL's UNet in bands: exact against diffusers, displaced against exact, and what both cost."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rank_pool import RankPool, groups
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from unet_files import CONFIGS, diffusers_unet, single_file_tensors, unet_prompt, write_unet
+
+from parallel_backend import Backend, Conditioning, MeshSpec
+from parallel_backend.config import UNET_AXES
+from parallel_backend.demo_checkpoints import random_prompt
+from parallel_backend.distributed.mesh import MeshAxis, build_mesh
+from parallel_backend.distributed.stale import Phase, Step
+from parallel_backend.errors import (
+    BackendError,
+    CancelledError,
+    CheckpointError,
+    ConfigError,
+    InputError,
+    UnsupportedError,
+)
+from parallel_backend.models.checkpoint import load_parameters
+from parallel_backend.models.families import open_model
+from parallel_backend.models.unet import BandUNet, band_rows
+from parallel_backend.models.unet_checkpoint import open_unet
+
+CPU = torch.device("cpu")
+# Heights that divide in bands of whole units and heights that don't; odd widths.
+SIZES = [(2, 16, 16), (1, 21, 13), (1, 17, 8)]
+WARMED = {"steps": 6, "seed": 3, "cfg_scale": 4.0, "scheduler": "normal"}
+
+
+@pytest.fixture(scope="module")
+def unets(models: Path) -> Path:
+    folder = models / "diffusion_models"
+    for name, config in CONFIGS.items():
+        write_unet(folder / f"unet-{name}.safetensors", config)
+    return folder
+
+
+@cache
+def reference(name: str) -> Any:
+    return diffusers_unet(CONFIGS[name])
+
+
+@cache
+def network(path: Path, mesh: MeshSpec) -> BandUNet:
+    opened, built = open_model(path), build_mesh(mesh, groups())
+    with torch.device("meta"):
+        model = opened.build(built, "native")
+    load_parameters(model, opened.source, device=CPU, dtype=torch.float32)
+    made = opened.network(model, built, "native", CPU, torch.float32)
+    assert isinstance(made, BandUNet)
+    return made
+
+
+def inputs(name: str, size: tuple[int, int, int], seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, rows, columns = size
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, 4, rows, columns, generator=generator)
+    timesteps = torch.linspace(900, 20, batch)
+    return x, timesteps, *unet_prompt(CONFIGS[name], seed + 1, 77, batch)
+
+
+@torch.inference_mode()
+def forward_case(path: Path, mesh: MeshSpec, given: tuple[Tensor, ...], phases: list[Phase]) -> list[Tensor]:
+    """The output of each of the phases, for the same input."""
+    model = network(path, mesh)
+    kept = model.new_job(displaced=len(phases) > 1)
+    outputs = [model(*given, Step(i, phase, kept=kept)).clone() for i, phase in enumerate(phases)]  # type: ignore[call-arg]
+    kept.close()
+    return outputs
+
+
+def fits(name: str, rows: int, world_size: int) -> bool:
+    """Whether so many bands have a whole unit of rows each; fewer rows are refused by name, see below."""
+    return rows > CONFIGS[name].row_unit * (world_size - 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "world_size"),
+    [(n, s, w) for n in ("tiny", "refiner") for s in SIZES for w in (1, 2, 3, 4) if fits(n, s[1], w)],
+    ids=str,
+)
+def test_output_equals_diffusers(
+    name: str, size: tuple[int, int, int], world_size: int, ranks: RankPool, unets: Path
+) -> None:
+    given = inputs(name, size)
+    x, timesteps, context, y = given
+    with torch.inference_mode():
+        expected = reference(name)(x, timesteps, context, class_labels=y).sample
+    path = unets / f"unet-{name}.safetensors"
+    # A neighbour that sends what it sent before is as good as one that sends anew.
+    phases: list[Phase] = ["sync", "displaced", "displaced"]
+    for outputs in ranks(world_size, forward_case, path, MeshSpec(patch=world_size), given, phases):
+        for out in outputs:
+            assert (out - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5, 6])
+def test_bands_are_whole_units_but_for_the_last(world_size: int) -> None:
+    for rows in range(4 * (world_size - 1) + 1, 70):
+        bands = band_rows(rows, world_size, 4)
+        assert sum(bands) == rows and min(bands) > 0
+        assert all(band % 4 == 0 for band in bands[:-1])
+        assert max(bands) - min(bands) <= 7
+
+
+@torch.inference_mode()
+def trajectory_case(path: Path, mesh: MeshSpec, how: str) -> list[Tensor]:
+    """Outputs along a straight path of inputs, a hundredth of the way each, as in a run of many steps."""
+    model = network(path, mesh)
+    start, timesteps, context, y = inputs("tiny", (1, 16, 16))
+    kept = model.new_job(displaced=how == "displaced")
+    outputs = []
+    for i in range(4):
+        x = torch.lerp(start, inputs("tiny", (1, 16, 16), seed=9)[0], 0.01 * i)
+        if how == "alone":
+            half = 8 * groups().rank
+            outputs.append(model(x[:, :, half : half + 8], timesteps, context, y, Step()).clone())
+        else:
+            phase: Phase = "displaced" if how == "displaced" and i else "sync"
+            outputs.append(model(x, timesteps, context, y, Step(i, phase, kept=kept)).clone())
+    kept.close()
+    return outputs
+
+
+def test_displaced_is_far_nearer_to_exact_than_no_communication(ranks: RankPool, unets: Path) -> None:
+    path = unets / "unet-tiny.safetensors"
+    exact = ranks(2, trajectory_case, path, MeshSpec(patch=2), "sync")[0]
+    displaced = ranks(2, trajectory_case, path, MeshSpec(patch=2), "displaced")[0]
+    halves = ranks(2, trajectory_case, path, MeshSpec(dp=2), "alone")
+    alone = [torch.cat(pair, dim=2) for pair in zip(*halves, strict=True)]
+    error, control = (
+        max(float((o - e).norm() / e.norm()) for o, e in zip(outputs[1:], exact[1:], strict=True))
+        for outputs in (displaced, alone)
+    )
+    assert torch.equal(displaced[0], exact[0])
+    assert 0 < error < control / 20, (error, control)
+
+
+# -- through the backend ------------------------------------------------------------------------------------------
+
+
+def conditioning(seed: int, tokens: int = 77) -> Conditioning:
+    return Conditioning(*unet_prompt(CONFIGS["tiny"], seed, tokens))
+
+
+def sample(backend: Backend, path: Path, mesh: MeshSpec | None, **settings: Any) -> Tensor:
+    model = backend.load_model(path, mesh, "float32")
+    latent = settings.pop("latent", torch.zeros(1, 4, 20, 12))
+    return model.sample(latent, conditioning(1), conditioning(2, settings.pop("tokens", 77)), **WARMED | settings)
+
+
+@pytest.mark.parametrize("tokens", [77, 154], ids=["one batch", "two branches"])
+@pytest.mark.parametrize("mesh", MeshSpec.all_of(4, UNET_AXES), ids=MeshSpec.describe)
+def test_whole_pictures_are_those_of_one_process(mesh: MeshSpec, tokens: int, backend4: Backend, unets: Path) -> None:
+    latent = torch.zeros(3, 4, 20, 12)
+    path = unets / "unet-tiny.safetensors"
+    alone = sample(backend4, path, MeshSpec(dp=4), latent=latent, tokens=tokens)  # each picture by one rank
+    ours = sample(backend4, path, mesh, latent=latent, tokens=tokens)
+    assert alone.std() > 0.1
+    assert (ours - alone).abs().max() <= 5e-5 * alone.abs().max()
+    # Warm-up over all steps goes the displaced way without being displaced.
+    assert torch.equal(sample(backend4, path, mesh, latent=latent, tokens=tokens, warmup_steps=6), ours)
+    displaced = sample(backend4, path, mesh, latent=latent, tokens=tokens, warmup_steps=2)
+    assert torch.isfinite(displaced).all()
+    assert torch.equal(displaced, ours) == (mesh.patch == 1)
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m_sde", "euler_ancestral"])
+def test_displaced_pictures_come_nearer_with_warm_up(sampler: str, backend2: Backend, unets: Path) -> None:
+    path, settings = unets / "unet-tiny.safetensors", {"steps": 12, "sampler": sampler, "cfg_scale": 1.0}
+    exact = sample(backend2, path, MeshSpec(patch=2), **settings)
+    errors = [
+        float((sample(backend2, path, MeshSpec(patch=2), warmup_steps=w, **settings) - exact).norm() / exact.norm())
+        for w in (1, 8)
+    ]
+    assert errors[1] < errors[0] < 1
+
+
+def test_nothing_stale_survives_a_request(backend2: Backend, unets: Path) -> None:
+    """A displaced job, a cancelled one, another size and another prompt leave no trace in the next."""
+    path, mesh = unets / "unet-tiny.safetensors", MeshSpec(patch=2)
+    first = sample(backend2, path, mesh, warmup_steps=1)
+    sample(backend2, path, mesh, warmup_steps=1, latent=torch.zeros(1, 4, 29, 17), tokens=154)
+    with pytest.raises(CancelledError):
+        sample(backend2, path, mesh, warmup_steps=1, steps=50, seed=8, should_cancel=After(4))
+    assert torch.equal(sample(backend2, path, mesh, warmup_steps=1), first)
+
+
+class After:
+    """True from the so-many-th time it is asked."""
+
+    def __init__(self, times: int) -> None:
+        self.left = times
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def test_left_open_the_mesh_is_cfg_and_bands(backend4: Backend, unets: Path) -> None:
+    backend4.load_model(unets / "unet-tiny.safetensors", None, "float32")
+    assert "cfg=2 patch=2" in [state.mesh for state in backend4.status().models]
+
+
+def test_bytes_sent_are_those_that_the_method_needs(backend2: Backend, unets: Path) -> None:
+    """Counted in the collectives, beside a sum over the layers of what bands share. Both within 5 %."""
+    path, config = unets / "unet-tiny.safetensors", CONFIGS["tiny"]
+    rows, columns, steps = 32, 24, 5
+    model = backend2.load_model(path, MeshSpec(patch=2), "float32")
+    latent = torch.zeros(1, 4, rows, columns)
+    needed = needed_bytes(path, rows, columns)
+    for warmup in (None, 1):
+        model.sample(latent, conditioning(1), None, steps=steps, seed=1, cfg_scale=1.0, warmup_steps=warmup)
+        assert model.last is not None
+        (cost,) = model.last.costs
+        assert cost.axis == "patch" and cost.waited > 0
+        assert abs(cost.sent_bytes / steps / needed - 1) < 0.05, config
+
+
+def needed_bytes(path: Path, rows: int, columns: int) -> int:
+    """What rank 0 of two sends in an evaluation of one picture in fp32: rows, statistics, keys and values, the output."""
+    total = 4 * (rows // 2) * columns
+    for name, shape, level in layers_of(path):
+        height, width = rows // 2**level, columns // 2**level
+        if name == "halo":
+            total += shape * width
+        elif name == "norm":
+            total += 2 * 32
+        else:
+            total += 2 * shape * (height // 2) * width
+    return 4 * total
+
+
+def layers_of(path: Path) -> list[tuple[str, int, int]]:
+    """(what is shared, channels, level of the scale) of each layer of the tiny UNet, told from its names alone."""
+    tensors = load_file(path)
+    levels = {"input_blocks.1": 0, "input_blocks.2": 0, "input_blocks.3": 1, "input_blocks.4": 1, "input_blocks.5": 2}
+    levels |= {"middle_block": 2, "output_blocks.0": 2, "output_blocks.1": 2, "output_blocks.2": 1, "out.": 0}
+    levels |= {"output_blocks.3": 1, "output_blocks.4": 0, "output_blocks.5": 0}
+    found = []
+    for name, tensor in tensors.items():
+        level = next((lv for prefix, lv in levels.items() if name.startswith(prefix)), None)
+        if level is None or not name.endswith("weight"):
+            continue
+        if tensor.ndim == 4 and tensor.shape[2] == 3:
+            up = name.endswith(".conv.weight")  # after an upsampling: at the finer scale
+            found.append(("halo", tensor.shape[1], level - up))
+        elif name.endswith("attn1.to_k.weight"):
+            found.append(("kv", tensor.shape[0], level))
+        elif tensor.ndim == 1 and ("_layers.0" in name or name.endswith(".1.norm.weight") or name == "out.0.weight"):
+            found.append(("norm", tensor.shape[0], level))
+    return found
+
+
+# -- files --------------------------------------------------------------------------------------------------------
+
+
+def test_every_layout_gives_the_same_weights(tmp_path: Path, unets: Path) -> None:
+    config = CONFIGS["tiny"]
+    whole = write_unet(tmp_path / "whole.safetensors", config, prefix="model.diffusion_model.")
+    folder = tmp_path / "folder"
+    model = diffusers_unet(config)
+    folder.mkdir()
+    named = {n.replace("class_embedding.", "add_embedding."): t.contiguous() for n, t in model.state_dict().items()}
+    save_file(named, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text("{}")
+    sources = [open_unet(path) for path in (unets / "unet-tiny.safetensors", whole, folder)]
+    assert {c for _, c in sources} == {config}
+    first = sources[0][0]
+    for source, _ in sources[1:]:
+        assert sorted(source.names()) == sorted(first.names())
+        assert all(torch.equal(source.read(n), first.read(n)) for n in first.names())
+    name = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
+    joined = torch.cat([model.get_submodule(f"{name}.to_{part}").weight for part in "qkv"])
+    assert torch.equal(first.read(f"{name}.to_qkv.weight"), joined)
+
+
+@pytest.mark.parametrize("flags", [(), ("v_pred",), ("v_pred", "ztsnr")], ids=str)
+def test_the_file_says_what_the_output_means(flags: tuple[str, ...], tmp_path: Path) -> None:
+    extra = {name: torch.zeros(0) for name in flags}
+    _, config = open_unet(write_unet(tmp_path / "m.safetensors", CONFIGS["tiny"], extra=extra))
+    assert (config.v_prediction, config.zero_snr) == ("v_pred" in flags, "ztsnr" in flags)
+
+
+def changed(path: Path, **changes: Tensor | None) -> Path:
+    tensors: dict[str, Tensor | None] = {**single_file_tensors(CONFIGS["tiny"]), **changes}
+    save_file({name: t for name, t in tensors.items() if t is not None}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"input_blocks.0.0.weight": torch.zeros(64, 9, 3, 3)}, UnsupportedError, "takes 9 channels: an inpainting"),
+        ({"label_emb.0.0.weight": None}, UnsupportedError, "without micro-conditioning"),
+        ({"label_emb.0.0.weight": torch.zeros(256, 1000)}, UnsupportedError, "widths 2048 and 1000"),
+        ({"edm_mean": torch.zeros(4)}, UnsupportedError, "EDM form"),
+        ({"out.2.bias": None}, CheckpointError, "1 missing: conv_out.bias"),
+        ({"input_blocks.3.1.extra.weight": torch.zeros(1)}, CheckpointError, "left over: down_blocks.1"),
+        ({"out.2.bias": torch.zeros(5)}, CheckpointError, "out_?.*bias has shape"),
+    ],
+    ids=["inpainting", "sd1", "widths", "edm", "missing", "left over", "shape"],
+)
+def test_files_of_other_kinds_are_refused_by_name(
+    changes: dict[str, Tensor | None],
+    error: type[BackendError],
+    words: str,
+    backend2: Backend,
+    unets: Path,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(error, match=words):
+        backend2.load_model(changed(tmp_path / "bad.safetensors", **changes), MeshSpec(patch=2), "float32")
+    assert sample(backend2, unets / "unet-tiny.safetensors", MeshSpec(patch=2)).std() > 0
+
+
+def test_axes_of_the_other_kind_are_refused_by_name(backend2: Backend, models: Path, unets: Path) -> None:
+    with pytest.raises(ConfigError, match=r"ring=2 can't be used on sdxl: its axes are dp, cfg, patch"):
+        backend2.load_model(unets / "unet-tiny.safetensors", MeshSpec(ring=2), "float32")
+    with pytest.raises(ConfigError, match=r"patch=2 can't be used on sd3.5-large"):
+        backend2.load_model(models / "diffusion_models" / "sd3.5-large.safetensors", MeshSpec(patch=2), "float32")
+
+
+def test_requests_that_dont_fit_name_the_remedy(backend2: Backend, models: Path, unets: Path) -> None:
+    path, mesh = unets / "unet-tiny.safetensors", MeshSpec(patch=2)
+    with pytest.raises(InputError, match=r"can't be cut in 2 bands"):
+        sample(backend2, path, mesh, latent=torch.zeros(1, 4, 4, 12))
+    with pytest.raises(InputError, match="too narrow"):
+        sample(backend2, path, mesh, latent=torch.zeros(1, 4, 40, 2))
+    with pytest.raises(InputError, match=r"this model needs \(batch, 4"):
+        sample(backend2, path, mesh, latent=torch.zeros(1, 16, 20, 12))
+    refiner = backend2.load_model(unets / "unet-refiner.safetensors", mesh, "float32")
+    with pytest.raises(InputError, match="base and refiner have different ones"):
+        refiner.sample(torch.zeros(1, 4, 32, 16), conditioning(1), None, steps=2)
+    mmdit = backend2.load_model(models / "diffusion_models" / "sd3.5-large.safetensors", MeshSpec(cfg=2), "float32")
+    with pytest.raises(UnsupportedError, match=r"sd3\.5-large has no displaced steps"):
+        mmdit.sample(torch.zeros(1, 16, 8, 8), Conditioning(*random_prompt(1)), None, steps=4, warmup_steps=1)
+    with pytest.raises(ConfigError, match="warmup_steps=-1"):
+        sample(backend2, path, mesh, warmup_steps=-1)
+    assert sample(backend2, path, mesh).std() > 0
+
+
+def test_sizes_and_pooled_make_the_same_micro_conditioning_as_one_vector(backend2: Backend, unets: Path) -> None:
+    model = backend2.load_model(unets / "unet-tiny.safetensors", None, "float32")
+    context, y = unet_prompt(CONFIGS["tiny"], 1)
+    parted = Conditioning(context, y[:, :1280], sizes=(1024, 1024, 0, 0, 1024, 1024))
+    latent = torch.zeros(1, 4, 12, 12)
+    assert torch.equal(*(model.sample(latent, prompt, None, steps=2) for prompt in (Conditioning(context, y), parted)))
+
+
+def test_axis_of_one_rank_sends_nothing() -> None:
+    assert MeshAxis("patch").traffic.sent_bytes == 0
+    assert replace(CONFIGS["tiny"], mid_depth=None).diffusers()["mid_block_type"] is None

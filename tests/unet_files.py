@@ -1,0 +1,120 @@
+"""Small SDXL UNets with random weights in the single-file layout, and diffusers' own model of the same weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
+from torch import Tensor
+
+from parallel_backend.models.unet import UNetConfig, micro_conditioning
+
+BASE = {"family": "sdxl", "channels": 4, "context_width": 2048, "pooled_width": 2816}
+REFINER = {"family": "sdxl-refiner", "channels": 4, "context_width": 1280, "pooled_width": 2560}
+CONFIGS = {
+    "tiny": UNetConfig(
+        **BASE,  # type: ignore[arg-type]
+        block_channels=(64, 128, 128),
+        layers_per_block=1,
+        down_depths=((0,), (1,), (2,)),
+        up_depths=((2, 2), (1, 1), (0, 0)),
+        mid_depth=1,
+    ),
+    "refiner": UNetConfig(
+        **REFINER,  # type: ignore[arg-type]
+        block_channels=(64, 64, 128, 128),
+        layers_per_block=1,
+        down_depths=((0,), (1,), (1,), (0,)),
+        up_depths=((0, 0), (1, 1), (1, 1), (0, 0)),
+        mid_depth=1,
+    ),
+    # The smallest that ComfyUI takes for an SDXL model, as KOALA: no transformer in the middle.
+    "koala": UNetConfig(
+        **BASE,  # type: ignore[arg-type]
+        block_channels=(320, 320, 320),
+        layers_per_block=1,
+        down_depths=((0,), (2,), (5,)),
+        up_depths=((0, 0), (0, 0), (0, 0)),
+        mid_depth=0,
+    ),
+}
+
+_TOP = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "class_embedding.linear_1": "label_emb.0.0",
+    "class_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+
+
+def single_file_name(name: str, config: UNetConfig) -> str:
+    """The name that Stability's files have for a tensor of diffusers' UNet."""
+    stem, _, leaf = name.rpartition(".")
+    if stem in _TOP:
+        return f"{_TOP[stem]}.{leaf}"
+    layers = config.layers_per_block
+    match = re.fullmatch(
+        r"(down|up|mid)_blocks?\.?(\d*)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", stem
+    )
+    assert match is not None, name
+    side, block, part, layer, rest = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
+    rest = _RESNET.get(rest, rest)
+    if part == "downsamplers":
+        return f"input_blocks.{(block + 1) * (layers + 1)}.0.op.{leaf}"
+    if part == "upsamplers":
+        return f"output_blocks.{block * (layers + 1) + layers}.{2 if any(config.up_depths[block]) else 1}.conv.{leaf}"
+    if side == "mid":
+        return f"middle_block.{1 if part == 'attentions' else 2 * layer}.{rest}.{leaf}"
+    number = 1 + block * (layers + 1) + layer if side == "down" else block * (layers + 1) + layer
+    return f"{side.replace('down', 'input').replace('up', 'output')}_blocks.{number}.{int(part == 'attentions')}.{rest}.{leaf}"
+
+
+def diffusers_unet(config: UNetConfig, seed: int = 0) -> Any:
+    """diffusers' model with random weights, scaled so that every layer matters."""
+    generator = torch.Generator().manual_seed(seed)
+    model: Any = UNet2DConditionModel(**config.diffusers()).requires_grad_(False).eval()
+    for name, parameter in model.named_parameters():
+        values = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim == 1:
+            parameter.copy_((1 if "norm" in name and name.endswith("weight") else 0) + 0.05 * values)
+        else:
+            parameter.copy_(values / parameter[0].numel() ** 0.5)
+    return model
+
+
+def single_file_tensors(config: UNetConfig, seed: int = 0) -> dict[str, Tensor]:
+    model = diffusers_unet(config, seed)
+    return {single_file_name(name, config): value.contiguous() for name, value in model.state_dict().items()}
+
+
+def write_unet(
+    path: Path, config: UNetConfig, *, seed: int = 0, prefix: str = "", extra: Mapping[str, Tensor] | None = None
+) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {prefix + name: value for name, value in single_file_tensors(config, seed).items()}
+    save_file(tensors | dict(extra or {}), path, metadata={"format": "pt"})
+    return path
+
+
+def unet_prompt(config: UNetConfig, seed: int, tokens: int = 77, rows: int = 1) -> tuple[Tensor, Tensor]:
+    """(context, pooled with the sizes of a square picture embedded)."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0][: (config.pooled_width - 1280) // 256]
+    pooled = torch.randn(rows, 1280, generator=generator)
+    return torch.randn(rows, tokens, config.context_width, generator=generator), micro_conditioning(pooled, sizes)
