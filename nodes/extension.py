@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .conditioning_file import LoadConditioning, SaveConditioning
-from .load_models import LoadParallelMMDiT
+from .load_models import LoadParallelMMDiT, LoadParallelUNet
 from .mesh_config import MeshConfig
 from .parallel_sampler import ParallelSampler
 from .patch_parallel_vae import PatchParallelVAE
@@ -16,6 +16,7 @@ class ParallelMMDiTExtension(ComfyExtension):
         return [
             MeshConfig,
             LoadParallelMMDiT,
+            LoadParallelUNet,
             ParallelSampler,
             PatchParallelVAE,
             SaveConditioning,

@@ -1,4 +1,4 @@
-"""LoadParallelMMDiT: a checkpoint into the backend, a MODEL out of it."""
+"""LoadParallelMMDiT and LoadParallelUNet: a checkpoint into the backend, a MODEL out of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..parallel_backend import RemoteModel
-from ..parallel_backend.rpc.messages import Progress, StepDone
+from ..parallel_backend.rpc.messages import ModelKind, Progress, StepDone
 from .model_files import file_fingerprint, names_in, path_of
 from .node_text import say
 from .parallel_mesh import MeshSocket, ParallelMesh, make_room
@@ -20,18 +20,21 @@ from .remote_model import interruptible, remote_patcher
 FOLDER = "diffusion_models"
 
 
-def load_remote_model(mesh: ParallelMesh, path: Path) -> tuple[RemoteModel, str]:
-    """The model in the backend, and a line about how it came there."""
-    backend = mesh.backend()
-    room = make_room(backend, path.stat().st_size // mesh.mesh.tp if path.is_file() else 0)
+def load_remote_model(mesh: ParallelMesh, kind: ModelKind, path: Path) -> tuple[RemoteModel, str]:
+    """The model in the backend, and a line about how it came there.
+
+    Raises: CheckpointError: not a model of that kind.
+    """
+    backend, degrees = mesh.backend(), mesh.unet if kind == "unet" else mesh.mmdit
+    room = make_room(backend, path.stat().st_size // degrees.tp if path.is_file() else 0)
     bar = comfy.utils.ProgressBar(1)
 
     def on_event(event: Progress | StepDone, _: Sequence[Tensor]) -> None:
         if isinstance(event, Progress):
-            say(f"{event.what} on {mesh.mesh.describe()}")
+            say(f"{event.what} on {degrees.describe()}")
             bar.update_absolute(event.done, event.total)
 
-    remote = interruptible(backend.load_model, path, mesh.mesh, mesh.dtype, mesh.kernel, on_event=on_event)
+    remote = interruptible(backend.load_model, path, degrees, mesh.dtype, mesh.kernel, kind=kind, on_event=on_event)
     bar.update_absolute(1, 1)
     return remote, "\n".join(filter(None, [load_report(remote), room]))
 
@@ -79,7 +82,43 @@ class LoadParallelMMDiT(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str, mesh: ParallelMesh) -> io.NodeOutput:
-        path = path_of(model_name, FOLDER)
-        remote, report = load_remote_model(mesh, path)
-        say(report)
-        return io.NodeOutput(remote_patcher(remote, path, getattr(torch, mesh.dtype)), ui=ui.PreviewText(report))
+        return load("mmdit", model_name, mesh)
+
+
+class LoadParallelUNet(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoadParallelUNet",
+            display_name="Load Parallel UNet (SDXL)",
+            category="parallel",
+            description="Loads an SDXL UNet (base, refiner, turbo, lightning, SSD-1B, KOALA) into the backend, where each "
+            "rank computes a band of the image. The MODEL works with KSampler and guiders; ParallelSampler runs the "
+            "whole loop in the backend.",
+            search_aliases=["sdxl", "multi gpu", "distrifusion", "load diffusion model"],
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=names_in(FOLDER),
+                    tooltip="A .safetensors file of the diffusion_models or checkpoints folder.",
+                ),
+                MeshSocket.Input("mesh", tooltip="From Mesh Config; its patch ranks take a band each."),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="A MODEL whose weights live in the backend.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name: str, mesh: None = None) -> str:
+        return file_fingerprint(path_of(model_name, FOLDER))
+
+    @classmethod
+    def execute(cls, model_name: str, mesh: ParallelMesh) -> io.NodeOutput:
+        return load("unet", model_name, mesh)
+
+
+def load(kind: ModelKind, model_name: str, mesh: ParallelMesh) -> io.NodeOutput:
+    """A loader's output: the MODEL, and how it came to be there."""
+    path = path_of(model_name, FOLDER)
+    remote, report = load_remote_model(mesh, kind, path)
+    say(report)
+    return io.NodeOutput(remote_patcher(remote, path, getattr(torch, mesh.dtype)), ui=ui.PreviewText(report))

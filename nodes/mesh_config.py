@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..parallel_backend.config import DEFAULT_IDLE_SECONDS, DTYPES, KERNELS, BackendSpec, MeshSpec
+from ..parallel_backend.config import DEFAULT_IDLE_SECONDS, DTYPES, KERNELS, BackendSpec
 from ..parallel_backend.errors import BackendError
 from ..parallel_backend.rpc.launcher import default_ranks
 from .node_text import say
@@ -27,6 +27,7 @@ def parallel_mesh(
     backend: str,
     memory_budget_mib: int,
     idle_minutes: int,
+    patch: int = 0,
 ) -> ParallelMesh:
     """The settings as one object.
 
@@ -42,9 +43,9 @@ def parallel_mesh(
         ) from None
     world_size = ranks or len(ordinals) or (found if device == found_device else 2)
     spec = BackendSpec(backend, world_size, device, ordinals, idle_minutes * 60.0, memory_budget_mib * 2**20)  # type: ignore[arg-type]
-    mesh = MeshSpec.filled(world_size, dp=dp, cfg=cfg, ring=ring, ulysses=ulysses, tp=tp)
+    degrees = {"dp": dp, "cfg": cfg, "patch": patch, "ring": ring, "ulysses": ulysses, "tp": tp}
     dtype = ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype
-    return ParallelMesh(spec, mesh, dtype, attention)
+    return ParallelMesh(spec, degrees, dtype, attention)
 
 
 class MeshConfig(io.ComfyNode):
@@ -79,21 +80,21 @@ class MeshConfig(io.ComfyNode):
                     default=0,
                     min=0,
                     max=64,
-                    tooltip="Tokens over ranks, exchanged for heads in attention. 0: whatever is left.",
+                    tooltip="MMDiT: tokens over ranks, exchanged for heads in attention. 0: whatever is left.",
                 ),
                 io.Int.Input(
                     "ring",
                     default=1,
                     min=1,
                     max=64,
-                    tooltip="Tokens over ranks, keys and values sent round a ring. For slow links or long sequences.",
+                    tooltip="MMDiT: tokens over ranks, keys and values sent round a ring. For slow links or long sequences.",
                 ),
                 io.Int.Input(
                     "tp",
                     default=1,
                     min=1,
                     max=64,
-                    tooltip="Weights over ranks: each holds 1/tp of the model. For models that don't fit one GPU.",
+                    tooltip="MMDiT: weights over ranks: each holds 1/tp of the model. For models that don't fit one GPU.",
                 ),
                 io.Int.Input(
                     "dp", default=1, min=1, max=64, tooltip="The batch over ranks. Only for batches of several images."
@@ -132,6 +133,14 @@ class MeshConfig(io.ComfyNode):
                     tooltip="The backend ends itself after so long without work.",
                     advanced=True,
                 ),
+                io.Int.Input(
+                    "patch",
+                    default=0,
+                    min=0,
+                    max=64,
+                    optional=True,
+                    tooltip="UNet: horizontal bands of the image over ranks. 0: whatever is left.",
+                ),
             ],
             outputs=[MeshSocket.Output(display_name="mesh", tooltip="For the parallel loaders.")],
         )
@@ -147,6 +156,7 @@ class MeshConfig(io.ComfyNode):
         ring: int | None = None,
         tp: int | None = None,
         dp: int | None = None,
+        patch: int | None = 0,
     ) -> bool:
         given = {
             "ranks": ranks,
@@ -157,6 +167,7 @@ class MeshConfig(io.ComfyNode):
             "ring": ring,
             "tp": tp,
             "dp": dp,
+            "patch": patch,
         }
         if None in given.values():  # a linked value is known only when the node runs
             return True

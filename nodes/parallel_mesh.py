@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import comfy.model_management as mm
 from comfy_api.latest import io
 
 from ..parallel_backend import Backend, MeshSpec
-from ..parallel_backend.config import BackendSpec
+from ..parallel_backend.config import MMDIT_REST, UNET_REST, BackendSpec
 from ..parallel_backend.rpc.messages import RankState
 from .node_text import say
 
@@ -19,9 +21,15 @@ ACTIVATION_BYTES = 1536 * 2**20
 class ParallelMesh:
     """Immutable but for the connection, which is made at first use and kept as long as ComfyUI keeps this."""
 
-    def __init__(self, spec: BackendSpec, mesh: MeshSpec, dtype: str, kernel: str) -> None:
-        self.spec, self.mesh, self.dtype, self.kernel = spec, mesh, dtype, kernel
+    def __init__(self, spec: BackendSpec, degrees: Mapping[str, int], dtype: str, kernel: str) -> None:
+        """`degrees` of 0 are left open. Raises: ConfigError: they don't fit the ranks."""
+        self.spec, self.degrees, self.dtype, self.kernel = spec, degrees, dtype, kernel
+        self.mmdit, self.unet = (self._filled(rest) for rest in (MMDIT_REST, UNET_REST))
         self._backend: Backend | None = None
+
+    def _filled(self, rest: str) -> MeshSpec:
+        """The mesh in which the axis `rest` takes the ranks that nothing was said of."""
+        return MeshSpec.filled(self.spec.world_size, rest, **self.degrees)
 
     def backend(self) -> Backend:
         """The running backend, or one started now; an interrupt in ComfyUI ends the wait.
@@ -48,7 +56,10 @@ class ParallelMesh:
     def describe(self) -> str:
         where = ",".join(map(str, self.spec.devices)) or "all"
         place = f"cuda {where}" if self.spec.device == "cuda" else "cpu"
-        return f"{self.spec.world_size} ranks on {place}: {self.mesh.describe()}, {self.dtype}"
+        mesh = self.mmdit.describe()
+        if self.unet != self.mmdit:
+            mesh += f" (UNet: {self.unet.describe()})"
+        return f"{self.spec.world_size} ranks on {place}: {mesh}, {self.dtype}"
 
 
 def make_room(backend: Backend, rank_bytes: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management as mm
@@ -12,37 +13,58 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 
 from ..parallel_backend.config import SAMPLERS, SCHEDULERS
-from ..parallel_backend.errors import CancelledError, UnsupportedError
+from ..parallel_backend.errors import UnsupportedError
+from ..parallel_backend.rpc.messages import Result
 from ..parallel_backend.rpc.remote import Step
-from .comfy_types import ON_KSAMPLER, flow_shift, loop_patches, refuse, to_conditioning, weight_patches
+from .comfy_types import (
+    ON_KSAMPLER,
+    flow_shift,
+    loop_patches,
+    refuse,
+    sampling_patches,
+    sd3_conditioning,
+    sdxl_conditioning,
+    weight_patches,
+)
 from .node_text import say
-from .remote_model import RemotePatcher
+from .remote_model import RemotePatcher, interruptible
+
+
+@dataclass(frozen=True)
+class Settings:
+    """KSampler's widgets, and how ranks exchange what they share."""
+
+    seed: int
+    steps: int
+    cfg: float
+    sampler_name: str
+    scheduler: str
+    denoise: float
+    displaced: bool = False
+    warmup_steps: int = 4
 
 
 def sample(
-    model: ModelPatcher,
-    seed: int,
-    steps: int,
-    cfg: float,
-    sampler_name: str,
-    scheduler: str,
-    positive: list[Any],
-    negative: list[Any],
-    latent: dict[str, Any],
-    denoise: float,
+    model: ModelPatcher, settings: Settings, positive: list[Any], negative: list[Any], latent: dict[str, Any]
 ) -> tuple[dict[str, Any], str]:
-    """KSampler's result from one request, and a line about its speed.
+    """KSampler's result from one request, and a line about its speed and price.
 
     Raises: UnsupportedError: not a parallel MODEL, or something on it or its conditioning that the loop can't honour.
     """
     if not isinstance(model, RemotePatcher):
-        raise UnsupportedError("ParallelSampler needs a MODEL from LoadParallelMMDiT.", "Use KSampler for this one.")
+        raise UnsupportedError("ParallelSampler needs a MODEL from a parallel loader.", "Use KSampler for this one.")
     refuse(weight_patches(model), "ParallelSampler", "Remove those nodes.")
     refuse(loop_patches(model), "ParallelSampler", ON_KSAMPLER)
-    prompts = [to_conditioning(c, name) for c, name in ((positive, "positive"), (negative, "negative"))]
-    shift = flow_shift(model)
     full = comfy.sample.fix_empty_latent_channels(model, latent["samples"], latent.get("downscale_ratio_spacial"))
-    callback = latent_preview.prepare_callback(model, steps)
+    named = ((positive, "positive"), (negative, "negative"))
+    if model.remote.family.startswith("sdxl"):
+        refuse(sampling_patches(model), "ParallelSampler", ON_KSAMPLER)
+        prompts = [sdxl_conditioning(conditioning, name, model, full) for conditioning, name in named]
+        shift = 1.0  # of flow models alone
+    else:
+        prompts = [sd3_conditioning(conditioning, name) for conditioning, name in named]
+        shift = flow_shift(model)
+    callback = latent_preview.prepare_callback(model, settings.steps)
     shown = latent_preview.get_previewer(model.load_device, model.model.latent_format) is not None
     clock = StepClock()
 
@@ -51,30 +73,36 @@ def sample(
         mm.throw_exception_if_processing_interrupted()
         callback(step.index, step.denoised, step.x, step.total)
 
-    try:
-        out = model.remote.sample(
-            full,
-            prompts[0],
-            prompts[1],
-            seed=seed,
-            steps=steps,
-            cfg_scale=cfg,
-            sampler=sampler_name,
-            scheduler=scheduler,
-            denoise=denoise,
-            shift=shift,
-            noise_mask=latent.get("noise_mask"),
-            batch_index=latent.get("batch_index"),
-            preview=shown,
-            on_step=on_step,
-            should_cancel=mm.processing_interrupted,
-        )
-    except CancelledError:
-        mm.throw_exception_if_processing_interrupted()
-        raise
+    out = interruptible(
+        model.remote.sample,
+        full,
+        prompts[0],
+        prompts[1],
+        seed=settings.seed,
+        steps=settings.steps,
+        cfg_scale=settings.cfg,
+        sampler=settings.sampler_name,
+        scheduler=settings.scheduler,
+        denoise=settings.denoise,
+        shift=shift,
+        warmup_steps=settings.warmup_steps if settings.displaced else None,
+        noise_mask=latent.get("noise_mask"),
+        batch_index=latent.get("batch_index"),
+        preview=shown,
+        on_step=on_step,
+    )
     rest = {k: v for k, v in latent.items() if k not in ("downscale_ratio_spacial", "downscale_ratio_temporal")}
     samples = out.to(device=mm.intermediate_device(), dtype=latent["samples"].dtype)
-    return {**rest, "samples": samples}, clock.report()
+    return {**rest, "samples": samples}, f"{clock.report()}{price(model.remote.last)}"
+
+
+def price(result: Result | None) -> str:
+    """What the ranks' exchange cost rank 0: its share of the time, and bytes of each axis. Empty for one rank."""
+    if result is None or not result.costs or not result.steps:
+        return ""
+    waited = sum(cost.waited for cost in result.costs) / result.seconds
+    sent = ", ".join(f"{cost.axis} {cost.sent_bytes / result.steps / 2**20:.1f} MiB" for cost in result.costs)
+    return f"; {waited:.0%} of it waiting for others; sent a step: {sent}"
 
 
 class StepClock:
@@ -104,7 +132,7 @@ class ParallelSampler(io.ComfyNode):
             "The same latent as KSampler's for the same seed and settings.",
             search_aliases=["ksampler", "multi gpu", "sampler"],
             inputs=[
-                io.Model.Input("model", tooltip="From Load Parallel MMDiT."),
+                io.Model.Input("model", tooltip="From Load Parallel MMDiT or Load Parallel UNet."),
                 io.Int.Input(
                     "seed",
                     default=0,
@@ -141,6 +169,21 @@ class ParallelSampler(io.ComfyNode):
                     step=0.01,
                     tooltip="Below 1 the start keeps something of the latent: image to image.",
                 ),
+                io.Boolean.Input(
+                    "displaced",
+                    default=False,
+                    optional=True,
+                    tooltip="UNets on several patch ranks: after the warm-up, ranks go on with what the others had a step "
+                    "ago. Faster, and not exact.",
+                ),
+                io.Int.Input(
+                    "warmup_steps",
+                    default=4,
+                    min=0,
+                    max=10000,
+                    optional=True,
+                    tooltip="Exact steps before displaced ones. More: nearer to exact, and slower.",
+                ),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="The denoised latent.")],
         )
@@ -149,18 +192,11 @@ class ParallelSampler(io.ComfyNode):
     def execute(
         cls,
         model: ModelPatcher,
-        seed: int,
-        steps: int,
-        cfg: float,
-        sampler_name: str,
-        scheduler: str,
         positive: list[Any],
         negative: list[Any],
         latent_image: dict[str, Any],
-        denoise: float,
+        **settings: Any,
     ) -> io.NodeOutput:
-        latent, report = sample(
-            model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise
-        )
+        latent, report = sample(model, Settings(**settings), positive, negative, latent_image)
         say(report)
         return io.NodeOutput(latent, ui=ui.PreviewText(report))

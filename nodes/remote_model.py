@@ -25,6 +25,8 @@ from .comfy_types import refuse, transformer_patches, weight_patches
 
 FROM_SCRATCH = "sd3-from-scratch"
 _PREFIX = "model.diffusion_model."
+# Beside an SDXL model in its file: they tell ComfyUI what its output means.
+_OUTPUT_MARKS = ("v_pred", "ztsnr")
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ELSEWHERE = "The weights live in the backend. Remove that node, or load the model with ComfyUI's own loader."
 
@@ -47,7 +49,8 @@ def meta_state_dict(path: Path) -> dict[str, Tensor]:
         if name != "__metadata__"
     }
     if any(name.startswith(_PREFIX) for name in entries):
-        entries = {name.removeprefix(_PREFIX): e for name, e in entries.items() if name.startswith(_PREFIX)}
+        kept = (name for name in entries if name.startswith(_PREFIX) or name in _OUTPUT_MARKS)
+        entries = {name.removeprefix(_PREFIX): entries[name] for name in kept}
     return {
         name: torch.empty(entry["shape"], dtype=_DTYPES.get(entry["dtype"], torch.float32), device="meta")
         for name, entry in entries.items()
@@ -206,6 +209,7 @@ def remote_patcher(remote: RemoteModel, path: Path, dtype: torch.dtype) -> Remot
     else:
         meta = meta_state_dict(path)
         config = comfy.model_detection.model_config_from_unet(meta, "")
+        config = config or comfy.model_detection.model_config_from_diffusers_unet(meta)
     if config is None:
         raise CheckpointError(f"ComfyUI doesn't recognise the model in {path.name}.", "Update ComfyUI.")
     config.set_inference_dtype(dtype, None)

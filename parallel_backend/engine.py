@@ -137,14 +137,14 @@ class Engine:
         job.control.agreed(lambda: self._check_load(body, job.control.world_size))
         opened, spec = None, body.mesh
         if spec is None:
-            opened = job.control.agreed(lambda: open_model(Path(body.path)))
+            opened = job.control.agreed(lambda: open_model(Path(body.path), body.kind))
             spec = MeshSpec.exact_default(job.control.world_size, opened.kind.rest)
         name = f"{body.key}/{body.dtype}/{body.kernel}/{spec.describe()}/{'-'.join(spec.order)}"
         if name in self.residents:
             return self._loaded(name, _Sizes(0, 0), [], start, job), []
         mesh = self._mesh(spec)
         dtype = getattr(torch, body.dtype)
-        opened = opened or job.control.agreed(lambda: open_model(Path(body.path)))
+        opened = opened or job.control.agreed(lambda: open_model(Path(body.path), body.kind))
 
         def build() -> tuple[nn.Module, str, int]:
             spec.check_axes(opened.kind.axes, opened.config.family)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from comfyui.installation import HERE, ComfyInstallation
-from safetensors.torch import load_file, save_file
+from comfyui.installation import ComfyInstallation
+from comfyui.ksampler import ksampler_latents
 from torch import Tensor
 
 from parallel_backend import Backend, Conditioning, MeshSpec, SamplerSpec
@@ -59,21 +57,9 @@ def inputs() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def reference(comfy: ComfyInstallation, models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    folder = tmp_path_factory.mktemp("reference")
-    cases = {name: BASE | case for name, case in CASES.items()}
-    save_file(inputs(), folder / "cases.safetensors", metadata={"cases": json.dumps(cases)})
     model = models / "diffusion_models" / "sd3.5-medium.safetensors"
-    command = [
-        comfy.python,
-        HERE / "reference.py",
-        comfy.folder,
-        model,
-        folder / "cases.safetensors",
-        folder / "out.safetensors",
-    ]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return load_file(folder / "out.safetensors")
+    cases = {name: BASE | case for name, case in CASES.items()}
+    return ksampler_latents(comfy, model, inputs(), cases, tmp_path_factory.mktemp("reference"))
 
 
 @pytest.mark.parametrize("name", CASES)

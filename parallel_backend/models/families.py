@@ -88,14 +88,23 @@ class OpenedModel:
     lazy: frozenset[str] = frozenset()
 
 
-def open_model(path: Path) -> OpenedModel:
-    """Raises: CheckpointError, UnsupportedError: the file holds something else; the message says what."""
-    if path.suffix in PICKLED:
+def open_model(path: Path, kind: str = "any") -> OpenedModel:
+    """The model at `path`; `kind` is mmdit, unet or any.
+
+    Raises: CheckpointError, UnsupportedError: the file holds something else; the message says what.
+    """
+    if path.suffix in PICKLED and kind != "unet":
         return _open_from_scratch(path)
     source = SafetensorsSource(path)
-    if is_from_scratch(source):
+    if is_from_scratch(source) and kind != "unet":
         return _open_from_scratch(path)
-    return _open_unet(path) if is_unet(source) else _open_mmdit(path)
+    if is_unet(source) and kind != "mmdit":
+        return _open_unet(path)
+    if kind == "unet":
+        raise CheckpointError(
+            f"{path.name} holds no UNet.", "Choose an SDXL model; LoadParallelMMDiT opens SD3 and SD3.5."
+        )
+    return _open_mmdit(path)
 
 
 def _open_mmdit(path: Path) -> OpenedModel:

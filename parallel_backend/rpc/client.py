@@ -34,6 +34,7 @@ from .messages import (
     Loaded,
     LoadModel,
     LoadVAE,
+    ModelKind,
     Progress,
     Reply,
     ReplyHeader,
@@ -130,6 +131,7 @@ class Backend:
         dtype: str = "bfloat16",
         kernel: str = "auto",
         *,
+        kind: ModelKind = "any",
         on_event: OnEvent | None = None,
         should_cancel: Callable[[], bool] | None = None,
     ) -> RemoteModel:
@@ -137,10 +139,11 @@ class Backend:
 
         Args:
             mesh: None takes cfg 2 where the ranks are even; the rest is ulysses, or bands (patch) for a UNet.
+            kind: refuses a file of another one.
         Raises: CheckpointError, ConfigError.
         """
         resolved = Path(path).resolve()
-        load = LoadModel(str(resolved), content_key(resolved), dtype, mesh, kernel)
+        load = LoadModel(str(resolved), content_key(resolved), dtype, mesh, kernel, kind)
         return RemoteModel(self, load, self.load(load, on_event, should_cancel))
 
     def load_vae(

@@ -6,7 +6,7 @@ rank 0 at once, also while a job runs.
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import msgspec
 
@@ -14,6 +14,7 @@ from ..config import MeshSpec, SamplerSpec
 from ..version import __version__
 
 TensorIndex: TypeAlias = int
+ModelKind: TypeAlias = Literal["any", "mmdit", "unet"]
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
@@ -25,7 +26,7 @@ class Hello(Message, frozen=True):
 
 
 class LoadModel(Message, frozen=True):
-    """Hold the MMDiT or UNet at `path`; a no-op where `key`, dtype, mesh and kernel are resident already.
+    """Hold the model at `path`, which must be of that kind; a no-op where `key`, dtype, mesh and kernel are resident already.
 
     Without a mesh the backend takes an exact one that suits the family: see MeshSpec.exact_default.
     """
@@ -35,6 +36,7 @@ class LoadModel(Message, frozen=True):
     dtype: str
     mesh: MeshSpec | None
     kernel: str = "auto"
+    kind: ModelKind = "any"
 
 
 class LoadVAE(Message, frozen=True):

@@ -35,7 +35,7 @@ def main(comfy_folder, model_path, cases_path, out_path):
             patched = ModelSamplingSD3().patch(model, case["shift"])[0] if "shift" in case else model
             latent = tensors[case["latent"]]
             prompts = [
-                [[tensors[case[which]], {"pooled_output": tensors[case[which] + ".pooled"]}]]
+                [[tensors[case[which]], {"pooled_output": tensors[case[which] + ".pooled"], **case.get("options", {})}]]
                 for which in ("positive", "negative")
             ]
             results[name] = comfy.sample.sample(
