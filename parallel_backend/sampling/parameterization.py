@@ -87,6 +87,15 @@ class Discrete:
     @cached_property
     def sigmas(self) -> Tensor:
         """Of each timestep, ascending, fp32."""
+        return self._exact_sigmas.float()
+
+    @cached_property
+    def log_sigmas(self) -> Tensor:
+        """fp32, of the exact sigmas: half-way between two timesteps the last bit decides which one is nearest."""
+        return self._exact_sigmas.log().float()
+
+    @cached_property
+    def _exact_sigmas(self) -> Tensor:
         roots = torch.linspace(self.first_beta**0.5, self.last_beta**0.5, self.steps, dtype=torch.float64)
         signal = torch.cumprod(1 - roots**2, 0)
         if self.zero_snr:
@@ -94,18 +103,17 @@ class Discrete:
             signal = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
             # A signal of 0 would be an infinite sigma; this one is as near as ComfyUI goes.
             signal[-1] = 4.8973451890853435e-08
-        return ((1 - signal) / signal).sqrt().float()
+        return ((1 - signal) / signal).sqrt()
 
     def sigma(self, timestep: Tensor) -> Tensor:
         """Between timesteps, log sigma is linear."""
-        log_sigmas = self.sigmas.log()
         t = timestep.float().cpu().clamp(0, self.steps - 1)
         low, high, share = t.floor().long(), t.ceil().long(), t.frac()
-        return ((1 - share) * log_sigmas[low] + share * log_sigmas[high]).exp().to(timestep.device)
+        return ((1 - share) * self.log_sigmas[low] + share * self.log_sigmas[high]).exp().to(timestep.device)
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """The nearest in log sigma."""
-        distances = sigma.log().cpu().reshape(-1, 1) - self.sigmas.log()
+        distances = sigma.log().cpu().reshape(-1, 1) - self.log_sigmas
         return distances.abs().argmin(1).view(sigma.shape).to(sigma.device)
 
     def model_input(self, x: Tensor, sigma: Tensor) -> Tensor:
