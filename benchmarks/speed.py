@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 """Two ranks against one process, per method: seconds of a sampling step.
 
-    python benchmarks/speed.py --tokens 1024 --rounds 7
+    python benchmarks/speed.py mmdit --side 512 --rounds 7
+    python benchmarks/speed.py unet --side 512 --rounds 7
 
-The model: an SD3-layout MMDiT of 12 blocks, hidden 768, random weights, fp32; guidance on, 154 text tokens.
+The models have random weights in fp32; guidance is on. mmdit: SD3's layout, 12 blocks, hidden 768, 154 text tokens.
+unet: SDXL's layout, 170 million parameters, 77 text tokens.
 """
 
 from __future__ import annotations
@@ -14,76 +16,128 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from interleaved import interleaved, machine, ratio
 
 from parallel_backend import Backend, Conditioning, MeshSpec, SamplerSpec
-from parallel_backend.demo_checkpoints import random_prompt, small_config, write_mmdit
+from parallel_backend.demo_checkpoints import (
+    random_prompt,
+    random_sdxl_prompt,
+    small_config,
+    small_unet_config,
+    write_mmdit,
+    write_unet,
+)
 from parallel_backend.one_process import OneProcess
 from parallel_backend.rpc.launcher import KEEP_FREED_MEMORY
 
-MESHES = {
-    "cfg=2": MeshSpec(cfg=2),
-    "ulysses=2": MeshSpec(ulysses=2),
-    "ring=2": MeshSpec(ring=2),
-    "tp=2": MeshSpec(tp=2),
-}
-PROMPTS = Conditioning(*random_prompt(1, 154)), Conditioning(*random_prompt(2, 154))
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, and the meshes and warm-ups that it is timed with."""
+
+    path: Path
+    channels: int
+    prompts: tuple[Conditioning, Conditioning]
+    cases: Mapping[str, tuple[MeshSpec, int | None]]
 
 
-def alone(path: Path, side: int, steps: int, threads: int) -> Callable[[], float]:
+def mmdit(folder: Path) -> Subject:
+    config = small_config("sd3-medium", depth=12, heads=12, pos_embed_size=96)
+    prompts = Conditioning(*random_prompt(1, 154)), Conditioning(*random_prompt(2, 154))
+    meshes = {
+        "cfg=2": MeshSpec(cfg=2),
+        "ulysses=2": MeshSpec(ulysses=2),
+        "ring=2": MeshSpec(ring=2),
+        "tp=2": MeshSpec(tp=2),
+    }
+    return Subject(
+        write_mmdit(folder / "mmdit.safetensors", config), 16, prompts, {name: (m, None) for name, m in meshes.items()}
+    )
+
+
+def unet(folder: Path) -> Subject:
+    config = small_unet_config((160, 320, 640), (0, 1, 2))
+    prompts = Conditioning(*random_sdxl_prompt(1)), Conditioning(*random_sdxl_prompt(2))
+    bands = MeshSpec(patch=2)
+    cases: dict[str, tuple[MeshSpec, int | None]] = {
+        "cfg=2": (MeshSpec(cfg=2), None),
+        "patch=2, sync": (bands, None),
+        "patch=2, displaced after 1": (bands, 1),
+    }
+    return Subject(write_unet(folder / "unet.safetensors", config), 4, prompts, cases)
+
+
+SUBJECTS = {"mmdit": mmdit, "unet": unet}
+
+
+def alone(subject: Subject, side: int, steps: int, threads: int) -> Callable[[], float]:
     """A step in this process, by the same engine as the ranks run."""
-    model = OneProcess(path)
+    model = OneProcess(subject.path)
 
     def case() -> float:
         torch.set_num_threads(threads)
         start = time.perf_counter()
-        model.sample(torch.zeros(1, 16, side, side), *PROMPTS, SamplerSpec(steps=steps, seed=1))
+        model.sample(torch.zeros(1, subject.channels, side, side), *subject.prompts, SamplerSpec(steps=steps, seed=1))
         return (time.perf_counter() - start) / steps
 
     return case
 
 
-def on_two_ranks(backend: Backend, path: Path, side: int, steps: int, mesh: MeshSpec) -> Callable[[], float]:
-    model = backend.load_model(path, mesh, "float32")
+def on_two_ranks(
+    backend: Backend, subject: Subject, side: int, steps: int, mesh: MeshSpec, warmup: int | None
+) -> Callable[[], float]:
+    """The mean of the steps after the warm-up, as their progress reports arrive; of all steps without one."""
+    model = backend.load_model(subject.path, mesh, "float32")
 
     def case() -> float:
-        start = time.perf_counter()
-        model.sample(torch.zeros(1, 16, side, side), *PROMPTS, seed=1, steps=steps)
-        return (time.perf_counter() - start) / steps
+        times = [time.perf_counter()]
+        model.sample(
+            torch.zeros(1, subject.channels, side, side),
+            *subject.prompts,
+            seed=1,
+            steps=steps,
+            warmup_steps=warmup,
+            on_step=lambda step: times.append(time.perf_counter()),
+        )
+        if warmup is None:
+            return (time.perf_counter() - times[0]) / steps
+        return (times[-1] - times[1 + warmup]) / (steps - 1 - warmup)
 
     return case
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=1024, help="image tokens, a square number")
+    parser.add_argument("subject", choices=list(SUBJECTS))
+    parser.add_argument("--side", type=int, default=512, help="pixels; 512 are 1024 image tokens of an MMDiT")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=1)
-    parser.add_argument("--meshes", nargs="+", default=list(MESHES), choices=list(MESHES))
+    parser.add_argument("--steps", type=int, default=1, help="5 or more where displaced steps are timed")
     args = parser.parse_args()
     if not KEEP_FREED_MEMORY.items() <= os.environ.items():  # as the ranks have it, and read only at a start
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_FREED_MEMORY)
-    side = 2 * round(args.tokens**0.5)
+    side = args.side // 8
     with tempfile.TemporaryDirectory() as folder:
-        config = small_config("sd3-medium", depth=12, heads=12, pos_embed_size=96)
-        path = write_mmdit(Path(folder) / "mmdit.safetensors", config)
+        subject = SUBJECTS[args.subject](Path(folder))
         backend = Backend.attach_or_start(2, "cpu", "benchmark")
         try:
             cases = {
-                "one process, 1 thread": alone(path, side, args.steps, 1),
-                "one process, 2 threads": alone(path, side, args.steps, 2),
+                "one process, 1 thread": alone(subject, side, args.steps, 1),
+                "one process, 2 threads": alone(subject, side, args.steps, 2),
             }
-            for name in args.meshes:
-                cases[f"two ranks, {name}"] = on_two_ranks(backend, path, side, args.steps, MESHES[name])
-            times = interleaved(cases, args.rounds, f"{args.tokens} tokens")
+            for name, (mesh, warmup) in subject.cases.items():
+                cases[f"two ranks, {name}"] = on_two_ranks(backend, subject, side, args.steps, mesh, warmup)
+            times = interleaved(cases, args.rounds, f"{args.subject}, {args.side} pixels")
         finally:
             backend.stop()
     base = times["one process, 1 thread"]
-    print(f"{machine()}\n{args.tokens} image + 154 text tokens, guidance on; medians of {args.rounds} rounds\n")
+    print(
+        f"{machine()}\n{args.subject}, {args.side} x {args.side} pixels, guidance on; medians of {args.rounds} rounds\n"
+    )
     print("| | s a step | times faster than one thread |\n|---|---|---|")
     for name, seconds in times.items():
         print(f"| {name} | {statistics.median(seconds):.3f} | {ratio(base, seconds):.2f} |")

@@ -1,4 +1,4 @@
-"""The command line: serve, status, stop, demo."""
+"""The command line: serve, status, stop, convert, train, bench, demo."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="parallel-mmdit", description="One SD3.5 image on many GPUs.")
+    parser = argparse.ArgumentParser(prog="parallel-mmdit", description="One SD3.5 or SDXL image on many GPUs.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -58,6 +58,16 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train the demo's small checkpoints (pip install '.[train]')")
     _train_arguments(train)
+
+    bench = commands.add_parser("bench", help="figures about this machine and the methods")
+    benches = bench.add_subparsers(required=True, metavar="FIGURE")
+    quality = benches.add_parser("quality", help="what displaced steps cost, by ranks and warm-up steps")
+    quality.add_argument("--ranks", type=int, nargs="+", default=[2, 3, 4])
+    quality.add_argument("--warmups", type=int, nargs="+", default=[0, 1, 2, 4])
+    quality.add_argument("--steps", type=int, default=20)
+    quality.add_argument("--size", type=int, default=256, help="pixels")
+    quality.add_argument("--model", type=Path, help="an SDXL UNet; a small one with random weights where left out")
+    quality.set_defaults(run=_quality)
 
     demo = commands.add_parser("demo", help="sample a picture on two CPU ranks, with nothing downloaded")
     demo.add_argument("--output", default="demo-output", help="folder for the picture and the small checkpoint")
@@ -119,6 +129,13 @@ def _convert(args: argparse.Namespace) -> int:
 
     convert(args.pickle, args.output)
     print(f"{args.output} ({args.output.stat().st_size / 2**20:.0f} MiB)")
+    return 0
+
+
+def _quality(args: argparse.Namespace) -> int:
+    from .bench.quality import run_quality
+
+    run_quality(args.ranks, args.warmups, args.steps, args.size, args.model)
     return 0
 
 

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import MeshSpec
 from .distributed.mesh import build_mesh
 from .models.mmdit import HEAD_DIM, MMDiT, MMDiTConfig
+from .models.unet import UNetConfig, micro_conditioning
 
 DEMO_FAMILIES = ("sd3-medium", "sd3.5-medium", "sd3.5-large")
 
@@ -73,6 +74,38 @@ def write_mmdit(
     return path
 
 
+def small_unet_config(widths: tuple[int, ...] = (64, 128, 256), depths: tuple[int, ...] = (0, 1, 2)) -> UNetConfig:
+    """An SDXL UNet of these widths, with so many transformer blocks in each layer of each scale."""
+    layers = 1
+    return UNetConfig(
+        family="sdxl",
+        channels=4,
+        block_channels=widths,
+        layers_per_block=layers,
+        down_depths=tuple((depth,) * layers for depth in depths),
+        up_depths=tuple((depth,) * (layers + 1) for depth in reversed(depths)),
+        mid_depth=depths[-1],
+        context_width=2048,
+        pooled_width=2816,
+    )
+
+
+def write_unet(path: Path, config: UNetConfig, seed: int = 0) -> Path:
+    """A UNet file under diffusers' names, with random weights scaled so that activations stay near 1."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    model: Any = UNet2DConditionModel(**config.diffusers())
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        values = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim > 1:
+            tensors[name] = values / parameter[0].numel() ** 0.5
+        else:
+            tensors[name] = float("norm" in name and name.endswith("weight")) + 0.05 * values
+    save_file(tensors, path, metadata={"format": "pt", "note": "random weights"})
+    return path
+
+
 def write_taesd(folder: Path, name: str = "taesd3", channels: int = 16, seed: int = 0) -> tuple[Path, Path]:
     """TAESD's encoder and decoder files, under the names that ComfyUI's vae_approx folder has them."""
     with torch.random.fork_rng(devices=[]):
@@ -101,3 +134,10 @@ def random_prompt(seed: int, tokens: int = 77, rows: int = 1) -> tuple[Tensor, T
     """(context, pooled) in SD3's shapes, for when there is no text encoder."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, tokens, 4096, generator=generator), torch.randn(rows, 2048, generator=generator)
+
+
+def random_sdxl_prompt(seed: int, tokens: int = 77, side: int = 1024) -> tuple[Tensor, Tensor]:
+    """(context, pooled with the sizes of a square picture embedded) in SDXL's shapes."""
+    generator = torch.Generator().manual_seed(seed)
+    pooled = torch.randn(1, 1280, generator=generator)
+    return torch.randn(1, tokens, 2048, generator=generator), micro_conditioning(pooled, [side, side, 0, 0, side, side])

@@ -13,6 +13,7 @@ from clip_files import write_clip
 from comfyui.installation import ComfyInstallation, find_installation
 from rank_pool import RankPool
 from safetensors.torch import load_file, save_file
+from unet_files import CONFIGS, write_unet
 from vae_files import write_kl_vae
 
 from parallel_backend import Backend
@@ -50,6 +51,10 @@ def workflow_models(models: Path) -> Path:
     whole = {prefix + name: tensor for prefix, file in parts for name, tensor in load_file(file).items()}
     (models / "checkpoints").mkdir(exist_ok=True)
     save_file(whole, models / "checkpoints" / "sd3.5_medium.safetensors")
+    vae = {f"first_stage_model.{n}": t for n, t in load_file(models / "vae" / "sdxl_vae.safetensors").items()}
+    for name, config in (("base", "koala"), ("refiner", "comfy-refiner")):
+        path = models / "checkpoints" / f"sd_xl_{name}_1.0.safetensors"
+        write_unet(path, CONFIGS[config], prefix="model.diffusion_model.", dtype=torch.float16, extra=vae)
     write_clip(models / "text_encoders" / "clip_l.safetensors", width=768, layers=12)
     write_clip(models / "text_encoders" / "clip_g.safetensors", width=1280, layers=32)
     return models

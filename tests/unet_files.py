@@ -42,6 +42,15 @@ CONFIGS = {
         up_depths=((0, 0), (0, 0), (0, 0)),
         mid_depth=0,
     ),
+    # The smallest that ComfyUI takes for SDXL's refiner.
+    "comfy-refiner": UNetConfig(
+        **REFINER,  # type: ignore[arg-type]
+        block_channels=(384, 384, 384, 384),
+        layers_per_block=2,
+        down_depths=((0, 0), (4, 4), (4, 4), (0, 0)),
+        up_depths=((0, 0, 0),) * 4,
+        mid_depth=0,
+    ),
 }
 
 _TOP = {
@@ -104,10 +113,17 @@ def single_file_tensors(config: UNetConfig, seed: int = 0) -> dict[str, Tensor]:
 
 
 def write_unet(
-    path: Path, config: UNetConfig, *, seed: int = 0, prefix: str = "", extra: Mapping[str, Tensor] | None = None
+    path: Path,
+    config: UNetConfig,
+    *,
+    seed: int = 0,
+    prefix: str = "",
+    dtype: torch.dtype = torch.float32,
+    extra: Mapping[str, Tensor] | None = None,
 ) -> Path:
+    """A UNet file. With a `prefix`, as inside a full checkpoint; `extra` tensors lie beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {prefix + name: value for name, value in single_file_tensors(config, seed).items()}
+    tensors = {prefix + name: value.to(dtype) for name, value in single_file_tensors(config, seed).items()}
     save_file(tensors | dict(extra or {}), path, metadata={"format": "pt"})
     return path
 

@@ -1,0 +1,1 @@
+"""Figures that a user can print about an installation: `parallel-mmdit bench`."""
