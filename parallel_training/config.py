@@ -17,7 +17,10 @@ FREE_ON_RESUME = ("output", "save_every", "sheet_every")
 
 
 class TrainSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One run. `batch` is images per model rank and micro-step; a step is `accumulate` of these on every model rank."""
+    """One run. `batch` is images per model rank and micro-step; a step is `accumulate` of these on every model rank.
+
+    An autoencoder's images are crops of 64 pixels a side, or of other sizes with as many pixels in all.
+    """
 
     task: Literal["autoencoder", "mmdit"]
     output: str

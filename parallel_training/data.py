@@ -22,7 +22,10 @@ from parallel_backend.demo.scenes import Scene, training_scenes
 
 from .config import TrainSpec
 
-CROP = 48
+# A step's pictures have about as many pixels whatever their kind: crops of these sides, many or few, or whole pictures.
+# Small crops alone would teach that an edge of the picture, where layers pad with zeros, is never far.
+CROPS = (32, 64)
+BATCH_SIDE = 64
 
 Encode = Callable[[Tensor], Tensor]
 
@@ -40,20 +43,24 @@ class Source(Protocol):
 
 
 class PixelSource:
-    """Crops of freshly drawn pictures."""
+    """Freshly drawn pictures: `spec.batch` crops of 64 pixels a side, or as many of another size as have their pixels."""
 
     def __init__(self, spec: TrainSpec, rank: int) -> None:
         self.spec, self.rank = spec, rank
 
     def batch(self, number: int) -> Batch:
         rng = random.Random(f"{self.spec.seed}/{self.rank}/{number}")
-        crops = [self._crop(scene, rng) for scene in islice(training_scenes(rng.getrandbits(62)), self.spec.batch)]
-        return Batch(torch.stack(crops), torch.zeros(len(crops), 0, dtype=torch.int64))
-
-    def _crop(self, scene: Scene, rng: random.Random) -> Tensor:
         width, height = rng.choice(self.spec.buckets)
-        left, top = rng.randrange(width - CROP + 1), rng.randrange(height - CROP + 1)
-        return pixels(draw(scene, width, height, rng).crop((left, top, left + CROP, top + CROP)))
+        side = rng.choice((*CROPS, 0))
+        crop = (side, side) if side else (width, height)
+        count = max(1, round(self.spec.batch * BATCH_SIDE**2 / (crop[0] * crop[1])))
+        scenes = islice(training_scenes(rng.getrandbits(62)), count)
+        images = torch.stack([self._drawn(scene, (width, height), crop, rng) for scene in scenes])
+        return Batch(images, torch.zeros(count, 0, dtype=torch.int64))
+
+    def _drawn(self, scene: Scene, size: tuple[int, int], crop: tuple[int, int], rng: random.Random) -> Tensor:
+        left, top = (rng.randrange(whole - part + 1) for whole, part in zip(size, crop, strict=True))
+        return pixels(draw(scene, *size, rng).crop((left, top, left + crop[0], top + crop[1])))
 
 
 class LatentSource:
