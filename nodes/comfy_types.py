@@ -88,7 +88,7 @@ def sampling_patches(model: ModelPatcher) -> Iterator[str]:
     """A change of what the model's output means, of its name, where the file alone decides that."""
     patched = model.object_patches.get("model_sampling")
     if patched is not None:
-        yield f"model sampling changed to {' + '.join(c.__name__ for c in type(patched).__mro__[1:3])}"
+        yield f"model sampling changed to {' + '.join(c.__name__ for c in type(patched).__bases__)}"
 
 
 def weight_patches(model: ModelPatcher) -> Iterator[str]:

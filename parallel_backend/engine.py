@@ -140,7 +140,7 @@ class Engine:
             opened = job.control.agreed(lambda: open_model(Path(body.path), body.kind))
             spec = MeshSpec.exact_default(job.control.world_size, opened.kind.rest)
         name = f"{body.key}/{body.dtype}/{body.kernel}/{spec.describe()}/{'-'.join(spec.order)}"
-        if name in self.residents:
+        if name in self.residents and body.kind in ("any", self._resident(name, Predictor).kind.name):
             return self._loaded(name, _Sizes(0, 0), [], start, job), []
         mesh = self._mesh(spec)
         dtype = getattr(torch, body.dtype)

@@ -15,6 +15,7 @@ from torch import Tensor
 from unet_files import CONFIGS, diffusers_unet, single_file_tensors, unet_prompt, write_unet
 
 from parallel_backend import Backend, Conditioning, MeshSpec
+from parallel_backend.bench.quality import run_quality
 from parallel_backend.config import UNET_AXES
 from parallel_backend.demo_checkpoints import random_prompt
 from parallel_backend.distributed.mesh import MeshAxis, build_mesh
@@ -261,6 +262,16 @@ def layers_of(path: Path) -> list[tuple[str, int, int]]:
         elif tensor.ndim == 1 and ("_layers.0" in name or name.endswith(".1.norm.weight") or name == "out.0.weight"):
             found.append(("norm", tensor.shape[0], level))
     return found
+
+
+def test_the_quality_figure_is_exact_with_full_warm_up_and_beats_bands_alone(
+    capsys: pytest.CaptureFixture[str], unets: Path
+) -> None:
+    run_quality([2], [1], 3, 128, unets / "unet-tiny.safetensors")
+    rows = [line.strip("| \n").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| 2")]
+    (_, warmup, output, alone, ratio, _), (_, everything, *_, end) = rows
+    assert (warmup, everything) == ("1", "all") and float(end) == 0
+    assert 0 < float(output) < float(alone) and float(ratio) >= 1
 
 
 # -- files --------------------------------------------------------------------------------------------------------

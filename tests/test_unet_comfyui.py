@@ -22,15 +22,16 @@ from parallel_backend.sampling.parameterization import Discrete
 from parallel_backend.sampling.schedules import sigmas_for
 
 NAME = "sdxl-koala.safetensors"
-BASE = {"latent": "empty", "positive": "long", "negative": "short", "seed": 7, "steps": 3, "cfg": 4.5}
+BASE = {"latent": "empty", "positive": "long", "negative": "short", "seed": 7, "steps": 3, "cfg": 1.0}
 SIZES = {"width": 832, "height": 1216, "crop_w": 8, "crop_h": 16, "target_width": 768, "target_height": 1152}
 CASES: dict[str, dict[str, Any]] = {
     **{f"{s}-normal": {"sampler": s, "scheduler": "normal"} for s in SAMPLERS if s != "euler_stochastic"},
-    **{f"euler-{s}": {"sampler": "euler", "scheduler": s, "cfg": 1.0} for s in SCHEDULERS if s != "normal"},
+    **{f"euler-{s}": {"sampler": "euler", "scheduler": s} for s in SCHEDULERS if s != "normal"},
+    "guidance": {"sampler": "dpmpp_2m", "scheduler": "karras", "cfg": 4.5},
     "image": {"sampler": "dpmpp_2m_sde", "scheduler": "karras", "latent": "image", "denoise": 0.6},
     "mask": {"sampler": "euler_ancestral", "scheduler": "simple", "latent": "image", "mask": "mask", "denoise": 0.8},
     "batch": {"sampler": "euler", "scheduler": "normal", "latent": "batch", "batch_index": [3, 5]},
-    "sizes": {"sampler": "euler", "scheduler": "normal", "options": SIZES},
+    "sizes": {"sampler": "euler", "scheduler": "normal", "options": SIZES, "cfg": 3.0},
     "odd size": {"sampler": "dpmpp_2m", "scheduler": "karras", "latent": "odd"},
 }
 
@@ -38,11 +39,11 @@ CASES: dict[str, dict[str, Any]] = {
 def inputs() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     tensors = {
-        "empty": torch.zeros(1, 4, 12, 16),
-        "image": torch.randn(1, 4, 12, 16, generator=generator),
+        "empty": torch.zeros(1, 4, 8, 8),
+        "image": torch.randn(1, 4, 8, 8, generator=generator),
         "batch": torch.randn(2, 4, 8, 12, generator=generator),
         "odd": torch.randn(1, 4, 13, 9, generator=generator),
-        "mask": (torch.rand(1, 1, 96, 128, generator=generator) > 0.4).float(),
+        "mask": (torch.rand(1, 1, 64, 64, generator=generator) > 0.4).float(),
     }
     for name, tokens in {"long": 154, "short": 77}.items():
         tensors[name] = torch.randn(1, tokens, 2048, generator=generator)
@@ -181,7 +182,7 @@ def test_changed_sampling_is_refused_by_name_and_runs_on_ksampler(server: ComfyS
         if works:
             assert latent_of(server, outcome, saved).std() > 0
         else:
-            assert outcome.error is not None and "V_PREDICTION" in outcome.error
+            assert "V_PREDICTION" in str(outcome.error)
 
 
 @pytest.mark.parametrize(
@@ -196,4 +197,4 @@ def test_a_loader_refuses_the_other_kind(loader: str, name: str, words: str, ser
     model = out(prompt.add(loader, model_name=name, mesh=mesh(prompt)))
     picture(prompt, "ParallelSampler", model)
     outcome = server.run(prompt.nodes)
-    assert outcome.error is not None and words in outcome.error
+    assert words in str(outcome.error)

@@ -56,12 +56,12 @@ def _table(backend: Backend, path: Path, warmups: Sequence[int], steps: int, siz
         end = _error(displaced.latent, exact.latent)
         place = f"| {backend.world_size} | {'all' if warmup >= steps else warmup}"
         if warmup >= steps:
-            print(f"{place} | - | - | - | {end:.1e} |")
+            tqdm.write(f"{place} | - | - | - | {end:.1e} |")
             continue
         first = max(1, warmup)
         error = _output_error(displaced, exact, first)
         control = _error(_bands_alone(backend, path, exact, first), _bands_together(model, exact, first))
-        print(f"{place} | {error:.1e} | {control:.1e} | {control / error:.0f} | {end:.1e} |")
+        tqdm.write(f"{place} | {error:.1e} | {control:.1e} | {control / error:.0f} | {end:.1e} |")
 
 
 def _run(model: RemoteModel, steps: int, size: int, warmup: int | None) -> Run:

@@ -31,6 +31,7 @@ class Kind:
     A VAE's latent becomes the model's by (latent - shift) * scale. `prediction` is what its output means.
     """
 
+    name: str
     axes: tuple[str, ...]
     rest: str
     scale: float
@@ -42,6 +43,7 @@ class Kind:
 
 # Sources of the scales: the configurations of SD3's, FLUX's and SDXL's VAE. From-scratch models add the shift last.
 SD3 = Kind(
+    "mmdit",
     MMDIT_AXES,
     MMDIT_REST,
     1.5305,
@@ -51,6 +53,7 @@ SD3 = Kind(
     "Encode the prompt with SD3's text encoders (CLIPLoader type sd3).",
 )
 FROM_SCRATCH = Kind(
+    "mmdit",
     MMDIT_AXES,
     MMDIT_REST,
     0.3611,
@@ -60,6 +63,7 @@ FROM_SCRATCH = Kind(
     "Use Load Conditioning: Gemma and ModernBERT.",
 )
 SDXL = Kind(
+    "unet",
     UNET_AXES,
     UNET_REST,
     0.13025,
