@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,10 +29,15 @@ class OneProcess:
     def sample(self, latent: Tensor, positive: Conditioning, negative: Conditioning, spec: SamplerSpec) -> Tensor:
         """As `RemoteModel.sample`, of the same settings."""
         tensors = [latent, positive.context, positive.pooled, negative.context, negative.pooled]
-        _, (sampled,) = self._ask(Sample(self._name, spec, 0, Prompt(1, 2), Prompt(3, 4)), tensors)
+        prompts = Prompt(1, 2, _floats(positive.sizes)), Prompt(3, 4, _floats(negative.sizes))
+        _, (sampled,) = self._ask(Sample(self._name, spec, 0, *prompts), tensors)
         return sampled
 
     def _ask(self, body: Request, tensors: list[Tensor]) -> tuple[object, list[Tensor]]:
         header = RequestHeader(1, body, [tensor_meta(tensor) for tensor in tensors])
         job = Job(Control(), lambda body, tensors: None, lambda: False)
         return self._engine.handle(header, tensors, job)
+
+
+def _floats(sizes: Sequence[float] | None) -> list[float] | None:
+    return None if sizes is None else [float(size) for size in sizes]

@@ -10,7 +10,7 @@ import msgspec
 
 from parallel_backend.errors import ConfigError
 
-TASKS = ("autoencoder", "mmdit")
+TASKS = ("autoencoder", "mmdit", "unet")
 DTYPES = ("auto", "float32", "bfloat16")
 # A resumed run may change these and no others: they don't touch what a step computes.
 FREE_ON_RESUME = ("output", "save_every", "sheet_every")
@@ -22,7 +22,7 @@ class TrainSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     An autoencoder's images are crops of 64 pixels a side, or of other sizes with as many pixels in all.
     """
 
-    task: Literal["autoencoder", "mmdit"]
+    task: Literal["autoencoder", "mmdit", "unet"]
     output: str
     steps: int
     batch: int = 32
@@ -51,8 +51,15 @@ class TrainSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise ConfigError(f"{name}={getattr(self, name)} is not possible.", f"Give {name} of 1 or more.")
         if self.size < 64 or self.size % 32:
             raise ConfigError(f"size={self.size} is not possible.", "Give a multiple of 32 pixels, 64 or more.")
-        if self.task == "mmdit" and not self.autoencoder:
-            raise ConfigError("An MMDiT is trained on latents.", "Name the folder of a trained autoencoder.")
+        if self.task != "autoencoder" and not self.autoencoder:
+            raise ConfigError(
+                f"The task {self.task} is trained on latents.", "Name the folder of a trained autoencoder."
+            )
+        if self.channels != {"mmdit": 16, "unet": 4}.get(self.task, self.channels) or self.channels not in (4, 16):
+            raise ConfigError(
+                f"channels={self.channels} is not possible for the task {self.task}.",
+                "An MMDiT has latents of 16 channels, a UNet of 4, an autoencoder either.",
+            )
 
     @property
     def buckets(self) -> list[tuple[int, int]]:

@@ -23,8 +23,10 @@ from .data import Batch
 from .feed import batches, feed
 from .mmdit import MMDiTTask
 from .sheets import plot_losses
+from .unet import UNetTask
 
-Task = AutoencoderTask | MMDiTTask
+Task = AutoencoderTask | MMDiTTask | UNetTask
+TASKS: dict[str, type[Task]] = {"autoencoder": AutoencoderTask, "mmdit": MMDiTTask, "unet": UNetTask}
 LOWEST_RATE = 0.02
 
 
@@ -39,7 +41,7 @@ def train(spec: TrainSpec, roles: Roles) -> None:
     try:
         Path(spec.output).mkdir(parents=True, exist_ok=True)
         torch.manual_seed(spec.seed)
-        task = _task(spec, device)
+        task = TASKS[spec.task](spec, device)
         snapshot = snapshots.load(spec, roles)
         group = dist.new_group(roles.model_ranks) if roles.world_size > 1 else None
         first = snapshot.step if snapshot else 0
@@ -135,10 +137,6 @@ class Run:
                 self.losses,
             )
             snapshots.save(snapshot, spec, self.roles)
-
-
-def _task(spec: TrainSpec, device: torch.device) -> Task:
-    return AutoencoderTask(spec, device) if spec.task == "autoencoder" else MMDiTTask(spec, device)
 
 
 def _device() -> torch.device:

@@ -25,10 +25,9 @@ from parallel_backend.sampling.parameterization import Flow
 from .autoencoder import open_autoencoder
 from .config import TrainSpec
 from .data import Batch, LatentSource
-from .sheets import tile
+from .sheets import SHEET_GUIDANCE, SHEET_STEPS, tile
 
 POSITIONS = 32
-SHEET_STEPS, SHEET_GUIDANCE = 20, 3.0
 
 
 class MMDiTTask:

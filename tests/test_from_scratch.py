@@ -17,6 +17,7 @@ from parallel_backend import Backend, Conditioning
 from parallel_backend.__main__ import main
 from parallel_backend.config import MeshSpec, SamplerSpec
 from parallel_backend.distributed.mesh import build_mesh
+from parallel_backend.distributed.stale import Step
 from parallel_backend.errors import CheckpointError, UnsupportedError
 from parallel_backend.models.checkpoint import load_parameters
 from parallel_backend.models.families import open_model
@@ -81,12 +82,11 @@ def inputs(rows: int, height: int, width: int, text: int) -> tuple[Tensor, Tenso
 
 @torch.inference_mode()
 def velocity(path: Path, mesh: MeshSpec, shape: tuple[int, int, int, int]) -> Tensor:
-    opened = open_model(path)
+    opened, built, cpu = open_model(path), build_mesh(mesh), torch.device("cpu")
     with torch.device("meta"):
-        model = opened.build(build_mesh(mesh), "native")
-    load_parameters(model, opened.source, device=torch.device("cpu"), dtype=torch.float32, lazy=opened.lazy)
-    positions = opened.positions(torch.device("cpu"), torch.float32).rows(model, *shape[1:3])
-    return model(*inputs(*shape), positions)
+        model = opened.build(built, "native")
+    load_parameters(model, opened.source, device=cpu, dtype=torch.float32, lazy=opened.lazy)
+    return opened.network(model, built, "native", cpu, torch.float32)(*inputs(*shape), Step())
 
 
 @pytest.fixture(scope="module")

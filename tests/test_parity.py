@@ -76,7 +76,7 @@ def test_axes_form_two_ranks(mesh: MeshSpec, backend2: Backend, models: Path) ->
     [
         MeshSpec.from_axes((2, 1), (2, 0), (1, 1), mesh_shape=(2, 2)),
         MeshSpec.from_axes((1, 1), (2, 0), (2, 1), mesh_shape=(2, 2), sp_method="ulysses"),
-        MeshSpec(cfg=2, tp=2, order=("tp", "dp", "cfg", "ring", "ulysses")),
+        MeshSpec(cfg=2, tp=2, order=("tp", "dp", "cfg", "patch", "ring", "ulysses")),
     ],
     ids=MeshSpec.describe,
 )

@@ -12,9 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from parallel_backend import Conditioning, SamplerSpec
+from parallel_backend.demo.captions import SDXL_WIDTHS, WORDS, embed
 from parallel_backend.errors import CheckpointError, ConfigError
 from parallel_backend.models.mmdit_checkpoint import mmdit_config, open_mmdit
 from parallel_backend.models.vae import open_vae
+from parallel_backend.one_process import OneProcess
 from parallel_training import snapshots
 from parallel_training.config import Roles, TrainSpec
 from parallel_training.data import LatentSource, PixelSource
@@ -76,6 +79,20 @@ def test_a_resumed_run_is_the_run_that_did_not_stop(autoencoder: Path, tmp_path:
     losses = losses_of(spec_of(whole, **settings))
     assert sum(losses[-5:]) < sum(losses[:5])
     assert mmdit_config(open_mmdit(whole / "mmdit.safetensors")).depth == 2
+
+
+def test_a_unet_learns_and_is_one_that_the_backend_samples(tmp_path: Path) -> None:
+    train(spec_of(tmp_path / "autoencoder", steps=2, channels=4), ALONE)
+    settings = {"task": "unet", "autoencoder": str(tmp_path / "autoencoder"), "channels": 4, "first_scenes": 16}
+    spec = spec_of(tmp_path / "unet", batch=8, **settings)
+    train(spec, ALONE)
+    losses = losses_of(spec)
+    assert sum(losses[-5:]) < 0.97 * sum(losses[:5])
+    path = tmp_path / "unet" / "unet.safetensors"
+    context, pooled = embed(torch.zeros(1, WORDS, dtype=torch.int64), SDXL_WIDTHS)
+    prompt = Conditioning(context, pooled, [64, 64, 0, 0, 64, 64])
+    latent = OneProcess(path).sample(torch.zeros(1, 4, 8, 8), prompt, prompt, SamplerSpec(steps=2, cfg_scale=1.0))
+    assert latent.std() > 0.1
 
 
 def launch(spec: TrainSpec, ranks: int, loaders: str) -> subprocess.CompletedProcess[str]:
@@ -152,3 +169,5 @@ def test_a_damaged_snapshot_and_another_run_are_named(autoencoder: Path, tmp_pat
         snapshots.load(spec_of(tmp_path), ALONE)
     with pytest.raises(ConfigError, match="trained on latents"):
         spec_of(tmp_path, task="mmdit")
+    with pytest.raises(ConfigError, match="channels=16 is not possible for the task unet"):
+        spec_of(tmp_path, task="unet", autoencoder="somewhere")

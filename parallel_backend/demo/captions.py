@@ -18,7 +18,8 @@ from torch import Tensor
 from .scenes import COLORS, COUNTS, PLACES, RELATIONS, SHAPES, SIZES, TEXTURES, Scene, Thing, parse
 
 WORDS = 12
-CONTEXT_WIDTH, POOLED_WIDTH = 4096, 2048
+# Of context and of pooled prompt.
+SD3_WIDTHS, SDXL_WIDTHS = (4096, 2048), (2048, 1280)
 
 
 def encode(captions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -35,9 +36,9 @@ def word_ids(scene: Scene | None) -> list[int]:
     return found + [0] * (WORDS - len(found))
 
 
-def embed(ids_BW: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, W, 4096) context and (B, 2048) pooled of word numbers."""
-    context, pooled = _tables()
+def embed(ids_BW: Tensor, widths: tuple[int, int] = SD3_WIDTHS) -> tuple[Tensor, Tensor]:
+    """(B, W, 4096) context and (B, 2048) pooled of word numbers, or of other widths."""
+    context, pooled = _tables(*widths)
     return context[ids_BW], pooled[ids_BW].sum(1)
 
 
@@ -63,11 +64,11 @@ def _numbers() -> dict[tuple[str, str], int]:
 
 
 @cache
-def _tables() -> tuple[Tensor, Tensor]:
+def _tables(context_width: int, pooled_width: int) -> tuple[Tensor, Tensor]:
     """Context and pooled vectors, a row for each word number; nothing has no pooled vector."""
     pairs = [("", ""), *_numbers()]
-    context = np.stack([_vector("context", *pair, CONTEXT_WIDTH) for pair in pairs])
-    pooled = np.stack([_vector("pooled", *pair, POOLED_WIDTH) for pair in pairs]) / WORDS**0.5
+    context = np.stack([_vector("context", *pair, context_width) for pair in pairs])
+    pooled = np.stack([_vector("pooled", *pair, pooled_width) for pair in pairs]) / WORDS**0.5
     pooled[0] = 0
     return torch.from_numpy(context), torch.from_numpy(pooled)
 

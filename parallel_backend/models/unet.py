@@ -52,7 +52,9 @@ class UNetConfig:
 
         Micro-conditioning comes as one vector, which diffusers calls a class embedding by projection.
         """
-        heads = tuple(channels // HEAD_DIM for channels in self.block_channels)
+        heads = tuple(
+            max(1, channels // HEAD_DIM) for channels in self.block_channels
+        )  # unused where there is no attention
         mid = {None: None, 0: "UNetMidBlock2D"}.get(self.mid_depth, "UNetMidBlock2DCrossAttn")
         return {
             "in_channels": self.channels,
