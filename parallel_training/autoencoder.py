@@ -53,6 +53,10 @@ class AutoencoderTask:
         # This layout makes convolutions half as fast again on CPUs, and suits tensor cores.
         self.model = Autoencoder(spec.channels).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
+    def start_from(self, folder: Path) -> None:
+        """Takes the weights of an exported run."""
+        self.model.load_state_dict(open_autoencoder(folder, self.spec.channels).state_dict())
+
     def source(self, rank: int) -> PixelSource:
         return PixelSource(self.spec, rank)
 

@@ -19,7 +19,8 @@ FREE_ON_RESUME = ("output", "save_every", "sheet_every")
 class TrainSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One run. `batch` is images per model rank and micro-step; a step is `accumulate` of these on every model rank.
 
-    An autoencoder's images are crops of 64 pixels a side, or of other sizes with as many pixels in all.
+    An autoencoder's images are crops of `crop` pixels a side; 0 mixes crops and whole pictures, with as many pixels as
+    crops of 64. `initial` is the folder of a run whose weights this one starts from.
     """
 
     task: Literal["autoencoder", "mmdit", "unet"]
@@ -40,6 +41,8 @@ class TrainSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     first_scenes: int = 512
     fresh_scenes: int = 4
     autoencoder: str = ""
+    initial: str = ""
+    crop: int = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     save_every: int = 250
     sheet_every: int = 500
@@ -49,6 +52,10 @@ class TrainSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for name in positive:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} is not possible.", f"Give {name} of 1 or more.")
+        if self.crop < 0 or self.crop % 8 or self.crop > min(side for bucket in self.buckets for side in bucket):
+            raise ConfigError(
+                f"crop={self.crop} is not possible.", "Give a multiple of 8 within every picture, or 0 for mixed sizes."
+            )
         if self.size < 64 or self.size % 32:
             raise ConfigError(f"size={self.size} is not possible.", "Give a multiple of 32 pixels, 64 or more.")
         if self.task != "autoencoder" and not self.autoencoder:

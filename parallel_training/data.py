@@ -22,8 +22,7 @@ from parallel_backend.demo.scenes import Scene, training_scenes
 
 from .config import TrainSpec
 
-# A step's pictures have about as many pixels whatever their kind: crops of these sides, many or few, or whole pictures.
-# Small crops alone would teach that an edge of the picture, where layers pad with zeros, is never far.
+# Small crops alone teach fast, but also that an edge of the picture, where layers pad with zeros, is never far.
 CROPS = (32, 64)
 BATCH_SIDE = 64
 
@@ -43,24 +42,33 @@ class Source(Protocol):
 
 
 class PixelSource:
-    """Freshly drawn pictures: `spec.batch` crops of 64 pixels a side, or as many of another size as have their pixels."""
+    """Freshly drawn pictures: `spec.batch` crops of `spec.crop` pixels a side; without one, sizes are mixed.
+
+    Mixed batches are crops of one size or whole pictures, as many as have the pixels of `spec.batch` crops of 64 a side.
+    """
 
     def __init__(self, spec: TrainSpec, rank: int) -> None:
         self.spec, self.rank = spec, rank
 
     def batch(self, number: int) -> Batch:
         rng = random.Random(f"{self.spec.seed}/{self.rank}/{number}")
-        width, height = rng.choice(self.spec.buckets)
-        side = rng.choice((*CROPS, 0))
-        crop = (side, side) if side else (width, height)
-        count = max(1, round(self.spec.batch * BATCH_SIDE**2 / (crop[0] * crop[1])))
-        scenes = islice(training_scenes(rng.getrandbits(62)), count)
-        images = torch.stack([self._drawn(scene, (width, height), crop, rng) for scene in scenes])
-        return Batch(images, torch.zeros(count, 0, dtype=torch.int64))
+        scenes = training_scenes(rng.getrandbits(62))
+        if self.spec.crop:
+            images = [self._crop(scene, self.spec.crop, rng) for scene in islice(scenes, self.spec.batch)]
+        elif side := rng.choice((*CROPS, 0)):
+            images = [self._crop(scene, side, rng) for scene in islice(scenes, self._worth(side, side))]
+        else:
+            size = rng.choice(self.spec.buckets)
+            images = [pixels(draw(scene, *size, rng)) for scene in islice(scenes, self._worth(*size))]
+        return Batch(torch.stack(images), torch.zeros(len(images), 0, dtype=torch.int64))
 
-    def _drawn(self, scene: Scene, size: tuple[int, int], crop: tuple[int, int], rng: random.Random) -> Tensor:
-        left, top = (rng.randrange(whole - part + 1) for whole, part in zip(size, crop, strict=True))
-        return pixels(draw(scene, *size, rng).crop((left, top, left + crop[0], top + crop[1])))
+    def _worth(self, width: int, height: int) -> int:
+        return max(1, round(self.spec.batch * BATCH_SIDE**2 / (width * height)))
+
+    def _crop(self, scene: Scene, side: int, rng: random.Random) -> Tensor:
+        width, height = rng.choice(self.spec.buckets)
+        left, top = rng.randrange(width - side + 1), rng.randrange(height - side + 1)
+        return pixels(draw(scene, width, height, rng).crop((left, top, left + side, top + side)))
 
 
 class LatentSource:

@@ -43,6 +43,8 @@ def train(spec: TrainSpec, roles: Roles) -> None:
         torch.manual_seed(spec.seed)
         task = TASKS[spec.task](spec, device)
         snapshot = snapshots.load(spec, roles)
+        if spec.initial and snapshot is None:
+            task.start_from(Path(spec.initial))
         group = dist.new_group(roles.model_ranks) if roles.world_size > 1 else None
         first = snapshot.step if snapshot else 0
         if rank in roles.feeds:

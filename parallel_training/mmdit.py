@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from parallel_backend.config import MeshSpec, SamplerSpec
@@ -28,6 +28,7 @@ from .data import Batch, LatentSource
 from .sheets import SHEET_GUIDANCE, SHEET_STEPS, tile
 
 POSITIONS = 32
+FILE = "mmdit.safetensors"
 
 
 class MMDiTTask:
@@ -39,6 +40,12 @@ class MMDiTTask:
         initialise(self.model, spec.seed)
         self.model.to(device)
         self.positions = sine_table(config.hidden, POSITIONS)
+
+    def start_from(self, folder: Path) -> None:
+        """Takes the weights of an exported run."""
+        tensors = load_file(folder / FILE)
+        del tensors["pos_embed"]
+        self.model.load_state_dict(tensors)
 
     def source(self, rank: int) -> LatentSource:
         return LatentSource(self.spec, rank, self._encode)
@@ -78,7 +85,7 @@ class MMDiTTask:
     def export(self, model: nn.Module, folder: Path) -> list[Path]:
         """One file in half precision, under the names that SD3.5's files have."""
         tensors = {name: p.detach().half().cpu().contiguous() for name, p in model.named_parameters()}
-        path = folder / "mmdit.safetensors"
+        path = folder / FILE
         save_file(tensors | {"pos_embed": self.positions.half()}, path, metadata={"format": "pt"})
         return [path]
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from parallel_backend.config import SamplerSpec
@@ -28,6 +28,7 @@ from .config import TrainSpec
 from .data import Batch, LatentSource
 from .sheets import SHEET_GUIDANCE, SHEET_STEPS, tile
 
+FILE = "unet.safetensors"
 WIDTHS, DEPTHS = (32, 64, 128), (0, 1, 2)
 
 
@@ -40,6 +41,10 @@ class UNetTask:
         nn.init.zeros_(model.conv_out.weight)
         self.model: nn.Module = model.to(device).to(memory_format=torch.channels_last)
         self.noise = Discrete()
+
+    def start_from(self, folder: Path) -> None:
+        """Takes the weights of an exported run."""
+        self.model.load_state_dict(load_file(folder / FILE))
 
     def source(self, rank: int) -> LatentSource:
         return LatentSource(self.spec, rank, self._encode)
@@ -76,7 +81,7 @@ class UNetTask:
 
     def export(self, model: nn.Module, folder: Path) -> list[Path]:
         """One file in half precision, under diffusers' names."""
-        path = folder / "unet.safetensors"
+        path = folder / FILE
         tensors = {name: t.detach().half().cpu().contiguous() for name, t in model.state_dict().items()}
         save_file(tensors, path, metadata={"format": "pt"})
         return [path]

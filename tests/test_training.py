@@ -81,6 +81,12 @@ def test_a_resumed_run_is_the_run_that_did_not_stop(autoencoder: Path, tmp_path:
     assert mmdit_config(open_mmdit(whole / "mmdit.safetensors")).depth == 2
 
 
+def test_a_run_can_start_from_the_weights_of_another(autoencoder: Path, tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, initial=str(autoencoder), crop=48, steps=2, save_every=2)
+    train(spec, ALONE)
+    assert losses_of(spec)[0] < 0.9 * losses_of(spec_of(autoencoder))[0]
+
+
 def test_a_unet_learns_and_is_one_that_the_backend_samples(tmp_path: Path) -> None:
     train(spec_of(tmp_path / "autoencoder", steps=2, channels=4), ALONE)
     settings = {"task": "unet", "autoencoder": str(tmp_path / "autoencoder"), "channels": 4, "first_scenes": 16}

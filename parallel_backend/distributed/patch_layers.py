@@ -138,7 +138,7 @@ class BandGroupNorm(nn.Module):
     """Group norm with the whole image's mean and biased variance, in fp32.
 
     Bands' statistics are combined around the common mean (Chan et al. 1979), so nothing cancels. In displaced steps
-    the whole image's are last evaluation's, moved as far as this band's own have moved since (DistriFusion, 4.3).
+    the whole image's are last evaluation's, moved as far as this band's own have moved since (DistriFusion, section 4).
     Comm: 2 * B * G numbers to every rank.
     """
 

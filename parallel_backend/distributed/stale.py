@@ -1,6 +1,6 @@
 """Started this step, read the next step: what the other ranks of an axis had one evaluation ago.
 
-Source: DistriFusion (Li et al. 2024, arXiv 2402.19481), section 4.2. A network has hundreds of small tensors to share;
+Source: DistriFusion (Li et al. 2024, arXiv 2402.19481), section 4. A network has hundreds of small tensors to share;
 they travel as a few large messages, while the rest of this evaluation and the start of the next are computed.
 """
 

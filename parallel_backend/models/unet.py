@@ -118,7 +118,10 @@ class BandUNet:
         """
         band, (rows, columns) = self.band, x_BCYX.shape[2:]
         band.rows, band.columns, band.step = band_rows(rows, band.axis.degree, self.config.row_unit), columns, step
-        out = self.model(x_BCYX, timesteps_B, context_BLE, class_labels=y_BA, return_dict=False)[0]
+        try:
+            out = self.model(x_BCYX, timesteps_B, context_BLE, class_labels=y_BA, return_dict=False)[0]
+        finally:
+            band.step = Step()  # what the job keeps must not live on in the model
         if step.stale is not None and step.phase == "displaced":
             step.stale.end_evaluation()
         return all_gather(out, 2, band.rows, band.axis)
