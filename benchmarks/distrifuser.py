@@ -62,7 +62,7 @@ def theirs(path: Path, clone: Path, given: Given) -> Callable[[], Tensor]:
     sys.path.insert(0, str(clone))
     sys.modules["diffusers.models.unet_2d_condition"] = unet_2d_condition
     diffusers.models.attention.Attention = attention_processor.Attention
-    diffusers.utils.USE_PEFT_BACKEND = True  # linear layers of today take no scale
+    with_peft, diffusers.utils.USE_PEFT_BACKEND = diffusers.utils.USE_PEFT_BACKEND, True  # today's layers take no scale
     # The package's own __init__ imports its CUDA pipelines.
     package = types.ModuleType("distrifuser")
     package.__path__ = [str(clone / "distrifuser")]
@@ -70,6 +70,7 @@ def theirs(path: Path, clone: Path, given: Given) -> Callable[[], Tensor]:
     from distrifuser.models.distri_sdxl_unet_pp import DistriUNetPP
     from distrifuser.utils import PatchParallelismCommManager
 
+    diffusers.utils.USE_PEFT_BACKEND = with_peft
     config = types.SimpleNamespace(
         world_size=2,
         rank=dist.get_rank(),

@@ -15,7 +15,7 @@ from torch import Tensor
 from unet_files import CONFIGS, diffusers_unet, single_file_tensors, unet_prompt, write_unet
 
 from parallel_backend import Backend, Conditioning, MeshSpec
-from parallel_backend.bench.quality import run_quality
+from parallel_backend.bench.quality import print_table
 from parallel_backend.config import UNET_AXES
 from parallel_backend.demo_checkpoints import random_prompt
 from parallel_backend.distributed.mesh import MeshAxis, build_mesh
@@ -36,7 +36,7 @@ from parallel_backend.models.unet_checkpoint import open_unet
 CPU = torch.device("cpu")
 # Heights that divide in bands of whole units and heights that don't; odd widths.
 SIZES = [(2, 16, 16), (1, 21, 13), (1, 17, 8)]
-WARMED = {"steps": 6, "seed": 3, "cfg_scale": 4.0, "scheduler": "normal"}
+WARMED = {"steps": 4, "seed": 3, "cfg_scale": 4.0, "scheduler": "normal"}
 
 
 @pytest.fixture(scope="module")
@@ -161,17 +161,25 @@ def sample(backend: Backend, path: Path, mesh: MeshSpec | None, **settings: Any)
     return model.sample(latent, conditioning(1), conditioning(2, settings.pop("tokens", 77)), **WARMED | settings)
 
 
+@pytest.fixture(scope="module")
+def alone_by_tokens(backend4: Backend, unets: Path) -> dict[int, Tensor]:
+    """Each picture computed whole by one rank."""
+    latent, path = torch.zeros(3, 4, 20, 12), unets / "unet-tiny.safetensors"
+    return {tokens: sample(backend4, path, MeshSpec(dp=4), latent=latent, tokens=tokens) for tokens in (77, 154)}
+
+
 @pytest.mark.parametrize("tokens", [77, 154], ids=["one batch", "two branches"])
 @pytest.mark.parametrize("mesh", MeshSpec.all_of(4, UNET_AXES), ids=MeshSpec.describe)
-def test_whole_pictures_are_those_of_one_process(mesh: MeshSpec, tokens: int, backend4: Backend, unets: Path) -> None:
+def test_whole_pictures_are_those_of_one_process(
+    mesh: MeshSpec, tokens: int, backend4: Backend, unets: Path, alone_by_tokens: dict[int, Tensor]
+) -> None:
     latent = torch.zeros(3, 4, 20, 12)
-    path = unets / "unet-tiny.safetensors"
-    alone = sample(backend4, path, MeshSpec(dp=4), latent=latent, tokens=tokens)  # each picture by one rank
+    path, alone = unets / "unet-tiny.safetensors", alone_by_tokens[tokens]
     ours = sample(backend4, path, mesh, latent=latent, tokens=tokens)
     assert alone.std() > 0.1
     assert (ours - alone).abs().max() <= 5e-5 * alone.abs().max()
     # Warm-up over all steps goes the displaced way without being displaced.
-    assert torch.equal(sample(backend4, path, mesh, latent=latent, tokens=tokens, warmup_steps=6), ours)
+    assert torch.equal(sample(backend4, path, mesh, latent=latent, tokens=tokens, warmup_steps=4), ours)
     displaced = sample(backend4, path, mesh, latent=latent, tokens=tokens, warmup_steps=2)
     assert torch.isfinite(displaced).all()
     assert torch.equal(displaced, ours) == (mesh.patch == 1)
@@ -265,9 +273,9 @@ def layers_of(path: Path) -> list[tuple[str, int, int]]:
 
 
 def test_the_quality_figure_is_exact_with_full_warm_up_and_beats_bands_alone(
-    capsys: pytest.CaptureFixture[str], unets: Path
+    capsys: pytest.CaptureFixture[str], backend2: Backend, unets: Path
 ) -> None:
-    run_quality([2], [1], 3, 128, unets / "unet-tiny.safetensors")
+    print_table(backend2, unets / "unet-tiny.safetensors", [1], 3, 128)
     rows = [line.strip("| \n").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| 2")]
     (_, warmup, output, alone, ratio, _), (_, everything, *_, end) = rows
     assert (warmup, everything) == ("1", "all") and float(end) == 0

@@ -43,12 +43,13 @@ def run_quality(ranks: Sequence[int], warmups: Sequence[int], steps: int, size: 
         for world_size in ranks:
             backend = Backend.attach_or_start(world_size, "cpu", f"quality{world_size}")
             try:
-                _table(backend, path, warmups, steps, size)
+                print_table(backend, path, warmups, steps, size)
             finally:
                 backend.stop()
 
 
-def _table(backend: Backend, path: Path, warmups: Sequence[int], steps: int, size: int) -> None:
+def print_table(backend: Backend, path: Path, warmups: Sequence[int], steps: int, size: int) -> None:
+    """The rows of one number of ranks."""
     model = backend.load_model(path, MeshSpec(patch=backend.world_size), "float32", kind="unet")
     exact = _run(model, steps, size, None)
     for warmup in tqdm([*warmups, steps], desc=f"{backend.world_size} ranks", leave=False):

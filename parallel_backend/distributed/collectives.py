@@ -155,7 +155,11 @@ def with_halo(x_BCYX: Tensor, received_N: Tensor, above: int, below: int) -> Ten
     """The band between the rows that came from above and from below, given flat."""
     B, C, _, X = x_BCYX.shape
     top, bottom = received_N.split(list(halo_sizes(x_BCYX, above, below)))
-    return torch.cat([top.view(B, C, above, X), x_BCYX, bottom.view(B, C, below, X)], dim=2)
+    parts = [top.view(B, C, above, X), x_BCYX, bottom.view(B, C, below, X)]
+    if x_BCYX.is_contiguous(memory_format=torch.channels_last):
+        # Parts of mixed layouts would be joined in the one that convolutions are slower on.
+        parts = [part.contiguous(memory_format=torch.channels_last) for part in parts]
+    return torch.cat(parts, dim=2)
 
 
 def start_neighbour_exchange(up_N: Tensor, down_N: Tensor, arriving: tuple[int, int], axis: MeshAxis) -> Handle:

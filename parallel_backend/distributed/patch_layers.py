@@ -150,16 +150,20 @@ class BandGroupNorm(nn.Module):
         norm, band = self.norm, self.band
         if band.axis.degree == 1:
             return norm(x_BCYX)
-        B, C = x_BCYX.shape[:2]
-        grouped = x_BCYX.reshape(B, norm.num_groups, -1).float()
-        var_BG, mean_BG = torch.var_mean(grouped, dim=2, correction=0)
+        (B, C, Y, X), G = x_BCYX.shape, norm.num_groups
+        # torch's kernel norms the band by its own statistics, several times faster than var_mean finds them. It takes
+        # channels last on CPUs alone.
+        x = x_BCYX.float()
+        last = x.device.type == "cpu" and x.stride() == (C * Y * X, 1, C * X, C)
+        x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        alone, mean_BG, rate_BG = torch.native_group_norm(x, None, None, B, C, Y * X, G, norm.eps)
+        var_BG = rate_BG.square().reciprocal() - norm.eps
         mean, var = self._whole(torch.stack([mean_BG, var_BG]), band.rows_like(x_BCYX))
-        normed = (grouped - mean.unsqueeze(2)) * torch.rsqrt(var + norm.eps).unsqueeze(2)
-        normed = normed.view(x_BCYX.shape)
+        rate = torch.rsqrt(var + norm.eps)
+        scale, shift = (part.repeat_interleave(C // G, 1) for part in (rate / rate_BG, (mean_BG - mean) * rate))
         if norm.weight is not None:
-            shape = (1, C, 1, 1)
-            normed = torch.addcmul(norm.bias.float().view(shape), normed, norm.weight.float().view(shape))
-        return normed.to(x_BCYX.dtype)
+            scale, shift = scale * norm.weight.float(), shift * norm.weight.float() + norm.bias.float()
+        return torch.addcmul(shift[:, :, None, None], alone, scale[:, :, None, None]).to(x_BCYX.dtype)
 
     def _whole(self, own_2BG: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Mean and variance (B, G) of the whole image from this band's."""
