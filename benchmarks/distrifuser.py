@@ -27,30 +27,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from local_network import local_network
 from rank_pool import RankPool, groups
 
 from parallel_backend.config import AXES, MeshSpec
 from parallel_backend.demo_checkpoints import random_sdxl_prompt, small_unet_config, write_unet
 from parallel_backend.distributed.mesh import Mesh, MeshAxis, build_mesh
 from parallel_backend.distributed.stale import Kept, Step
-from parallel_backend.models.checkpoint import load_parameters
-from parallel_backend.models.families import open_model
-from parallel_backend.models.unet import BandUNet
 
 CONFIG = small_unet_config((160, 320, 640), (0, 1, 2))
 CPU = torch.device("cpu")
 Given = tuple[Tensor, Tensor, Tensor, Tensor]
 OURS, THEIRS = "two ranks, patch=2, displaced", "two ranks, distrifuser, displaced"
-
-
-def ours(path: Path, mesh: Mesh) -> BandUNet:
-    opened = open_model(path)
-    with torch.device("meta"):
-        model = opened.build(mesh, "native")
-    load_parameters(model, opened.source, device=CPU, dtype=torch.float32)
-    network = opened.network(model, mesh, "native", CPU, torch.float32)
-    assert isinstance(network, BandUNet)
-    return network
 
 
 def theirs(path: Path, clone: Path, given: Given) -> Callable[[], Tensor]:
@@ -111,11 +99,11 @@ def theirs(path: Path, clone: Path, given: Given) -> Callable[[], Tensor]:
 @torch.inference_mode()
 def timed(path: Path, clone: Path | None, given: Given, rounds: int, repeats: int) -> dict[str, list[float]]:
     """Seconds of an evaluation of each case in each round, as this rank sees them; the ranks take turns together."""
-    network, kept = ours(path, build_mesh(MeshSpec(patch=2), groups())), Kept()
+    network, kept = local_network(path, build_mesh(MeshSpec(patch=2), groups())), Kept()
     displaced = network.new_job(displaced=True)
     network(*given, Step(0, "sync", kept=displaced))
     first = dist.get_rank() == 0
-    single = ours(path, Mesh(MeshSpec(), **{axis: MeshAxis(axis) for axis in AXES})) if first else None
+    single = local_network(path, Mesh(MeshSpec(), **{axis: MeshAxis(axis) for axis in AXES})) if first else None
 
     def alone(threads: int) -> None:
         if single is not None:

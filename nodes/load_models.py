@@ -55,25 +55,38 @@ def per_rank(byte_counts: Sequence[int]) -> str:
     return f"{len(counts)} x {counts[0]}" if len(set(counts)) == 1 else " + ".join(counts)
 
 
+def loader_schema(
+    node_id: str, display_name: str, description: str, aliases: list[str], mesh_tooltip: str
+) -> io.Schema:
+    """What all loaders look like: a file and a mesh in, a MODEL out."""
+    return io.Schema(
+        node_id=node_id,
+        display_name=display_name,
+        category="parallel",
+        description=description,
+        search_aliases=[*aliases, "multi gpu", "load diffusion model"],
+        inputs=[
+            io.Combo.Input(
+                "model_name",
+                options=names_in(FOLDER),
+                tooltip="A .safetensors file of the diffusion_models or checkpoints folder.",
+            ),
+            MeshSocket.Input("mesh", tooltip=mesh_tooltip),
+        ],
+        outputs=[io.Model.Output(display_name="model", tooltip="A MODEL whose weights live in the backend.")],
+    )
+
+
 class LoadParallelMMDiT(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LoadParallelMMDiT",
-            display_name="Load Parallel MMDiT (SD3 / SD3.5)",
-            category="parallel",
-            description="Loads SD3-medium, SD3.5-medium or SD3.5-large into the backend, each rank its own part. "
+        return loader_schema(
+            "LoadParallelMMDiT",
+            "Load Parallel MMDiT (SD3 / SD3.5)",
+            "Loads SD3-medium, SD3.5-medium or SD3.5-large into the backend, each rank its own part. "
             "The MODEL works with KSampler and guiders; ParallelSampler runs the whole loop in the backend.",
-            search_aliases=["sd3", "sd3.5", "multi gpu", "load diffusion model"],
-            inputs=[
-                io.Combo.Input(
-                    "model_name",
-                    options=names_in(FOLDER),
-                    tooltip="A .safetensors file of the diffusion_models or checkpoints folder.",
-                ),
-                MeshSocket.Input("mesh", tooltip="From Mesh Config."),
-            ],
-            outputs=[io.Model.Output(display_name="model", tooltip="A MODEL whose weights live in the backend.")],
+            ["sd3", "sd3.5"],
+            "From Mesh Config.",
         )
 
     @classmethod
@@ -88,23 +101,14 @@ class LoadParallelMMDiT(io.ComfyNode):
 class LoadParallelUNet(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LoadParallelUNet",
-            display_name="Load Parallel UNet (SDXL)",
-            category="parallel",
-            description="Loads an SDXL UNet (base, refiner, turbo, lightning, SSD-1B, KOALA) into the backend, where each "
+        return loader_schema(
+            "LoadParallelUNet",
+            "Load Parallel UNet (SDXL)",
+            "Loads an SDXL UNet (base, refiner, turbo, lightning, SSD-1B, KOALA) into the backend, where each "
             "rank computes a band of the image. The MODEL works with KSampler and guiders; ParallelSampler runs the "
             "whole loop in the backend.",
-            search_aliases=["sdxl", "multi gpu", "distrifusion", "load diffusion model"],
-            inputs=[
-                io.Combo.Input(
-                    "model_name",
-                    options=names_in(FOLDER),
-                    tooltip="A .safetensors file of the diffusion_models or checkpoints folder.",
-                ),
-                MeshSocket.Input("mesh", tooltip="From Mesh Config; its patch ranks take a band each."),
-            ],
-            outputs=[io.Model.Output(display_name="model", tooltip="A MODEL whose weights live in the backend.")],
+            ["sdxl", "distrifusion"],
+            "From Mesh Config; its patch ranks take a band each.",
         )
 
     @classmethod

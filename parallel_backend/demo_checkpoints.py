@@ -90,18 +90,24 @@ def small_unet_config(widths: tuple[int, ...] = (64, 128, 256), depths: tuple[in
     )
 
 
-def write_unet(path: Path, config: UNetConfig, seed: int = 0) -> Path:
-    """A UNet file under diffusers' names, with random weights scaled so that activations stay near 1."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def random_unet(config: UNetConfig, seed: int = 0) -> Any:
+    """diffusers' UNet of these sizes, with random weights scaled so that activations stay near 1."""
     generator = torch.Generator().manual_seed(seed)
     model: Any = UNet2DConditionModel(**config.diffusers())
-    tensors = {}
+    model.requires_grad_(False).eval()
     for name, parameter in model.named_parameters():
         values = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim > 1:
-            tensors[name] = values / parameter[0].numel() ** 0.5
+            parameter.copy_(values / parameter[0].numel() ** 0.5)
         else:
-            tensors[name] = float("norm" in name and name.endswith("weight")) + 0.05 * values
+            parameter.copy_(float("norm" in name and name.endswith("weight")) + 0.05 * values)
+    return model
+
+
+def write_unet(path: Path, config: UNetConfig, seed: int = 0) -> Path:
+    """A UNet file under diffusers' names, with random weights."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.contiguous() for name, value in random_unet(config, seed).state_dict().items()}
     save_file(tensors, path, metadata={"format": "pt", "note": "random weights"})
     return path
 

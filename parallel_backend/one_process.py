@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from .config import MeshSpec, SamplerSpec
 from .distributed.control import Control
 from .engine import Engine
 from .jobs import Job
-from .rpc.messages import Loaded, LoadModel, Prompt, Request, RequestHeader, Sample
+from .rpc.messages import Loaded, LoadModel, Request, RequestHeader, Sample
 from .rpc.remote import Conditioning
 from .rpc.wire import tensor_meta
 
@@ -29,15 +28,11 @@ class OneProcess:
     def sample(self, latent: Tensor, positive: Conditioning, negative: Conditioning, spec: SamplerSpec) -> Tensor:
         """As `RemoteModel.sample`, of the same settings."""
         tensors = [latent, positive.context, positive.pooled, negative.context, negative.pooled]
-        prompts = Prompt(1, 2, _floats(positive.sizes)), Prompt(3, 4, _floats(negative.sizes))
-        _, (sampled,) = self._ask(Sample(self._name, spec, 0, *prompts), tensors)
+        body = Sample(self._name, spec, 0, positive.prompt(1, 2), negative.prompt(3, 4))
+        _, (sampled,) = self._ask(body, tensors)
         return sampled
 
     def _ask(self, body: Request, tensors: list[Tensor]) -> tuple[object, list[Tensor]]:
         header = RequestHeader(1, body, [tensor_meta(tensor) for tensor in tensors])
         job = Job(Control(), lambda body, tensors: None, lambda: False)
         return self._engine.handle(header, tensors, job)
-
-
-def _floats(sizes: Sequence[float] | None) -> list[float] | None:
-    return None if sizes is None else [float(size) for size in sizes]

@@ -9,32 +9,27 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from parallel_backend.config import MeshSpec, SamplerSpec
-from parallel_backend.demo.captions import embed, word_ids
-from parallel_backend.demo.scenes import held_out_scenes
+from parallel_backend.config import MeshSpec
+from parallel_backend.demo.captions import embed
 from parallel_backend.demo_checkpoints import sine_table, small_config
 from parallel_backend.distributed.mesh import build_mesh
 from parallel_backend.models.mmdit import MMDiT
-from parallel_backend.sampling.image import sample_latent
 from parallel_backend.sampling.parameterization import Flow
 
-from .autoencoder import open_autoencoder
 from .config import TrainSpec
-from .data import Batch, LatentSource
-from .sheets import SHEET_GUIDANCE, SHEET_STEPS, tile
+from .data import Batch
+from .latents import LatentTask
 
 POSITIONS = 32
 FILE = "mmdit.safetensors"
 
 
-class MMDiTTask:
+class MMDiTTask(LatentTask):
     def __init__(self, spec: TrainSpec, device: torch.device) -> None:
-        self.spec, self.device = spec, device
-        self.autoencoder = open_autoencoder(Path(spec.autoencoder), spec.channels).to(device)
+        super().__init__(spec, device, Flow(), "simple")
         config = small_config("sd3.5-medium", depth=spec.depth, pos_embed_size=POSITIONS)
         self.model = MMDiT(config, build_mesh(MeshSpec()), "native").requires_grad_(True)
         initialise(self.model, spec.seed)
@@ -47,9 +42,6 @@ class MMDiTTask:
         del tensors["pos_embed"]
         self.model.load_state_dict(tensors)
 
-    def source(self, rank: int) -> LatentSource:
-        return LatentSource(self.spec, rank, self._encode)
-
     def loss(self, model: nn.Module, batch: Batch, draws: torch.Generator) -> Tensor:
         """The velocity's squared error at logit-normal times; some prompts are dropped, for guidance."""
         latents, rows = batch.images.to(self.device), batch.images.shape[0]
@@ -58,29 +50,8 @@ class MMDiTTask:
         dropped = torch.rand(rows, generator=draws) < self.spec.prompt_dropout
         sigmas_B111 = sigmas.view(-1, 1, 1, 1)
         x = sigmas_B111 * noise + (1 - sigmas_B111) * latents
-        velocity = self._velocity(model, x, 1000 * sigmas, batch.words.masked_fill(dropped[:, None], 0))
+        velocity = self.output(model, x, 1000 * sigmas, batch.words.masked_fill(dropped[:, None], 0))
         return F.mse_loss(velocity.float(), noise - latents)
-
-    @torch.no_grad()
-    def sheet(self, model: nn.Module) -> Image.Image:
-        """Held-out captions, sampled with guidance."""
-        words = torch.tensor([word_ids(scene) for scene in held_out_scenes(16)])
-        side = self.spec.size // 8
-        latents = sample_latent(
-            lambda x, t, step: [
-                self._velocity(model, x, t.expand(len(x)), w) for w in (words, torch.zeros_like(words))
-            ],
-            SamplerSpec(steps=SHEET_STEPS, cfg_scale=SHEET_GUIDANCE, seed=1),
-            Flow(),
-            latent=torch.zeros(len(words), self.spec.channels, side, side, device=self.device),
-            mask=None,
-            noise=None,
-            sigmas=None,
-            batch_index=None,
-            share=lambda x: x,
-            on_step=lambda report: None,
-        )
-        return tile(self.autoencoder.decode(latents).float().cpu(), 8)
 
     def export(self, model: nn.Module, folder: Path) -> list[Path]:
         """One file in half precision, under the names that SD3.5's files have."""
@@ -89,17 +60,13 @@ class MMDiTTask:
         save_file(tensors | {"pos_embed": self.positions.half()}, path, metadata={"format": "pt"})
         return [path]
 
-    def _velocity(self, model: nn.Module, x: Tensor, timesteps: Tensor, words: Tensor) -> Tensor:
+    def output(self, model: nn.Module, x: Tensor, timesteps: Tensor, words: Tensor) -> Tensor:
         context, pooled = (t.to(self.device) for t in embed(words))
         rows, columns = (side // 2 for side in x.shape[2:])
         top, left = (POSITIONS - rows) // 2, (POSITIONS - columns) // 2
         table = self.positions.view(POSITIONS, POSITIONS, -1)
         crop = table[top : top + rows, left : left + columns].reshape(rows * columns, -1)
         return model(x, timesteps, context, pooled, crop.to(self.device))
-
-    @torch.no_grad()
-    def _encode(self, images: Tensor) -> Tensor:
-        return self.autoencoder.encode(images.to(self.device)).cpu()
 
 
 def initialise(model: MMDiT, seed: int) -> None:

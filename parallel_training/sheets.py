@@ -10,8 +10,6 @@ from PIL import Image
 from torch import Tensor
 
 GAP = 4
-# How sheets of a diffusion model are sampled.
-SHEET_STEPS, SHEET_GUIDANCE = 20, 3.0
 SMOOTHED = 25
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from from_scratch_reference import find_clone, reference_model
+from local_network import local_network
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -19,7 +20,6 @@ from parallel_backend.config import MeshSpec, SamplerSpec
 from parallel_backend.distributed.mesh import build_mesh
 from parallel_backend.distributed.stale import Step
 from parallel_backend.errors import CheckpointError, UnsupportedError
-from parallel_backend.models.checkpoint import load_parameters
 from parallel_backend.models.families import open_model
 from parallel_backend.models.from_scratch import FromScratch, FromScratchConfig
 from parallel_backend.one_process import OneProcess
@@ -82,11 +82,7 @@ def inputs(rows: int, height: int, width: int, text: int) -> tuple[Tensor, Tenso
 
 @torch.inference_mode()
 def velocity(path: Path, mesh: MeshSpec, shape: tuple[int, int, int, int]) -> Tensor:
-    opened, built, cpu = open_model(path), build_mesh(mesh), torch.device("cpu")
-    with torch.device("meta"):
-        model = opened.build(built, "native")
-    load_parameters(model, opened.source, device=cpu, dtype=torch.float32, lazy=opened.lazy)
-    return opened.network(model, built, "native", cpu, torch.float32)(*inputs(*shape), Step())
+    return local_network(path, build_mesh(mesh))(*inputs(*shape), Step())
 
 
 @pytest.fixture(scope="module")

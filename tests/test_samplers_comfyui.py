@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui.installation import ComfyInstallation
-from comfyui.ksampler import ksampler_latents
+from comfyui.ksampler import assert_latents_equal, assert_sigmas_equal, ksampler_latents, sampled
 from torch import Tensor
 
-from parallel_backend import Backend, Conditioning, MeshSpec, SamplerSpec
+from parallel_backend import Backend, MeshSpec
 from parallel_backend.config import SAMPLERS, SCHEDULERS
 from parallel_backend.demo_checkpoints import random_prompt
 from parallel_backend.sampling.parameterization import Flow
-from parallel_backend.sampling.schedules import sigmas_for
 
 BASE = {"latent": "empty", "positive": "long", "negative": "short", "seed": 7, "steps": 5, "cfg": 4.5}
 # euler_stochastic is the from-scratch repository's; ComfyUI has none.
@@ -64,36 +63,11 @@ def reference(comfy: ComfyInstallation, models: Path, tmp_path_factory: pytest.T
 
 @pytest.mark.parametrize("name", CASES)
 def test_latent_equals_ksamplers(name: str, reference: dict[str, Tensor], backend2: Backend, models: Path) -> None:
-    case, tensors = BASE | CASES[name], inputs()
     model = backend2.load_model(models / "diffusion_models" / "sd3.5-medium.safetensors", MeshSpec(cfg=2), "float32")
-    positive, negative = (
-        Conditioning(tensors[case[w]], tensors[f"{case[w]}.pooled"]) for w in ("positive", "negative")
-    )
-    latent = model.sample(
-        tensors[case["latent"]],
-        positive,
-        negative,
-        seed=case["seed"],
-        steps=case["steps"],
-        cfg_scale=case["cfg"],
-        sampler=case["sampler"],
-        scheduler=case["scheduler"],
-        denoise=case.get("denoise", 1.0),
-        shift=case.get("shift", 3.0),
-        noise_mask=tensors[case["mask"]] if "mask" in case else None,
-        batch_index=case.get("batch_index"),
-    )
-    expected = reference[name]
-    assert torch.isfinite(expected).all() and expected.std() > 0.01
-    assert (latent - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert_latents_equal(sampled(model, inputs(), BASE | CASES[name]), reference[name])
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 20, 30])
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_sigmas_equal_comfyuis(scheduler: str, steps: int, reference: dict[str, Tensor]) -> None:
-    expected = reference[f"sigmas/{scheduler}/{steps}"]
-    if scheduler == "kl_optimal" and steps == 1:
-        assert expected.isnan().any(), "ComfyUI divides 0 by 0 here; if it no longer does, hold this case to it too"
-        return
-    sigmas = sigmas_for(SamplerSpec(scheduler=scheduler, steps=steps), Flow())
-    torch.testing.assert_close(sigmas, expected, rtol=1e-6, atol=1e-7)
+    assert_sigmas_equal(reference, scheduler, steps, Flow(), rtol=1e-6)

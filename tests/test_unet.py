@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from local_network import local_network
 from rank_pool import RankPool, groups
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from unet_files import CONFIGS, diffusers_unet, single_file_tensors, unet_prompt, write_unet
+from unet_files import CONFIGS, single_file_tensors, unet_prompt, write_unet
 
 from parallel_backend import Backend, Conditioning, MeshSpec
 from parallel_backend.bench.quality import print_table
 from parallel_backend.config import UNET_AXES
-from parallel_backend.demo_checkpoints import random_prompt
+from parallel_backend.demo_checkpoints import random_prompt, random_unet
 from parallel_backend.distributed.mesh import MeshAxis, build_mesh
 from parallel_backend.distributed.stale import Phase, Step
 from parallel_backend.errors import (
@@ -28,12 +29,10 @@ from parallel_backend.errors import (
     InputError,
     UnsupportedError,
 )
-from parallel_backend.models.checkpoint import load_parameters
-from parallel_backend.models.families import open_model
-from parallel_backend.models.unet import BandUNet, band_rows
+from parallel_backend.models.network import Network
+from parallel_backend.models.unet import band_rows
 from parallel_backend.models.unet_checkpoint import open_unet
 
-CPU = torch.device("cpu")
 # Heights that divide in bands of whole units and heights that don't; odd widths.
 SIZES = [(2, 16, 16), (1, 21, 13), (1, 17, 8)]
 WARMED = {"steps": 4, "seed": 3, "cfg_scale": 4.0, "scheduler": "normal"}
@@ -49,18 +48,12 @@ def unets(models: Path) -> Path:
 
 @cache
 def reference(name: str) -> Any:
-    return diffusers_unet(CONFIGS[name])
+    return random_unet(CONFIGS[name])
 
 
 @cache
-def network(path: Path, mesh: MeshSpec) -> BandUNet:
-    opened, built = open_model(path), build_mesh(mesh, groups())
-    with torch.device("meta"):
-        model = opened.build(built, "native")
-    load_parameters(model, opened.source, device=CPU, dtype=torch.float32)
-    made = opened.network(model, built, "native", CPU, torch.float32)
-    assert isinstance(made, BandUNet)
-    return made
+def network(path: Path, mesh: MeshSpec) -> Network:
+    return local_network(path, build_mesh(mesh, groups()))
 
 
 def inputs(name: str, size: tuple[int, int, int], seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -289,7 +282,7 @@ def test_every_layout_gives_the_same_weights(tmp_path: Path, unets: Path) -> Non
     config = CONFIGS["tiny"]
     whole = write_unet(tmp_path / "whole.safetensors", config, prefix="model.diffusion_model.")
     folder = tmp_path / "folder"
-    model = diffusers_unet(config)
+    model = random_unet(config)
     folder.mkdir()
     named = {n.replace("class_embedding.", "add_embedding."): t.contiguous() for n, t in model.state_dict().items()}
     save_file(named, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})

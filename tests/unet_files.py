@@ -1,17 +1,16 @@
-"""Small SDXL UNets with random weights in the single-file layout, and diffusers' own model of the same weights."""
+"""Small SDXL UNets with random weights in the single-file layout."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
 
+from parallel_backend.demo_checkpoints import random_unet
 from parallel_backend.models.unet import UNetConfig, micro_conditioning
 
 BASE = {"family": "sdxl", "channels": 4, "context_width": 2048, "pooled_width": 2816}
@@ -94,21 +93,8 @@ def single_file_name(name: str, config: UNetConfig) -> str:
     return f"{side.replace('down', 'input').replace('up', 'output')}_blocks.{number}.{int(part == 'attentions')}.{rest}.{leaf}"
 
 
-def diffusers_unet(config: UNetConfig, seed: int = 0) -> Any:
-    """diffusers' model with random weights, scaled so that every layer matters."""
-    generator = torch.Generator().manual_seed(seed)
-    model: Any = UNet2DConditionModel(**config.diffusers()).requires_grad_(False).eval()
-    for name, parameter in model.named_parameters():
-        values = torch.randn(parameter.shape, generator=generator)
-        if parameter.ndim == 1:
-            parameter.copy_((1 if "norm" in name and name.endswith("weight") else 0) + 0.05 * values)
-        else:
-            parameter.copy_(values / parameter[0].numel() ** 0.5)
-    return model
-
-
 def single_file_tensors(config: UNetConfig, seed: int = 0) -> dict[str, Tensor]:
-    model = diffusers_unet(config, seed)
+    model = random_unet(config, seed)
     return {single_file_name(name, config): value.contiguous() for name, value in model.state_dict().items()}
 
 

@@ -40,10 +40,10 @@ class Handle:
     result: Tensor
     works: Sequence[dist.Work] = ()
     keep: tuple[Tensor, ...] = field(default=())
-    traffic: Traffic | None = None
+    traffic: Traffic = field(default_factory=Traffic)
 
     def wait(self) -> Tensor:
-        if self.works and self.traffic is not None:
+        if self.works:
             with self.traffic.waiting(self.result.device):
                 for work in self.works:
                     work.wait()

@@ -45,6 +45,10 @@ class Conditioning:
     pooled: Tensor
     sizes: Sequence[float] | None = None
 
+    def prompt(self, context: int, pooled: int) -> Prompt:
+        """As a message names it, given the places of the two tensors there."""
+        return Prompt(context, pooled, None if self.sizes is None else [float(size) for size in self.sizes])
+
 
 @dataclass(frozen=True)
 class Step:
@@ -150,8 +154,7 @@ class RemoteModel(_Remote):
             return len(attachments) - 1
 
         def prompt(conditioning: Conditioning) -> Prompt:
-            sizes = None if conditioning.sizes is None else [float(size) for size in conditioning.sizes]
-            return Prompt(attach(conditioning.context, kept=True), attach(conditioning.pooled, kept=True), sizes)
+            return conditioning.prompt(attach(conditioning.context, kept=True), attach(conditioning.pooled, kept=True))
 
         body = Sample(
             self.name,

@@ -1,4 +1,4 @@
-"""Runs reference.py in ComfyUI's own environment, and reads what it wrote."""
+"""Runs reference.py in ComfyUI's own environment, reads what it wrote, and runs the same cases on a parallel model."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from parallel_backend import Conditioning, RemoteModel, SamplerSpec
+from parallel_backend.sampling.parameterization import Parameterization
+from parallel_backend.sampling.schedules import sigmas_for
 
 from .installation import HERE, ComfyInstallation
 
@@ -24,3 +29,40 @@ def ksampler_latents(
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return load_file(results)
+
+
+def sampled(model: RemoteModel, tensors: Mapping[str, Tensor], case: Mapping[str, Any], **prompt: Any) -> Tensor:
+    """A case's latent of a parallel model. `prompt`: what its conditioning has beside context and pooled."""
+    positive, negative = (
+        Conditioning(tensors[case[w]], tensors[f"{case[w]}.pooled"], **prompt) for w in ("positive", "negative")
+    )
+    return model.sample(
+        tensors[case["latent"]],
+        positive,
+        negative,
+        seed=case["seed"],
+        steps=case["steps"],
+        cfg_scale=case["cfg"],
+        sampler=case["sampler"],
+        scheduler=case["scheduler"],
+        denoise=case.get("denoise", 1.0),
+        shift=case.get("shift", 3.0),
+        noise_mask=tensors[case["mask"]] if "mask" in case else None,
+        batch_index=case.get("batch_index"),
+    )
+
+
+def assert_latents_equal(latent: Tensor, expected: Tensor) -> None:
+    assert torch.isfinite(expected).all() and expected.std() > 0.01
+    assert (latent - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def assert_sigmas_equal(
+    reference: Mapping[str, Tensor], scheduler: str, steps: int, model: Parameterization, rtol: float
+) -> None:
+    expected = reference[f"sigmas/{scheduler}/{steps}"]
+    if scheduler == "kl_optimal" and steps == 1:
+        assert expected.isnan().any(), "ComfyUI divides 0 by 0 here; if it no longer does, hold this case to it too"
+        return
+    sigmas = sigmas_for(SamplerSpec(scheduler=scheduler, steps=steps), model)
+    torch.testing.assert_close(sigmas, expected, rtol=rtol, atol=1e-7)

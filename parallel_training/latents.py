@@ -1,0 +1,65 @@
+"""What the tasks on latents share: where latents come from, and sheets of held-out captions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from parallel_backend.config import SamplerSpec
+from parallel_backend.demo.captions import word_ids
+from parallel_backend.demo.scenes import held_out_scenes
+from parallel_backend.sampling.image import sample_latent
+from parallel_backend.sampling.parameterization import Parameterization
+
+from .autoencoder import open_autoencoder
+from .config import TrainSpec
+from .data import LatentSource
+from .sheets import tile
+
+SHEET_STEPS, SHEET_GUIDANCE = 20, 3.0
+
+
+class LatentTask:
+    """A task whose model predicts something of a noised latent and a caption.
+
+    Args:
+        noise: what it predicts, and the noise that it is trained on.
+        scheduler: of the sheets.
+    """
+
+    def __init__(self, spec: TrainSpec, device: torch.device, noise: Parameterization, scheduler: str) -> None:
+        self.spec, self.device, self.noise, self.scheduler = spec, device, noise, scheduler
+        self.autoencoder = open_autoencoder(Path(spec.autoencoder), spec.channels).to(device)
+
+    def output(self, model: nn.Module, x: Tensor, timesteps: Tensor, words: Tensor) -> Tensor:
+        """The model's output for captions given as word numbers."""
+        raise NotImplementedError
+
+    def source(self, rank: int) -> LatentSource:
+        return LatentSource(self.spec, rank, self._encode)
+
+    @torch.no_grad()
+    def sheet(self, model: nn.Module) -> Image.Image:
+        """Held-out captions, sampled with guidance."""
+        words = torch.tensor([word_ids(scene) for scene in held_out_scenes(16)])
+        side = self.spec.size // 8
+        latents = sample_latent(
+            lambda x, t, step: [self.output(model, x, t.expand(len(x)), w) for w in (words, torch.zeros_like(words))],
+            SamplerSpec(steps=SHEET_STEPS, cfg_scale=SHEET_GUIDANCE, seed=1, scheduler=self.scheduler),
+            self.noise,
+            latent=torch.zeros(len(words), self.spec.channels, side, side, device=self.device),
+            mask=None,
+            noise=None,
+            sigmas=None,
+            batch_index=None,
+            share=lambda x: x,
+            on_step=lambda report: None,
+        )
+        return tile(self.autoencoder.decode(latents).float().cpu(), 8)
+
+    @torch.no_grad()
+    def _encode(self, images: Tensor) -> Tensor:
+        return self.autoencoder.encode(images.to(self.device)).cpu()

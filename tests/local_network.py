@@ -1,0 +1,21 @@
+"""A model of a file in its mesh, as the engine makes it, without an engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from parallel_backend.distributed.mesh import Mesh
+from parallel_backend.models.checkpoint import load_parameters
+from parallel_backend.models.families import open_model
+from parallel_backend.models.network import Network
+
+
+def local_network(path: Path, mesh: Mesh) -> Network:
+    """In fp32 on the CPU."""
+    opened, cpu = open_model(path), torch.device("cpu")
+    with torch.device("meta"):
+        model = opened.build(mesh, "native")
+    load_parameters(model, opened.source, device=cpu, dtype=torch.float32, lazy=opened.lazy)
+    return opened.network(model, mesh, "native", cpu, torch.float32)
