@@ -2,10 +2,12 @@
 """Two ranks against one process, per method: seconds of a sampling step.
 
     python benchmarks/speed.py mmdit --side 512 --rounds 7
-    python benchmarks/speed.py unet --side 512 --rounds 7
+    python benchmarks/speed.py unet --side 512 --rounds 7 --steps 5
+    python benchmarks/speed.py pipefusion --side 384 --rounds 3 --steps 8
 
-The models have random weights in fp32; guidance is on. mmdit: SD3's layout, 12 blocks, hidden 768, 154 text tokens.
-unet: SDXL's layout, 170 million parameters, 77 text tokens.
+The models have random weights in fp32; guidance is on. mmdit, pipefusion: SD3's layout, 12 blocks, hidden 768, 154 text
+tokens. unet: SDXL's layout, 157 million parameters, 77 text tokens; its displaced case is of the steps after the warm-up.
+pipefusion is of whole runs, the exact first step included: of n steps on two ranks, n / (1 + (n - 1) / 2) is all there is.
 """
 
 from __future__ import annotations
@@ -37,42 +39,61 @@ from parallel_backend.rpc.launcher import KEEP_FREED_MEMORY
 
 
 @dataclass(frozen=True)
+class Case:
+    """What two ranks run. `whole`: the warm-up counts too."""
+
+    mesh: MeshSpec
+    warmup: int | None = None
+    num_patches: int = 0
+    whole: bool = True
+
+
+@dataclass(frozen=True)
 class Subject:
-    """A model, and the meshes and warm-ups that it is timed with."""
+    """A model, and how it is timed."""
 
     path: Path
     channels: int
     prompts: tuple[Conditioning, Conditioning]
-    cases: Mapping[str, tuple[MeshSpec, int | None]]
+    cases: Mapping[str, Case]
+
+
+EXACT = {
+    "cfg=2": Case(MeshSpec(cfg=2)),
+    "ulysses=2": Case(MeshSpec(ulysses=2)),
+    "ring=2": Case(MeshSpec(ring=2)),
+}
 
 
 def mmdit(folder: Path) -> Subject:
+    return _mmdit(folder, EXACT | {"tp=2": Case(MeshSpec(tp=2))})
+
+
+def pipefusion(folder: Path) -> Subject:
+    stages = MeshSpec(pp=2)
+    patches = {f"pp=2, {n} patches": Case(stages, 1, n) for n in (1, 2, 4)}
+    return _mmdit(folder, EXACT | patches | {"ring=2, displaced": Case(MeshSpec(ring=2), 1)})
+
+
+def _mmdit(folder: Path, cases: Mapping[str, Case]) -> Subject:
     config = small_config("sd3-medium", depth=12, heads=12, pos_embed_size=96)
     prompts = Conditioning(*random_prompt(1, 154)), Conditioning(*random_prompt(2, 154))
-    meshes = {
-        "cfg=2": MeshSpec(cfg=2),
-        "ulysses=2": MeshSpec(ulysses=2),
-        "ring=2": MeshSpec(ring=2),
-        "tp=2": MeshSpec(tp=2),
-    }
-    return Subject(
-        write_mmdit(folder / "mmdit.safetensors", config), 16, prompts, {name: (m, None) for name, m in meshes.items()}
-    )
+    return Subject(write_mmdit(folder / "mmdit.safetensors", config), 16, prompts, cases)
 
 
 def unet(folder: Path) -> Subject:
     config = small_unet_config((160, 320, 640), (0, 1, 2))
     prompts = Conditioning(*random_sdxl_prompt(1)), Conditioning(*random_sdxl_prompt(2))
     bands = MeshSpec(patch=2)
-    cases: dict[str, tuple[MeshSpec, int | None]] = {
-        "cfg=2": (MeshSpec(cfg=2), None),
-        "patch=2, sync": (bands, None),
-        "patch=2, displaced after 1": (bands, 1),
+    cases = {
+        "cfg=2": Case(MeshSpec(cfg=2)),
+        "patch=2, sync": Case(bands),
+        "patch=2, displaced after 1": Case(bands, 1, whole=False),
     }
     return Subject(write_unet(folder / "unet.safetensors", config), 4, prompts, cases)
 
 
-SUBJECTS = {"mmdit": mmdit, "unet": unet}
+SUBJECTS = {"mmdit": mmdit, "unet": unet, "pipefusion": pipefusion}
 
 
 def alone(subject: Subject, side: int, steps: int, threads: int) -> Callable[[], float]:
@@ -88,27 +109,26 @@ def alone(subject: Subject, side: int, steps: int, threads: int) -> Callable[[],
     return case
 
 
-def on_two_ranks(
-    backend: Backend, subject: Subject, side: int, steps: int, mesh: MeshSpec, warmup: int | None
-) -> Callable[[], float]:
-    """The mean of the steps after the warm-up, as their progress reports arrive; of all steps without one."""
-    model = backend.load_model(subject.path, mesh, "float32")
+def on_two_ranks(backend: Backend, subject: Subject, side: int, steps: int, case: Case) -> Callable[[], float]:
+    """Seconds of a step: of the whole run, or of the steps after the warm-up, as their progress reports arrive."""
+    model = backend.load_model(subject.path, case.mesh, "float32")
 
-    def case() -> float:
+    def run() -> float:
         times = [time.perf_counter()]
         model.sample(
             torch.zeros(1, subject.channels, side, side),
             *subject.prompts,
             seed=1,
             steps=steps,
-            warmup_steps=warmup,
+            warmup_steps=case.warmup,
+            num_patches=case.num_patches,
             on_step=lambda step: times.append(time.perf_counter()),
         )
-        if warmup is None:
+        if case.whole or case.warmup is None:
             return (time.perf_counter() - times[0]) / steps
-        return (times[-1] - times[1 + warmup]) / (steps - 1 - warmup)
+        return (times[-1] - times[1 + case.warmup]) / (steps - 1 - case.warmup)
 
-    return case
+    return run
 
 
 def main() -> None:
@@ -129,8 +149,8 @@ def main() -> None:
                 "one process, 1 thread": alone(subject, side, args.steps, 1),
                 "one process, 2 threads": alone(subject, side, args.steps, 2),
             }
-            for name, (mesh, warmup) in subject.cases.items():
-                cases[f"two ranks, {name}"] = on_two_ranks(backend, subject, side, args.steps, mesh, warmup)
+            for name, case in subject.cases.items():
+                cases[f"two ranks, {name}"] = on_two_ranks(backend, subject, side, args.steps, case)
             times = interleaved(cases, args.rounds, f"{args.subject}, {args.side} pixels")
         finally:
             backend.stop()

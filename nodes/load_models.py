@@ -26,7 +26,7 @@ def load_remote_model(mesh: ParallelMesh, kind: ModelKind, path: Path) -> tuple[
     Raises: CheckpointError: not a model of that kind.
     """
     backend, degrees = mesh.backend(), mesh.unet if kind == "unet" else mesh.mmdit
-    room = make_room(backend, path.stat().st_size // degrees.tp if path.is_file() else 0)
+    room = make_room(backend, path.stat().st_size // (degrees.tp * degrees.pp) if path.is_file() else 0)
     bar = comfy.utils.ProgressBar(1)
 
     def on_event(event: Progress | StepDone, _: Sequence[Tensor]) -> None:

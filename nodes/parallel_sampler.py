@@ -42,6 +42,7 @@ class Settings:
     denoise: float
     displaced: bool = False
     warmup_steps: int = 4
+    num_patches: int = 0
 
 
 def sample(
@@ -86,6 +87,7 @@ def sample(
         denoise=settings.denoise,
         shift=shift,
         warmup_steps=settings.warmup_steps if settings.displaced else None,
+        num_patches=settings.num_patches if settings.displaced else 0,
         noise_mask=latent.get("noise_mask"),
         batch_index=latent.get("batch_index"),
         preview=shown,
@@ -173,8 +175,8 @@ class ParallelSampler(io.ComfyNode):
                     "displaced",
                     default=False,
                     optional=True,
-                    tooltip="UNets on several patch ranks: after the warm-up, ranks go on with what the others had a step "
-                    "ago. Faster, and not exact.",
+                    tooltip="After the warm-up, ranks go on with what the others had a step ago: bands of a UNet (patch), "
+                    "stages of an MMDiT (pp), or its ring. Faster, and not exact.",
                 ),
                 io.Int.Input(
                     "warmup_steps",
@@ -183,6 +185,14 @@ class ParallelSampler(io.ComfyNode):
                     max=10000,
                     optional=True,
                     tooltip="Exact steps before displaced ones. More: nearer to exact, and slower.",
+                ),
+                io.Int.Input(
+                    "num_patches",
+                    default=0,
+                    min=0,
+                    max=64,
+                    optional=True,
+                    tooltip="Displaced steps on pp ranks: parts of the image that flow through the stages. 0: one a stage.",
                 ),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="The denoised latent.")],

@@ -69,6 +69,25 @@ def _parser() -> argparse.ArgumentParser:
     quality.add_argument("--model", type=Path, help="an SDXL UNet; a small one with random weights where left out")
     quality.set_defaults(run=_quality)
 
+    communication = benches.add_parser("communication", help="bytes that each method sends, beside its formula")
+    communication.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    communication.add_argument("--size", type=int, default=256, help="pixels")
+    communication.add_argument("--depth", type=int, default=4, help="blocks")
+    communication.set_defaults(run=_communication)
+
+    trace = benches.add_parser(
+        "trace", help="a job rank by rank: a picture, a Chrome trace, waits and bytes of each step"
+    )
+    trace.add_argument("--mesh", nargs="+", default=["pp=2"], metavar="AXIS=DEGREE")
+    trace.add_argument("--steps", type=int, default=6)
+    trace.add_argument("--warmup-steps", type=int, default=1, help="exact steps; as many as steps for none displaced")
+    trace.add_argument("--num-patches", type=int, default=0, help="that flow through stages; 0 is one a stage")
+    trace.add_argument("--size", type=int, default=512, help="pixels")
+    trace.add_argument("--depth", type=int, default=8, help="blocks of the small model")
+    trace.add_argument("--model", type=Path, help="an MMDiT; a small one with random weights where left out")
+    trace.add_argument("--output", type=Path, default=Path("trace"), help="folder")
+    trace.set_defaults(run=_trace)
+
     demo = commands.add_parser("demo", help="sample a picture on two CPU ranks, with nothing downloaded")
     demo.add_argument("--output", default="demo-output", help="folder for the picture and the small checkpoint")
     demo.add_argument("--steps", type=int, default=8)
@@ -136,6 +155,22 @@ def _quality(args: argparse.Namespace) -> int:
     from .bench.quality import run_quality
 
     run_quality(args.ranks, args.warmups, args.steps, args.size, args.model)
+    return 0
+
+
+def _communication(args: argparse.Namespace) -> int:
+    from .bench.communication import run_communication
+
+    run_communication(args.ranks, args.size, args.depth)
+    return 0
+
+
+def _trace(args: argparse.Namespace) -> int:
+    from .bench.trace import mesh_of, run_trace
+
+    warmup = args.warmup_steps if args.warmup_steps < args.steps else None
+    settings = {"steps": args.steps, "warmup_steps": warmup, "num_patches": args.num_patches}
+    run_trace(mesh_of(args.mesh), settings, args.size, args.depth, args.model, args.output)
     return 0
 
 

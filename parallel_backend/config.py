@@ -11,9 +11,9 @@ import msgspec
 
 from .errors import ConfigError
 
-AXES = ("dp", "cfg", "patch", "ring", "ulysses", "tp")
+AXES = ("dp", "cfg", "pp", "patch", "ring", "ulysses", "tp")
 # Which axes the two kinds of model know, and which of them takes the ranks that nothing else was said of.
-MMDIT_AXES, MMDIT_REST = ("dp", "cfg", "ring", "ulysses", "tp"), "ulysses"
+MMDIT_AXES, MMDIT_REST = ("dp", "cfg", "pp", "ring", "ulysses", "tp"), "ulysses"
 UNET_AXES, UNET_REST = ("dp", "cfg", "patch"), "patch"
 DTYPES = ("float32", "float16", "bfloat16")
 KERNELS = ("auto", "native", "flash", "flash3", "sage", "cudnn", "efficient")
@@ -40,6 +40,13 @@ SAMPLERS = (
     "ipndm",
     "uni_pc",
     "res_multistep",
+)
+# Those whose step takes one evaluation and computes every value of the latent from its own alone: parts of an image can
+# be at different steps.
+SAMPLERS_OF_PATCHES = tuple(
+    name
+    for name in SAMPLERS
+    if name not in ("heun", "dpm_2", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "uni_pc")
 )
 SCHEDULERS = (
     "simple",
@@ -70,6 +77,7 @@ class MeshSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     dp: int = 1
     cfg: int = 1
+    pp: int = 1
     patch: int = 1
     ring: int = 1
     ulysses: int = 1
@@ -97,7 +105,7 @@ class MeshSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return prod(self.degrees.values())
 
     def check_world(self, world_size: int) -> None:
-        """Raises ConfigError unless dp*cfg*patch*ring*ulysses*tp == world_size."""
+        """Raises ConfigError unless dp*cfg*pp*patch*ring*ulysses*tp == world_size."""
         if self.world_size != world_size:
             terms = " * ".join(f"{axis}={degree}" for axis, degree in self.degrees.items())
             raise ConfigError(
@@ -202,7 +210,8 @@ class MeshSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class SamplerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What KSampler's widgets say. `denoise` below 1 keeps the end of a longer schedule.
 
-    With `warmup_steps`, ranks compute the steps after so many on what the others had a step ago; None is exact.
+    With `warmup_steps`, ranks compute the steps after so many on what the others had a step ago; None is exact. On pp
+    ranks, `num_patches` parts of the image then flow through the stages; 0 is as many as stages.
     """
 
     sampler: str = "euler"
@@ -213,6 +222,7 @@ class SamplerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: int = 0
     shift: float = 3.0
     warmup_steps: int | None = None
+    num_patches: int = 0
 
     def __post_init__(self) -> None:
         choose(self.sampler, SAMPLERS, "Sampler")
@@ -229,6 +239,13 @@ class SamplerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(f"shift={self.shift} is not possible.", "Use a positive number; SD3.5 uses 3.")
         if self.warmup_steps is not None and self.warmup_steps < 0:
             raise ConfigError(f"warmup_steps={self.warmup_steps} is not possible.", "Use 0 or more; 4 is usual.")
+        if self.num_patches < 0:
+            raise ConfigError(f"num_patches={self.num_patches} is not possible.", "Use 0 for one a stage, or more.")
+
+    @property
+    def first_displaced(self) -> int | None:
+        """The first displaced step; None for an exact run. The first step of all has nothing yet to go on."""
+        return None if self.warmup_steps is None else max(1, self.warmup_steps)
 
 
 class BackendSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

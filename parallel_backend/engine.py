@@ -14,11 +14,16 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from .config import DTYPES, KERNELS, MeshSpec, SamplerSpec, choose
+from .config import DTYPES, KERNELS, MeshSpec, choose
 from .distributed.attention import resolve_kernel
 from .distributed.mesh import BandAxes, Groups, Mesh, build_mesh
-from .distributed.stale import Kept, Step
-from .errors import BackendError, ConfigError, InputError, MissingTensorsError, ProtocolError, UnknownModelError
+from .errors import (
+    ConfigError,
+    InputError,
+    MissingTensorsError,
+    ProtocolError,
+    UnknownModelError,
+)
 from .jobs import Job
 from .models.checkpoint import load_parameters
 from .models.families import open_model
@@ -26,7 +31,6 @@ from .models.network import Network
 from .models.prediction import Predictor, Rows
 from .models.vae import BandVAE, open_vae
 from .rpc.messages import (
-    AxisCost,
     Decode,
     Done,
     Encode,
@@ -40,12 +44,9 @@ from .rpc.messages import (
     RequestHeader,
     Result,
     Sample,
-    StepDone,
     Unload,
 )
-from .sampling.driver import StepReport
-from .sampling.image import sample_latent
-from .sampling.parameterization import Discrete, Flow, Parameterization
+from .sample import run_sample
 
 TENSOR_CACHE_BYTES = 2**28
 
@@ -163,7 +164,7 @@ class Engine:
                 opened.source,
                 device=self.device,
                 dtype=dtype,
-                lazy=opened.lazy,
+                unread=opened.unread(model),
                 should_stop=job.cancelled,
             )
             return opened.network(model, mesh, kernel, self.device, dtype)
@@ -265,58 +266,7 @@ class Engine:
         return model
 
     def _sample(self, body: Sample, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
-        start = time.perf_counter()
-        spec = body.spec
-        displaced = spec.warmup_steps is not None and spec.warmup_steps < spec.steps
-
-        def prepare():  # type: ignore[no-untyped-def]
-            predictor: Predictor = self._resident(body.model, Predictor)
-            latent = tensors[body.latent].float()
-            if body.mask is not None and not torch.isfinite(tensors[body.mask]).all():
-                raise InputError("The noise mask holds NaN or infinity.", "Look at the node that made it.")
-            # At cfg 1 the uncond branch has no weight: it is not computed.
-            wanted = [body.cond] if body.uncond is None or spec.cfg_scale == 1.0 else [body.cond, body.uncond]
-            for prompt in wanted:
-                predictor.check_latent(latent, tensors[prompt.context].shape[1])
-            rows = latent.shape[0]
-            prompts = [predictor.prompt(tensors[p.context], tensors[p.pooled], rows, p.sizes) for p in wanted]
-            return predictor, predictor.network.new_job(displaced), prompts, latent.to(self.device)
-
-        predictor, kept, prompts, latent = job.control.agreed(prepare)
-        if torch.count_nonzero(latent) > 0:
-            latent = (latent - predictor.kind.shift) * predictor.kind.scale
-        steps, before = 0, _traffic(predictor.mesh)
-
-        def on_step(report: StepReport) -> None:
-            nonlocal steps
-            steps += 1
-            job.emit(StepDone(report.index, report.total), [report.x, report.denoised] if body.preview else [])
-            job.check_cancelled()
-
-        job.check_cancelled()
-        try:
-            out = sample_latent(
-                lambda x, timestep, index: predictor.outputs(x, timestep, prompts, _step(spec, index, kept)),
-                spec,
-                _parameterization(predictor, spec),
-                latent=latent,
-                mask=None if body.mask is None else tensors[body.mask],
-                noise=None if body.noise is None else tensors[body.noise].float(),
-                sigmas=None if body.sigmas is None else tensors[body.sigmas],
-                batch_index=body.batch_index,
-                share=job.control.share,
-                on_step=on_step,
-            )
-        except BackendError:
-            kept.close()  # all ranks are here together; after any other error they may not be, and waiting could hang
-            raise
-        kept.close()
-        out = out / predictor.kind.scale + predictor.kind.shift
-        costs = [
-            AxisCost(now.axis, now.sent_bytes - then.sent_bytes, now.waited - then.waited)
-            for now, then in zip(_traffic(predictor.mesh), before, strict=True)
-        ]
-        return Result(time.perf_counter() - start, steps, costs), [out]
+        return run_sample(body, tensors, job, lambda: self._resident(body.model, Predictor))
 
     def _forward(self, body: Forward, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         start = time.perf_counter()
@@ -352,20 +302,3 @@ class Engine:
         if not torch.isfinite(x).all():
             raise InputError(f"The {what} holds NaN or infinity.", "Look at the node that made it.")
         return vae
-
-
-def _parameterization(predictor: Predictor, spec: SamplerSpec) -> Parameterization:
-    if predictor.kind.prediction == "flow":
-        return Flow(spec.shift)
-    return Discrete(predictor.network.config.v_prediction, predictor.network.config.zero_snr)
-
-
-def _step(spec: SamplerSpec, index: int, kept: Kept) -> Step:
-    """The first step is fresh in any case: there is nothing yet to go on."""
-    fresh = spec.warmup_steps is None or index < max(1, spec.warmup_steps)
-    return Step(index, "sync" if fresh else "displaced", kept=kept)
-
-
-def _traffic(mesh: Mesh) -> list[AxisCost]:
-    """What this rank has sent and waited so far, by axis."""
-    return [AxisCost(a.name, a.traffic.sent_bytes, a.traffic.waited()) for a in mesh.axes if a.degree > 1]

@@ -17,5 +17,5 @@ def local_network(path: Path, mesh: Mesh) -> Network:
     opened, cpu = open_model(path), torch.device("cpu")
     with torch.device("meta"):
         model = opened.build(mesh, "native")
-    load_parameters(model, opened.source, device=cpu, dtype=torch.float32, lazy=opened.lazy)
+    load_parameters(model, opened.source, device=cpu, dtype=torch.float32, unread=opened.unread(model))
     return opened.network(model, mesh, "native", cpu, torch.float32)

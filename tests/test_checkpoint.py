@@ -10,6 +10,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from reference_models import diffusers_mmdit
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from parallel_backend import MeshSpec
 from parallel_backend.config import AXES
@@ -23,7 +24,7 @@ from parallel_backend.models.mmdit_checkpoint import POS_EMBED, PositionTable, m
 from parallel_backend.models.vae import open_vae
 from parallel_backend.safetensors_file import content_key
 
-LAZY = frozenset({POS_EMBED})
+UNREAD = frozenset({POS_EMBED})
 CPU = torch.device("cpu")
 
 
@@ -37,7 +38,7 @@ def load(path: Path, mesh: Mesh | None = None, dtype: torch.dtype = torch.float3
     source = open_mmdit(path)
     with torch.device("meta"):
         model = MMDiT(mmdit_config(source), mesh or mesh_position(), "native")
-    load_parameters(model, source, device=CPU, dtype=dtype, lazy=LAZY)
+    load_parameters(model, source, device=CPU, dtype=dtype, unread=UNREAD)
     return model, source.bytes_read
 
 
@@ -112,6 +113,26 @@ def test_a_tp2_rank_reads_at_most_52_percent_of_the_block_bytes(tmp_path: Path) 
         assert read <= 0.52 * blocks + outside
 
 
+@pytest.mark.parametrize("degree", [2, 3, 4])
+def test_stages_hold_their_own_blocks_and_together_the_whole(degree: int, tmp_path: Path) -> None:
+    path = write_mmdit(tmp_path / "m.safetensors", small_config("sd3.5-medium", depth=5))
+    whole, source = load_file(path), open_mmdit(path)
+    held: dict[str, Tensor] = {}
+    for rank in range(degree):
+        with torch.device("meta"):
+            model = MMDiT(mmdit_config(source), mesh_position(pp=(rank, degree)), "native")
+        unread = UNREAD | frozenset(filter(model.is_elsewhere, source.names()))
+        before = source.bytes_read
+        load_parameters(model, source, device=CPU, dtype=torch.float32, unread=unread)
+        own = dict(model.named_parameters())
+        assert source.bytes_read - before == sum(p.nbytes for p in own.values())
+        again = {name for name in held if name in own}
+        assert all(name.startswith(("t_embedder.", "y_embedder.")) for name in again)
+        held |= own
+    assert held.keys() == whole.keys() - UNREAD
+    assert all(torch.equal(held[name], whole[name]) for name in held)
+
+
 def test_only_the_needed_rows_of_the_position_table_are_read(tmp_path: Path) -> None:
     path = write_mmdit(tmp_path / "m.safetensors", small_config("sd3.5-large", depth=2, pos_embed_size=64))
     full = load_file(path)[POS_EMBED].view(64, 64, -1)
@@ -124,7 +145,8 @@ def test_only_the_needed_rows_of_the_position_table_are_read(tmp_path: Path) -> 
         source = open_mmdit(path)
         with torch.device("meta"):
             model = MMDiT(mmdit_config(source), mesh, "native")
-        rows.append(PositionTable(source, 64, CPU, torch.float32).rows(model, 14, 18))
+        ranges = model.tokens_for(14, 18, 8).image
+        rows.append(PositionTable(source, 64, CPU, torch.float32).rows(7, 9, ranges))
         assert source.bytes_read == rows[-1].nbytes
     assert torch.equal(torch.cat(rows), expected)
 

@@ -179,7 +179,7 @@ def test_degrees_that_dont_fit_are_said_on_the_node_before_anything_runs(server:
     prompt = Prompt()
     picture(prompt, "ParallelSampler", parallel_model(prompt, tp=3), "never")
     text = refused(server, prompt)
-    assert "dp=1 * cfg=1 * patch=1 * ring=1 * ulysses=1 * tp=3 = 3, but the backend has 2 ranks" in text
+    assert "dp=1 * cfg=1 * pp=1 * patch=1 * ring=1 * ulysses=1 * tp=3 = 3, but the backend has 2 ranks" in text
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ from parallel_backend.errors import BackendError, ConfigError, error_from_code
 def test_the_product_equation_names_every_term() -> None:
     with pytest.raises(ConfigError) as caught:
         MeshSpec(cfg=2, ulysses=3).check_world(4)
-    assert "dp=1 * cfg=2 * patch=1 * ring=1 * ulysses=3 * tp=1 = 6, but the backend has 4 ranks." in str(caught.value)
+    assert "dp=1 * cfg=2 * pp=1 * patch=1 * ring=1 * ulysses=3 * tp=1 = 6, but the backend has 4 ranks." in str(
+        caught.value
+    )
 
 
 @pytest.mark.parametrize("mesh", MeshSpec.all_of(8), ids=MeshSpec.describe)

@@ -28,7 +28,8 @@ ALLOWED = {
     "sampling": {"config", "errors"},
     "rpc": {"config", "errors", "version", "safetensors_file"},
     "jobs": {"distributed", "errors", "rpc.messages"},
-    "engine": {"distributed", "models", "sampling", "jobs", "config", "errors", "rpc.messages"},
+    "sample": {"distributed", "models", "sampling", "jobs", "config", "errors", "rpc.messages"},
+    "engine": {"sample", "distributed", "models", "jobs", "config", "errors", "rpc.messages"},
     "server": {
         "engine",
         "distributed",
@@ -43,7 +44,7 @@ ALLOWED = {
     },
     "__init__": {"config", "rpc", "version"},
     "__main__": {"config", "errors", "rpc", "version", "demo", "bench", "models"},
-    "bench": {"demo_checkpoints", "config", "errors", "rpc"},
+    "bench": {"demo_checkpoints", "config", "errors", "rpc", "distributed.traffic"},
     "demo_checkpoints": {"config", "distributed", "models"},
     "demo": {"one_process", "demo_checkpoints", "config", "errors", "rpc"},
     "one_process": {"engine", "distributed", "jobs", "config", "rpc"},

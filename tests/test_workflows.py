@@ -53,6 +53,7 @@ def small(prompt: dict[str, Any]) -> dict[str, Any]:
         inputs = node["inputs"]
         inputs |= {"width": SIZE, "height": SIZE} if "width" in inputs else {}
         inputs |= {"steps": STEPS} if "steps" in inputs else {}
+        inputs |= {"warmup_steps": 1} if "warmup_steps" in inputs else {}
     return prompt
 
 

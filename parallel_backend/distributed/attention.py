@@ -6,17 +6,21 @@ Shapes: B batch, L tokens, N heads, H head dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from typing import Protocol
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor
 
 from ..errors import ConfigError
+from .collectives import all_gather
 from .mesh import Mesh
 from .ring import LseKernel, ring_attention
+from .stale import Phase, StaleExchange, TokenKV
 from .ulysses import heads_to_tokens, tokens_to_heads
 
 DISPATCH_NAMES = {
@@ -77,6 +81,56 @@ def _native_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out.transpose(1, 2), lse.transpose(1, 2)
 
 
+class Memory(Protocol):
+    """What an attention knows beside the tokens of this evaluation."""
+
+    def keys(self, k_BLNH: Tensor, v_BLNH: Tensor) -> tuple[Tensor, Tensor, list[int] | None]:
+        """Keys and values to attend to, and how many each ring rank has; None where these are all there are."""
+        ...
+
+
+@dataclass(frozen=True)
+class PipelinedKV:
+    """In a pipeline of patches: fresh keys and values of this patch, the last ones of the others.
+
+    Args:
+        ring_counts: tokens of each ring rank, all segments.
+    """
+
+    kept: TokenKV
+    present: Sequence[int]
+    ring_counts: list[int]
+
+    def keys(self, k_BLNH: Tensor, v_BLNH: Tensor) -> tuple[Tensor, Tensor, list[int] | None]:
+        return *self.kept.update(k_BLNH, v_BLNH, self.present), self.ring_counts
+
+
+@dataclass(frozen=True)
+class StaleKV:
+    """In displaced steps of ring ranks: fresh keys and values of this rank, last step's of the others.
+
+    Source: DistriFusion (Li et al. 2024, arXiv 2402.19481), section 4.2, on tokens.
+    Comm: displaced: as `StaleExchange.swap_gathered`; sync: one all-gather.
+    """
+
+    exchange: StaleExchange
+    slot: Hashable
+    phase: Phase
+    ring_counts: list[int]
+
+    def keys(self, k_BLNH: Tensor, v_BLNH: Tensor) -> tuple[Tensor, Tensor, list[int] | None]:
+        axis, fresh = self.exchange.axis, torch.stack([k_BLNH, v_BLNH])
+        shapes = [(*fresh.shape[:2], count, *fresh.shape[3:]) for count in self.ring_counts]
+        if self.phase == "displaced":
+            parts = self.exchange.swap_gathered(self.slot, fresh, shapes)
+            parts[axis.rank] = fresh
+        else:
+            parts = list(all_gather(fresh, 2, self.ring_counts, axis).split(self.ring_counts, dim=2))
+            self.exchange.keep_gathered(self.slot, parts)
+        k, v = torch.cat(parts, dim=2).unbind(0)
+        return k, v, None
+
+
 class ParallelAttention:
     """attention(q, k, v, token_counts) over a mesh: ulysses inside, ring around it.
 
@@ -89,23 +143,41 @@ class ParallelAttention:
         self.kernel = kernel
         self.lse_kernel = lse_kernel(kernel) if mesh.ring.degree > 1 else None
 
-    def __call__(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, token_counts: Sequence[int]) -> Tensor:
+    def __call__(
+        self,
+        q_BLNH: Tensor,
+        k_BLNH: Tensor,
+        v_BLNH: Tensor,
+        token_counts: Sequence[int],
+        memory: Memory | None = None,
+    ) -> Tensor:
         """What this rank's tokens take from the tokens of all ranks.
 
         Args:
             q_BLNH, k_BLNH, v_BLNH: this rank's tokens; their order among ranks doesn't matter.
             token_counts: tokens of each sequence-parallel rank, ring outer, ulysses inner.
+            memory: more tokens than these; None in exact jobs.
         Returns: (B, L, N, H), this rank's tokens.
-        Comm: ulysses: two all-to-all; ring: degree - 1 exchanges of keys and values.
+        Comm: ulysses: two all-to-all; ring: degree - 1 exchanges of keys and values; and the memory's.
         """
         ring, ulysses = self.mesh.ring, self.mesh.ulysses
-        if ring.degree == ulysses.degree == 1:
-            return dispatch_attention_fn(q_BLNH, k_BLNH, v_BLNH, backend=DISPATCH_NAMES[self.kernel])
-        per_ring = [list(token_counts[i * ulysses.degree : (i + 1) * ulysses.degree]) for i in range(ring.degree)]
+        own = list(token_counts[ring.rank * ulysses.degree : (ring.rank + 1) * ulysses.degree])
+        ring_counts: list[int] | None = by_ring(token_counts, self.mesh)
         heads = q_BLNH.shape[2]
-        q, k, v = tokens_to_heads(torch.stack([q_BLNH, k_BLNH, v_BLNH]), per_ring[ring.rank], ulysses).unbind(0)
-        if self.lse_kernel is not None:
-            out = ring_attention(q, k, v, [sum(counts) for counts in per_ring], ring, self.lse_kernel)
+        if ulysses.degree == 1:
+            q, k, v = q_BLNH, k_BLNH, v_BLNH
+        else:
+            q, k, v = tokens_to_heads(torch.stack([q_BLNH, k_BLNH, v_BLNH]), own, ulysses).unbind(0)
+        if memory is not None:
+            k, v, ring_counts = memory.keys(k, v)
+        if self.lse_kernel is not None and ring_counts is not None:
+            out = ring_attention(q, k, v, ring_counts, ring, self.lse_kernel)
         else:
             out = dispatch_attention_fn(q, k, v, backend=DISPATCH_NAMES[self.kernel])
-        return heads_to_tokens(out, per_ring[ring.rank], heads, ulysses)
+        return heads_to_tokens(out, own, heads, ulysses)
+
+
+def by_ring(token_counts: Sequence[int], mesh: Mesh) -> list[int]:
+    """Tokens of each ring rank, from those of each sequence-parallel rank."""
+    degree = mesh.ulysses.degree
+    return [sum(token_counts[i * degree : (i + 1) * degree]) for i in range(mesh.ring.degree)]

@@ -127,6 +127,49 @@ def start_ring_exchange(x: Tensor, received_shape: Sequence[int], axis: MeshAxis
     return Handle(received, dist.batch_isend_irecv(ops), keep=(x,), traffic=axis.traffic)
 
 
+def start_send(x: Tensor, to: int, axis: MeshAxis) -> Handle:
+    """`x` goes to axis rank `to`.
+
+    Comm: x.numel() elements.
+    """
+    x = x.contiguous()
+    axis.traffic.sent_bytes += x.nbytes
+    work = dist.isend(x, axis.global_rank(to), group=axis.group)
+    return Handle(x, [work] if work is not None else [], traffic=axis.traffic)
+
+
+def start_receive(into: Tensor, source: int, axis: MeshAxis) -> Handle:
+    """What axis rank `source` sends, in `into`; ranks take messages of one sender in the order that it sent them."""
+    work = dist.irecv(into, axis.global_rank(source), group=axis.group)
+    return Handle(into, [work] if work is not None else [], traffic=axis.traffic)
+
+
+def broadcast(x: Tensor, source: int, axis: MeshAxis) -> Tensor:
+    """Axis rank `source`'s tensor on every rank, in place.
+
+    Comm: x.numel() elements to each other rank.
+    """
+    if axis.degree > 1:
+        x = x.contiguous()
+        if axis.rank == source:
+            axis.traffic.sent_bytes += (axis.degree - 1) * x.nbytes
+        with axis.traffic.waiting(x.device):
+            dist.broadcast(x, axis.global_rank(source), group=axis.group)
+    return x
+
+
+def first_says(flag: bool, axis: MeshAxis) -> bool:
+    """The flag of the axis's first rank, on every rank.
+
+    Comm: one byte, on the CPU.
+    """
+    if axis.degree == 1:
+        return flag
+    shared = torch.tensor([flag], dtype=torch.uint8)
+    dist.broadcast(shared, axis.global_rank(0), group=axis.group)
+    return bool(shared)
+
+
 def exchange_halo(x_BCYX: Tensor, above: int, below: int, axis: MeshAxis) -> Tensor:
     """The band with `above` rows of the band above it and `below` rows of the band below; outer edges are zeros.
 

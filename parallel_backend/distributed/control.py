@@ -33,6 +33,10 @@ class _Outcome(msgspec.Struct):
     remedy: str = ""
 
 
+class _Rows(msgspec.Struct):
+    rows: int
+
+
 class Control:
     """This rank's line to the others; alone in its world it talks to itself."""
 
@@ -96,6 +100,17 @@ class Control:
             data = row.numpy().tobytes()
             notes.append(msgspec.msgpack.decode(data[4 : 4 + int.from_bytes(data[:4], "little")], type=type(note)))
         return notes
+
+    def gather_rows(self, rows: Tensor) -> list[Tensor]:
+        """Every rank's rows (n, C) of float64, in rank order; n may differ."""
+        if self._group is None:
+            return [rows]
+        counts = [note.rows for note in self.gather(_Rows(len(rows)))]
+        padded = torch.zeros(max(counts), rows.shape[1], dtype=rows.dtype)
+        padded[: len(rows)] = rows
+        full = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(full, padded, group=self._group)
+        return [part[:count] for part, count in zip(full, counts, strict=True)]
 
     def agreed(self, local: Callable[[], T]) -> T:
         """What `local` returns, once it has succeeded on every rank; it must not communicate.

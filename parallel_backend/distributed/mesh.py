@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch.distributed as dist
 
@@ -31,15 +31,24 @@ class MeshAxis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's axes."""
+    """This rank's axes.
+
+    Args:
+        way_back: the ranks of pp once more, for what the last stage sends the first. With NCCL, messages of one group
+            between two ranks wait for each other, and two stages would stand still.
+        first_stage: the ranks of the first stage of several; only they have it.
+    """
 
     spec: MeshSpec
     dp: MeshAxis
     cfg: MeshAxis
+    pp: MeshAxis
     patch: MeshAxis
     ring: MeshAxis
     ulysses: MeshAxis
     tp: MeshAxis
+    way_back: MeshAxis = field(default_factory=lambda: MeshAxis("way_back"))
+    first_stage: MeshAxis = field(default_factory=lambda: MeshAxis("first_stage"))
 
     @property
     def axes(self) -> list[MeshAxis]:
@@ -63,18 +72,33 @@ class Groups:
     """
 
     def __init__(self) -> None:
-        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._groups: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
 
-    def of(self, ranks: Sequence[int]) -> dist.ProcessGroup:
-        """Comm: a group creation at the first use of these ranks."""
-        key = tuple(ranks)
+    def of(self, ranks: Sequence[int], use: str = "") -> dist.ProcessGroup:
+        """`use` keeps apart groups of the same ranks whose messages must not wait for each other.
+
+        Comm: a group creation at the first use of these ranks.
+        """
+        key = (use, tuple(ranks))
         if key not in self._groups:
             world = dist.group.WORLD
-            whole = key == tuple(range(self.world_size)) and world is not None
-            self._groups[key] = world if whole else dist.new_group(list(key))  # type: ignore[assignment]
+            whole = key == ("", tuple(range(self.world_size))) and world is not None
+            self._groups[key] = world if whole else dist.new_group(list(ranks))  # type: ignore[assignment]
         return self._groups[key]
+
+    def axis(self, name: str, groups_of_ranks: Sequence[Sequence[int]], use: str = "") -> MeshAxis:
+        """This rank's axis among groups of ranks, of which one has it.
+
+        Comm: as `of`, for each group of 2 ranks or more.
+        """
+        found = MeshAxis(name)
+        for ranks in groups_of_ranks:
+            group = self.of(ranks, use) if len(ranks) > 1 else None
+            if self.rank in ranks:
+                found = MeshAxis(name, len(ranks), ranks.index(self.rank), group)
+        return found
 
 
 def build_mesh(spec: MeshSpec, groups: Groups | None = None) -> Mesh:
@@ -85,15 +109,12 @@ def build_mesh(spec: MeshSpec, groups: Groups | None = None) -> Mesh:
     """
     groups = groups or Groups()
     spec.check_world(groups.world_size)
-    axes = {}
-    for axis in AXES:
-        degree = getattr(spec, axis)
-        axes[axis] = MeshAxis(axis, degree)
-        for ranks in spec.groups(axis) if degree > 1 else []:
-            group = groups.of(ranks)
-            if groups.rank in ranks:
-                axes[axis] = MeshAxis(axis, degree, ranks.index(groups.rank), group)
-    return Mesh(spec, **axes)
+    axes = {axis: groups.axis(axis, spec.groups(axis)) for axis in AXES}
+    if spec.pp == 1:
+        return Mesh(spec, **axes)
+    way_back = replace(groups.axis("way_back", spec.groups("pp"), use="way back"), traffic=axes["pp"].traffic)
+    firsts = [ranks[0] for ranks in spec.groups("pp")]
+    return Mesh(spec, **axes, way_back=way_back, first_stage=groups.axis("first_stage", [firsts]))
 
 
 class BandAxes:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .collectives import Handle, start_all_gather, start_neighbour_exchange
 from .mesh import MeshAxis
+from .traffic import Timeline
 
 # Large enough that a message's start costs nothing beside it, small enough that most of a step's are under way early.
 BUCKET_BYTES = 8 * 2**20
@@ -28,11 +29,22 @@ Phase = Literal["sync", "displaced"]
 class Kept:
     """What one job keeps from evaluation to evaluation; it dies with the job.
 
-    `stale` is there only in jobs that have displaced steps. `prompt_kv` holds keys and values of prompts.
+    `stale` and `token_kv` are there only in jobs that have displaced steps: the first where ranks share what they have
+    by messages, the second where patches of `num_patches` flow through a pipeline. `prompt_kv` holds keys and values of
+    prompts. `timeline` is there where the job is to be told of in detail.
     """
 
     stale: StaleExchange | None = None
+    token_kv: dict[Hashable, TokenKV] | None = None
+    num_patches: int = 1
     prompt_kv: dict[Hashable, Tensor] = field(default_factory=dict)
+    timeline: Timeline | None = None
+
+    def nbytes(self) -> int:
+        """Of all that is kept now."""
+        kv = self.token_kv.values() if self.token_kv is not None else ()
+        stale = self.stale.nbytes() if self.stale is not None else 0
+        return stale + sum(tokens.nbytes() for tokens in kv) + sum(t.nbytes for t in self.prompt_kv.values())
 
     def close(self) -> None:
         """Waits for all that is under way, so that the next job finds the lines free."""
@@ -52,6 +64,48 @@ class Step:
     @property
     def stale(self) -> StaleExchange | None:
         return self.kept.stale if self.kept is not None else None
+
+
+EXACT = Step()
+
+
+class TokenKV:
+    """Keys and values of all tokens of one attention, each as fresh as its segment came last.
+
+    Source: PipeFusion (Fang et al. 2024, arXiv 2405.14430), section 3.
+    Shapes: B rows, L tokens of this ring rank, N heads, H head dim.
+    """
+
+    def __init__(self, segments: Sequence[Sequence[int]]) -> None:
+        """`segments`: tokens of each segment by ulysses rank."""
+        self._segments = segments
+        self._starts = [sum(map(sum, segments[:i])) for i in range(len(segments) + 1)]
+        self._full: Tensor | None = None
+
+    def update(self, k_BLNH: Tensor, v_BLNH: Tensor, present: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """All keys and values, those given put in their places.
+
+        Args:
+            k_BLNH, v_BLNH: one ulysses rank's tokens after the other's, each in the order of `present`.
+            present: which segments they are of; the first time, all.
+        """
+        if self._full is None:
+            assert len(present) == sum(any(counts) for counts in self._segments), (
+                "the first evaluation is of all tokens"
+            )
+            self._full = k_BLNH.new_empty(2, k_BLNH.shape[0], self._starts[-1], *k_BLNH.shape[2:])
+        at = list(self._starts)
+        degree = len(self._segments[0])
+        lengths = [self._segments[s][rank] for rank in range(degree) for s in present]
+        for index, fresh in enumerate(zip(k_BLNH.split(lengths, dim=1), v_BLNH.split(lengths, dim=1), strict=True)):
+            segment = present[index % len(present)]
+            for kept, part in zip(self._full, fresh, strict=True):
+                kept[:, at[segment] : at[segment] + part.shape[1]] = part
+            at[segment] += lengths[index]
+        return self._full[0], self._full[1]
+
+    def nbytes(self) -> int:
+        return self._full.nbytes if self._full is not None else 0
 
 
 class StaleExchange:
@@ -96,6 +150,10 @@ class StaleExchange:
         """What is still to be sent goes on its way."""
         self._bucket.start()
         self._bucket = _Bucket(self.axis)
+
+    def nbytes(self) -> int:
+        """Of the tensors that the next evaluation reads. Waits for those under way."""
+        return sum(tensor.nbytes for kept in self._kept.values() for tensor in kept.tensors())
 
     def close(self) -> None:
         """Waits for all that is under way, so that the next job finds the lines free."""

@@ -3,11 +3,74 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
+
+# Rows of a timeline's table: kind, step, patch, start, end, bytes. Kinds above 0 are waits, those below are bytes sent, by
+# the number of the axis.
+COMPUTE = 0
+COLUMNS = 6
+
+
+@dataclass
+class Timeline:
+    """What one rank did in a job, in seconds of the machine's monotonic clock; asked for, since on a GPU every mark waits
+    until all that was started has ended.
+
+    Args:
+        axes: of the mesh, in a fixed order, whose traffic is told apart.
+    """
+
+    axes: Sequence[Traffic]
+    device: torch.device
+    rows: list[tuple[float, ...]] = field(default_factory=list)
+    step: int = -1
+    patch: int = -1
+    _sent: list[int] = field(default_factory=list)
+
+    def __enter__(self) -> Timeline:
+        self._sent = [traffic.sent_bytes for traffic in self.axes]
+        for number, traffic in enumerate(self.axes, start=1):
+            traffic.timeline, traffic.number = self, number
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.begin(-1)
+        for traffic in self.axes:
+            traffic.timeline = None
+
+    def begin(self, step: int) -> None:
+        """What follows belongs to this step."""
+        now = [traffic.sent_bytes for traffic in self.axes]
+        for number, (sent, before) in enumerate(zip(now, self._sent, strict=True), start=1):
+            if sent > before and self.step >= 0:
+                self.rows.append((-number, self.step, -1, 0.0, 0.0, sent - before))
+        self.step, self._sent = step, now
+
+    @contextmanager
+    def span(self, kind: int = COMPUTE, patch: int | None = None) -> Iterator[None]:
+        before, self.patch = self.patch, self.patch if patch is None else patch
+        start = self._now()
+        yield
+        self.rows.append((kind, self.step, self.patch, start, self._now(), 0.0))
+        self.patch = before
+
+    def table(self) -> torch.Tensor:
+        return torch.tensor(self.rows, dtype=torch.float64).view(-1, COLUMNS)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def with_ranks(tables: Sequence[torch.Tensor]) -> torch.Tensor:
+    """All ranks' rows as one table, whose first column is the rank."""
+    return torch.cat([F.pad(rows, (1, 0), value=float(rank)) for rank, rows in enumerate(tables)])
 
 
 @dataclass
@@ -18,12 +81,18 @@ class Traffic:
     """
 
     sent_bytes: int = 0
+    timeline: Timeline | None = None
+    number: int = 0
     _waited: float = 0.0
     _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
     @contextmanager
     def waiting(self, device: torch.device) -> Iterator[None]:
         """The block ends when what others send is there."""
+        with self.timeline.span(self.number) if self.timeline is not None else nullcontext():
+            yield from self._timed(device)
+
+    def _timed(self, device: torch.device) -> Iterator[None]:
         if device.type != "cuda":
             start = time.perf_counter()
             yield

@@ -152,20 +152,20 @@ def load_parameters(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    lazy: frozenset[str] = frozenset(),
+    unread: frozenset[str] = frozenset(),
     should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Every parameter of `model` holds this rank's part of the tensor of its name, on `device` in `dtype`.
 
     Args:
-        lazy: names that the file must have but that are not read now.
+        unread: names that the file must have and that this rank doesn't read now.
         should_stop: asked before each tensor.
     Raises:
         CheckpointError: names missing from the file or left over in it, or a tensor of another shape.
         CancelledError: `should_stop` said so.
     """
     wanted = dict(model.named_parameters())
-    check_names(set(wanted) | lazy, set(source.names()), source.path.name)
+    check_names(set(wanted) | unread, set(source.names()), source.path.name)
     for name, parameter in wanted.items():
         full_shape = parameter.full_shape if isinstance(parameter, ShardedParameter) else tuple(parameter.shape)
         if source.shape(name) != full_shape:

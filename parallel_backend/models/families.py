@@ -81,7 +81,8 @@ class OpenedModel:
     Args:
         build: (mesh, kernel) -> a module without weights, whose names are those of `source`.
         network: (that module with its weights, mesh, kernel, device, dtype) -> what is asked.
-        lazy: names of tensors that are read when they are needed.
+        unread: (that module) -> names in the file of tensors that its rank doesn't read when it loads: those of other
+            stages, and those that are read when they are needed.
     """
 
     source: TensorSource
@@ -89,7 +90,7 @@ class OpenedModel:
     kind: Kind
     build: Callable[[Mesh, str], nn.Module]
     network: Callable[[Any, Mesh, str, torch.device, torch.dtype], Network]
-    lazy: frozenset[str] = frozenset()
+    unread: Callable[[Any], frozenset[str]] = lambda module: frozenset()
 
 
 def open_model(path: Path, kind: str = "any") -> OpenedModel:
@@ -122,7 +123,7 @@ def _open_mmdit(path: Path) -> OpenedModel:
         lambda model, mesh, kernel, device, dtype: TokenNetwork(
             model, PositionTable(source, config.pos_embed_size, device, dtype)
         ),
-        frozenset({POS_EMBED}),
+        lambda model: frozenset({POS_EMBED, *filter(model.is_elsewhere, source.names())}),
     )
 
 
@@ -150,4 +151,5 @@ def _open_from_scratch(path: Path) -> OpenedModel:
         FROM_SCRATCH,
         lambda mesh, kernel: FromScratch(config, mesh, kernel),
         lambda model, mesh, kernel, device, dtype: TokenNetwork(model, GridPositions(device)),
+        lambda model: frozenset(filter(model.is_elsewhere, source.names())),
     )

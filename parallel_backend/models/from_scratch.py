@@ -8,19 +8,17 @@ Shapes: B rows, L this rank's tokens, D hidden, N heads of this tp rank, H head 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..distributed.attention import ParallelAttention
-from ..distributed.collectives import all_gather, split_range
+from ..distributed.collectives import split_range
 from ..distributed.mesh import Mesh, MeshAxis
 from ..distributed.tensor_parallel import ColumnParallelLinear, RowParallelLinear, sharded_parameter
-from .mmdit import check_heads, gathers
-from .tokens import Tokens, patchify, tokens_for
+from .transformer import Attend, StagedTransformer
 
 # Tokens of the first text encoder (Gemma); those after them are the second's (ModernBERT).
 FIRST_TEXT_TOKENS = 77
@@ -149,10 +147,10 @@ class Norm(nn.Module):
 class Block(nn.Module):
     """Text and image attend to each other; each has its own weights. The last block gives image tokens only."""
 
-    def __init__(self, config: FromScratchConfig, tp: MeshAxis, last: bool) -> None:
+    def __init__(self, config: FromScratchConfig, tp: MeshAxis, index: int) -> None:
         super().__init__()
-        hidden = config.hidden
-        self.last, self.rotary = last, config.rotary
+        hidden, last = config.hidden, index == config.depth - 1
+        self.index, self.last, self.rotary = index, last, config.rotary
         self.y_proj = nn.ModuleDict({"0": ColumnParallelLinear(hidden, hidden)})
         self.attn = JointAttention(config, tp, last)
         self.norm1_x, self.norm2_x, self.norm1_c = Norm(hidden), Norm(hidden), Norm(hidden)
@@ -171,14 +169,13 @@ class Block(nn.Module):
         c: Tensor,
         y_BD: Tensor,
         positions_L2: Tensor,
-        tokens: Tokens,
-        attention: ParallelAttention,
+        attend: Attend,
     ) -> tuple[Tensor, Tensor]:
         y, attn = F.silu(self.y_proj["0"](y_BD)), self.attn
         x_qkv = attn.qkv("x", self.norm1_x(x, y), positions_L2 if self.rotary else None)
         c_qkv = attn.qkv("c", self.norm1_c(c, y), None)
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(x_qkv, c_qkv, strict=True))
-        attended = attention(q, k, v, tokens.joint_counts).flatten(2)
+        attended = attend.joint(self.index, q, k, v).flatten(2)
         x_attended, c_attended = attended.split([x.shape[1], c.shape[1]], dim=1)
         x = x + attn.get_submodule("out_proj_x")(x_attended) * self.scale1_x(y)[:, None]
         x = x + self.MLP_x(self.norm2_x(x, y)) * self.scale2_x(y)[:, None]
@@ -199,68 +196,65 @@ class PatchProjection(nn.Module):
         return F.linear(patches_BLP, self.weight.flatten(1))
 
 
-class FromScratch(nn.Module):
-    """Velocity of a latent, computed by all ranks of a mesh; every rank has the whole input and output."""
+class FromScratch(StagedTransformer):
+    """SD3 from scratch; `places` are row and column of each image token."""
 
     def __init__(self, config: FromScratchConfig, mesh: Mesh, kernel: str) -> None:
-        """Raises: ConfigError: tp * ulysses is more than the heads."""
-        super().__init__()
-        check_heads(config.heads, mesh)
+        super().__init__(config, mesh, kernel)
         hidden, patch = config.hidden, config.patch_size
-        self.config, self.mesh = config, mesh
-        self.attention = ParallelAttention(mesh, kernel)
-        self.blocks = nn.ModuleList(Block(config, mesh.tp, i == config.depth - 1) for i in range(config.depth))
+        self.blocks = nn.ModuleDict({str(i): Block(config, mesh.tp, i) for i in self.own_blocks})
         self.t_emb2 = ColumnParallelLinear(hidden, hidden, bias=False)
         self.cond_MLP = ColumnParallelLinear(config.pooled_width, hidden, bias=False)
-        self.c_proj = ColumnParallelLinear(config.context_width, hidden, bias=False)
-        self.c_proj2 = ColumnParallelLinear(config.context_width, hidden, bias=False)
-        self.pre_c_norm, self.pre_c_norm2 = HeadNorm(config.context_width), HeadNorm(config.context_width)
-        self.learnable_scalar, self.learnable_scalar2 = sharded_parameter((1,)), sharded_parameter((1,))
-        self.pos_enc = nn.ModuleDict({"proj": PatchProjection(hidden, config.channels, patch)})
-        self.patch_emb = ColumnParallelLinear(hidden, hidden)
-        self.out_norm = Norm(hidden)
-        self.out_proj = ColumnParallelLinear(hidden, config.channels * patch**2)
         self.time_scale = sharded_parameter((1,), fp32=True)
+        if self.is_first:
+            self.c_proj = ColumnParallelLinear(config.context_width, hidden, bias=False)
+            self.c_proj2 = ColumnParallelLinear(config.context_width, hidden, bias=False)
+            self.pre_c_norm, self.pre_c_norm2 = HeadNorm(config.context_width), HeadNorm(config.context_width)
+            self.learnable_scalar, self.learnable_scalar2 = sharded_parameter((1,)), sharded_parameter((1,))
+            self.pos_enc = nn.ModuleDict({"proj": PatchProjection(hidden, config.channels, patch)})
+            self.patch_emb = ColumnParallelLinear(hidden, hidden)
+        if self.is_last:
+            self.out_norm = Norm(hidden)
+            self.out_proj = ColumnParallelLinear(hidden, config.channels * patch**2)
 
-    def tokens_for(self, height: int, width: int, text_tokens: int) -> Tokens:
-        """Raises: InputError: see `tokens_for`."""
-        return tokens_for(self.config, self.mesh, height, width, text_tokens)
+    def is_elsewhere(self, name: str) -> bool:
+        part = name.split(".")[0]
+        if part == "blocks":
+            return int(name.split(".")[1]) not in self.own_blocks
+        if part in ("out_norm", "out_proj"):
+            return not self.is_last
+        return part not in ("t_emb2", "cond_MLP", "time_scale") and not self.is_first
 
-    def forward(
-        self, x_BCYX: Tensor, timesteps_B: Tensor, context_BLE: Tensor, y_BA: Tensor, positions_L2: Tensor
-    ) -> Tensor:
-        """The velocity at `x`.
-
-        Args:
-            x_BCYX: full latent, in the model's scale and dtype.
-            timesteps_B: 1000 * sigma, fp32.
-            context_BLE: full text tokens, the first encoder's 77, then the second's; all zeros for no prompt.
-            y_BA: pooled prompt.
-            positions_L2: row and column of this rank's image tokens.
-        Returns: (B, C, Y, X), whole on every rank.
-        Comm: as attention and tp say, and one all-gather of the output tokens.
-        """
-        tokens = self.tokens_for(x_BCYX.shape[2], x_BCYX.shape[3], context_BLE.shape[1])
+    def vectors(self, timesteps_B: Tensor, y_BA: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, D): what every block projects for itself."""
         times = time_waves(timesteps_B / 1000 * self.time_scale, self.config.hidden)
-        y = self.t_emb2(times.to(x_BCYX.dtype)) + self.cond_MLP(y_BA)
-        c = self._text(context_BLE, *tokens.text)
-        patches = patchify(x_BCYX, self.config.patch_size)[:, slice(*tokens.image)]
-        x = self.patch_emb(self.pos_enc["proj"](patches))
-        for block in self.blocks:
-            x, c = block(x, c, y, positions_L2, tokens, self.attention)
-        out = self.out_proj(self.out_norm(x, y))
-        for axis, counts in gathers(self.mesh, tokens):
-            out = all_gather(out, 1, counts, axis)
-        return from_patches(out, x_BCYX.shape, self.config.patch_size)
+        return self.t_emb2(times.to(dtype)) + self.cond_MLP(y_BA)
 
-    def _text(self, context_BLE: Tensor, start: int, stop: int) -> Tensor:
+    def enter(self, patches_BLP: Tensor, context_BLE: Tensor, text: tuple[int, int], places: Tensor) -> list[Tensor]:
+        """The prompt is the first encoder's 77 tokens, then the second's; all zeros for none."""
+        start, stop = text
         split = max(start, min(FIRST_TEXT_TOKENS, stop))
         first, second = context_BLE[:, start:split], context_BLE[:, split:stop]
         embedded = [
             self.c_proj(self.learnable_scalar * self.pre_c_norm(first)),
             self.c_proj2(self.learnable_scalar2 * self.pre_c_norm2(second)),
         ]
-        return torch.cat(embedded, dim=1)
+        return [torch.cat(embedded, dim=1), self.patch_emb(self.pos_enc["proj"](patches_BLP))]
+
+    def run_blocks(self, c_BLD: Tensor, x_BLD: Tensor, vectors: Tensor, places: Tensor, attend: Attend) -> list[Tensor]:
+        for block in self.blocks.values():
+            x_BLD, c_BLD = block(x_BLD, c_BLD, vectors, places, attend)
+        return [c_BLD, x_BLD]
+
+    def leave(self, x_BLD: Tensor, vectors: Tensor) -> Tensor:
+        return self.out_proj(self.out_norm(x_BLD, vectors))
+
+    def unpatchify(self, x_BLP: Tensor, shape: torch.Size) -> Tensor:
+        """In a patch, channels come first."""
+        B, C, Y, X = shape
+        patch = self.config.patch_size
+        x = x_BLP.view(B, Y // patch, X // patch, C, patch, patch)
+        return x.permute(0, 3, 1, 4, 2, 5).reshape(B, C, Y, X)
 
 
 @dataclass(frozen=True)
@@ -269,11 +263,9 @@ class GridPositions:
 
     device: torch.device
 
-    def rows(self, model: FromScratch, height: int, width: int) -> Tensor:
-        """(L, 2): row and column of this rank's tokens of a latent of height x width cells."""
-        rows, columns = height // model.config.patch_size, width // model.config.patch_size
-        first, last = split_range(rows * columns, model.mesh.sp_degree, model.mesh.sp_rank)
-        index = torch.arange(first, last, device=self.device)
+    def rows(self, rows: int, columns: int, ranges: Sequence[tuple[int, int]]) -> Tensor:
+        """(L, 2): row and column of tokens (first, one past last) of an image of rows x columns tokens."""
+        index = torch.cat([torch.arange(first, last, device=self.device) for first, last in ranges])
         return torch.stack([index // columns, index % columns], dim=1).float()
 
 
@@ -294,10 +286,3 @@ def time_waves(times_B: Tensor, width: int) -> Tensor:
     rates = 10_000.0 ** (2 * torch.arange(width, dtype=torch.float32, device=times_B.device) / width)
     angles = times_B.float()[:, None] / rates
     return torch.cat([angles[:, ::2].sin(), angles[:, 1::2].cos()], dim=1)
-
-
-def from_patches(x_BLP: Tensor, shape: torch.Size, patch: int) -> Tensor:
-    """The inverse of `patchify`: in a patch, channels come first."""
-    B, C, Y, X = shape
-    x = x_BLP.view(B, Y // patch, X // patch, C, patch, patch)
-    return x.permute(0, 3, 1, 4, 2, 5).reshape(B, C, Y, X)

@@ -2,13 +2,13 @@
 
 Source: Esser et al. 2024 (arXiv 2403.03206), figure 2; SD3.5-medium adds a second, image-only attention.
 Shapes: B rows, L this rank's tokens, D hidden, N heads of this tp rank, H head dim, C latent channels, Y X latent
-cells, E context width, A pooled width.
+cells, P values of a patch, E context width, A pooled width.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+import re
 from dataclasses import dataclass
 from typing import cast
 
@@ -16,16 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..distributed.attention import ParallelAttention
 from ..distributed.collectives import all_gather, split_range, split_sizes
 from ..distributed.mesh import Mesh, MeshAxis
 from ..distributed.tensor_parallel import ColumnParallelLinear, RowParallelLinear, sharded_parameter
-from ..errors import ConfigError
-from .tokens import Tokens, patchify, tokens_for, unpatchify
+from .transformer import Attend, StagedTransformer
 
 HEAD_DIM = 64
 FREQUENCIES = 256
 EPS = 1e-6
+# A block with a second attention, in units of one without: 16 products of D x D for an image token in place of 12.
+DUAL_COST = 4 / 3
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,7 @@ class JointBlock(nn.Module):
 
     def __init__(self, config: MMDiTConfig, tp: MeshAxis, index: int) -> None:
         super().__init__()
+        self.index = index
         self.context_block = StreamBlock(config, tp, pre_only=index == config.depth - 1, dual=False)
         self.x_block = StreamBlock(config, tp, pre_only=False, dual=index in config.dual_blocks)
 
@@ -133,15 +134,14 @@ class JointBlock(nn.Module):
         x_BLD: Tensor,
         c_mod: list[Tensor],
         x_mod: list[Tensor],
-        tokens: Tokens,
-        attention: ParallelAttention,
+        attend: Attend,
     ) -> tuple[Tensor, Tensor]:
         c_block, x_block = self.context_block, self.x_block
         x_normed = layer_norm(x_BLD)
         c_qkv = c_block.attn.pre_attention(modulate(layer_norm(c_BLD), *c_mod[:2]))
         x_qkv = x_block.attn.pre_attention(modulate(x_normed, *x_mod[:2]))
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(c_qkv, x_qkv, strict=True))
-        attended = attention(q, k, v, tokens.joint_counts).flatten(2)
+        attended = attend.joint(self.index, q, k, v).flatten(2)
         c_attended, x_attended = attended.split([c_BLD.shape[1], x_BLD.shape[1]], dim=1)
 
         # The sums over tp run while the other stream's products are computed.
@@ -149,7 +149,7 @@ class JointBlock(nn.Module):
         c_sum = None if c_block.pre_only else c_block.attn.proj.start(c_attended)
         if x_block.dual:
             own = x_block.attn2.pre_attention(modulate(x_normed, *x_mod[6:8]))
-            own_sum = x_block.attn2.proj.start(attention(*own, tokens.image_counts).flatten(2))
+            own_sum = x_block.attn2.proj.start(attend.image(self.index, *own).flatten(2))
         x_BLD = x_BLD + x_mod[2] * x_sum.wait()
         if x_block.dual:
             x_BLD = x_BLD + x_mod[8] * own_sum.wait()
@@ -195,60 +195,43 @@ class PatchEmbed(nn.Module):
         return F.linear(patches_BLP, self.proj["weight"].flatten(1), self.proj["bias"])
 
 
-class MMDiT(nn.Module):
-    """Velocity of a latent, computed by all ranks of a mesh; every rank has the whole input and output."""
+class MMDiT(StagedTransformer):
+    """SD3's and SD3.5's transformer; `places` are rows of its position table."""
 
     def __init__(self, config: MMDiTConfig, mesh: Mesh, kernel: str) -> None:
-        """Raises: ConfigError: tp * ulysses is more than the heads."""
-        super().__init__()
-        check_heads(config.heads, mesh)
-        self.config, self.mesh = config, mesh
-        self.attention = ParallelAttention(mesh, kernel)
-        self.x_embedder = PatchEmbed(config)
+        super().__init__(config, mesh, kernel)
+        if self.is_first:
+            self.x_embedder = PatchEmbed(config)
         self.t_embedder = Embedder(FREQUENCIES, config.hidden)
         self.y_embedder = Embedder(config.pooled_width, config.hidden)
-        self.context_embedder = ColumnParallelLinear(config.context_width, config.hidden)
-        self.joint_blocks = nn.ModuleList(JointBlock(config, mesh.tp, i) for i in range(config.depth))
-        self.final_layer = FinalLayer(config, mesh.tp)
+        if self.is_first:
+            self.context_embedder = ColumnParallelLinear(config.context_width, config.hidden)
+        self.joint_blocks = nn.ModuleDict({str(i): JointBlock(config, mesh.tp, i) for i in self.own_blocks})
+        if self.is_last:
+            self.final_layer = FinalLayer(config, mesh.tp)
 
-    def tokens_for(self, height: int, width: int, text_tokens: int) -> Tokens:
-        """Raises: InputError: see `tokens_for`."""
-        return tokens_for(self.config, self.mesh, height, width, text_tokens)
+    def block_costs(self) -> list[float]:
+        return [DUAL_COST if i in self.config.dual_blocks else 1.0 for i in range(self.config.depth)]
 
-    def forward(self, x_BCYX: Tensor, timesteps_B: Tensor, context_BLE: Tensor, y_BA: Tensor, pos_LD: Tensor) -> Tensor:
-        """The velocity at `x`.
+    def is_elsewhere(self, name: str) -> bool:
+        if match := re.match(r"joint_blocks\.(\d+)\.", name):
+            return int(match[1]) not in self.own_blocks
+        if name.startswith("final_layer."):
+            return not self.is_last
+        return name.startswith(("x_embedder.", "context_embedder.")) and not self.is_first
 
-        Args:
-            x_BCYX: full latent, in the model's scale and dtype.
-            timesteps_B: 1000 * sigma, fp32.
-            context_BLE: full text tokens.
-            y_BA: pooled prompt.
-            pos_LD: the position table's rows of this rank's image tokens.
-        Returns: (B, C, Y, X), whole on every rank.
-        Comm: as attention and tp say, one all-gather of modulations under tp, one of the output tokens.
-        """
-        tokens = self.tokens_for(x_BCYX.shape[2], x_BCYX.shape[3], context_BLE.shape[1])
-        x = self.x_embedder(patchify(x_BCYX, self.config.patch_size)[:, slice(*tokens.image)]) + pos_LD
-        context = self.context_embedder(context_BLE[:, slice(*tokens.text)])
-        vector = self.t_embedder(timestep_frequencies(timesteps_B).to(x.dtype)) + self.y_embedder(y_BA)
-        modulations = self.modulations(F.silu(vector))
-        for block in self.joint_blocks:
-            context, x = block(context, x, next(modulations), next(modulations), tokens, self.attention)
-        out = self.final_layer(x, next(modulations))
-        for axis, counts in gathers(self.mesh, tokens):
-            out = all_gather(out, 1, counts, axis)
-        return unpatchify(out, x_BCYX.shape, self.config.patch_size)
-
-    def modulations(self, activated_BD: Tensor) -> Iterator[list[Tensor]]:
+    def vectors(self, timesteps_B: Tensor, y_BA: Tensor, dtype: torch.dtype) -> list[list[Tensor]]:
         """The adaLN vectors in the order of use, each a list of (B, 1, D).
 
-        Comm: under tp, one all-gather for all blocks of the model.
+        Comm: under tp, one all-gather for all blocks of the stage.
         """
-        blocks = cast(Iterable[JointBlock], self.joint_blocks)
-        modules = [m for block in blocks for m in block.modulations()] + [self.final_layer.adaLN_modulation]
+        vector = self.t_embedder(timestep_frequencies(timesteps_B).to(dtype)) + self.y_embedder(y_BA)
+        modules = [m for block in self._own() for m in block.modulations()]
+        modules += [self.final_layer.adaLN_modulation] if self.is_last else []
         degree, hidden = self.mesh.tp.degree, self.config.hidden
         rows = [split_sizes(m.count * hidden, degree) for m in modules]
-        local = torch.cat([m(activated_BD) for m in modules], dim=1)
+        activated = F.silu(vector)
+        local = torch.cat([m(activated) for m in modules], dim=1)
         if degree > 1:
             shares = all_gather(local, 1, [sum(r[i] for r in rows) for i in range(degree)], self.mesh.tp)
             by_rank = shares.split([sum(r[i] for r in rows) for i in range(degree)], dim=1)
@@ -256,24 +239,29 @@ class MMDiT(nn.Module):
             full = [torch.cat(same, dim=1) for same in zip(*parts, strict=True)]
         else:
             full = list(local.split([sum(r) for r in rows], dim=1))
-        for vector in full:
-            yield list(vector.unsqueeze(1).split(hidden, dim=2))
+        return [list(vector.unsqueeze(1).split(hidden, dim=2)) for vector in full]
 
+    def enter(self, patches_BLP: Tensor, context_BLE: Tensor, text: tuple[int, int], places: Tensor) -> list[Tensor]:
+        return [self.context_embedder(context_BLE[:, slice(*text)]), self.x_embedder(patches_BLP) + places]
 
-def check_heads(heads: int, mesh: Mesh) -> None:
-    """Raises: ConfigError: tp * ulysses is more than the heads."""
-    if mesh.tp.degree * mesh.ulysses.degree > heads:
-        raise ConfigError(
-            f"tp={mesh.tp.degree} * ulysses={mesh.ulysses.degree} spreads {heads} heads too thin.",
-            "Use ring in place of a part of ulysses, or fewer ranks.",
-        )
+    def run_blocks(
+        self, c_BLD: Tensor, x_BLD: Tensor, vectors: list[list[Tensor]], places: Tensor, attend: Attend
+    ) -> list[Tensor]:
+        for i, block in enumerate(self._own()):
+            c_BLD, x_BLD = block(c_BLD, x_BLD, vectors[2 * i], vectors[2 * i + 1], attend)
+        return [c_BLD, x_BLD]
 
+    def leave(self, x_BLD: Tensor, vectors: list[list[Tensor]]) -> Tensor:
+        return self.final_layer(x_BLD, vectors[-1])
 
-def gathers(mesh: Mesh, tokens: Tokens) -> list[tuple[MeshAxis, list[int]]]:
-    """Which axes the output tokens are gathered over, in this order, with each rank's count."""
-    ulysses, ring = mesh.ulysses, mesh.ring
-    per_ring = [tokens.image_counts[i * ulysses.degree : (i + 1) * ulysses.degree] for i in range(ring.degree)]
-    return [(ulysses, per_ring[ring.rank]), (ring, [sum(counts) for counts in per_ring])]
+    def unpatchify(self, x_BLP: Tensor, shape: torch.Size) -> Tensor:
+        B, C, Y, X = shape
+        patch = self.config.patch_size
+        x = x_BLP.view(B, Y // patch, X // patch, patch, patch, C)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(B, C, Y, X)
+
+    def _own(self) -> list[JointBlock]:
+        return [cast(JointBlock, block) for block in self.joint_blocks.values()]
 
 
 def mlp_hidden(mlp: Mlp, x: Tensor) -> Tensor:

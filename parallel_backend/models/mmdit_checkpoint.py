@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..distributed.collectives import split_range
 from ..distributed.tensor_parallel import Shard
 from ..errors import CheckpointError
 from .checkpoint import DIFFUSION_PREFIX, Piece, RenamedSource, SafetensorsSource, TensorSource
-from .mmdit import HEAD_DIM, MMDiT, MMDiTConfig
+from .mmdit import HEAD_DIM, MMDiTConfig
 
 POS_EMBED = "pos_embed"
 _OTHER_FAMILIES = (
@@ -102,22 +102,20 @@ class PositionTable:
     dtype: torch.dtype
 
     def __post_init__(self) -> None:
-        self._crops: dict[tuple[int, int, int, int], Tensor] = {}
+        self._crops: dict[tuple[int, int, tuple[tuple[int, int], ...]], Tensor] = {}
 
-    def rows(self, model: MMDiT, height: int, width: int) -> Tensor:
-        """(L, D) for this rank's tokens of a latent of height x width cells; the crop is centred."""
-        patch = model.config.patch_size
-        rows, columns = height // patch, width // patch
-        first, last = split_range(rows * columns, model.mesh.sp_degree, model.mesh.sp_rank)
-        key = (rows, columns, first, last)
+    def rows(self, rows: int, columns: int, ranges: Sequence[tuple[int, int]]) -> Tensor:
+        """(L, D) for tokens (first, one past last) of an image of rows x columns tokens; the crop is centred."""
+        key = (rows, columns, tuple(ranges))
         if key not in self._crops:
             top, left = (self.size - rows) // 2, (self.size - columns) // 2
-            ranges = []
-            for row in range(first // columns, -(-last // columns)):
-                start, stop = max(first, row * columns), min(last, (row + 1) * columns)
-                offset = (top + row) * self.size + left - row * columns
-                ranges.append((offset + start, offset + stop))
-            crop = self.source.read(POS_EMBED, Shard(1, tuple(ranges)))[0]
+            wanted = []
+            for first, last in ranges:
+                for row in range(first // columns, -(-last // columns)):
+                    start, stop = max(first, row * columns), min(last, (row + 1) * columns)
+                    offset = (top + row) * self.size + left - row * columns
+                    wanted.append((offset + start, offset + stop))
+            crop = self.source.read(POS_EMBED, Shard(1, tuple(wanted)))[0]
             self._crops[key] = crop.to(device=self.device, dtype=self.dtype, copy=True)
         return self._crops[key]
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..distributed.stale import Kept, Step
+from ..distributed.stale import Kept, StaleExchange, Step
 from ..errors import UnsupportedError
+from .tokens import Tokens
+from .transformer import StagedTransformer
 
 
 class Network(Protocol):
@@ -16,34 +19,51 @@ class Network(Protocol):
     @property
     def config(self) -> Any: ...
     def check_size(self, height: int, width: int, text_tokens: int) -> None: ...
-    def new_job(self, displaced: bool) -> Kept: ...
+    def new_job(self, displaced: bool, num_patches: int = 1) -> Kept:
+        """Raises: UnsupportedError: displaced steps are asked for, and this model has none in its mesh."""
+        ...
+
     def __call__(self, x: Tensor, timesteps: Tensor, context: Tensor, pooled: Tensor, step: Step, /) -> Tensor: ...
 
 
 class Positions(Protocol):
-    """What a transformer is told of the places of this rank's image tokens."""
+    """What a transformer is told of the places of image tokens."""
 
-    def rows(self, model: Any, height: int, width: int) -> Tensor: ...
+    def rows(self, rows: int, columns: int, ranges: Sequence[tuple[int, int]]) -> Tensor: ...
 
 
 class TokenNetwork:
-    """A transformer, bound to its positions. Every evaluation is exact."""
+    """A transformer, bound to its positions."""
 
-    def __init__(self, model: Any, positions: Positions) -> None:
+    def __init__(self, model: StagedTransformer, positions: Positions) -> None:
         self.model, self.positions, self.config = model, positions, model.config
 
     def check_size(self, height: int, width: int, text_tokens: int) -> None:
         """Raises: InputError: a latent that this model can't take."""
         self.model.tokens_for(height, width, text_tokens)
 
-    def new_job(self, displaced: bool) -> Kept:
-        """Raises: UnsupportedError: displaced steps are asked for."""
-        if displaced:
-            raise UnsupportedError(
-                f"{self.config.family} has no displaced steps in this version; UNets have.", "Leave displaced off."
-            )
-        return Kept()
+    def new_job(self, displaced: bool, num_patches: int = 1) -> Kept:
+        mesh = self.model.mesh
+        if not displaced:
+            return Kept()
+        if mesh.pp.degree > 1:
+            return Kept(token_kv={}, num_patches=num_patches)
+        if mesh.ring.degree > 1:
+            return Kept(stale=StaleExchange(mesh.ring))
+        raise UnsupportedError(
+            f"{self.config.family} has displaced steps on two or more pp or ring ranks; here is {mesh.spec.describe()}.",
+            "Set pp or ring in Mesh Config, or leave displaced off.",
+        )
 
     def __call__(self, x: Tensor, timesteps: Tensor, context: Tensor, pooled: Tensor, step: Step) -> Tensor:
-        places = self.positions.rows(self.model, x.shape[2], x.shape[3])
-        return self.model(x, timesteps, context, pooled, places)
+        num_patches = step.kept.num_patches if step.kept is not None else 1
+        tokens = self.model.tokens_for(x.shape[2], x.shape[3], context.shape[1], num_patches)
+        out = self.model(x, timesteps, context, pooled, self.places(x.shape, tokens), step)
+        if step.stale is not None:
+            step.stale.end_evaluation()
+        return out
+
+    def places(self, shape: Sequence[int], tokens: Tokens) -> Tensor:
+        """Of this rank's tokens of a latent (B, C, Y, X)."""
+        patch = self.config.patch_size
+        return self.positions.rows(shape[2] // patch, shape[3] // patch, tokens.image)

@@ -36,6 +36,48 @@ class Rows:
     prompt: Prompt
 
 
+@dataclass(frozen=True)
+class Share:
+    """What of an evaluation with guidance this rank computes: its branches of cfg, its rows of dp.
+
+    Args:
+        prompts: a call of the model each. Two of equal length are one, for twice the rows.
+        doubled: they are.
+    """
+
+    mesh: Mesh
+    rows: int
+    branches: int
+    prompts: list[Prompt]
+    doubled: bool
+
+    @classmethod
+    def of(cls, mesh: Mesh, rows: int, prompts: Sequence[Prompt]) -> Share:
+        """Of `rows` latents, each with these prompts (cond, uncond)."""
+        own = [
+            Prompt(shard_batch(p.context, mesh.dp), shard_batch(p.pooled, mesh.dp))
+            for p in own_branches(prompts, mesh.cfg)
+        ]
+        doubled = len(own) == 2 and own[0].context.shape == own[1].context.shape
+        if doubled:
+            own = [Prompt(torch.cat([p.context for p in own]), torch.cat([p.pooled for p in own]))]
+        return cls(mesh, rows, len(prompts), own, doubled)
+
+    def own_rows(self, x: Tensor) -> Tensor:
+        """The rows of `x` that each call takes."""
+        own = shard_batch(x, self.mesh.dp)
+        return torch.cat([own, own]) if self.doubled else own
+
+    def gather(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """The output of every branch, all rows, on every rank, from those of this rank's calls.
+
+        Comm: one all-gather of the output over cfg and one over dp.
+        """
+        own = list(outputs[0].chunk(2)) if self.doubled else outputs
+        branches = gather_branches(own, self.branches, self.mesh.cfg)
+        return [gather_batch(out, self.rows, self.mesh.dp) for out in branches]
+
+
 @dataclass
 class Predictor:
     """A model in its mesh, ready to be asked."""
@@ -108,22 +150,13 @@ class Predictor:
     def outputs(self, x: Tensor, timestep: Tensor, prompts: Sequence[Prompt], step: Step) -> list[Tensor]:
         """The model's output for each prompt (cond, uncond), fp32; prompts spread over cfg, the batch over dp.
 
-        Prompts of equal length that this rank has both go through the model as one batch.
-        Comm: the model's, and one all-gather of the output over cfg and one over dp.
+        Comm: the model's, and `Share.gather`'s.
         """
-        dp = self.mesh.dp
-        x_own = shard_batch(x, dp)
-        own = [
-            Prompt(shard_batch(p.context, dp), shard_batch(p.pooled, dp)) for p in own_branches(prompts, self.mesh.cfg)
-        ]
-        times = timestep.float().expand(x_own.shape[0])
-        if len(own) == 2 and own[0].context.shape == own[1].context.shape:
-            both = Prompt(torch.cat([p.context for p in own]), torch.cat([p.pooled for p in own]))
-            outputs = list(self._local(Rows(torch.cat([x_own, x_own]), torch.cat([times, times]), both), step).chunk(2))
-        else:
-            branches = [replace(step, branch=branch) for branch in range(len(own))]
-            outputs = [self._local(Rows(x_own, times, p), s) for p, s in zip(own, branches, strict=True)]
-        return [gather_batch(out, x.shape[0], dp) for out in gather_branches(outputs, len(prompts), self.mesh.cfg)]
+        share = Share.of(self.mesh, x.shape[0], prompts)
+        own = share.own_rows(x)
+        times = timestep.float().expand(own.shape[0])
+        steps = [replace(step, branch=branch) for branch in range(len(share.prompts))]
+        return share.gather([self._local(Rows(own, times, p), s) for p, s in zip(share.prompts, steps, strict=True)])
 
     def _local(self, rows: Rows, step: Step) -> Tensor:
         x = rows.x

@@ -5,6 +5,7 @@ Shapes: B rows, C latent channels, Y X latent cells, L tokens, P values of a pat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,25 +16,73 @@ from ..distributed.collectives import split_range, split_sizes
 from ..distributed.mesh import Mesh
 from ..errors import InputError
 
+TEXT = 0  # the segment of text tokens; the image's patches are segments 1, 2, ...
+
 
 @dataclass(frozen=True)
 class Tokens:
-    """How many tokens there are, and which of them this rank has."""
+    """Which tokens an evaluation has, and how they are spread over the sequence-parallel ranks.
 
-    image: tuple[int, int]
+    A segment is what flows through a pipeline together: the text, and each patch of the image. Without a pipeline the
+    image is one patch.
+
+    Args:
+        segments: tokens of each segment by rank, of all segments of the job.
+        present: the segments of this evaluation.
+        image: of each patch present, the image tokens (first, one past last) of this rank.
+        text: the same of the text.
+    """
+
+    segments: tuple[tuple[int, ...], ...]
+    present: tuple[int, ...]
+    image: tuple[tuple[int, int], ...]
     text: tuple[int, int]
-    image_counts: list[int]
-    joint_counts: list[int]
 
     @classmethod
-    def spread(cls, image_tokens: int, text_tokens: int, mesh: Mesh) -> Tokens:
+    def spread(cls, patches: Sequence[tuple[int, int]], text_tokens: int, mesh: Mesh) -> Tokens:
+        """All segments. `patches`: first and one-past-last image token of each."""
         degree, rank = mesh.sp_degree, mesh.sp_rank
-        image, text = split_sizes(image_tokens, degree), split_sizes(text_tokens, degree)
+        text = split_sizes(text_tokens, degree)
         # The rank that gets one image token less gets the odd text token: loads differ by one at most.
         text.reverse()
         start = sum(text[:rank])
-        joint = [i + t for i, t in zip(image, text, strict=True)]
-        return cls(split_range(image_tokens, degree, rank), (start, start + text[rank]), image, joint)
+        images = [split_sizes(stop - first, degree) for first, stop in patches]
+        ranges = [split_range(stop - first, degree, rank) for first, stop in patches]
+        own = tuple((first + a, first + b) for (first, _), (a, b) in zip(patches, ranges, strict=True))
+        segments = (tuple(text), *map(tuple, images))
+        return cls(segments, tuple(range(len(segments))), own, (start, start + text[rank]))
+
+    def of_patch(self, patch: int) -> Tokens:
+        """Those that flow with one patch; the text flows with the first."""
+        first = patch == 0
+        present = (TEXT, 1) if first else (patch + 1,)
+        return Tokens(self.segments, present, (self.image[patch],), self.text if first else (0, 0))
+
+    @property
+    def image_segments(self) -> tuple[int, ...]:
+        return tuple(segment for segment in self.present if segment != TEXT)
+
+    @property
+    def first_image_token(self) -> int:
+        return sum(sum(self.segments[segment]) for segment in range(1, self.image_segments[0]))
+
+    def counts(self, segments: Sequence[int]) -> list[int]:
+        """Tokens of these segments by rank."""
+        return [sum(of_rank) for of_rank in zip(*(self.segments[s] for s in segments), strict=True)]
+
+    def take_image(self, x_BLX: Tensor, first: int = 0) -> Tensor:
+        """This rank's image tokens of `x`, which begins with image token `first`."""
+        parts = [x_BLX[:, start - first : stop - first] for start, stop in self.image]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def in_order(self, gathered_BLX: Tensor) -> Tensor:
+        """Image tokens of all ranks, one rank after the other, in the order of the image."""
+        patches = self.image_segments
+        if len(patches) == 1:
+            return gathered_BLX
+        degree = len(self.segments[TEXT])
+        parts = gathered_BLX.split([self.segments[s][rank] for rank in range(degree) for s in patches], dim=1)
+        return torch.cat([part for i in range(len(patches)) for part in parts[i :: len(patches)]], dim=1)
 
 
 class TokenSizes(Protocol):
@@ -45,7 +94,14 @@ class TokenSizes(Protocol):
     def pos_embed_size(self) -> int: ...
 
 
-def tokens_for(config: TokenSizes, mesh: Mesh, height: int, width: int, text_tokens: int) -> Tokens:
+def patch_rows(rows: int, num_patches: int) -> list[tuple[int, int]]:
+    """First and one-past-last row of tokens of each patch of an image."""
+    return [split_range(rows, num_patches, patch) for patch in range(num_patches)]
+
+
+def tokens_for(
+    config: TokenSizes, mesh: Mesh, height: int, width: int, text_tokens: int, num_patches: int = 1
+) -> Tokens:
     """How a latent of height x width cells and a prompt are spread.
 
     Raises: InputError: the latent is too large or doesn't divide, or there are fewer tokens than ranks.
@@ -62,12 +118,14 @@ def tokens_for(config: TokenSizes, mesh: Mesh, height: int, width: int, text_tok
             f"{width * 8}x{height * 8} pixels is larger than this model's position table.",
             f"Use sides of at most {limit * patch * 8} pixels.",
         )
-    if text_tokens < 1 or rows * columns + text_tokens < mesh.sp_degree or rows * columns < mesh.sp_degree:
+    if num_patches > rows or rows // num_patches * columns < mesh.sp_degree:
         raise InputError(
-            f"{rows * columns} image and {text_tokens} text tokens can't be spread over {mesh.sp_degree} ranks.",
-            "Use a larger image, or less ring and ulysses.",
+            f"{rows} rows of {columns} image tokens, in {num_patches} patches, can't be spread over {mesh.sp_degree} ranks.",
+            "Use a larger image, fewer patches, or less ring and ulysses.",
         )
-    return Tokens.spread(rows * columns, text_tokens, mesh)
+    if text_tokens < 1:
+        raise InputError("The conditioning has no text tokens.", "Give a prompt, if an empty one.")
+    return Tokens.spread([(a * columns, b * columns) for a, b in patch_rows(rows, num_patches)], text_tokens, mesh)
 
 
 def patchify(x_BCYX: Tensor, patch: int) -> Tensor:
@@ -75,9 +133,3 @@ def patchify(x_BCYX: Tensor, patch: int) -> Tensor:
     B, C, Y, X = x_BCYX.shape
     x = x_BCYX.view(B, C, Y // patch, patch, X // patch, patch)
     return x.permute(0, 2, 4, 1, 3, 5).reshape(B, (Y // patch) * (X // patch), C * patch * patch)
-
-
-def unpatchify(x_BLP: Tensor, shape: torch.Size, patch: int) -> Tensor:
-    B, C, Y, X = shape
-    x = x_BLP.view(B, Y // patch, X // patch, patch, patch, C)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, C, Y, X)

@@ -103,7 +103,7 @@ class BandUNet:
                 f"Use a width of {unit * 8} pixels or more.",
             )
 
-    def new_job(self, displaced: bool) -> Kept:
+    def new_job(self, displaced: bool, num_patches: int = 1) -> Kept:
         """What a job of this model keeps between its evaluations."""
         return Kept(StaleExchange(self.mesh.patch) if displaced and self.mesh.patch.degree > 1 else None)
 

@@ -56,7 +56,10 @@ class Prompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Sample(Message, frozen=True):
-    """Run the whole loop. Without `uncond` there is no guidance, whatever cfg_scale says."""
+    """Run the whole loop. Without `uncond` there is no guidance, whatever cfg_scale says.
+
+    With `trace`, a table of what each rank did when follows the latent: see distributed/traffic.py.
+    """
 
     model: str
     spec: SamplerSpec
@@ -68,6 +71,7 @@ class Sample(Message, frozen=True):
     sigmas: TensorIndex | None = None
     batch_index: list[int] | None = None
     preview: bool = False
+    trace: bool = False
 
 
 class Forward(Message, frozen=True):
@@ -154,12 +158,29 @@ class AxisCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     waited: float
 
 
+class RankCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a job cost a rank.
+
+    `kept_bytes`: the most that it kept from step to step: stale tensors of the others, keys and values. `peak_bytes`: the
+    most beyond what it held before; None where it isn't known (on CPUs).
+    """
+
+    costs: list[AxisCost]
+    kept_bytes: int = 0
+    peak_bytes: int | None = None
+
+
 class Result(Message, frozen=True):
-    """The job is done; its tensors follow. `seconds` and `costs` are rank 0's, from start to end."""
+    """The job is done; its tensors follow. `seconds` are rank 0's, from start to end; `ranks` has what a sampling cost."""
 
     seconds: float
     steps: int = 0
-    costs: list[AxisCost] = []
+    ranks: list[RankCost] = []
+
+    @property
+    def costs(self) -> list[AxisCost]:
+        """Rank 0's."""
+        return self.ranks[0].costs if self.ranks else []
 
 
 class Done(Message, frozen=True):

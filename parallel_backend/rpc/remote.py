@@ -105,6 +105,8 @@ class _Remote:
 class RemoteModel(_Remote):
     """A diffusion model in a backend."""
 
+    timeline: Tensor | None = None
+
     @property
     def family(self) -> str:
         return self.loaded.family
@@ -123,11 +125,13 @@ class RemoteModel(_Remote):
         denoise: float = 1.0,
         shift: float = 3.0,
         warmup_steps: int | None = None,
+        num_patches: int = 0,
         noise: Tensor | None = None,
         sigmas: Tensor | None = None,
         noise_mask: Tensor | None = None,
         batch_index: Sequence[int] | None = None,
         preview: bool = False,
+        trace: bool = False,
         on_step: Callable[[Step], None] | None = None,
         should_cancel: Callable[[], bool] | None = None,
     ) -> Tensor:
@@ -138,15 +142,17 @@ class RemoteModel(_Remote):
                 for SDXL.
             negative: None, or cfg_scale 1, computes no uncond branch.
             shift: of flow models.
-            warmup_steps: UNets only: steps after so many compute with what the other bands had a step ago, which is
-                faster and not exact. None: every step is exact.
+            warmup_steps: steps after so many compute with what the others had a step ago, which is faster and not exact:
+                a UNet's other bands, the other ranks of a ring, the other patches in a pipeline. None: all are exact.
+            num_patches: that flow through the pipeline of pp ranks; 0 is as many as stages.
             noise, sigmas: in place of those that seed and scheduler give.
             noise_mask: 1 where the latent may change, (B, 1, Y, X) of any Y and X.
+            trace: keep what each rank did when, in `timeline`: rank, and the columns of distributed/traffic.py.
             on_step: told after each step. What it raises cancels the job and is raised again.
         Returns: (B, C, Y, X), fp32, on the CPU.
         Raises: InputError, ConfigError, CancelledError, BackendLostError, RankError.
         """
-        spec = SamplerSpec(sampler, scheduler, steps, cfg_scale, denoise, seed, shift, warmup_steps)
+        spec = SamplerSpec(sampler, scheduler, steps, cfg_scale, denoise, seed, shift, warmup_steps, num_patches)
         attachments = [Attachment(latent.float())]
 
         def attach(tensor: Tensor, kept: bool = False) -> int:
@@ -167,6 +173,7 @@ class RemoteModel(_Remote):
             sigmas=None if sigmas is None else attach(sigmas.float()),
             batch_index=None if batch_index is None else list(batch_index),
             preview=preview,
+            trace=trace,
         )
 
         def on_event(event: Progress | StepDone, tensors: Sequence[Tensor]) -> None:
@@ -175,6 +182,7 @@ class RemoteModel(_Remote):
                 on_step(Step(event.index, event.total, x, denoised))
 
         tensors = self._request(body, attachments, on_event=on_event, should_cancel=should_cancel)
+        self.timeline = tensors[1].clone() if trace else None
         return tensors[0].clone()
 
     def forward(

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..config import SamplerSpec
 from . import multistep, samplers
-from .guidance import Inpaint
-from .noise import StepNoise
+from .guidance import Inpaint, guide
+from .noise import SharedNoise, StepNoise
 from .parameterization import Parameterization
-from .samplers import Run, Sampler
+from .samplers import Evaluation, Run, Sampler
 
 SAMPLERS_BY_NAME: dict[str, Callable[[Tensor, Run], Sampler]] = {
     "euler": samplers.euler,
@@ -49,8 +51,46 @@ class StepReport:
     denoised: Tensor
 
 
+class Pipeline(Protocol):
+    """Stages that patches of the latent flow through, after the exact steps."""
+
+    first_step: int
+    rows: list[slice]
+
+    @property
+    def runs_samplers(self) -> bool: ...
+    def begin(self, timestep: Tensor, /) -> None: ...
+    def submit(self, patch: int, x: Tensor, /) -> None: ...
+    def collect(self, patch: int, /) -> list[Tensor]: ...
+    def follow(self, timesteps: Sequence[Tensor], /) -> None: ...
+    def finish(self, x: Tensor, /) -> Tensor: ...
+
+
+class Patch:
+    """Rows of the latent with a sampler of their own, and where it stands."""
+
+    def __init__(self, sampler: Sampler, keep: Inpaint | None) -> None:
+        self._sampler, self._keep = sampler, keep
+        self.wanted: Evaluation = next(sampler)
+        self.result: Tensor | None = None
+
+    def input(self) -> Tensor:
+        """What the model is to see."""
+        wanted = self.wanted
+        return wanted.x if self._keep is None else self._keep.before(wanted.x, wanted.sigma)
+
+    def take(self, denoised: Tensor) -> Tensor:
+        """Goes on with what the model has made of the input; returns it, the mask heeded."""
+        denoised = denoised if self._keep is None else self._keep.after(denoised)
+        try:
+            self.wanted = self._sampler.send(denoised)
+        except StopIteration as end:
+            self.result = end.value
+        return denoised
+
+
 def drive(
-    denoise: Callable[[Tensor, Tensor, int], Tensor],
+    outputs: Callable[[Tensor, Tensor, int], Sequence[Tensor]],
     spec: SamplerSpec,
     model: Parameterization,
     sigmas: Tensor,
@@ -61,35 +101,96 @@ def drive(
     mask_noise: Tensor,
     share: Callable[[Tensor], Tensor],
     on_step: Callable[[StepReport], None],
+    pipeline: Pipeline | None = None,
 ) -> Tensor:
     """The latent at the end of the sigmas.
 
     Args:
-        denoise: (x, sigma, step) -> denoised, guidance included.
+        outputs: (model's input, timestep, step) -> the model's output for cond and, with guidance, uncond.
         sigmas: descending, on the latent's device.
         latent: what is noised to the first sigma, in the model's scale.
         mask: 1 where the latent may change; None everywhere.
         share: makes a tensor equal on all ranks.
         on_step: called once a step; what it raises ends the run.
+        pipeline: takes over from its first step on. The steps before it are those of one patch.
     """
     if len(sigmas) < 2:
         return latent
     if spec.sampler == "uni_pc" and sigmas[-1] == 0:
         sigmas = torch.cat([sigmas[:-1], sigmas.new_tensor([multistep.UNI_PC_END])])
-    keep = None if mask is None else Inpaint(mask, latent, mask_noise, model)
     x = model.start(latent, noise, sigmas[0])
-    run = Run(sigmas, StepNoise(x, sigmas, spec.seed, share), model)
-    sampler = SAMPLERS_BY_NAME[spec.sampler](x, run)
-    wanted, step = next(sampler), 0
-    while True:
+    steps = len(sigmas) - 1
+    noise_of_steps = StepNoise(x, sigmas, spec.seed, share)
+    draws = SharedNoise(noise_of_steps)  # for several patches
+    rows_of = [slice(None)] if pipeline is None else pipeline.rows
+    patches = []
+    for rows in rows_of:
+        keep = None if mask is None else Inpaint(mask[:, :, rows], latent[:, :, rows], mask_noise[:, :, rows], model)
+        own_noise = noise_of_steps if pipeline is None else draws.of(rows)
+        sampler = SAMPLERS_BY_NAME[spec.sampler](x[:, :, rows], Run(sigmas, own_noise, model))
+        patches.append(Patch(sampler, keep))
+
+    guided = partial(_guided, model, spec.cfg_scale)
+    step = 0
+    while patches[0].result is None:
+        wanted = patches[0].wanted
         step = step if wanted.step is None else wanted.step
-        x = wanted.x if keep is None else keep.before(wanted.x, wanted.sigma)
-        denoised = denoise(x, wanted.sigma, step)
-        if keep is not None:
-            denoised = keep.after(denoised)
-        if wanted.step is not None:
-            on_step(StepReport(wanted.step, len(sigmas) - 1, wanted.x, denoised))
-        try:
-            wanted = sampler.send(denoised)
-        except StopIteration as end:
-            return model.finish(end.value, sigmas[-1])
+        if pipeline is not None and step == pipeline.first_step:
+            draws.draw_ahead(steps)
+            if pipeline.runs_samplers:
+                _flow(pipeline, patches, model, sigmas, guided, on_step)
+            else:
+                pipeline.follow([model.timestep(sigma) for sigma in sigmas[step:-1]])
+            break
+        sigma = wanted.sigma
+        seen = torch.cat([patch.input() for patch in patches], dim=2)
+        denoised = guided(seen, sigma, outputs(model.model_input(seen, sigma), model.timestep(sigma), step))
+        reported = torch.cat([patch.wanted.x for patch in patches], dim=2) if wanted.step is not None else None
+        denoised = torch.cat(
+            [patch.take(denoised[:, :, rows]) for patch, rows in zip(patches, rows_of, strict=True)], dim=2
+        )
+        if reported is not None:
+            on_step(StepReport(step, steps, reported, denoised))
+    results = [patch.result for patch in patches if patch.result is not None]
+    x = torch.cat(results, dim=2) if results else torch.empty_like(latent)
+    return model.finish(x if pipeline is None else pipeline.finish(x), sigmas[-1])
+
+
+def _guided(model: Parameterization, cfg_scale: float, x: Tensor, sigma: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+    """The denoised latent, of the model's outputs for cond and, with guidance, uncond."""
+    denoised = [model.denoised(x, sigma, out) for out in outputs]
+    return guide(denoised[0], denoised[1], cfg_scale) if len(denoised) == 2 else denoised[0]
+
+
+def _flow(
+    pipeline: Pipeline,
+    patches: Sequence[Patch],
+    model: Parameterization,
+    sigmas: Tensor,
+    guided: Callable[[Tensor, Tensor, Sequence[Tensor]], Tensor],
+    on_step: Callable[[StepReport], None],
+) -> None:
+    """The displaced steps on the first stage: a patch enters a step as soon as it has left the one before."""
+    first, steps = pipeline.first_step, len(sigmas) - 1
+    seen: list[Tensor] = []
+    denoised: list[Tensor] = []
+
+    def take(index: int, step: int) -> None:
+        patch = patches[index]
+        x, sigma = patch.input(), patch.wanted.sigma
+        seen.append(patch.wanted.x)
+        denoised.append(patch.take(guided(x, sigma, pipeline.collect(index))))
+        if len(seen) == len(patches):
+            report = StepReport(step, steps, torch.cat(seen, dim=2), torch.cat(denoised, dim=2))
+            seen.clear()
+            denoised.clear()
+            on_step(report)
+
+    for step in range(first, steps):
+        pipeline.begin(model.timestep(sigmas[step]))
+        for index, patch in enumerate(patches):
+            if step > first:
+                take(index, step - 1)
+            pipeline.submit(index, model.model_input(patch.input(), patch.wanted.sigma))
+    for index in range(len(patches)):
+        take(index, steps - 1)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..config import SamplerSpec
 from ..errors import InputError
-from .driver import StepReport, drive
-from .guidance import guide, mask_for
+from .driver import Pipeline, StepReport, drive
+from .guidance import mask_for
 from .noise import initial_noise
 from .parameterization import Parameterization
 from .schedules import sigmas_for
@@ -30,6 +30,7 @@ def sample_latent(
     batch_index: Sequence[int] | None,
     share: Callable[[Tensor], Tensor],
     on_step: Callable[[StepReport], None],
+    pipeline: Pipeline | None = None,
 ) -> Tensor:
     """The sampled latent, in the model's scale.
 
@@ -39,6 +40,7 @@ def sample_latent(
         noise: start noise; None draws it from the seed.
         sigmas: in place of the scheduler's; None makes them.
         batch_index: which draws of the seed's stream the rows get.
+        pipeline: for displaced steps, where patches flow through stages.
     Raises: InputError: noise, sigmas or batch_index that don't fit the latent.
     """
     device = latent.device
@@ -53,13 +55,8 @@ def sample_latent(
     # ComfyUI's ddim draws the noise of the masked part from the next seed.
     mask_noise = initial_noise(latent.shape, (spec.seed + 1) % 2**64).to(device) if spec.sampler == "ddim" else noise
 
-    def denoise(x: Tensor, sigma: Tensor, step: int) -> Tensor:
-        predicted = outputs(model.model_input(x, sigma), model.timestep(sigma), step)
-        denoised = [model.denoised(x, sigma, out) for out in predicted]
-        return guide(denoised[0], denoised[1], spec.cfg_scale) if len(denoised) == 2 else denoised[0]
-
     return drive(
-        denoise,
+        outputs,
         spec,
         model,
         sigmas,
@@ -69,6 +66,7 @@ def sample_latent(
         mask_noise=mask_noise,
         share=share,
         on_step=on_step,
+        pipeline=pipeline,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import torchsde
@@ -19,6 +20,13 @@ def initial_noise(shape: Sequence[int], seed: int, batch_index: Sequence[int] | 
         return torch.randn(*shape, generator=generator)
     draws = [torch.randn(1, *shape[1:], generator=generator) for _ in range(max(batch_index) + 1)]
     return torch.cat([draws[i] for i in batch_index])
+
+
+class Noise(Protocol):
+    """What samplers draw."""
+
+    def gaussian(self) -> Tensor: ...
+    def brownian(self, sigma_from: Tensor, sigma_to: Tensor) -> Tensor: ...
 
 
 class StepNoise:
@@ -57,3 +65,47 @@ class StepNoise:
         low, high, sign = (start, stop, 1) if start < stop else (stop, start, -1)
         increment = self._path(low, high).to(self._like) * sign
         return increment / (stop - start).abs().sqrt().to(self._like.device)
+
+
+class SharedNoise:
+    """Noise of the whole image, drawn once for samplers that each have some rows of it."""
+
+    def __init__(self, whole: Noise) -> None:
+        self._whole = whole
+        self._draws: list[Tensor] = []
+        self._increment: tuple[tuple[float, float], Tensor] | None = None
+
+    def of(self, rows: slice) -> Noise:
+        """For the sampler of these rows of latent."""
+        return _RowsOfNoise(self, rows)
+
+    def draw_ahead(self, steps: int) -> None:
+        """Makes the draws of a run of so many steps now, while all ranks are together to share them.
+
+        A sampler that draws at all has done so in its first step.
+        """
+        if self._draws:
+            self.gaussian(steps - 1)
+
+    def gaussian(self, number: int) -> Tensor:
+        while len(self._draws) <= number:
+            self._draws.append(self._whole.gaussian())
+        return self._draws[number]
+
+    def brownian(self, sigma_from: Tensor, sigma_to: Tensor) -> Tensor:
+        bounds = (float(sigma_from), float(sigma_to))
+        if self._increment is None or self._increment[0] != bounds:
+            self._increment = bounds, self._whole.brownian(sigma_from, sigma_to)
+        return self._increment[1]
+
+
+class _RowsOfNoise:
+    def __init__(self, shared: SharedNoise, rows: slice) -> None:
+        self._shared, self._rows, self._next = shared, rows, 0
+
+    def gaussian(self) -> Tensor:
+        self._next += 1
+        return self._shared.gaussian(self._next - 1)[:, :, self._rows]
+
+    def brownian(self, sigma_from: Tensor, sigma_to: Tensor) -> Tensor:
+        return self._shared.brownian(sigma_from, sigma_to)[:, :, self._rows]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .noise import StepNoise
+from .noise import Noise
 from .parameterization import Flow, Parameterization
 
 
@@ -38,7 +38,7 @@ class Run:
     """What a sampler is given beside x: its sigmas, its noise and the meaning of sigma."""
 
     sigmas: Tensor
-    noise: StepNoise
+    noise: Noise
     model: Parameterization
 
     @property

@@ -1,0 +1,220 @@
+"""What the transformers share: blocks in stages over the pp axis, tokens over ring and ulysses.
+
+Shapes: B rows, L this rank's tokens of an evaluation, D hidden, P values of a patch, C latent channels, Y X latent
+cells, E context width, A pooled width, N heads, H head dim.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..distributed.attention import Memory, ParallelAttention, PipelinedKV, StaleKV, by_ring
+from ..distributed.collectives import Handle, all_gather, broadcast, start_receive, start_send
+from ..distributed.mesh import Mesh
+from ..distributed.stale import EXACT, Step, TokenKV
+from ..errors import ConfigError
+from .tokens import TEXT, Tokens, TokenSizes, patchify, tokens_for
+
+
+@dataclass(frozen=True)
+class Attend:
+    """The attentions of one evaluation."""
+
+    attention: ParallelAttention
+    tokens: Tokens
+    step: Step
+
+    def joint(self, block: int, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
+        """Text and image tokens to all of both."""
+        return self._to(("joint", block), self.tokens.present, q_BLNH, k_BLNH, v_BLNH)
+
+    def image(self, block: int, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
+        """Image tokens to all image tokens."""
+        return self._to(("image", block), self.tokens.image_segments, q_BLNH, k_BLNH, v_BLNH)
+
+    def _to(self, slot: tuple[str, int], present: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.attention(q, k, v, self.tokens.counts(present), self._memory(slot, present))
+
+    def _memory(self, slot: tuple[str, int], present: tuple[int, ...]) -> Memory | None:
+        kept, place = self.step.kept, (*slot, self.step.branch)
+        if kept is None:
+            return None
+        mesh, tokens = self.attention.mesh, self.tokens
+        if kept.stale is not None:
+            return StaleKV(kept.stale, place, self.step.phase, by_ring(tokens.counts(present), mesh))
+        if kept.token_kv is None:
+            return None
+        segments = list(range(len(tokens.segments)))
+        if slot[0] == "image":
+            segments.remove(TEXT)
+        if place not in kept.token_kv:
+            first = mesh.ring.rank * mesh.ulysses.degree
+            own = [counts[first : first + mesh.ulysses.degree] for counts in tokens.segments]
+            kept.token_kv[place] = TokenKV([c if s in segments else (0,) * len(c) for s, c in enumerate(own)])
+        return PipelinedKV(kept.token_kv[place], present, by_ring(tokens.counts(segments), mesh))
+
+
+class StagedTransformer(nn.Module):
+    """A latent's velocity, computed by all ranks of a mesh; every rank has the whole input and output.
+
+    A stage is a rank of the pp axis; it holds consecutive blocks. The first also takes latents and prompts in, the last
+    makes the output of tokens.
+    """
+
+    def __init__(self, config: Any, mesh: Mesh, kernel: str) -> None:
+        """Raises: ConfigError: tp * ulysses is more than the heads, or pp more than the blocks."""
+        super().__init__()
+        check_heads(config.heads, mesh)
+        if mesh.pp.degree > config.depth:
+            raise ConfigError(
+                f"pp={mesh.pp.degree} needs as many blocks; this model has {config.depth}.", "Use fewer stages."
+            )
+        self.config, self.mesh = config, mesh
+        self.attention = ParallelAttention(mesh, kernel)
+        self.own_blocks = stage_blocks(self.block_costs(), mesh.pp.degree)[mesh.pp.rank]
+
+    def block_costs(self) -> list[float]:
+        """How long each block computes, in any unit."""
+        return [1.0] * self.config.depth
+
+    @property
+    def is_first(self) -> bool:
+        return self.mesh.pp.rank == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.mesh.pp.rank == self.mesh.pp.degree - 1
+
+    @abstractmethod
+    def is_elsewhere(self, name: str) -> bool:
+        """Whether a tensor of the checkpoint belongs to another stage."""
+
+    @abstractmethod
+    def vectors(self, timesteps_B: Tensor, y_BA: Tensor, dtype: torch.dtype) -> Any:
+        """What this stage's blocks and output take from the timestep and the pooled prompt."""
+
+    @abstractmethod
+    def enter(self, patches_BLP: Tensor, context_BLE: Tensor, text: tuple[int, int], places: Tensor) -> list[Tensor]:
+        """Text and image tokens (B, L, D) from this rank's patches and from its part of the whole prompt."""
+
+    @abstractmethod
+    def run_blocks(self, c_BLD: Tensor, x_BLD: Tensor, vectors: Any, places: Tensor, attend: Attend) -> list[Tensor]:
+        """Text and image tokens after this stage's blocks."""
+
+    @abstractmethod
+    def leave(self, x_BLD: Tensor, vectors: Any) -> Tensor:
+        """(B, L, P): the output of this rank's image tokens."""
+
+    @abstractmethod
+    def unpatchify(self, x_BLP: Tensor, shape: torch.Size) -> Tensor:
+        """(B, C, Y, X) of all image tokens."""
+
+    def tokens_for(self, height: int, width: int, text_tokens: int, num_patches: int = 1) -> Tokens:
+        """Raises: InputError: see `tokens_for`."""
+        config: TokenSizes = self.config
+        return tokens_for(config, self.mesh, height, width, text_tokens, num_patches)
+
+    def forward(
+        self,
+        x_BCYX: Tensor,
+        timesteps_B: Tensor,
+        context_BLE: Tensor,
+        y_BA: Tensor,
+        places: Tensor,
+        step: Step = EXACT,
+    ) -> Tensor:
+        """The velocity at `x`.
+
+        Args:
+            x_BCYX: full latent, in the model's scale and dtype.
+            timesteps_B: 1000 * sigma, fp32.
+            context_BLE: full text tokens.
+            y_BA: pooled prompt.
+            places: of this rank's image tokens, patch after patch: rows of the position table, or rows and columns.
+        Returns: (B, C, Y, X), whole on every rank.
+        Comm: as attention and tp say, one all-gather of the output tokens; under pp the tokens from stage to stage, and
+            one broadcast of the output.
+        """
+        num_patches = step.kept.num_patches if step.kept is not None else 1
+        tokens = self.tokens_for(x_BCYX.shape[2], x_BCYX.shape[3], context_BLE.shape[1], num_patches)
+        vectors = self.vectors(timesteps_B, y_BA, x_BCYX.dtype)
+        arriving = None if self.is_first else self.start_receive(len(x_BCYX), tokens, x_BCYX.dtype, x_BCYX.device)
+        passed = self.stage(x_BCYX, context_BLE, places, vectors, Attend(self.attention, tokens, step), arriving)
+        if self.mesh.pp.degree == 1:
+            return passed
+        if not self.is_last:
+            start_send(passed, self.mesh.pp.rank + 1, self.mesh.pp).wait()
+            passed = x_BCYX.new_empty(x_BCYX.shape)
+        return broadcast(passed, self.mesh.pp.degree - 1, self.mesh.pp)
+
+    def stage(
+        self,
+        x_BCYX: Tensor,
+        context_BLE: Tensor,
+        places: Tensor,
+        vectors: Any,
+        attend: Attend,
+        arriving: Handle | None,
+    ) -> Tensor:
+        """This stage's part of an evaluation: what the next stage is sent, or on the last the output, whole.
+
+        Args:
+            x_BCYX: the rows of latent that the tokens are of; read on the first stage alone, elsewhere its shape counts.
+            arriving: from the stage before; None on the first.
+        """
+        tokens, patch = attend.tokens, self.config.patch_size
+        if arriving is None:
+            first = tokens.first_image_token
+            patches = tokens.take_image(patchify(x_BCYX, patch), first)
+            c, x = self.enter(patches, context_BLE, tokens.text, places)
+        else:
+            c, x = arriving.wait().split(_lengths(tokens), dim=1)
+        c, x = self.run_blocks(c, x, vectors, places, attend)
+        if not self.is_last:
+            return torch.cat([c, x], dim=1)
+        out = self.leave(x, vectors)
+        for axis, counts in gathers(self.mesh, tokens.counts(tokens.image_segments)):
+            out = all_gather(out, 1, counts, axis)
+        return self.unpatchify(tokens.in_order(out), x_BCYX.shape)
+
+    def start_receive(self, rows: int, tokens: Tokens, dtype: torch.dtype, device: torch.device) -> Handle:
+        """What the stage before sends of these tokens."""
+        blank = torch.empty(rows, sum(_lengths(tokens)), self.config.hidden, dtype=dtype, device=device)
+        return start_receive(blank, self.mesh.pp.rank - 1, self.mesh.pp)
+
+
+def _lengths(tokens: Tokens) -> list[int]:
+    """This rank's text and image tokens."""
+    return [stop - start for start, stop in (tokens.text, (0, sum(b - a for a, b in tokens.image)))]
+
+
+def stage_blocks(costs: Sequence[float], stages: int) -> list[range]:
+    """Consecutive blocks for each stage, at least one, of costs as equal as cutting at the nearest block makes them."""
+    reached = [sum(costs[:i]) for i in range(len(costs) + 1)]
+    cuts = [0]
+    for stage in range(1, stages):
+        allowed = range(cuts[-1] + 1, len(costs) - (stages - stage) + 1)
+        cuts.append(min(allowed, key=lambda i: abs(reached[i] - reached[-1] * stage / stages)))
+    return [range(a, b) for a, b in zip(cuts, [*cuts[1:], len(costs)], strict=True)]
+
+
+def check_heads(heads: int, mesh: Mesh) -> None:
+    """Raises: ConfigError: tp * ulysses is more than the heads."""
+    if mesh.tp.degree * mesh.ulysses.degree > heads:
+        raise ConfigError(
+            f"tp={mesh.tp.degree} * ulysses={mesh.ulysses.degree} spreads {heads} heads too thin.",
+            "Use ring in place of a part of ulysses, or fewer ranks.",
+        )
+
+
+def gathers(mesh: Mesh, counts: list[int]) -> list[tuple[Any, list[int]]]:
+    """Which axes the output tokens are gathered over, in this order, with each rank's count."""
+    ulysses, ring = mesh.ulysses, mesh.ring
+    own = counts[ring.rank * ulysses.degree : (ring.rank + 1) * ulysses.degree]
+    return [(ulysses, own), (ring, by_ring(counts, mesh))]

@@ -1,0 +1,161 @@
+"""A sampling job on one rank, from the request to its result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .config import SAMPLERS_OF_PATCHES, SamplerSpec
+from .distributed.mesh import Mesh
+from .distributed.stale import Kept, Step
+from .distributed.traffic import Timeline, with_ranks
+from .errors import BackendError, ConfigError, InputError, UnsupportedError
+from .jobs import Job
+from .models.pipeline import Pipeline
+from .models.prediction import Predictor, Prompt
+from .rpc.messages import AxisCost, RankCost, Result, Sample, StepDone
+from .sampling.driver import StepReport
+from .sampling.image import sample_latent
+from .sampling.parameterization import Discrete, Flow, Parameterization
+
+
+@dataclass
+class SampleJob:
+    """What a checked request comes to."""
+
+    body: Sample
+    job: Job
+    predictor: Predictor
+    prompts: list[Prompt]
+    latent: Tensor
+    kept: Kept
+    pipeline: Pipeline | None
+    steps: int = field(init=False, default=0)
+
+    def outputs(self, x: Tensor, timestep: Tensor, index: int) -> list[Tensor]:
+        """An evaluation that all ranks make together."""
+        step, timeline = _step(self.body.spec, index, self.kept), self.kept.timeline
+        if timeline is None:
+            return self.predictor.outputs(x, timestep, self.prompts, step)
+        timeline.begin(index)
+        with timeline.span():
+            return self.predictor.outputs(x, timestep, self.prompts, step)
+
+    def on_step(self, report: StepReport) -> None:
+        self.steps += 1
+        tensors = [report.x, report.denoised] if self.body.preview else []
+        self.job.emit(StepDone(report.index, report.total), tensors)
+        if self.pipeline is None or report.index < self.pipeline.first_step:  # after that, it asks by itself
+            self.job.check_cancelled()
+
+
+def run_sample(
+    body: Sample, tensors: list[Tensor], job: Job, resident: Callable[[], Predictor]
+) -> tuple[Result, list[Tensor]]:
+    """The sampled latent and what it cost; with `trace`, all ranks' timeline after it.
+
+    Args:
+        resident: the model, or the error that it isn't held.
+    Raises: BackendError: on every rank alike.
+    """
+    start = time.perf_counter()
+    run = job.control.agreed(lambda: _prepare(body, tensors, job, resident()))
+    predictor, kept, device = run.predictor, run.kept, run.latent.device
+    traffic = [axis.traffic for axis in predictor.mesh.axes]
+    kept.timeline = Timeline(traffic, device) if body.trace else None
+    before = _costs(predictor.mesh)
+    job.check_cancelled()
+    held = 0
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+    try:
+        with nullcontext() if kept.timeline is None else kept.timeline:
+            out = sample_latent(
+                run.outputs,
+                body.spec,
+                _parameterization(predictor, body.spec),
+                latent=run.latent,
+                mask=None if body.mask is None else tensors[body.mask],
+                noise=None if body.noise is None else tensors[body.noise].float(),
+                sigmas=None if body.sigmas is None else tensors[body.sigmas],
+                batch_index=body.batch_index,
+                share=job.control.share,
+                on_step=run.on_step,
+                pipeline=run.pipeline,
+            )
+    except BackendError:
+        kept.close()  # all ranks are here together; after any other error they may not be, and waiting could hang
+        raise
+    kept_bytes = kept.nbytes()
+    kept.close()
+    out = out / predictor.kind.scale + predictor.kind.shift
+    costs = [
+        AxisCost(now.axis, now.sent_bytes - then.sent_bytes, now.waited - then.waited)
+        for now, then in zip(_costs(predictor.mesh), before, strict=True)
+    ]
+    peak = torch.cuda.max_memory_allocated(device) - held if device.type == "cuda" else None
+    ranks = job.control.gather(RankCost(costs, kept_bytes, peak))
+    timeline = [] if kept.timeline is None else [with_ranks(job.control.gather_rows(kept.timeline.table()))]
+    return Result(time.perf_counter() - start, run.steps, ranks), [out, *timeline]
+
+
+def _prepare(body: Sample, tensors: list[Tensor], job: Job, predictor: Predictor) -> SampleJob:
+    """Raises: BackendError: an input that can't be honoured."""
+    spec, latent = body.spec, tensors[body.latent].float()
+    if body.mask is not None and not torch.isfinite(tensors[body.mask]).all():
+        raise InputError("The noise mask holds NaN or infinity.", "Look at the node that made it.")
+    # At cfg 1 the uncond branch has no weight: it is not computed.
+    wanted = [body.cond] if body.uncond is None or spec.cfg_scale == 1.0 else [body.cond, body.uncond]
+    for prompt in wanted:
+        predictor.check_latent(latent, tensors[prompt.context].shape[1])
+    rows = latent.shape[0]
+    prompts = [predictor.prompt(tensors[p.context], tensors[p.pooled], rows, p.sizes) for p in wanted]
+    kept = _kept(predictor, spec, spec.steps if body.sigmas is None else len(tensors[body.sigmas]) - 1)
+    pipeline = None
+    if kept.token_kv is not None and spec.first_displaced is not None:
+        pipeline = Pipeline(predictor, prompts, latent.shape, kept, spec.first_displaced, job.cancelled)
+    latent = latent.to(predictor.device)
+    if torch.count_nonzero(latent) > 0:
+        latent = (latent - predictor.kind.shift) * predictor.kind.scale
+    return SampleJob(body, job, predictor, prompts, latent, kept, pipeline)
+
+
+def _kept(predictor: Predictor, spec: SamplerSpec, steps: int) -> Kept:
+    """What the job keeps between its evaluations.
+
+    Raises: ConfigError, UnsupportedError: displaced steps that can't be had.
+    """
+    displaced, stages = spec.first_displaced is not None and spec.first_displaced < steps, predictor.spec.pp
+    if spec.num_patches and (stages == 1 or spec.first_displaced is None):
+        raise ConfigError(
+            f"num_patches={spec.num_patches} is for displaced steps on pp ranks; here is {predictor.spec.describe()}.",
+            "Set displaced, and pp in Mesh Config; or leave num_patches at 0.",
+        )
+    if displaced and stages > 1 and spec.sampler not in SAMPLERS_OF_PATCHES:
+        raise UnsupportedError(
+            f"Sampler {spec.sampler} can't run on patches of an image that are at different steps.",
+            f"Leave displaced off, or use one of: {', '.join(SAMPLERS_OF_PATCHES)}.",
+        )
+    return predictor.network.new_job(displaced, spec.num_patches or stages)
+
+
+def _step(spec: SamplerSpec, index: int, kept: Kept) -> Step:
+    fresh = spec.first_displaced is None or index < spec.first_displaced
+    return Step(index, "sync" if fresh else "displaced", kept=kept)
+
+
+def _parameterization(predictor: Predictor, spec: SamplerSpec) -> Parameterization:
+    if predictor.kind.prediction == "flow":
+        return Flow(spec.shift)
+    return Discrete(predictor.network.config.v_prediction, predictor.network.config.zero_snr)
+
+
+def _costs(mesh: Mesh) -> list[AxisCost]:
+    """What this rank has sent and waited so far, by axis."""
+    return [AxisCost(a.name, a.traffic.sent_bytes, a.traffic.waited()) for a in mesh.axes if a.degree > 1]

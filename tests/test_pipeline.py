@@ -1,0 +1,449 @@
+"""Displaced steps of transformers: PipeFusion and stale ring keys, on real ranks against one process that plays all."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from local_network import local_network
+from torch import Tensor
+
+from parallel_backend import Backend, Conditioning, MeshSpec
+from parallel_backend.bench.communication import METHODS, Method, Sizes, count
+from parallel_backend.bench.trace import BYTES, END, KIND, RANK, START, chrome_trace, mesh_of, picture, table
+from parallel_backend.config import SAMPLERS, SAMPLERS_OF_PATCHES, SamplerSpec
+from parallel_backend.demo_checkpoints import random_prompt, small_config, write_mmdit
+from parallel_backend.distributed.attention import StaleKV
+from parallel_backend.distributed.collectives import split_sizes
+from parallel_backend.distributed.mesh import Mesh, build_mesh
+from parallel_backend.distributed.stale import Kept, Step, TokenKV
+from parallel_backend.distributed.traffic import COMPUTE
+from parallel_backend.errors import BackendError, CancelledError, ConfigError, InputError, UnsupportedError
+from parallel_backend.models.families import SD3
+from parallel_backend.models.network import TokenNetwork
+from parallel_backend.models.tokens import Tokens, patch_rows
+from parallel_backend.models.transformer import Attend, stage_blocks
+from parallel_backend.sampling.image import sample_latent
+from parallel_backend.sampling.parameterization import Flow
+
+POSITIVE, NEGATIVE = Conditioning(*random_prompt(1, 154)), Conditioning(*random_prompt(2, 77))
+SETTINGS: dict[str, Any] = {"seed": 3, "steps": 5, "cfg_scale": 4.0, "sampler": "euler_ancestral"}
+PP2 = [mesh for mesh in MeshSpec.all_of(2) if mesh.pp > 1]
+PP4 = [mesh for mesh in MeshSpec.all_of(4) if mesh.pp > 1]
+
+
+def checkpoint(models: Path, family: str = "sd3.5-medium") -> Path:
+    return models / "diffusion_models" / f"{family}.safetensors"
+
+
+def sampled(backend: Backend, path: Path, mesh: MeshSpec, latent: Tensor, **changes: Any) -> Tensor:
+    return backend.load_model(path, mesh, "float32").sample(latent, POSITIVE, NEGATIVE, **SETTINGS | changes)
+
+
+def assert_close(out: Tensor, expected: Tensor, bound: float = 2e-5) -> None:
+    assert torch.isfinite(expected).all()
+    assert (out - expected).abs().max() <= bound * expected.abs().max()
+
+
+class OneAfterTheOther:
+    """A pipeline of one stage, in this process: each patch is through before the next enters. The oracle of all."""
+
+    def __init__(
+        self, network: TokenNetwork, prompts: Sequence[Conditioning], latent: Tensor, first: int, patches: int
+    ):
+        self.network, self.prompts, self.first_step = network, prompts, first
+        self.kept = Kept(token_kv={}, num_patches=patches)
+        self.shape = latent.shape
+        self.rows = [slice(2 * a, 2 * b) for a, b in patch_rows(latent.shape[2] // 2, patches)]
+        self.runs_samplers, self._out = True, deque[list[Tensor]]()
+
+    def outputs(self, x: Tensor, timestep: Tensor, index: int) -> list[Tensor]:
+        steps = [Step(index, "sync", branch, self.kept) for branch in range(len(self.prompts))]
+        times = timestep.expand(x.shape[0])
+        return [self.network(x, times, *prompt, step) for prompt, step in zip(self._rows(x), steps, strict=True)]
+
+    def begin(self, timestep: Tensor) -> None:
+        self._timestep = timestep
+
+    def submit(self, patch: int, x: Tensor) -> None:
+        out, model, times = [], self.network.model, self._timestep.expand(x.shape[0])
+        for branch, (context, pooled) in enumerate(self._rows(x)):
+            tokens = model.tokens_for(self.shape[2], self.shape[3], context.shape[1], len(self.rows)).of_patch(patch)
+            attend = Attend(model.attention, tokens, Step(0, "displaced", branch, self.kept))
+            vectors = model.vectors(times, pooled, x.dtype)
+            out.append(model.stage(x, context, self.network.places(self.shape, tokens), vectors, attend, None))
+        self._out.append(out)
+
+    def collect(self, patch: int) -> list[Tensor]:
+        return self._out.popleft()
+
+    def follow(self, timesteps: Sequence[Tensor]) -> None:
+        raise AssertionError("there is no other stage")
+
+    def finish(self, x: Tensor) -> Tensor:
+        return x
+
+    def _rows(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        return [(p.context.expand(len(x), -1, -1), p.pooled.expand(len(x), -1)) for p in self.prompts]
+
+
+@torch.inference_mode()
+def one_process(path: Path, latent: Tensor, warmup: int, patches: int, **changes: Any) -> Tensor:
+    """What a pipeline of any shape is to give."""
+    settings = SETTINGS | changes
+    mask = settings.pop("noise_mask", None)
+    network = local_network(path, build_mesh(MeshSpec()))
+    assert isinstance(network, TokenNetwork)
+    prompts = [POSITIVE] if settings["cfg_scale"] == 1.0 else [POSITIVE, NEGATIVE]
+    oracle = OneAfterTheOther(network, prompts, latent, warmup, patches)
+    out = sample_latent(
+        oracle.outputs,
+        SamplerSpec(**settings),
+        Flow(3.0),
+        latent=(latent - SD3.shift) * SD3.scale if latent.any() else latent,
+        mask=mask,
+        noise=None,
+        sigmas=None,
+        batch_index=None,
+        share=lambda x: x,
+        on_step=lambda report: None,
+        pipeline=oracle,
+    )
+    return out / SD3.scale + SD3.shift
+
+
+# -- tokens and their keys --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3])
+@pytest.mark.parametrize("patches", [1, 2, 3])
+def test_tokens_of_all_ranks_join_in_the_order_of_the_image(degree: int, patches: int) -> None:
+    columns, rows, text = 5, 7, 11
+    ranges = [(a * columns, b * columns) for a, b in patch_rows(rows, patches)]
+    mesh = build_mesh(MeshSpec())
+    spread = [Tokens.spread(ranges, text, _seen_from(mesh, rank, degree)) for rank in range(degree)]
+    image, words = torch.arange(rows * columns).view(1, -1, 1), torch.arange(text).view(1, -1, 1)
+    gathered = torch.cat([tokens.take_image(image) for tokens in spread], dim=1)
+    assert torch.equal(spread[0].in_order(gathered), image)
+    assert torch.equal(torch.cat([words[:, slice(*tokens.text)] for tokens in spread], dim=1), words)
+    for patch, (first, last) in enumerate(ranges):
+        of_patch = [tokens.of_patch(patch) for tokens in spread]
+        own = torch.cat([t.take_image(image[:, first:last], t.first_image_token) for t in of_patch], dim=1)
+        assert torch.equal(own, image[:, first:last])
+        assert sum(of_patch[0].counts(of_patch[0].present)) == last - first + (text if patch == 0 else 0)
+
+
+def _seen_from(mesh: Mesh, rank: int, degree: int) -> Mesh:
+    return replace(mesh, ring=replace(mesh.ring, degree=degree, rank=rank))
+
+
+def test_a_patch_replaces_its_own_keys_and_no_others() -> None:
+    segments = [(2, 1), (3, 2), (1, 2)]
+    kv = TokenKV(segments)
+    names = [
+        [[f"{s}{rank}{i}" for i in range(n)] for rank, n in enumerate(counts)] for s, counts in enumerate(segments)
+    ]
+    values = {name: float(number) for number, name in enumerate(n for s in names for r in s for n in r)}
+
+    def given(present: Sequence[int], offset: float) -> Tensor:
+        order = [name for rank in range(2) for s in present for name in names[s][rank]]
+        return torch.tensor([values[name] + offset for name in order]).view(1, -1, 1, 1)
+
+    k, v = kv.update(given((0, 1, 2), 0), given((0, 1, 2), 100), (0, 1, 2))
+    assert k.flatten().tolist() == sorted(values.values()) and torch.equal(v, k + 100)
+    k, v = kv.update(given((2,), 50), given((2,), 150), (2,))
+    changed = {values[name] for rank in names[2] for name in rank}
+    expected = torch.tensor([value + 50 * (value in changed) for value in sorted(values.values())])
+    assert torch.equal(k.flatten(), expected) and torch.equal(v, k + 100)
+
+
+@pytest.mark.parametrize(
+    ("costs", "stages", "sizes"),
+    [
+        ([1.0] * 38, 4, [9, 10, 9, 10]),
+        ([1.0] * 24, 5, [5, 5, 4, 5, 5]),
+        ([4 / 3] * 13 + [1.0] * 11, 2, [11, 13]),
+        ([1.0] * 3, 3, [1, 1, 1]),
+        ([9.0, 1.0, 1.0, 1.0], 3, [1, 1, 2]),
+    ],
+)
+def test_stages_get_blocks_of_equal_cost(costs: list[float], stages: int, sizes: list[int]) -> None:
+    ranges = stage_blocks(costs, stages)
+    assert [i for blocks in ranges for i in blocks] == list(range(len(costs)))
+    assert [len(blocks) for blocks in ranges] == sizes
+
+
+# -- PipeFusion -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mesh", PP2, ids=MeshSpec.describe)
+@pytest.mark.parametrize(
+    ("family", "patches"), [*(("sd3.5-medium", n) for n in (1, 2, 3, 4)), ("sd3-medium", 3), ("sd3.5-large", 2)]
+)
+def test_two_stages_equal_one_process_that_plays_both(
+    mesh: MeshSpec, family: str, patches: int, backend2: Backend, models: Path
+) -> None:
+    latent = torch.zeros(1, 16, 14, 18)
+    out = sampled(backend2, checkpoint(models, family), mesh, latent, warmup_steps=2, num_patches=patches)
+    assert_close(out, one_process(checkpoint(models, family), latent, 2, patches))
+
+
+@pytest.mark.parametrize("mesh", PP4, ids=MeshSpec.describe)
+@pytest.mark.parametrize("patches", [2, 5])
+def test_mixtures_of_four_equal_one_process_that_plays_all(
+    mesh: MeshSpec, patches: int, backend4: Backend, models: Path
+) -> None:
+    latent = torch.zeros(2, 16, 20, 12)
+    out = sampled(backend4, checkpoint(models), mesh, latent, warmup_steps=1, num_patches=patches)
+    assert_close(out, one_process(checkpoint(models), latent, 1, patches))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS_OF_PATCHES)
+def test_samplers_run_on_patches_at_different_steps(sampler: str, backend2: Backend, models: Path) -> None:
+    latent, mesh = torch.randn(1, 16, 12, 10, generator=torch.Generator().manual_seed(0)), MeshSpec(pp=2)
+    mask = (torch.arange(12 * 10).view(1, 1, 12, 10) % 7 > 2).float()
+    settings: dict[str, Any] = {"sampler": sampler, "noise_mask": mask, "cfg_scale": 1.0, "denoise": 0.8}
+    out = sampled(backend2, checkpoint(models), mesh, latent, warmup_steps=2, num_patches=3, **settings)
+    assert_close(out, one_process(checkpoint(models), latent, 2, 3, **settings))
+
+
+@pytest.mark.parametrize(
+    "mesh", [m for m in [*PP4, *MeshSpec.all_of(4)] if m.pp > 1 or m.ring > 1], ids=MeshSpec.describe
+)
+def test_warm_up_over_all_steps_is_exact(mesh: MeshSpec, backend4: Backend, models: Path) -> None:
+    latent = torch.zeros(3, 16, 14, 18)
+    exact = sampled(backend4, checkpoint(models), MeshSpec(dp=4), latent)
+    for warmup in (5, 9):
+        assert_close(sampled(backend4, checkpoint(models), mesh, latent, warmup_steps=warmup), exact)
+
+
+@pytest.mark.parametrize("mesh", [MeshSpec(pp=2), MeshSpec(ring=2)], ids=MeshSpec.describe)
+def test_displaced_pictures_come_nearer_with_warm_up(mesh: MeshSpec, backend2: Backend, models: Path) -> None:
+    latent, path = torch.zeros(1, 16, 16, 16), checkpoint(models)
+    settings = {"steps": 8, "sampler": "dpmpp_2m"}
+    exact = sampled(backend2, path, mesh, latent, **settings)
+    errors = [
+        float((sampled(backend2, path, mesh, latent, warmup_steps=warmup, **settings) - exact).norm() / exact.norm())
+        for warmup in (1, 3, 6)
+    ]
+    assert errors[0] > errors[1] > errors[2] > 1e-5, errors
+
+
+@pytest.mark.parametrize("mesh", [MeshSpec(pp=2), MeshSpec(ring=2)], ids=MeshSpec.describe)
+def test_nothing_survives_a_request_a_cancel_or_another_size(mesh: MeshSpec, backend2: Backend, models: Path) -> None:
+    path, first, other = checkpoint(models), torch.zeros(1, 16, 16, 16), torch.zeros(2, 16, 12, 20)
+    wanted = sampled(backend2, path, mesh, first, warmup_steps=1)
+    sampled(backend2, path, mesh, other, warmup_steps=1, seed=4)
+    assert torch.equal(sampled(backend2, path, mesh, first, warmup_steps=1), wanted)
+    for last in (0, 1, 2, 3):
+
+        def stop(step: Any, last: int = last) -> None:
+            if step.index == last:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            sampled(backend2, path, mesh, other, warmup_steps=1, steps=30, on_step=stop)
+        assert torch.equal(sampled(backend2, path, mesh, first, warmup_steps=1), wanted)
+
+
+def test_previews_are_those_of_whole_steps(backend2: Backend, models: Path) -> None:
+    latent, seen = torch.zeros(1, 16, 12, 12), []
+    sampled(
+        backend2,
+        checkpoint(models),
+        MeshSpec(pp=2),
+        latent,
+        warmup_steps=2,
+        num_patches=3,
+        on_step=seen.append,
+        preview=True,
+    )
+    assert [step.index for step in seen] == [0, 1, 2, 3, 4]
+    assert all(step.x.shape == latent.shape and step.denoised.shape == latent.shape for step in seen)
+
+
+# -- stale keys and values on a ring ----------------------------------------------------------------------------
+
+
+class AllRingRanks:
+    """Attention of every ring rank, in one process: its own keys fresh, the others' as they were an evaluation ago."""
+
+    def __init__(self, mesh: Mesh, ring: int, ulysses: int) -> None:
+        self.mesh, self.degree, self.ulysses = mesh, ring, ulysses
+        self.text = 0
+        self._before: dict[Any, list[Tensor]] = {}
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, counts: Sequence[int], memory: StaleKV) -> Tensor:
+        (kind, *_), total = memory.slot, q.shape[1]
+        text = 0 if kind == "image" else self.text
+        own = self._owners(text, total - text)
+        fresh = [torch.stack([k, v])[:, :, own == rank] for rank in range(self.degree)]
+        before = self._before.get(memory.slot, fresh) if memory.phase == "displaced" else fresh
+        out = torch.empty_like(q)
+        for rank in range(self.degree):
+            keys = torch.cat([fresh[r] if r == rank else before[r] for r in range(self.degree)], dim=2)
+            given = [t.transpose(1, 2) for t in (q[:, own == rank], keys[0], keys[1])]
+            out[:, own == rank] = torch.nn.functional.scaled_dot_product_attention(*given).transpose(1, 2)
+        self._before[memory.slot] = fresh
+        return out
+
+    def _owners(self, text: int, image: int) -> Tensor:
+        """The ring rank of each token; a ring rank is several where there is ulysses in it."""
+        of_text = reversed(split_sizes(text, self.degree * self.ulysses))
+        of_image = split_sizes(image, self.degree * self.ulysses)
+        owners = [
+            rank // self.ulysses for counts in (of_text, of_image) for rank, n in enumerate(counts) for _ in range(n)
+        ]
+        return torch.tensor(owners)
+
+
+@torch.inference_mode()
+def one_process_of_a_ring(path: Path, latent: Tensor, warmup: int, ring: int, ulysses: int = 1) -> Tensor:
+    network = local_network(path, build_mesh(MeshSpec()))
+    assert isinstance(network, TokenNetwork)
+    attention = AllRingRanks(network.model.mesh, ring, ulysses)
+    network.model.attention = attention  # type: ignore[assignment]
+    kept = Kept(stale=_NoExchange())  # type: ignore[arg-type]
+
+    def outputs(x: Tensor, timestep: Tensor, index: int) -> list[Tensor]:
+        out = []
+        for branch, prompt in enumerate((POSITIVE, NEGATIVE)):
+            attention.text = prompt.context.shape[1]
+            step = Step(index, "sync" if index < warmup else "displaced", branch, kept)
+            context, pooled = prompt.context.expand(len(x), -1, -1), prompt.pooled.expand(len(x), -1)
+            out.append(network(x, timestep.expand(len(x)), context, pooled, step))
+        return out
+
+    out = sample_latent(
+        outputs,
+        SamplerSpec(**SETTINGS),
+        Flow(3.0),
+        latent=latent,
+        mask=None,
+        noise=None,
+        sigmas=None,
+        batch_index=None,
+        share=lambda x: x,
+        on_step=lambda report: None,
+    )
+    return out / SD3.scale + SD3.shift
+
+
+class _NoExchange:
+    def end_evaluation(self) -> None:
+        """Nothing is under way."""
+
+
+@pytest.mark.parametrize("family", ["sd3-medium", "sd3.5-medium"])
+def test_a_displaced_ring_of_two_equals_one_process_that_plays_both(
+    family: str, backend2: Backend, models: Path
+) -> None:
+    latent = torch.zeros(2, 16, 14, 18)
+    out = sampled(backend2, checkpoint(models, family), MeshSpec(ring=2), latent, warmup_steps=2)
+    assert_close(out, one_process_of_a_ring(checkpoint(models, family), latent, 2, 2))
+
+
+@pytest.mark.parametrize("mesh", [m for m in MeshSpec.all_of(4) if m.ring > 1 and m.pp == 1], ids=MeshSpec.describe)
+def test_displaced_rings_in_mixtures(mesh: MeshSpec, backend4: Backend, models: Path) -> None:
+    latent = torch.zeros(2, 16, 14, 18)
+    out = sampled(backend4, checkpoint(models), mesh, latent, warmup_steps=1)
+    assert_close(out, one_process_of_a_ring(checkpoint(models), latent, 1, mesh.ring, mesh.ulysses))
+
+
+# -- what it costs ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_counted_bytes_are_those_of_the_formulas(method: Method, backend2: Backend, tmp_path: Path) -> None:
+    config = small_config("sd3.5-medium", depth=3, heads=4, pos_embed_size=16)
+    path = write_mmdit(tmp_path / "m.safetensors", config)
+    sizes = Sizes(3, len(config.dual_blocks), config.hidden, 16 * 16, 80, 2, 64)
+    counted, result, shares = count(backend2, path, method, 256)
+    assert counted == pytest.approx(4 * sizes.rows * sum(sizes.terms(method, 2).values()) / 2, rel=0.02)
+    assert (result.ranks[0].kept_bytes > 0) == method.displaced
+    split = method.axis in ("tp", "pp")  # embeddings of prompts are whole under tp, and large in a model this small
+    assert all(share < 0.8 for share in shares) if split else shares == [1, 1]
+
+
+def test_a_trace_has_every_patch_of_every_step(backend2: Backend, models: Path) -> None:
+    model = backend2.load_model(checkpoint(models), MeshSpec(pp=2), "float32")
+    model.sample(torch.zeros(1, 16, 12, 12), POSITIVE, NEGATIVE, **SETTINGS, warmup_steps=2, num_patches=3, trace=True)
+    assert model.timeline is not None and model.last is not None
+    rows = model.timeline
+    computed = {(int(r), int(s), int(p)) for r, kind, s, p, *_ in rows.tolist() if kind == COMPUTE}
+    exact = {(rank, step, -1) for rank in range(2) for step in range(2)}
+    assert computed == exact | {(rank, step, patch) for rank in range(2) for step in (2, 3, 4) for patch in range(3)}
+    assert (rows[:, END] >= rows[:, START]).all()
+    sent = [int(rows[(rows[:, KIND] < 0) & (rows[:, RANK] == rank)][:, BYTES].sum()) for rank in range(2)]
+    assert sent == [sum(cost.sent_bytes for cost in rank.costs) for rank in model.last.ranks]
+    root = ElementTree.fromstring(picture(rows, "<title> & more"))
+    assert len(root.findall(".//{*}rect")) > len(computed)
+    assert {event["tid"] for event in chrome_trace(rows)} == {0, 1}
+    lines = table(rows).splitlines()
+    assert len(lines) == 2 + 5 * 2 and "pp" in lines[2]
+
+
+@pytest.mark.parametrize("words", [["pp"], ["xx=2"], ["pp=two"]])
+def test_a_mesh_that_is_none_is_refused(words: list[str]) -> None:
+    with pytest.raises(ConfigError, match="is no axis and degree"):
+        mesh_of(words)
+
+
+# -- what can't be had ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mesh", "settings", "kind", "words"),
+    [
+        (MeshSpec(ulysses=2), {"warmup_steps": 1}, UnsupportedError, "two or more pp or ring ranks; here is ulysses=2"),
+        (MeshSpec(cfg=2), {"warmup_steps": 1}, UnsupportedError, "here is cfg=2"),
+        (
+            MeshSpec(ring=2),
+            {"warmup_steps": 1, "num_patches": 2},
+            ConfigError,
+            "num_patches=2 is for displaced steps on pp",
+        ),
+        (MeshSpec(pp=2), {"num_patches": 2}, ConfigError, "num_patches=2 is for displaced steps"),
+        (MeshSpec(pp=2), {"warmup_steps": 1, "num_patches": 9}, InputError, "8 rows of 8 image tokens, in 9 patches"),
+        *(
+            (MeshSpec(pp=2), {"warmup_steps": 1, "sampler": sampler}, UnsupportedError, f"Sampler {sampler} can't run")
+            for sampler in SAMPLERS
+            if sampler not in SAMPLERS_OF_PATCHES
+        ),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_had_is_refused_by_name(
+    mesh: MeshSpec, settings: dict[str, Any], kind: type[BackendError], words: str, backend2: Backend, models: Path
+) -> None:
+    with pytest.raises(kind, match=words.replace("(", r"\(")):
+        sampled(backend2, checkpoint(models), mesh, torch.zeros(1, 16, 16, 16), **settings)
+    assert torch.isfinite(sampled(backend2, checkpoint(models), mesh, torch.zeros(1, 16, 16, 16))).all()
+
+
+def test_more_stages_than_blocks_are_refused(backend4: Backend, tmp_path: Path) -> None:
+    path = write_mmdit(tmp_path / "short.safetensors", small_config("sd3.5-large", depth=3))
+    with pytest.raises(ConfigError, match="pp=4 needs as many blocks; this model has 3"):
+        backend4.load_model(path, MeshSpec(pp=4), "float32")
+
+
+def test_a_pipeline_in_flight_is_cancelled(backend2: Backend, models: Path) -> None:
+    reached: list[int] = []
+    with pytest.raises(CancelledError):
+        sampled(
+            backend2,
+            checkpoint(models),
+            MeshSpec(pp=2),
+            torch.zeros(1, 16, 32, 32),
+            steps=500,
+            warmup_steps=1,
+            on_step=lambda step: reached.append(step.index),
+            should_cancel=lambda: len(reached) > 3,
+        )
+    assert 3 < len(reached) < 100
