@@ -29,6 +29,7 @@ def parallel_mesh(
     idle_minutes: int,
     patch: int = 0,
     pp: int = 1,
+    sliced: bool = False,
 ) -> ParallelMesh:
     """The settings as one object.
 
@@ -46,7 +47,7 @@ def parallel_mesh(
     spec = BackendSpec(backend, world_size, device, ordinals, idle_minutes * 60.0, memory_budget_mib * 2**20)  # type: ignore[arg-type]
     degrees = {"dp": dp, "cfg": cfg, "pp": pp, "patch": patch, "ring": ring, "ulysses": ulysses, "tp": tp}
     dtype = ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype
-    return ParallelMesh(spec, degrees, dtype, attention)
+    return ParallelMesh(spec, degrees, dtype, attention, sliced)
 
 
 class MeshConfig(io.ComfyNode):
@@ -150,6 +151,13 @@ class MeshConfig(io.ComfyNode):
                     optional=True,
                     tooltip="MMDiT: blocks over ranks, in stages: each holds 1/pp of the model and sends least of all. "
                     "Faster than one GPU only with Parallel Sampler's displaced steps (PipeFusion).",
+                ),
+                io.Boolean.Input(
+                    "sliced",
+                    default=False,
+                    optional=True,
+                    tooltip="UNet: each rank holds a slice of the weights and gathers a block's when it computes. For models "
+                    "that don't fit one GPU; MMDiTs have tp and pp for that.",
                 ),
             ],
             outputs=[MeshSocket.Output(display_name="mesh", tooltip="For the parallel loaders.")],

@@ -21,15 +21,17 @@ ACTIVATION_BYTES = 1536 * 2**20
 class ParallelMesh:
     """Immutable but for the connection, which is made at first use and kept as long as ComfyUI keeps this."""
 
-    def __init__(self, spec: BackendSpec, degrees: Mapping[str, int], dtype: str, kernel: str) -> None:
-        """`degrees` of 0 are left open. Raises: ConfigError: they don't fit the ranks."""
+    def __init__(
+        self, spec: BackendSpec, degrees: Mapping[str, int], dtype: str, kernel: str, sliced: bool = False
+    ) -> None:
+        """`degrees` of 0 are left open; `sliced` is of UNets. Raises: ConfigError: they don't fit the ranks."""
         self.spec, self.degrees, self.dtype, self.kernel = spec, degrees, dtype, kernel
-        self.mmdit, self.unet = (self._filled(rest) for rest in (MMDIT_REST, UNET_REST))
+        self.mmdit, self.unet = self._filled(MMDIT_REST), self._filled(UNET_REST, sliced)
         self._backend: Backend | None = None
 
-    def _filled(self, rest: str) -> MeshSpec:
+    def _filled(self, rest: str, sliced: bool = False) -> MeshSpec:
         """The mesh in which the axis `rest` takes the ranks that nothing was said of."""
-        return MeshSpec.filled(self.spec.world_size, rest, **self.degrees)
+        return MeshSpec.filled(self.spec.world_size, rest, sliced=sliced, **self.degrees)
 
     def backend(self) -> Backend:
         """The running backend, or one started now; an interrupt in ComfyUI ends the wait.

@@ -72,7 +72,8 @@ class MeshSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How the ranks of a backend share one model: a degree for each axis, outermost axis first.
 
     `order` is the nesting of the axes in rank numbers, outermost first; ranks of the innermost axis are
-    neighbours. It matters only for which links an axis uses, never for the result.
+    neighbours. It matters only for which links an axis uses, never for the result. `sliced`: of a UNet's weights each rank
+    of cfg and patch holds a slice, and gathers a block's when it needs them.
     """
 
     dp: int = 1
@@ -83,6 +84,7 @@ class MeshSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ulysses: int = 1
     tp: int = 1
     order: tuple[str, ...] = AXES
+    sliced: bool = False
 
     def __post_init__(self) -> None:
         for axis in AXES:
@@ -120,17 +122,17 @@ class MeshSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             rank, position[axis] = divmod(rank, getattr(self, axis))
         return position
 
-    def groups(self, axis: str) -> list[list[int]]:
-        """The ranks that talk to each other along `axis`, one list per group, each in axis order."""
+    def groups(self, *axes: str) -> list[list[int]]:
+        """The ranks that talk to each other along an axis, or several, one list per group, each in axis order."""
         found: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world_size):
             position = self.coordinates(rank)
-            found.setdefault(tuple(position[a] for a in AXES if a != axis), []).append(rank)
+            found.setdefault(tuple(position[a] for a in AXES if a not in axes), []).append(rank)
         return sorted(found.values())
 
     def describe(self) -> str:
         named = [f"{axis}={degree}" for axis, degree in self.degrees.items() if degree > 1]
-        return " ".join(named) or "one rank"
+        return " ".join([*named, *(["sliced"] if self.sliced else [])]) or "one rank"
 
     @classmethod
     def from_axes(
@@ -166,10 +168,14 @@ class MeshSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 )
         nesting = [name for mesh_axis in (0, 1) for name, (_, at) in parts.items() if at == mesh_axis]
         order = tuple([axis for axis in AXES if axis not in nesting] + nesting)
-        return cls(order=order, **{name: factor for name, (factor, _) in parts.items()})
+        return cls(order=order, **{name: factor for name, (factor, _) in parts.items()})  # type: ignore[arg-type]
 
     def check_axes(self, axes: Sequence[str], what: str) -> None:
-        """Raises ConfigError where a degree above 1 is of an axis that the model has no use for."""
+        """Raises ConfigError where a degree above 1 is of an axis that the model has no use for, or slices are."""
+        if self.sliced and axes != UNET_AXES:
+            raise ConfigError(
+                f"sliced is for UNets; {what} spreads its weights otherwise.", "Use tp or pp in its place."
+            )
         for axis, degree in self.degrees.items():
             if degree > 1 and axis not in axes:
                 raise ConfigError(
@@ -178,7 +184,7 @@ class MeshSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 )
 
     @classmethod
-    def filled(cls, world_size: int, rest: str = MMDIT_REST, **degrees: int) -> MeshSpec:
+    def filled(cls, world_size: int, rest: str = MMDIT_REST, *, sliced: bool = False, **degrees: int) -> MeshSpec:
         """The mesh of these degrees, where 0 leaves one open: cfg is 2 where that fits, `rest` takes what is left.
 
         Raises: ConfigError: the degrees don't fit `world_size` ranks.
@@ -190,7 +196,7 @@ class MeshSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             left //= given["cfg"]
         if rest not in given:
             given[rest] = max(1, left)
-        mesh = cls(**given)  # type: ignore[arg-type]
+        mesh = cls(sliced=sliced, **given)  # type: ignore[arg-type]
         mesh.check_world(world_size)
         return mesh
 

@@ -204,6 +204,14 @@ def test_mixtures_of_four_equal_one_process_that_plays_all(
     assert_close(out, one_process(checkpoint(models), latent, 1, patches))
 
 
+def test_a_share_of_dp_without_rows_waits_for_the_others(backend4: Backend, models: Path) -> None:
+    latent, out = torch.zeros(1, 16, 12, 12), []
+    for mesh in (MeshSpec(dp=2, pp=2), MeshSpec(cfg=2, pp=2)):
+        model = backend4.load_model(checkpoint(models), mesh, "float32")
+        out.append(model.sample(latent, POSITIVE, POSITIVE, **SETTINGS, warmup_steps=1))
+    assert_close(out[0], out[1])
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS_OF_PATCHES)
 def test_samplers_run_on_patches_at_different_steps(sampler: str, backend2: Backend, models: Path) -> None:
     latent, mesh = torch.randn(1, 16, 12, 10, generator=torch.Generator().manual_seed(0)), MeshSpec(pp=2)
@@ -425,6 +433,11 @@ def test_what_cannot_be_had_is_refused_by_name(
     with pytest.raises(kind, match=words.replace("(", r"\(")):
         sampled(backend2, checkpoint(models), mesh, torch.zeros(1, 16, 16, 16), **settings)
     assert torch.isfinite(sampled(backend2, checkpoint(models), mesh, torch.zeros(1, 16, 16, 16))).all()
+
+
+def test_slices_are_refused_for_transformers(backend2: Backend, models: Path) -> None:
+    with pytest.raises(ConfigError, match=r"sliced is for UNets; sd3\.5-medium spreads its weights otherwise"):
+        backend2.load_model(checkpoint(models), MeshSpec(tp=2, sliced=True), "float32")
 
 
 def test_more_stages_than_blocks_are_refused(backend4: Backend, tmp_path: Path) -> None:

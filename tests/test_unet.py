@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from local_network import local_network
@@ -187,6 +188,26 @@ def test_displaced_pictures_come_nearer_with_warm_up(sampler: str, backend2: Bac
         for w in (1, 8)
     ]
     assert errors[1] < errors[0] < 1
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [MeshSpec(patch=2), MeshSpec(cfg=2), MeshSpec(cfg=2, patch=2), MeshSpec(patch=4), MeshSpec(dp=2, patch=2)],
+    ids=MeshSpec.describe,
+)
+def test_sliced_weights_change_memory_and_nothing_else(
+    mesh: MeshSpec, backend2: Backend, backend4: Backend, unets: Path
+) -> None:
+    backend, path = (backend2 if mesh.world_size == 2 else backend4), unets / "unet-tiny.safetensors"
+    sliced = msgspec.structs.replace(mesh, sliced=True)
+    loads = [backend.load_model(path, spec, "float32").loaded for spec in (mesh, sliced)]
+    whole, part = (max(loaded.resident_bytes) for loaded in loads)
+    assert part < (0.75 if mesh.world_size == 2 or mesh.dp == 2 else 0.6) * whole
+    for settings in ({}, {"tokens": 154}, {"warmup_steps": 1}):
+        assert torch.equal(sample(backend, path, sliced, **settings), sample(backend, path, mesh, **settings))
+    with pytest.raises(CancelledError):
+        sample(backend, path, sliced, warmup_steps=1, steps=50, seed=8, should_cancel=After(4))
+    assert torch.equal(sample(backend, path, sliced), sample(backend, path, mesh))
 
 
 def test_nothing_stale_survives_a_request(backend2: Backend, unets: Path) -> None:

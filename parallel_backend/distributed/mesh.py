@@ -37,6 +37,7 @@ class Mesh:
         way_back: the ranks of pp once more, for what the last stage sends the first. With NCCL, messages of one group
             between two ranks wait for each other, and two stages would stand still.
         first_stage: the ranks of the first stage of several; only they have it.
+        weights: the ranks that share out a model's weights in slices.
     """
 
     spec: MeshSpec
@@ -49,10 +50,12 @@ class Mesh:
     tp: MeshAxis
     way_back: MeshAxis = field(default_factory=lambda: MeshAxis("way_back"))
     first_stage: MeshAxis = field(default_factory=lambda: MeshAxis("first_stage"))
+    weights: MeshAxis = field(default_factory=lambda: MeshAxis("weights"))
 
     @property
     def axes(self) -> list[MeshAxis]:
-        return [getattr(self, axis) for axis in AXES]
+        """Those whose traffic is told apart."""
+        return [*(getattr(self, axis) for axis in AXES), self.weights]
 
     @property
     def sp_degree(self) -> int:
@@ -110,6 +113,8 @@ def build_mesh(spec: MeshSpec, groups: Groups | None = None) -> Mesh:
     groups = groups or Groups()
     spec.check_world(groups.world_size)
     axes = {axis: groups.axis(axis, spec.groups(axis)) for axis in AXES}
+    if spec.sliced:
+        axes["weights"] = groups.axis("weights", spec.groups("cfg", "patch"), use="weights")
     if spec.pp == 1:
         return Mesh(spec, **axes)
     way_back = replace(groups.axis("way_back", spec.groups("pp"), use="way back"), traffic=axes["pp"].traffic)

@@ -133,7 +133,7 @@ def _open_unet(path: Path) -> OpenedModel:
         source,
         config,
         SDXL,
-        lambda mesh, kernel: loadable_unet(config),
+        lambda mesh, kernel: loadable_unet(config, mesh),
         lambda model, mesh, kernel, device, dtype: BandUNet(model, config, mesh, kernel),
     )
 

@@ -12,18 +12,25 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.downsampling import Downsample2D
 from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from ..distributed.collectives import all_gather, split_sizes
 from ..distributed.mesh import Mesh
 from ..distributed.patch_layers import Band, CuttingConv2d, join_projections, place_band_layers
+from ..distributed.sliced_weights import SlicedWeights
 from ..distributed.stale import Kept, StaleExchange, Step
 from ..errors import ConfigError, InputError
 
 HEAD_DIM = 64
 NORM_GROUPS = 32
 SIZE_FREQUENCIES = 256
+# What is gathered at once where weights are sliced: nearly all of the weights are in these.
+SLICED_BLOCKS = (ResnetBlock2D, BasicTransformerBlock, Downsample2D, Upsample2D)
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,9 @@ class BandUNet:
         place_band_layers(model, self.band, kernel)
         model.conv_in = CuttingConv2d(first, self.band)
         self.model = model.to(memory_format=torch.channels_last)
+        self.slices: SlicedWeights | None = model.slices
+        if self.slices is not None:
+            self.slices.attach()
 
     def check_size(self, height: int, width: int, text_tokens: int) -> None:
         """Raises: InputError: too few rows for the bands, or too narrow to tell scales apart."""
@@ -118,6 +128,8 @@ class BandUNet:
         """
         band, (rows, columns) = self.band, x_BCYX.shape[2:]
         band.rows, band.columns, band.step = band_rows(rows, band.axis.degree, self.config.row_unit), columns, step
+        if self.slices is not None:
+            self.slices.begin()
         try:
             out = self.model(x_BCYX, timesteps_B, context_BLE, class_labels=y_BA, return_dict=False)[0]
         finally:
@@ -127,8 +139,10 @@ class BandUNet:
         return all_gather(out, 2, band.rows, band.axis)
 
 
-def loadable_unet(config: UNetConfig) -> Any:
+def loadable_unet(config: UNetConfig, mesh: Mesh) -> Any:
     """diffusers' model of these sizes, attention projections joined: what the checkpoint's tensors are loaded into.
+
+    Where the mesh says so, it wants only this rank's slices of its blocks.
 
     Raises: ConfigError: widths that its norms can't group.
     """
@@ -136,6 +150,10 @@ def loadable_unet(config: UNetConfig) -> Any:
         raise ConfigError(f"Widths {config.block_channels} don't divide by {NORM_GROUPS}.", "Use an SDXL model.")
     model: Any = UNet2DConditionModel(**config.diffusers())
     join_projections(model)
+    model.slices = SlicedWeights(mesh.weights) if mesh.weights.degree > 1 else None
+    if model.slices is not None:
+        for block in [module for module in model.modules() if isinstance(module, SLICED_BLOCKS)]:
+            model.slices.cut(block)
     return model
 
 
