@@ -14,6 +14,7 @@ from torch import Tensor
 from ..config import AXES, MeshSpec
 from ..demo_checkpoints import random_prompt, small_config, write_mmdit
 from ..distributed.traffic import COMPUTE
+from ..errors import ConfigError
 from ..rpc.client import Backend
 from ..rpc.remote import Conditioning
 
@@ -125,8 +126,6 @@ def mesh_of(words: Sequence[str]) -> MeshSpec:
 
     Raises: ConfigError: an axis or a degree that is none.
     """
-    from ..errors import ConfigError
-
     degrees: dict[str, Any] = {}
     for word in words:
         axis, _, degree = word.partition("=")

@@ -17,7 +17,6 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from torch import Tensor
 
 from ..errors import ConfigError
-from .collectives import all_gather
 from .mesh import Mesh
 from .ring import LseKernel, ring_attention
 from .stale import Phase, StaleExchange, TokenKV
@@ -110,7 +109,7 @@ class StaleKV:
     """In displaced steps of ring ranks: fresh keys and values of this rank, last step's of the others.
 
     Source: DistriFusion (Li et al. 2024, arXiv 2402.19481), section 4.2, on tokens.
-    Comm: displaced: as `StaleExchange.swap_gathered`; sync: one all-gather.
+    Comm: as `StaleExchange.joined`.
     """
 
     exchange: StaleExchange
@@ -119,15 +118,8 @@ class StaleKV:
     ring_counts: list[int]
 
     def keys(self, k_BLNH: Tensor, v_BLNH: Tensor) -> tuple[Tensor, Tensor, list[int] | None]:
-        axis, fresh = self.exchange.axis, torch.stack([k_BLNH, v_BLNH])
-        shapes = [(*fresh.shape[:2], count, *fresh.shape[3:]) for count in self.ring_counts]
-        if self.phase == "displaced":
-            parts = self.exchange.swap_gathered(self.slot, fresh, shapes)
-            parts[axis.rank] = fresh
-        else:
-            parts = list(all_gather(fresh, 2, self.ring_counts, axis).split(self.ring_counts, dim=2))
-            self.exchange.keep_gathered(self.slot, parts)
-        k, v = torch.cat(parts, dim=2).unbind(0)
+        own = torch.stack([k_BLNH, v_BLNH])
+        k, v = self.exchange.joined(self.slot, own, 2, self.ring_counts, self.phase).unbind(0)
         return k, v, None
 
 
@@ -161,7 +153,7 @@ class ParallelAttention:
         Comm: ulysses: two all-to-all; ring: degree - 1 exchanges of keys and values; and the memory's.
         """
         ring, ulysses = self.mesh.ring, self.mesh.ulysses
-        own = list(token_counts[ring.rank * ulysses.degree : (ring.rank + 1) * ulysses.degree])
+        own = in_ring_rank(token_counts, self.mesh)
         ring_counts: list[int] | None = by_ring(token_counts, self.mesh)
         heads = q_BLNH.shape[2]
         if ulysses.degree == 1:
@@ -181,3 +173,9 @@ def by_ring(token_counts: Sequence[int], mesh: Mesh) -> list[int]:
     """Tokens of each ring rank, from those of each sequence-parallel rank."""
     degree = mesh.ulysses.degree
     return [sum(token_counts[i * degree : (i + 1) * degree]) for i in range(mesh.ring.degree)]
+
+
+def in_ring_rank(token_counts: Sequence[int], mesh: Mesh) -> list[int]:
+    """Tokens of each ulysses rank of this ring rank, from those of each sequence-parallel rank."""
+    first = mesh.ring.rank * mesh.ulysses.degree
+    return list(token_counts[first : first + mesh.ulysses.degree])

@@ -236,14 +236,7 @@ class BandSelfAttention:
         tokens = band.tokens_like(own_2BLD[0])
         if stale is None:
             return all_gather(own_2BLD, 2, tokens, band.axis)
-        if band.step.phase == "sync":
-            whole = all_gather(own_2BLD, 2, tokens, band.axis)
-            stale.keep_gathered(place, whole.split(tokens, dim=2))
-            return whole
-        _, B, _, D = own_2BLD.shape
-        parts = stale.swap_gathered(place, own_2BLD, [(2, B, count, D) for count in tokens])
-        parts[band.axis.rank] = own_2BLD
-        return torch.cat(parts, dim=2)
+        return stale.joined(place, own_2BLD, 2, tokens, band.step.phase)
 
 
 class CachedCrossAttention:

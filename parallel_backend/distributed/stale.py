@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .collectives import Handle, start_all_gather, start_neighbour_exchange
+from .collectives import Handle, all_gather, start_all_gather, start_neighbour_exchange
 from .mesh import MeshAxis
 from .traffic import Timeline
 
@@ -145,6 +145,21 @@ class StaleExchange:
         self._kept[slot] = self._bucket.face(up_N, down_N, arriving)
         self._start_if_full()
         return stale
+
+    def joined(self, slot: Hashable, own: Tensor, dim: int, counts: Sequence[int], phase: Phase) -> Tensor:
+        """Every rank's tensor along `dim`: in sync all fresh, in displaced steps the others' of the last evaluation.
+
+        Args:
+            counts: each rank's length of `dim`.
+        Comm: one all-gather, or as `swap_gathered`.
+        """
+        if phase == "sync":
+            whole = all_gather(own, dim, counts, self.axis)
+            self.keep_gathered(slot, whole.split(list(counts), dim=dim))
+            return whole
+        parts = self.swap_gathered(slot, own, [(*own.shape[:dim], n, *own.shape[dim + 1 :]) for n in counts])
+        parts[self.axis.rank] = own
+        return torch.cat(parts, dim=dim)
 
     def end_evaluation(self) -> None:
         """What is still to be sent goes on its way."""

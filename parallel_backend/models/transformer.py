@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed.attention import Memory, ParallelAttention, PipelinedKV, StaleKV, by_ring
+from ..distributed.attention import Memory, ParallelAttention, PipelinedKV, StaleKV, by_ring, in_ring_rank
 from ..distributed.collectives import Handle, all_gather, broadcast, start_receive, start_send
 from ..distributed.mesh import Mesh
 from ..distributed.stale import EXACT, Step, TokenKV
@@ -54,9 +54,8 @@ class Attend:
         if slot[0] == "image":
             segments.remove(TEXT)
         if place not in kept.token_kv:
-            first = mesh.ring.rank * mesh.ulysses.degree
-            own = [counts[first : first + mesh.ulysses.degree] for counts in tokens.segments]
-            kept.token_kv[place] = TokenKV([c if s in segments else (0,) * len(c) for s, c in enumerate(own)])
+            own = [in_ring_rank(counts, mesh) for counts in tokens.segments]
+            kept.token_kv[place] = TokenKV([c if s in segments else [0] * len(c) for s, c in enumerate(own)])
         return PipelinedKV(kept.token_kv[place], present, by_ring(tokens.counts(segments), mesh))
 
 
@@ -215,6 +214,4 @@ def check_heads(heads: int, mesh: Mesh) -> None:
 
 def gathers(mesh: Mesh, counts: list[int]) -> list[tuple[Any, list[int]]]:
     """Which axes the output tokens are gathered over, in this order, with each rank's count."""
-    ulysses, ring = mesh.ulysses, mesh.ring
-    own = counts[ring.rank * ulysses.degree : (ring.rank + 1) * ulysses.degree]
-    return [(ulysses, own), (ring, by_ring(counts, mesh))]
+    return [(mesh.ulysses, in_ring_rank(counts, mesh)), (mesh.ring, by_ring(counts, mesh))]
