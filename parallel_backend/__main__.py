@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .config import DEFAULT_IDLE_SECONDS, BackendSpec
+from .config import DEFAULT_IDLE_SECONDS, BackendSpec, Hosts, ServeSpec
 from .errors import BackendError
-from .rpc import launcher
+from .rpc import launcher, runtime_dir
 from .rpc.client import Backend
 from .rpc.messages import BackendState
 from .version import __version__
@@ -41,7 +41,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--memory-budget-mib", type=int, default=0, help="for models, per rank; 0 is no limit")
     serve.add_argument("--detach", action="store_true", help="return as soon as it is ready")
+    serve.add_argument("--models", action="append", default=[], help="open only files below this folder; repeatable")
+    serve.add_argument("--listen", default="", help="also serve clients of other machines, at tcp://0.0.0.0:PORT")
+    serve.add_argument("--keys", default="", help="folder of `parallel-mmdit keys`, for --listen")
+    serve.add_argument("--metrics-port", type=int, default=0, help="Prometheus page on loopback")
+    serve.add_argument("--hosts", type=int, default=1, help="machines that share the backend; run serve on each")
+    serve.add_argument("--host-index", type=int, default=0, help="of this machine; 0 has the socket")
+    serve.add_argument("--rendezvous", default="", help="host 0's address and a free port, the same on each")
+    serve.add_argument("--interface", default="", help="network interface between the hosts, such as eth0")
     serve.set_defaults(run=_serve)
+
+    keys = commands.add_parser("keys", help="make the keys that clients on other machines need")
+    keys.add_argument("folder", type=Path)
+    keys.set_defaults(run=_keys)
 
     status = commands.add_parser("status", help="ranks, devices, memory, models, jobs of a running backend")
     _named(status)
@@ -120,16 +132,29 @@ def _serve(args: argparse.Namespace) -> int:
     devices = tuple(int(d) for d in args.devices.split(",")) if args.devices else ()
     world_size = args.world_size or len(devices) or (count if device == launcher.default_ranks()[0] else 2)
     spec = BackendSpec(args.name, world_size, device, devices, args.idle_seconds, args.memory_budget_mib * 2**20)  # type: ignore[arg-type]
-    if launcher.find(spec) is not None:
+    hosts = Hosts(args.hosts, args.host_index, args.rendezvous, args.interface)
+    serve = ServeSpec(tuple(args.models), args.listen, args.keys, args.metrics_port, hosts)
+    if (launcher.find(spec) if hosts.count == 1 else runtime_dir.read_record(spec.name)) is not None:
         print(f"Backend {args.name!r} runs already.")
         return 0
     if args.detach:
-        record = launcher.attach_or_start(spec)
+        record = launcher.attach_or_start(spec, serve=serve)
         print(
             f"Backend {args.name!r} is ready: {record.world_size} ranks on {record.device}, process {record.agent_pid}."
         )
         return 0
-    return subprocess.run(launcher.command(spec), env=launcher.environment(spec), check=False).returncode
+    if hosts.count > 1:
+        return launcher.supervise(spec, serve)
+    return subprocess.run(launcher.command(spec, serve), env=launcher.environment(spec), check=False).returncode
+
+
+def _keys(args: argparse.Namespace) -> int:
+    from .rpc.keys import Keys
+
+    folder = Keys.make(args.folder).folder
+    print(f"Keep {folder}/server.key_secret on the backend's hosts, with server.key and client.key.")
+    print(f"Copy {folder}/client.key_secret and {folder}/server.key to those who may use it.")
+    return 0
 
 
 def _status(args: argparse.Namespace) -> int:

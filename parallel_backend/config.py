@@ -257,7 +257,9 @@ class SamplerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class BackendSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which backend is meant, and how it is started when none of that name runs.
 
-    `devices` lists CUDA ordinals, one per rank; empty means 0, 1, ... in order.
+    `devices` lists CUDA ordinals, one per rank; empty means 0, 1, ... in order. With an `address` (tcp://host:port) it is
+    one that runs elsewhere, is never started from here, and lets in who has its `keys` (a folder); a world_size of 0 then
+    takes any.
     """
 
     name: str = "default"
@@ -266,12 +268,20 @@ class BackendSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     devices: tuple[int, ...] = ()
     idle_seconds: float = DEFAULT_IDLE_SECONDS
     memory_budget: int = 0
+    address: str = ""
+    keys: str = ""
 
     def __post_init__(self) -> None:
+        if self.address and not (self.address.startswith("tcp://") and self.address.rpartition(":")[2].isdigit()):
+            raise ConfigError(f"Address {self.address!r} can't be used.", "Write it like tcp://host:5555.")
+        if self.address and not self.keys:
+            raise ConfigError(
+                f"{self.address} can't be used without keys.", "Name the folder that `parallel-mmdit keys` has made."
+            )
         if not self.name or not all(c.isalnum() or c in "-_." for c in self.name) or self.name.startswith("."):
             raise ConfigError(f"Backend name {self.name!r} can't be used.", "Use letters, digits, '-', '_' and '.'.")
         choose(self.device, get_args(DeviceType), "Device")
-        if self.world_size < 1:
+        if self.world_size < (0 if self.address else 1):
             raise ConfigError(f"world_size={self.world_size} is not possible.", "Use one rank or more.")
         if self.devices and len(self.devices) != self.world_size:
             raise ConfigError(
@@ -281,3 +291,47 @@ class BackendSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(f"idle_seconds={self.idle_seconds} is not possible.", "Use a positive number of seconds.")
         if self.memory_budget < 0:
             raise ConfigError(f"memory_budget={self.memory_budget} is not possible.", "Use bytes per rank, 0 for none.")
+
+
+class Hosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A backend's part on this host, of several: `index` 0 is where rank 0 and its socket are, at `rendezvous` (host:port)."""
+
+    count: int = 1
+    index: int = 0
+    rendezvous: str = ""
+    interface: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise ConfigError(f"Host {self.index} of {self.count} is not possible.", "Count hosts from 0.")
+        if self.count > 1 and not self.rendezvous.rpartition(":")[2].isdigit():
+            raise ConfigError(
+                f"rendezvous {self.rendezvous!r} can't be used.",
+                "Give host 0's address and a free port: 10.0.0.1:29500.",
+            )
+
+
+class ServeSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What only `serve` can set: who may reach the backend, and which files it opens for them.
+
+    `models`: folders below which files are opened; none is any file. `listen`: a tcp:// address beside the local socket, for
+    those who have `keys`. `metrics_port`: of the Prometheus page on loopback; 0 is none.
+    """
+
+    models: tuple[str, ...] = ()
+    listen: str = ""
+    keys: str = ""
+    metrics_port: int = 0
+    hosts: Hosts = Hosts()
+
+    def __post_init__(self) -> None:
+        if self.listen and not self.keys:
+            raise ConfigError(
+                f"{self.listen} is not listened on without keys.", "Make some with `parallel-mmdit keys FOLDER`."
+            )
+        if self.listen and not self.listen.startswith("tcp://"):
+            raise ConfigError(f"listen {self.listen!r} can't be used.", "Write it like tcp://0.0.0.0:5555.")
+        if self.listen and not self.models:
+            raise ConfigError(
+                "Whoever has the keys could have any file opened.", "Name the model folders with --models."
+            )

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
 from torch import Tensor, nn
 
+from .allowed_files import AllowedFiles
 from .config import DTYPES, KERNELS, MeshSpec, choose
 from .distributed.attention import resolve_kernel
 from .distributed.mesh import BandAxes, Groups, Mesh, build_mesh
@@ -26,10 +27,11 @@ from .errors import (
 )
 from .jobs import Job
 from .models.checkpoint import load_parameters
-from .models.families import open_model
+from .models.families import OpenedModel, open_model
 from .models.network import Network
 from .models.prediction import Predictor, Rows
 from .models.vae import BandVAE, open_vae
+from .room import check_fits, memory_of
 from .rpc.messages import (
     Decode,
     Done,
@@ -61,10 +63,11 @@ class Resident:
 
 
 class _Sizes(msgspec.Struct):
-    """What a rank says of a load: bytes read from the file, bytes held."""
+    """What a rank says of a load: bytes read from the file, bytes held; and how many more there is room for."""
 
     read: int
     held: int
+    free: int = 0
 
 
 class Engine:
@@ -74,8 +77,14 @@ class Engine:
         memory_budget: bytes per rank for models; the least recently used leave when it is passed. 0 is no budget.
     """
 
-    def __init__(self, device: torch.device, memory_budget: int = 0) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        memory_budget: int = 0,
+        files: AllowedFiles = AllowedFiles(),  # noqa: B008 - frozen
+    ) -> None:
         self.device = device
+        self.files = files
         self.memory_budget = memory_budget
         self.residents: OrderedDict[str, Resident] = OrderedDict()
         self._meshes: dict[MeshSpec, Mesh] = {}
@@ -91,6 +100,13 @@ class Engine:
             Encode: self._encode,
             Unload: self._unload,
         }
+
+    @property
+    def place(self) -> list[int]:
+        """How many collectives this rank has started, by axis: alike on ranks that stand at the same place."""
+        return [axis.traffic.collectives for mesh in self._meshes.values() for axis in mesh.axes] + [
+            self._bands.traffic.collectives
+        ]
 
     @property
     def cached_tensors(self) -> int:
@@ -137,15 +153,20 @@ class Engine:
         start = time.perf_counter()
         job.control.agreed(lambda: self._check_load(body, job.control.world_size))
         opened, spec = None, body.mesh
+
+        def find() -> OpenedModel:
+            return open_model(self.files.checked(body.path, body.key), body.kind)
+
         if spec is None:
-            opened = job.control.agreed(lambda: open_model(Path(body.path), body.kind))
+            opened = job.control.agreed(find)
             spec = MeshSpec.exact_default(job.control.world_size, opened.kind.rest)
         name = f"{body.key}/{body.dtype}/{body.kernel}/{spec.describe()}/{'-'.join(spec.order)}"
         if name in self.residents and body.kind in ("any", self._resident(name, Predictor).kind.name):
             return self._loaded(name, _Sizes(0, 0), [], start, job), []
         mesh = self._mesh(spec)
         dtype = getattr(torch, body.dtype)
-        opened = opened or job.control.agreed(lambda: open_model(Path(body.path), body.kind))
+        opened = opened or job.control.agreed(find)
+        path = opened.source.path
 
         def build() -> tuple[nn.Module, str, int]:
             spec.check_axes(opened.kind.axes, opened.config.family)
@@ -155,8 +176,8 @@ class Engine:
             return model, kernel, sum(p.numel() for p in model.parameters()) * dtype.itemsize
 
         model, kernel, needed = job.control.agreed(build)
-        evicted = self._make_room(needed, Path(body.path).name, job)
-        job.emit(Progress(f"Loading {Path(body.path).name}", 0, 1), [])
+        evicted = self._make_room(needed, path.name, spec, job)
+        job.emit(Progress(f"Loading {path.name}", 0, 1), [])
 
         def read() -> Network:
             load_parameters(
@@ -165,13 +186,13 @@ class Engine:
                 device=self.device,
                 dtype=dtype,
                 unread=opened.unread(model),
-                should_stop=job.cancelled,
+                should_stop=job.given_up,
             )
             return opened.network(model, mesh, kernel, self.device, dtype)
 
         network, config = job.control.agreed(read), opened.config
         predictor = Predictor(network, mesh, dtype, self.device, opened.kind)
-        state = ModelState(name, Path(body.path).name, config.family, spec.describe(), body.dtype, needed)
+        state = ModelState(name, path.name, config.family, spec.describe(), body.dtype, needed)
         self.residents[name] = Resident(predictor, state, config.channels)
         return self._loaded(name, _Sizes(opened.source.bytes_read, needed), evicted, start, job), []
 
@@ -181,12 +202,13 @@ class Engine:
         name = f"{body.key}/{body.dtype}/vae"
         if name in self.residents:
             return self._loaded(name, _Sizes(0, 0), [], start, job), []
-        checkpoint = job.control.agreed(lambda: open_vae([Path(p) for p in body.paths]))
+        paths = job.control.agreed(lambda: self.files.all_checked(body.paths, body.key))
+        checkpoint = job.control.agreed(lambda: open_vae(paths))
         dtype = getattr(torch, body.dtype)
         needed = checkpoint.elements * dtype.itemsize
-        evicted = self._make_room(needed, Path(body.paths[0]).name, job)
-        vae = job.control.agreed(lambda: checkpoint.build(self.device, dtype, self._bands))
-        state = ModelState(name, Path(body.paths[0]).name, vae.family, "bands", body.dtype, needed)
+        evicted = self._make_room(needed, paths[0].name, MeshSpec(), job)
+        vae = job.control.agreed(lambda: checkpoint.build(self.device, dtype, self._bands, job.given_up))
+        state = ModelState(name, paths[0].name, vae.family, "bands", body.dtype, needed)
         self.residents[name] = Resident(vae, state, vae.latent_channels)
         return self._loaded(name, _Sizes(checkpoint.bytes_read, needed), evicted, start, job), []
 
@@ -202,25 +224,38 @@ class Engine:
             self._meshes[spec] = build_mesh(spec, self._groups)
         return self._meshes[spec]
 
-    def _make_room(self, needed: int, name: str, job: Job) -> list[str]:
-        """Lets models go, oldest use first, until `needed` more bytes fit the budget on every rank."""
-        most = max(sizes.held for sizes in job.control.gather(_Sizes(0, needed)))
-        if not self.memory_budget:
-            return []
-        if most > self.memory_budget:
+    def _make_room(self, needed: int, name: str, spec: MeshSpec, job: Job) -> list[str]:
+        """Lets models go, oldest use first, until `needed` more bytes fit the budget and the memory of every rank.
+
+        Raises: ConfigError, OutOfMemoryError: they don't fit without any other.
+        """
+        most, _, _ = self._everywhere(needed, job)
+        if self.memory_budget and most > self.memory_budget:
             raise ConfigError(
                 f"{name} needs {most / 2**20:.0f} MiB on a rank; the budget is {self.memory_budget / 2**20:.0f} MiB.",
                 "Raise the memory budget, use a smaller dtype, or spread the weights further with tp.",
             )
         evicted: list[str] = []
-        while self.residents and most + self._largest_held(job) > self.memory_budget:
+        while self.residents:
+            held = sum(resident.state.rank_bytes for resident in self.residents.values())
+            _, all_held, short = self._everywhere(needed, job, held)
+            if not short and not (self.memory_budget and most + all_held > self.memory_budget):
+                break
             evicted.append(self.residents.popitem(last=False)[1].state.name)
-        self._give_back_memory()
+            self.give_back_memory()
+        rank, world = job.control.rank, job.control.world_size
+        job.control.agreed(lambda: check_fits(needed, self._free_bytes(), name, spec, world, rank))
         return evicted
 
-    def _largest_held(self, job: Job) -> int:
-        held = sum(resident.state.rank_bytes for resident in self.residents.values())
-        return max(sizes.held for sizes in job.control.gather(_Sizes(0, held)))
+    def _everywhere(self, needed: int, job: Job, held: int = 0) -> tuple[int, int, bool]:
+        """The most that any rank needs, the most that any holds, and whether any has not enough free."""
+        notes = job.control.gather(_Sizes(needed, held, self._free_bytes()))
+        return max(n.read for n in notes), max(n.held for n in notes), any(n.read > n.free for n in notes)
+
+    def _free_bytes(self) -> int:
+        """CPU ranks of one machine share its memory."""
+        free = memory_of(self.device)[0]
+        return free if self.device.type == "cuda" else free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
     def _loaded(self, name: str, sizes: _Sizes, evicted: list[str], start: float, job: Job) -> Loaded:
         self.residents.move_to_end(name)
@@ -241,10 +276,11 @@ class Engine:
             self.residents.pop(name, None)
         if not body.models:
             self._tensors.clear()
-        self._give_back_memory()
+        self.give_back_memory()
         return Done(), []
 
-    def _give_back_memory(self) -> None:
+    def give_back_memory(self) -> None:
+        """What was freed can be had by other programs."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         else:
@@ -287,13 +323,13 @@ class Engine:
     def _decode(self, body: Decode, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         start = time.perf_counter()
         vae: BandVAE = job.control.agreed(lambda: self._checked_vae(body.vae, tensors[body.latent], "latent"))
-        image = vae.decode(tensors[body.latent], raw=body.raw)
+        image = vae.decode(tensors[body.latent], raw=body.raw, cancelled=job.cancelled)
         return Result(time.perf_counter() - start), [image] if image is not None else []
 
     def _encode(self, body: Encode, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         start = time.perf_counter()
         vae: BandVAE = job.control.agreed(lambda: self._checked_vae(body.vae, tensors[body.image], "image"))
-        latent = vae.encode(tensors[body.image])
+        latent = vae.encode(tensors[body.image], cancelled=job.cancelled)
         return Result(time.perf_counter() - start), [latent] if latent is not None else []
 
     def _checked_vae(self, name: str, x: Tensor, what: str) -> BandVAE:

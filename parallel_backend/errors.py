@@ -8,6 +8,7 @@ BackendError
 ├── ProtocolError        a message of another version or of a wrong form
 ├── MissingTensorsError  tensors named by key that the backend no longer holds
 ├── UnknownModelError    a model id that the backend doesn't hold (any more)
+├── OutOfMemoryError     a rank has no room for a model or a job; what is resident stays
 ├── CancelledError       the job was cancelled by its client
 ├── StartError           a backend could not be started or reached
 ├── BackendLostError     the backend went away in the middle of a request
@@ -69,6 +70,10 @@ class UnknownModelError(BackendError):
 
 class CancelledError(BackendError):
     code = "cancelled"
+
+
+class OutOfMemoryError(BackendError):
+    code = "out_of_memory"
 
 
 class StartError(BackendError):

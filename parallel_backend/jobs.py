@@ -29,3 +29,10 @@ class Job:
         """Raises CancelledError on all ranks alike. Comm: one byte from rank 0."""
         if self.control.any(self.cancelled()):
             raise CancelledError("The job was cancelled by its client.")
+
+    def given_up(self) -> bool:
+        """Whether the job was cancelled, on any rank, which need not be where the others are.
+
+        Comm: a look into the ranks' common store.
+        """
+        return self.control.heard(self.cancelled())

@@ -49,8 +49,10 @@ def _not_safetensors(path: Path, head: bytes) -> str:
     return f"{path.name} should be a safetensors file, but it is {kind}."
 
 
-def content_key(path: Path) -> str:
-    """A key that changes when the weights at `path` do: header, size, time of change and samples of the data.
+def content_key(path: Path, *, timed: bool = True) -> str:
+    """A key that changes when the weights at `path` do: header, size, samples of the data and, if `timed`, time of change.
+
+    Copies on several hosts have different times.
 
     Reads at most 1 MiB and the header of each file, whatever the checkpoint's size.
     """
@@ -59,7 +61,7 @@ def content_key(path: Path) -> str:
         if file.suffix not in PICKLED:
             safetensors_header(file)
         stat = file.stat()
-        digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+        digest.update(f"{stat.st_size} {stat.st_mtime_ns if timed else 0}".encode())
         with file.open("rb") as opened:
             if file.suffix not in PICKLED:
                 digest.update(opened.read(8 + int.from_bytes(opened.read(8), "little")))

@@ -59,7 +59,7 @@ def start_all_reduce(x: Tensor, axis: MeshAxis) -> Handle:
     if axis.degree == 1 or x.numel() == 0:
         return Handle(x)
     x = x.contiguous()
-    axis.traffic.sent_bytes += 2 * (axis.degree - 1) * x.nbytes // axis.degree
+    axis.traffic.count(2 * (axis.degree - 1) * x.nbytes // axis.degree)
     return Handle(x, [dist.all_reduce(x, group=axis.group, async_op=True)], traffic=axis.traffic)
 
 
@@ -90,7 +90,7 @@ def start_all_gather(x: Tensor, axis: MeshAxis) -> Handle:
         return Handle(x)
     x = x.contiguous()
     full = x.new_empty(axis.degree * x.shape[0], *x.shape[1:])
-    axis.traffic.sent_bytes += (axis.degree - 1) * x.nbytes
+    axis.traffic.count((axis.degree - 1) * x.nbytes)
     work = _all_gather_flat(full, x, group=axis.group, async_op=True)
     return Handle(full, [work], keep=(x,), traffic=axis.traffic)
 
@@ -105,7 +105,7 @@ def all_to_all(parts: Sequence[Tensor], shapes: Sequence[torch.Size | tuple[int,
     sent = torch.cat([part.reshape(-1) for part in parts])
     numels = [torch.Size(shape).numel() for shape in shapes]
     received = sent.new_empty(sum(numels))
-    axis.traffic.sent_bytes += sent.nbytes - parts[axis.rank].nbytes
+    axis.traffic.count(sent.nbytes - parts[axis.rank].nbytes)
     with axis.traffic.waiting(sent.device):
         dist.all_to_all_single(received, sent, numels, [part.numel() for part in parts], group=axis.group)
     return [flat.view(shape) for flat, shape in zip(received.split(numels), shapes, strict=True)]
@@ -123,7 +123,7 @@ def start_ring_exchange(x: Tensor, received_shape: Sequence[int], axis: MeshAxis
         dist.P2POp(dist.isend, x, following, group=axis.group),
         dist.P2POp(dist.irecv, received, previous, group=axis.group),
     ]
-    axis.traffic.sent_bytes += x.nbytes
+    axis.traffic.count(x.nbytes)
     return Handle(received, dist.batch_isend_irecv(ops), keep=(x,), traffic=axis.traffic)
 
 
@@ -133,13 +133,14 @@ def start_send(x: Tensor, to: int, axis: MeshAxis) -> Handle:
     Comm: x.numel() elements.
     """
     x = x.contiguous()
-    axis.traffic.sent_bytes += x.nbytes
+    axis.traffic.count(x.nbytes)
     work = dist.isend(x, axis.global_rank(to), group=axis.group)
     return Handle(x, [work] if work is not None else [], traffic=axis.traffic)
 
 
 def start_receive(into: Tensor, source: int, axis: MeshAxis) -> Handle:
     """What axis rank `source` sends, in `into`; ranks take messages of one sender in the order that it sent them."""
+    axis.traffic.count(0)
     work = dist.irecv(into, axis.global_rank(source), group=axis.group)
     return Handle(into, [work] if work is not None else [], traffic=axis.traffic)
 
@@ -151,8 +152,7 @@ def broadcast(x: Tensor, source: int, axis: MeshAxis) -> Tensor:
     """
     if axis.degree > 1:
         x = x.contiguous()
-        if axis.rank == source:
-            axis.traffic.sent_bytes += (axis.degree - 1) * x.nbytes
+        axis.traffic.count((axis.degree - 1) * x.nbytes if axis.rank == source else 0)
         with axis.traffic.waiting(x.device):
             dist.broadcast(x, axis.global_rank(source), group=axis.group)
     return x
@@ -166,6 +166,7 @@ def first_says(flag: bool, axis: MeshAxis) -> bool:
     if axis.degree == 1:
         return flag
     shared = torch.tensor([flag], dtype=torch.uint8)
+    axis.traffic.count(0)
     dist.broadcast(shared, axis.global_rank(0), group=axis.group)
     return bool(shared)
 
@@ -224,9 +225,9 @@ def start_neighbour_exchange(up_N: Tensor, down_N: Tensor, arriving: tuple[int, 
         if sent.numel():
             keep.append(sent.contiguous())
             ops.append(dist.P2POp(dist.isend, keep[-1], neighbour, group=axis.group))
-            axis.traffic.sent_bytes += sent.nbytes
         if part.numel():
             ops.append(dist.P2POp(dist.irecv, part, neighbour, group=axis.group))
+    axis.traffic.count(sum(sent.nbytes for sent in keep))
     return Handle(received, dist.batch_isend_irecv(ops) if ops else (), tuple(keep), axis.traffic)
 
 
@@ -243,6 +244,7 @@ def gather_to_first(x: Tensor, dim: int, sizes: Sequence[int], axis: MeshAxis) -
         sent = torch.cat([sent, sent.new_zeros(longest - sent.shape[0], *sent.shape[1:])])
     sent = sent.contiguous()
     slots = [torch.empty_like(sent) for _ in sizes] if axis.rank == 0 else None
+    axis.traffic.count(0 if axis.rank == 0 else sent.nbytes)
     dist.gather(sent, slots, dst=axis.global_rank(0), group=axis.group)
     if slots is None:
         return None

@@ -5,6 +5,8 @@ Collectives here may wait for days, until a job comes; a rank that dies ends the
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar
@@ -15,6 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import BackendError, RankError, error_from_code
+from ..room import as_out_of_memory
+
+log = logging.getLogger("parallel_backend")
 
 T = TypeVar("T")
 Note = TypeVar("Note", bound=msgspec.Struct)
@@ -25,6 +30,8 @@ _ENVELOPE_BYTES = 32 * 1024
 _ALIGNED = 16
 _NOTE_BYTES = 4096
 _FOREVER = timedelta(days=3650)
+# So long a rank that failed waits for the others to fail as well, before it takes them for stuck.
+_VERDICT_SECONDS = 4.0
 
 
 class _Outcome(msgspec.Struct):
@@ -33,24 +40,39 @@ class _Outcome(msgspec.Struct):
     remedy: str = ""
 
 
+class _Raised(msgspec.Struct):
+    """Where a rank stood when it failed, and why."""
+
+    place: list[int]
+    error: _Outcome
+
+
 class _Rows(msgspec.Struct):
     rows: int
 
 
 class Control:
-    """This rank's line to the others; alone in its world it talks to itself."""
+    """This rank's line to the others; alone in its world it talks to itself.
 
-    def __init__(self) -> None:
+    Args:
+        store: what ranks can leave notes in while a collective is stuck.
+    """
+
+    def __init__(self, store: dist.Store | None = None, device: torch.device | None = None) -> None:
         alone = not dist.is_initialized() or dist.get_world_size() == 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self._group = None if alone else dist.new_group(backend="gloo", timeout=_FOREVER)
+        self._store = store
+        self.device = device or torch.device("cpu")
+        self._jobs = self._calls = 0
 
     def hand_on(self, frames: Sequence[memoryview] | None) -> list[memoryview]:
         """The frames that rank 0 has, on every rank. Rank 0 gives them, the others give None and wait.
 
         Comm: one broadcast of sizes and of the frames that fit beside them, and one of each larger frame.
         """
+        self._jobs += 1
         if self._group is None:
             assert frames is not None
             return list(frames)
@@ -82,8 +104,18 @@ class Control:
         if self._group is None:
             return flag
         shared = torch.tensor([flag], dtype=torch.uint8)
+        self._calls += 1
         dist.broadcast(shared, 0, group=self._group)
         return bool(shared)
+
+    def heard(self, flag: bool) -> bool:
+        """Whether rank 0 has said so in this job, as far as this rank can know by now; no rank waits for another."""
+        if self._group is None or self._store is None:
+            return flag
+        key = f"given up/{self._jobs}"
+        if self.rank == 0 and flag:
+            self._store.set(key, "1")
+        return flag if self.rank == 0 else self._store.check([key])
 
     def gather(self, note: Note) -> list[Note]:
         """Every rank's note, in rank order. Notes are small: at most 4 KiB of msgpack."""
@@ -93,6 +125,7 @@ class Control:
         sent = torch.zeros(_NOTE_BYTES, dtype=torch.uint8)
         sent[:4] = torch.frombuffer(bytearray(len(raw).to_bytes(4, "little")), dtype=torch.uint8)
         sent[4 : 4 + len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+        self._calls += 1
         full = torch.empty(self.world_size * _NOTE_BYTES, dtype=torch.uint8)
         dist.all_gather(list(full.view(self.world_size, _NOTE_BYTES)), sent, group=self._group)
         notes = []
@@ -124,26 +157,62 @@ class Control:
         except BackendError as error:
             outcome = _Outcome(error.code, error.message, error.remedy)
         except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
-            words = f"Rank {self.rank} failed: {type(error).__name__}: {error}"
-            outcome = _Outcome(RankError.code, words, "The backend goes on; its log has the whole trace.")
+            named = self.named(error)
+            outcome = _Outcome(named.code, named.message, named.remedy)
         if not self._any_rank(bool(outcome.code)):
             return result  # type: ignore[return-value]
         short = _Outcome(outcome.code, outcome.message[:1500], outcome.remedy[:1500])
         said = next(note for note in self.gather(short) if note.code)
         raise error_from_code(said.code, said.message, said.remedy)
 
+    def named(self, error: Exception) -> BackendError:
+        """Any error as one of ours, with this rank's name."""
+        log.error("failed", exc_info=error)
+        return as_out_of_memory(error, self.device, self.rank) or RankError(
+            f"Rank {self.rank} failed: {type(error).__name__}: {error}",
+            "The backend and its models go on; its log has the whole trace.",
+        )
+
     def _any_rank(self, flag: bool) -> bool:
         if self._group is None:
             return flag
         shared = torch.tensor([flag], dtype=torch.uint8)
+        self._calls += 1
         dist.all_reduce(shared, dist.ReduceOp.MAX, group=self._group)
         return bool(shared)
 
     def share(self, x: Tensor) -> Tensor:
         """Rank 0's `x` in place on every rank, over the default group of its device."""
         if self._group is not None:
+            self._calls += 1
             dist.broadcast(x, 0)
         return x
+
+    def verdict(self, error: BackendError, place: Sequence[int]) -> BackendError | None:
+        """The first rank's error, where every rank has failed in this job and at the same place; else None.
+
+        Then no rank waits for another, and the communicators are as good as before.
+
+        Args:
+            place: how many collectives this rank has started, by axis.
+        """
+        if self._group is None:
+            return error
+        if self._store is None:
+            return None
+        mine = _Raised([self._calls, *place], _Outcome(error.code, error.message[:1500], error.remedy[:1500]))
+        self._store.set(f"raised/{self._jobs}/{self.rank}", msgspec.json.encode(mine).decode())
+        keys = [f"raised/{self._jobs}/{rank}" for rank in range(self.world_size)]
+        deadline = time.monotonic() + _VERDICT_SECONDS
+        while not self._store.check(keys):
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.02)
+        raised = [msgspec.json.decode(note, type=_Raised) for note in self._store.multi_get(keys)]
+        if any(note.place != mine.place for note in raised):
+            return None
+        first = raised[0].error
+        return error_from_code(first.code, first.message, first.remedy)
 
 
 def _places(sizes: Tensor) -> list[int | None]:

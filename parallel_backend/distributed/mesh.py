@@ -127,6 +127,7 @@ class BandAxes:
 
     def __init__(self, groups: Groups | None = None) -> None:
         self._groups = groups or Groups()
+        self.traffic = Traffic()
         self.world_size = self._groups.world_size
 
     def first(self, degree: int) -> MeshAxis | None:
@@ -140,4 +141,4 @@ class BandAxes:
             )
         group = self._groups.of(range(degree)) if degree > 1 else None
         rank = self._groups.rank
-        return MeshAxis("band", degree, rank, group) if rank < degree else None
+        return MeshAxis("band", degree, rank, group, self.traffic) if rank < degree else None

@@ -77,14 +77,21 @@ def with_ranks(tables: Sequence[torch.Tensor]) -> torch.Tensor:
 class Traffic:
     """A running count; the engine takes it before and after a job.
 
-    On a GPU the host runs ahead, so waits are measured there by events on the computing stream.
+    On a GPU the host runs ahead, so waits are measured there by events on the computing stream. `collectives` are those
+    that were started: ranks whose numbers are alike stand at the same place.
     """
 
     sent_bytes: int = 0
+    collectives: int = 0
     timeline: Timeline | None = None
     number: int = 0
     _waited: float = 0.0
     _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+
+    def count(self, nbytes: int) -> None:
+        """A collective that sends so much starts."""
+        self.sent_bytes += nbytes
+        self.collectives += 1
 
     @contextmanager
     def waiting(self, device: torch.device) -> Iterator[None]:

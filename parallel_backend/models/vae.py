@@ -7,8 +7,8 @@ Shapes: B batch, C latent channels, Y X rows and columns: of latent cells or of 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,14 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from torch import Tensor
 
-from ..distributed.collectives import gather_to_first, split_sizes
+from ..distributed.collectives import first_says, gather_to_first, split_sizes
 from ..distributed.mesh import BandAxes
 from ..distributed.patch_layers import Band, place_band_layers
-from ..errors import CheckpointError, InputError
+from ..errors import CancelledError, CheckpointError, InputError
 from .checkpoint import VAE_PREFIX, SafetensorsSource, check_names
 
+# What a decoder or an encoder runs one after the other, in either kind of VAE.
+_BLOCK = re.compile(r"(en|de)coder\.(mid_block|(up|down)_blocks\.\d+|layers\.\d+)")
 CELL = 8  # pixels per latent cell, each way
 # TAESD was trained on the model's scaled latents: (latent - shift) * scale. Source: each model's VAE configuration.
 TAESD_SCALES = {"taesd": (0.18215, 0.0), "taesdxl": (0.13025, 0.0), "taesd3": (1.5305, 0.0609)}
@@ -39,6 +41,16 @@ class BandVAE:
     dtype: torch.dtype
     band: Band
     axes: BandAxes
+    _cancelled: Callable[[], bool] = field(init=False, default=lambda: False)
+
+    def __post_init__(self) -> None:
+        for name, module in self.model.named_modules():
+            if _BLOCK.fullmatch(name):
+                module.register_forward_pre_hook(self._check_cancelled)
+
+    def _check_cancelled(self, *_: object) -> None:
+        if first_says(self._cancelled(), self.band.axis):
+            raise CancelledError("The job was cancelled by its client.")
 
     def check_latent(self, latent: Tensor) -> None:
         """Raises: InputError: not (B, C, Y, X) of this VAE's channels."""
@@ -57,13 +69,18 @@ class BandVAE:
                 f"Crop or scale both sides to a multiple of {CELL}.",
             )
 
-    def decode(self, latent_BCYX: Tensor, raw: bool = False) -> Tensor | None:
+    def decode(
+        self, latent_BCYX: Tensor, raw: bool = False, cancelled: Callable[[], bool] = lambda: False
+    ) -> Tensor | None:
         """The image of a latent (unscaled, as ComfyUI has it), fp32, on rank 0; None on the others.
 
         Args:
             raw: give the model's own output, (B, 3, Y, X), about -1..1, in place of (B, Y, X, 3) clamped to 0..1.
-        Comm: that of the layers, and one gather of the bands.
+            cancelled: asked on rank 0 before each block.
+        Raises: CancelledError: on all ranks that have a band.
+        Comm: that of the layers, one gather of the bands, and a byte from rank 0 before each block.
         """
+        self._cancelled = cancelled
         start, stop = self._cut(*latent_BCYX.shape[2:])
         if start == stop:
             return None
@@ -83,11 +100,12 @@ class BandVAE:
             return image
         return ((image + 1) / 2).clamp_(0, 1).permute(0, 2, 3, 1).contiguous()
 
-    def encode(self, image_BYXC: Tensor) -> Tensor | None:
+    def encode(self, image_BYXC: Tensor, cancelled: Callable[[], bool] = lambda: False) -> Tensor | None:
         """The latent of an image in 0..1, unscaled, fp32, on rank 0; None on the others. The distribution's mode.
 
-        Comm: that of the layers, and one gather of the bands.
+        Args, Raises, Comm: as `decode`.
         """
+        self._cancelled = cancelled
         start, stop = self._cut(*(side // CELL for side in image_BYXC.shape[1:3]))
         if start == stop:
             return None
@@ -134,9 +152,17 @@ class VAECheckpoint:
     def bytes_read(self) -> int:
         return sum(source.bytes_read for source in self.sources)
 
-    def build(self, device: torch.device, dtype: torch.dtype, axes: BandAxes) -> BandVAE:
-        """The model with its weights on `device` in `dtype`, layers banded."""
+    def build(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        axes: BandAxes,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> BandVAE:
+        """The model with its weights on `device` in `dtype`, layers banded. Raises: CancelledError: `should_stop` said so."""
         tensors = [{name: s.read(name) for name in s.names()} for s in self.sources]
+        if should_stop():
+            raise CancelledError(f"Loading {self.sources[0].path.name} was cancelled.")
         with torch.device("meta"):
             if self.family in TAESD_SCALES:
                 model: Any = AutoencoderTiny(latent_channels=self.latent_channels)

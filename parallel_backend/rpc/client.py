@@ -35,6 +35,8 @@ from .messages import (
     LoadModel,
     LoadVAE,
     ModelKind,
+    Ping,
+    Pong,
     Progress,
     Reply,
     ReplyHeader,
@@ -46,13 +48,18 @@ from .messages import (
     Unload,
     Welcome,
 )
+from .places import RECONNECT_SECONDS, Elsewhere, Place, ThisMachine
 from .remote import RemoteModel, RemoteVAE
 from .sent_tensors import Attachment, SentTensors
 from .wire import pack, unpack
 
 POLL_MS = 50
 LIVENESS_SECONDS = 0.5
-RECONNECT_SECONDS = 60.0
+PING_SECONDS = 2.0
+# A backend that computes answers pings all the same; its other ranks end a stopped one sooner than this.
+SILENT_SECONDS = 20.0
+CONTROL_SECONDS = 10.0
+CONTROL = (Hello, Status, Cancel, Stop)
 
 OnEvent = Callable[[Progress | StepDone, Sequence[Tensor]], None]
 
@@ -64,16 +71,17 @@ class Backend:
     model again.
     """
 
-    def __init__(self, spec: BackendSpec, record: files.BackendRecord) -> None:
-        """Use `attach_or_start` or `attach`."""
+    def __init__(self, spec: BackendSpec, place: Place, record: files.BackendRecord) -> None:
+        """Use `attach_or_start`, `attach` or `attach_remote`."""
         self.spec = spec
         self.record = record
+        self._place = place
         self.lock = threading.RLock()
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
         self._sent = SentTensors()
         self._jobs = 0
-        self._falls_seen = 0
+        self._lost = False
         self._connect(record)
 
     @classmethod
@@ -99,7 +107,7 @@ class Backend:
             device = device or found_device
             world_size = world_size or (len(devices) or found_size if device == found_device else 2)
         spec = BackendSpec(name, world_size, device, tuple(devices), idle_seconds, memory_budget)  # type: ignore[arg-type]
-        return cls(spec, launcher.attach_or_start(spec, waiting))
+        return cls(spec, ThisMachine(spec), launcher.attach_or_start(spec, waiting))
 
     @classmethod
     def attach(cls, name: str = "default") -> Backend:
@@ -111,7 +119,20 @@ class Backend:
         if record is None:
             raise StartError(f"No backend {name!r} runs.", "Start one with `python -m parallel_backend serve`.")
         spec = BackendSpec(name, record.world_size, record.device, tuple(record.devices))  # type: ignore[arg-type]
-        return cls(spec, record)
+        return cls(spec, ThisMachine(spec), record)
+
+    @classmethod
+    def attach_remote(cls, address: str, keys: str | os.PathLike[str], world_size: int = 0) -> Backend:
+        """The backend that listens at `address` (tcp://host:port) on another machine.
+
+        Args:
+            keys: the folder with `client.key_secret` and `server.key`.
+            world_size: refuse it with another number of ranks; 0 takes it as it is.
+        Raises: BackendLostError: nothing there answers to these keys. ConfigError: other ranks, or keys that can't be read.
+        """
+        spec = BackendSpec("remote", world_size, address=address, keys=os.fspath(keys))
+        place = Elsewhere(spec)
+        return cls(spec, place, place.first())
 
     @property
     def generation(self) -> str:
@@ -120,7 +141,7 @@ class Backend:
 
     @property
     def world_size(self) -> int:
-        return self.spec.world_size
+        return self.record.world_size
 
     # -- requests ---------------------------------------------------------------------------------------------
 
@@ -132,6 +153,7 @@ class Backend:
         kernel: str = "auto",
         *,
         kind: ModelKind = "any",
+        name: str = "",
         on_event: OnEvent | None = None,
         should_cancel: Callable[[], bool] | None = None,
     ) -> RemoteModel:
@@ -140,10 +162,11 @@ class Backend:
         Args:
             mesh: None takes cfg 2 where the ranks are even; the rest is ulysses, or bands (patch) for a UNet.
             kind: refuses a file of another one.
+            name: of the same file on a remote backend, below its model folders; the file's own name where left out.
         Raises: CheckpointError, ConfigError.
         """
         resolved = Path(path).resolve()
-        load = LoadModel(str(resolved), content_key(resolved), dtype, mesh, kernel, kind)
+        load = LoadModel(self._named(resolved, name), self._key(resolved), dtype, mesh, kernel, kind)
         return RemoteModel(self, load, self.load(load, on_event, should_cancel))
 
     def load_vae(
@@ -151,18 +174,27 @@ class Backend:
         path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         dtype: str = "bfloat16",
         *,
+        names: Sequence[str] = (),
         on_event: OnEvent | None = None,
         should_cancel: Callable[[], bool] | None = None,
     ) -> RemoteVAE:
-        """A VAE, whole on every rank. `path` is one file, or TAESD's (encoder, decoder).
+        """A VAE, whole on every rank. `path` is one file, or TAESD's (encoder, decoder); `names` as for `load_model`.
 
         Raises: CheckpointError, ConfigError.
         """
         paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
         resolved = [Path(p).resolve() for p in paths]
-        key = "-".join(content_key(p) for p in resolved)
-        load = LoadVAE([str(p) for p in resolved], key, dtype)
+        key = "-".join(self._key(p) for p in resolved)
+        chosen = names or [""] * len(resolved)
+        load = LoadVAE([self._named(p, n) for p, n in zip(resolved, chosen, strict=True)], key, dtype)
         return RemoteVAE(self, load, self.load(load, on_event, should_cancel))
+
+    def _named(self, path: Path, name: str) -> str:
+        """How the backend finds the file: here by its path, on another machine below that one's model folders."""
+        return (name or path.name) if self.spec.address else str(path)
+
+    def _key(self, path: Path) -> str:
+        return content_key(path, timed=not self.spec.address)
 
     def status(self) -> BackendState:
         reply, _ = self.request(Status())
@@ -237,15 +269,15 @@ class Backend:
         metas, sent, keys = self._sent.prepare(attachments)
         assert self._socket is not None
         self._socket.send_multipart(pack(RequestHeader(job, body, metas), sent), copy=False)
-        begun = time.time()
         pending: BaseException | None = None
-        next_check = time.monotonic() + LIVENESS_SECONDS
+        line = _Line(self, job, pinged=not isinstance(body, CONTROL))
         while True:
             if self._socket.poll(POLL_MS):
                 frames = [frame.buffer for frame in self._socket.recv_multipart(copy=False)]
                 header, tensors = unpack(frames, ReplyHeader)
+                line.heard(header)
                 if header.job != job:
-                    continue  # the acknowledgement of a cancel, or the end of a job that was given up
+                    continue  # of a ping or a cancel, or the end of a job that was given up
                 full = [t for t in tensors if t is not None]
                 if isinstance(header.body, FINAL_REPLIES):
                     return self._final(header.body, full, keys, pending)
@@ -255,13 +287,11 @@ class Backend:
                         on_event(header.body, full)
                     except BaseException as error:  # noqa: BLE001 - ComfyUI interrupts with a BaseException
                         pending = error
-                        self._send_cancel(job)
+                        self._send(Cancel(job))
             if pending is None and should_cancel is not None and should_cancel():
                 pending = CancelledError("The job was cancelled.")
-                self._send_cancel(job)
-            if time.monotonic() > next_check:
-                next_check = time.monotonic() + LIVENESS_SECONDS
-                self._check_alive(begun)
+                self._send(Cancel(job))
+            line.check()
 
     def _final(
         self, body: Reply, tensors: list[Tensor], keys: list[str], pending: BaseException | None
@@ -273,10 +303,12 @@ class Backend:
         self._sent.note_sent(keys)
         return body, tensors
 
-    def _send_cancel(self, job: int) -> None:
+    def _send(self, body: Cancel | Ping) -> int:
+        """A control message whose answer nobody waits for; its number."""
         assert self._socket is not None
         self._jobs += 1
-        self._socket.send_multipart(pack(RequestHeader(self._jobs, Cancel(job)), []))
+        self._socket.send_multipart(pack(RequestHeader(self._jobs, body), []))
+        return self._jobs
 
     # -- the connection ---------------------------------------------------------------------------------------
 
@@ -286,47 +318,72 @@ class Backend:
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, uuid.uuid4().bytes)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.connect(record.address)
+        self._place.connect(self._socket, record)
         self.record = record
         self._sent.forget()
-        self._falls_seen = len(files.fallen_ranks(self.spec.name))
         reply, _ = self._exchange(Hello(f"pid {os.getpid()}"), (), None, None)
-        if not isinstance(reply, Welcome) or reply.generation != record.generation:
+        met = self._place.met(record, reply) if isinstance(reply, Welcome) else None
+        if met is None:
             raise ProtocolError("Another backend answered than the runtime folder names.", "Run the prompt again.")
+        self.record, self._lost = met, False
 
     def follow_restarts(self) -> None:
         """Between requests: follow the backend to its next generation, or start it anew if it has ended."""
-        record = files.read_record(self.spec.name)
-        if record is not None and record.generation == self.record.generation:
-            return
-        if record is None and files.is_alive(self.record.agent_pid):
-            record = self._restarted_by_torchrun()
-        if record is None:
-            record = launcher.attach_or_start(self.spec)
-        self._connect(record)
-
-    def _restarted_by_torchrun(self) -> files.BackendRecord | None:
         deadline = time.monotonic() + RECONNECT_SECONDS
-        while time.monotonic() < deadline and files.is_alive(self.record.agent_pid):
-            if record := files.read_record(self.spec.name):
-                return record
-            time.sleep(0.1)
-        return None
+        while True:
+            record = self._place.current() or (self.record if self.spec.address else None)
+            if record is not None and record.generation == self.record.generation and not self._lost:
+                return
+            try:
+                self._connect(self._place.next(self.record))
+                return
+            except BackendLostError:  # it fell again, or its rank 0 is stopped and about to be ended
+                if self.spec.address or time.monotonic() > deadline:
+                    raise
 
-    def _check_alive(self, since: float) -> None:
-        record = files.read_record(self.spec.name)
-        if record is None or record.generation != self.record.generation:
-            raise BackendLostError(
-                f"The backend {self.spec.name!r} was lost in the middle of a request: {self._what_happened(since)}.",
-                f"Run the prompt again: its ranks are being restarted. The log is "
-                f"{files.runtime_dir(self.spec.name) / 'backend.log'}.",
-            )
+    def check_there(self, since: float) -> None:
+        """Raises: BackendLostError: the ranks that this request went to are no more."""
+        try:
+            self._place.check(self.record, since)
+        except BackendLostError:
+            self._lost = True
+            raise
 
-    def _what_happened(self, since: float) -> str:
-        """The word of torchrun on the rank that fell, which comes a moment later, and the ranks' own last words."""
-        deadline = time.monotonic() + 3.0
-        while len(files.fallen_ranks(self.spec.name)) <= self._falls_seen and time.monotonic() < deadline:
-            time.sleep(0.1)
-        falls = files.fallen_ranks(self.spec.name)[self._falls_seen :]
-        words = [*falls[:1], files.last_words(self.spec.name, since)]
-        return "; ".join(filter(None, words)) or "no rank left a message"
+    def lost(self, seconds: float | None = None) -> BackendLostError:
+        """What to raise where nothing was heard for so long, or the request is not known there."""
+        self._lost = True
+        return self._place.lost(self.record, seconds)
+
+
+class _Line:
+    """Whether the backend is still there while a request waits.
+
+    Args:
+        pinged: control messages are answered at once, or never.
+    """
+
+    def __init__(self, backend: Backend, job: int, *, pinged: bool) -> None:
+        self._backend, self._job, self._pinged = backend, job, pinged
+        self._begun, now = time.time(), time.monotonic()
+        self._last, self._next_look, self._next_ping = now, now + LIVENESS_SECONDS, now + PING_SECONDS
+        self._pings: set[int] = set()
+
+    def heard(self, header: ReplyHeader) -> None:
+        """Raises: BackendLostError: the backend says that it doesn't know the request."""
+        self._last = time.monotonic()
+        if header.job in self._pings and isinstance(header.body, Pong):
+            self._pings.discard(header.job)
+            if not header.body.known:
+                raise self._backend.lost()
+
+    def check(self) -> None:
+        """Raises: BackendLostError: its ranks are gone, or it is silent."""
+        now = time.monotonic()
+        if now > self._next_look:
+            self._next_look = now + LIVENESS_SECONDS
+            self._backend.check_there(self._begun)
+        if now - self._last > (SILENT_SECONDS if self._pinged else CONTROL_SECONDS):
+            raise self._backend.lost(now - self._last)
+        if self._pinged and now > self._next_ping:
+            self._next_ping = now + PING_SECONDS
+            self._pings.add(self._backend._send(Ping(self._job)))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..config import BackendSpec
+from ..config import BackendSpec, ServeSpec
 from ..errors import ConfigError, StartError
 from ..version import __version__
 from . import runtime_dir as files
@@ -21,10 +21,14 @@ from .runtime_dir import BackendRecord
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 180.0
 MAX_RESTARTS = 100
+# Of a host among several: a start that lasted less was in vain, and so many in a row are the last ones.
+GOOD_SECONDS, STARTS_IN_VAIN, LONGEST_PAUSE = 120.0, 30, 30.0
 # What torchrun writes when a rank ends by itself; before the first "ready" nothing can be restarted into health.
 _RANK_FAILED = "failed (exitcode:"
 
 Waiting = Callable[[float], object]
+# A backend of one host, for this user alone.
+LOCAL = ServeSpec()
 
 
 def default_ranks() -> tuple[str, int]:
@@ -62,7 +66,11 @@ def _place(device: str, devices: list[int]) -> str:
     return f"{device} {','.join(map(str, devices))}" if devices else device
 
 
-def attach_or_start(spec: BackendSpec, waiting: Waiting = lambda seconds: None) -> BackendRecord:
+def attach_or_start(
+    spec: BackendSpec,
+    waiting: Waiting = lambda seconds: None,
+    serve: ServeSpec = LOCAL,
+) -> BackendRecord:
     """The record of a backend that is ready; starts one, detached, where none of that name runs.
 
     Two callers at once start one backend: the second waits for the first.
@@ -74,25 +82,26 @@ def attach_or_start(spec: BackendSpec, waiting: Waiting = lambda seconds: None) 
     with _start_lock(spec.name, waiting):
         record = find(spec)
         if record is None:
-            process = start(spec)
+            process = start(spec, serve)
             record = wait_ready(spec, process, waiting)
     return record
 
 
-def start(spec: BackendSpec) -> subprocess.Popen[bytes]:
+def start(spec: BackendSpec, serve: ServeSpec = LOCAL) -> subprocess.Popen[bytes]:
     """torchrun in a session of its own, its output in the runtime folder's backend.log.
 
     Raises: ConfigError: more GPUs, or others, than there are.
     """
     check_devices(spec)
     folder = files.runtime_dir(spec.name)
-    (folder / "backend.json").unlink(missing_ok=True)
+    for left in ("backend.json", "last_good"):
+        (folder / left).unlink(missing_ok=True)
     log = folder / "backend.log"
     if log.exists():
         log.replace(folder / "backend.previous.log")
     with log.open("wb") as output:
         return subprocess.Popen(
-            command(spec),
+            command(spec, serve),
             env=environment(spec),
             cwd="/",
             stdin=subprocess.DEVNULL,
@@ -121,15 +130,47 @@ def check_devices(spec: BackendSpec) -> None:
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 
 
-def command(spec: BackendSpec) -> list[str]:
-    """The torchrun command of a backend on this machine."""
+def command(spec: BackendSpec, serve: ServeSpec = LOCAL) -> list[str]:
+    """The torchrun command of a backend on this host."""
+    hosts = serve.hosts
+    meeting = ["--standalone", f"--max-restarts={MAX_RESTARTS}"]
+    if hosts.count > 1:
+        # Ranks are numbered by host, so that tp and ulysses, the innermost axes, stay inside one. Restarts are `supervise`'s.
+        address, _, port = hosts.rendezvous.rpartition(":")
+        meeting = [f"--nnodes={hosts.count}", f"--node-rank={hosts.index}", "--max-restarts=0"]
+        meeting += [f"--master-addr={address}", f"--master-port={port}"]
+    options = [("--listen", serve.listen), ("--keys", serve.keys), *(("--models", folder) for folder in serve.models)]
+    options.append(("--metrics-port", str(serve.metrics_port) if serve.metrics_port else ""))
     return [
         sys.executable,
-        *("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={spec.world_size}"),
-        *(f"--max-restarts={MAX_RESTARTS}", "-m", "parallel_backend.server"),
+        *("-m", "torch.distributed.run", f"--nproc-per-node={spec.world_size}", *meeting),
+        *("-m", "parallel_backend.server"),
         *("--name", spec.name, "--device", spec.device, "--devices", ",".join(map(str, spec.devices))),
         *("--idle-seconds", str(spec.idle_seconds), "--memory-budget", str(spec.memory_budget)),
+        *(part for name, value in options if value for part in (name, value)),
     ]
+
+
+def supervise(spec: BackendSpec, serve: ServeSpec) -> int:
+    """One host's part of a backend of several, started anew, on every host alike, whenever it falls; its exit status.
+
+    Hosts meet again in their own time: each waits at the rendezvous, and a start in vain makes the next pause longer.
+    """
+    env = environment(spec) | {"PARALLEL_MMDIT_AGENT_PID": str(os.getpid())}
+    if serve.hosts.interface:
+        env |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), serve.hosts.interface)
+    in_vain = 0
+    while True:
+        begun = time.monotonic()
+        status = subprocess.run(command(spec, serve), env=env, check=False).returncode
+        if status == 0:
+            return 0
+        in_vain = 0 if time.monotonic() - begun > GOOD_SECONDS else in_vain + 1
+        if in_vain > STARTS_IN_VAIN:
+            return status
+        pause = min(LONGEST_PAUSE, 2.0**in_vain)
+        print(f"The ranks of host {serve.hosts.index} fell; they are started again in {pause:.0f} s.", file=sys.stderr)
+        time.sleep(pause)
 
 
 def environment(spec: BackendSpec) -> dict[str, str]:

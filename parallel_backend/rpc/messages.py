@@ -1,7 +1,7 @@
 """Every message, as typed structs. Fields of type `TensorIndex` point into the frames that follow the header.
 
-Requests that compute are run by all ranks, one after the other. Hello, Status, Cancel and Stop are answered by
-rank 0 at once, also while a job runs.
+Requests that compute are run by all ranks, one after the other. Hello, Status, Cancel, Ping and Stop are answered
+by rank 0 at once, also while a job runs.
 """
 
 from __future__ import annotations
@@ -113,6 +113,12 @@ class Cancel(Message, frozen=True):
     job: int
 
 
+class Ping(Message, frozen=True):
+    """Asks whether the client's own job of that number waits or runs."""
+
+    job: int
+
+
 class Stop(Message, frozen=True):
     pass
 
@@ -121,6 +127,13 @@ class Welcome(Message, frozen=True):
     generation: str
     world_size: int
     device: str
+
+
+class Pong(Message, frozen=True):
+    """`ahead`: how many jobs come before it. What isn't known is done, or was lost with a connection."""
+
+    known: bool
+    ahead: int = 0
 
 
 class Progress(Message, frozen=True):
@@ -214,23 +227,44 @@ class ModelState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class BackendState(Message, frozen=True):
-    """What a backend is, holds and does."""
+    """What a backend is, holds and does.
+
+    `restarts`: how often torchrun has started its ranks anew. `refused`: messages that could not be read.
+    """
 
     version: str
     generation: str
     name: str
-    uptime: float
-    ranks: list[RankState]
-    models: list[ModelState]
-    running: str
-    queued: int
-    jobs_done: int
-    cached_tensors: int
+    uptime: float = 0.0
+    ranks: list[RankState] = []
+    models: list[ModelState] = []
+    running: str = ""
+    queued: int = 0
+    jobs_done: int = 0
+    jobs_failed: int = 0
+    cached_tensors: int = 0
+    restarts: int = 0
+    refused: int = 0
 
 
-Request: TypeAlias = Hello | LoadModel | LoadVAE | Sample | Forward | Decode | Encode | Unload | Status | Cancel | Stop
-Reply: TypeAlias = Welcome | Progress | StepDone | Loaded | Result | Done | Failed | BackendState
-FINAL_REPLIES = (Welcome, Loaded, Result, Done, Failed, BackendState)
+Request: TypeAlias = (
+    Hello | LoadModel | LoadVAE | Sample | Forward | Decode | Encode | Unload | Status | Cancel | Ping | Stop
+)
+Reply: TypeAlias = Welcome | Pong | Progress | StepDone | Loaded | Result | Done | Failed | BackendState
+FINAL_REPLIES = (Welcome, Pong, Loaded, Result, Done, Failed, BackendState)
+
+
+def tensor_indices(body: Request | Reply) -> list[TensorIndex]:
+    """Every place at which a request points into its tensors; replies have none."""
+    if isinstance(body, Sample):
+        prompts = [body.cond] if body.uncond is None else [body.cond, body.uncond]
+        chosen = [body.latent, body.mask, body.noise, body.sigmas]
+        return [i for p in prompts for i in (p.context, p.pooled)] + [i for i in chosen if i is not None]
+    if isinstance(body, Forward):
+        return [body.x, body.timesteps, body.context, body.pooled]
+    if isinstance(body, Decode):
+        return [body.latent]
+    return [body.image] if isinstance(body, Encode) else []
 
 
 class TensorMeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -1,7 +1,7 @@
 """Where backends are found: a folder per name that only its user can enter.
 
-It holds `backend.json` (written by rank 0 once all ranks are ready), the socket, a lock, logs, and the last words
-of ranks that failed.
+It holds `backend.json` (written by rank 0 once all ranks are ready), the socket, a lock, logs, the last words of ranks that
+failed, and after which restart a job last ended well.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ _LONGEST_SOCKET_PATH = 100
 
 
 class BackendRecord(msgspec.Struct, frozen=True):
-    """What a running backend says of itself. `generation` changes whenever its ranks are restarted."""
+    """What a running backend says of itself. `generation` changes whenever its ranks are restarted.
+
+    `agent_pid` is the process that starts its ranks anew. `start_ticks` tells rank 0 from a later process of its number.
+    """
 
     version: str
     generation: str
@@ -31,6 +34,7 @@ class BackendRecord(msgspec.Struct, frozen=True):
     world_size: int
     device: str
     devices: list[int] = []
+    start_ticks: int = 0
 
 
 def runtime_root() -> Path:
@@ -70,7 +74,20 @@ def read_record(name: str) -> BackendRecord | None:
         record = msgspec.json.decode((runtime_dir(name) / "backend.json").read_bytes(), type=BackendRecord)
     except (FileNotFoundError, msgspec.DecodeError):
         return None
-    return record if is_alive(record.pid) else None
+    return record if is_alive(record.pid) and record.start_ticks in (0, start_ticks(record.pid)) else None
+
+
+def keep_record(name: str, record: BackendRecord) -> None:
+    """Puts the record back where it, or the whole folder, was removed; another backend's is left alone."""
+    if not (runtime_dir(name) / "backend.json").exists():
+        write_record(name, record)
+
+
+def remove_record(name: str, pid: int) -> None:
+    """Takes away the record of the backend whose rank 0 is process `pid`, and no other."""
+    record = read_record(name)
+    if record is not None and record.pid == pid:
+        (runtime_dir(name) / "backend.json").unlink(missing_ok=True)
 
 
 def write_record(name: str, record: BackendRecord) -> None:
@@ -83,10 +100,42 @@ def write_record(name: str, record: BackendRecord) -> None:
 
 def is_alive(pid: int) -> bool:
     """Whether the process runs; a zombie doesn't."""
+    fields = _process_fields(pid)
+    return bool(fields) and fields[0] not in "ZX"
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether the process was stopped by a signal, and may never go on."""
+    return _process_fields(pid)[:1] == ["T"]
+
+
+def start_ticks(pid: int) -> int:
+    """When the process was started, in clock ticks since the machine was; 0 where there is none."""
+    fields = _process_fields(pid)
+    return int(fields[19]) if fields else 0
+
+
+def _process_fields(pid: int) -> list[str]:
+    """Of /proc/PID/stat, those after the name: the state, and what follows it."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def note_good(name: str, restarts: int) -> None:
+    """A job has ended in good order after so many restarts."""
+    path = runtime_dir(name) / "last_good"
+    if last_good(name) != restarts:
+        path.write_text(str(restarts))
+
+
+def last_good(name: str) -> int:
+    """The restart after which a job last ended in good order; 0 before any."""
+    try:
+        return int((runtime_dir(name) / "last_good").read_text() or 0)
+    except (FileNotFoundError, ValueError):
+        return 0
 
 
 def note_last_words(name: str, rank: int, words: str) -> None:

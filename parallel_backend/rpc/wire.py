@@ -13,13 +13,14 @@ from torch import Tensor
 
 from ..errors import ProtocolError
 from ..version import __version__
-from .messages import ReplyHeader, RequestHeader, TensorMeta
+from .messages import ReplyHeader, RequestHeader, TensorMeta, tensor_indices
 
 # A frame's memory is read-only, and so are the tensors made of it: they are copied to a device or cast, never written.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 MAX_TENSORS = 30
 MAX_FRAME_BYTES = 2**31
+MAX_DIMS = 8
 _DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -78,6 +79,12 @@ def unpack(frames: Sequence[Frame], kind: type[Header]) -> tuple[Header, list[Te
         raise ProtocolError(
             f"A message names {sent} tensors and carries {len(frames) - 1} frames.", "Send one frame per tensor."
         )
+    if kind is RequestHeader and (
+        wrong := [i for i in tensor_indices(header.body) if not 0 <= i < len(header.tensors)]
+    ):
+        raise ProtocolError(
+            f"A message points at tensor {wrong[0]} of {len(header.tensors)}.", "Point at tensors that travel with it."
+        )
     rest = iter(frames[1:])
     return header, [_tensor(meta, next(rest)) if meta.sent else None for meta in header.tensors]
 
@@ -97,8 +104,10 @@ def _check_version(frame: Frame) -> None:
 
 
 def _tensor(meta: TensorMeta, frame: Frame) -> Tensor:
-    if meta.dtype not in _DTYPES or any(size < 0 for size in meta.shape):
-        raise ProtocolError(f"A tensor of {meta.dtype} {meta.shape} can't be read.", "Send a known dtype and sizes.")
+    sizes_known = len(meta.shape) <= MAX_DIMS and all(0 <= size <= MAX_FRAME_BYTES for size in meta.shape)
+    if meta.dtype not in _DTYPES or not sizes_known:
+        what = f"{meta.dtype[:40]!r} {meta.shape[:MAX_DIMS]}"
+        raise ProtocolError(f"A tensor of {what} can't be read.", f"Send a known dtype and at most {MAX_DIMS} sizes.")
     dtype = _DTYPES[meta.dtype]
     expected = prod(meta.shape) * dtype.itemsize  # Python's numbers: a lie about sizes must not wrap around
     if len(frame) != expected:

@@ -1,0 +1,48 @@
+"""Which files a backend opens for those who ask it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import CheckpointError
+from .safetensors_file import content_key
+
+
+@dataclass(frozen=True)
+class AllowedFiles:
+    """Files below these folders; any file where none is named, since whoever may ask is the same user then."""
+
+    folders: tuple[Path, ...] = ()
+
+    def checked(self, name: str, key: str) -> Path:
+        """The file of that name, absolute or below one of the folders, which is the one that was meant.
+
+        Raises: CheckpointError: it isn't there, may not be opened, or isn't what it was.
+        """
+        return self.all_checked([name], key)[0]
+
+    def all_checked(self, names: Sequence[str], key: str) -> list[Path]:
+        """As `checked`, of files whose joined keys are `key`."""
+        paths = [self._found(name) for name in names]
+        if key not in ("-".join(content_key(path, timed=timed) for path in paths) for timed in (True, False)):
+            raise CheckpointError(
+                f"{paths[0].name} is not the file (any more) that was asked for: its content has changed.",
+                "Run the loader again (in ComfyUI: queue the prompt again); on several hosts, copy the same file to each.",
+            )
+        return paths
+
+    def _found(self, name: str) -> Path:
+        roots = [folder.resolve() for folder in self.folders]
+        candidates = [(root / name).resolve() for root in roots] if roots else [Path(name).resolve()]
+        inside = [path for path in candidates if not roots or any(path.is_relative_to(root) for root in roots)]
+        if not inside:
+            raise CheckpointError(
+                f"{name!r} is outside this backend's model folders.",
+                f"Put the file below one of them: {', '.join(map(str, self.folders))}; or name it with serve --models.",
+            )
+        found = next((path for path in inside if path.exists()), None)
+        if found is None:
+            raise CheckpointError(f"{inside[0]} is not there (any more).", "Put it back, or load another.")
+        return found
