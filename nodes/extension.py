@@ -9,6 +9,7 @@ from .load_models import LoadParallelMMDiT, LoadParallelUNet
 from .mesh_config import MeshConfig
 from .parallel_sampler import ParallelSampler
 from .patch_parallel_vae import PatchParallelVAE
+from .routes import add_routes
 
 
 class ParallelMMDiTExtension(ComfyExtension):
@@ -25,4 +26,5 @@ class ParallelMMDiTExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> ParallelMMDiTExtension:
+    add_routes()
     return ParallelMMDiTExtension()

@@ -1,12 +1,15 @@
-"""The command line: serve, status, stop, convert, train, bench, demo."""
+"""The command line: serve, status, stop, doctor, keys, convert, train, bench, demo."""
 
 from __future__ import annotations
 
 import argparse
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+
+import msgspec
 
 from .config import DEFAULT_IDLE_SECONDS, BackendSpec, Hosts, ServeSpec
 from .errors import BackendError
@@ -14,6 +17,8 @@ from .rpc import launcher, runtime_dir
 from .rpc.client import Backend
 from .rpc.messages import BackendState
 from .version import __version__
+
+CLEAR = "\x1b[2J\x1b[H"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +62,12 @@ def _parser() -> argparse.ArgumentParser:
 
     status = commands.add_parser("status", help="ranks, devices, memory, models, jobs of a running backend")
     _named(status)
+    status.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C")
+    status.add_argument("--json", action="store_true")
     status.set_defaults(run=_status)
+
+    doctor = commands.add_parser("doctor", help="what is wrong with this installation, and what to do")
+    doctor.set_defaults(run=_doctor)
 
     stop = commands.add_parser("stop", help="end a running backend")
     _named(stop)
@@ -86,6 +96,17 @@ def _parser() -> argparse.ArgumentParser:
     communication.add_argument("--size", type=int, default=256, help="pixels")
     communication.add_argument("--depth", type=int, default=4, help="blocks")
     communication.set_defaults(run=_communication)
+
+    faults = benches.add_parser("faults", help="kills, stops, fills and removes; prints what a user sees of it")
+    faults.add_argument("--only", action="append", default=[], metavar="FAULT", help="repeatable")
+    faults.set_defaults(run=_faults)
+
+    soak = benches.add_parser(
+        "soak", help="clients that come and go, for as long as is wished; prints what is left of it"
+    )
+    soak.add_argument("--minutes", type=float, default=2.0)
+    soak.add_argument("--clients", type=int, default=3)
+    soak.set_defaults(run=_soak)
 
     trace = benches.add_parser(
         "trace", help="a job rank by rank: a picture, a Chrome trace, waits and bytes of each step"
@@ -158,8 +179,23 @@ def _keys(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    print(describe(Backend.attach(args.name).status()))
-    return 0
+    while True:
+        backend = Backend.attach(args.name)
+        try:
+            state = backend.status()
+        finally:
+            backend.close()
+        page = msgspec.json.encode(state).decode() if args.json else describe(state)
+        print(f"{CLEAR if args.watch and sys.stdout.isatty() else ''}{page}", flush=True)
+        if not args.watch:
+            return 0
+        time.sleep(1.0)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from .doctor import print_page
+
+    return 0 if print_page() else 1
 
 
 def _stop(args: argparse.Namespace) -> int:
@@ -190,6 +226,18 @@ def _communication(args: argparse.Namespace) -> int:
     return 0
 
 
+def _faults(args: argparse.Namespace) -> int:
+    from .bench.faults import print_faults
+
+    return 0 if print_faults(args.only) else 1
+
+
+def _soak(args: argparse.Namespace) -> int:
+    from .bench.soak import print_soak
+
+    return 0 if print_soak(args.minutes, args.clients) else 1
+
+
 def _trace(args: argparse.Namespace) -> int:
     from .bench.trace import mesh_of, run_trace
 
@@ -211,7 +259,9 @@ def describe(state: BackendState) -> str:
     running = f"runs {state.running}" if state.running else "idle"
     lines = [
         f"backend {state.name}: version {state.version}, generation {state.generation}, up {state.uptime:.0f} s",
-        f"jobs: {running}, {state.queued} queued, {state.jobs_done} done; {state.cached_tensors} prompts' tensors kept",
+        f"jobs: {running}, {state.queued} queued, {state.jobs_done} done, {state.jobs_failed} of them failed or cancelled; "
+        f"{state.cached_tensors} prompts' tensors kept",
+        f"since the start: {state.restarts} restarts, {state.refused} messages refused",
         f"{'rank':>4}  {'host':<16} {'pid':>8}  {'device':<8} {'used MiB':>9} {'free MiB':>9} {'all MiB':>9}  name",
     ]
     for r in state.ranks:

@@ -139,7 +139,10 @@ class Rank:
         addresses = [address, *([args.listen] if args.listen else [])]
         self.server = SocketServer(addresses, self.board, lambda: files.keep_record(args.name, record), keys)
         self.server.start()
-        files.write_record(args.name, record)
+        try:
+            files.write_record(args.name, record)
+        except OSError as error:
+            log.error("the record can't be written, and is tried again: %s", error)
         if args.metrics_port:
             serve_metrics(args.metrics_port, self.board, self.server.jobs)
         log.info("ready: %d ranks, generation %s, at %s", world, generation, ", ".join(addresses))
@@ -227,7 +230,11 @@ class Rank:
             first = files.last_words(self.args.name, time.time() - 5)
             remedy = "The ranks are being restarted and load the model again; run the prompt again."
             code = named.code if isinstance(named, OutOfMemoryError) else RankError.code
-            self.server.close(Failed(code, f"A rank failed: {first}", f"{named.remedy} {remedy}".strip()))
+            self.server.close(
+                Failed(
+                    code, f"A rank failed: {(first or named.message).rstrip('.')}.", f"{named.remedy} {remedy}".strip()
+                )
+            )
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:

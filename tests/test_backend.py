@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import queue
 import signal
 import socket
 import stat
@@ -13,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 import zmq
@@ -30,10 +33,12 @@ from parallel_backend.errors import (
     StartError,
 )
 from parallel_backend.rpc import runtime_dir as files
-from parallel_backend.rpc.messages import Decode, Failed, Forward, ReplyHeader, RequestHeader, Status
+from parallel_backend.rpc.messages import Decode, Failed, Forward, LoadModel, ReplyHeader, RequestHeader, Status
 from parallel_backend.rpc.remote import Step
 from parallel_backend.rpc.sent_tensors import Attachment
+from parallel_backend.rpc.turns import QueuedJob, Turns
 from parallel_backend.rpc.wire import pack, unpack
+from parallel_backend.server import pause_before
 
 POSITIVE, NEGATIVE = Conditioning(*random_prompt(1, 154)), Conditioning(*random_prompt(2, 77))
 EMPTY = torch.zeros(1, 16, 16, 16)
@@ -147,6 +152,11 @@ def test_status_tells_ranks_models_and_jobs(backend2: Backend, model: RemoteMode
     assert model.name in {m.model for m in state.models}
 
 
+def doctor() -> str:
+    command = [sys.executable, "-m", "parallel_backend", "doctor"]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT).stdout
+
+
 def test_the_command_line_tells_and_stops(runtime_folder: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "parallel_backend", *arguments, "--name", "shell"]
@@ -155,6 +165,9 @@ def test_the_command_line_tells_and_stops(runtime_folder: Path) -> None:
     assert "process" in run("serve", "--world-size", "1", "--device", "cpu", "--detach").stdout
     assert "runs already" in run("serve", "--world-size", "1", "--device", "cpu").stdout
     assert "no models resident" in run("status").stdout
+    state = json.loads(run("status", "--json").stdout)
+    assert state["restarts"] == 0 and state["ranks"][0]["host"] == socket.gethostname()
+    assert "ok     backend 'shell': 1 ranks, 0 jobs, 0 restarts" in doctor()
     assert "has stopped" in run("stop").stdout
     stopped = run("stop")
     assert stopped.returncode == 1 and "No backend 'shell' runs" in stopped.stderr
@@ -223,6 +236,95 @@ def test_cancel_ends_the_job_within_a_step_and_the_next_is_bit_equal(model: Remo
         sample(model, steps=500, on_step=lambda s: seen.append(s.index), should_cancel=lambda: len(seen) >= 2)
     assert len(seen) < 100
     assert torch.equal(sample(model), expected)
+
+
+def test_a_model_that_is_loading_is_given_up_within_a_tensor(
+    backend2: Backend, model: RemoteModel, expected: Tensor, tmp_path: Path
+) -> None:
+    path = write_mmdit(tmp_path / "slow.safetensors", small_config("sd3.5-large", 7))
+    begun: list[float] = []
+    with pytest.raises(CancelledError):
+        backend2.load_model(
+            path,
+            MeshSpec(cfg=2),
+            "float32",
+            on_event=lambda event, _: begun.append(time.monotonic()),
+            should_cancel=lambda: bool(begun),
+        )
+    assert begun and "slow.safetensors" not in {m.name for m in backend2.status().models}
+    assert torch.equal(sample(model), expected)
+    assert len(backend2.load_model(path, MeshSpec(cfg=2), "float32").loaded.bytes_read) == 2
+    backend2.unload()
+
+
+def test_a_decode_is_given_up_between_blocks_and_the_next_one_is_whole(backend2: Backend, models: Path) -> None:
+    vae = backend2.load_vae(models / "vae" / "sd3_vae.safetensors", "float32")
+    latent = torch.randn(1, 16, 33, 32, generator=torch.Generator().manual_seed(1))
+    before = vae.decode(latent)
+    with pytest.raises(CancelledError):
+        vae.decode(latent.repeat(16, 1, 1, 1), should_cancel=lambda: True)
+    assert torch.equal(vae.decode(latent), before)
+
+
+def test_clients_take_turns_whatever_each_has_asked_for() -> None:
+    turns = Turns()
+    jobs = [QueuedJob(client, number, []) for client, number in ((b"a", 1), (b"a", 2), (b"a", 3), (b"b", 1), (b"c", 1))]
+    for job in jobs:
+        turns.put(job)
+    assert [turns.ahead_of(job) for job in jobs] == [0, 3, 4, 1, 2]
+    order = [turns.get(1) for _ in jobs]
+    assert [(job.client, job.number) for job in order if job] == [(b"a", 1), (b"b", 1), (b"c", 1), (b"a", 2), (b"a", 3)]
+    with pytest.raises(queue.Empty):
+        turns.get(0.01)
+    turns.end()
+    assert turns.get(1) is None
+
+
+def test_a_request_whose_line_was_cut_ends_as_if_nothing_was_or_is_said_to_be_lost(
+    backend2: Backend, model: RemoteModel, expected: Tensor, large: Path
+) -> None:
+    other, whole = Backend.attach("test2"), sample(model, steps=40)
+    theirs = other.load_model(large, MeshSpec(cfg=2), "float32")
+
+    def cut(step: Step) -> None:
+        if step.index == 2:
+            assert other._socket is not None
+            other._socket.disconnect(other.record.address)
+            time.sleep(0.3)
+            other._socket.connect(other.record.address)
+
+    try:
+        assert torch.equal(sample(theirs, steps=40, on_step=cut), whole)
+    except BackendLostError as error:
+        assert "no longer knows the request" in error.message
+    assert torch.equal(sample(theirs), expected)
+    other.close()
+
+
+def test_a_number_that_is_under_way_is_refused(backend2: Backend, raw_line: zmq.Socket[bytes], large: Path) -> None:
+    frames = pack(RequestHeader(5, LoadModel(str(large), "another key", "float32", MeshSpec(cfg=2))), [])
+    for _ in range(2):
+        raw_line.send_multipart(frames)
+    answers = [unpack(raw_line.recv_multipart(), ReplyHeader)[0].body for _ in range(2) if raw_line.poll(5000)]
+    messages = sorted(body.message for body in answers if isinstance(body, Failed))
+    assert "Request 5 is under way already" in messages[0] and "content has changed" in messages[1]
+
+
+def test_a_record_of_a_process_that_is_gone_is_no_backend(runtime_folder: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        record = files.BackendRecord("0", "g", other.pid, other.pid, "ipc:///none", 1, "cpu", [], start_ticks=1)
+        files.write_record("stale", record)
+        assert files.read_record("stale") is None  # a later process has its number
+        files.write_record("stale", msgspec.structs.replace(record, start_ticks=files.start_ticks(other.pid)))
+        assert files.read_record("stale") is not None
+        other.kill()
+    assert files.read_record("stale") is None and "stale" not in files.running_names()
+    assert "is of a backend that is gone" in doctor()
+
+
+def test_ranks_that_fall_in_a_row_are_started_at_growing_intervals() -> None:
+    assert [pause_before(restarts, 0) for restarts in range(6)] == [0, 0, 1, 2, 4, 8]
+    assert pause_before(100, 0) == 60 and pause_before(7, 6) == 0
 
 
 def test_an_exception_in_the_callback_cancels_and_comes_back(model: RemoteModel, expected: Tensor) -> None:

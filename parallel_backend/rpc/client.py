@@ -212,6 +212,9 @@ class Backend:
         """
         with contextlib.suppress(BackendLostError):
             self.request(Stop())
+        if self.spec.address:
+            self.close()
+            return
         if not files.wait_until_gone(self.record.agent_pid, seconds):
             raise StartError(
                 f"Backend {self.spec.name!r} (process {self.record.agent_pid}) still runs {seconds:.0f} s after stop.",

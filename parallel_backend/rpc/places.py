@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -20,6 +21,8 @@ from .messages import Welcome
 from .runtime_dir import BackendRecord
 
 RECONNECT_SECONDS = 90.0
+# With less, ranks can't leave their last words.
+FULL_BYTES = 64 * 2**10
 
 
 class Place(Protocol):
@@ -99,6 +102,8 @@ class ThisMachine:
         while len(files.fallen_ranks(name)) <= self._falls_seen and time.monotonic() < deadline:
             time.sleep(0.1)
         words = [*files.fallen_ranks(name)[self._falls_seen :][:1], files.last_words(name, since)]
+        if shutil.disk_usage(files.runtime_dir(name)).free < FULL_BYTES:
+            words.append(f"the disk of {files.runtime_dir(name)} is full")
         return "; ".join(filter(None, words)) or "no rank left a message"
 
 

@@ -29,6 +29,8 @@ from .sent_tensors import Attachment
 if TYPE_CHECKING:
     from .client import Backend
 
+RELOADS = 10
+
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -92,11 +94,14 @@ class _Remote:
             self.backend.follow_restarts()
             if self._generation != self.backend.generation:
                 self.ensure_loaded()
-            try:
-                reply, tensors = self.backend.request(body, attachments, **callbacks)
-            except UnknownModelError:
-                self.ensure_loaded()
-                reply, tensors = self.backend.request(body, attachments, **callbacks)
+            for tries_left in reversed(range(RELOADS)):
+                try:
+                    reply, tensors = self.backend.request(body, attachments, **callbacks)
+                    break
+                except UnknownModelError:  # another client has freed it, and may do so again before this one's turn
+                    if not tries_left:
+                        raise
+                    self.ensure_loaded()
             assert isinstance(reply, Result)
             self.last = reply
             return tensors

@@ -77,9 +77,15 @@ def read_record(name: str) -> BackendRecord | None:
     return record if is_alive(record.pid) and record.start_ticks in (0, start_ticks(record.pid)) else None
 
 
+def running_names() -> list[str]:
+    """The backends that run here, by name."""
+    records = runtime_root().glob("*/backend.json")
+    return sorted(path.parent.name for path in records if read_record(path.parent.name) is not None)
+
+
 def keep_record(name: str, record: BackendRecord) -> None:
-    """Puts the record back where it, or the whole folder, was removed; another backend's is left alone."""
-    if not (runtime_dir(name) / "backend.json").exists():
+    """Puts the record where it isn't, because it was removed or could not be written; another backend's is left alone."""
+    if read_record(name) is None:
         write_record(name, record)
 
 

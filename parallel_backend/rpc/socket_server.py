@@ -212,12 +212,10 @@ class SocketServer(threading.Thread):
                     job.cancelled.set()
 
     def _mend(self) -> None:
-        """A socket whose file was removed is bound anew; those who are connected already notice nothing."""
+        """A socket whose file was removed is bound once more; to unbind it first would cut those who are connected."""
         for address, router in self._routers.items():
             if address.startswith("ipc://") and not Path(address.removeprefix("ipc://")).exists():
                 log.warning("%s was removed; it is there again", address)
-                with contextlib.suppress(zmq.ZMQError):
-                    router.unbind(address)
                 with contextlib.suppress(OSError, zmq.ZMQError):
                     _bind(router, address)
         try:

@@ -1,0 +1,69 @@
+"""What ComfyUI's server tells and does for the backends of this machine: a status page, and their part in /free."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+from aiohttp import web
+from server import PromptServer
+
+from ..parallel_backend import Backend
+from ..parallel_backend.errors import BackendError
+from ..parallel_backend.rpc.runtime_dir import running_names
+
+STATUS = "/parallel_mmdit/status"
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def add_routes() -> None:
+    """Once, when ComfyUI loads the pack."""
+    server = PromptServer.instance
+    if server is None:  # nodes are imported without a server, by a script
+        return
+
+    @server.routes.get(STATUS)
+    async def status(_: web.Request) -> web.Response:
+        return web.json_response({"backends": await asyncio.to_thread(states)})
+
+    server.app.middlewares.append(free_with_comfyui)
+
+
+def states() -> list[dict[str, Any]]:
+    """What each running backend says of itself, or the error that says why it doesn't."""
+    return [_state(name) for name in running_names()]
+
+
+def _state(name: str) -> dict[str, Any]:
+    try:
+        backend = Backend.attach(name)
+        try:
+            return msgspec.to_builtins(backend.status())
+        finally:
+            backend.close()
+    except BackendError as error:
+        return {"name": name, "error": {"code": error.code, "message": error.message, "remedy": error.remedy}}
+
+
+@web.middleware
+async def free_with_comfyui(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """POST /free, with unload_models or free_memory, frees the backends' models too, after the jobs that wait."""
+    response = await handler(request)
+    if request.method == "POST" and request.path in ("/free", "/api/free"):
+        asked = await request.json()  # kept by aiohttp, which has read it for ComfyUI already
+        if asked.get("unload_models") or asked.get("free_memory"):
+            asyncio.get_running_loop().run_in_executor(None, unload_all)
+    return response
+
+
+def unload_all() -> None:
+    for name in running_names():
+        try:
+            backend = Backend.attach(name)
+            backend.unload()
+            backend.close()
+        except BackendError as error:
+            logging.warning("parallel-mmdit: backend %s was not freed: %s", name, error)

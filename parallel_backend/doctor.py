@@ -1,0 +1,160 @@
+"""One page about this installation: what is wrong with it, and what to do."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from .errors import BackendError
+from .room import memory_of
+from .rpc import runtime_dir as files
+from .rpc.client import Backend
+from .rpc.launcher import default_ranks
+from .version import __version__
+
+Verdict = Literal["ok", "note", "wrong"]
+NEEDED = ("diffusers", "safetensors", "msgspec", "pyzmq", "numpy")
+OPTIONAL = {"flash-attn": "faster attention on GPUs", "prometheus-client": "serve --metrics-port"}
+LEAST_FREE = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`remedy` is what to do about a note or what is wrong."""
+
+    verdict: Verdict
+    what: str
+    remedy: str = ""
+
+
+def examine() -> list[Finding]:
+    """All findings, in the order of the page."""
+    parts: list[Callable[[], Iterator[Finding]]] = [versions, devices, folders, network, backends]
+    return [finding for part in parts for finding in part()]
+
+
+def versions() -> Iterator[Finding]:
+    yield Finding("ok", f"parallel-mmdit {__version__}, Python {platform.python_version()}, torch {torch.__version__}")
+    for name in NEEDED:
+        try:
+            yield Finding("ok", f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding("wrong", f"{name} is not installed", f"{sys.executable} -m pip install {name}")
+    for name, use in OPTIONAL.items():
+        try:
+            yield Finding("ok", f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding("note", f"{name} is not installed: no {use}", f"pip install {name}, if you want it")
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        yield Finding(
+            "wrong", "this torch was built without torch.distributed or gloo", "Install torch from pytorch.org."
+        )
+
+
+def devices() -> Iterator[Finding]:
+    kind, count = default_ranks()
+    if kind == "cpu":
+        built = torch.version.cuda or torch.version.hip
+        if built:
+            remedy = "See that nvidia-smi lists your GPUs, and that CUDA_VISIBLE_DEVICES names them."
+            yield Finding("wrong", f"torch is built for CUDA {built}, but sees no GPU", remedy)
+        else:
+            yield Finding("note", "torch is built for CPUs: everything works, slowly", "Install a CUDA build for GPUs.")
+    elif not torch.distributed.is_nccl_available():
+        yield Finding("wrong", "this torch has no NCCL, which GPUs need", "Install a CUDA build of torch for Linux.")
+    else:
+        version = ".".join(map(str, torch.cuda.nccl.version()))
+        yield Finding("ok", f"NCCL {version}")
+    for number in range(count if kind == "cuda" else 0):
+        yield from _gpu(number, count)
+    free, total, _ = memory_of(torch.device("cpu"))
+    yield Finding("ok", f"{os.cpu_count()} cores, {free / 2**30:.1f} of {total / 2**30:.1f} GiB memory free")
+    shared = shutil.disk_usage("/dev/shm") if Path("/dev/shm").is_dir() else None
+    if kind == "cuda" and (shared is None or shared.free < LEAST_FREE):
+        yield Finding("wrong", "/dev/shm is too small for NCCL", "In a container: --shm-size=1g, or --ipc=host.")
+
+
+def _gpu(number: int, count: int) -> Iterator[Finding]:
+    free, total = torch.cuda.mem_get_info(number)
+    name = torch.cuda.get_device_name(number)
+    line = f"GPU {number}: {name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+    if free < total / 2:
+        yield Finding("note", line, "Other programs hold the rest: see nvidia-smi.")
+    else:
+        yield Finding("ok", line)
+    unreached = [n for n in range(count) if n != number and not torch.cuda.can_device_access_peer(number, n)]
+    if unreached:
+        others = ", ".join(map(str, unreached))
+        yield Finding(
+            "note", f"GPU {number} reaches GPU {others} only through the host", "Prefer cfg and pp to tp there."
+        )
+
+
+def folders() -> Iterator[Finding]:
+    root = files.runtime_root()
+    try:
+        folder = files.runtime_dir("doctor")
+        folder.rmdir()
+    except (BackendError, OSError) as error:
+        yield Finding("wrong", f"the runtime folder {root} can't be used: {error}", "Set PARALLEL_MMDIT_RUNTIME_DIR.")
+        return
+    disk = shutil.disk_usage(root)
+    if disk.free < 16 * 2**20:
+        yield Finding("wrong", f"the disk of {root} is full", "Make room, or set PARALLEL_MMDIT_RUNTIME_DIR.")
+    else:
+        yield Finding("ok", f"runtime folder {root}")
+
+
+def network() -> Iterator[Finding]:
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), 2):
+            yield Finding("ok", "loopback ports can be opened")
+    except OSError as error:
+        yield Finding(
+            "wrong", f"no port can be opened on loopback: {error}", "torchrun needs one: look at the firewall."
+        )
+    try:
+        socket.getaddrinfo(socket.gethostname(), None)
+    except OSError:
+        remedy = "Add it to /etc/hosts, or set GLOO_SOCKET_IFNAME (serve --interface)."
+        yield Finding("note", f"this host's name {socket.gethostname()!r} has no address", remedy)
+
+
+def backends() -> Iterator[Finding]:
+    running = files.running_names()
+    for name in running:
+        try:
+            backend = Backend.attach(name)
+            state = backend.status()
+            backend.close()
+        except BackendError as error:
+            yield Finding("wrong", f"backend {name!r} doesn't answer: {error.message}", error.remedy)
+            continue
+        line = f"backend {name!r}: {len(state.ranks)} ranks, {state.jobs_done} jobs, {state.restarts} restarts"
+        if state.version != __version__:
+            yield Finding("wrong", f"{line}, version {state.version}", f"parallel-mmdit stop --name {name}")
+        else:
+            yield Finding("note" if state.restarts else "ok", line, "Its log says why." if state.restarts else "")
+    for path in sorted(files.runtime_root().glob("*/backend.json")):
+        if path.parent.name not in running:
+            yield Finding("note", f"{path} is of a backend that is gone", "Nothing: the next start takes its place.")
+
+
+def print_page() -> bool:
+    """Prints the findings; whether nothing is wrong."""
+    found = examine()
+    for finding in found:
+        print(f"{finding.verdict:<6} {finding.what}" + (f"\n       -> {finding.remedy}" if finding.remedy else ""))
+    wrong = sum(finding.verdict == "wrong" for finding in found)
+    print(f"{wrong} wrong" if wrong else "nothing is wrong")
+    return not wrong
