@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..parallel_backend import RemoteModel
 from ..parallel_backend.rpc.messages import ModelKind, Progress, StepDone
-from .model_files import file_fingerprint, names_in, path_of
+from .model_files import file_fingerprint, names_elsewhere, names_in, path_of
 from .node_text import say
 from .parallel_mesh import MeshSocket, ParallelMesh, make_room
 from .remote_model import interruptible, remote_patcher
@@ -20,8 +20,8 @@ from .remote_model import interruptible, remote_patcher
 FOLDER = "diffusion_models"
 
 
-def load_remote_model(mesh: ParallelMesh, kind: ModelKind, path: Path) -> tuple[RemoteModel, str]:
-    """The model in the backend, and a line about how it came there.
+def load_remote_model(mesh: ParallelMesh, kind: ModelKind, path: Path, name: str = "") -> tuple[RemoteModel, str]:
+    """The model in the backend, and a line about how it came there; `name` is what a backend elsewhere calls it.
 
     Raises: CheckpointError: not a model of that kind.
     """
@@ -34,7 +34,8 @@ def load_remote_model(mesh: ParallelMesh, kind: ModelKind, path: Path) -> tuple[
             say(f"{event.what} on {degrees.describe()}")
             bar.update_absolute(event.done, event.total)
 
-    remote = interruptible(backend.load_model, path, degrees, mesh.dtype, mesh.kernel, kind=kind, on_event=on_event)
+    settings = {"kind": kind, "name": name, "on_event": on_event}
+    remote = interruptible(backend.load_model, path, degrees, mesh.dtype, mesh.kernel, **settings)
     bar.update_absolute(1, 1)
     return remote, "\n".join(filter(None, [load_report(remote), room]))
 
@@ -123,6 +124,6 @@ class LoadParallelUNet(io.ComfyNode):
 def load(kind: ModelKind, model_name: str, mesh: ParallelMesh) -> io.NodeOutput:
     """A loader's output: the MODEL, and how it came to be there."""
     path = path_of(model_name, FOLDER)
-    remote, report = load_remote_model(mesh, kind, path)
+    remote, report = load_remote_model(mesh, kind, path, *names_elsewhere(model_name))
     say(report)
     return io.NodeOutput(remote_patcher(remote, path, getattr(torch, mesh.dtype)), ui=ui.PreviewText(report))

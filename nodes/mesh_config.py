@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..parallel_backend.config import DEFAULT_IDLE_SECONDS, DTYPES, KERNELS, BackendSpec
-from ..parallel_backend.errors import BackendError
+from ..parallel_backend.errors import BackendError, ConfigError
 from ..parallel_backend.rpc.launcher import default_ranks
 from .node_text import say
 from .parallel_mesh import MeshSocket, ParallelMesh
@@ -30,12 +30,17 @@ def parallel_mesh(
     patch: int = 0,
     pp: int = 1,
     sliced: bool = False,
+    address: str = "",
+    keys: str = "",
 ) -> ParallelMesh:
     """The settings as one object.
 
     Raises: ConfigError: they don't fit together.
     """
     found_device, found = default_ranks()
+    if address:
+        # What is there is known once it answers; who asks for nothing else means GPUs.
+        found_device, found = "cuda", 0
     device = found_device if device == "auto" else device
     try:
         ordinals = tuple(int(part) for part in devices.replace(" ", "").split(",") if part)
@@ -44,7 +49,15 @@ def parallel_mesh(
             f"devices {devices!r} is not a list of GPU numbers.", "Write it like 0,1,3 or leave it empty."
         ) from None
     world_size = ranks or len(ordinals) or (found if device == found_device else 2)
-    spec = BackendSpec(backend, world_size, device, ordinals, idle_minutes * 60.0, memory_budget_mib * 2**20)  # type: ignore[arg-type]
+    if address and not world_size:
+        raise ConfigError(
+            f"How many ranks the backend at {address} has is not known here.", "Set ranks to their number."
+        )
+    if address and ordinals:
+        raise ConfigError(f"devices={devices!r} can't be chosen at {address}.", "Leave devices empty: serve has them.")
+    spec = BackendSpec(
+        backend, world_size, device, ordinals, idle_minutes * 60.0, memory_budget_mib * 2**20, address, keys
+    )  # type: ignore[arg-type]
     degrees = {"dp": dp, "cfg": cfg, "pp": pp, "patch": patch, "ring": ring, "ulysses": ulysses, "tp": tp}
     dtype = ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype
     return ParallelMesh(spec, degrees, dtype, attention, sliced)
@@ -159,6 +172,20 @@ class MeshConfig(io.ComfyNode):
                     tooltip="UNet: each rank holds a slice of the weights and gathers a block's when it computes. For models "
                     "that don't fit one GPU; MMDiTs have tp and pp for that.",
                 ),
+                io.String.Input(
+                    "address",
+                    default="",
+                    optional=True,
+                    tooltip="tcp://host:port of a backend on another machine (parallel-mmdit serve --listen). Empty: this one.",
+                    advanced=True,
+                ),
+                io.String.Input(
+                    "keys",
+                    default="",
+                    optional=True,
+                    tooltip="Folder with client.key_secret and server.key, for an address (parallel-mmdit keys).",
+                    advanced=True,
+                ),
             ],
             outputs=[MeshSocket.Output(display_name="mesh", tooltip="For the parallel loaders.")],
         )
@@ -176,6 +203,8 @@ class MeshConfig(io.ComfyNode):
         dp: int | None = None,
         patch: int | None = 0,
         pp: int | None = 1,
+        address: str | None = "",
+        keys: str | None = "",
     ) -> bool:
         given = {
             "ranks": ranks,
@@ -188,6 +217,8 @@ class MeshConfig(io.ComfyNode):
             "dp": dp,
             "patch": patch,
             "pp": pp,
+            "address": address,
+            "keys": keys,
         }
         if None in given.values():  # a linked value is known only when the node runs
             return True

@@ -53,6 +53,11 @@ def vae_paths(name: str) -> list[Path]:
     return paths
 
 
+def names_elsewhere(name: str) -> list[str]:
+    """How another machine's backend finds the files of a name, below its own model folders."""
+    return [name + part for part in (ENCODER, DECODER)] if _is_taesd(name) else [name.removeprefix(CHECKPOINTS)]
+
+
 def _is_taesd(name: str) -> bool:
     return name.rpartition("/")[2] in TAESD_FAMILIES
 

@@ -36,8 +36,10 @@ class ParallelMesh:
     def backend(self) -> Backend:
         """The running backend, or one started now; an interrupt in ComfyUI ends the wait.
 
-        Raises: ConfigError, StartError.
+        Raises: ConfigError, StartError, BackendLostError.
         """
+        if self._backend is None and self.spec.address:
+            self._backend = Backend.attach_remote(self.spec.address, self.spec.keys, self.spec.world_size)
         if self._backend is None:
 
             def waiting(seconds: float) -> None:
@@ -58,6 +60,7 @@ class ParallelMesh:
     def describe(self) -> str:
         where = ",".join(map(str, self.spec.devices)) or "all"
         place = f"cuda {where}" if self.spec.device == "cuda" else "cpu"
+        place = self.spec.address or place
         mesh = self.mmdit.describe()
         if self.unet != self.mmdit:
             mesh += f" (UNet: {self.unet.describe()})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from .model_files import file_fingerprint, vae_names, vae_paths
+from .model_files import file_fingerprint, names_elsewhere, vae_names, vae_paths
 from .node_text import say
 from .parallel_mesh import MeshSocket, ParallelMesh, make_room
 from .remote_model import interruptible
@@ -44,7 +44,7 @@ class PatchParallelVAE(io.ComfyNode):
         paths = vae_paths(vae_name)
         backend = mesh.backend()
         room = make_room(backend, VAE_BYTES)
-        remote = interruptible(backend.load_vae, paths, mesh.dtype)
+        remote = interruptible(backend.load_vae, paths, mesh.dtype, names=names_elsewhere(vae_name))
         state = "already resident" if not any(remote.loaded.bytes_read) else f"read in {remote.loaded.seconds:.1f} s"
         report = "\n".join(filter(None, [f"{remote.loaded.family}: {state}, {backend.world_size} bands", room]))
         say(report)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +14,13 @@ import torch
 from comfyui.installation import ComfyInstallation
 from comfyui.prompts import Prompt, conditioning, mesh, out, sampler, save_latent
 from comfyui.server import ComfyServer, Outcome
+from rank_pool import free_port
 from safetensors.torch import load_file
 from test_from_scratch import write_pickle
 from torch import Tensor
 
 from parallel_backend import Backend
+from parallel_backend.rpc.keys import Keys
 
 MODEL = "sd3.5-medium.safetensors"
 
@@ -131,6 +136,74 @@ def test_a_restarted_comfyui_reads_no_weight_again(server: ComfyServer, local: T
     outcome = server.run(prompt.nodes)
     torch.testing.assert_close(latent_of(server, outcome, node), local, rtol=1e-4, atol=1e-4)
     assert "weights already resident, 0 bytes read" in outcome.outputs[model[0]]["text"][0]
+
+
+def test_the_status_route_tells_of_the_backend_and_free_frees_it(server: ComfyServer, local: Tensor) -> None:
+    prompt = Prompt()
+    node = picture(prompt, "ParallelSampler", parallel_model(prompt), "freed")
+    server.run(prompt.nodes)
+
+    def models() -> list[str]:
+        (state,) = (b for b in server.get("/parallel_mmdit/status")["backends"] if b["name"] == "comfy")
+        assert state["refused"] == 0 and len(state["ranks"]) == 2
+        return [model["name"] for model in state["models"]]
+
+    assert MODEL in models()
+    server.post("/free", {})
+    assert MODEL in models()
+    server.post("/free", {"unload_models": True})
+    deadline = time.monotonic() + 30
+    while models():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    outcome = server.run(prompt.nodes)
+    torch.testing.assert_close(latent_of(server, outcome, node), local, rtol=1e-4, atol=1e-4)
+
+
+def test_a_comfyui_that_is_killed_leaves_the_backend_in_order(
+    server: ComfyServer, local: Tensor, runtime_folder: Path
+) -> None:
+    prompt = Prompt()
+    picture(prompt, "ParallelSampler", parallel_model(prompt), "killed", steps=10000)
+    server.post("/prompt", {"prompt": prompt.nodes})
+    backend = Backend.attach("comfy")
+    deadline = time.monotonic() + 60
+    while backend.status().running != "Sample":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    server.kill()
+    while backend.status().running:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    server.start()
+    prompt = Prompt()
+    model = parallel_model(prompt)
+    node = picture(prompt, "ParallelSampler", model, "after")
+    outcome = server.run(prompt.nodes)
+    torch.testing.assert_close(latent_of(server, outcome, node), local, rtol=1e-4, atol=1e-4)
+    log = (runtime_folder / "comfy" / "rank0.log").read_text()
+    assert backend.status().restarts == 0, log[-3000:]
+    assert "0 bytes read" in outcome.outputs[model[0]]["text"][0], log[-3000:]
+    backend.close()
+
+
+def test_a_backend_behind_an_address_gives_a_local_models_latent(
+    server: ComfyServer, local: Tensor, models: Path, tmp_path: Path
+) -> None:
+    address, keys = f"tcp://127.0.0.1:{free_port()}", str(Keys.make(tmp_path / "keys").folder)
+    serve = ["serve", "--name", "far", "--world-size", "2", "--device", "cpu", "--detach", "--listen", address]
+    serve += ["--keys", keys, "--models", str(models / "diffusion_models")]
+    subprocess.run([sys.executable, "-m", "parallel_backend", *serve], check=True, cwd=Path(__file__).parents[1])
+    try:
+        prompt = Prompt()
+        node = picture(prompt, "ParallelSampler", parallel_model(prompt, address=address, keys=keys), "far")
+        latent = latent_of(server, server.run(prompt.nodes), node)
+        torch.testing.assert_close(latent, local, rtol=1e-4, atol=1e-4)
+        prompt = Prompt()
+        picture(prompt, "ParallelSampler", parallel_model(prompt, address=address), "no keys")
+        assert "can't be used without keys" in server.run(prompt.nodes).message
+    finally:
+        Backend.attach("far").stop()
 
 
 def test_progress_and_previews(server: ComfyServer) -> None:

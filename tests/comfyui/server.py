@@ -76,6 +76,12 @@ class ComfyServer:
             self.process.terminate()
             self.process.wait(timeout=30)
 
+    def kill(self) -> None:
+        """Without a chance to tidy up."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(timeout=30)
+
     def restart(self) -> None:
         self.stop()
         self.start()
