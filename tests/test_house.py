@@ -44,7 +44,7 @@ ALLOWED = {
     },
     "__init__": {"config", "rpc", "version"},
     "__main__": {"config", "errors", "rpc", "version", "demo", "bench", "models"},
-    "bench": {"demo_checkpoints", "config", "errors", "rpc", "distributed.traffic"},
+    "bench": {"demo", "demo_checkpoints", "config", "errors", "rpc", "distributed.traffic"},
     "demo_checkpoints": {"config", "distributed", "models"},
     "demo": {"one_process", "demo_checkpoints", "config", "errors", "rpc"},
     "one_process": {"engine", "distributed", "jobs", "config", "rpc"},
