@@ -121,12 +121,16 @@ def _parser() -> argparse.ArgumentParser:
     trace.add_argument("--output", type=Path, default=Path("trace"), help="folder")
     trace.set_defaults(run=_trace)
 
-    demo = commands.add_parser("demo", help="sample a picture on two CPU ranks, with nothing downloaded")
-    demo.add_argument("--output", default="demo-output", help="folder for the picture and the small checkpoint")
-    demo.add_argument("--steps", type=int, default=8)
-    demo.add_argument("--size", type=int, default=512, help="pixels")
-    demo.add_argument("--family", default="sd3.5-medium", help="sd3-medium, sd3.5-medium or sd3.5-large")
+    demo = commands.add_parser("demo", help="draw on two CPU ranks with the small checkpoint of this pack")
+    demo.add_argument("--output", default="demo-output", help="folder for the contact sheet")
+    demo.add_argument("--prompt", action="append", default=[], help="a caption; may be given several times")
+    demo.add_argument("--size", type=int, default=128, help="pixels")
     demo.set_defaults(run=_demo)
+
+    score = commands.add_parser("score", help="what the small checkpoint's pictures show, of held-out captions")
+    score.add_argument("--count", type=int, default=100, help="captions")
+    score.add_argument("--size", type=int, default=128, help="pixels")
+    score.set_defaults(run=_score)
     return parser
 
 
@@ -238,6 +242,13 @@ def _soak(args: argparse.Namespace) -> int:
     return 0 if print_soak(args.minutes, args.clients) else 1
 
 
+def _pictures(args: argparse.Namespace) -> int:
+    from .bench.pictures import run_pictures
+
+    run_pictures(args.ranks, args.warmups, args.count, args.size, args.plot)
+    return 0
+
+
 def _trace(args: argparse.Namespace) -> int:
     from .bench.trace import mesh_of, run_trace
 
@@ -250,7 +261,14 @@ def _trace(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from .demo.command import run_demo  # torch models and diffusers, which the other commands do without
 
-    run_demo(args.output, steps=args.steps, size=args.size, family=args.family)
+    run_demo(args.output, prompts=args.prompt, size=args.size)
+    return 0
+
+
+def _score(args: argparse.Namespace) -> int:
+    from .demo.yardsticks import run_score
+
+    run_score(count=args.count, size=args.size)
     return 0
 
 

@@ -49,7 +49,7 @@ ALLOWED = {
     "__init__": {"config", "rpc", "version"},
     "doctor": {"errors", "room", "rpc", "version"},
     "__main__": {"doctor", "config", "errors", "rpc", "version", "demo", "bench", "models"},
-    "bench": {"room", "demo_checkpoints", "config", "errors", "rpc", "distributed.traffic"},
+    "bench": {"demo", "room", "demo_checkpoints", "config", "errors", "rpc", "distributed.traffic"},
     "demo_checkpoints": {"config", "distributed", "models"},
     "demo": {"one_process", "demo_checkpoints", "config", "errors", "rpc"},
     "one_process": {"engine", "distributed", "jobs", "config", "rpc"},

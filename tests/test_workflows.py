@@ -16,6 +16,8 @@ from PIL import Image
 from ui_workflow import WORKFLOWS, api_prompt, ui_workflow
 
 from parallel_backend import Backend
+from parallel_backend.demo.scenes import parse
+from parallel_backend.demo.score import shows
 
 TWINS = sorted((WORKFLOWS / "api").glob("*.json"))
 SIZE, STEPS = 256, 3
@@ -58,8 +60,16 @@ def small(prompt: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(server: ComfyServer, path: Path) -> np.ndarray[Any, Any]:
-    """The picture that the workflow saves."""
-    prompt = small(json.loads(path.read_text()))
+    """The picture that the workflow saves; those of the demo are small as they are."""
+    prompt = json.loads(path.read_text())
+    return picture_of(server, prompt if is_demo(path) else small(prompt))
+
+
+def is_demo(path: Path) -> bool:
+    return path.stem.startswith("demo")
+
+
+def picture_of(server: ComfyServer, prompt: dict[str, Any]) -> np.ndarray[Any, Any]:
     outcome = server.run(prompt)
     assert outcome.error is None, outcome.error
     (save,) = (node_id for node_id, node in prompt.items() if node["class_type"] == "SaveImage")
@@ -70,11 +80,27 @@ def run(server: ComfyServer, path: Path) -> np.ndarray[Any, Any]:
 @pytest.mark.parametrize("path", TWINS, ids=lambda p: p.stem)
 def test_workflow_saves_a_picture(path: Path, server: ComfyServer) -> None:
     picture = run(server, path)
-    side = 3 * SIZE // 2 if "hires" in path.stem else SIZE
+    side = 128 if is_demo(path) else 3 * SIZE // 2 if "hires" in path.stem else SIZE
     assert picture.shape == (side, side, 3) and picture.std() > 0
 
 
-def test_both_samplers_give_one_picture(server: ComfyServer) -> None:
-    pictures = [run(server, WORKFLOWS / "api" / f"sd35_text_to_image{end}.json") for end in ("", "_ksampler")]
+@pytest.mark.parametrize("name", ["sd35", "demo"])
+def test_both_samplers_give_one_picture(name: str, server: ComfyServer) -> None:
+    pictures = [run(server, WORKFLOWS / "api" / f"{name}_text_to_image{end}.json") for end in ("", "_ksampler")]
     difference = np.abs(pictures[0].astype(int) - pictures[1].astype(int))
     assert difference.max() <= 1
+
+
+def test_the_demos_picture_shows_its_caption_on_our_ranks_and_in_stock_comfyui(server: ComfyServer) -> None:
+    path = WORKFLOWS / "api" / "demo_text_to_image_ksampler.json"
+    prompt = json.loads(path.read_text())
+    (caption,) = (n["inputs"]["caption"] for n in prompt.values() if n["inputs"].get("caption"))
+    ours = run(server, path)
+    assert shows(Image.fromarray(ours), parse(caption))
+    (loader,) = (node for node in prompt.values() if node["class_type"] == "LoadParallelMMDiT")
+    loader |= {
+        "class_type": "UNETLoader",
+        "inputs": {"unet_name": "parallel_demo/mmdit.safetensors", "weight_dtype": "default"},
+    }
+    stock = picture_of(server, prompt)
+    assert np.abs(stock.astype(int) - ours.astype(int)).mean() < 1

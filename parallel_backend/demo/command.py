@@ -1,95 +1,115 @@
-"""The main job with nothing downloaded: a small random checkpoint, two CPU ranks, one picture, seen from all sides."""
+"""The main job with nothing downloaded: the small trained checkpoint, two CPU ranks, seen from all sides."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config import MeshSpec, SamplerSpec, choose
-from ..demo_checkpoints import DEMO_FAMILIES, random_prompt, small_config, write_mmdit, write_taesd
+from ..config import MeshSpec, SamplerSpec
 from ..one_process import OneProcess
 from ..rpc.client import Backend
-from ..rpc.remote import Conditioning, RemoteModel, Step
+from ..rpc.remote import Conditioning, RemoteModel, RemoteVAE
+from .captions import encode
+from .files import MMDIT, TAESD3
+from .scenes import parse
 
 BACKEND = "demo"
-CFG_SCALE, SEED = 4.5, 1
+SPEC = SamplerSpec(steps=20, cfg_scale=4.0, seed=1)
+CAPTIONS = (
+    "a red circle left of a large blue square on a yellow background",
+    "a small green cross at the top on a black background",
+    "three purple triangles on a white background",
+    "a large orange circle above a small cyan square on a blue background",
+    "a white triangle right of a red cross on a green background",
+    "two yellow squares on a purple background",
+)
+GAP, LINE = 6, 14
+
+Sampled = Callable[[Tensor, Conditioning, Conditioning], Tensor]
 
 
-def run_demo(output: str, *, steps: int, size: int, family: str) -> None:
-    """Samples cold and warm on two ranks, decodes, compares with one process, and prints what it saw."""
-    choose(family, DEMO_FAMILIES, "Family")
+def run_demo(output: str, *, prompts: Sequence[str], size: int) -> None:
+    """Draws the captions on two ranks, cold and warm, and in one process; compares; writes a contact sheet.
+
+    Raises: InputError: a caption outside the demo's grammar, or a size that the model can't take.
+    """
+    captions = list(prompts) or list(CAPTIONS)
+    for caption in captions:
+        parse(caption)
     folder = Path(output)
-    print(f"1. A small {family} checkpoint with random weights (its pictures are noise) ...")
-    model_path = write_mmdit(
-        folder / f"{family}.safetensors", small_config(family, depth=6, heads=6, pos_embed_size=96)
-    )
-    vae_paths = write_taesd(folder)
-    print(f"   {model_path} ({model_path.stat().st_size / 2**20:.0f} MiB)")
-
-    print("2. A backend of two CPU ranks ...")
+    folder.mkdir(parents=True, exist_ok=True)
+    print("1. A backend of two CPU ranks ...")
     with tqdm(total=None, desc="   starting", bar_format="{desc} {elapsed}", mininterval=1) as bar:
         backend = Backend.attach_or_start(2, "cpu", BACKEND, waiting=lambda seconds: bar.refresh())
     try:
         mesh = MeshSpec(cfg=2)
-        model = backend.load_model(model_path, mesh, "float32")
-        print(f"   {mesh.describe()}; bytes read by each rank: {model.loaded.bytes_read}")
-        prompts = Conditioning(*random_prompt(1, 154)), Conditioning(*random_prompt(2, 77))
-        latent, seconds = _sample(model, prompts, steps, size, "3. Sampling")
-        image = backend.load_vae(vae_paths, "float32").decode(latent)
-        picture = folder / "demo.png"
-        Image.fromarray((image[0] * 255).round().to(torch.uint8).numpy()).save(picture)
-        print(f"   {seconds:.3f} s a step; decoded in two bands: {picture}")
-
-        again = backend.load_model(model_path, mesh, "float32")
-        warm, seconds = _sample(again, prompts, steps, size, "4. The same again")
-        print(
-            f"   weights already resident: {sum(again.loaded.bytes_read)} bytes read; {seconds:.3f} s a step;", end=" "
-        )
-        print("bit-equal to the first" if torch.equal(warm, latent) else "NOT equal to the first")
-
-        alone, seconds = _one_process(model_path, prompts, steps, size)
-        difference = float((alone - latent).abs().max() / alone.abs().max())
-        print(f"5. One process, one thread: {seconds:.3f} s a step; largest relative difference {difference:.1e}")
+        model, vae = backend.load_model(MMDIT, mesh, "float32"), backend.load_vae(TAESD3, "float32")
+        print(f"   {mesh.describe()}; {model.family}, {sum(model.loaded.bytes_read) / 2**20:.0f} MiB read")
+        ours, seconds = _draw("2. On two ranks", captions, size, lambda *a: _on_ranks(model, *a))
+        print(f"   {seconds / SPEC.steps:.3f} s a step")
+        again = backend.load_model(MMDIT, mesh, "float32")
+        warm, seconds = _draw("3. The first again", captions[:1], size, lambda *a: _on_ranks(again, *a))
+        same = "bit-equal" if torch.equal(warm[0], ours[0]) else "NOT equal"
+        print(f"   weights already resident: {sum(again.loaded.bytes_read)} bytes read; {same} to the first time")
+        alone = OneProcess(MMDIT)
+        theirs, seconds = _draw("4. In one process", captions, size, lambda x, yes, no: alone.sample(x, yes, no, SPEC))
+        difference = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, theirs, strict=True))
+        print(f"   {seconds / SPEC.steps:.3f} s a step; largest relative difference of a latent {difference:.1e}")
+        sheet = folder / "demo.png"
+        _contact_sheet(captions, _decode(vae, ours), _decode(vae, theirs)).save(sheet)
+        print(f"5. Two ranks above, one process below: {sheet}")
     finally:
         backend.stop()
     print("The backend was stopped. In daily use it stays up: see `parallel-mmdit serve` and `status`.")
 
 
-def _sample(
-    model: RemoteModel, prompts: tuple[Conditioning, Conditioning], steps: int, size: int, title: str
-) -> tuple[Tensor, float]:
-    """The latent, and seconds per step."""
-    with tqdm(total=steps, desc=title) as bar:
-
-        def on_step(step: Step) -> None:
-            bar.update(1)
-
-        start = time.perf_counter()
-        latent = model.sample(
-            torch.zeros(1, 16, size // 8, size // 8),
-            *prompts,
-            seed=SEED,
-            steps=steps,
-            cfg_scale=CFG_SCALE,
-            on_step=on_step,
-        )
-        return latent, (time.perf_counter() - start) / steps
+def _draw(title: str, captions: Sequence[str], size: int, sampled: Sampled) -> tuple[list[Tensor], float]:
+    """The latents, and the mean seconds of each."""
+    none = Conditioning(*encode([""]))
+    start = time.perf_counter()
+    latents = [
+        sampled(torch.zeros(1, 16, size // 8, size // 8), Conditioning(*encode([caption])), none)
+        for caption in tqdm(captions, desc=title)
+    ]
+    return latents, (time.perf_counter() - start) / len(captions)
 
 
-def _one_process(path: Path, prompts: tuple[Conditioning, Conditioning], steps: int, size: int) -> tuple[Tensor, float]:
-    """The same picture by the same engine in this process, on one thread; and seconds per step."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        alone = OneProcess(path)
-        spec = SamplerSpec(steps=steps, cfg_scale=CFG_SCALE, seed=SEED)
-        start = time.perf_counter()
-        latent = alone.sample(torch.zeros(1, 16, size // 8, size // 8), *prompts, spec)
-        return latent, (time.perf_counter() - start) / steps
-    finally:
-        torch.set_num_threads(threads)
+def _on_ranks(model: RemoteModel, latent: Tensor, positive: Conditioning, negative: Conditioning) -> Tensor:
+    return model.sample(latent, positive, negative, seed=SPEC.seed, steps=SPEC.steps, cfg_scale=SPEC.cfg_scale)
+
+
+def _decode(vae: RemoteVAE, latents: Sequence[Tensor]) -> list[Image.Image]:
+    images = [vae.decode(latent)[0] for latent in latents]
+    return [Image.fromarray((image * 255).round().to(torch.uint8).numpy()) for image in images]
+
+
+def _contact_sheet(captions: Sequence[str], above: Sequence[Image.Image], below: Sequence[Image.Image]) -> Image.Image:
+    """A column for each caption, which stands under its two pictures."""
+    width, height = above[0].size
+    lines = 5
+    sheet = Image.new("RGB", (len(captions) * (width + GAP) + GAP, 2 * (height + GAP) + GAP + lines * LINE), "white")
+    canvas = ImageDraw.Draw(sheet)
+    for column, caption in enumerate(captions):
+        x = GAP + column * (width + GAP)
+        sheet.paste(above[column], (x, GAP))
+        sheet.paste(below[column], (x, 2 * GAP + height))
+        for line, words in enumerate(_wrapped(canvas, caption, width)):
+            canvas.text((x, 3 * GAP + 2 * height + line * LINE), words, fill="black")
+    return sheet
+
+
+def _wrapped(canvas: ImageDraw.ImageDraw, text: str, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if canvas.textlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines

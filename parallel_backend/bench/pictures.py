@@ -1,0 +1,105 @@
+"""What displaced steps do to pictures: PSNR against exact ones, and what they show, of the small trained MMDiT."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ..config import MeshSpec
+from ..demo.captions import encode
+from ..demo.command import SPEC
+from ..demo.files import MMDIT, TAESD3
+from ..demo.scenes import Scene, held_out_scenes
+from ..demo.score import shows
+from ..demo.yardsticks import psnr
+from ..rpc.client import Backend
+from ..rpc.remote import Conditioning, RemoteModel, RemoteVAE
+
+BATCH = 10
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of the pictures of one mesh and warm-up: dB against the exact ones, and the share that show their caption."""
+
+    mesh: MeshSpec
+    warmup: int | None
+    mean_psnr: float
+    least_psnr: float
+    score: float
+
+
+def run_pictures(ranks: Sequence[int], warmups: Sequence[int], count: int, size: int, plot: Path | None) -> None:
+    """Prints a table of stages (PipeFusion) and rings, and draws it."""
+    scenes, found = held_out_scenes(count), []
+    print(f"{SPEC.steps} steps of {SPEC.sampler}, {count} held-out captions, {size} x {size} pixels\n")
+    print("| mesh | warm-up steps | PSNR against exact, mean (least), dB | captions shown |\n|---|---|---|---|")
+    for world_size in ranks:
+        backend = Backend.attach_or_start(world_size, "cpu", f"pictures{world_size}")
+        try:
+            for mesh in (MeshSpec(pp=world_size), MeshSpec(ring=world_size)):
+                found += figures(backend, mesh, warmups, scenes, size)
+        finally:
+            backend.stop()
+    if plot is not None:
+        draw_plot(found, plot)
+
+
+def figures(
+    backend: Backend, mesh: MeshSpec, warmups: Sequence[int], scenes: Sequence[Scene], size: int
+) -> list[Figures]:
+    """Prints the rows of one mesh; the exact pictures come first."""
+    model, vae = backend.load_model(MMDIT, mesh, "float32"), backend.load_vae(TAESD3, "float32")
+    exact, found = _pictures(model, vae, scenes, size, None), []
+    for warmup in (None, *warmups):
+        images = exact if warmup is None else _pictures(model, vae, scenes, size, warmup)
+        distances = [psnr(a, b) for a, b in zip(images, exact, strict=True)]
+        score = sum(shows(_picture(i), s) for i, s in zip(images, scenes, strict=True)) / len(scenes)
+        found.append(Figures(mesh, warmup, sum(distances) / len(distances), min(distances), score))
+        distance = "-" if warmup is None else f"{found[-1].mean_psnr:.1f} ({found[-1].least_psnr:.1f})"
+        tqdm.write(f"| {mesh.describe()} | {'exact' if warmup is None else warmup} | {distance} | {score:.0%} |")
+    return found
+
+
+def draw_plot(found: Sequence[Figures], path: Path) -> None:
+    """PSNR by warm-up steps, a line for each mesh. Needs matplotlib, of the extra `train`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for mesh in dict.fromkeys(f.mesh for f in found):
+        own = [f for f in found if f.mesh == mesh and f.warmup is not None]
+        axes.plot([f.warmup or 0 for f in own], [f.mean_psnr for f in own], marker="o", label=mesh.describe())
+    axes.set(xlabel=f"warm-up steps of {SPEC.steps}", ylabel="PSNR against exact, dB", title="Displaced steps")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
+
+
+def _pictures(
+    model: RemoteModel, vae: RemoteVAE, scenes: Sequence[Scene], size: int, warmup: int | None
+) -> list[Tensor]:
+    none, images = Conditioning(*encode([""])), []
+    for start in tqdm(range(0, len(scenes), BATCH), desc=f"{model.loaded.family}, warm-up {warmup}", leave=False):
+        prompt = Conditioning(*encode([scene.caption() for scene in scenes[start : start + BATCH]]))
+        latent = model.sample(
+            torch.zeros(prompt.context.shape[0], 16, size // 8, size // 8),
+            prompt,
+            none,
+            seed=SPEC.seed + start,
+            steps=SPEC.steps,
+            cfg_scale=SPEC.cfg_scale,
+            warmup_steps=warmup,
+        )
+        images += list(vae.decode(latent))
+    return images
+
+
+def _picture(image: Tensor) -> Image.Image:
+    return Image.fromarray((image * 255).round().to(torch.uint8).numpy())

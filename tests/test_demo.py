@@ -1,0 +1,108 @@
+"""The demo and its trained files: pictures that show what was asked for, told by plain image checks."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from parallel_backend import Backend, Conditioning, MeshSpec
+from parallel_backend.__main__ import main
+from parallel_backend.bench.pictures import draw_plot, figures
+from parallel_backend.demo import command, yardsticks
+from parallel_backend.demo.captions import encode
+from parallel_backend.demo.command import CAPTIONS, SPEC
+from parallel_backend.demo.files import MMDIT, MODELS, TAESD3
+from parallel_backend.demo.scenes import held_out_scenes, parse
+from parallel_backend.demo.score import shows
+from parallel_backend.demo.yardsticks import psnr
+
+ASKED = ["a red circle left of a blue square on a yellow background", "three purple triangles on a white background"]
+
+
+@pytest.fixture
+def demo_backend(monkeypatch: pytest.MonkeyPatch, backend2: Backend) -> Backend:
+    """The session's backend in place of one that the demo would start and stop."""
+    for module in (command, yardsticks):
+        monkeypatch.setattr(module, "BACKEND", "test2")
+    monkeypatch.setattr(Backend, "stop", lambda self: None)
+    return backend2
+
+
+def test_files_are_small_and_say_what_they_are() -> None:
+    assert sum(path.stat().st_size for path in (MMDIT, *TAESD3)) <= 30 * 2**20
+    card = (MODELS / "README.md").read_text()
+    assert all(word in card for word in ("steps", "seed", "train mmdit", "train autoencoder", "loss", "samples"))
+
+
+def test_demo_draws_compares_and_writes_a_sheet(
+    demo_backend: Backend, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = [word for caption in ASKED for word in ("--prompt", caption)]
+    assert main(["demo", "--output", str(tmp_path), *prompts]) == 0
+    said = capsys.readouterr().out
+    assert "0 bytes read; bit-equal to the first time" in said
+    (difference,) = re.findall(r"largest relative difference of a latent (\S+)", said)
+    assert 0 <= float(difference) <= 1e-4
+    sheet = Image.open(tmp_path / "demo.png")
+    assert sheet.width >= 2 * 128 and sheet.height >= 2 * 128
+    above, below = (sheet.crop((6, top, 134, top + 128)) for top in (6, 140))
+    assert (
+        max(
+            max(abs(a - b) for a, b in zip(p, q, strict=True))
+            for p, q in zip(above.getdata(), below.getdata(), strict=True)
+        )
+        <= 1
+    )
+
+
+def test_pictures_show_their_captions(backend2: Backend) -> None:
+    """Of held-out captions, and a control: pictures of other captions show them far less often."""
+    scenes = held_out_scenes(20)
+    model = backend2.load_model(MMDIT, MeshSpec(cfg=2), "float32")
+    prompt = Conditioning(*encode([scene.caption() for scene in scenes]))
+    settings = {"seed": 1, "steps": SPEC.steps, "cfg_scale": SPEC.cfg_scale}
+    latent = model.sample(torch.zeros(20, 16, 16, 16), prompt, Conditioning(*encode([""])), **settings)  # type: ignore[arg-type]
+    images = backend2.load_vae(TAESD3, "float32").decode(latent)
+    pictures = [Image.fromarray((image * 255).round().to(torch.uint8).numpy()) for image in images]
+    found = sum(shows(picture, scene) for picture, scene in zip(pictures, scenes, strict=True))
+    crossed = sum(shows(picture, scene) for picture, scene in zip(pictures, scenes[1:] + scenes[:1], strict=True))
+    assert found >= 10 and crossed <= 2, (found, crossed)
+
+
+def test_score_prints_its_figures(demo_backend: Backend, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["score", "--count", "3"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"reconstructions: \d+% of 3 held-out captions", said)
+    assert re.search(r"samples: \d+% of 3 held-out captions", said)
+    (least,) = re.findall(r"PSNR (\S+) dB", said)
+    assert float(least) > 60
+
+
+def test_displaced_pictures_are_measured_against_exact_ones(backend2: Backend, tmp_path: Path) -> None:
+    found = figures(backend2, MeshSpec(pp=2), [1, 8, SPEC.steps], held_out_scenes(4), 128)
+    exact, early, late, full = found
+    assert (exact.warmup, exact.mean_psnr) == (None, 150)
+    assert early.mean_psnr < late.mean_psnr and full.least_psnr > 80
+    draw_plot(found, tmp_path / "plot.png")
+    assert Image.open(tmp_path / "plot.png").width > 100
+
+
+def test_psnr() -> None:
+    black = torch.zeros(4, 4, 3)
+    assert psnr(black, black) == 150
+    assert psnr(black, black + 0.1) == pytest.approx(20, abs=1e-4)
+
+
+@pytest.mark.parametrize("caption", CAPTIONS)
+def test_own_captions_are_of_the_grammar(caption: str) -> None:
+    assert parse(caption).caption() == caption
+
+
+def test_an_unknown_word_is_an_error_that_lists_the_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--output", str(tmp_path), "--prompt", "a photo of a cat"]) == 1
+    said = capsys.readouterr().err
+    assert "no word 'photo'" in said and "circle" in said and "yellow" in said
