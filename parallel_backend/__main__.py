@@ -82,44 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     _train_arguments(train)
 
     bench = commands.add_parser("bench", help="figures about this machine and the methods")
-    benches = bench.add_subparsers(required=True, metavar="FIGURE")
-    quality = benches.add_parser("quality", help="what displaced steps cost, by ranks and warm-up steps")
-    quality.add_argument("--ranks", type=int, nargs="+", default=[2, 3, 4])
-    quality.add_argument("--warmups", type=int, nargs="+", default=[0, 1, 2, 4])
-    quality.add_argument("--steps", type=int, default=20)
-    quality.add_argument("--size", type=int, default=256, help="pixels")
-    quality.add_argument("--model", type=Path, help="an SDXL UNet; a small one with random weights where left out")
-    quality.set_defaults(run=_quality)
-
-    communication = benches.add_parser("communication", help="bytes that each method sends, beside its formula")
-    communication.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
-    communication.add_argument("--size", type=int, default=256, help="pixels")
-    communication.add_argument("--depth", type=int, default=4, help="blocks")
-    communication.set_defaults(run=_communication)
-
-    faults = benches.add_parser("faults", help="kills, stops, fills and removes; prints what a user sees of it")
-    faults.add_argument("--only", action="append", default=[], metavar="FAULT", help="repeatable")
-    faults.set_defaults(run=_faults)
-
-    soak = benches.add_parser(
-        "soak", help="clients that come and go, for as long as is wished; prints what is left of it"
-    )
-    soak.add_argument("--minutes", type=float, default=2.0)
-    soak.add_argument("--clients", type=int, default=3)
-    soak.set_defaults(run=_soak)
-
-    trace = benches.add_parser(
-        "trace", help="a job rank by rank: a picture, a Chrome trace, waits and bytes of each step"
-    )
-    trace.add_argument("--mesh", nargs="+", default=["pp=2"], metavar="AXIS=DEGREE")
-    trace.add_argument("--steps", type=int, default=6)
-    trace.add_argument("--warmup-steps", type=int, default=1, help="exact steps; as many as steps for none displaced")
-    trace.add_argument("--num-patches", type=int, default=0, help="that flow through stages; 0 is one a stage")
-    trace.add_argument("--size", type=int, default=512, help="pixels")
-    trace.add_argument("--depth", type=int, default=8, help="blocks of the small model")
-    trace.add_argument("--model", type=Path, help="an MMDiT; a small one with random weights where left out")
-    trace.add_argument("--output", type=Path, default=Path("trace"), help="folder")
-    trace.set_defaults(run=_trace)
+    _bench_arguments(bench)
 
     demo = commands.add_parser("demo", help="draw on two CPU ranks with the small checkpoint of this pack")
     demo.add_argument("--output", default="demo-output", help="folder for the contact sheet")
@@ -139,6 +102,12 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 
     command.add_arguments(parser)
     parser.set_defaults(run=command.run)
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    from .bench import command
+
+    command.add_arguments(parser)
 
 
 def _named(parser: argparse.ArgumentParser) -> None:
@@ -184,16 +153,25 @@ def _keys(args: argparse.Namespace) -> int:
 
 def _status(args: argparse.Namespace) -> int:
     while True:
-        backend = Backend.attach(args.name)
         try:
-            state = backend.status()
-        finally:
-            backend.close()
-        page = msgspec.json.encode(state).decode() if args.json else describe(state)
+            page = _page(args.name, args.json)
+        except BackendError as error:
+            if not args.watch:
+                raise
+            page = str(error)  # ranks that are being restarted are worth watching
         print(f"{CLEAR if args.watch and sys.stdout.isatty() else ''}{page}", flush=True)
         if not args.watch:
             return 0
         time.sleep(1.0)
+
+
+def _page(name: str, as_json: bool) -> str:
+    backend = Backend.attach(name)
+    try:
+        state = backend.status()
+    finally:
+        backend.close()
+    return msgspec.json.encode(state).decode() if as_json else describe(state)
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -213,48 +191,6 @@ def _convert(args: argparse.Namespace) -> int:
 
     convert(args.pickle, args.output)
     print(f"{args.output} ({args.output.stat().st_size / 2**20:.0f} MiB)")
-    return 0
-
-
-def _quality(args: argparse.Namespace) -> int:
-    from .bench.quality import run_quality
-
-    run_quality(args.ranks, args.warmups, args.steps, args.size, args.model)
-    return 0
-
-
-def _communication(args: argparse.Namespace) -> int:
-    from .bench.communication import run_communication
-
-    run_communication(args.ranks, args.size, args.depth)
-    return 0
-
-
-def _faults(args: argparse.Namespace) -> int:
-    from .bench.faults import print_faults
-
-    return 0 if print_faults(args.only) else 1
-
-
-def _soak(args: argparse.Namespace) -> int:
-    from .bench.soak import print_soak
-
-    return 0 if print_soak(args.minutes, args.clients) else 1
-
-
-def _pictures(args: argparse.Namespace) -> int:
-    from .bench.pictures import run_pictures
-
-    run_pictures(args.ranks, args.warmups, args.count, args.size, args.plot)
-    return 0
-
-
-def _trace(args: argparse.Namespace) -> int:
-    from .bench.trace import mesh_of, run_trace
-
-    warmup = args.warmup_steps if args.warmup_steps < args.steps else None
-    settings = {"steps": args.steps, "warmup_steps": warmup, "num_patches": args.num_patches}
-    run_trace(mesh_of(args.mesh), settings, args.size, args.depth, args.model, args.output)
     return 0
 
 

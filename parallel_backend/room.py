@@ -7,7 +7,7 @@ import re
 
 import torch
 
-from .config import UNET_AXES, MeshSpec
+from .config import MeshSpec
 from .errors import OutOfMemoryError
 
 _ASKED = re.compile(r"(?:[Tt]ried to allocate) ([\d.]+) (bytes|KiB|MiB|GiB)")
@@ -58,8 +58,10 @@ def check_fits(needed: int, free: int, name: str, spec: MeshSpec, world_size: in
             remedy = f"It fits with tp={degree} in Mesh Config, or pp={degree}."
             break
     remedy = remedy or "No split of its weights over these ranks fits: use a smaller dtype, or more ranks."
-    if spec.patch > 1 or any(spec.degrees[axis] > 1 for axis in UNET_AXES):
-        remedy += " A UNet fits with sliced."
+    if spec.patch > 1:  # only UNets have bands, and their weights aren't split by tp or pp
+        remedy = (
+            "A UNet fits with sliced." if needed / world_size + _SPARE_BYTES <= free else "Use more ranks, and sliced."
+        )
     raise OutOfMemoryError(
         f"{name} needs {needed / 2**20:.0f} MiB on rank {rank}, which has {free / 2**20:.0f} MiB free "
         f"({spec.describe()}).",

@@ -30,7 +30,7 @@ from .allowed_files import AllowedFiles
 from .config import DEFAULT_IDLE_SECONDS
 from .distributed.control import Control
 from .engine import Engine
-from .errors import BackendError, CancelledError, OutOfMemoryError, RankError
+from .errors import BackendError, BackendLostError, CancelledError, OutOfMemoryError, RankError
 from .jobs import Job
 from .room import memory_of
 from .rpc import runtime_dir as files
@@ -119,7 +119,10 @@ class Rank:
             pass
         watch.stop()
         if self.server is not None:
-            self.server.close()
+            remedy = "Run the prompt again: it is started anew."
+            self.server.close(
+                Failed(BackendLostError.code, "The backend was stopped before this request's turn.", remedy)
+            )
             files.remove_record(name, os.getpid())
             log.info("stopped")
 
@@ -163,7 +166,7 @@ class Rank:
         return True
 
     def _run(self, queued: QueuedJob | None, frames: list[memoryview]) -> None:
-        board, kind, start = self.board, "?", time.perf_counter()
+        board, kind, label, start = self.board, "?", "?", time.perf_counter()
 
         def emit(body: Reply, tensors: Sequence[Tensor]) -> None:
             if self.server is not None and queued is not None:
@@ -174,9 +177,10 @@ class Rank:
             # Read once more on every rank: rank 0 has checked the same frames before it queued them.
             header, tensors = unpack(frames, RequestHeader)
             kind = type(header.body).__name__
-            if board is not None and queued is not None:
+            label = queued.label if queued is not None else str(header.job)
+            if board is not None:
                 board.note(running=kind)
-                log.info("job %s: %s begins", queued.label, kind)
+            log.info("job %s: %s begins", label, kind)
             job.check_cancelled()
             body, results = self.engine.handle(header, tensors, job)
         except BackendError as error:
@@ -187,10 +191,10 @@ class Rank:
                 raise
             body, results = self._failed(named, kind), []
             self.engine.give_back_memory()
-        if board is not None and queued is not None:
+        log.info("job %s: %s took %.3f s", label, kind, time.perf_counter() - start)
+        if board is not None:
             board.count_job(isinstance(body, Failed))
             board.note(cached_tensors=self.engine.cached_tensors)
-            log.info("job %s: %s took %.3f s", queued.label, kind, time.perf_counter() - start)
             with suppress(OSError):  # a full disk costs at most a pause
                 files.note_good(self.args.name, restart_count())
         # What is resident has changed: a status asked for after the reply must tell so. Other replies need not wait.

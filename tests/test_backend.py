@@ -24,6 +24,7 @@ from torch import Tensor
 from parallel_backend import Backend, Conditioning, MeshSpec, RemoteModel
 from parallel_backend.demo_checkpoints import random_prompt, small_config, write_mmdit
 from parallel_backend.errors import (
+    BackendError,
     BackendLostError,
     CancelledError,
     CheckpointError,
@@ -301,6 +302,29 @@ def test_a_request_whose_line_was_cut_ends_as_if_nothing_was_or_is_said_to_be_lo
     other.close()
 
 
+def test_who_waits_when_a_backend_is_stopped_is_told(large: Path) -> None:
+    backend, told = Backend.attach_or_start(1, "cpu", "leaving"), []
+    first = backend.load_model(large, MeshSpec(), "float32")
+    second = Backend.attach("leaving").load_model(large, MeshSpec(), "float32")
+
+    def ask(model: RemoteModel) -> None:
+        try:
+            sample(model, steps=5000)
+        except BackendError as error:
+            told.append(error.code)
+
+    threads = [threading.Thread(target=ask, args=(model,)) for model in (first, second)]
+    other = Backend.attach("leaving")
+    for thread in threads:
+        thread.start()
+    while not other.status().queued:
+        time.sleep(0.05)
+    other.stop()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(told) == ["backend_lost", "cancelled"]
+
+
 def test_a_number_that_is_under_way_is_refused(backend2: Backend, raw_line: zmq.Socket[bytes], large: Path) -> None:
     frames = pack(RequestHeader(5, LoadModel(str(large), "another key", "float32", MeshSpec(cfg=2))), [])
     for _ in range(2):
@@ -320,6 +344,21 @@ def test_a_record_of_a_process_that_is_gone_is_no_backend(runtime_folder: Path) 
         other.kill()
     assert files.read_record("stale") is None and "stale" not in files.running_names()
     assert "is of a backend that is gone" in doctor()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+def test_a_folder_of_another_user_is_refused(runtime_folder: Path) -> None:
+    os.chown(files.runtime_dir("others"), 12345, 12345)
+    with pytest.raises(StartError, match="belongs to another user"):
+        Backend.attach("others")
+
+
+def test_a_backend_of_another_version_is_refused_with_the_remedy(backend2: Backend) -> None:
+    record = msgspec.structs.replace(backend2.record, version="0.0.1")
+    files.write_record("old", record)
+    with pytest.raises(ConfigError, match=r"runs version 0.0.1.*stop --name old"):
+        Backend.attach_or_start(2, "cpu", "old")
+    (files.runtime_dir("old") / "backend.json").unlink()
 
 
 def test_ranks_that_fall_in_a_row_are_started_at_growing_intervals() -> None:

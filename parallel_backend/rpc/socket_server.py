@@ -109,6 +109,13 @@ class SocketServer(threading.Thread):
     # -- the thread -------------------------------------------------------------------------------------------
 
     def run(self) -> None:
+        try:
+            self._serve()
+        except BaseException:  # without this thread nobody is heard: the ranks must be started anew
+            log.exception("the socket's thread failed")
+            os._exit(1)
+
+    def _serve(self) -> None:
         poller = zmq.Poller()
         for socket in (self._inside, *self._routers.values()):
             poller.register(socket, zmq.POLLIN)

@@ -1,0 +1,95 @@
+"""`parallel-mmdit bench`: its figures and their options. Each is imported when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    benches = parser.add_subparsers(required=True, metavar="FIGURE")
+    quality = benches.add_parser("quality", help="what displaced steps cost, by ranks and warm-up steps")
+    quality.add_argument("--ranks", type=int, nargs="+", default=[2, 3, 4])
+    quality.add_argument("--warmups", type=int, nargs="+", default=[0, 1, 2, 4])
+    quality.add_argument("--steps", type=int, default=20)
+    quality.add_argument("--size", type=int, default=256, help="pixels")
+    quality.add_argument("--model", type=Path, help="an SDXL UNet; a small one with random weights where left out")
+    quality.set_defaults(run=_quality)
+
+    communication = benches.add_parser("communication", help="bytes that each method sends, beside its formula")
+    communication.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    communication.add_argument("--size", type=int, default=256, help="pixels")
+    communication.add_argument("--depth", type=int, default=4, help="blocks")
+    communication.set_defaults(run=_communication)
+
+    pictures = benches.add_parser("pictures", help="what displaced steps do to the demo's pictures: PSNR and score")
+    pictures.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    pictures.add_argument("--warmups", type=int, nargs="+", default=[0, 1, 2, 4])
+    pictures.add_argument("--count", type=int, default=20, help="captions")
+    pictures.add_argument("--size", type=int, default=128, help="pixels")
+    pictures.add_argument("--plot", type=Path, help="a PNG of it")
+    pictures.set_defaults(run=_pictures)
+
+    faults = benches.add_parser("faults", help="kills, stops, fills and removes; prints what a user sees of it")
+    faults.add_argument("--only", action="append", default=[], metavar="FAULT", help="repeatable")
+    faults.set_defaults(run=_faults)
+
+    soak = benches.add_parser("soak", help="clients that come and go; prints what is left of them in the end")
+    soak.add_argument("--minutes", type=float, default=2.0)
+    soak.add_argument("--clients", type=int, default=3)
+    soak.set_defaults(run=_soak)
+    _trace_arguments(benches.add_parser("trace", help="a job rank by rank: a picture, a Chrome trace, waits and bytes"))
+
+
+def _trace_arguments(trace: argparse.ArgumentParser) -> None:
+    trace.add_argument("--mesh", nargs="+", default=["pp=2"], metavar="AXIS=DEGREE")
+    trace.add_argument("--steps", type=int, default=6)
+    trace.add_argument("--warmup-steps", type=int, default=1, help="exact steps; as many as steps for none displaced")
+    trace.add_argument("--num-patches", type=int, default=0, help="that flow through stages; 0 is one a stage")
+    trace.add_argument("--size", type=int, default=512, help="pixels")
+    trace.add_argument("--depth", type=int, default=8, help="blocks of the small model")
+    trace.add_argument("--model", type=Path, help="an MMDiT; a small one with random weights where left out")
+    trace.add_argument("--output", type=Path, default=Path("trace"), help="folder")
+    trace.set_defaults(run=_trace)
+
+
+def _quality(args: argparse.Namespace) -> int:
+    from .quality import run_quality
+
+    run_quality(args.ranks, args.warmups, args.steps, args.size, args.model)
+    return 0
+
+
+def _communication(args: argparse.Namespace) -> int:
+    from .communication import run_communication
+
+    run_communication(args.ranks, args.size, args.depth)
+    return 0
+
+
+def _pictures(args: argparse.Namespace) -> int:
+    from .pictures import run_pictures
+
+    run_pictures(args.ranks, args.warmups, args.count, args.size, args.plot)
+    return 0
+
+
+def _faults(args: argparse.Namespace) -> int:
+    from .faults import print_faults
+
+    return 0 if print_faults(args.only) else 1
+
+
+def _soak(args: argparse.Namespace) -> int:
+    from .soak import print_soak
+
+    return 0 if print_soak(args.minutes, args.clients) else 1
+
+
+def _trace(args: argparse.Namespace) -> int:
+    from .trace import mesh_of, run_trace
+
+    warmup = args.warmup_steps if args.warmup_steps < args.steps else None
+    settings = {"steps": args.steps, "warmup_steps": warmup, "num_patches": args.num_patches}
+    run_trace(mesh_of(args.mesh), settings, args.size, args.depth, args.model, args.output)
+    return 0

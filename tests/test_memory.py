@@ -1,0 +1,61 @@
+"""What is said where memory is short: the figures, and a mesh in which it would be enough."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from parallel_backend.config import MeshSpec
+from parallel_backend.errors import OutOfMemoryError
+from parallel_backend.room import as_out_of_memory, check_fits, memory_of
+
+GIB = 2**30
+CUDA_WORDS = (
+    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 23.64 GiB of which 1.10 GiB is free."
+)
+CPU_WORDS = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate 3221225472 bytes."
+
+
+@pytest.mark.parametrize(
+    ("spec", "needed", "free", "remedy"),
+    [
+        (MeshSpec(cfg=2, ulysses=2), 16 * GIB, 10 * GIB, "It fits with tp=2"),
+        (MeshSpec(cfg=2, ulysses=2), 16 * GIB, 5 * GIB, "It fits with tp=4"),
+        (MeshSpec(cfg=2, tp=2), 8 * GIB, 5 * GIB, "It fits with tp=4"),
+        (MeshSpec(tp=4), 8 * GIB, 5 * GIB, "No split of its weights over these ranks fits"),
+        (MeshSpec(patch=4), 5 * GIB, 4 * GIB, "A UNet fits with sliced"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_told_where_it_would(spec: MeshSpec, needed: int, free: int, remedy: str) -> None:
+    with pytest.raises(
+        OutOfMemoryError, match=f"big needs {needed // 2**20} MiB on rank 3, which has {free // 2**20}"
+    ) as caught:
+        check_fits(needed, free, "big", spec, 4, 3)
+    assert remedy in caught.value.remedy
+
+
+def test_a_model_that_fits_passes() -> None:
+    check_fits(8 * GIB, 10 * GIB, "big", MeshSpec(cfg=2, tp=2), 4, 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "asked"),
+    [
+        (torch.OutOfMemoryError(CUDA_WORDS), "2560 MiB more"),
+        (RuntimeError(CPU_WORDS), "3072 MiB more"),
+        (MemoryError(), "More than it has"),
+    ],
+)
+def test_an_allocation_that_failed_is_named_with_its_figures(error: Exception, asked: str) -> None:
+    found = as_out_of_memory(error, torch.device("cpu"), 2)
+    assert found is not None and found.message.startswith("Rank 2 on cpu is out of memory") and asked in found.message
+    assert "MiB free" in found.message and "ulysses" in found.remedy
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory() -> None:
+    assert as_out_of_memory(RuntimeError("shape mismatch"), torch.device("cpu"), 0) is None
+
+
+def test_memory_is_told_in_bytes_that_can_be() -> None:
+    free, total, used = memory_of(torch.device("cpu"))
+    assert 0 < free < total and 0 < used < total
