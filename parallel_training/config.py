@@ -13,14 +13,15 @@ from parallel_backend.errors import ConfigError
 TASKS = ("autoencoder", "mmdit", "unet")
 DTYPES = ("auto", "float32", "bfloat16")
 # A resumed run may change these and no others: they don't touch what a step computes.
-FREE_ON_RESUME = ("output", "save_every", "sheet_every")
+FREE_ON_RESUME = ("output", "until", "save_every", "sheet_every")
 
 
 class TrainSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One run. `batch` is images per model rank and micro-step; a step is `accumulate` of these on every model rank.
 
     An autoencoder's images are crops of `crop` pixels a side; 0 mixes crops and whole pictures, with as many pixels as
-    crops of 64. `initial` is the folder of a run whose weights this one starts from.
+    crops of 64. `initial` is the folder of a run whose weights this one starts from. `until`: ends and exports after so many of the
+    steps, as if it were cut off there; 0 is all of them.
     """
 
     task: Literal["autoencoder", "mmdit", "unet"]
@@ -44,6 +45,7 @@ class TrainSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     initial: str = ""
     crop: int = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    until: int = 0
     save_every: int = 250
     sheet_every: int = 500
 
@@ -52,6 +54,8 @@ class TrainSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for name in positive:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} is not possible.", f"Give {name} of 1 or more.")
+        if not 0 <= self.until <= self.steps:
+            raise ConfigError(f"until={self.until} is not possible.", f"Give at most {self.steps}, or 0 for all steps.")
         if self.crop < 0 or self.crop % 8 or self.crop > min(side for bucket in self.buckets for side in bucket):
             raise ConfigError(
                 f"crop={self.crop} is not possible.", "Give a multiple of 8 within every picture, or 0 for mixed sizes."
@@ -67,6 +71,11 @@ class TrainSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 f"channels={self.channels} is not possible for the task {self.task}.",
                 "An MMDiT has latents of 16 channels, a UNet of 4, an autoencoder either.",
             )
+
+    @property
+    def last(self) -> int:
+        """The step after which the run ends."""
+        return self.until or self.steps
 
     @property
     def buckets(self) -> list[tuple[int, int]]:

@@ -48,7 +48,7 @@ def train(spec: TrainSpec, roles: Roles) -> None:
         group = dist.new_group(roles.model_ranks) if roles.world_size > 1 else None
         first = snapshot.step if snapshot else 0
         if rank in roles.feeds:
-            feed(task.source(rank), roles.feeds[rank], first * spec.accumulate, spec.steps * spec.accumulate)
+            feed(task.source(rank), roles.feeds[rank], first * spec.accumulate, spec.last * spec.accumulate)
         else:
             Run(spec, roles, rank, task, group, snapshot).go()
         if roles.world_size > 1:
@@ -91,9 +91,9 @@ class Run:
         """Trains to the last step."""
         spec = self.spec
         source = None if self.roles.feeds else self.task.source(self.rank)
-        fed = batches(source, self.roles, self.rank, self.step * spec.accumulate, spec.steps * spec.accumulate)
+        fed = batches(source, self.roles, self.rank, self.step * spec.accumulate, spec.last * spec.accumulate)
         with tqdm(total=spec.steps, initial=self.step, desc=spec.task, disable=not self.writes) as bar:
-            while self.step < spec.steps:
+            while self.step < spec.last:
                 self.losses.append(self._one_step(fed))
                 self.step += 1
                 bar.set_postfix(loss=f"{self.losses[-1]:.4f}")
@@ -126,10 +126,10 @@ class Run:
         spec, folder = self.spec, Path(self.spec.output)
         if not self.writes:
             return
-        if self.step % spec.sheet_every == 0 or self.step == spec.steps:
+        if self.step % spec.sheet_every == 0 or self.step == spec.last:
             self.task.sheet(self.ema.module).save(folder / "samples.png")
             plot_losses(self.losses, folder / "loss.png", f"{spec.task}: {self.step} steps")
-        if self.step % spec.save_every == 0 or self.step == spec.steps:
+        if self.step % spec.save_every == 0 or self.step == spec.last:
             snapshot = snapshots.Snapshot(
                 self.step,
                 self.task.model.state_dict(),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import queue
-import signal
 import socket
 import stat
 import subprocess
@@ -30,7 +29,6 @@ from parallel_backend.errors import (
     CheckpointError,
     ConfigError,
     InputError,
-    RankError,
     StartError,
 )
 from parallel_backend.rpc import runtime_dir as files
@@ -492,59 +490,7 @@ def test_messages_of_another_kind_get_an_error_and_do_no_harm(
     assert torch.equal(sample(model), expected)
 
 
-# -- faults -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def fragile(runtime_folder: Path) -> Iterator[Backend]:
-    backend = Backend.attach_or_start(2, "cpu", "fragile")
-    yield backend
-    Backend.attach("fragile").stop()
-
-
-@pytest.mark.parametrize("victim", [1, 0])
-def test_a_killed_rank_is_an_error_in_seconds_and_the_next_prompt_works(
-    victim: int, fragile: Backend, large: Path, expected: Tensor
-) -> None:
-    model = fragile.load_model(large, MeshSpec(cfg=2), "float32")
-    assert torch.equal(sample(model), expected)
-    generation, pid = fragile.generation, fragile.status().ranks[victim].pid
-    killed: list[float] = []
-
-    def kill(step: Step) -> None:
-        if not killed:
-            killed.append(time.monotonic())
-            os.kill(pid, signal.SIGKILL)
-
-    with pytest.raises(
-        (BackendLostError, RankError), match=f"rank {victim} was killed by signal 9|A rank failed: rank"
-    ):
-        sample(model, steps=2000, on_step=kill)
-    assert time.monotonic() - killed[0] < 10
-    assert torch.equal(sample(model), expected)  # ranks are back, the model came back by itself
-    assert fragile.generation != generation
-    assert all(model.loaded.bytes_read)
-
-
-def test_a_client_that_vanishes_leaves_the_backend_in_order(fragile: Backend, large: Path, expected: Tensor) -> None:
-    code = (
-        "import sys, os, torch; from parallel_backend import *; from parallel_backend.demo_checkpoints import random_prompt\n"
-        "m = Backend.attach('fragile').load_model(sys.argv[1], MeshSpec(cfg=2), 'float32')\n"
-        "p = Conditioning(*random_prompt(1, 154))\n"
-        "m.sample(torch.zeros(1, 16, 16, 16), p, p, steps=30, on_step=lambda s: os._exit(9) if s.index == 2 else None)"
-    )
-    gone = subprocess.run([sys.executable, "-c", code, str(large)], check=False, cwd=ROOT)
-    assert gone.returncode == 9
-    model = fragile.load_model(large, MeshSpec(cfg=2), "float32")
-    assert torch.equal(sample(model), expected)
-
-
-def test_a_cut_connection_heals_at_the_next_request(fragile: Backend, large: Path, expected: Tensor) -> None:
-    model = fragile.load_model(large, MeshSpec(cfg=2), "float32")
-    assert fragile._socket is not None
-    fragile._socket.disconnect(fragile.record.address)
-    fragile._socket.connect(fragile.record.address)
-    assert torch.equal(sample(model), expected)
+# -- faults: see test_faults.py ------------------------------------------------------------------------------------
 
 
 def test_a_stopped_backend_is_started_again_by_the_next_request(large: Path, expected: Tensor) -> None:

@@ -57,6 +57,8 @@ def test_a_resumed_run_is_the_run_that_did_not_stop(autoencoder: Path, tmp_path:
     halves, whole = tmp_path / "halves", tmp_path / "whole"
     settings = {"task": "mmdit", "autoencoder": str(autoencoder), "steps": 20, "first_scenes": 16, "depth": 2}
     train(spec_of(whole, **settings), ALONE)
+    train(spec_of(halves, until=4, **settings), ALONE)
+    assert len(losses_of(spec_of(halves, **settings))) == 4 and (halves / "mmdit.safetensors").exists()
 
     class Enough(Exception):
         """Ends the run right after its first snapshot, as a cut-off machine would."""
