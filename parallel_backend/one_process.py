@@ -14,6 +14,7 @@ from .jobs import Job
 from .rpc.messages import Loaded, LoadModel, Request, RequestHeader, Sample
 from .rpc.remote import Conditioning
 from .rpc.wire import tensor_meta
+from .safetensors_file import content_key
 
 
 class OneProcess:
@@ -21,7 +22,7 @@ class OneProcess:
 
     def __init__(self, path: Path, dtype: str = "float32") -> None:
         self._engine = Engine(torch.device("cpu"))
-        loaded, _ = self._ask(LoadModel(str(path), "alone", dtype, MeshSpec()), [])
+        loaded, _ = self._ask(LoadModel(str(path), content_key(path), dtype, MeshSpec()), [])
         assert isinstance(loaded, Loaded)
         self._name = loaded.model
 

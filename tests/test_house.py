@@ -52,7 +52,7 @@ ALLOWED = {
     "bench": {"demo", "room", "demo_checkpoints", "config", "errors", "rpc", "distributed.traffic"},
     "demo_checkpoints": {"config", "distributed", "models"},
     "demo": {"one_process", "demo_checkpoints", "config", "errors", "rpc"},
-    "one_process": {"engine", "distributed", "jobs", "config", "rpc"},
+    "one_process": {"engine", "distributed", "jobs", "config", "rpc", "safetensors_file"},
 }
 
 
