@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import signal
 import socket
 import stat
 import subprocess
@@ -31,6 +32,7 @@ from parallel_backend.errors import (
     InputError,
     StartError,
 )
+from parallel_backend.rpc import client
 from parallel_backend.rpc import runtime_dir as files
 from parallel_backend.rpc.messages import Decode, Failed, Forward, LoadModel, ReplyHeader, RequestHeader, Status
 from parallel_backend.rpc.remote import Step
@@ -491,6 +493,30 @@ def test_messages_of_another_kind_get_an_error_and_do_no_harm(
 
 
 # -- faults: see test_faults.py ------------------------------------------------------------------------------------
+
+
+def test_a_callback_may_take_longer_than_a_backend_may_be_silent(
+    model: RemoteModel, expected: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "SILENT_SECONDS", 1.0)
+    assert torch.equal(sample(model, on_step=lambda step: time.sleep(1.6)), expected)
+
+
+def test_a_lonely_rank_that_is_stopped_is_ended_by_its_client(
+    large: Path, runtime_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "SILENT_SECONDS", 4.0)
+    backend = Backend.attach_or_start(1, "cpu", "lonely")
+    try:
+        model = backend.load_model(large, MeshSpec(), "float32")
+        before, pid = sample(model), backend.status().ranks[0].pid
+        with pytest.raises(
+            BackendLostError, match=r"has not answered for \d s; its rank 0 .* was stopped and is ended"
+        ):
+            sample(model, steps=5000, on_step=lambda step: os.kill(pid, signal.SIGSTOP) if step.index == 1 else None)
+        assert torch.equal(sample(model), before)
+    finally:
+        Backend.attach("lonely").stop()
 
 
 def test_a_stopped_backend_is_started_again_by_the_next_request(large: Path, expected: Tensor) -> None:

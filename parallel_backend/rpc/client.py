@@ -368,7 +368,8 @@ class _Line:
     def __init__(self, backend: Backend, job: int, *, pinged: bool) -> None:
         self._backend, self._job, self._pinged = backend, job, pinged
         self._begun, now = time.time(), time.monotonic()
-        self._last, self._next_look, self._next_ping = now, now + LIVENESS_SECONDS, now + PING_SECONDS
+        self._last = self._checked = now
+        self._next_look, self._next_ping = now + LIVENESS_SECONDS, now + PING_SECONDS
         self._pings: set[int] = set()
 
     def heard(self, header: ReplyHeader) -> None:
@@ -382,6 +383,9 @@ class _Line:
     def check(self) -> None:
         """Raises: BackendLostError: its ranks are gone, or it is silent."""
         now = time.monotonic()
+        if now - self._checked > LIVENESS_SECONDS:  # a callback took long, or this process stood still: nobody listened
+            self._last = now
+        self._checked = now
         if now > self._next_look:
             self._next_look = now + LIVENESS_SECONDS
             self._backend.check_there(self._begun)
