@@ -75,7 +75,10 @@ def header(**changes: object) -> bytes:
         ([header(tensors=[{"dtype": "float32", "shape": [4]}])], "names 1 tensors and carries 0 frames"),
         ([header(tensors=[{"dtype": "float32", "shape": [4]}]), b"\0" * 15], r"15 bytes where float32 \[4\] needs 16"),
         ([header(tensors=[{"dtype": "object", "shape": [1]}]), b"\0" * 8], "tensor of 'object'"),
-        ([header(tensors=[{"dtype": "float32", "shape": [-1, -4]}]), b"\0" * 16], r"'float32' \[-1, -4\] can't be read"),
+        (
+            [header(tensors=[{"dtype": "float32", "shape": [-1, -4]}]), b"\0" * 16],
+            r"'float32' \[-1, -4\] can't be read",
+        ),
         ([header(tensors=[{"dtype": "float32", "shape": [2**30, 2**30]}]), b""], "needs"),
     ],
 )
