@@ -46,6 +46,7 @@ class Case:
     warmup: int | None = None
     num_patches: int = 0
     whole: bool = True
+    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,9 @@ EXACT = {
 
 
 def mmdit(folder: Path) -> Subject:
-    return _mmdit(folder, EXACT | {"tp=2": Case(MeshSpec(tp=2))})
+    return _mmdit(
+        folder, EXACT | {"tp=2": Case(MeshSpec(tp=2)), "cfg=2, compiled": Case(MeshSpec(cfg=2), compile=True)}
+    )
 
 
 def pipefusion(folder: Path) -> Subject:
@@ -89,6 +92,8 @@ def unet(folder: Path) -> Subject:
         "cfg=2": Case(MeshSpec(cfg=2)),
         "patch=2, sync": Case(bands),
         "patch=2, displaced after 1": Case(bands, 1, whole=False),
+        "cfg=2, compiled": Case(MeshSpec(cfg=2), compile=True),
+        "patch=2, sync, compiled": Case(bands, compile=True),
     }
     return Subject(write_unet(folder / "unet.safetensors", config), 4, prompts, cases)
 
@@ -111,7 +116,7 @@ def alone(subject: Subject, side: int, steps: int, threads: int) -> Callable[[],
 
 def on_two_ranks(backend: Backend, subject: Subject, side: int, steps: int, case: Case) -> Callable[[], float]:
     """Seconds of a step: of the whole run, or of the steps after the warm-up, as their progress reports arrive."""
-    model = backend.load_model(subject.path, case.mesh, "float32")
+    model = backend.load_model(subject.path, case.mesh, "float32", compile=case.compile)
 
     def run() -> float:
         times = [time.perf_counter()]

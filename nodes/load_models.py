@@ -34,7 +34,7 @@ def load_remote_model(mesh: ParallelMesh, kind: ModelKind, path: Path, name: str
             say(f"{event.what} on {degrees.describe()}")
             bar.update_absolute(event.done, event.total)
 
-    settings = {"kind": kind, "name": name, "on_event": on_event}
+    settings = {"kind": kind, "compile": mesh.compile, "name": name, "on_event": on_event}
     remote = interruptible(backend.load_model, path, degrees, mesh.dtype, mesh.kernel, **settings)
     bar.update_absolute(1, 1)
     return remote, "\n".join(filter(None, [load_report(remote), room]))

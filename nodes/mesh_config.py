@@ -32,6 +32,7 @@ def parallel_mesh(
     sliced: bool = False,
     address: str = "",
     keys: str = "",
+    compile: bool = False,
 ) -> ParallelMesh:
     """The settings as one object.
 
@@ -60,7 +61,7 @@ def parallel_mesh(
     )  # type: ignore[arg-type]
     degrees = {"dp": dp, "cfg": cfg, "pp": pp, "patch": patch, "ring": ring, "ulysses": ulysses, "tp": tp}
     dtype = ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype
-    return ParallelMesh(spec, degrees, dtype, attention, sliced)
+    return ParallelMesh(spec, degrees, dtype, attention, sliced, compile)
 
 
 class MeshConfig(io.ComfyNode):
@@ -184,6 +185,14 @@ class MeshConfig(io.ComfyNode):
                     default="",
                     optional=True,
                     tooltip="Folder with client.key_secret and server.key, for an address (parallel-mmdit keys).",
+                    advanced=True,
+                ),
+                io.Boolean.Input(
+                    "compile",
+                    default=False,
+                    optional=True,
+                    tooltip="torch.compile of the model's blocks: faster steps, but the first one of each kind of size takes a "
+                    "minute longer. Needs a C++ compiler where the ranks run, and triton on GPUs.",
                     advanced=True,
                 ),
             ],

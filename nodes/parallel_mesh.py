@@ -22,10 +22,16 @@ class ParallelMesh:
     """Immutable but for the connection, which is made at first use and kept as long as ComfyUI keeps this."""
 
     def __init__(
-        self, spec: BackendSpec, degrees: Mapping[str, int], dtype: str, kernel: str, sliced: bool = False
+        self,
+        spec: BackendSpec,
+        degrees: Mapping[str, int],
+        dtype: str,
+        kernel: str,
+        sliced: bool = False,
+        compile: bool = False,
     ) -> None:
         """`degrees` of 0 are left open; `sliced` is of UNets. Raises: ConfigError: they don't fit the ranks."""
-        self.spec, self.degrees, self.dtype, self.kernel = spec, degrees, dtype, kernel
+        self.spec, self.degrees, self.dtype, self.kernel, self.compile = spec, degrees, dtype, kernel, compile
         self.mmdit, self.unet = self._filled(MMDIT_REST), self._filled(UNET_REST, sliced)
         self._backend: Backend | None = None
 

@@ -27,6 +27,7 @@ from .errors import (
 )
 from .jobs import Job
 from .models.checkpoint import load_parameters
+from .models.compiled import check_compiler, compile_blocks
 from .models.families import OpenedModel, open_model
 from .models.network import Network
 from .models.prediction import Predictor, Rows
@@ -51,6 +52,7 @@ from .rpc.messages import (
 from .sample import run_sample
 
 TENSOR_CACHE_BYTES = 2**28
+COMPILED = "/compiled"
 
 
 @dataclass
@@ -160,7 +162,9 @@ class Engine:
         if spec is None:
             opened = job.control.agreed(find)
             spec = MeshSpec.exact_default(job.control.world_size, opened.kind.rest)
-        name = f"{body.key}/{body.dtype}/{body.kernel}/{spec.describe()}/{'-'.join(spec.order)}"
+        name = (
+            f"{body.key}/{body.dtype}/{body.kernel}/{spec.describe()}/{'-'.join(spec.order)}{COMPILED * body.compile}"
+        )
         if name in self.residents and body.kind in ("any", self._resident(name, Predictor).kind.name):
             return self._loaded(name, _Sizes(0, 0), [], start, job), []
         mesh = self._mesh(spec)
@@ -171,6 +175,8 @@ class Engine:
         def build() -> tuple[nn.Module, str, int]:
             spec.check_axes(opened.kind.axes, opened.config.family)
             kernel = resolve_kernel(body.kernel, self.device, dtype, mesh.ring.degree > 1)
+            if body.compile:
+                check_compiler(self.device)
             with torch.device("meta"):
                 model = opened.build(mesh, kernel)
             return model, kernel, sum(p.numel() for p in model.parameters()) * dtype.itemsize
@@ -188,7 +194,10 @@ class Engine:
                 unread=opened.unread(model),
                 should_stop=job.given_up,
             )
-            return opened.network(model, mesh, kernel, self.device, dtype)
+            network = opened.network(model, mesh, kernel, self.device, dtype)
+            if body.compile:
+                compile_blocks(model, opened.repeated)
+            return network
 
         network, config = job.control.agreed(read), opened.config
         predictor = Predictor(network, mesh, dtype, self.device, opened.kind)

@@ -7,7 +7,7 @@ identity. `start_*` returns a handle; the result of `.wait()` may be read, the t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -39,16 +39,21 @@ class Handle:
 
     result: Tensor
     works: Sequence[dist.Work] = ()
-    keep: tuple[Tensor, ...] = field(default=())
-    traffic: Traffic = field(default_factory=Traffic)
+    keep: tuple[Tensor, ...] = ()
+    traffic: Traffic | None = None
 
     def wait(self) -> Tensor:
         if self.works:
-            with self.traffic.waiting(self.result.device):
-                for work in self.works:
-                    work.wait()
-        self.works, self.keep = (), ()
+            self._arrive()
         return self.result
+
+    @torch.compiler.disable
+    def _arrive(self) -> None:
+        assert self.traffic is not None, "whoever starts works counts them"
+        with self.traffic.waiting(self.result.device):
+            for work in self.works:
+                work.wait()
+        self.works, self.keep = (), ()
 
 
 def start_all_reduce(x: Tensor, axis: MeshAxis) -> Handle:
@@ -56,8 +61,11 @@ def start_all_reduce(x: Tensor, axis: MeshAxis) -> Handle:
 
     Comm: ring all-reduce, 2 (degree - 1) / degree * x.numel() elements sent by each rank.
     """
-    if axis.degree == 1 or x.numel() == 0:
-        return Handle(x)
+    return Handle(x) if axis.degree == 1 or x.numel() == 0 else _start_all_reduce(x, axis)
+
+
+@torch.compiler.disable
+def _start_all_reduce(x: Tensor, axis: MeshAxis) -> Handle:
     x = x.contiguous()
     axis.traffic.count(2 * (axis.degree - 1) * x.nbytes // axis.degree)
     return Handle(x, [dist.all_reduce(x, group=axis.group, async_op=True)], traffic=axis.traffic)

@@ -230,6 +230,7 @@ class BandSelfAttention:
             k, v = self._whole(torch.stack([k, v])).unbind(0)
         return attn.to_out[0](_attend(q, k, v, attn.heads, self.kernel))
 
+    @torch.compiler.disable
     def _whole(self, own_2BLD: Tensor) -> Tensor:
         """Keys and values of the whole image; the order of bands doesn't matter to attention."""
         band, stale, place = self.band, self.band.step.stale, (self.slot, self.band.step.branch)
@@ -249,14 +250,17 @@ class CachedCrossAttention:
         self.band, self.kernel, self.slot = band, kernel, slot
 
     def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        kept, place = self.band.step.kept, (self.slot, self.band.step.branch)
-        kv = kept.prompt_kv.get(place) if kept is not None else None
-        if kv is None:
-            kv = attn.to_kv(encoder_hidden_states)
-            if kept is not None:
-                kept.prompt_kv[place] = kv
-        k, v = kv.chunk(2, dim=-1)
+        k, v = self._keys_values(attn.to_kv, encoder_hidden_states).chunk(2, dim=-1)
         return attn.to_out[0](_attend(attn.to_q(hidden_states), k, v, attn.heads, self.kernel))
+
+    @torch.compiler.disable
+    def _keys_values(self, to_kv: nn.Module, prompt_BLE: Tensor) -> Tensor:
+        kept, place = self.band.step.kept, (self.slot, self.band.step.branch)
+        if kept is None:
+            return to_kv(prompt_BLE)
+        if place not in kept.prompt_kv:
+            kept.prompt_kv[place] = to_kv(prompt_BLE)
+        return kept.prompt_kv[place]
 
 
 def _attend(q_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, heads: int, kernel: str) -> Tensor:

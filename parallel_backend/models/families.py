@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 
 from ..config import MMDIT_AXES, MMDIT_REST, UNET_AXES, UNET_REST
@@ -15,9 +16,9 @@ from ..distributed.mesh import Mesh
 from ..errors import CheckpointError
 from ..safetensors_file import PICKLED
 from .checkpoint import SafetensorsSource, TensorSource
-from .from_scratch import FromScratch, GridPositions
+from .from_scratch import Block, FromScratch, GridPositions
 from .from_scratch_file import from_scratch_config, is_from_scratch, open_from_scratch
-from .mmdit import MMDiT
+from .mmdit import JointBlock, MMDiT
 from .mmdit_checkpoint import POS_EMBED, PositionTable, mmdit_config, open_mmdit
 from .network import Network, TokenNetwork
 from .unet import BandUNet, loadable_unet
@@ -83,6 +84,7 @@ class OpenedModel:
         network: (that module with its weights, mesh, kernel, device, dtype) -> what is asked.
         unread: (that module) -> names in the file of tensors that its rank doesn't read when it loads: those of other
             stages, and those that are read when they are needed.
+        repeated: the block that most of the model is made of; see models/compiled.py.
     """
 
     source: TensorSource
@@ -90,6 +92,7 @@ class OpenedModel:
     kind: Kind
     build: Callable[[Mesh, str], nn.Module]
     network: Callable[[Any, Mesh, str, torch.device, torch.dtype], Network]
+    repeated: type[nn.Module]
     unread: Callable[[Any], frozenset[str]] = lambda module: frozenset()
 
 
@@ -123,6 +126,7 @@ def _open_mmdit(path: Path) -> OpenedModel:
         lambda model, mesh, kernel, device, dtype: TokenNetwork(
             model, PositionTable(source, config.pos_embed_size, device, dtype)
         ),
+        JointBlock,
         lambda model: frozenset({POS_EMBED, *filter(model.is_elsewhere, source.names())}),
     )
 
@@ -135,6 +139,7 @@ def _open_unet(path: Path) -> OpenedModel:
         SDXL,
         lambda mesh, kernel: loadable_unet(config, mesh),
         lambda model, mesh, kernel, device, dtype: BandUNet(model, config, mesh, kernel),
+        BasicTransformerBlock,
     )
 
 
@@ -151,5 +156,6 @@ def _open_from_scratch(path: Path) -> OpenedModel:
         FROM_SCRATCH,
         lambda mesh, kernel: FromScratch(config, mesh, kernel),
         lambda model, mesh, kernel, device, dtype: TokenNetwork(model, GridPositions(device)),
+        Block,
         lambda model: frozenset(filter(model.is_elsewhere, source.names())),
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -175,7 +176,7 @@ class Block(nn.Module):
         x_qkv = attn.qkv("x", self.norm1_x(x, y), positions_L2 if self.rotary else None)
         c_qkv = attn.qkv("c", self.norm1_c(c, y), None)
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(x_qkv, c_qkv, strict=True))
-        attended = attend.joint(self.index, q, k, v).flatten(2)
+        attended = attend.joint(q, k, v).flatten(2)
         x_attended, c_attended = attended.split([x.shape[1], c.shape[1]], dim=1)
         x = x + attn.get_submodule("out_proj_x")(x_attended) * self.scale1_x(y)[:, None]
         x = x + self.MLP_x(self.norm2_x(x, y)) * self.scale2_x(y)[:, None]
@@ -242,8 +243,8 @@ class FromScratch(StagedTransformer):
         return [torch.cat(embedded, dim=1), self.patch_emb(self.pos_enc["proj"](patches_BLP))]
 
     def run_blocks(self, c_BLD: Tensor, x_BLD: Tensor, vectors: Tensor, places: Tensor, attend: Attend) -> list[Tensor]:
-        for block in self.blocks.values():
-            x_BLD, c_BLD = block(x_BLD, c_BLD, vectors, places, attend)
+        for block in cast(list[Block], list(self.blocks.values())):
+            x_BLD, c_BLD = block(x_BLD, c_BLD, vectors, places, attend.of(block.index))
         return [c_BLD, x_BLD]
 
     def leave(self, x_BLD: Tensor, vectors: Tensor) -> Tensor:

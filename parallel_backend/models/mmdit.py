@@ -141,7 +141,7 @@ class JointBlock(nn.Module):
         c_qkv = c_block.attn.pre_attention(modulate(layer_norm(c_BLD), *c_mod[:2]))
         x_qkv = x_block.attn.pre_attention(modulate(x_normed, *x_mod[:2]))
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(c_qkv, x_qkv, strict=True))
-        attended = attend.joint(self.index, q, k, v).flatten(2)
+        attended = attend.joint(q, k, v).flatten(2)
         c_attended, x_attended = attended.split([c_BLD.shape[1], x_BLD.shape[1]], dim=1)
 
         # The sums over tp run while the other stream's products are computed.
@@ -149,7 +149,7 @@ class JointBlock(nn.Module):
         c_sum = None if c_block.pre_only else c_block.attn.proj.start(c_attended)
         if x_block.dual:
             own = x_block.attn2.pre_attention(modulate(x_normed, *x_mod[6:8]))
-            own_sum = x_block.attn2.proj.start(attend.image(self.index, *own).flatten(2))
+            own_sum = x_block.attn2.proj.start(attend.image(*own).flatten(2))
         x_BLD = x_BLD + x_mod[2] * x_sum.wait()
         if x_block.dual:
             x_BLD = x_BLD + x_mod[8] * own_sum.wait()
@@ -248,7 +248,7 @@ class MMDiT(StagedTransformer):
         self, c_BLD: Tensor, x_BLD: Tensor, vectors: list[list[Tensor]], places: Tensor, attend: Attend
     ) -> list[Tensor]:
         for i, block in enumerate(self._own()):
-            c_BLD, x_BLD = block(c_BLD, x_BLD, vectors[2 * i], vectors[2 * i + 1], attend)
+            c_BLD, x_BLD = block(c_BLD, x_BLD, vectors[2 * i], vectors[2 * i + 1], attend.of(block.index))
         return [c_BLD, x_BLD]
 
     def leave(self, x_BLD: Tensor, vectors: list[list[Tensor]]) -> Tensor:

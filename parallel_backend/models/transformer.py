@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,14 +29,21 @@ class Attend:
     attention: ParallelAttention
     tokens: Tokens
     step: Step
+    block: int = 0
 
-    def joint(self, block: int, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
+    def of(self, block: int) -> Attend:
+        """Those of one block."""
+        return replace(self, block=block)
+
+    @torch.compiler.disable
+    def joint(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
         """Text and image tokens to all of both."""
-        return self._to(("joint", block), self.tokens.present, q_BLNH, k_BLNH, v_BLNH)
+        return self._to(("joint", self.block), self.tokens.present, q_BLNH, k_BLNH, v_BLNH)
 
-    def image(self, block: int, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
+    @torch.compiler.disable
+    def image(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
         """Image tokens to all image tokens."""
-        return self._to(("image", block), self.tokens.image_segments, q_BLNH, k_BLNH, v_BLNH)
+        return self._to(("image", self.block), self.tokens.image_segments, q_BLNH, k_BLNH, v_BLNH)
 
     def _to(self, slot: tuple[str, int], present: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.attention(q, k, v, self.tokens.counts(present), self._memory(slot, present))

@@ -153,6 +153,7 @@ class Backend:
         kernel: str = "auto",
         *,
         kind: ModelKind = "any",
+        compile: bool = False,
         name: str = "",
         on_event: OnEvent | None = None,
         should_cancel: Callable[[], bool] | None = None,
@@ -162,11 +163,12 @@ class Backend:
         Args:
             mesh: None takes cfg 2 where the ranks are even; the rest is ulysses, or bands (patch) for a UNet.
             kind: refuses a file of another one.
+            compile: torch.compile of the repeated blocks; their first step in each kind of shape takes much longer.
             name: of the same file on a remote backend, below its model folders; the file's own name where left out.
         Raises: CheckpointError, ConfigError.
         """
         resolved = Path(path).resolve()
-        load = LoadModel(self._named(resolved, name), self._key(resolved), dtype, mesh, kernel, kind)
+        load = LoadModel(self._named(resolved, name), self._key(resolved), dtype, mesh, kernel, kind, compile)
         return RemoteModel(self, load, self.load(load, on_event, should_cancel))
 
     def load_vae(

@@ -26,7 +26,7 @@ class Hello(Message, frozen=True):
 
 
 class LoadModel(Message, frozen=True):
-    """Hold the model at `path`, which must be of that kind; a no-op where `key`, dtype, mesh and kernel are resident already.
+    """Hold the model at `path`, which must be of that kind; a no-op where it is resident already with these settings.
 
     Without a mesh the backend takes an exact one that suits the family: see MeshSpec.exact_default.
     """
@@ -37,6 +37,7 @@ class LoadModel(Message, frozen=True):
     mesh: MeshSpec | None
     kernel: str = "auto"
     kind: ModelKind = "any"
+    compile: bool = False
 
 
 class LoadVAE(Message, frozen=True):

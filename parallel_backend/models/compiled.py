@@ -1,0 +1,37 @@
+"""torch.compile of a model's repeated blocks, one block at a time: all blocks of a kind share the compiled code.
+
+What ranks send each other is left out of it: see the functions marked with torch.compiler.disable.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError
+
+# A block's code is made again for each of: branch of the guidance, kind of step, shape; torch's own limit is 8.
+MOST_VARIANTS = 64
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises: ConfigError: torch.compile can't make code for that device here."""
+    try:
+        torch.compile(lambda x: x.sin() + 1, fullgraph=True)(torch.ones(8, device=device))
+    except Exception as error:
+        words = str(error).strip().splitlines()
+        raise ConfigError(
+            f"torch.compile doesn't work here: {words[0] if words else type(error).__name__}",
+            "Install a C++ compiler (on GPUs also triton), or turn compile off.",
+        ) from error
+
+
+def compile_blocks(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Every block of that kind below `module` runs as compiled code from now on; hooks on them stay as they are.
+
+    Compiling takes its time when a block first runs, and again for each new kind of shape.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_VARIANTS)
+    for block in module.modules():
+        if isinstance(block, kind):
+            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
