@@ -51,12 +51,6 @@ class LatentTask:
             SamplerSpec(steps=SHEET_STEPS, cfg_scale=SHEET_GUIDANCE, seed=1, scheduler=self.scheduler),
             self.noise,
             latent=torch.zeros(len(words), self.spec.channels, side, side, device=self.device),
-            mask=None,
-            noise=None,
-            sigmas=None,
-            batch_index=None,
-            share=lambda x: x,
-            on_step=lambda report: None,
         )
         return tile(self.autoencoder.decode(latents).float().cpu(), 8)
 

@@ -13,13 +13,15 @@ from clip_files import write_clip
 from comfyui.installation import ComfyInstallation, find_installation
 from rank_pool import RankPool
 from safetensors.torch import load_file, save_file
+from served import sample
+from torch import Tensor
 from unet_files import CONFIGS, write_unet
 from vae_files import write_kl_vae
 
-from parallel_backend import Backend
+from parallel_backend import Backend, MeshSpec, RemoteModel
 from parallel_backend.demo_checkpoints import DEMO_FAMILIES, small_config, write_mmdit, write_taesd
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # two processes run tests side by side
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -74,6 +76,22 @@ def backend2(runtime_folder: Path) -> Iterator[Backend]:
 @pytest.fixture(scope="session")
 def backend4(runtime_folder: Path) -> Iterator[Backend]:
     yield from _backend(4)
+
+
+@pytest.fixture(scope="session")
+def large(models: Path) -> Path:
+    return models / "diffusion_models" / "sd3.5-large.safetensors"
+
+
+@pytest.fixture
+def model(backend2: Backend, large: Path) -> RemoteModel:
+    return backend2.load_model(large, MeshSpec(cfg=2), "float32")
+
+
+@pytest.fixture(scope="session")
+def expected(backend2: Backend, large: Path) -> Tensor:
+    """What `model` makes of the job that `sample` gives it."""
+    return sample(backend2.load_model(large, MeshSpec(cfg=2), "float32"))
 
 
 @pytest.fixture(scope="session")

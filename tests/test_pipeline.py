@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 import torch
-from local_network import local_network
+from displaced_oracles import NEGATIVE, POSITIVE, SETTINGS, one_process, one_process_of_a_ring, played_by_one
 from torch import Tensor
 
-from parallel_backend import Backend, Conditioning, MeshSpec
+from parallel_backend import Backend, MeshSpec
 from parallel_backend.bench.communication import METHODS, Method, Sizes, count
 from parallel_backend.bench.trace import BYTES, END, KIND, RANK, START, chrome_trace, mesh_of, picture, table
-from parallel_backend.config import SAMPLERS, SAMPLERS_OF_PATCHES, SamplerSpec
-from parallel_backend.demo_checkpoints import random_prompt, small_config, write_mmdit
-from parallel_backend.distributed.attention import StaleKV
-from parallel_backend.distributed.collectives import split_sizes
+from parallel_backend.config import SAMPLERS, SAMPLERS_OF_PATCHES
+from parallel_backend.demo_checkpoints import small_config, write_mmdit
 from parallel_backend.distributed.mesh import Mesh, build_mesh
-from parallel_backend.distributed.stale import Kept, Step, TokenKV
+from parallel_backend.distributed.stale import TokenKV
 from parallel_backend.distributed.traffic import COMPUTE
 from parallel_backend.errors import BackendError, CancelledError, ConfigError, InputError, UnsupportedError
-from parallel_backend.models.families import SD3
-from parallel_backend.models.network import TokenNetwork
 from parallel_backend.models.tokens import Tokens, patch_rows
-from parallel_backend.models.transformer import Attend, stage_blocks
-from parallel_backend.sampling.image import sample_latent
-from parallel_backend.sampling.parameterization import Flow
+from parallel_backend.models.transformer import stage_blocks
 
-POSITIVE, NEGATIVE = Conditioning(*random_prompt(1, 154)), Conditioning(*random_prompt(2, 77))
-SETTINGS: dict[str, Any] = {"seed": 3, "steps": 5, "cfg_scale": 4.0, "sampler": "euler_ancestral"}
 PP2 = [mesh for mesh in MeshSpec.all_of(2) if mesh.pp > 1]
 PP4 = [mesh for mesh in MeshSpec.all_of(4) if mesh.pp > 1]
 
@@ -50,78 +40,6 @@ def sampled(backend: Backend, path: Path, mesh: MeshSpec, latent: Tensor, **chan
 def assert_close(out: Tensor, expected: Tensor, bound: float = 2e-5) -> None:
     assert torch.isfinite(expected).all()
     assert (out - expected).abs().max() <= bound * expected.abs().max()
-
-
-class OneAfterTheOther:
-    """A pipeline of one stage, in this process: each patch is through before the next enters. The oracle of all."""
-
-    def __init__(
-        self, network: TokenNetwork, prompts: Sequence[Conditioning], latent: Tensor, first: int, patches: int
-    ):
-        self.network, self.prompts, self.first_step = network, prompts, first
-        self.kept = Kept(token_kv={}, num_patches=patches)
-        self.shape = latent.shape
-        self.rows = [slice(2 * a, 2 * b) for a, b in patch_rows(latent.shape[2] // 2, patches)]
-        self.runs_samplers, self._out = True, deque[list[Tensor]]()
-
-    def outputs(self, x: Tensor, timestep: Tensor, index: int) -> list[Tensor]:
-        steps = [Step(index, "sync", branch, self.kept) for branch in range(len(self.prompts))]
-        times = timestep.expand(x.shape[0])
-        return [self.network(x, times, *prompt, step) for prompt, step in zip(self._rows(x), steps, strict=True)]
-
-    def begin(self, timestep: Tensor) -> None:
-        self._timestep = timestep
-
-    def submit(self, patch: int, x: Tensor) -> None:
-        out, model, times = [], self.network.model, self._timestep.expand(x.shape[0])
-        for branch, (context, pooled) in enumerate(self._rows(x)):
-            tokens = model.tokens_for(self.shape[2], self.shape[3], context.shape[1], len(self.rows)).of_patch(patch)
-            attend = Attend(model.attention, tokens, Step(0, "displaced", branch, self.kept))
-            vectors = model.vectors(times, pooled, x.dtype)
-            out.append(model.stage(x, context, self.network.places(self.shape, tokens), vectors, attend, None))
-        self._out.append(out)
-
-    def collect(self, patch: int) -> list[Tensor]:
-        return self._out.popleft()
-
-    def follow(self, timesteps: Sequence[Tensor]) -> None:
-        raise AssertionError("there is no other stage")
-
-    def finish(self, x: Tensor) -> Tensor:
-        return x
-
-    def _rows(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-        return [(p.context.expand(len(x), -1, -1), p.pooled.expand(len(x), -1)) for p in self.prompts]
-
-
-@cache
-def played_by_one(path: Path, shape: tuple[int, ...], warmup: int, patches: int) -> Tensor:
-    """What a pipeline of any mesh is to give, from an empty latent."""
-    return one_process(path, torch.zeros(shape), warmup, patches)
-
-
-@torch.inference_mode()
-def one_process(path: Path, latent: Tensor, warmup: int, patches: int, **changes: Any) -> Tensor:
-    settings = SETTINGS | changes
-    mask = settings.pop("noise_mask", None)
-    network = local_network(path, build_mesh(MeshSpec()))
-    assert isinstance(network, TokenNetwork)
-    prompts = [POSITIVE] if settings["cfg_scale"] == 1.0 else [POSITIVE, NEGATIVE]
-    oracle = OneAfterTheOther(network, prompts, latent, warmup, patches)
-    out = sample_latent(
-        oracle.outputs,
-        SamplerSpec(**settings),
-        Flow(3.0),
-        latent=(latent - SD3.shift) * SD3.scale if latent.any() else latent,
-        mask=mask,
-        noise=None,
-        sigmas=None,
-        batch_index=None,
-        share=lambda x: x,
-        on_step=lambda report: None,
-        pipeline=oracle,
-    )
-    return out / SD3.scale + SD3.shift
 
 
 # -- tokens and their keys --------------------------------------------------------------------------------------
@@ -286,75 +204,6 @@ def test_previews_are_those_of_whole_steps(backend2: Backend, models: Path) -> N
 
 
 # -- stale keys and values on a ring ----------------------------------------------------------------------------
-
-
-class AllRingRanks:
-    """Attention of every ring rank, in one process: its own keys fresh, the others' as they were an evaluation ago."""
-
-    def __init__(self, mesh: Mesh, ring: int, ulysses: int) -> None:
-        self.mesh, self.degree, self.ulysses = mesh, ring, ulysses
-        self.text = 0
-        self._before: dict[Any, list[Tensor]] = {}
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, counts: Sequence[int], memory: StaleKV) -> Tensor:
-        (kind, *_), total = memory.slot, q.shape[1]
-        text = 0 if kind == "image" else self.text
-        own = self._owners(text, total - text)
-        fresh = [torch.stack([k, v])[:, :, own == rank] for rank in range(self.degree)]
-        before = self._before.get(memory.slot, fresh) if memory.phase == "displaced" else fresh
-        out = torch.empty_like(q)
-        for rank in range(self.degree):
-            keys = torch.cat([fresh[r] if r == rank else before[r] for r in range(self.degree)], dim=2)
-            given = [t.transpose(1, 2) for t in (q[:, own == rank], keys[0], keys[1])]
-            out[:, own == rank] = torch.nn.functional.scaled_dot_product_attention(*given).transpose(1, 2)
-        self._before[memory.slot] = fresh
-        return out
-
-    def _owners(self, text: int, image: int) -> Tensor:
-        """The ring rank of each token; a ring rank is several where there is ulysses in it."""
-        of_text = reversed(split_sizes(text, self.degree * self.ulysses))
-        of_image = split_sizes(image, self.degree * self.ulysses)
-        owners = [
-            rank // self.ulysses for counts in (of_text, of_image) for rank, n in enumerate(counts) for _ in range(n)
-        ]
-        return torch.tensor(owners)
-
-
-@torch.inference_mode()
-def one_process_of_a_ring(path: Path, latent: Tensor, warmup: int, ring: int, ulysses: int = 1) -> Tensor:
-    network = local_network(path, build_mesh(MeshSpec()))
-    assert isinstance(network, TokenNetwork)
-    attention = AllRingRanks(network.model.mesh, ring, ulysses)
-    network.model.attention = attention  # type: ignore[assignment]
-    kept = Kept(stale=_NoExchange())  # type: ignore[arg-type]
-
-    def outputs(x: Tensor, timestep: Tensor, index: int) -> list[Tensor]:
-        out = []
-        for branch, prompt in enumerate((POSITIVE, NEGATIVE)):
-            attention.text = prompt.context.shape[1]
-            step = Step(index, "sync" if index < warmup else "displaced", branch, kept)
-            context, pooled = prompt.context.expand(len(x), -1, -1), prompt.pooled.expand(len(x), -1)
-            out.append(network(x, timestep.expand(len(x)), context, pooled, step))
-        return out
-
-    out = sample_latent(
-        outputs,
-        SamplerSpec(**SETTINGS),
-        Flow(3.0),
-        latent=latent,
-        mask=None,
-        noise=None,
-        sigmas=None,
-        batch_index=None,
-        share=lambda x: x,
-        on_step=lambda report: None,
-    )
-    return out / SD3.scale + SD3.shift
-
-
-class _NoExchange:
-    def end_evaluation(self) -> None:
-        """Nothing is under way."""
 
 
 @pytest.mark.parametrize("family", ["sd3-medium", "sd3.5-medium"])

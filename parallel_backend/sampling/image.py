@@ -24,12 +24,12 @@ def sample_latent(
     model: Parameterization,
     *,
     latent: Tensor,
-    mask: Tensor | None,
-    noise: Tensor | None,
-    sigmas: Tensor | None,
-    batch_index: Sequence[int] | None,
-    share: Callable[[Tensor], Tensor],
-    on_step: Callable[[StepReport], None],
+    mask: Tensor | None = None,
+    noise: Tensor | None = None,
+    sigmas: Tensor | None = None,
+    batch_index: Sequence[int] | None = None,
+    share: Callable[[Tensor], Tensor] = lambda x: x,
+    on_step: Callable[[StepReport], None] = lambda report: None,
     pipeline: Pipeline | None = None,
 ) -> Tensor:
     """The sampled latent, in the model's scale.

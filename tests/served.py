@@ -1,0 +1,16 @@
+"""A job that tests of the backend give it, and the model that runs it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from parallel_backend import Conditioning, RemoteModel
+from parallel_backend.demo_checkpoints import random_prompt
+
+POSITIVE, NEGATIVE = Conditioning(*random_prompt(1, 154)), Conditioning(*random_prompt(2, 77))
+EMPTY = torch.zeros(1, 16, 16, 16)
+
+
+def sample(model: RemoteModel, **settings: object) -> Tensor:
+    return model.sample(EMPTY, POSITIVE, NEGATIVE, **{"seed": 1, "steps": 3} | settings)  # type: ignore[arg-type]

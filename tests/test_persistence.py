@@ -1,0 +1,194 @@
+"""A real backend that stays: found again by whoever asks, told from what is left of others, ended and started anew."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from served import sample
+from torch import Tensor
+
+from parallel_backend import Backend, MeshSpec, RemoteModel
+from parallel_backend.errors import (
+    BackendLostError,
+    ConfigError,
+    StartError,
+)
+from parallel_backend.rpc import client
+from parallel_backend.rpc import runtime_dir as files
+from parallel_backend.server import pause_before
+
+
+def test_the_second_load_reads_nothing_and_gives_the_same(backend2: Backend, large: Path, expected: Tensor) -> None:
+    again = backend2.load_model(large, MeshSpec(cfg=2), "float32")
+    assert again.loaded.bytes_read == [0, 0]
+    assert torch.equal(sample(again), expected)
+
+
+def test_another_client_finds_backend_and_model(backend2: Backend, large: Path, expected: Tensor) -> None:
+    other = Backend.attach_or_start(2, "cpu", "test2")
+    assert other.generation == backend2.generation
+    model = other.load_model(large, MeshSpec(cfg=2), "float32")
+    assert model.loaded.bytes_read == [0, 0]
+    assert torch.equal(sample(model), expected)
+    other.close()
+    assert backend2.status().ranks
+
+
+def test_a_backend_outlives_the_process_that_started_it(runtime_folder: Path) -> None:
+    code = "from parallel_backend import Backend; print(Backend.attach_or_start(1, 'cpu', 'outlives').generation)"
+    started = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    backend = Backend.attach("outlives")
+    assert backend.generation == started.stdout.strip()
+    backend.stop()
+    assert files.read_record("outlives") is None
+    with pytest.raises(StartError, match="No backend 'outlives' runs"):
+        Backend.attach("outlives")
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_two_starts_at_once_make_one_backend(runtime_folder: Path) -> None:
+    code = "from parallel_backend import Backend; print(Backend.attach_or_start(1, 'cpu', 'race').generation)"
+    both = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)
+    ]
+    generations = {process.communicate(timeout=120)[0].strip() for process in both}
+    assert generations == {Backend.attach("race").generation}
+    Backend.attach("race").stop()
+
+
+def test_an_idle_backend_ends_by_itself(runtime_folder: Path) -> None:
+    backend = Backend.attach_or_start(1, "cpu", "idle", idle_seconds=1.0)
+    assert files.wait_until_gone(backend.record.agent_pid, 30)
+    assert files.read_record("idle") is None
+    backend.close()
+
+
+def test_other_ranks_than_those_that_run_are_refused_with_the_remedy(backend2: Backend) -> None:
+    with pytest.raises(
+        ConfigError, match=r"runs with 2 ranks on cpu; 3 on cpu were asked for.*python -m parallel_backend stop --name"
+    ):
+        Backend.attach_or_start(3, "cpu", "test2")
+
+
+def test_a_start_that_fails_says_why_and_leaves_no_process(
+    runtime_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuchlink0")
+    with pytest.raises(StartError, match=r"(?s)ended while it started. Its log ends:.*nosuchlink0"):
+        Backend.attach_or_start(1, "cpu", "nolink")
+    marks = subprocess.run(["pgrep", "-f", "name nolink"], capture_output=True, text=True, check=False).stdout.split()
+    assert not [pid for pid in marks if files.is_alive(int(pid))]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has GPUs")
+def test_gpus_that_are_not_there_are_named(runtime_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="GPUs 0, 1 were asked for; torch sees 0 here"):
+        Backend.attach_or_start(2, "cuda", "nogpu")
+
+
+def test_folder_and_socket_belong_to_their_user_alone(backend2: Backend) -> None:
+    folder = files.runtime_dir("test2")
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE((folder / "socket").stat().st_mode) & 0o077 == 0
+
+
+def test_status_tells_ranks_models_and_jobs(backend2: Backend, model: RemoteModel) -> None:
+    before = backend2.status().jobs_done
+    sample(model)
+    state = backend2.status()
+    assert [rank.rank for rank in state.ranks] == [0, 1]
+    assert all(rank.host == socket.gethostname() and rank.used_bytes > 0 for rank in state.ranks)
+    assert state.jobs_done == before + 1 and state.running == ""
+    assert model.name in {m.model for m in state.models}
+
+
+def doctor() -> str:
+    command = [sys.executable, "-m", "parallel_backend", "doctor"]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT).stdout
+
+
+def test_the_command_line_tells_and_stops(runtime_folder: Path) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "parallel_backend", *arguments, "--name", "shell"]
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+    assert "process" in run("serve", "--world-size", "1", "--device", "cpu", "--detach").stdout
+    assert "runs already" in run("serve", "--world-size", "1", "--device", "cpu").stdout
+    assert "no models resident" in run("status").stdout
+    state = json.loads(run("status", "--json").stdout)
+    assert state["restarts"] == 0 and state["ranks"][0]["host"] == socket.gethostname()
+    assert "ok     backend 'shell': 1 ranks, 0 jobs, 0 restarts" in doctor()
+    assert "has stopped" in run("stop").stdout
+    stopped = run("stop")
+    assert stopped.returncode == 1 and "No backend 'shell' runs" in stopped.stderr
+
+
+def test_a_record_of_a_process_that_is_gone_is_no_backend(runtime_folder: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        record = files.BackendRecord("0", "g", other.pid, other.pid, "ipc:///none", 1, "cpu", [], start_ticks=1)
+        files.write_record("stale", record)
+        assert files.read_record("stale") is None  # a later process has its number
+        files.write_record("stale", msgspec.structs.replace(record, start_ticks=files.start_ticks(other.pid)))
+        assert files.read_record("stale") is not None
+        other.kill()
+    assert files.read_record("stale") is None and "stale" not in files.running_names()
+    assert "is of a backend that is gone" in doctor()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+def test_a_folder_of_another_user_is_refused(runtime_folder: Path) -> None:
+    os.chown(files.runtime_dir("others"), 12345, 12345)
+    with pytest.raises(StartError, match="belongs to another user"):
+        Backend.attach("others")
+
+
+def test_a_backend_of_another_version_is_refused_with_the_remedy(backend2: Backend) -> None:
+    record = msgspec.structs.replace(backend2.record, version="0.0.1")
+    files.write_record("old", record)
+    with pytest.raises(ConfigError, match=r"runs version 0.0.1.*stop --name old"):
+        Backend.attach_or_start(2, "cpu", "old")
+    (files.runtime_dir("old") / "backend.json").unlink()
+
+
+def test_ranks_that_fall_in_a_row_are_started_at_growing_intervals() -> None:
+    assert [pause_before(restarts, 0) for restarts in range(6)] == [0, 0, 1, 2, 4, 8]
+    assert pause_before(100, 0) == 60 and pause_before(7, 6) == 0
+
+
+def test_a_lonely_rank_that_is_stopped_is_ended_by_its_client(
+    large: Path, runtime_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "SILENT_SECONDS", 4.0)
+    backend = Backend.attach_or_start(1, "cpu", "lonely")
+    try:
+        model = backend.load_model(large, MeshSpec(), "float32")
+        before, pid = sample(model), backend.status().ranks[0].pid
+        with pytest.raises(
+            BackendLostError, match=r"has not answered for \d s; its rank 0 .* was stopped and is ended"
+        ):
+            sample(model, steps=5000, on_step=lambda step: os.kill(pid, signal.SIGSTOP) if step.index == 1 else None)
+        assert torch.equal(sample(model), before)
+    finally:
+        Backend.attach("lonely").stop()
+
+
+def test_a_stopped_backend_is_started_again_by_the_next_request(large: Path, expected: Tensor) -> None:
+    backend = Backend.attach_or_start(2, "cpu", "again")
+    try:
+        model = backend.load_model(large, MeshSpec(cfg=2), "float32")
+        Backend.attach("again").stop()
+        assert torch.equal(sample(model), expected)
+    finally:
+        Backend.attach("again").stop()
