@@ -11,10 +11,8 @@ batch of two; SDXL's layout, 157 million parameters, random weights, fp32, one t
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
-import time
 import types
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from interleaved import interleaved, machine, ratio
+from interleaved import interleaved, machine, print_table, ratio, timed_together
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -120,14 +118,7 @@ def timed(path: Path, clone: Path | None, given: Given, rounds: int, repeats: in
     if clone is not None:
         cases[THEIRS] = theirs(path, clone, given)
 
-    def case(evaluate: Callable[[], object]) -> float:
-        dist.barrier()
-        start = time.perf_counter()
-        for _ in range(repeats):
-            evaluate()
-        return (time.perf_counter() - start) / repeats
-
-    bound = {name: partial(case, evaluate) for name, evaluate in cases.items()}
+    bound = {name: partial(timed_together, evaluate, repeats) for name, evaluate in cases.items()}
     return interleaved(bound, rounds, "UNet" if first else "")
 
 
@@ -147,11 +138,8 @@ def main() -> None:
         clone = args.clone.expanduser() if args.clone else None
         times = pool(2, timed, path, clone, given, args.rounds, args.times)[0]
     pool.close()
-    base = times["one process, 1 thread"]
     print(f"{machine()}\n{args.side} x {args.side} pixels, a batch of 2; medians of {args.rounds} rounds\n")
-    print("| | s an evaluation | times faster than one thread |\n|---|---|---|")
-    for name, seconds in times.items():
-        print(f"| {name} | {statistics.median(seconds):.3f} | {ratio(base, seconds):.2f} |")
+    print_table(times, "evaluation")
     if args.clone:
         print(f"\nours displaced is {ratio(times[THEIRS], times[OURS]):.2f} times as fast as distrifuser's")
 

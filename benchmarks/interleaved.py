@@ -6,11 +6,13 @@ import os
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import diffusers
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 
@@ -30,6 +32,24 @@ def interleaved(cases: Mapping[str, Callable[[], float]], rounds: int, title: st
 def ratio(base: list[float], other: list[float]) -> float:
     """How many times faster `other` is: the median of the rounds' own ratios."""
     return statistics.median(b / o for b, o in zip(base, other, strict=True))
+
+
+def timed_together(evaluate: Callable[[], object], repeats: int) -> float:
+    """Seconds of an evaluation, on ranks that begin it at once."""
+    dist.barrier()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        evaluate()
+    return (time.perf_counter() - start) / repeats
+
+
+def print_table(times: Mapping[str, list[float]], unit: str) -> None:
+    """Medians, and how many times faster than the first case, which is one thread's."""
+    base = next(iter(times.values()))
+    article = "an" if unit[0] in "aeiou" else "a"
+    print(f"| | s {article} {unit} | times faster than one thread |\n|---|---|---|")
+    for name, seconds in times.items():
+        print(f"| {name} | {statistics.median(seconds):.3f} | {ratio(base, seconds):.2f} |")
 
 
 def machine() -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -23,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from interleaved import interleaved, machine, ratio
+from interleaved import interleaved, machine, print_table
 
 from parallel_backend import Backend, Conditioning, MeshSpec, SamplerSpec
 from parallel_backend.demo_checkpoints import (
@@ -159,13 +158,10 @@ def main() -> None:
             times = interleaved(cases, args.rounds, f"{args.subject}, {args.side} pixels")
         finally:
             backend.stop()
-    base = times["one process, 1 thread"]
     print(
         f"{machine()}\n{args.subject}, {args.side} x {args.side} pixels, guidance on; medians of {args.rounds} rounds\n"
     )
-    print("| | s a step | times faster than one thread |\n|---|---|---|")
-    for name, seconds in times.items():
-        print(f"| {name} | {statistics.median(seconds):.3f} | {ratio(base, seconds):.2f} |")
+    print_table(times, "step")
 
 
 if __name__ == "__main__":

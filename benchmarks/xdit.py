@@ -14,10 +14,8 @@ timed is what its pipeline does in a step up to the guidance, and `Predictor.out
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
-import time
 import types
 from collections.abc import Callable
 from functools import partial
@@ -26,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from interleaved import interleaved, machine, ratio
+from interleaved import interleaved, machine, print_table, ratio, timed_together
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -151,14 +149,7 @@ def timed(
         f"two ranks, xfuser, {method} 2": step,
     }
 
-    def case(evaluate: Callable[[], object]) -> float:
-        dist.barrier()
-        start = time.perf_counter()
-        for _ in range(repeats):
-            evaluate()
-        return (time.perf_counter() - start) / repeats
-
-    bound = {name: partial(case, evaluate) for name, evaluate in cases.items()}
+    bound = {name: partial(timed_together, evaluate, repeats) for name, evaluate in cases.items()}
     return interleaved(bound, rounds, method if first else ""), difference
 
 
@@ -176,11 +167,9 @@ def main() -> None:
         path = write_mmdit(Path(folder) / "mmdit.safetensors", CONFIG)
         times, difference = pool(2, timed, args.method, path, args.packages.expanduser(), x, args.rounds, args.times)[0]
     pool.close()
-    base, ours, other = times.values()
+    _, ours, other = times.values()
     print(f"{machine()}\n{args.side} x {args.side} pixels, guidance on; medians of {args.rounds} rounds\n")
-    print("| | s a step | times faster than one thread |\n|---|---|---|")
-    for name, seconds in times.items():
-        print(f"| {name} | {statistics.median(seconds):.3f} | {ratio(base, seconds):.2f} |")
+    print_table(times, "step")
     print(f"\nours is {ratio(other, ours):.2f} times as fast as xfuser's; theirs is within {difference:.0e} of ours")
 
 

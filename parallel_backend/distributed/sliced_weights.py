@@ -7,7 +7,6 @@ Source: ZeRO, stage 3 (Rajbhandari et al. 2019, arXiv 1910.02054).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +102,7 @@ def _rows_first(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1) if x.ndim == 4 else x
 
 
-def _rows_last(flat: Tensor, shape: torch.Size) -> Any:
+def _rows_last(flat: Tensor, shape: torch.Size) -> Tensor:
     if len(shape) != 4:
         return flat.view(shape)
     rows, channels, height, width = shape
