@@ -41,7 +41,10 @@ def write_conditioning(conditioning: list[Any], path: Path) -> None:
                     "Save the conditioning before the node that adds it.",
                 )
         entries.append(plain)
-    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Copies: entries may share a tensor, which the format has no word for.
+    kept = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
     save_file(kept, path, metadata={"kind": KIND, "entries": json.dumps(entries)})
 
 

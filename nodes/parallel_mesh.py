@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from ..parallel_backend import Backend, MeshSpec
 from ..parallel_backend.config import MMDIT_REST, UNET_REST, BackendSpec
 from ..parallel_backend.rpc.messages import RankState
+from ..parallel_backend.rpc.runtime_dir import machine
 from .node_text import say
 
 # Core has a socket named MESH, for 3D shapes.
@@ -89,4 +90,6 @@ def make_room(backend: Backend, rank_bytes: int) -> str:
 
 
 def lacks_room(rank: RankState, rank_bytes: int) -> bool:
-    return rank.device.startswith("cuda") and rank.free_bytes < rank_bytes + ACTIVATION_BYTES
+    """On the GPU that ComfyUI computes on; what it holds elsewhere is not in the way of a rank."""
+    here = rank.machine == machine() and rank.device == str(mm.get_torch_device())
+    return here and rank.device.startswith("cuda") and rank.free_bytes < rank_bytes + ACTIVATION_BYTES

@@ -44,8 +44,12 @@ class PatchParallelVAE(io.ComfyNode):
         paths = vae_paths(vae_name)
         backend = mesh.backend()
         room = make_room(backend, VAE_BYTES)
-        remote = interruptible(backend.load_vae, paths, mesh.dtype, names=names_elsewhere(vae_name))
+        # SDXL's VAE overflows in half precision, and pictures turn black; TAESD (two files) doesn't.
+        dtype = "float32" if mesh.dtype == "float16" and len(paths) == 1 else mesh.dtype
+        remote = interruptible(backend.load_vae, paths, dtype, names=names_elsewhere(vae_name))
         state = "already resident" if not any(remote.loaded.bytes_read) else f"read in {remote.loaded.seconds:.1f} s"
-        report = "\n".join(filter(None, [f"{remote.loaded.family}: {state}, {backend.world_size} bands", room]))
+        report = "\n".join(
+            filter(None, [f"{remote.loaded.family}: {state}, {backend.world_size} bands, {dtype}", room])
+        )
         say(report)
         return io.NodeOutput(ParallelVAE(remote), ui=ui.PreviewText(report))

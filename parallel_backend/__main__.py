@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from .config import DEFAULT_IDLE_SECONDS, BackendSpec, Hosts, ServeSpec
-from .errors import BackendError
+from .errors import BackendError, ConfigError, StartError
 from .rpc import launcher, runtime_dir
 from .rpc.client import Backend
 from .rpc.messages import BackendState
@@ -127,7 +126,10 @@ def _serve(args: argparse.Namespace) -> int:
     world_size = args.world_size or len(devices) or (count if device == launcher.default_ranks()[0] else 2)
     spec = BackendSpec(args.name, world_size, device, devices, args.idle_seconds, args.memory_budget_mib * 2**20)  # type: ignore[arg-type]
     hosts = Hosts(args.hosts, args.host_index, args.rendezvous, args.interface)
-    serve = ServeSpec(tuple(args.models), args.listen, args.keys, args.metrics_port, hosts)
+    models, keys = tuple(map(_whole, args.models)), _whole(args.keys) if args.keys else ""
+    serve = ServeSpec(models, args.listen, keys, args.metrics_port, hosts)
+    if args.detach and hosts.count > 1:
+        raise ConfigError("--detach is for one host.", "Leave it out, and run serve below nohup or a service manager.")
     if (launcher.find(spec) if hosts.count == 1 else runtime_dir.read_record(spec.name)) is not None:
         print(f"Backend {args.name!r} runs already.")
         return 0
@@ -139,7 +141,12 @@ def _serve(args: argparse.Namespace) -> int:
         return 0
     if hosts.count > 1:
         return launcher.supervise(spec, serve)
-    return subprocess.run(launcher.command(spec, serve), env=launcher.environment(spec), check=False).returncode
+    return launcher.run(spec, serve)
+
+
+def _whole(path: str) -> str:
+    """Ranks may have another working directory."""
+    return str(Path(path).expanduser().absolute())
 
 
 def _keys(args: argparse.Namespace) -> int:
@@ -181,7 +188,11 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _stop(args: argparse.Namespace) -> int:
-    Backend.attach(args.name).stop()
+    record = runtime_dir.read_record(args.name)
+    if record is not None and record.version == __version__:
+        Backend.attach(args.name).stop()
+    elif not launcher.end(args.name):
+        raise StartError(f"No backend {args.name!r} runs.", "There is nothing to stop.")
     print(f"Backend {args.name!r} has stopped.")
     return 0
 

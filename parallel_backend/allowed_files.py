@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from .errors import CheckpointError
@@ -25,15 +26,16 @@ class AllowedFiles:
 
     def all_checked(self, names: Sequence[str], key: str) -> list[Path]:
         """As `checked`, of files whose joined keys are `key`."""
-        paths = [self._found(name) for name in names]
-        if key not in ("-".join(content_key(path, timed=timed) for path in paths) for timed in (True, False)):
-            raise CheckpointError(
-                f"{paths[0].name} is not the file (any more) that was asked for: its content has changed.",
-                "Run the loader again (in ComfyUI: queue the prompt again); on several hosts, copy the same file to each.",
-            )
-        return paths
+        for paths in product(*map(self._found, names)):
+            if key in ("-".join(content_key(path, timed=timed) for path in paths) for timed in (True, False)):
+                return list(paths)
+        raise CheckpointError(
+            f"{Path(names[0]).name} is not the file (any more) that was asked for: its content has changed.",
+            "Run the loader again (in ComfyUI: queue the prompt again); on several hosts, copy the same file to each.",
+        )
 
-    def _found(self, name: str) -> Path:
+    def _found(self, name: str) -> list[Path]:
+        """The files of that name, in the folders' order."""
         roots = [folder.resolve() for folder in self.folders]
         candidates = [(root / name).resolve() for root in roots] if roots else [Path(name).resolve()]
         inside = [path for path in candidates if not roots or any(path.is_relative_to(root) for root in roots)]
@@ -42,7 +44,7 @@ class AllowedFiles:
                 f"{name!r} is outside this backend's model folders.",
                 f"Put the file below one of them: {', '.join(map(str, self.folders))}; or name it with serve --models.",
             )
-        found = next((path for path in inside if path.exists()), None)
-        if found is None:
+        found = [path for path in inside if path.exists()]
+        if not found:
             raise CheckpointError(f"{inside[0]} is not there (any more).", "Put it back, or load another.")
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import product
 from math import isfinite, prod
@@ -19,6 +20,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 KERNELS = ("auto", "native", "flash", "flash3", "sage", "cudnn", "efficient")
 DeviceType = Literal["cuda", "cpu"]
 DEFAULT_IDLE_SECONDS = 4 * 3600
+LONGEST_IDLE_SECONDS = 1e8
 
 SAMPLERS = (
     "euler",
@@ -287,8 +289,10 @@ class BackendSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(
                 f"{len(self.devices)} devices are named for {self.world_size} ranks.", "Name one device per rank."
             )
-        if self.idle_seconds <= 0:
-            raise ConfigError(f"idle_seconds={self.idle_seconds} is not possible.", "Use a positive number of seconds.")
+        if not 0 < self.idle_seconds <= LONGEST_IDLE_SECONDS:
+            raise ConfigError(
+                f"idle_seconds={self.idle_seconds} is not possible.", f"Use up to {LONGEST_IDLE_SECONDS:.0f} seconds."
+            )
         if self.memory_budget < 0:
             raise ConfigError(f"memory_budget={self.memory_budget} is not possible.", "Use bytes per rank, 0 for none.")
 
@@ -329,7 +333,7 @@ class ServeSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(
                 f"{self.listen} is not listened on without keys.", "Make some with `parallel-mmdit keys FOLDER`."
             )
-        if self.listen and not self.listen.startswith("tcp://"):
+        if self.listen and not re.fullmatch(r"tcp://[^/\s]+:\d+", self.listen):
             raise ConfigError(f"listen {self.listen!r} can't be used.", "Write it like tcp://0.0.0.0:5555.")
         if self.listen and not self.models:
             raise ConfigError(

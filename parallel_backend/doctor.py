@@ -133,6 +133,11 @@ def network() -> Iterator[Finding]:
 def backends() -> Iterator[Finding]:
     running = files.running_names()
     for name in running:
+        record = files.read_record(name)
+        if record is not None and record.version != __version__:
+            what = f"backend {name!r} runs version {record.version}, this is {__version__}"
+            yield Finding("wrong", what, f"parallel-mmdit stop --name {name}")
+            continue
         try:
             backend = Backend.attach(name)
             state = backend.status()
@@ -141,12 +146,11 @@ def backends() -> Iterator[Finding]:
             yield Finding("wrong", f"backend {name!r} doesn't answer: {error.message}", error.remedy)
             continue
         line = f"backend {name!r}: {len(state.ranks)} ranks, {state.jobs_done} jobs, {state.restarts} restarts"
-        if state.version != __version__:
-            yield Finding("wrong", f"{line}, version {state.version}", f"parallel-mmdit stop --name {name}")
-        else:
-            yield Finding("note" if state.restarts else "ok", line, "Its log says why." if state.restarts else "")
+        yield Finding("note" if state.restarts else "ok", line, "Its log says why." if state.restarts else "")
     for path in sorted(files.runtime_root().glob("*/backend.json")):
-        if path.parent.name not in running:
+        if files.restarting(path.parent.name):
+            yield Finding("note", f"backend {path.parent.name!r} is starting its ranks anew", "Its log says why.")
+        elif path.parent.name not in running:
             yield Finding("note", f"{path} is of a backend that is gone", "Nothing: the next start takes its place.")
 
 

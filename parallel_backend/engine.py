@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import time
 from collections import OrderedDict
@@ -182,7 +183,7 @@ class Engine:
             return model, kernel, sum(p.numel() for p in model.parameters()) * dtype.itemsize
 
         model, kernel, needed = job.control.agreed(build)
-        evicted = self._make_room(needed, path.name, spec, job)
+        evicted = self._make_room(needed, path.name, opened.kind.name, spec, job)
         job.emit(Progress(f"Loading {path.name}", 0, 1), [])
 
         def read() -> Network:
@@ -215,7 +216,7 @@ class Engine:
         checkpoint = job.control.agreed(lambda: open_vae(paths))
         dtype = getattr(torch, body.dtype)
         needed = checkpoint.elements * dtype.itemsize
-        evicted = self._make_room(needed, paths[0].name, MeshSpec(), job)
+        evicted = self._make_room(needed, paths[0].name, "vae", MeshSpec(), job)
         vae = job.control.agreed(lambda: checkpoint.build(self.device, dtype, self._bands, job.given_up))
         state = ModelState(name, paths[0].name, vae.family, "bands", body.dtype, needed)
         self.residents[name] = Resident(vae, state, vae.latent_channels)
@@ -233,17 +234,24 @@ class Engine:
             self._meshes[spec] = build_mesh(spec, self._groups)
         return self._meshes[spec]
 
-    def _make_room(self, needed: int, name: str, spec: MeshSpec, job: Job) -> list[str]:
+    def _make_room(self, needed: int, name: str, kind: str, spec: MeshSpec, job: Job) -> list[str]:
         """Lets models go, oldest use first, until `needed` more bytes fit the budget and the memory of every rank.
 
-        Raises: ConfigError, OutOfMemoryError: they don't fit without any other.
+        Raises: ConfigError, OutOfMemoryError: they don't fit without any other; then all stay.
         """
+        rank, world = job.control.rank, job.control.world_size
+
+        def check(without: int) -> None:
+            """Whether they would fit once so many bytes of other models are gone."""
+            check_fits(needed, self._free_bytes() + without, name, kind, spec, world, rank)
+
         most, _, _ = self._everywhere(needed, job)
         if self.memory_budget and most > self.memory_budget:
             raise ConfigError(
                 f"{name} needs {most / 2**20:.0f} MiB on a rank; the budget is {self.memory_budget / 2**20:.0f} MiB.",
                 "Raise the memory budget, use a smaller dtype, or spread the weights further with tp.",
             )
+        job.control.agreed(lambda: check(sum(resident.state.rank_bytes for resident in self.residents.values())))
         evicted: list[str] = []
         while self.residents:
             held = sum(resident.state.rank_bytes for resident in self.residents.values())
@@ -252,8 +260,7 @@ class Engine:
                 break
             evicted.append(self.residents.popitem(last=False)[1].state.name)
             self.give_back_memory()
-        rank, world = job.control.rank, job.control.world_size
-        job.control.agreed(lambda: check_fits(needed, self._free_bytes(), name, spec, world, rank))
+        job.control.agreed(lambda: check(0))
         return evicted
 
     def _everywhere(self, needed: int, job: Job, held: int = 0) -> tuple[int, int, bool]:
@@ -289,7 +296,8 @@ class Engine:
         return Done(), []
 
     def give_back_memory(self) -> None:
-        """What was freed can be had by other programs."""
+        """What was freed can be had by other programs; models with hooks or compiled blocks are cycles until collected."""
+        gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         else:

@@ -48,22 +48,31 @@ def as_out_of_memory(error: BaseException, device: torch.device, rank: int) -> O
     )
 
 
-def check_fits(needed: int, free: int, name: str, spec: MeshSpec, world_size: int, rank: int) -> None:
-    """Raises OutOfMemoryError where `needed` bytes of weights don't fit `free` ones; it names a mesh in which they do."""
+def check_fits(needed: int, free: int, name: str, kind: str, spec: MeshSpec, world_size: int, rank: int) -> None:
+    """Raises OutOfMemoryError where `needed` bytes of weights don't fit `free` ones; it names a mesh in which they do.
+
+    Args:
+        kind: mmdit, unet or vae: what its weights can be split by.
+    """
     if needed + _SPARE_BYTES <= free:
         return
-    split, remedy = spec.tp * spec.pp, ""
-    for degree in (d for d in range(split + 1, world_size + 1) if world_size % d == 0 and d % split == 0):
-        if needed * split / degree + _SPARE_BYTES <= free:
-            remedy = f"It fits with tp={degree} in Mesh Config, or pp={degree}."
-            break
-    remedy = remedy or "No split of its weights over these ranks fits: use a smaller dtype, or more ranks."
-    if spec.patch > 1:  # only UNets have bands, and their weights aren't split by tp or pp
-        remedy = (
-            "A UNet fits with sliced." if needed / world_size + _SPARE_BYTES <= free else "Use more ranks, and sliced."
-        )
+    remedies = {"mmdit": _split_that_fits, "unet": _slices_that_fit}
+    remedy = remedies[kind](needed, free, spec, world_size) if kind in remedies else ""
     raise OutOfMemoryError(
         f"{name} needs {needed / 2**20:.0f} MiB on rank {rank}, which has {free / 2**20:.0f} MiB free "
         f"({spec.describe()}).",
-        remedy,
+        remedy or "No split of its weights over these ranks fits: use a smaller dtype, or more ranks.",
     )
+
+
+def _split_that_fits(needed: int, free: int, spec: MeshSpec, world_size: int) -> str:
+    split = spec.tp * spec.pp
+    for degree in (d for d in range(split + 1, world_size + 1) if world_size % d == 0 and d % split == 0):
+        if needed * split / degree + _SPARE_BYTES <= free:
+            return f"It fits with tp={degree} in Mesh Config, or pp={degree}."
+    return ""
+
+
+def _slices_that_fit(needed: int, free: int, spec: MeshSpec, world_size: int) -> str:
+    fits = not spec.sliced and needed / world_size + _SPARE_BYTES <= free
+    return "It fits with sliced in Mesh Config." if fits else ""

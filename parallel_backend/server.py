@@ -56,7 +56,7 @@ def rank_state(device: torch.device, rank: int) -> RankState:
     free, total, used = memory_of(device)
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} threads"
-    return RankState(rank, socket.gethostname(), os.getpid(), str(device), name, free, total, used)
+    return RankState(rank, socket.gethostname(), files.machine(), os.getpid(), str(device), name, free, total, used)
 
 
 def join_world(backend: str) -> dist.Store:
@@ -135,19 +135,18 @@ class Rank:
         devices = [int(d) for d in args.devices.split(",")] if args.devices else []
         world = self.control.world_size
         pid, agent = os.getpid(), int(os.environ.get("PARALLEL_MMDIT_AGENT_PID", os.getppid()))
-        record = files.BackendRecord(
-            __version__, generation, pid, agent, address, world, args.device, devices, files.start_ticks(pid)
-        )
+        ticks = [files.start_ticks(process) for process in (pid, agent)]
+        record = files.BackendRecord(__version__, generation, pid, agent, address, world, args.device, devices, *ticks)
         keys = Keys(args.keys) if args.keys else None
         addresses = [address, *([args.listen] if args.listen else [])]
         self.server = SocketServer(addresses, self.board, lambda: files.keep_record(args.name, record), keys)
+        if args.metrics_port:
+            serve_metrics(args.metrics_port, self.board, self.server.jobs)
         self.server.start()
         try:
             files.write_record(args.name, record)
         except OSError as error:
             log.error("the record can't be written, and is tried again: %s", error)
-        if args.metrics_port:
-            serve_metrics(args.metrics_port, self.board, self.server.jobs)
         log.info("ready: %d ranks, generation %s, at %s", world, generation, ", ".join(addresses))
 
     def _one_job(self) -> bool:
@@ -227,6 +226,7 @@ class Rank:
         if not self._failing.acquire(blocking=False):
             time.sleep(10)  # the other thread is at it, and ends the process
         named = error if isinstance(error, BackendError) else self.control.named(error)
+        log.error("this rank ends: %s", named)
         with suppress(OSError):
             files.note_last_words(self.args.name, self.control.rank, named.message)
         if self.server is not None:

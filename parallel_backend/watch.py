@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -40,9 +39,9 @@ class Watch(threading.Thread):
     def __init__(self, ranks: Sequence[RankState], own: int, on_fault: Callable[[str], None]) -> None:
         super().__init__(name="watch", daemon=True)
         self._own, self._on_fault = ranks[own], on_fault
-        here = [rank for rank in ranks if rank.host == socket.gethostname()]
+        here = [rank for rank in ranks if (rank.host, rank.machine) == (self._own.host, self._own.machine)]
         self._neighbours = [rank for rank in here if rank.rank != own]
-        self._far = [rank for rank in ranks if rank.host != socket.gethostname()]
+        self._far = [rank for rank in ranks if rank not in here]
         self._stopped_since: dict[int, float] = {}
         self._heard: dict[int, tuple[bytes, float]] = {}
         self._ended = threading.Event()

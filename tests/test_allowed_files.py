@@ -22,6 +22,13 @@ def test_a_file_below_a_folder_is_found_by_its_name_or_path(file: Path) -> None:
     assert allowed.checked("a.safetensors", key) == allowed.checked(str(file), key) == file.resolve()
 
 
+def test_of_several_files_of_a_name_the_one_that_was_meant_is_found(file: Path, tmp_path: Path) -> None:
+    other = write_mmdit(tmp_path / "others" / "a.safetensors", small_config("sd3.5-large", 1), seed=3)
+    allowed = AllowedFiles((file.parent, other.parent))
+    assert allowed.checked("a.safetensors", content_key(other)) == other
+    assert allowed.checked("a.safetensors", content_key(file)) == file
+
+
 def test_a_copy_on_another_host_has_the_key_without_times(file: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.safetensors"
     copy.write_bytes(file.read_bytes())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from served import EMPTY, NEGATIVE, POSITIVE, sample
+from served import EMPTY, NEGATIVE, POSITIVE, sample, wait_until
 from torch import Tensor
 
 from parallel_backend import Backend, Conditioning, MeshSpec, RemoteModel
@@ -89,6 +89,20 @@ def test_cancel_ends_the_job_within_a_step_and_the_next_is_bit_equal(model: Remo
     with pytest.raises(CancelledError):
         sample(model, steps=500, on_step=lambda s: seen.append(s.index), should_cancel=lambda: len(seen) >= 2)
     assert len(seen) < 100
+    assert torch.equal(sample(model), expected)
+
+
+def test_an_interrupt_in_the_client_ends_its_job_too(backend2: Backend, model: RemoteModel, expected: Tensor) -> None:
+    steps: list[Step] = []
+
+    def interrupted() -> bool:
+        if steps:
+            raise KeyboardInterrupt
+        return False
+
+    with pytest.raises(KeyboardInterrupt):
+        sample(model, steps=5000, on_step=steps.append, should_cancel=interrupted)
+    wait_until(lambda: not backend2.status().running)
     assert torch.equal(sample(model), expected)
 
 

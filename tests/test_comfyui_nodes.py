@@ -399,6 +399,16 @@ def test_conditioning_comes_back_from_its_file(server: ComfyServer, local: Tenso
     torch.testing.assert_close(latent_of(server, server.run(prompt.nodes), node), local, rtol=0, atol=0)
 
 
+def test_entries_that_share_a_tensor_are_kept(server: ComfyServer) -> None:
+    prompt = Prompt()
+    one = conditioning(prompt, 1, 77)
+    twice = out(prompt.add("ConditioningCombine", conditioning_1=one, conditioning_2=one))
+    prompt.add("SaveConditioning", conditioning=twice, filename_prefix="twice")
+    outcome = server.run(prompt.nodes)
+    assert outcome.error is None
+    assert [output["text"][0][:5] for output in outcome.outputs.values()] == ["twice"]
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [("../secret.safetensors", "There is no conditioning file"), ("absent.safetensors", "There is no conditioning")],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from parallel_backend import MeshSpec, SamplerSpec
-from parallel_backend.config import AXES, BackendSpec
+from parallel_backend.config import AXES, BackendSpec, ServeSpec
 from parallel_backend.errors import BackendError, ConfigError, error_from_code
 
 
@@ -106,11 +106,26 @@ def test_sampler_settings_that_cant_be_name_value_and_remedy(bad: dict[str, obje
 
 @pytest.mark.parametrize(
     "bad",
-    [{"name": "../x"}, {"name": ""}, {"device": "tpu"}, {"world_size": 0}, {"devices": (0,)}, {"idle_seconds": 0}],
+    [
+        {"name": "../x"},
+        {"name": ""},
+        {"device": "tpu"},
+        {"world_size": 0},
+        {"devices": (0,)},
+        {"idle_seconds": 0},
+        {"idle_seconds": float("nan")},
+        {"idle_seconds": float("inf")},
+    ],
 )
 def test_backend_settings_that_cant_be(bad: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         BackendSpec(**bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("listen", ["tcp://0.0.0.0", "ipc://x", "tcp://host:port", "5555"])
+def test_addresses_that_cant_be_listened_on(listen: str) -> None:
+    with pytest.raises(ConfigError, match="Write it like tcp://"):
+        ServeSpec(("models",), listen, "keys")
 
 
 def test_every_error_survives_the_wire_as_its_own_class() -> None:

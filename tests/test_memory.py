@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from pathlib import Path
+
 import pytest
 import torch
 
 from parallel_backend.config import MeshSpec
+from parallel_backend.distributed.control import Control
+from parallel_backend.engine import Engine
 from parallel_backend.errors import OutOfMemoryError
+from parallel_backend.jobs import Job
 from parallel_backend.room import as_out_of_memory, check_fits, memory_of
+from parallel_backend.rpc.messages import LoadModel, LoadVAE, RequestHeader, Unload
+from parallel_backend.safetensors_file import content_key
 
 GIB = 2**30
 CUDA_WORDS = (
@@ -17,25 +26,30 @@ CPU_WORDS = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allo
 
 
 @pytest.mark.parametrize(
-    ("spec", "needed", "free", "remedy"),
+    ("kind", "spec", "needed", "free", "remedy"),
     [
-        (MeshSpec(cfg=2, ulysses=2), 16 * GIB, 10 * GIB, "It fits with tp=2"),
-        (MeshSpec(cfg=2, ulysses=2), 16 * GIB, 5 * GIB, "It fits with tp=4"),
-        (MeshSpec(cfg=2, tp=2), 8 * GIB, 5 * GIB, "It fits with tp=4"),
-        (MeshSpec(tp=4), 8 * GIB, 5 * GIB, "No split of its weights over these ranks fits"),
-        (MeshSpec(patch=4), 5 * GIB, 4 * GIB, "A UNet fits with sliced"),
+        ("mmdit", MeshSpec(cfg=2, ulysses=2), 16 * GIB, 10 * GIB, "It fits with tp=2"),
+        ("mmdit", MeshSpec(cfg=2, ulysses=2), 16 * GIB, 5 * GIB, "It fits with tp=4"),
+        ("mmdit", MeshSpec(cfg=2, tp=2), 8 * GIB, 5 * GIB, "It fits with tp=4"),
+        ("mmdit", MeshSpec(tp=4), 8 * GIB, 5 * GIB, "No split of its weights over these ranks fits"),
+        ("unet", MeshSpec(patch=4), 5 * GIB, 4 * GIB, "It fits with sliced"),
+        ("unet", MeshSpec(cfg=2, dp=2), 5 * GIB, 4 * GIB, "It fits with sliced"),
+        ("unet", MeshSpec(patch=4, sliced=True), 5 * GIB, 4 * GIB, "No split of its weights over these ranks fits"),
+        ("vae", MeshSpec(), 5 * GIB, 4 * GIB, "No split of its weights over these ranks fits"),
     ],
 )
-def test_a_model_that_does_not_fit_is_told_where_it_would(spec: MeshSpec, needed: int, free: int, remedy: str) -> None:
+def test_a_model_that_does_not_fit_is_told_where_it_would(
+    kind: str, spec: MeshSpec, needed: int, free: int, remedy: str
+) -> None:
     with pytest.raises(
         OutOfMemoryError, match=f"big needs {needed // 2**20} MiB on rank 3, which has {free // 2**20}"
     ) as caught:
-        check_fits(needed, free, "big", spec, 4, 3)
+        check_fits(needed, free, "big", kind, spec, 4, 3)
     assert remedy in caught.value.remedy
 
 
 def test_a_model_that_fits_passes() -> None:
-    check_fits(8 * GIB, 10 * GIB, "big", MeshSpec(cfg=2, tp=2), 4, 0)
+    check_fits(8 * GIB, 10 * GIB, "big", "mmdit", MeshSpec(cfg=2, tp=2), 4, 0)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +68,27 @@ def test_an_allocation_that_failed_is_named_with_its_figures(error: Exception, a
 
 def test_another_error_is_not_taken_for_a_lack_of_memory() -> None:
     assert as_out_of_memory(RuntimeError("shape mismatch"), torch.device("cpu"), 0) is None
+
+
+@pytest.mark.parametrize("kind", ["vae", "compiled"])
+def test_a_model_that_is_unloaded_is_gone_at_once(kind: str, models: Path) -> None:
+    """Its hooks and compiled blocks refer to it, so nothing but a collection frees it."""
+    engine, paths = Engine(torch.device("cpu")), [models / "diffusion_models" / "sd3.5-large.safetensors"]
+    if kind == "vae":
+        paths = [models / "vae" / "sd3_vae.safetensors"]
+        load: LoadVAE | LoadModel = LoadVAE([str(paths[0])], content_key(paths[0]), "float32")
+    else:
+        load = LoadModel(str(paths[0]), content_key(paths[0]), "float32", MeshSpec(), compile=True)
+    job = Job(Control(), lambda body, tensors: None, lambda: False)
+    engine.handle(RequestHeader(1, load), [], job)
+    (resident,) = engine.residents.values()
+    held, resident = weakref.ref(resident.model), None  # type: ignore[assignment]
+    gc.disable()
+    try:
+        engine.handle(RequestHeader(2, Unload()), [], job)
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_memory_is_told_in_bytes_that_can_be() -> None:

@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from diffusers.models import attention_dispatch
 from rank_pool import RankPool, groups
 from torch import Tensor
 
 from parallel_backend import MeshSpec
-from parallel_backend.distributed import cfg, collectives, data
+from parallel_backend.distributed import attention, cfg, collectives, data
 from parallel_backend.distributed.attention import ParallelAttention, resolve_kernel
 from parallel_backend.distributed.control import Control
 from parallel_backend.distributed.mesh import MeshAxis, build_mesh
@@ -164,6 +165,24 @@ def test_negative_control_attention_to_local_tokens_only_is_far_off(ranks: RankP
 def test_kernels_that_cant_run_here_are_refused_by_name(name: str, ring: bool, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         resolve_kernel(name, torch.device("cpu"), torch.bfloat16, ring)
+
+
+def test_kernels_of_packages_that_are_not_there_are_refused_or_left_alone() -> None:
+    if attention_dispatch.flash_attn_func is not None:
+        pytest.skip("flash-attn is installed")
+    with pytest.raises(ConfigError, match="needs the package flash_attn, built for this torch"):
+        resolve_kernel("flash", torch.device("cuda"), torch.bfloat16, False)
+    assert resolve_kernel("auto", torch.device("cuda"), torch.bfloat16, True) == "native"
+
+
+@pytest.mark.parametrize(("kernel", "heads_first"), [("flash", True), ("flash3", False)])
+def test_log_sum_exp_has_one_layout_whatever_the_kernel_gives(
+    kernel: str, heads_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, lse = torch.randn(2, 5, 3, 8), torch.randn(2, 5, 3)
+    given = lse.transpose(1, 2) if heads_first else lse
+    monkeypatch.setattr(attention, "dispatch_attention_fn", lambda *args, **settings: (q, given))
+    assert torch.equal(attention.lse_kernel(kernel)(q, q, q)[1], lse)
 
 
 def test_kernels_without_log_sum_exp_are_refused_for_ring() -> None:

@@ -14,10 +14,11 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from served import sample
+from served import sample, wait_until
 from torch import Tensor
 
 from parallel_backend import Backend, MeshSpec, RemoteModel
+from parallel_backend.__main__ import main
 from parallel_backend.errors import (
     BackendLostError,
     ConfigError,
@@ -182,6 +183,58 @@ def test_a_lonely_rank_that_is_stopped_is_ended_by_its_client(
         assert torch.equal(sample(model), before)
     finally:
         Backend.attach("lonely").stop()
+
+
+def test_ranks_that_are_being_started_anew_are_waited_for_not_doubled(runtime_folder: Path) -> None:
+    backend = Backend.attach_or_start(1, "cpu", "anew")
+    os.kill(backend.record.pid, signal.SIGKILL)
+    wait_until(lambda: files.restarting("anew"))
+    other = Backend.attach_or_start(1, "cpu", "anew")
+    assert other.record.agent_pid == backend.record.agent_pid and other.generation != backend.generation
+    # What is of another version doesn't understand a Stop, and is ended all the same.
+    files.write_record("anew", msgspec.structs.replace(other.record, version="0.0.1"))
+    with pytest.raises(ConfigError, match=r"runs version 0\.0\.1.*stop --name anew"):
+        Backend.attach_or_start(1, "cpu", "anew")
+    assert "wrong  backend 'anew' runs version 0.0.1" in doctor()
+    assert main(["stop", "--name", "anew"]) == 0
+    assert not files.is_alive(other.record.agent_pid) and not files.is_alive(other.record.pid)
+    with pytest.raises(StartError, match="'anew' has ended"):
+        other.status()
+    other.stop()  # nothing to do, and nothing is started for it
+    assert files.read_record("anew") is None
+
+
+def test_a_backend_in_the_foreground_ends_with_its_process_and_between_restarts(runtime_folder: Path) -> None:
+    command = [sys.executable, "-m", "parallel_backend", "serve", "--name", "front", "--world-size", "1"]
+    for ended_by in ("a signal", "stop"):
+        serve = subprocess.Popen([*command, "--device", "cpu"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        wait_until(lambda: files.read_record("front"))
+        record = files.read_record("front")
+        assert record is not None
+        if ended_by == "a signal":
+            serve.terminate()
+        else:
+            os.kill(record.pid, signal.SIGKILL)
+            wait_until(lambda: files.restarting("front"))
+            assert main(["stop", "--name", "front"]) == 0
+        assert "ready: 1 ranks" in serve.communicate(timeout=60)[1]
+        assert not files.is_alive(record.agent_pid) and not files.is_alive(record.pid)
+        assert not files.restarting("front")
+
+
+def test_a_setting_that_only_the_ranks_can_check_ends_the_start_with_its_reason(
+    runtime_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        arguments = ["serve", "--name", "taken", "--world-size", "1", "--device", "cpu", "--detach"]
+        assert main([*arguments, "--metrics-port", port]) == 1
+    assert f"Port {port} can't be listened on" in capfd.readouterr().err
+    assert files.read_record("taken") is None and not files.restarting("taken")
+    assert main([*arguments, "--keys", "nowhere"]) == 1
+    assert "server.key_secret can't be read" in capfd.readouterr().err
+    assert main([*arguments, "--hosts", "2", "--rendezvous", "10.0.0.1:29500"]) == 1
+    assert "--detach is for one host" in capfd.readouterr().err
 
 
 def test_a_stopped_backend_is_started_again_by_the_next_request(large: Path, expected: Tensor) -> None:

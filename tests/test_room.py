@@ -15,6 +15,7 @@ def test_comfyuis_models_leave_when_a_rank_lacks_room_and_only_then(comfy: Comfy
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     outcomes = json.loads(done.stdout.splitlines()[-1])
-    assert outcomes["cpu"] == {"said": "", "loaded": 1} and outcomes["roomy"] == {"said": "", "loaded": 1}
-    assert outcomes["short"]["loaded"] == 0
-    assert "11776 MiB are needed for rank 3 on cuda:1 (2048 MiB free)" in outcomes["short"]["said"]
+    short = outcomes.pop("short")
+    assert len(outcomes) == 4 and all(outcome == {"said": "", "loaded": 1} for outcome in outcomes.values())
+    assert short["loaded"] == 0
+    assert "11776 MiB are needed for rank 3 on cuda:1 (2048 MiB free)" in short["said"]

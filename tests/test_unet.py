@@ -210,6 +210,17 @@ def test_sliced_weights_change_memory_and_nothing_else(
     assert torch.equal(sample(backend, path, sliced), sample(backend, path, mesh))
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("mesh", [MeshSpec(cfg=2), MeshSpec(dp=2)], ids=MeshSpec.describe)
+def test_sliced_weights_serve_single_calls_with_fewer_rows_than_ranks(
+    rows: int, mesh: MeshSpec, backend2: Backend, unets: Path
+) -> None:
+    given = inputs("tiny", (rows, 10, 12))
+    path, sliced = unets / "unet-tiny.safetensors", msgspec.structs.replace(mesh, sliced=True)
+    whole, parts = (backend2.load_model(path, spec, "float32").forward(*given) for spec in (mesh, sliced))
+    assert (whole - parts).abs().max() <= 1e-5 * whole.abs().max()
+
+
 def test_nothing_stale_survives_a_request(backend2: Backend, unets: Path) -> None:
     """A displaced job, a cancelled one, another size and another prompt leave no trace in the next."""
     path, mesh = unets / "unet-tiny.safetensors", MeshSpec(patch=2)

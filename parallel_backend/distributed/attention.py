@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from typing import Protocol
 
 import torch
+from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor
 
@@ -30,7 +30,13 @@ DISPATCH_NAMES = {
     "cudnn": AttentionBackendName._NATIVE_CUDNN,
     "efficient": AttentionBackendName._NATIVE_EFFICIENT,
 }
-_NEEDS_PACKAGE = {"flash": "flash_attn", "flash3": "flash_attn_interface", "sage": "sageattention"}
+# Kernels of other packages, and the function that diffusers has of each where it is there, fits torch and is new enough.
+_PACKAGES = {
+    "flash": ("flash_attn", "flash_attn_func"),
+    "flash3": ("flash_attn_interface", "flash_attn_3_func"),
+    "sage": ("sageattention", "sageattn"),
+}
+_AMPERE = 8
 
 
 def resolve_kernel(name: str, device: torch.device, dtype: torch.dtype, ring: bool) -> str:
@@ -40,15 +46,18 @@ def resolve_kernel(name: str, device: torch.device, dtype: torch.dtype, ring: bo
     """
     half = dtype in (torch.float16, torch.bfloat16)
     if name == "auto":
-        return "flash" if device.type == "cuda" and half and find_spec("flash_attn") else "native"
+        runs = device.type == "cuda" and half and _is_there("flash") and _capability(device) >= _AMPERE
+        return "flash" if runs else "native"
     if name != "native" and device.type != "cuda":
         raise ConfigError(
             f"Attention kernel {name!r} needs a GPU, and the ranks compute on {device.type}.", "Use 'auto'."
         )
-    package = _NEEDS_PACKAGE.get(name)
-    if package and not find_spec(package):
-        raise ConfigError(f"Attention kernel {name!r} needs the package {package}.", "Install it, or use 'auto'.")
-    if package and not half:
+    if name in _PACKAGES and not _is_there(name):
+        raise ConfigError(
+            f"Attention kernel {name!r} needs the package {_PACKAGES[name][0]}, built for this torch and not too old.",
+            "Install it, or use 'auto'.",
+        )
+    if name in _PACKAGES and not half:
         raise ConfigError(f"Attention kernel {name!r} can't compute in {dtype}.", "Use float16, bfloat16 or 'native'.")
     if ring and name not in ("native", "flash", "flash3"):
         raise ConfigError(
@@ -58,6 +67,14 @@ def resolve_kernel(name: str, device: torch.device, dtype: torch.dtype, ring: bo
     return name
 
 
+def _is_there(name: str) -> bool:
+    return getattr(attention_dispatch, _PACKAGES[name][1], None) is not None
+
+
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
+
+
 def lse_kernel(name: str) -> LseKernel:
     """A kernel (q, k, v) -> (out BLNH, log-sum-exp BLN fp32)."""
     return _native_with_lse if name == "native" else partial(_dispatched_with_lse, DISPATCH_NAMES[name])
@@ -65,14 +82,16 @@ def lse_kernel(name: str) -> LseKernel:
 
 def _dispatched_with_lse(backend: AttentionBackendName, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     out, lse = dispatch_attention_fn(q, k, v, backend=backend, attention_kwargs={"return_lse": True})
-    return out, lse.float().transpose(1, 2)  # flash-attn gives B, N, L
+    if backend is AttentionBackendName.FLASH:  # gives B, N, L; the others' is turned already
+        lse = lse.transpose(1, 2)
+    return out, lse.float()
 
 
 def _native_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if q.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    elif q.dtype == torch.float32:
+    elif q.dtype == torch.float32 or _capability(q.device) < _AMPERE:
         out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, compute_log_sumexp=True)[:2]
         lse = lse[:, :, : q.shape[2]]  # this kernel pads the queries of its log-sum-exp to its block size
     else:

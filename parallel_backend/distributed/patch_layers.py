@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -185,10 +186,16 @@ class BandGroupNorm(nn.Module):
 
 def _combined(every_R2BG: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of all bands together from each band's, weighted by rows."""
-    weights = torch.tensor(rows, dtype=torch.float32, device=every_R2BG.device)
-    share = (weights / weights.sum()).view(-1, 1, 1)
+    share = _shares(tuple(rows), every_R2BG.device)
     mean = (share * every_R2BG[:, 0]).sum(0)
     return mean, (share * (every_R2BG[:, 1] + (every_R2BG[:, 0] - mean) ** 2)).sum(0)
+
+
+@lru_cache(maxsize=64)
+def _shares(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    """(R, 1, 1). To put numbers on a GPU anew for each norm would stop the host each time."""
+    weights = torch.tensor(rows, dtype=torch.float32)
+    return (weights / weights.sum()).view(-1, 1, 1).to(device)
 
 
 class BandImageAttention(nn.Module):
@@ -209,7 +216,9 @@ class BandImageAttention(nn.Module):
         tokens_BLC = normed.flatten(2).transpose(1, 2)
         kv = torch.stack([inner.to_k(tokens_BLC), inner.to_v(tokens_BLC)])
         kv = all_gather(kv, 2, [rows * X for rows in self.band.rows_like(hidden_states)], self.band.axis)
-        out = F.scaled_dot_product_attention(inner.to_q(tokens_BLC), kv[0], kv[1])
+        # One head of its own axis: torch's fused kernels take nothing else, and its plain one makes the whole L x L table.
+        q_B1LC, k_B1LC, v_B1LC = (x.unsqueeze(1) for x in (inner.to_q(tokens_BLC), *kv))
+        out = F.scaled_dot_product_attention(q_B1LC, k_B1LC, v_B1LC).squeeze(1)
         out = inner.to_out[0](out).transpose(1, 2).reshape(B, C, Y, X)
         return (out + hidden_states) / inner.rescale_output_factor
 

@@ -65,7 +65,7 @@ class JointAttention(nn.Module):
                 out = RowParallelLinear(hidden, hidden, (kept[0], kept[1]), tp, bias=False)
                 self.add_module(f"out_proj_{stream}", out)
         if config.rotary:
-            self.rotary_emb = nn.ParameterDict({"freqs": sharded_parameter((config.head_dim // 4,))})
+            self.rotary_emb = nn.ParameterDict({"freqs": sharded_parameter((config.head_dim // 4,), fp32=True)})
 
     def qkv(self, stream: str, tokens_BLD: Tensor, positions_L2: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(B, L, N, H) each. Image tokens are turned by their row and column."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from .checkpoint import DIFFUSION_PREFIX, Piece, RenamedSource, SafetensorsSourc
 from .mmdit import HEAD_DIM, MMDiTConfig
 
 POS_EMBED = "pos_embed"
+# Of positions of sizes and of their patches that are kept; a large one takes 40 MB, and its patches as much again.
+KEPT_BYTES = 2**27
 _OTHER_FAMILIES = (
     ("input_blocks.0.0.weight", "a UNet (SDXL or SD1/SD2)"),
     ("down_blocks.0.resnets.0.conv1.weight", "a diffusers UNet (SDXL or SD1/SD2)"),
@@ -102,7 +105,7 @@ class PositionTable:
     dtype: torch.dtype
 
     def __post_init__(self) -> None:
-        self._crops: dict[tuple[int, int, tuple[tuple[int, int], ...]], Tensor] = {}
+        self._crops: OrderedDict[tuple[int, int, tuple[tuple[int, int], ...]], Tensor] = OrderedDict()
 
     def rows(self, rows: int, columns: int, ranges: Sequence[tuple[int, int]]) -> Tensor:
         """(L, D) for tokens (first, one past last) of an image of rows x columns tokens; the crop is centred."""
@@ -117,6 +120,9 @@ class PositionTable:
                     wanted.append((offset + start, offset + stop))
             crop = self.source.read(POS_EMBED, Shard(1, tuple(wanted)))[0]
             self._crops[key] = crop.to(device=self.device, dtype=self.dtype, copy=True)
+        self._crops.move_to_end(key)
+        while len(self._crops) > 1 and sum(kept.nbytes for kept in self._crops.values()) > KEPT_BYTES:
+            self._crops.popitem(last=False)
         return self._crops[key]
 
 

@@ -134,9 +134,11 @@ class BandUNet:
             out = self.model(x_BCYX, timesteps_B, context_BLE, class_labels=y_BA, return_dict=False)[0]
         finally:
             band.step = Step()  # what the job keeps must not live on in the model
+        whole = all_gather(out, 2, band.rows, band.axis)
+        # After the output, which the next step waits for: a communicator works in order.
         if step.stale is not None and step.phase == "displaced":
             step.stale.end_evaluation()
-        return all_gather(out, 2, band.rows, band.axis)
+        return whole
 
 
 def loadable_unet(config: UNetConfig, mesh: Mesh) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..config import DEFAULT_IDLE_SECONDS, BackendSpec, MeshSpec
 from ..errors import (
+    BackendError,
     BackendLostError,
     CancelledError,
     MissingTensorsError,
@@ -60,6 +61,8 @@ PING_SECONDS = 2.0
 SILENT_SECONDS = 20.0
 CONTROL_SECONDS = 10.0
 CONTROL = (Hello, Status, Cancel, Stop)
+# A backend that has ended is not started for these.
+NEVER_STARTING = (Status, Stop, Unload)
 
 OnEvent = Callable[[Progress | StepDone, Sequence[Tensor]], None]
 
@@ -204,15 +207,16 @@ class Backend:
         return reply
 
     def unload(self, models: Sequence[str] = ()) -> None:
-        """Free these models of the backend; all where none is named."""
-        self.request(Unload(list(models)))
+        """Free these models of the backend; all where none is named. One that has ended holds none."""
+        with contextlib.suppress(BackendLostError, StartError):
+            self.request(Unload(list(models)))
 
     def stop(self, seconds: float = 20.0) -> None:
         """Ends the backend's processes and waits until they are gone.
 
         Raises: StartError: they still run after `seconds`.
         """
-        with contextlib.suppress(BackendLostError):
+        with contextlib.suppress(BackendLostError, StartError):
             self.request(Stop())
         if self.spec.address:
             self.close()
@@ -255,7 +259,7 @@ class Backend:
         Raises: CancelledError, BackendLostError, or what the backend says.
         """
         with self.lock:
-            self.follow_restarts()
+            self.follow_restarts(should_cancel, start=not isinstance(body, NEVER_STARTING))
             try:
                 return self._exchange(body, attachments, on_event, should_cancel)
             except MissingTensorsError as missing:
@@ -274,8 +278,26 @@ class Backend:
         metas, sent, keys = self._sent.prepare(attachments)
         assert self._socket is not None
         self._socket.send_multipart(pack(RequestHeader(job, body, metas), sent), copy=False)
-        pending: BaseException | None = None
         line = _Line(self, job, pinged=not isinstance(body, CONTROL))
+        try:
+            return self._await(line, job, keys, on_event, should_cancel)
+        except BackendError:
+            raise
+        except BaseException:  # a Ctrl-C here must not leave the job running there
+            self._send(Cancel(job))
+            raise
+
+    def _await(
+        self,
+        line: _Line,
+        job: int,
+        keys: list[str],
+        on_event: OnEvent | None,
+        should_cancel: Callable[[], bool] | None,
+    ) -> tuple[Reply, list[Tensor]]:
+        """The final reply of a request that was sent."""
+        assert self._socket is not None
+        pending: BaseException | None = None
         while True:
             if self._socket.poll(POLL_MS):
                 frames = [frame.buffer for frame in self._socket.recv_multipart(copy=False)]
@@ -332,15 +354,23 @@ class Backend:
             raise ProtocolError("Another backend answered than the runtime folder names.", "Run the prompt again.")
         self.record, self._lost = met, False
 
-    def follow_restarts(self) -> None:
-        """Between requests: follow the backend to its next generation, or start it anew if it has ended."""
+    def follow_restarts(self, should_cancel: Callable[[], bool] | None = None, *, start: bool = True) -> None:
+        """Between requests: follow the backend to its next generation, or start it anew if it has ended.
+
+        Raises: CancelledError; StartError: it has ended, and is not to be started.
+        """
         deadline = time.monotonic() + RECONNECT_SECONDS
+
+        def waiting(_: float) -> None:
+            if should_cancel is not None and should_cancel():
+                raise CancelledError("The job was cancelled.")
+
         while True:
             record = self._place.current() or (self.record if self.spec.address else None)
             if record is not None and record.generation == self.record.generation and not self._lost:
                 return
             try:
-                self._connect(self._place.next(self.record))
+                self._connect(self._place.next(self.record, waiting, start))
                 return
             except BackendLostError:  # it fell again, or its rank 0 is stopped and about to be ended
                 if self.spec.address or time.monotonic() > deadline:

@@ -36,13 +36,18 @@ class Keys:
             (folder / f"{name}.key_secret").chmod(0o600)
         return cls(folder)
 
+    def check(self) -> None:
+        """Raises: ConfigError: what a backend needs is not there."""
+        self._pair(f"{SERVER}.key_secret")
+        self._pair(f"{CLIENT}.key")
+
     def guard(self, context: zmq.Context[zmq.Socket[bytes]], router: zmq.Socket[bytes]) -> ThreadAuthenticator:
         """Only clients with this folder's client key get through to `router`; stop what is returned at the end.
 
         Raises: ConfigError: a key is not there.
         """
+        self.check()
         public, secret = self._pair(f"{SERVER}.key_secret")
-        self._pair(f"{CLIENT}.key")
         authenticator = ThreadAuthenticator(context)
         authenticator.start()
         authenticator.configure_curve(domain="*", location=str(self.folder))

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..config import BackendSpec, ServeSpec
 from ..errors import ConfigError, StartError
 from ..version import __version__
 from . import runtime_dir as files
+from .keys import Keys
 from .runtime_dir import BackendRecord
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
@@ -45,8 +46,12 @@ def find(spec: BackendSpec) -> BackendRecord | None:
     Raises: ConfigError: it runs with other ranks or another version than `spec` asks for.
     """
     record = files.read_record(spec.name)
-    if record is None:
-        return None
+    if record is not None:
+        _check_same(record, spec)
+    return record
+
+
+def _check_same(record: BackendRecord, spec: BackendSpec) -> None:
     stop = f"stop it with `python -m parallel_backend stop --name {spec.name}`, or use another backend name."
     if record.version != __version__:
         raise ConfigError(
@@ -59,7 +64,6 @@ def find(spec: BackendSpec) -> BackendRecord | None:
             f"{spec.world_size} on {_place(spec.device, list(spec.devices))} were asked for.",
             f"Ask for what runs, {stop}",
         )
-    return record
 
 
 def _place(device: str, devices: list[int]) -> str:
@@ -73,26 +77,79 @@ def attach_or_start(
 ) -> BackendRecord:
     """The record of a backend that is ready; starts one, detached, where none of that name runs.
 
-    Two callers at once start one backend: the second waits for the first.
+    Two callers at once start one backend: the second waits for the first. One whose ranks are being started anew is
+    waited for too.
 
     Args:
         waiting: called about four times a second with the seconds passed; what it raises ends the wait.
     Raises: StartError: it did not come up; the message has the end of its log.
     """
     with _start_lock(spec.name, waiting):
-        record = find(spec)
-        if record is None:
+        return find(spec) or _restarted(spec, waiting) or wait_ready(spec, start(spec, serve), waiting)
+
+
+def run(spec: BackendSpec, serve: ServeSpec) -> int:
+    """A backend that ends with this process, its log on this terminal; its exit status.
+
+    Raises: StartError: it did not come up.
+    """
+    log = _Shown(files.runtime_dir(spec.name) / "backend.log")
+    with _ended_by_sigterm():
+        with _start_lock(spec.name, lambda seconds: None):
             process = start(spec, serve)
-            record = wait_ready(spec, process, waiting)
-    return record
+            try:
+                wait_ready(spec, process, lambda seconds: log.show())
+            finally:
+                log.show()
+        return _follow(process, log)
+
+
+def end(name: str, seconds: float = 20.0) -> bool:
+    """Ends a backend that can't be asked to stop: one of another version, or between two starts of its ranks.
+
+    Returns: whether there was one. Raises: StartError: it still runs after `seconds`.
+    """
+    record = files.read_record(name) or files.restarting(name)
+    if record is None:
+        return False
+    os.kill(record.agent_pid, signal.SIGTERM)
+    if not files.wait_until_gone(record.agent_pid, seconds):
+        raise StartError(
+            f"Backend {name!r} (process {record.agent_pid}) still runs {seconds:.0f} s after stop.",
+            f"End it with `kill -9 {record.agent_pid}`.",
+        )
+    (files.runtime_dir(name) / "backend.json").unlink(missing_ok=True)
+    return True
+
+
+def _restarted(spec: BackendSpec, waiting: Waiting) -> BackendRecord | None:
+    """The record of a backend that starts its ranks anew, once they are ready; None where none does, or it gave up.
+
+    Raises: ConfigError: as `find`. StartError: it has been at it for too long.
+    """
+    begun = time.monotonic()
+    while (left := files.restarting(spec.name)) is not None:
+        _check_same(left, spec)
+        passed = time.monotonic() - begun
+        if passed > START_SECONDS:
+            raise StartError(
+                f"Backend {spec.name!r} has been starting its ranks anew for {passed:.0f} s. Its log ends:\n"
+                f"{files.log_tail(spec.name)}",
+                f"End it with `python -m parallel_backend stop --name {spec.name}`.",
+            )
+        waiting(passed)
+        time.sleep(0.25)
+    return find(spec)
 
 
 def start(spec: BackendSpec, serve: ServeSpec = LOCAL) -> subprocess.Popen[bytes]:
     """torchrun in a session of its own, its output in the runtime folder's backend.log.
 
-    Raises: ConfigError: more GPUs, or others, than there are.
+    Raises: ConfigError: more GPUs, or others, than there are; keys that can't be read.
     """
     check_devices(spec)
+    if serve.keys:
+        Keys(Path(serve.keys)).check()
     folder = files.runtime_dir(spec.name)
     for left in ("backend.json", "last_good"):
         (folder / left).unlink(missing_ok=True)
@@ -156,13 +213,22 @@ def supervise(spec: BackendSpec, serve: ServeSpec) -> int:
 
     Hosts meet again in their own time: each waits at the rendezvous, and a start in vain makes the next pause longer.
     """
+    check_devices(spec)
+    if serve.keys:
+        Keys(Path(serve.keys)).check()
     env = environment(spec) | {"PARALLEL_MMDIT_AGENT_PID": str(os.getpid())}
     if serve.hosts.interface:
         env |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), serve.hosts.interface)
-    in_vain = 0
+    path, in_vain = files.runtime_dir(spec.name) / "backend.log", 0
+    path.unlink(missing_ok=True)
+    log = _Shown(path)
     while True:
         begun = time.monotonic()
-        status = subprocess.run(command(spec, serve), env=env, check=False).returncode
+        with _ended_by_sigterm(), path.open("ab") as output:
+            process = subprocess.Popen(
+                command(spec, serve), env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            status = _follow(process, log)
         if status == 0:
             return 0
         in_vain = 0 if time.monotonic() - begun > GOOD_SECONDS else in_vain + 1
@@ -171,6 +237,42 @@ def supervise(spec: BackendSpec, serve: ServeSpec) -> int:
         pause = min(LONGEST_PAUSE, 2.0**in_vain)
         print(f"The ranks of host {serve.hosts.index} fell; they are started again in {pause:.0f} s.", file=sys.stderr)
         time.sleep(pause)
+
+
+class _Shown:
+    """A log that is copied to this terminal as it grows."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._read = path, 0
+
+    def show(self) -> None:
+        with suppress(FileNotFoundError), self._path.open("rb") as log:
+            log.seek(self._read)
+            text = log.read()
+            self._read += len(text)
+            sys.stderr.write(text.decode(errors="replace"))
+
+
+def _follow(process: subprocess.Popen[bytes], log: _Shown) -> int:
+    """The exit status of `process`, which ends when this one is interrupted."""
+    try:
+        while process.poll() is None:
+            log.show()
+            time.sleep(0.25)
+    finally:
+        _end(process)
+        log.show()
+    return process.returncode
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """A SIGTERM unwinds the block, as an interrupt does."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def environment(spec: BackendSpec) -> dict[str, str]:
@@ -185,41 +287,41 @@ def environment(spec: BackendSpec) -> dict[str, str]:
     return env
 
 
-def wait_ready(spec: BackendSpec, process: subprocess.Popen[bytes] | None, waiting: Waiting) -> BackendRecord:
+def wait_ready(spec: BackendSpec, process: subprocess.Popen[bytes], waiting: Waiting) -> BackendRecord:
     """The record, once every rank has acknowledged.
 
     Args:
-        process: the starter's own torchrun, or None where ranks are being restarted by a torchrun that lives.
+        process: its torchrun, which is ended where this raises.
     Raises: StartError: torchrun ended, or nothing came within START_SECONDS.
     """
-    begun = time.monotonic()
-    while (record := files.read_record(spec.name)) is None:
-        passed = time.monotonic() - begun
-        if process is not None and (process.poll() is not None or _RANK_FAILED in files.log_tail(spec.name, 200)):
-            raise _start_error(spec, process, "ended while it started")
-        if passed > START_SECONDS:
-            raise _start_error(spec, process, f"was not ready after {passed:.0f} s")
-        try:
+    begun, clock = time.monotonic(), time.time()
+    try:
+        while (record := files.read_record(spec.name)) is None:
+            passed = time.monotonic() - begun
+            if process.poll() is not None or _RANK_FAILED in files.log_tail(spec.name, 200):
+                words = files.last_words(spec.name, clock)
+                raise _start_error(spec, f"ended while it started{': ' + words.rstrip('.') if words else ''}")
+            if passed > START_SECONDS:
+                raise _start_error(spec, f"was not ready after {passed:.0f} s")
             waiting(passed)
-        except BaseException:
-            _end(process)
-            raise
-        time.sleep(0.25)
+            time.sleep(0.25)
+    except BaseException:
+        _end(process)
+        raise
     return record
 
 
-def _start_error(spec: BackendSpec, process: subprocess.Popen[bytes] | None, what: str) -> StartError:
+def _start_error(spec: BackendSpec, what: str) -> StartError:
     words = files.log_tail(spec.name)
-    _end(process)
     return StartError(
         f"Backend {spec.name!r} {what}. Its log ends:\n{words}",
         f"The whole log is {files.runtime_dir(spec.name) / 'backend.log'}.",
     )
 
 
-def _end(process: subprocess.Popen[bytes] | None) -> None:
+def _end(process: subprocess.Popen[bytes]) -> None:
     """No rank of a start that failed stays behind."""
-    if process is not None and process.poll() is None:
+    if process.poll() is None:
         os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(timeout=10)

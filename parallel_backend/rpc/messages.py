@@ -208,8 +208,11 @@ class Failed(Message, frozen=True):
 
 
 class RankState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`machine` tells hosts of one name apart."""
+
     rank: int
     host: str
+    machine: str
     pid: int
     device: str
     device_name: str

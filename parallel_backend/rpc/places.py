@@ -13,7 +13,7 @@ from typing import Protocol
 import zmq
 
 from ..config import BackendSpec
-from ..errors import BackendLostError, ConfigError
+from ..errors import BackendLostError, ConfigError, StartError
 from . import launcher
 from . import runtime_dir as files
 from .keys import Keys
@@ -31,8 +31,15 @@ class Place(Protocol):
     def current(self) -> BackendRecord | None:
         """The one that runs; None where it can't be known, or none does."""
 
-    def next(self, last: BackendRecord) -> BackendRecord:
-        """The one to connect to after `last` was lost."""
+    def next(self, last: BackendRecord, waiting: launcher.Waiting, start: bool) -> BackendRecord:
+        """The one to connect to after `last` was lost.
+
+        Args:
+            waiting: called now and then with the seconds passed; what it raises ends the wait.
+            start: where none runs any more.
+        Raises: StartError: none runs, and none is to be started.
+        """
+        ...
 
     def connect(self, socket: zmq.Socket[bytes], record: BackendRecord) -> None: ...
 
@@ -56,14 +63,16 @@ class ThisMachine:
     def current(self) -> BackendRecord | None:
         return files.read_record(self._spec.name)
 
-    def next(self, last: BackendRecord) -> BackendRecord:
+    def next(self, last: BackendRecord, waiting: launcher.Waiting, start: bool) -> BackendRecord:
         """Raises: StartError, ConfigError."""
-        record = self.current()
-        deadline = time.monotonic() + RECONNECT_SECONDS
-        while record is None and time.monotonic() < deadline and files.is_alive(last.agent_pid):
+        record, begun = self.current(), time.monotonic()
+        while record is None and time.monotonic() < begun + RECONNECT_SECONDS and files.is_alive(last.agent_pid):
+            waiting(time.monotonic() - begun)
             time.sleep(0.1)  # its torchrun lives, and brings the ranks back
             record = self.current()
-        return record or launcher.attach_or_start(self._spec)
+        if record is None and not start:
+            raise StartError(f"Backend {self._spec.name!r} has ended.", "The next prompt starts it again.")
+        return record or launcher.attach_or_start(self._spec, waiting)
 
     def connect(self, socket: zmq.Socket[bytes], record: BackendRecord) -> None:
         self._falls_seen = len(files.fallen_ranks(self._spec.name))
@@ -111,7 +120,7 @@ class Elsewhere:
     """A backend behind a tcp address. It can't be started from here, and what it knows is asked of it alone."""
 
     def __init__(self, spec: BackendSpec) -> None:
-        self._spec, self._keys = spec, Keys(Path(spec.keys))
+        self._spec, self._keys = spec, Keys(Path(spec.keys).expanduser())
 
     def first(self) -> BackendRecord:
         """What is known before it has answered."""
@@ -120,7 +129,7 @@ class Elsewhere:
     def current(self) -> BackendRecord | None:
         return None
 
-    def next(self, last: BackendRecord) -> BackendRecord:
+    def next(self, last: BackendRecord, waiting: launcher.Waiting, start: bool) -> BackendRecord:
         return last
 
     def connect(self, socket: zmq.Socket[bytes], record: BackendRecord) -> None:

@@ -83,17 +83,18 @@ class _Remote:
         """The name under which the backend holds it."""
         return self.loaded.model
 
-    def ensure_loaded(self) -> Loaded:
+    def ensure_loaded(self, should_cancel: Callable[[], bool] | None = None) -> Loaded:
         """Resident now; reads nothing where it was."""
-        self.loaded = self.backend.load(self.load, None, None)
+        self.loaded = self.backend.load(self.load, None, should_cancel)
         self._generation = self.backend.generation
         return self.loaded
 
     def _request(self, body: Request, attachments: Sequence[Attachment], **callbacks: Any) -> list[Tensor]:
+        should_cancel = callbacks.get("should_cancel")
         with self.backend.lock:
-            self.backend.follow_restarts()
+            self.backend.follow_restarts(should_cancel)
             if self._generation != self.backend.generation:
-                self.ensure_loaded()
+                self.ensure_loaded(should_cancel)
             for tries_left in reversed(range(RELOADS)):
                 try:
                     reply, tensors = self.backend.request(body, attachments, **callbacks)
@@ -101,7 +102,7 @@ class _Remote:
                 except UnknownModelError:  # another client has freed it, and may do so again before this one's turn
                     if not tries_left:
                         raise
-                    self.ensure_loaded()
+                    self.ensure_loaded(should_cancel)
             assert isinstance(reply, Result)
             self.last = reply
             return tensors

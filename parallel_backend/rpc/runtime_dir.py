@@ -23,7 +23,7 @@ _LONGEST_SOCKET_PATH = 100
 class BackendRecord(msgspec.Struct, frozen=True):
     """What a running backend says of itself. `generation` changes whenever its ranks are restarted.
 
-    `agent_pid` is the process that starts its ranks anew. `start_ticks` tells rank 0 from a later process of its number.
+    `agent_pid` is the process that starts its ranks anew. Ticks tell both processes from later ones of their numbers.
     """
 
     version: str
@@ -35,12 +35,13 @@ class BackendRecord(msgspec.Struct, frozen=True):
     device: str
     devices: list[int] = []
     start_ticks: int = 0
+    agent_ticks: int = 0
 
 
 def runtime_root() -> Path:
     """$PARALLEL_MMDIT_RUNTIME_DIR, else a folder in the user's own run-time or temporary folder."""
     if chosen := os.environ.get("PARALLEL_MMDIT_RUNTIME_DIR"):
-        return Path(chosen)
+        return Path(chosen).expanduser().absolute()
     base = os.environ.get("XDG_RUNTIME_DIR")
     if base and Path(base).is_dir():
         return Path(base) / "parallel-mmdit"
@@ -70,11 +71,27 @@ def runtime_dir(name: str) -> Path:
 
 def read_record(name: str) -> BackendRecord | None:
     """The record of a backend that lives; None where there is none or its rank 0 is gone."""
+    record = _written_record(name)
+    return record if record is not None and _lives(record.pid, record.start_ticks) else None
+
+
+def restarting(name: str) -> BackendRecord | None:
+    """The last record of a backend whose rank 0 is gone, while its torchrun lives to start it anew; else None."""
+    record = _written_record(name)
+    if record is None or _lives(record.pid, record.start_ticks):
+        return None
+    return record if _lives(record.agent_pid, record.agent_ticks) else None
+
+
+def _written_record(name: str) -> BackendRecord | None:
     try:
-        record = msgspec.json.decode((runtime_dir(name) / "backend.json").read_bytes(), type=BackendRecord)
+        return msgspec.json.decode((runtime_dir(name) / "backend.json").read_bytes(), type=BackendRecord)
     except (FileNotFoundError, msgspec.DecodeError):
         return None
-    return record if is_alive(record.pid) and record.start_ticks in (0, start_ticks(record.pid)) else None
+
+
+def _lives(pid: int, ticks: int) -> bool:
+    return is_alive(pid) and ticks in (0, start_ticks(pid))
 
 
 def running_names() -> list[str]:
@@ -119,6 +136,11 @@ def start_ticks(pid: int) -> int:
     """When the process was started, in clock ticks since the machine was; 0 where there is none."""
     fields = _process_fields(pid)
     return int(fields[19]) if fields else 0
+
+
+def machine() -> str:
+    """What processes share that see each other by their numbers, and no others."""
+    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{os.readlink('/proc/self/ns/pid')}"
 
 
 def _process_fields(pid: int) -> list[str]:

@@ -100,7 +100,8 @@ class SocketServer(threading.Thread):
         if failed is not None:
             self._hand_over([_FAIL_ALL, msgspec.msgpack.encode(failed)])
         self._hand_over([_STOP])
-        self.join(timeout=5)
+        if self.is_alive():  # a rank may fail before it has started to listen
+            self.join(timeout=5)
 
     def _hand_over(self, frames: list[Frame]) -> None:
         with self._outside_lock:

@@ -21,6 +21,7 @@ def main(comfy_folder, pack, model_path):
     comfy.options.enable_args_parsing()
     import comfy.model_management as mm
     import comfy.sd
+    import torch
 
     spec = importlib.util.spec_from_file_location("pack", f"{pack}/__init__.py", submodule_search_locations=[pack])
     sys.modules["pack"] = importlib.util.module_from_spec(spec)
@@ -30,8 +31,17 @@ def main(comfy_folder, pack, model_path):
     mm.load_models_gpu([model])
     gib = 2**30
     outcomes = {}
-    for name, device, free in (("cpu", "cpu", 0), ("roomy", "cuda:0", 20 * gib), ("short", "cuda:1", 2 * gib)):
-        ranks = [SimpleNamespace(rank=3, device=device, free_bytes=free)]
+    mm.get_torch_device = lambda: torch.device("cuda:1")
+    here = importlib.import_module("pack.parallel_backend.rpc.runtime_dir").machine()
+    cases = {
+        "cpu": ("cpu", here, 0),
+        "roomy": ("cuda:1", here, 20 * gib),
+        "another GPU": ("cuda:0", here, 2 * gib),
+        "another machine": ("cuda:1", "elsewhere", 2 * gib),
+        "short": ("cuda:1", here, 2 * gib),
+    }
+    for name, (device, machine, free) in cases.items():
+        ranks = [SimpleNamespace(rank=3, device=device, machine=machine, free_bytes=free)]
         backend = SimpleNamespace(status=lambda ranks=ranks: SimpleNamespace(ranks=ranks))
         said = parallel_mesh.make_room(backend, 10 * gib)
         outcomes[name] = {"said": said, "loaded": len(mm.loaded_models())}
