@@ -91,5 +91,10 @@ def make_room(backend: Backend, rank_bytes: int) -> str:
 
 def lacks_room(rank: RankState, rank_bytes: int) -> bool:
     """On the GPU that ComfyUI computes on; what it holds elsewhere is not in the way of a rank."""
-    here = rank.machine == machine() and rank.device == str(mm.get_torch_device())
+    here = rank.machine == machine() and rank.device == own_device()
     return here and rank.device.startswith("cuda") and rank.free_bytes < rank_bytes + ACTIVATION_BYTES
+
+
+def own_device() -> str:
+    """What ComfyUI computes on, as ranks name theirs."""
+    return str(mm.get_torch_device())

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from ..parallel_backend import RemoteModel
-from ..parallel_backend.errors import CancelledError, CheckpointError, UnsupportedError
+from ..parallel_backend.errors import CancelledError, CheckpointError, OutOfMemoryError, UnsupportedError
 from ..parallel_backend.safetensors_file import files_of, safetensors_header
 from .comfy_types import refuse, transformer_patches, weight_patches
+from .node_text import say
 
 FROM_SCRATCH = "sd3-from-scratch"
 _PREFIX = "model.diffusion_model."
@@ -32,9 +33,21 @@ _ELSEWHERE = "The weights live in the backend. Remove that node, or load the mod
 
 
 def interruptible(request: Any, *args: Any, **kwargs: Any) -> Any:
-    """request(*args, **kwargs), given up when ComfyUI is interrupted; then ComfyUI's own exception is raised."""
+    """request(*args, **kwargs), given up when ComfyUI is interrupted; then ComfyUI's own exception is raised.
+
+    Where a rank lacks memory while ComfyUI's own models (a text encoder, perhaps on the same GPU) hold some, these leave and
+    the request is made once more.
+    """
     try:
-        return request(*args, should_cancel=mm.processing_interrupted, **kwargs)
+        try:
+            return request(*args, should_cancel=mm.processing_interrupted, **kwargs)
+        except OutOfMemoryError as error:
+            if not any(not isinstance(model, RemotePatcher) for model in mm.loaded_models()):
+                raise
+            mm.unload_all_models()
+            mm.soft_empty_cache()
+            say(f"unloaded ComfyUI's own models, and once more: {error.message}")
+            return request(*args, should_cancel=mm.processing_interrupted, **kwargs)
     except CancelledError:
         mm.throw_exception_if_processing_interrupted()
         raise

@@ -15,6 +15,8 @@ def test_comfyuis_models_leave_when_a_rank_lacks_room_and_only_then(comfy: Comfy
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     outcomes = json.loads(done.stdout.splitlines()[-1])
+    assert outcomes.pop("again") == {"said": "done", "held": [1, 0]}
+    assert outcomes.pop("in vain") == {"held": [0]}, "nothing was left to make room with"
     short = outcomes.pop("short")
     assert len(outcomes) == 4 and all(outcome == {"said": "", "loaded": 1} for outcome in outcomes.values())
     assert short["loaded"] == 0

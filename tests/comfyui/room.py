@@ -21,7 +21,6 @@ def main(comfy_folder, pack, model_path):
     comfy.options.enable_args_parsing()
     import comfy.model_management as mm
     import comfy.sd
-    import torch
 
     spec = importlib.util.spec_from_file_location("pack", f"{pack}/__init__.py", submodule_search_locations=[pack])
     sys.modules["pack"] = importlib.util.module_from_spec(spec)
@@ -31,7 +30,7 @@ def main(comfy_folder, pack, model_path):
     mm.load_models_gpu([model])
     gib = 2**30
     outcomes = {}
-    mm.get_torch_device = lambda: torch.device("cuda:1")
+    parallel_mesh.own_device = lambda: "cuda:1"
     here = importlib.import_module("pack.parallel_backend.rpc.runtime_dir").machine()
     cases = {
         "cpu": ("cpu", here, 0),
@@ -45,6 +44,25 @@ def main(comfy_folder, pack, model_path):
         backend = SimpleNamespace(status=lambda ranks=ranks: SimpleNamespace(ranks=ranks))
         said = parallel_mesh.make_room(backend, 10 * gib)
         outcomes[name] = {"said": said, "loaded": len(mm.loaded_models())}
+
+    # A request that a rank has no memory for is made again once ComfyUI's models are gone, and no third time.
+    errors = importlib.import_module("pack.parallel_backend.errors")
+    remote_model = importlib.import_module("pack.nodes.remote_model")
+    mm.load_models_gpu([model])
+    held = []
+
+    def request(should_cancel, enough=0):
+        held.append(len(mm.loaded_models()))
+        if held[-1] > enough:
+            raise errors.OutOfMemoryError("Rank 0 is out of memory.", "")
+        return "done"
+
+    outcomes["again"] = {"said": remote_model.interruptible(request), "held": list(held)}
+    held.clear()
+    try:
+        remote_model.interruptible(request, enough=-1)
+    except errors.OutOfMemoryError:
+        outcomes["in vain"] = {"held": held}
     print(json.dumps(outcomes))
 
 
