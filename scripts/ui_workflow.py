@@ -93,6 +93,8 @@ def _node(node_id: int, node: dict[str, Any], info: dict[str, Any], order: int) 
     given = dict(node["inputs"])
     sockets, values, rows = [], [], max(1, len(info["output"]))
     for name, kind, options in _inputs(info):
+        if _is_widget(kind, options) and name not in given:
+            raise ValueError(f"{node['class_type']} has no value for {name!r}: the editor would queue one")
         value = given.pop(name, None)
         if _is_widget(kind, options):
             values += [value, *(["fixed"] if _has_seed_control(name, options) else [])]

@@ -21,7 +21,7 @@ from vae_files import write_kl_vae
 from parallel_backend import Backend, MeshSpec, RemoteModel
 from parallel_backend.demo_checkpoints import DEMO_FAMILIES, small_config, write_mmdit, write_taesd
 
-torch.set_num_threads(1)  # two processes run tests side by side
+torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -19,7 +19,9 @@ from ..errors import (
     BackendLostError,
     CancelledError,
     MissingTensorsError,
+    OutOfMemoryError,
     ProtocolError,
+    RankError,
     StartError,
     error_from_code,
 )
@@ -63,6 +65,7 @@ CONTROL_SECONDS = 10.0
 CONTROL = (Hello, Status, Cancel, Stop)
 # A backend that has ended is not started for these.
 NEVER_STARTING = (Status, Stop, Unload)
+ENDING = (RankError.code, OutOfMemoryError.code, BackendLostError.code)
 
 OnEvent = Callable[[Progress | StepDone, Sequence[Tensor]], None]
 
@@ -326,6 +329,8 @@ class Backend:
         if pending is not None:
             raise pending
         if isinstance(body, Failed):
+            # Its ranks may be about to end: the next request must not go to what is still there of them.
+            self._lost = self._lost or body.code in ENDING
             raise error_from_code(body.code, body.message, body.remedy)
         self._sent.note_sent(keys)
         return body, tensors

@@ -147,9 +147,7 @@ def start(spec: BackendSpec, serve: ServeSpec = LOCAL) -> subprocess.Popen[bytes
 
     Raises: ConfigError: more GPUs, or others, than there are; keys that can't be read.
     """
-    check_devices(spec)
-    if serve.keys:
-        Keys(Path(serve.keys)).check()
+    check_here(spec, serve)
     folder = files.runtime_dir(spec.name)
     for left in ("backend.json", "last_good"):
         (folder / left).unlink(missing_ok=True)
@@ -168,8 +166,10 @@ def start(spec: BackendSpec, serve: ServeSpec = LOCAL) -> subprocess.Popen[bytes
         )
 
 
-def check_devices(spec: BackendSpec) -> None:
-    """Raises ConfigError where `spec` names GPUs that this machine doesn't have."""
+def check_here(spec: BackendSpec, serve: ServeSpec) -> None:
+    """Raises ConfigError where GPUs or keys are named that this machine doesn't have."""
+    if serve.keys:
+        Keys(Path(serve.keys)).check()
     if spec.device != "cuda":
         return
     import torch
@@ -213,9 +213,7 @@ def supervise(spec: BackendSpec, serve: ServeSpec) -> int:
 
     Hosts meet again in their own time: each waits at the rendezvous, and a start in vain makes the next pause longer.
     """
-    check_devices(spec)
-    if serve.keys:
-        Keys(Path(serve.keys)).check()
+    check_here(spec, serve)
     env = environment(spec) | {"PARALLEL_MMDIT_AGENT_PID": str(os.getpid())}
     if serve.hosts.interface:
         env |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), serve.hosts.interface)

@@ -83,6 +83,8 @@ class ThisMachine:
 
     def check(self, record: BackendRecord, since: float) -> None:
         now = self.current()
+        if now is None and files.lives(record.pid, record.start_ticks):
+            return  # its record was removed, and is about to be put back
         if now is None or now.generation != record.generation:
             raise self._error(f"was lost in the middle of a request: {self._what_happened(since)}")
 

@@ -72,15 +72,15 @@ def runtime_dir(name: str) -> Path:
 def read_record(name: str) -> BackendRecord | None:
     """The record of a backend that lives; None where there is none or its rank 0 is gone."""
     record = _written_record(name)
-    return record if record is not None and _lives(record.pid, record.start_ticks) else None
+    return record if record is not None and lives(record.pid, record.start_ticks) else None
 
 
 def restarting(name: str) -> BackendRecord | None:
     """The last record of a backend whose rank 0 is gone, while its torchrun lives to start it anew; else None."""
     record = _written_record(name)
-    if record is None or _lives(record.pid, record.start_ticks):
+    if record is None or lives(record.pid, record.start_ticks):
         return None
-    return record if _lives(record.agent_pid, record.agent_ticks) else None
+    return record if lives(record.agent_pid, record.agent_ticks) else None
 
 
 def _written_record(name: str) -> BackendRecord | None:
@@ -90,7 +90,8 @@ def _written_record(name: str) -> BackendRecord | None:
         return None
 
 
-def _lives(pid: int, ticks: int) -> bool:
+def lives(pid: int, ticks: int) -> bool:
+    """Whether the process of that number runs that was started then; with 0 ticks, any of that number."""
     return is_alive(pid) and ticks in (0, start_ticks(pid))
 
 
