@@ -5,7 +5,8 @@ Stock samplers and guiders run on it as on any MODEL. What can't be sent is refu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,19 +39,24 @@ def interruptible(request: Any, *args: Any, **kwargs: Any) -> Any:
     Where a rank lacks memory while ComfyUI's own models (a text encoder, perhaps on the same GPU) hold some, these leave and
     the request is made once more.
     """
+    asked = partial(request, *args, should_cancel=mm.processing_interrupted, **kwargs)
     try:
-        try:
-            return request(*args, should_cancel=mm.processing_interrupted, **kwargs)
-        except OutOfMemoryError as error:
-            if not any(not isinstance(model, RemotePatcher) for model in mm.loaded_models()):
-                raise
-            mm.unload_all_models()
-            mm.soft_empty_cache()
-            say(f"unloaded ComfyUI's own models, and once more: {error.message}")
-            return request(*args, should_cancel=mm.processing_interrupted, **kwargs)
+        return _with_room(asked)
     except CancelledError:
         mm.throw_exception_if_processing_interrupted()
         raise
+
+
+def _with_room(request: Callable[[], Any]) -> Any:
+    try:
+        return request()
+    except OutOfMemoryError as error:
+        if all(isinstance(model, RemotePatcher) for model in mm.loaded_models()):
+            raise
+        mm.unload_all_models()
+        mm.soft_empty_cache()
+        say(f"unloaded ComfyUI's own models, and once more: {error.message}")
+        return request()
 
 
 def meta_state_dict(path: Path) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -83,6 +84,12 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="figures about this machine and the methods")
     _bench_arguments(bench)
 
+    _small_checkpoint(commands)
+    return parser
+
+
+def _small_checkpoint(commands: Any) -> None:
+    """What is done with the checkpoint that this pack brings."""
     demo = commands.add_parser("demo", help="draw on two CPU ranks with the small checkpoint of this pack")
     demo.add_argument("--output", default="demo-output", help="folder for the contact sheet")
     demo.add_argument("--prompt", action="append", default=[], help="a caption; may be given several times")
@@ -93,7 +100,6 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--count", type=int, default=100, help="captions")
     score.add_argument("--size", type=int, default=128, help="pixels")
     score.set_defaults(run=_score)
-    return parser
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from local_network import local_network
+from served import NEGATIVE, POSITIVE
 from torch import Tensor
 
 from parallel_backend import Conditioning, MeshSpec
 from parallel_backend.config import SamplerSpec
-from parallel_backend.demo_checkpoints import random_prompt
 from parallel_backend.distributed.attention import StaleKV
 from parallel_backend.distributed.collectives import split_sizes
 from parallel_backend.distributed.mesh import Mesh, build_mesh
@@ -26,7 +26,6 @@ from parallel_backend.models.transformer import Attend
 from parallel_backend.sampling.image import sample_latent
 from parallel_backend.sampling.parameterization import Flow
 
-POSITIVE, NEGATIVE = Conditioning(*random_prompt(1, 154)), Conditioning(*random_prompt(2, 77))
 SETTINGS: dict[str, Any] = {"seed": 3, "steps": 5, "cfg_scale": 4.0, "sampler": "euler_ancestral"}
 
 

@@ -15,6 +15,7 @@ from parallel_backend.bench.pictures import draw_plot, figures
 from parallel_backend.demo import command, yardsticks
 from parallel_backend.demo.captions import encode
 from parallel_backend.demo.command import CAPTIONS, SPEC
+from parallel_backend.demo.drawing import as_picture
 from parallel_backend.demo.files import MMDIT, MODELS, TAESD3
 from parallel_backend.demo.scenes import held_out_scenes, parse
 from parallel_backend.demo.score import shows
@@ -67,7 +68,7 @@ def test_pictures_show_their_captions(backend2: Backend) -> None:
     settings = {"seed": 1, "steps": SPEC.steps, "cfg_scale": SPEC.cfg_scale}
     latent = model.sample(torch.zeros(20, 16, 16, 16), prompt, Conditioning(*encode([""])), **settings)  # type: ignore[arg-type]
     images = backend2.load_vae(TAESD3, "float32").decode(latent)
-    pictures = [Image.fromarray((image * 255).round().to(torch.uint8).numpy()) for image in images]
+    pictures = [as_picture(image) for image in images]
     found = sum(shows(picture, scene) for picture, scene in zip(pictures, scenes, strict=True))
     crossed = sum(shows(picture, scene) for picture, scene in zip(pictures, scenes[1:] + scenes[:1], strict=True))
     assert found >= 10 and crossed <= 2, (found, crossed)

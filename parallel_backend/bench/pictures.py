@@ -6,22 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from ..config import MeshSpec
-from ..demo.captions import encode
 from ..demo.command import SPEC
 from ..demo.files import MMDIT, TAESD3
 from ..demo.scenes import Scene, held_out_scenes
-from ..demo.score import shows
-from ..demo.yardsticks import psnr
+from ..demo.yardsticks import psnr, sampled_pictures, share_shown
 from ..rpc.client import Backend
-from ..rpc.remote import Conditioning, RemoteModel, RemoteVAE
-
-BATCH = 10
 
 
 @dataclass(frozen=True)
@@ -56,11 +49,16 @@ def figures(
 ) -> list[Figures]:
     """Prints the rows of one mesh; the exact pictures come first."""
     model, vae = backend.load_model(MMDIT, mesh, "float32"), backend.load_vae(TAESD3, "float32")
-    exact, found = _pictures(model, vae, scenes, size, None), []
+
+    def pictures(warmup: int | None) -> list[Tensor]:
+        title = f"{model.loaded.family}, warm-up {warmup}"
+        return sampled_pictures(model, vae, scenes, size, title, leave=False, warmup_steps=warmup)
+
+    exact, found = pictures(None), []
     for warmup in (None, *warmups):
-        images = exact if warmup is None else _pictures(model, vae, scenes, size, warmup)
+        images = exact if warmup is None else pictures(warmup)
         distances = [psnr(a, b) for a, b in zip(images, exact, strict=True)]
-        score = sum(shows(_picture(i), s) for i, s in zip(images, scenes, strict=True)) / len(scenes)
+        score = share_shown(images, scenes)
         found.append(Figures(mesh, warmup, sum(distances) / len(distances), min(distances), score))
         distance = "-" if warmup is None else f"{found[-1].mean_psnr:.1f} ({found[-1].least_psnr:.1f})"
         tqdm.write(f"| {mesh.describe()} | {'exact' if warmup is None else warmup} | {distance} | {score:.0%} |")
@@ -80,26 +78,3 @@ def draw_plot(found: Sequence[Figures], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)
-
-
-def _pictures(
-    model: RemoteModel, vae: RemoteVAE, scenes: Sequence[Scene], size: int, warmup: int | None
-) -> list[Tensor]:
-    none, images = Conditioning(*encode([""])), []
-    for start in tqdm(range(0, len(scenes), BATCH), desc=f"{model.loaded.family}, warm-up {warmup}", leave=False):
-        prompt = Conditioning(*encode([scene.caption() for scene in scenes[start : start + BATCH]]))
-        latent = model.sample(
-            torch.zeros(prompt.context.shape[0], 16, size // 8, size // 8),
-            prompt,
-            none,
-            seed=SPEC.seed + start,
-            steps=SPEC.steps,
-            cfg_scale=SPEC.cfg_scale,
-            warmup_steps=warmup,
-        )
-        images += list(vae.decode(latent))
-    return images
-
-
-def _picture(image: Tensor) -> Image.Image:
-    return Image.fromarray((image * 255).round().to(torch.uint8).numpy())

@@ -16,6 +16,7 @@ from ..one_process import OneProcess
 from ..rpc.client import Backend
 from ..rpc.remote import Conditioning, RemoteModel, RemoteVAE
 from .captions import encode
+from .drawing import as_picture
 from .files import MMDIT, TAESD3
 from .scenes import parse
 
@@ -85,8 +86,7 @@ def _on_ranks(model: RemoteModel, latent: Tensor, positive: Conditioning, negati
 
 
 def _decode(vae: RemoteVAE, latents: Sequence[Tensor]) -> list[Image.Image]:
-    images = [vae.decode(latent)[0] for latent in latents]
-    return [Image.fromarray((image * 255).round().to(torch.uint8).numpy()) for image in images]
+    return [as_picture(vae.decode(latent)[0]) for latent in latents]
 
 
 def _contact_sheet(captions: Sequence[str], above: Sequence[Image.Image], below: Sequence[Image.Image]) -> Image.Image:

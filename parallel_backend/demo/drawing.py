@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+import torch
 from PIL import Image, ImageChops, ImageDraw
+from torch import Tensor
 
 from .scenes import COLORS, Scene, Thing
 
@@ -111,3 +113,8 @@ def _draw_texture(canvas: ImageDraw.ImageDraw, texture: str, left: float, top: f
             for j in range(6):
                 x, y, radius = left + j * step, top + i * step, 0.28 * step
                 canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
+
+
+def as_picture(image: Tensor) -> Image.Image:
+    """Of (Y, X, 3) in 0..1."""
+    return Image.fromarray((image * 255).round().to(torch.uint8).numpy())
