@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from parallel_backend.demo.drawing import draw
 from parallel_backend.demo.scenes import held_out_scenes
 from parallel_backend.demo_checkpoints import write_taesd_files
+from parallel_backend.errors import ConfigError
 from parallel_backend.models.vae import taesd_module_names
 
 from .config import TrainSpec
@@ -54,8 +55,14 @@ class AutoencoderTask:
         self.model = Autoencoder(spec.channels).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def start_from(self, folder: Path) -> None:
-        """Takes the weights of an exported run."""
-        self.model.load_state_dict(open_autoencoder(folder, self.spec.channels).state_dict())
+        """Takes the weights of an exported run; from one of other latent channels, all but the layers that touch latents."""
+        ours = self.model.state_dict()
+        channels = next((c for c, name in NAMES.items() if (folder / f"{name}_encoder.safetensors").exists()), 0)
+        if not channels:
+            raise ConfigError(f"{folder} holds no trained autoencoder.", "Name the folder of a run that has ended.")
+        saved = open_autoencoder(folder, channels).state_dict()
+        fitting = {name: tensor for name, tensor in saved.items() if tensor.shape == ours[name].shape}
+        self.model.load_state_dict(ours | fitting)
 
     def source(self, rank: int) -> PixelSource:
         return PixelSource(self.spec, rank)

@@ -26,9 +26,10 @@ torch.set_num_threads(2)
 
 @pytest.fixture(scope="session", autouse=True)
 def runtime_folder() -> Iterator[Path]:
-    """Backends of the tests keep away from those of the person who runs them."""
+    """Backends of the tests keep away from those of the person who runs them, and compiled code from that of other versions."""
     with tempfile.TemporaryDirectory(prefix="pm-") as folder:
         os.environ["PARALLEL_MMDIT_RUNTIME_DIR"] = folder
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/compiled"
         yield Path(folder)
 
 

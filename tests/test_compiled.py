@@ -66,8 +66,9 @@ def test_blocks_share_their_code() -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_without_a_compiler_it_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_it_is_refused_by_name() -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nowhere/g++",))
-    with torch._inductor.utils.fresh_cache(), pytest.raises(ConfigError, match="turn compile off"):
+    nowhere = torch._inductor.config.patch({"cpp.cxx": ("/nowhere/g++",)})
+    with nowhere, torch._inductor.utils.fresh_cache(), pytest.raises(ConfigError, match="turn compile off"):
         check_compiler(torch.device("cpu"))
+    check_compiler(torch.device("cpu"))

@@ -30,6 +30,7 @@ from parallel_backend.server import pause_before
 
 
 def test_the_second_load_reads_nothing_and_gives_the_same(backend2: Backend, large: Path, expected: Tensor) -> None:
+    backend2.load_model(large, MeshSpec(cfg=2), "float32")
     again = backend2.load_model(large, MeshSpec(cfg=2), "float32")
     assert again.loaded.bytes_read == [0, 0]
     assert torch.equal(sample(again), expected)
@@ -38,6 +39,7 @@ def test_the_second_load_reads_nothing_and_gives_the_same(backend2: Backend, lar
 def test_another_client_finds_backend_and_model(backend2: Backend, large: Path, expected: Tensor) -> None:
     other = Backend.attach_or_start(2, "cpu", "test2")
     assert other.generation == backend2.generation
+    backend2.load_model(large, MeshSpec(cfg=2), "float32")
     model = other.load_model(large, MeshSpec(cfg=2), "float32")
     assert model.loaded.bytes_read == [0, 0]
     assert torch.equal(sample(model), expected)

@@ -19,6 +19,7 @@ from parallel_backend.models.mmdit_checkpoint import mmdit_config, open_mmdit
 from parallel_backend.models.vae import open_vae
 from parallel_backend.one_process import OneProcess
 from parallel_training import snapshots
+from parallel_training.autoencoder import AutoencoderTask, open_autoencoder
 from parallel_training.config import Roles, TrainSpec
 from parallel_training.data import LatentSource, PixelSource
 from parallel_training.loop import train
@@ -87,6 +88,16 @@ def test_a_run_can_start_from_the_weights_of_another(autoencoder: Path, tmp_path
     spec = spec_of(tmp_path, initial=str(autoencoder), crop=48, steps=2, save_every=2)
     train(spec, ALONE)
     assert losses_of(spec)[0] < 0.9 * losses_of(spec_of(autoencoder))[0]
+
+
+def test_the_weights_of_other_latent_channels_are_taken_where_they_fit(autoencoder: Path, tmp_path: Path) -> None:
+    task = AutoencoderTask(spec_of(tmp_path, channels=4), torch.device("cpu"))
+    task.start_from(autoencoder)
+    ours, theirs = task.model.state_dict(), open_autoencoder(autoencoder, 16).state_dict()
+    anew = {name for name in ours if not torch.equal(ours[name], theirs[name])}
+    assert anew == {"encoder.layers.14.weight", "encoder.layers.14.bias", "decoder.layers.0.weight"}
+    with pytest.raises(ConfigError, match="holds no trained autoencoder"):
+        task.start_from(tmp_path)
 
 
 def test_a_unet_learns_and_is_one_that_the_backend_samples(tmp_path: Path) -> None:
