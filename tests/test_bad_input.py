@@ -86,11 +86,10 @@ def test_bad_files_and_meshes_leave_the_backend_as_it_was(
 
 @pytest.fixture
 def raw_line(backend2: Backend) -> Iterator[zmq.Socket[bytes]]:
-    context = zmq.Context()
-    line = context.socket(zmq.DEALER)
-    line.connect(backend2.record.address)
-    yield line
-    context.destroy(linger=0)
+    with zmq.Context.instance().socket(zmq.DEALER) as line:
+        line.linger = 0
+        line.connect(backend2.record.address)
+        yield line
 
 
 @pytest.mark.parametrize(

@@ -118,19 +118,18 @@ def test_a_backend_under_fire_answers_each_message_and_stays_as_it_was(target: B
 
 def fire(backend: Backend, messages: list[list[bytes]]) -> None:
     """Sends all, each from a line that is soon gone or stays, and waits for as many answers."""
-    context = zmq.Context()
-    line = context.socket(zmq.DEALER)
-    line.connect(backend.record.address)
     answered = 0
-    for start in range(0, len(messages), 100):
-        part = messages[start : start + 100]
-        for frames in part:
-            line.send_multipart(frames)
-        for _ in part:
-            assert line.poll(20_000), f"no answer to message {answered} of {len(messages)}"
-            unpack(line.recv_multipart(), ReplyHeader)
-            answered += 1
-    context.destroy(linger=0)
+    with zmq.Context.instance().socket(zmq.DEALER) as line:
+        line.linger = 0
+        line.connect(backend.record.address)
+        for start in range(0, len(messages), 100):
+            part = messages[start : start + 100]
+            for frames in part:
+                line.send_multipart(frames)
+            for _ in part:
+                assert line.poll(20_000), f"no answer to message {answered} of {len(messages)}"
+                unpack(line.recv_multipart(), ReplyHeader)
+                answered += 1
     assert answered == len(messages)
 
 

@@ -28,6 +28,8 @@ from parallel_backend.rpc import client
 from parallel_backend.rpc import runtime_dir as files
 from parallel_backend.server import pause_before
 
+ROOT = Path(__file__).parents[1]
+
 
 def test_the_second_load_reads_nothing_and_gives_the_same(backend2: Backend, large: Path, expected: Tensor) -> None:
     backend2.load_model(large, MeshSpec(cfg=2), "float32")
@@ -47,6 +49,21 @@ def test_another_client_finds_backend_and_model(backend2: Backend, large: Path, 
     assert backend2.status().ranks
 
 
+def test_a_connection_that_nobody_closed_can_be_collected(backend2: Backend) -> None:
+    """As after an error whose traceback refers to it: in a cycle, where sockets may be finalised last."""
+    code = "import gc; from parallel_backend import Backend; b = Backend.attach('test2'); b.itself = b; del b; gc.collect()"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=ROOT)
+    assert backend2.status().ranks
+
+
+def test_a_closed_connection_says_so(backend2: Backend) -> None:
+    other = Backend.attach("test2")
+    other.close()
+    other.close()
+    with pytest.raises(ConfigError, match="was closed"):
+        other.status()
+
+
 def test_a_backend_outlives_the_process_that_started_it(runtime_folder: Path) -> None:
     code = "from parallel_backend import Backend; print(Backend.attach_or_start(1, 'cpu', 'outlives').generation)"
     started = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
@@ -56,9 +73,6 @@ def test_a_backend_outlives_the_process_that_started_it(runtime_folder: Path) ->
     assert files.read_record("outlives") is None
     with pytest.raises(StartError, match="No backend 'outlives' runs"):
         Backend.attach("outlives")
-
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_two_starts_at_once_make_one_backend(runtime_folder: Path) -> None:

@@ -18,6 +18,7 @@ from ..errors import (
     BackendError,
     BackendLostError,
     CancelledError,
+    ConfigError,
     MissingTensorsError,
     OutOfMemoryError,
     ProtocolError,
@@ -83,7 +84,6 @@ class Backend:
         self.record = record
         self._place = place
         self.lock = threading.RLock()
-        self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
         self._sent = SentTensors()
         self._jobs = 0
@@ -237,7 +237,6 @@ class Backend:
             if self._socket is not None:
                 self._socket.close(linger=0)
                 self._socket = None
-            self._context.destroy(linger=0)
 
     def load(
         self, load: LoadModel | LoadVAE, on_event: OnEvent | None, should_cancel: Callable[[], bool] | None
@@ -259,9 +258,11 @@ class Backend:
         Args:
             on_event: told of progress and steps. What it raises cancels the job and is raised again.
             should_cancel: asked about twenty times a second.
-        Raises: CancelledError, BackendLostError, or what the backend says.
+        Raises: CancelledError, BackendLostError, ConfigError after `close`, or what the backend says.
         """
         with self.lock:
+            if self._socket is None:
+                raise ConfigError(f"This connection to backend {self.spec.name!r} was closed.", "Attach to it again.")
             self.follow_restarts(should_cancel, start=not isinstance(body, NEVER_STARTING))
             try:
                 return self._exchange(body, attachments, on_event, should_cancel)
@@ -347,7 +348,8 @@ class Backend:
     def _connect(self, record: files.BackendRecord) -> None:
         if self._socket is not None:
             self._socket.close(linger=0)
-        self._socket = self._context.socket(zmq.DEALER)
+        # The process's own context: one of ours, collected before its socket, would wait for that socket forever.
+        self._socket = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, uuid.uuid4().bytes)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._place.connect(self._socket, record)
