@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from comfyui.prompts import Prompt, conditioning, mesh, out, sampler, save_laten
 from comfyui.server import ComfyServer, Outcome
 from rank_pool import free_port
 from safetensors.torch import load_file
+from served import wait_until
 from test_from_scratch import write_pickle
 from torch import Tensor
 
@@ -129,10 +129,11 @@ def test_mask_and_image_to_image(server: ComfyServer) -> None:
 
 
 def test_a_restarted_comfyui_reads_no_weight_again(server: ComfyServer, local: Tensor) -> None:
-    server.restart()
     prompt = Prompt()
     model = parallel_model(prompt)
     node = picture(prompt, "ParallelSampler", model, "again")
+    server.run(prompt.nodes)
+    server.restart()
     outcome = server.run(prompt.nodes)
     torch.testing.assert_close(latent_of(server, outcome, node), local, rtol=1e-4, atol=1e-4)
     assert "weights already resident, 0 bytes read" in outcome.outputs[model[0]]["text"][0]
@@ -152,10 +153,7 @@ def test_the_status_route_tells_of_the_backend_and_free_frees_it(server: ComfySe
     server.post("/free", {})
     assert MODEL in models()
     server.post("/free", {"unload_models": True})
-    deadline = time.monotonic() + 30
-    while models():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    wait_until(lambda: not models())
     outcome = server.run(prompt.nodes)
     torch.testing.assert_close(latent_of(server, outcome, node), local, rtol=1e-4, atol=1e-4)
 
@@ -164,17 +162,15 @@ def test_a_comfyui_that_is_killed_leaves_the_backend_in_order(
     server: ComfyServer, local: Tensor, runtime_folder: Path
 ) -> None:
     prompt = Prompt()
+    picture(prompt, "ParallelSampler", parallel_model(prompt), "before", steps=1)
+    server.run(prompt.nodes)  # the model is there, whatever was freed before
+    prompt = Prompt()
     picture(prompt, "ParallelSampler", parallel_model(prompt), "killed", steps=10000)
     server.post("/prompt", {"prompt": prompt.nodes})
     backend = Backend.attach("comfy")
-    deadline = time.monotonic() + 60
-    while backend.status().running != "Sample":
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: backend.status().running == "Sample")
     server.kill()
-    while backend.status().running:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: not backend.status().running)
     server.start()
     prompt = Prompt()
     model = parallel_model(prompt)
