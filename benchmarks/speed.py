@@ -140,13 +140,15 @@ def main() -> None:
     parser.add_argument("subject", choices=list(SUBJECTS))
     parser.add_argument("--side", type=int, default=512, help="pixels; 512 are 1024 image tokens of an MMDiT")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=1, help="5 or more where displaced steps are timed")
+    parser.add_argument("--steps", type=int, default=5, help="3 or more where displaced steps are timed")
     args = parser.parse_args()
     if not KEEP_FREED_MEMORY.items() <= os.environ.items():  # as the ranks have it, and read only at a start
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_FREED_MEMORY)
     side = args.side // 8
     with tempfile.TemporaryDirectory() as folder:
         subject = SUBJECTS[args.subject](Path(folder))
+        if args.steps < max(2 + (case.warmup or 0) for case in subject.cases.values()):
+            parser.error(f"--steps {args.steps} leaves no step after the warm-up to be timed; give 3 or more")
         backend = Backend.attach_or_start(2, "cpu", "benchmark")
         try:
             cases = {

@@ -75,6 +75,7 @@ def draw_plot(found: Sequence[Figures], path: Path) -> None:
         own = [f for f in found if f.mesh == mesh and f.warmup is not None]
         axes.plot([f.warmup or 0 for f in own], [f.mean_psnr for f in own], marker="o", label=mesh.describe())
     axes.set(xlabel=f"warm-up steps of {SPEC.steps}", ylabel="PSNR against exact, dB", title="Displaced steps")
+    axes.set_xticks(sorted({f.warmup for f in found if f.warmup is not None}))
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path)

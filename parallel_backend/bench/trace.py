@@ -46,7 +46,8 @@ def run_trace(mesh: MeshSpec, settings: dict[str, Any], size: int, depth: int, p
         rows = model.timeline
     finally:
         backend.stop()
-    (output / "trace.svg").write_text(picture(rows, f"{mesh.describe()}, {settings}"))
+    said = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items() if value is not None)
+    (output / "trace.svg").write_text(picture(rows, f"{mesh.describe()}, {size} x {size} pixels, {said}"))
     (output / "trace.json").write_text(json.dumps(chrome_trace(rows)))
     print(table(rows))
     print(f"\n{output / 'trace.svg'}, {output / 'trace.json'} (chrome://tracing or Perfetto opens the second)")

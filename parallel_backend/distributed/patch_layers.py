@@ -164,7 +164,8 @@ class BandGroupNorm(nn.Module):
         scale, shift = (part.repeat_interleave(C // G, 1) for part in (rate / rate_BG, (mean_BG - mean) * rate))
         if norm.weight is not None:
             scale, shift = scale * norm.weight.float(), shift * norm.weight.float() + norm.bias.float()
-        return torch.addcmul(shift[:, :, None, None], alone, scale[:, :, None, None]).to(x_BCYX.dtype)
+        whole = torch.addcmul(shift[:, :, None, None], alone, scale[:, :, None, None], out=alone)
+        return whole.to(x_BCYX.dtype)
 
     def _whole(self, own_2BG: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Mean and variance (B, G) of the whole image from this band's."""
