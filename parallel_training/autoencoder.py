@@ -57,7 +57,8 @@ class AutoencoderTask:
     def start_from(self, folder: Path) -> None:
         """Takes the weights of an exported run; from one of other latent channels, all but the layers that touch latents."""
         ours = self.model.state_dict()
-        channels = next((c for c, name in NAMES.items() if (folder / f"{name}_encoder.safetensors").exists()), 0)
+        known = (self.spec.channels, *NAMES)
+        channels = next((c for c in known if (folder / f"{NAMES[c]}_encoder.safetensors").exists()), 0)
         if not channels:
             raise ConfigError(f"{folder} holds no trained autoencoder.", "Name the folder of a run that has ended.")
         saved = open_autoencoder(folder, channels).state_dict()
