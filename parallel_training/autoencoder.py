@@ -43,9 +43,10 @@ class Autoencoder(nn.Module):
     def decode(self, latents_BCYX: Tensor) -> Tensor:
         return (self.decoder(latents_BCYX) + 1) / 2
 
-    def forward(self, images_BCYX: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images_BCYX: Tensor, noise_BCYX: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+        """Pictures restored from latents with the noise added, and the latents without it."""
         latents = self.encode(images_BCYX)
-        return self.decode(latents), latents
+        return self.decode(latents + noise_BCYX), latents
 
 
 class AutoencoderTask:
@@ -69,9 +70,15 @@ class AutoencoderTask:
         return PixelSource(self.spec, rank)
 
     def loss(self, model: nn.Module, batch: Batch, draws: torch.Generator) -> Tensor:
-        """L1 + L2 of pixels, L1 of their differences to the next pixel, and the spread of each latent channel."""
+        """L1 + L2 of pixels, L1 of their differences to the next pixel, and the spread of each latent channel.
+
+        The decoder sees each picture's latents through noise of a strength drawn for it.
+        """
         images = batch.images.to(self.device).contiguous(memory_format=torch.channels_last)
-        restored, latents = model(images)
+        rows, _, height, width = images.shape
+        strengths_B111 = self.spec.latent_noise * torch.rand(rows, 1, 1, 1, generator=draws)
+        noise = strengths_B111 * torch.randn(rows, self.spec.channels, height // 8, width // 8, generator=draws)
+        restored, latents = model(images, noise.to(self.device))
         edges = sum(F.l1_loss(restored.diff(dim=dim), images.diff(dim=dim)) for dim in (2, 3))
         mean, variance = latents.float().mean((0, 2, 3)), latents.float().var((0, 2, 3))
         spread = mean.square().mean() + (variance - 1).square().mean()
@@ -97,4 +104,4 @@ def open_autoencoder(folder: Path, channels: int) -> Autoencoder:
     for part, module in (("encoder", model.encoder), ("decoder", model.decoder)):
         saved = load_file(folder / f"{NAMES[channels]}_{part}.safetensors")
         module.load_state_dict(taesd_module_names(part, saved))
-    return model.requires_grad_(False).eval()
+    return model.requires_grad_(False).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -21,7 +21,8 @@ class TrainSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     An autoencoder's images are crops of `crop` pixels a side; 0 mixes crops and whole pictures, with as many pixels as
     crops of 64. `initial` is the folder of a run whose weights this one starts from. `until`: ends and exports after so many of the
-    steps, as if it were cut off there; 0 is all of them.
+    steps, as if it were cut off there; 0 is all of them. `latent_noise`: what an autoencoder's decoder learns to bear on its
+    latents, as a standard deviation, at most; it sets colours apart there, which a model of few channels needs.
     """
 
     task: Literal["autoencoder", "mmdit", "unet"]
@@ -44,6 +45,7 @@ class TrainSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     autoencoder: str = ""
     initial: str = ""
     crop: int = 0
+    latent_noise: float = 0.0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     until: int = 0
     save_every: int = 250
@@ -56,6 +58,8 @@ class TrainSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise ConfigError(f"{name}={getattr(self, name)} is not possible.", f"Give {name} of 1 or more.")
         if not 0 <= self.until <= self.steps:
             raise ConfigError(f"until={self.until} is not possible.", f"Give at most {self.steps}, or 0 for all steps.")
+        if not 0 <= self.latent_noise <= 1:
+            raise ConfigError(f"latent_noise={self.latent_noise} is not possible.", "Give 0 for none, to 1.")
         if self.crop < 0 or self.crop % 8 or self.crop > min(side for bucket in self.buckets for side in bucket):
             raise ConfigError(
                 f"crop={self.crop} is not possible.", "Give a multiple of 8 within every picture, or 0 for mixed sizes."

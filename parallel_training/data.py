@@ -86,7 +86,8 @@ class LatentSource:
         chosen = [rng.randrange(max(1, available // buckets)) * buckets + bucket for _ in range(self.spec.batch)]
         self._learn(sorted({index for index in chosen if index not in self._known}))
         latents, words = zip(*(self._known[index] for index in chosen), strict=True)
-        return Batch(torch.stack(latents).float(), torch.stack(words))
+        # Each to fp32 first: below a CPU's autocast, half precision can't be stacked.
+        return Batch(torch.stack([latent.float() for latent in latents]), torch.stack(words))
 
     def _learn(self, indices: list[int]) -> None:
         if not indices:

@@ -1,6 +1,7 @@
 """The task of a small UNet in SDXL's layout: it predicts noise, at Stable Diffusion's timesteps.
 
-Source: Ho et al. 2020 (arXiv 2006.11239), equation 14; micro-conditioning: Podell et al. 2023 (arXiv 2307.01952), 2.2.
+Source: Ho et al. 2020 (arXiv 2006.11239), equation 14; weights of timesteps: Salimans and Ho 2022 (arXiv 2202.00512),
+section 4, "SNR + 1"; micro-conditioning: Podell et al. 2023 (arXiv 2307.01952), 2.2.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -24,7 +24,9 @@ from .data import Batch
 from .latents import LatentTask
 
 FILE = "unet.safetensors"
-WIDTHS, DEPTHS = (32, 64, 128), (0, 1, 2)
+WIDTHS, DEPTHS = (64, 128, 128), (0, 1, 1)
+# Of a timestep, at most. Beyond it, at the most noise, a step would learn little else.
+LARGEST_WEIGHT = 26.0
 
 
 class UNetTask(LatentTask):
@@ -34,14 +36,17 @@ class UNetTask(LatentTask):
         torch.manual_seed(spec.seed)
         model: Any = UNet2DConditionModel(**small_unet_config(WIDTHS, DEPTHS).diffusers())
         nn.init.zeros_(model.conv_out.weight)
-        self.model: nn.Module = model.to(device).to(memory_format=torch.channels_last)
+        self.model: nn.Module = model.to(device)
 
     def start_from(self, folder: Path) -> None:
         """Takes the weights of an exported run."""
         self.model.load_state_dict(load_file(folder / FILE))
 
     def loss(self, model: nn.Module, batch: Batch, draws: torch.Generator) -> Tensor:
-        """The noise's squared error at evenly drawn timesteps; some prompts are dropped, for guidance."""
+        """The noise's squared error at evenly drawn timesteps; some prompts are dropped, for guidance.
+
+        Unweighted, much noise would hardly count, since it is easily told; but there the caption decides what is drawn where.
+        """
         latents, rows = batch.images.to(self.device), batch.images.shape[0]
         timesteps = torch.randint(self.schedule.steps, (rows,), generator=draws)
         sigmas_B111 = self.schedule.sigmas[timesteps].to(self.device).view(-1, 1, 1, 1)
@@ -49,7 +54,8 @@ class UNetTask(LatentTask):
         dropped = torch.rand(rows, generator=draws) < self.spec.prompt_dropout
         x = self.schedule.model_input(self.schedule.add_noise(latents, noise, sigmas_B111), sigmas_B111)
         predicted = self.output(model, x, timesteps.to(self.device), batch.words.masked_fill(dropped[:, None], 0))
-        return F.mse_loss(predicted.float(), noise)
+        weights_B111 = (1 + sigmas_B111.square()).clamp(max=LARGEST_WEIGHT)
+        return (weights_B111 * (predicted.float() - noise).square()).mean()
 
     def export(self, model: nn.Module, folder: Path) -> list[Path]:
         """One file in half precision, under diffusers' names."""

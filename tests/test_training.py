@@ -100,10 +100,21 @@ def test_the_weights_of_other_latent_channels_are_taken_where_they_fit(autoencod
         task.start_from(tmp_path)
 
 
-def test_a_unet_learns_and_is_one_that_the_backend_samples(tmp_path: Path) -> None:
+def test_the_noise_that_a_decoder_learns_to_bear_is_drawn_from_the_step(autoencoder: Path, tmp_path: Path) -> None:
+    losses = []
+    for strength in (0.0, 1.0, 1.0):
+        task = AutoencoderTask(spec_of(tmp_path, latent_noise=strength), torch.device("cpu"))
+        task.start_from(autoencoder)
+        loss = task.loss(task.model, task.source(0).batch(0), torch.Generator().manual_seed(1))
+        losses.append(float(loss.detach()))
+    assert losses[0] != losses[1] == losses[2]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_unet_learns_and_is_one_that_the_backend_samples(dtype: str, tmp_path: Path) -> None:
     train(spec_of(tmp_path / "autoencoder", steps=2, channels=4), ALONE)
     settings = {"task": "unet", "autoencoder": str(tmp_path / "autoencoder"), "channels": 4, "first_scenes": 16}
-    spec = spec_of(tmp_path / "unet", batch=8, **settings)
+    spec = spec_of(tmp_path / "unet", batch=8, dtype=dtype, **settings)
     train(spec, ALONE)
     losses = losses_of(spec)
     assert sum(losses[-5:]) < 0.97 * sum(losses[:5])
@@ -182,5 +193,7 @@ def test_a_damaged_snapshot_and_another_run_are_named(autoencoder: Path, tmp_pat
         snapshots.load(spec_of(tmp_path), ALONE)
     with pytest.raises(ConfigError, match="trained on latents"):
         spec_of(tmp_path, task="mmdit")
+    with pytest.raises(ConfigError, match=r"latent_noise=2.0 is not possible"):
+        spec_of(tmp_path, latent_noise=2.0)
     with pytest.raises(ConfigError, match="channels=16 is not possible for the task unet"):
         spec_of(tmp_path, task="unet", autoencoder="somewhere")
