@@ -1,14 +1,16 @@
-"""DemoCaption: captions of the demo's grammar as conditioning, for the small trained checkpoint of this pack."""
+"""DemoCaption: captions of the demo's grammar as conditioning, for models that `parallel-mmdit train` makes, such as the demo's."""
 
 from __future__ import annotations
 
 import folder_paths
 from comfy_api.latest import io
 
-from ..parallel_backend.demo.captions import encode
-from ..parallel_backend.demo.files import MODELS
+from ..parallel_backend.demo.captions import SD3_WIDTHS, SDXL_WIDTHS, encode
 from ..parallel_backend.demo.scenes import known_words
+from ..parallel_backend.demo.trained import MODELS
 
+WIDTHS = {"SD3": SD3_WIDTHS, "SDXL": SDXL_WIDTHS}
+DEFAULT = "SD3"
 EXAMPLE = "a red circle left of a large blue square on a yellow background"
 
 
@@ -25,20 +27,27 @@ class DemoCaption(io.ComfyNode):
             node_id="DemoCaption",
             display_name="Demo Caption (parallel)",
             category="parallel",
-            description="A caption of the demo's small language as conditioning. Only for parallel_demo/mmdit.safetensors, "
-            "which was trained on these captions; real models need real text encoders.",
+            description="A caption of the demo's small language as conditioning. Only for parallel_demo/mmdit.safetensors and "
+            "models of your own `parallel-mmdit train`, which learn these captions; real models need real text encoders.",
             inputs=[
                 io.String.Input(
                     "caption",
                     default=EXAMPLE,
                     multiline=True,
                     tooltip=f"Empty for no prompt, or words of: {', '.join(known_words())}.",
-                )
+                ),
+                io.Combo.Input(
+                    "model",
+                    options=list(WIDTHS),
+                    default=DEFAULT,
+                    optional=True,
+                    tooltip="SD3 for parallel_demo/mmdit.safetensors and `train mmdit`, SDXL for `train unet`.",
+                ),
             ],
-            outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="In SD3's shapes.")],
+            outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="In the model's shapes.")],
         )
 
     @classmethod
-    def execute(cls, caption: str) -> io.NodeOutput:
-        context, pooled = encode([caption])
+    def execute(cls, caption: str, model: str = DEFAULT) -> io.NodeOutput:
+        context, pooled = encode([caption], WIDTHS[model])
         return io.NodeOutput([[context, {"pooled_output": pooled}]])

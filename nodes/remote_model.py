@@ -25,7 +25,7 @@ from ..parallel_backend.safetensors_file import files_of, safetensors_header
 from .comfy_types import refuse, transformer_patches, weight_patches
 from .node_text import say
 
-FROM_SCRATCH = "sd3-from-scratch"
+FROM_SCRATCH, SDXL = "sd3-from-scratch", "sdxl"
 _PREFIX = "model.diffusion_model."
 # Beside an SDXL model in its file: they tell ComfyUI what its output means.
 _OUTPUT_MARKS = ("v_pred", "ztsnr")
@@ -229,6 +229,8 @@ def remote_patcher(remote: RemoteModel, path: Path, dtype: torch.dtype) -> Remot
         meta = meta_state_dict(path)
         config = comfy.model_detection.model_config_from_unet(meta, "")
         config = config or comfy.model_detection.model_config_from_diffusers_unet(meta)
+        if config is None and remote.family == SDXL:
+            config = narrow_sdxl_config()
     if config is None:
         raise CheckpointError(f"ComfyUI doesn't recognise the model in {path.name}.", "Update ComfyUI.")
     config.set_inference_dtype(dtype, None)
@@ -253,3 +255,8 @@ def from_scratch_config() -> Any:
     config.latent_format = FromScratchLatent()
     config.sampling_settings = {"shift": 1.0}
     return config
+
+
+def narrow_sdxl_config() -> Any:
+    """SDXL's class of sampling, for a UNet of its layout at widths that ComfyUI has no detection for."""
+    return comfy.supported_models.SDXL({"in_channels": 4, "adm_in_channels": 2816})

@@ -5,21 +5,24 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from PIL import Image
 
-from parallel_backend import Backend, Conditioning, MeshSpec
+from parallel_backend import Backend, MeshSpec
 from parallel_backend.__main__ import main
 from parallel_backend.bench.pictures import draw_plot, figures
 from parallel_backend.demo import command, yardsticks
-from parallel_backend.demo.captions import encode
-from parallel_backend.demo.command import CAPTIONS, SPEC
+from parallel_backend.demo.command import CAPTIONS
 from parallel_backend.demo.drawing import as_picture
-from parallel_backend.demo.files import MMDIT, MODELS, TAESD3
 from parallel_backend.demo.scenes import held_out_scenes, parse
 from parallel_backend.demo.score import shows
+from parallel_backend.demo.trained import MMDIT, MODELS, of_run
 from parallel_backend.demo.yardsticks import psnr
+from parallel_backend.demo_checkpoints import small_unet_config, write_taesd, write_unet
+from parallel_backend.errors import CheckpointError
+from parallel_training.config import TrainSpec
 
 ASKED = ["a red circle left of a blue square on a yellow background", "three purple triangles on a white background"]
 
@@ -34,9 +37,11 @@ def demo_backend(monkeypatch: pytest.MonkeyPatch, backend2: Backend) -> Backend:
 
 
 def test_files_are_small_and_say_what_they_are() -> None:
-    assert sum(path.stat().st_size for path in (MMDIT, *TAESD3)) <= 30 * 2**20
+    assert sum(path.stat().st_size for path in (MMDIT.path, *MMDIT.vae)) <= 30e6
+    assert sum(path.stat().st_size for path in MODELS.rglob("*.safetensors")) <= 60e6
     card = (MODELS / "README.md").read_text()
     assert all(word in card for word in ("steps", "seed", "train mmdit", "train autoencoder", "loss", "samples"))
+    assert all(path.name in card for path in MODELS.rglob("*.safetensors"))
 
 
 def test_demo_draws_compares_and_writes_a_sheet(
@@ -63,15 +68,47 @@ def test_demo_draws_compares_and_writes_a_sheet(
 def test_pictures_show_their_captions(backend2: Backend) -> None:
     """Of held-out captions, and a control: pictures of other captions show them far less often."""
     scenes = held_out_scenes(20)
-    model = backend2.load_model(MMDIT, MeshSpec(cfg=2), "float32")
-    prompt = Conditioning(*encode([scene.caption() for scene in scenes]))
-    settings = {"seed": 1, "steps": SPEC.steps, "cfg_scale": SPEC.cfg_scale}
-    latent = model.sample(torch.zeros(20, 16, 16, 16), prompt, Conditioning(*encode([""])), **settings)  # type: ignore[arg-type]
-    images = backend2.load_vae(TAESD3, "float32").decode(latent)
+    model = backend2.load_model(MMDIT.path, MMDIT.mesh, "float32")
+    latent = MMDIT.sample(model, [scene.caption() for scene in scenes], 128)
+    images = backend2.load_vae(MMDIT.vae, "float32").decode(latent)
     pictures = [as_picture(image) for image in images]
     found = sum(shows(picture, scene) for picture, scene in zip(pictures, scenes, strict=True))
     crossed = sum(shows(picture, scene) for picture, scene in zip(pictures, scenes[1:] + scenes[:1], strict=True))
     assert found >= 10 and crossed <= 2, (found, crossed)
+
+
+@pytest.fixture(scope="session")
+def unet_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as `parallel-mmdit train unet` leaves it, with random weights."""
+    folder = tmp_path_factory.mktemp("run")
+    write_taesd(folder / "autoencoder", "taesdxl", 4)
+    write_unet(folder / "unet.safetensors", small_unet_config((64, 128, 128), (0, 1, 1)))
+    spec = TrainSpec(task="unet", output=str(folder), steps=1, channels=4, autoencoder=str(folder / "autoencoder"))
+    (folder / "run.json").write_bytes(msgspec.json.encode(spec))
+    return folder
+
+
+def test_an_own_runs_unet_is_drawn_in_bands_and_scored(
+    unet_run: Path, demo_backend: Backend, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", "--trained", str(unet_run), "--output", str(tmp_path), "--prompt", ASKED[0]]) == 0
+    said = capsys.readouterr().out
+    assert "patch=2" in said and "0 bytes read; bit-equal to the first time" in said
+    (difference,) = re.findall(r"largest relative difference of a latent (\S+)", said)
+    assert 0 <= float(difference) <= 1e-4
+    assert main(["score", "--trained", str(unet_run), "--count", "2"]) == 0
+    assert re.search(r"samples: 0% of 2 held-out captions", capsys.readouterr().out)
+
+
+def test_a_folder_without_an_ended_run_is_named(unet_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no run of a model"):
+        of_run(tmp_path)
+    (tmp_path / "run.json").write_bytes((unet_run / "run.json").read_bytes())
+    with pytest.raises(CheckpointError, match=r"has left no unet.safetensors yet"):
+        of_run(tmp_path)
+    (tmp_path / "run.json").write_bytes(b'{"task": "autoencoder", "autoencoder": ""}')
+    with pytest.raises(CheckpointError, match="Invalid enum value 'autoencoder'"):
+        of_run(tmp_path)
 
 
 def test_score_prints_its_figures(demo_backend: Backend, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,12 +121,13 @@ def test_score_prints_its_figures(demo_backend: Backend, capsys: pytest.CaptureF
 
 
 def test_displaced_pictures_are_measured_against_exact_ones(backend2: Backend, tmp_path: Path) -> None:
-    found = figures(backend2, MeshSpec(pp=2), [1, 8, SPEC.steps], held_out_scenes(4), 128)
+    steps = MMDIT.spec.steps
+    found = figures(MMDIT, backend2, MeshSpec(pp=2), [1, 8, steps], held_out_scenes(4), 128)
     exact, early, late, full = found
     assert (exact.warmup, exact.mean_psnr) == (None, 150)
     # A trained model's steps are alike: what is a step old costs little, and more warm-up need not cost less.
     assert 25 < early.mean_psnr < 100 and 25 < late.mean_psnr < 100 and full.least_psnr > 80
-    draw_plot(found, tmp_path / "plot.png")
+    draw_plot(found, steps, tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").width > 100
 
 

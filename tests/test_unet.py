@@ -17,9 +17,9 @@ from torch import Tensor
 from unet_files import CONFIGS, single_file_tensors, unet_prompt, write_unet
 
 from parallel_backend import Backend, Conditioning, MeshSpec
-from parallel_backend.bench.quality import print_table
+from parallel_backend.bench.quality import Subject, print_table
 from parallel_backend.config import UNET_AXES
-from parallel_backend.demo_checkpoints import random_prompt, random_unet
+from parallel_backend.demo_checkpoints import random_prompt, random_sdxl_prompt, random_unet
 from parallel_backend.distributed.mesh import MeshAxis, build_mesh
 from parallel_backend.distributed.stale import Phase, Step
 from parallel_backend.errors import (
@@ -300,7 +300,8 @@ def layers_of(path: Path) -> list[tuple[str, int, int]]:
 def test_the_quality_figure_is_exact_with_full_warm_up_and_beats_bands_alone(
     capsys: pytest.CaptureFixture[str], backend2: Backend, unets: Path
 ) -> None:
-    print_table(backend2, unets / "unet-tiny.safetensors", [1], 3, 128)
+    subject = Subject(unets / "unet-tiny.safetensors", Conditioning(*random_sdxl_prompt(1)))
+    print_table(backend2, subject, [1], 3, 128)
     rows = [line.strip("| \n").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| 2")]
     (_, warmup, output, alone, ratio, _), (_, everything, *_, end) = rows
     assert (warmup, everything) == ("1", "all") and float(end) == 0

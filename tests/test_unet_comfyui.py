@@ -16,7 +16,7 @@ from test_comfyui_nodes import latent_of
 from torch import Tensor
 from unet_files import CONFIGS, write_unet
 
-from parallel_backend import Backend, MeshSpec, SamplerSpec
+from parallel_backend import Backend, MeshSpec, SamplerSpec, demo_checkpoints
 from parallel_backend.config import SAMPLERS, SCHEDULERS
 from parallel_backend.sampling.parameterization import Discrete
 from parallel_backend.sampling.schedules import sigmas_for
@@ -63,6 +63,13 @@ def v_prediction(models: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def narrow(models: Path) -> Path:
+    """As `parallel-mmdit train unet` writes them: SDXL's layout at widths that ComfyUI has no detection for."""
+    config = demo_checkpoints.small_unet_config((64, 128, 128), (0, 1, 1))
+    return demo_checkpoints.write_unet(models / "diffusion_models" / "narrow.safetensors", config)
+
+
+@pytest.fixture(scope="module")
 def reference(comfy: ComfyInstallation, koala: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     cases = {name: BASE | case for name, case in CASES.items()}
     return ksampler_latents(comfy, koala, inputs(), cases, tmp_path_factory.mktemp("reference"))
@@ -104,7 +111,12 @@ def test_v_prediction_and_zero_snr_are_read_from_the_file(
 
 @pytest.fixture(scope="module")
 def server(
-    comfy: ComfyInstallation, models: Path, koala: Path, v_prediction: Path, tmp_path_factory: pytest.TempPathFactory
+    comfy: ComfyInstallation,
+    models: Path,
+    koala: Path,
+    v_prediction: Path,
+    narrow: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[ComfyServer]:
     server = ComfyServer(comfy, tmp_path_factory.mktemp("comfyui"), models)
     yield server
@@ -134,6 +146,16 @@ def test_both_samplers_give_a_local_models_latent(server: ComfyServer) -> None:
             saved = picture(prompt, node, unet(prompt, **degrees))
             latent = latent_of(server, server.run(prompt.nodes), saved)
             assert (latent - expected).abs().max() <= 1e-4 * expected.abs().max(), (node, degrees)
+
+
+def test_a_narrow_unet_is_a_model_for_both_samplers(server: ComfyServer, narrow: Path) -> None:
+    latents = []
+    for node in ("KSampler", "ParallelSampler"):
+        prompt = Prompt()
+        saved = picture(prompt, node, unet(prompt, narrow.name, cfg=1))
+        latents.append(latent_of(server, server.run(prompt.nodes), saved))
+    stock, whole = latents
+    assert stock.std() > 0.1 and (stock - whole).abs().max() <= 1e-4 * whole.abs().max()
 
 
 def test_displaced_steps_are_a_widget_and_their_price_is_shown(server: ComfyServer) -> None:

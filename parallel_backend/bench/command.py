@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     quality.add_argument("--steps", type=int, default=20)
     quality.add_argument("--size", type=int, default=256, help="pixels")
     quality.add_argument("--model", type=Path, help="an SDXL UNet; a small one with random weights where left out")
+    quality.add_argument("--trained", type=Path, metavar="FOLDER", help="of `train unet`: its UNet, on a caption")
     quality.set_defaults(run=_quality)
 
     communication = benches.add_parser("communication", help="bytes that each method sends, beside its formula")
@@ -23,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     communication.set_defaults(run=_communication)
 
     pictures = benches.add_parser("pictures", help="what displaced steps do to the demo's pictures: PSNR and score")
+    own = "folder of `train mmdit` or `train unet`, in place of the demo's checkpoint"
+    pictures.add_argument("--trained", type=Path, metavar="FOLDER", help=own)
     pictures.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     pictures.add_argument("--warmups", type=int, nargs="+", default=[0, 1, 2, 4])
     pictures.add_argument("--count", type=int, default=20, help="captions")
@@ -56,7 +59,7 @@ def _trace_arguments(trace: argparse.ArgumentParser) -> None:
 def _quality(args: argparse.Namespace) -> int:
     from .quality import run_quality
 
-    run_quality(args.ranks, args.warmups, args.steps, args.size, args.model)
+    run_quality(args.ranks, args.warmups, args.steps, args.size, args.model, args.trained)
     return 0
 
 
@@ -68,9 +71,11 @@ def _communication(args: argparse.Namespace) -> int:
 
 
 def _pictures(args: argparse.Namespace) -> int:
+    from ..demo.trained import MMDIT, of_run
     from .pictures import run_pictures
 
-    run_pictures(args.ranks, args.warmups, args.count, args.size, args.plot)
+    trained = of_run(args.trained) if args.trained else MMDIT
+    run_pictures(trained, args.ranks, args.warmups, args.count, args.size, args.plot)
     return 0
 
 

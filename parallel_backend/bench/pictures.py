@@ -1,4 +1,4 @@
-"""What displaced steps do to pictures: PSNR against exact ones, and what they show, of the small trained MMDiT."""
+"""What displaced steps do to pictures: PSNR against exact ones, and what they show, of a small trained checkpoint."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config import MeshSpec
-from ..demo.command import SPEC
-from ..demo.files import MMDIT, TAESD3
 from ..demo.scenes import Scene, held_out_scenes
+from ..demo.trained import Trained
 from ..demo.yardsticks import psnr, sampled_pictures, share_shown
 from ..rpc.client import Backend
 
@@ -28,31 +27,34 @@ class Figures:
     score: float
 
 
-def run_pictures(ranks: Sequence[int], warmups: Sequence[int], count: int, size: int, plot: Path | None) -> None:
-    """Prints a table of stages (PipeFusion) and rings, and draws it."""
+def run_pictures(
+    trained: Trained, ranks: Sequence[int], warmups: Sequence[int], count: int, size: int, plot: Path | None
+) -> None:
+    """Prints a table, and draws it: an MMDiT in stages (PipeFusion) and rings, a UNet in bands (DistriFusion)."""
     scenes, found = held_out_scenes(count), []
-    print(f"{SPEC.steps} steps of {SPEC.sampler}, {count} held-out captions, {size} x {size} pixels\n")
+    print(f"{trained.spec.steps} steps of {trained.spec.sampler}, {count} held-out captions, {size} x {size} pixels\n")
     print("| mesh | warm-up steps | PSNR against exact, mean (least), dB | captions shown |\n|---|---|---|---|")
     for world_size in ranks:
         backend = Backend.attach_or_start(world_size, "cpu", f"pictures{world_size}")
         try:
-            for mesh in (MeshSpec(pp=world_size), MeshSpec(ring=world_size)):
-                found += figures(backend, mesh, warmups, scenes, size)
+            stages, rings, bands = MeshSpec(pp=world_size), MeshSpec(ring=world_size), MeshSpec(patch=world_size)
+            for mesh in (bands,) if trained.is_unet else (stages, rings):
+                found += figures(trained, backend, mesh, warmups, scenes, size)
         finally:
             backend.stop()
     if plot is not None:
-        draw_plot(found, plot)
+        draw_plot(found, trained.spec.steps, plot)
 
 
 def figures(
-    backend: Backend, mesh: MeshSpec, warmups: Sequence[int], scenes: Sequence[Scene], size: int
+    trained: Trained, backend: Backend, mesh: MeshSpec, warmups: Sequence[int], scenes: Sequence[Scene], size: int
 ) -> list[Figures]:
     """Prints the rows of one mesh; the exact pictures come first."""
-    model, vae = backend.load_model(MMDIT, mesh, "float32"), backend.load_vae(TAESD3, "float32")
+    model, vae = backend.load_model(trained.path, mesh, "float32"), backend.load_vae(trained.vae, "float32")
 
     def pictures(warmup: int | None) -> list[Tensor]:
         title = f"{model.loaded.family}, warm-up {warmup}"
-        return sampled_pictures(model, vae, scenes, size, title, leave=False, warmup_steps=warmup)
+        return sampled_pictures(trained, model, vae, scenes, size, title, leave=False, warmup_steps=warmup)
 
     exact, found = pictures(None), []
     for warmup in (None, *warmups):
@@ -65,8 +67,8 @@ def figures(
     return found
 
 
-def draw_plot(found: Sequence[Figures], path: Path) -> None:
-    """PSNR by warm-up steps, a line for each mesh. Needs matplotlib, of the extra `train`."""
+def draw_plot(found: Sequence[Figures], steps: int, path: Path) -> None:
+    """PSNR by warm-up steps, of so many, a line for each mesh. Needs matplotlib, of the extra `train`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -74,7 +76,7 @@ def draw_plot(found: Sequence[Figures], path: Path) -> None:
     for mesh in dict.fromkeys(f.mesh for f in found):
         own = [f for f in found if f.mesh == mesh and f.warmup is not None]
         axes.plot([f.warmup or 0 for f in own], [f.mean_psnr for f in own], marker="o", label=mesh.describe())
-    axes.set(xlabel=f"warm-up steps of {SPEC.steps}", ylabel="PSNR against exact, dB", title="Displaced steps")
+    axes.set(xlabel=f"warm-up steps of {steps}", ylabel="PSNR against exact, dB", title="Displaced steps")
     axes.set_xticks(sorted({f.warmup for f in found if f.warmup is not None}))
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))

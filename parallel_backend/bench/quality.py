@@ -1,6 +1,6 @@
 """What displaced steps cost: their distance from exact ones, by ranks and warm-up steps.
 
-On random weights a picture says nothing, and neighbouring steps differ more than a trained model's. What can be told is
+On random weights a picture says nothing, and neighbouring steps differ more than a trained model's. What can be told on any is
 the error that one displaced step makes in the model's output, at the very input that the exact run has there, beside
 the error of a control: bands that never hear of each other.
 """
@@ -12,14 +12,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config import MeshSpec
+from ..config import MeshSpec, SamplerSpec
+from ..demo.command import CAPTIONS
+from ..demo.trained import of_run
 from ..demo_checkpoints import random_sdxl_prompt, small_unet_config, write_unet
+from ..models.unet import micro_conditioning
 from ..rpc.client import Backend
 from ..rpc.remote import Conditioning, RemoteModel, Step
+from ..sampling.parameterization import Discrete
+from ..sampling.schedules import sigmas_for
 
 
 @dataclass(frozen=True)
@@ -30,8 +36,18 @@ class Run:
     latent: Tensor
 
 
-def run_quality(ranks: Sequence[int], warmups: Sequence[int], steps: int, size: int, path: Path | None) -> None:
-    """Prints a table. Without a `path`, of a small UNet with random weights.
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a UNet on a prompt, whose pooled tensor holds SDXL's sizes embedded."""
+
+    path: Path
+    prompt: Conditioning
+
+
+def run_quality(
+    ranks: Sequence[int], warmups: Sequence[int], steps: int, size: int, path: Path | None, trained: Path | None
+) -> None:
+    """Prints a table of the UNet at `path`, of one that `train` left in a folder, or of a small one with random weights.
 
     Raises: BackendError: a model that is no UNet, or a size with fewer rows than the bands need.
     """
@@ -40,20 +56,27 @@ def run_quality(ranks: Sequence[int], warmups: Sequence[int], steps: int, size: 
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         path = path or write_unet(Path(folder) / "unet.safetensors", small_unet_config())
+        subject = Subject(path, Conditioning(*random_sdxl_prompt(1)))
+        if trained:
+            own = of_run(trained)
+            _, prompt, _ = own.job(CAPTIONS[:1], size)
+            if prompt.sizes is not None:
+                prompt = Conditioning(prompt.context, micro_conditioning(prompt.pooled, prompt.sizes))
+            subject = Subject(own.path, prompt)
         for world_size in ranks:
             backend = Backend.attach_or_start(world_size, "cpu", f"quality{world_size}")
             try:
-                print_table(backend, path, warmups, steps, size)
+                print_table(backend, subject, warmups, steps, size)
             finally:
                 backend.stop()
 
 
-def print_table(backend: Backend, path: Path, warmups: Sequence[int], steps: int, size: int) -> None:
+def print_table(backend: Backend, subject: Subject, warmups: Sequence[int], steps: int, size: int) -> None:
     """The rows of one number of ranks."""
-    model = backend.load_model(path, MeshSpec(patch=backend.world_size), "float32", kind="unet")
-    exact = _run(model, steps, size, None)
+    model = backend.load_model(subject.path, MeshSpec(patch=backend.world_size), "float32", kind="unet")
+    exact = _run(model, subject.prompt, steps, size, None)
     for warmup in tqdm([*warmups, steps], desc=f"{backend.world_size} ranks", leave=False):
-        displaced = _run(model, steps, size, warmup)
+        displaced = _run(model, subject.prompt, steps, size, warmup)
         end = _error(displaced.latent, exact.latent)
         place = f"| {backend.world_size} | {'all' if warmup >= steps else warmup}"
         if warmup >= steps:
@@ -61,34 +84,25 @@ def print_table(backend: Backend, path: Path, warmups: Sequence[int], steps: int
             continue
         first = max(1, warmup)
         error = _output_error(displaced, exact, first)
-        control = _error(_bands_alone(backend, path, exact, first), _bands_together(model, exact, first))
+        seen = (exact.steps[first][0], sigmas_for(_spec(steps, None), Discrete())[first], subject.prompt)
+        control = _error(_bands_alone(backend, subject.path, *seen), _output(model, *seen))
         tqdm.write(f"{place} | {error:.1e} | {control:.1e} | {control / error:.0f} | {end:.1e} |")
 
 
-def _run(model: RemoteModel, steps: int, size: int, warmup: int | None) -> Run:
+def _spec(steps: int, warmup: int | None) -> SamplerSpec:
+    return SamplerSpec(steps=steps, cfg_scale=1.0, scheduler="normal", seed=1, warmup_steps=warmup)
+
+
+def _run(model: RemoteModel, prompt: Conditioning, steps: int, size: int, warmup: int | None) -> Run:
     seen: list[tuple[Tensor, Tensor]] = []
 
     def on_step(step: Step) -> None:
         assert step.x is not None and step.denoised is not None
         seen.append((step.x.clone(), step.denoised.clone()))
 
-    latent = model.sample(
-        torch.zeros(1, 4, size // 8, size // 8),
-        _prompt(),
-        None,
-        seed=1,
-        steps=steps,
-        cfg_scale=1.0,
-        scheduler="normal",
-        warmup_steps=warmup,
-        preview=True,
-        on_step=on_step,
-    )
+    latent, spec = torch.zeros(1, 4, size // 8, size // 8), _spec(steps, warmup)
+    latent = model.sample(latent, prompt, None, **msgspec.structs.asdict(spec), preview=True, on_step=on_step)
     return Run(seen, latent)
-
-
-def _prompt() -> Conditioning:
-    return Conditioning(*random_sdxl_prompt(1))
 
 
 def _output_error(displaced: Run, exact: Run, step: int) -> float:
@@ -98,26 +112,18 @@ def _output_error(displaced: Run, exact: Run, step: int) -> float:
     return float((displaced.steps[step][1] - denoised).norm() / (x - denoised).norm())
 
 
-def _bands_together(model: RemoteModel, exact: Run, step: int) -> Tensor:
-    return model.forward(_model_input(exact, step), torch.tensor([500.0]), *_tensors())
-
-
-def _bands_alone(backend: Backend, path: Path, exact: Run, step: int) -> Tensor:
+def _bands_alone(backend: Backend, path: Path, x: Tensor, sigma: Tensor, prompt: Conditioning) -> Tensor:
     """Each band's output as of a picture of its own."""
     alone = backend.load_model(path, MeshSpec(dp=backend.world_size), "float32")
-    x = _model_input(exact, step)
     bands = x.tensor_split(backend.world_size, dim=2)
-    return torch.cat([alone.forward(band, torch.tensor([500.0]), *_tensors()) for band in bands], dim=2)
+    return torch.cat([_output(alone, band, sigma, prompt) for band in bands], dim=2)
 
 
-def _model_input(exact: Run, step: int) -> Tensor:
-    """The step's x at unit variance, as the model sees it."""
-    x = exact.steps[step][0]
-    return x / x.std()
-
-
-def _tensors() -> tuple[Tensor, Tensor]:
-    return _prompt().context, _prompt().pooled
+def _output(model: RemoteModel, x: Tensor, sigma: Tensor, prompt: Conditioning) -> Tensor:
+    schedule = Discrete()
+    return model.forward(
+        schedule.model_input(x, sigma), schedule.timestep(sigma).reshape(1), prompt.context, prompt.pooled
+    )
 
 
 def _error(x: Tensor, exact: Tensor) -> float:

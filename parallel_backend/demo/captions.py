@@ -1,4 +1,4 @@
-"""Captions of the demo's grammar as SD3 conditioning, without a text encoder.
+"""Captions of the demo's grammar as SD3 or SDXL conditioning, without a text encoder.
 
 Each word of meaning becomes one context token: a fixed random vector of the word and of its part in the sentence (the
 first thing's colour is another token than the second's). The pooled prompt is their sum. Nothing is learned here.
@@ -22,12 +22,13 @@ WORDS = 12
 SD3_WIDTHS, SDXL_WIDTHS = (4096, 2048), (2048, 1280)
 
 
-def encode(captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """(B, 12, 4096) context and (B, 2048) pooled. The empty caption is what an unconditional branch takes.
+def encode(captions: Sequence[str], widths: tuple[int, int] = SD3_WIDTHS) -> tuple[Tensor, Tensor]:
+    """(B, 12, 4096) context and (B, 2048) pooled, or of other widths. The empty caption is what an unconditional branch takes.
 
     Raises: InputError: a caption is outside the grammar.
     """
-    return embed(torch.tensor([word_ids(parse(caption) if caption.strip() else None) for caption in captions]))
+    scenes = [parse(caption) if caption.strip() else None for caption in captions]
+    return embed(torch.tensor([word_ids(scene) for scene in scenes]), widths)
 
 
 def word_ids(scene: Scene | None) -> list[int]:

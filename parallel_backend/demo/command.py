@@ -1,4 +1,4 @@
-"""The main job with nothing downloaded: the small trained checkpoint, two CPU ranks, seen from all sides."""
+"""The main job with nothing downloaded: a small trained checkpoint, two CPU ranks, seen from all sides."""
 
 from __future__ import annotations
 
@@ -11,17 +11,14 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config import MeshSpec, SamplerSpec
 from ..one_process import OneProcess
 from ..rpc.client import Backend
-from ..rpc.remote import Conditioning, RemoteModel, RemoteVAE
-from .captions import encode
+from ..rpc.remote import RemoteVAE
 from .drawing import as_picture
-from .files import MMDIT, TAESD3
 from .scenes import parse
+from .trained import Trained
 
 BACKEND = "demo"
-SPEC = SamplerSpec(steps=20, cfg_scale=4.0, seed=1)
 CAPTIONS = (
     "a red circle left of a large blue square on a yellow background",
     "a small green cross at the top on a black background",
@@ -32,10 +29,8 @@ CAPTIONS = (
 )
 GAP, LINE = 6, 14
 
-Sampled = Callable[[Tensor, Conditioning, Conditioning], Tensor]
 
-
-def run_demo(output: str, *, prompts: Sequence[str], size: int) -> None:
+def run_demo(trained: Trained, output: str, *, prompts: Sequence[str], size: int) -> None:
     """Draws the captions on two ranks, cold and warm, and in one process; compares; writes a contact sheet.
 
     Raises: InputError: a caption outside the demo's grammar, or a size that the model can't take.
@@ -49,19 +44,25 @@ def run_demo(output: str, *, prompts: Sequence[str], size: int) -> None:
     with tqdm(total=None, desc="   starting", bar_format="{desc} {elapsed}", mininterval=1) as bar:
         backend = Backend.attach_or_start(2, "cpu", BACKEND, waiting=lambda seconds: bar.refresh())
     try:
-        mesh = MeshSpec(cfg=2)
-        model, vae = backend.load_model(MMDIT, mesh, "float32"), backend.load_vae(TAESD3, "float32")
-        print(f"   {mesh.describe()}; {model.family}, {sum(model.loaded.bytes_read) / 2**20:.0f} MiB read")
-        ours, seconds = _draw("2. On two ranks", captions, size, lambda *a: _on_ranks(model, *a))
-        print(f"   {seconds / SPEC.steps:.3f} s a step")
-        again = backend.load_model(MMDIT, mesh, "float32")
-        warm, seconds = _draw("3. The first again", captions[:1], size, lambda *a: _on_ranks(again, *a))
+        model = backend.load_model(trained.path, trained.mesh, "float32")
+        vae = backend.load_vae(trained.vae, "float32")
+        print(f"   {trained.mesh.describe()}; {model.family}, {sum(model.loaded.bytes_read) / 2**20:.0f} MiB read")
+        ours, seconds = _draw("2. On two ranks", captions, lambda caption: trained.sample(model, [caption], size))
+        print(f"   {seconds / trained.spec.steps:.3f} s a step")
+        again = backend.load_model(trained.path, trained.mesh, "float32")
+        warm, seconds = _draw(
+            "3. The first again", captions[:1], lambda caption: trained.sample(again, [caption], size)
+        )
         same = "bit-equal" if torch.equal(warm[0], ours[0]) else "NOT equal"
         print(f"   weights already resident: {sum(again.loaded.bytes_read)} bytes read; {same} to the first time")
-        alone = OneProcess(MMDIT)
-        theirs, seconds = _draw("4. In one process", captions, size, lambda x, yes, no: alone.sample(x, yes, no, SPEC))
+        alone = OneProcess(trained.path)
+        theirs, seconds = _draw(
+            "4. In one process", captions, lambda caption: alone.sample(*trained.job([caption], size), trained.spec)
+        )
         difference = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, theirs, strict=True))
-        print(f"   {seconds / SPEC.steps:.3f} s a step; largest relative difference of a latent {difference:.1e}")
+        print(
+            f"   {seconds / trained.spec.steps:.3f} s a step; largest relative difference of a latent {difference:.1e}"
+        )
         sheet = folder / "demo.png"
         _contact_sheet(captions, _decode(vae, ours), _decode(vae, theirs)).save(sheet)
         print(f"5. Two ranks above, one process below: {sheet}")
@@ -70,19 +71,11 @@ def run_demo(output: str, *, prompts: Sequence[str], size: int) -> None:
     print("The backend was stopped. In daily use it stays up: see `parallel-mmdit serve` and `status`.")
 
 
-def _draw(title: str, captions: Sequence[str], size: int, sampled: Sampled) -> tuple[list[Tensor], float]:
+def _draw(title: str, captions: Sequence[str], sampled: Callable[[str], Tensor]) -> tuple[list[Tensor], float]:
     """The latents, and the mean seconds of each."""
-    none = Conditioning(*encode([""]))
     start = time.perf_counter()
-    latents = [
-        sampled(torch.zeros(1, 16, size // 8, size // 8), Conditioning(*encode([caption])), none)
-        for caption in tqdm(captions, desc=title)
-    ]
+    latents = [sampled(caption) for caption in tqdm(captions, desc=title)]
     return latents, (time.perf_counter() - start) / len(captions)
-
-
-def _on_ranks(model: RemoteModel, latent: Tensor, positive: Conditioning, negative: Conditioning) -> Tensor:
-    return model.sample(latent, positive, negative, seed=SPEC.seed, steps=SPEC.steps, cfg_scale=SPEC.cfg_scale)
 
 
 def _decode(vae: RemoteVAE, latents: Sequence[Tensor]) -> list[Image.Image]:

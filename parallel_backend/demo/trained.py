@@ -1,12 +1,103 @@
-"""The demo's trained checkpoints: a ComfyUI models folder of its own, inside this package."""
+"""Small trained checkpoints: the demo's, in a ComfyUI models folder inside this package, and those of own runs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import torch
+from torch import Tensor
+
+from ..config import MeshSpec, SamplerSpec
+from ..errors import CheckpointError
+from ..rpc.remote import Conditioning, RemoteModel
+from .captions import SD3_WIDTHS, SDXL_WIDTHS, encode
 
 MODELS = Path(__file__).parent / "models"
 # A folder of its own in each of ComfyUI's, so that no file takes the name of a real one.
 OWN = "parallel_demo"
-MMDIT = MODELS / "diffusion_models" / OWN / "mmdit.safetensors"
-AUTOENCODER = MODELS / "vae_approx" / OWN
-TAESD3 = (AUTOENCODER / "taesd3_encoder.safetensors", AUTOENCODER / "taesd3_decoder.safetensors")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint, the autoencoder of its latents, and how it is sampled.
+
+    Args:
+        channels: of its latents.
+        widths: of context and pooled prompt.
+        mesh: of two ranks.
+    """
+
+    path: Path
+    vae: tuple[Path, Path]
+    channels: int
+    widths: tuple[int, int]
+    spec: SamplerSpec
+    mesh: MeshSpec
+
+    @property
+    def is_unet(self) -> bool:
+        return self.widths == SDXL_WIDTHS
+
+    def job(self, captions: Sequence[str], size: int) -> tuple[Tensor, Conditioning, Conditioning]:
+        """The empty latent and both prompts of a batch; `size` in pixels.
+
+        Raises: InputError: a caption is outside the grammar.
+        """
+        sizes = [size, size, 0, 0, size, size] if self.is_unet else None
+        positive, negative = (Conditioning(*encode(asked, self.widths), sizes) for asked in (captions, [""]))
+        return torch.zeros(len(captions), self.channels, size // 8, size // 8), positive, negative
+
+    def sample(self, model: RemoteModel, captions: Sequence[str], size: int, **changed: Any) -> Tensor:
+        """The latents of a batch, by the checkpoint's own settings or others of `spec`."""
+        spec = msgspec.structs.replace(self.spec, **changed)
+        return model.sample(*self.job(captions, size), **msgspec.structs.asdict(spec))
+
+
+def of_run(folder: Path) -> Trained:
+    """What `parallel-mmdit train mmdit` or `train unet` left in a folder.
+
+    Raises: CheckpointError: no such run is there, or not to its end.
+    """
+    settings = folder / "run.json"
+    try:
+        run = msgspec.json.decode(settings.read_bytes(), type=_Run)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise CheckpointError(
+            f"{folder} holds no run of a model ({error}).", "Name the --output of `train mmdit` or `train unet`."
+        ) from None
+    path, autoencoder = folder / f"{run.task}.safetensors", Path(run.autoencoder)
+    if not path.is_file():
+        raise CheckpointError(f"The run in {folder} has left no {path.name} yet.", "Let it end; --until ends it early.")
+    if run.task == "mmdit":
+        return _mmdit(path, autoencoder)
+    return Trained(
+        path,
+        _parts(autoencoder, "taesdxl"),
+        4,
+        SDXL_WIDTHS,
+        msgspec.structs.replace(SPEC, scheduler="normal"),
+        MeshSpec(patch=2),
+    )
+
+
+class _Run(msgspec.Struct):
+    """What `train` writes of its settings, as far as it matters here."""
+
+    task: Literal["mmdit", "unet"]
+    autoencoder: str
+
+
+def _parts(folder: Path, name: str) -> tuple[Path, Path]:
+    return folder / f"{name}_encoder.safetensors", folder / f"{name}_decoder.safetensors"
+
+
+def _mmdit(path: Path, autoencoder: Path) -> Trained:
+    return Trained(path, _parts(autoencoder, "taesd3"), 16, SD3_WIDTHS, SPEC, MeshSpec(cfg=2))
+
+
+SPEC = SamplerSpec(steps=20, cfg_scale=4.0, seed=1)
+MMDIT = _mmdit(MODELS / "diffusion_models" / OWN / "mmdit.safetensors", MODELS / "vae_approx" / OWN)

@@ -11,32 +11,31 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config import MeshSpec
 from ..one_process import OneProcess
 from ..rpc.client import Backend
-from ..rpc.remote import Conditioning, RemoteModel, RemoteVAE
-from .captions import encode
-from .command import BACKEND, SPEC
+from ..rpc.remote import RemoteModel, RemoteVAE
+from .command import BACKEND
 from .drawing import as_picture, draw
-from .files import MMDIT, TAESD3
 from .scenes import Scene, held_out_scenes
 from .score import shows
+from .trained import Trained
 
 BATCH = 10
 # Equal to the last bit of fp32 and beyond: more than 8-bit pictures can tell.
 HIGHEST_PSNR = 150.0
 
 
-def run_score(*, count: int, size: int) -> None:
-    """Prints the scores of the autoencoder and the MMDiT on held-out captions, and the PSNR of two ranks to one."""
+def run_score(trained: Trained, *, count: int, size: int) -> None:
+    """Prints the scores of a checkpoint and its autoencoder on held-out captions, and the PSNR of two ranks to one."""
     scenes = held_out_scenes(count)
     backend = Backend.attach_or_start(2, "cpu", BACKEND)
     try:
-        vae = backend.load_vae(TAESD3, "float32")
+        vae = backend.load_vae(trained.vae, "float32")
         restored = _reconstructions(vae, scenes, size)
-        model = backend.load_model(MMDIT, MeshSpec(cfg=2), "float32")
-        sampled = sampled_pictures(model, vae, scenes, size, "sampling")
-        alone = vae.decode(OneProcess(MMDIT).sample(*_job(scenes[:BATCH], size), SPEC))
+        model = backend.load_model(trained.path, trained.mesh, "float32")
+        sampled = sampled_pictures(trained, model, vae, scenes, size, "sampling")
+        job = trained.job([scene.caption() for scene in scenes[:BATCH]], size)
+        alone = vae.decode(OneProcess(trained.path).sample(*job, trained.spec))
         psnrs = [psnr(a, b) for a, b in zip(sampled[:BATCH], alone, strict=True)]
         for name, pictures in (("reconstructions", restored), ("samples", sampled)):
             share = share_shown(pictures, scenes)
@@ -47,6 +46,7 @@ def run_score(*, count: int, size: int) -> None:
 
 
 def sampled_pictures(
+    trained: Trained,
     model: RemoteModel,
     vae: RemoteVAE,
     scenes: Sequence[Scene],
@@ -59,14 +59,9 @@ def sampled_pictures(
     """A picture (Y, X, 3) in 0..1 of each scene's caption, always from the same seeds; `leave`: the bar stays."""
     images: list[Tensor] = []
     for start in tqdm(range(0, len(scenes), BATCH), desc=title, leave=leave):
-        latent = model.sample(
-            *_job(scenes[start : start + BATCH], size),
-            seed=SPEC.seed + start,
-            steps=SPEC.steps,
-            cfg_scale=SPEC.cfg_scale,
-            warmup_steps=warmup_steps,
-        )
-        images += list(vae.decode(latent))
+        captions = [scene.caption() for scene in scenes[start : start + BATCH]]
+        seed = trained.spec.seed + start
+        images += list(vae.decode(trained.sample(model, captions, size, seed=seed, warmup_steps=warmup_steps)))
     return images
 
 
@@ -85,9 +80,3 @@ def _reconstructions(vae: RemoteVAE, scenes: list[Scene], size: int) -> list[Ten
     rng = random.Random(1)
     images = [torch.from_numpy(np.array(draw(scene, size, size, rng), np.float32)) / 255 for scene in scenes]
     return [vae.decode(vae.encode(image[None]))[0] for image in tqdm(images, desc="reconstructing")]
-
-
-def _job(scenes: Sequence[Scene], size: int) -> tuple[Tensor, Conditioning, Conditioning]:
-    """The empty latent and both prompts of a batch."""
-    prompt = Conditioning(*encode([scene.caption() for scene in scenes]))
-    return torch.zeros(len(scenes), 16, size // 8, size // 8), prompt, Conditioning(*encode([""]))
