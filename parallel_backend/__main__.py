@@ -216,17 +216,17 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _demo(args: argparse.Namespace) -> int:
     from .demo.command import run_demo  # torch models and diffusers, which the other commands do without
-    from .demo.trained import MMDIT, of_run
+    from .demo.trained import trained_in
 
-    run_demo(of_run(args.trained) if args.trained else MMDIT, args.output, prompts=args.prompt, size=args.size)
+    run_demo(trained_in(args.trained), args.output, prompts=args.prompt, size=args.size)
     return 0
 
 
 def _score(args: argparse.Namespace) -> int:
-    from .demo.trained import MMDIT, of_run
+    from .demo.trained import trained_in
     from .demo.yardsticks import run_score
 
-    run_score(of_run(args.trained) if args.trained else MMDIT, count=args.count, size=args.size)
+    run_score(trained_in(args.trained), count=args.count, size=args.size)
     return 0
 
 

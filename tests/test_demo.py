@@ -18,11 +18,12 @@ from parallel_backend.demo.command import CAPTIONS
 from parallel_backend.demo.drawing import as_picture
 from parallel_backend.demo.scenes import held_out_scenes, parse
 from parallel_backend.demo.score import shows
-from parallel_backend.demo.trained import MMDIT, MODELS, of_run
+from parallel_backend.demo.trained import MMDIT, MODELS, trained_in
 from parallel_backend.demo.yardsticks import psnr
 from parallel_backend.demo_checkpoints import small_unet_config, write_taesd, write_unet
 from parallel_backend.errors import CheckpointError
 from parallel_training.config import TrainSpec
+from parallel_training.unet import DEPTHS, WIDTHS
 
 ASKED = ["a red circle left of a blue square on a yellow background", "three purple triangles on a white background"]
 
@@ -82,7 +83,7 @@ def unet_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as `parallel-mmdit train unet` leaves it, with random weights."""
     folder = tmp_path_factory.mktemp("run")
     write_taesd(folder / "autoencoder", "taesdxl", 4)
-    write_unet(folder / "unet.safetensors", small_unet_config((64, 128, 128), (0, 1, 1)))
+    write_unet(folder / "unet.safetensors", small_unet_config(WIDTHS, DEPTHS))
     spec = TrainSpec(task="unet", output=str(folder), steps=1, channels=4, autoencoder=str(folder / "autoencoder"))
     (folder / "run.json").write_bytes(msgspec.json.encode(spec))
     return folder
@@ -102,13 +103,13 @@ def test_an_own_runs_unet_is_drawn_in_bands_and_scored(
 
 def test_a_folder_without_an_ended_run_is_named(unet_run: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no run of a model"):
-        of_run(tmp_path)
+        trained_in(tmp_path)
     (tmp_path / "run.json").write_bytes((unet_run / "run.json").read_bytes())
     with pytest.raises(CheckpointError, match=r"has left no unet.safetensors yet"):
-        of_run(tmp_path)
+        trained_in(tmp_path)
     (tmp_path / "run.json").write_bytes(b'{"task": "autoencoder", "autoencoder": ""}')
     with pytest.raises(CheckpointError, match="Invalid enum value 'autoencoder'"):
-        of_run(tmp_path)
+        trained_in(tmp_path)
 
 
 def test_score_prints_its_figures(demo_backend: Backend, capsys: pytest.CaptureFixture[str]) -> None:

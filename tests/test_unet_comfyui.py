@@ -20,6 +20,7 @@ from parallel_backend import Backend, MeshSpec, SamplerSpec, demo_checkpoints
 from parallel_backend.config import SAMPLERS, SCHEDULERS
 from parallel_backend.sampling.parameterization import Discrete
 from parallel_backend.sampling.schedules import sigmas_for
+from parallel_training.unet import DEPTHS, WIDTHS
 
 NAME = "sdxl-koala.safetensors"
 BASE = {"latent": "empty", "positive": "long", "negative": "short", "seed": 7, "steps": 3, "cfg": 1.0}
@@ -65,7 +66,7 @@ def v_prediction(models: Path) -> Path:
 @pytest.fixture(scope="module")
 def narrow(models: Path) -> Path:
     """As `parallel-mmdit train unet` writes them: SDXL's layout at widths that ComfyUI has no detection for."""
-    config = demo_checkpoints.small_unet_config((64, 128, 128), (0, 1, 1))
+    config = demo_checkpoints.small_unet_config(WIDTHS, DEPTHS)
     return demo_checkpoints.write_unet(models / "diffusion_models" / "narrow.safetensors", config)
 
 

@@ -13,8 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     quality.add_argument("--warmups", type=int, nargs="+", default=[0, 1, 2, 4])
     quality.add_argument("--steps", type=int, default=20)
     quality.add_argument("--size", type=int, default=256, help="pixels")
-    quality.add_argument("--model", type=Path, help="an SDXL UNet; a small one with random weights where left out")
-    quality.add_argument("--trained", type=Path, metavar="FOLDER", help="of `train unet`: its UNet, on a caption")
+    of = quality.add_mutually_exclusive_group()
+    of.add_argument("--model", type=Path, help="an SDXL UNet; a small one with random weights where left out")
+    of.add_argument("--trained", type=Path, metavar="FOLDER", help="of `train unet`: its UNet, on a caption")
     quality.set_defaults(run=_quality)
 
     communication = benches.add_parser("communication", help="bytes that each method sends, beside its formula")
@@ -71,11 +72,10 @@ def _communication(args: argparse.Namespace) -> int:
 
 
 def _pictures(args: argparse.Namespace) -> int:
-    from ..demo.trained import MMDIT, of_run
+    from ..demo.trained import trained_in
     from .pictures import run_pictures
 
-    trained = of_run(args.trained) if args.trained else MMDIT
-    run_pictures(trained, args.ranks, args.warmups, args.count, args.size, args.plot)
+    run_pictures(trained_in(args.trained), args.ranks, args.warmups, args.count, args.size, args.plot)
     return 0
 
 

@@ -1,8 +1,8 @@
 """What displaced steps cost: their distance from exact ones, by ranks and warm-up steps.
 
-On random weights a picture says nothing, and neighbouring steps differ more than a trained model's. What can be told on any is
-the error that one displaced step makes in the model's output, at the very input that the exact run has there, beside
-the error of a control: bands that never hear of each other.
+On random weights a picture says nothing, and neighbouring steps differ more than a trained model's. What can be told on
+any is the error that one displaced step makes in the model's output, at the very input that the exact run has there,
+beside the error of a control: bands that never hear of each other.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..config import MeshSpec, SamplerSpec
 from ..demo.command import CAPTIONS
-from ..demo.trained import of_run
+from ..demo.trained import trained_in
 from ..demo_checkpoints import random_sdxl_prompt, small_unet_config, write_unet
 from ..models.unet import micro_conditioning
 from ..rpc.client import Backend
@@ -55,20 +55,26 @@ def run_quality(
     print("| ranks | warm-up steps | output of the first displaced step | bands alone | ratio | latent at the end |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        path = path or write_unet(Path(folder) / "unet.safetensors", small_unet_config())
-        subject = Subject(path, Conditioning(*random_sdxl_prompt(1)))
-        if trained:
-            own = of_run(trained)
-            _, prompt, _ = own.job(CAPTIONS[:1], size)
-            if prompt.sizes is not None:
-                prompt = Conditioning(prompt.context, micro_conditioning(prompt.pooled, prompt.sizes))
-            subject = Subject(own.path, prompt)
+        if trained is not None:
+            subject = _trained_subject(trained, size)
+        else:
+            path = path or write_unet(Path(folder) / "unet.safetensors", small_unet_config())
+            subject = Subject(path, Conditioning(*random_sdxl_prompt(1)))
         for world_size in ranks:
             backend = Backend.attach_or_start(world_size, "cpu", f"quality{world_size}")
             try:
                 print_table(backend, subject, warmups, steps, size)
             finally:
                 backend.stop()
+
+
+def _trained_subject(folder: Path, size: int) -> Subject:
+    """A run's UNet on a caption; an MMDiT has no sizes, and is refused when it is loaded."""
+    own = trained_in(folder)
+    _, prompt, _ = own.job(CAPTIONS[:1], size)
+    if prompt.sizes is not None:
+        prompt = Conditioning(prompt.context, micro_conditioning(prompt.pooled, prompt.sizes))
+    return Subject(own.path, prompt)
 
 
 def print_table(backend: Backend, subject: Subject, warmups: Sequence[int], steps: int, size: int) -> None:

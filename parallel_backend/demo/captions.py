@@ -23,7 +23,9 @@ SD3_WIDTHS, SDXL_WIDTHS = (4096, 2048), (2048, 1280)
 
 
 def encode(captions: Sequence[str], widths: tuple[int, int] = SD3_WIDTHS) -> tuple[Tensor, Tensor]:
-    """(B, 12, 4096) context and (B, 2048) pooled, or of other widths. The empty caption is what an unconditional branch takes.
+    """(B, 12, 4096) context and (B, 2048) pooled, or of other widths.
+
+    The empty caption is what an unconditional branch takes.
 
     Raises: InputError: a caption is outside the grammar.
     """

@@ -19,6 +19,7 @@ from .captions import SD3_WIDTHS, SDXL_WIDTHS, encode
 MODELS = Path(__file__).parent / "models"
 # A folder of its own in each of ComfyUI's, so that no file takes the name of a real one.
 OWN = "parallel_demo"
+SPEC = SamplerSpec(steps=20, cfg_scale=4.0, seed=1)
 
 
 @dataclass(frozen=True)
@@ -57,31 +58,23 @@ class Trained:
         return model.sample(*self.job(captions, size), **msgspec.structs.asdict(spec))
 
 
-def of_run(folder: Path) -> Trained:
-    """What `parallel-mmdit train mmdit` or `train unet` left in a folder.
+def trained_in(folder: Path | None) -> Trained:
+    """What `parallel-mmdit train mmdit` or `train unet` left in a folder; the demo's own checkpoint where none is named.
 
     Raises: CheckpointError: no such run is there, or not to its end.
     """
-    settings = folder / "run.json"
+    if folder is None:
+        return MMDIT
     try:
-        run = msgspec.json.decode(settings.read_bytes(), type=_Run)
+        run = msgspec.json.decode((folder / "run.json").read_bytes(), type=_Run)
     except (OSError, msgspec.MsgspecError) as error:
         raise CheckpointError(
             f"{folder} holds no run of a model ({error}).", "Name the --output of `train mmdit` or `train unet`."
         ) from None
-    path, autoencoder = folder / f"{run.task}.safetensors", Path(run.autoencoder)
+    path = folder / f"{run.task}.safetensors"
     if not path.is_file():
         raise CheckpointError(f"The run in {folder} has left no {path.name} yet.", "Let it end; --until ends it early.")
-    if run.task == "mmdit":
-        return _mmdit(path, autoencoder)
-    return Trained(
-        path,
-        _parts(autoencoder, "taesdxl"),
-        4,
-        SDXL_WIDTHS,
-        msgspec.structs.replace(SPEC, scheduler="normal"),
-        MeshSpec(patch=2),
-    )
+    return (_mmdit if run.task == "mmdit" else _unet)(path, Path(run.autoencoder))
 
 
 class _Run(msgspec.Struct):
@@ -99,5 +92,9 @@ def _mmdit(path: Path, autoencoder: Path) -> Trained:
     return Trained(path, _parts(autoencoder, "taesd3"), 16, SD3_WIDTHS, SPEC, MeshSpec(cfg=2))
 
 
-SPEC = SamplerSpec(steps=20, cfg_scale=4.0, seed=1)
+def _unet(path: Path, autoencoder: Path) -> Trained:
+    spec = msgspec.structs.replace(SPEC, scheduler="normal")
+    return Trained(path, _parts(autoencoder, "taesdxl"), 4, SDXL_WIDTHS, spec, MeshSpec(patch=2))
+
+
 MMDIT = _mmdit(MODELS / "diffusion_models" / OWN / "mmdit.safetensors", MODELS / "vae_approx" / OWN)
