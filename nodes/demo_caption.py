@@ -27,8 +27,8 @@ class DemoCaption(io.ComfyNode):
             node_id="DemoCaption",
             display_name="Demo Caption (parallel)",
             category="parallel",
-            description="A caption of the demo's small language as conditioning. Only for parallel_demo/mmdit.safetensors and "
-            "models of your own `parallel-mmdit train`, which learn these captions; real models need real text encoders.",
+            description="A caption of the demo's small language as conditioning. Only for the models of parallel_demo and those of "
+            "your own `parallel-mmdit train`, which learn these captions; real models need real text encoders.",
             inputs=[
                 io.String.Input(
                     "caption",
@@ -41,7 +41,7 @@ class DemoCaption(io.ComfyNode):
                     options=list(WIDTHS),
                     default=DEFAULT,
                     optional=True,
-                    tooltip="SD3 for parallel_demo/mmdit.safetensors and `train mmdit`, SDXL for `train unet`.",
+                    tooltip="SD3 for mmdit.safetensors and `train mmdit`, SDXL for unet.safetensors and `train unet`.",
                 ),
             ],
             outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="In the model's shapes.")],

@@ -7,10 +7,10 @@ from pathlib import Path
 import folder_paths
 
 from ..parallel_backend.errors import CheckpointError
+from ..parallel_backend.taesd_files import DECODER, ENCODER
 
 CHECKPOINTS = "checkpoints/"
 TAESD_FAMILIES = ("taesd3", "taesdxl")
-ENCODER, DECODER = "_encoder.safetensors", "_decoder.safetensors"
 
 
 def names_in(folder: str) -> list[str]:

@@ -89,17 +89,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _small_checkpoint(commands: Any) -> None:
-    """What is done with the checkpoint that this pack brings, or with one of an own run."""
-    own = "folder of `train mmdit` or `train unet`, in place of this pack's checkpoint"
-    demo = commands.add_parser("demo", help="draw on two CPU ranks with the small checkpoint of this pack")
-    demo.add_argument("--trained", type=Path, metavar="FOLDER", help=own)
+    """What is done with a checkpoint that this pack brings, or with one of an own run."""
+    from .demo.trained import add_choice
+
+    demo = commands.add_parser("demo", help="draw on two CPU ranks with a small checkpoint of this pack")
+    add_choice(demo)
     demo.add_argument("--output", default="demo-output", help="folder for the contact sheet")
     demo.add_argument("--prompt", action="append", default=[], help="a caption; may be given several times")
     demo.add_argument("--size", type=int, default=128, help="pixels")
     demo.set_defaults(run=_demo)
 
-    score = commands.add_parser("score", help="what the small checkpoint's pictures show, of held-out captions")
-    score.add_argument("--trained", type=Path, metavar="FOLDER", help=own)
+    score = commands.add_parser("score", help="what a small checkpoint's pictures show, of held-out captions")
+    add_choice(score)
     score.add_argument("--count", type=int, default=100, help="captions")
     score.add_argument("--size", type=int, default=128, help="pixels")
     score.set_defaults(run=_score)
@@ -216,17 +217,17 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _demo(args: argparse.Namespace) -> int:
     from .demo.command import run_demo  # torch models and diffusers, which the other commands do without
-    from .demo.trained import trained_in
+    from .demo.trained import chosen
 
-    run_demo(trained_in(args.trained), args.output, prompts=args.prompt, size=args.size)
+    run_demo(chosen(args), args.output, prompts=args.prompt, size=args.size)
     return 0
 
 
 def _score(args: argparse.Namespace) -> int:
-    from .demo.trained import trained_in
+    from .demo.trained import chosen
     from .demo.yardsticks import run_score
 
-    run_score(trained_in(args.trained), count=args.count, size=args.size)
+    run_score(chosen(args), count=args.count, size=args.size)
     return 0
 
 

@@ -14,6 +14,7 @@ from .config import MeshSpec
 from .distributed.mesh import build_mesh
 from .models.mmdit import HEAD_DIM, MMDiT, MMDiTConfig
 from .models.unet import UNetConfig, micro_conditioning
+from .taesd_files import taesd_files
 
 DEMO_FAMILIES = ("sd3-medium", "sd3.5-medium", "sd3.5-large")
 
@@ -125,7 +126,7 @@ def write_taesd_files(
 ) -> tuple[Path, Path]:
     """The encoder and decoder of an AutoencoderTiny under TAESD's own names."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = folder / f"{name}_encoder.safetensors", folder / f"{name}_decoder.safetensors"
+    paths = taesd_files(folder, name)
     for path, module, shift in zip(paths, (encoder, decoder), (0, 1), strict=True):
         tensors = {}
         for key, value in module.state_dict().items():

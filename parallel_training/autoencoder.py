@@ -18,6 +18,7 @@ from parallel_backend.demo.scenes import held_out_scenes
 from parallel_backend.demo_checkpoints import write_taesd_files
 from parallel_backend.errors import ConfigError
 from parallel_backend.models.vae import taesd_module_names
+from parallel_backend.taesd_files import taesd_files
 
 from .config import TrainSpec
 from .data import Batch, PixelSource, pixels
@@ -59,7 +60,7 @@ class AutoencoderTask:
         """Takes the weights of an exported run; from one of other latent channels, all but the layers that touch latents."""
         ours = self.model.state_dict()
         known = (self.spec.channels, *NAMES)
-        channels = next((c for c in known if (folder / f"{NAMES[c]}_encoder.safetensors").exists()), 0)
+        channels = next((c for c in known if all(path.exists() for path in taesd_files(folder, NAMES[c]))), 0)
         if not channels:
             raise ConfigError(f"{folder} holds no trained autoencoder.", "Name the folder of a run that has ended.")
         saved = open_autoencoder(folder, channels).state_dict()
@@ -101,7 +102,6 @@ class AutoencoderTask:
 def open_autoencoder(folder: Path, channels: int) -> Autoencoder:
     """An exported autoencoder, frozen."""
     model = Autoencoder(channels)
-    for part, module in (("encoder", model.encoder), ("decoder", model.decoder)):
-        saved = load_file(folder / f"{NAMES[channels]}_{part}.safetensors")
-        module.load_state_dict(taesd_module_names(part, saved))
+    for part, path in zip(("encoder", "decoder"), taesd_files(folder, NAMES[channels]), strict=True):
+        getattr(model, part).load_state_dict(taesd_module_names(part, load_file(path)))
     return model.requires_grad_(False).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import load_file
 
 from parallel_backend import Backend, MeshSpec
 from parallel_backend.__main__ import main
@@ -18,10 +21,11 @@ from parallel_backend.demo.command import CAPTIONS
 from parallel_backend.demo.drawing import as_picture
 from parallel_backend.demo.scenes import held_out_scenes, parse
 from parallel_backend.demo.score import shows
-from parallel_backend.demo.trained import MMDIT, MODELS, trained_in
+from parallel_backend.demo.trained import MMDIT, MODELS, SHIPPED, UNET, Trained, trained_in
 from parallel_backend.demo.yardsticks import psnr
 from parallel_backend.demo_checkpoints import small_unet_config, write_taesd, write_unet
 from parallel_backend.errors import CheckpointError
+from parallel_backend.models.unet import micro_conditioning
 from parallel_training.config import TrainSpec
 from parallel_training.unet import DEPTHS, WIDTHS
 
@@ -41,16 +45,20 @@ def test_files_are_small_and_say_what_they_are() -> None:
     assert sum(path.stat().st_size for path in (MMDIT.path, *MMDIT.vae)) <= 30e6
     assert sum(path.stat().st_size for path in MODELS.rglob("*.safetensors")) <= 60e6
     card = (MODELS / "README.md").read_text()
-    assert all(word in card for word in ("steps", "seed", "train mmdit", "train autoencoder", "loss", "samples"))
+    assert all(
+        word in card for word in ("steps", "seed", "train mmdit", "train unet", "train autoencoder", "loss", "samples")
+    )
     assert all(path.name in card for path in MODELS.rglob("*.safetensors"))
 
 
+@pytest.mark.parametrize(("model", "mesh"), [("mmdit", "cfg=2"), ("unet", "patch=2")])
 def test_demo_draws_compares_and_writes_a_sheet(
-    demo_backend: Backend, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: str, mesh: str, demo_backend: Backend, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts = [word for caption in ASKED for word in ("--prompt", caption)]
-    assert main(["demo", "--output", str(tmp_path), *prompts]) == 0
+    assert main(["demo", "--model", model, "--output", str(tmp_path), *prompts]) == 0
     said = capsys.readouterr().out
+    assert mesh in said
     assert "0 bytes read; bit-equal to the first time" in said
     (difference,) = re.findall(r"largest relative difference of a latent (\S+)", said)
     assert 0 <= float(difference) <= 1e-4
@@ -66,22 +74,23 @@ def test_demo_draws_compares_and_writes_a_sheet(
     )
 
 
-def test_pictures_show_their_captions(backend2: Backend) -> None:
+@pytest.mark.parametrize("trained", SHIPPED.values(), ids=SHIPPED)
+def test_pictures_show_their_captions(trained: Trained, backend2: Backend) -> None:
     """Of held-out captions, and a control: pictures of other captions show them far less often."""
     scenes = held_out_scenes(20)
-    model = backend2.load_model(MMDIT.path, MMDIT.mesh, "float32")
-    latent = MMDIT.sample(model, [scene.caption() for scene in scenes], 128)
-    images = backend2.load_vae(MMDIT.vae, "float32").decode(latent)
+    model = backend2.load_model(trained.path, trained.mesh, "float32")
+    latent = trained.sample(model, [scene.caption() for scene in scenes], 128)
+    images = backend2.load_vae(trained.vae, "float32").decode(latent)
     pictures = [as_picture(image) for image in images]
     found = sum(shows(picture, scene) for picture, scene in zip(pictures, scenes, strict=True))
     crossed = sum(shows(picture, scene) for picture, scene in zip(pictures, scenes[1:] + scenes[:1], strict=True))
     assert found >= 10 and crossed <= 2, (found, crossed)
 
 
-@pytest.fixture(scope="session")
-def unet_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def unet_run(tmp_path: Path) -> Path:
     """A folder as `parallel-mmdit train unet` leaves it, with random weights."""
-    folder = tmp_path_factory.mktemp("run")
+    folder = tmp_path / "run"
     write_taesd(folder / "autoencoder", "taesdxl", 4)
     write_unet(folder / "unet.safetensors", small_unet_config(WIDTHS, DEPTHS))
     spec = TrainSpec(task="unet", output=str(folder), steps=1, channels=4, autoencoder=str(folder / "autoencoder"))
@@ -89,14 +98,7 @@ def unet_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_an_own_runs_unet_is_drawn_in_bands_and_scored(
-    unet_run: Path, demo_backend: Backend, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["demo", "--trained", str(unet_run), "--output", str(tmp_path), "--prompt", ASKED[0]]) == 0
-    said = capsys.readouterr().out
-    assert "patch=2" in said and "0 bytes read; bit-equal to the first time" in said
-    (difference,) = re.findall(r"largest relative difference of a latent (\S+)", said)
-    assert 0 <= float(difference) <= 1e-4
+def test_an_own_runs_unet_is_scored(unet_run: Path, demo_backend: Backend, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["score", "--trained", str(unet_run), "--count", "2"]) == 0
     assert re.search(r"samples: 0% of 2 held-out captions", capsys.readouterr().out)
 
@@ -112,6 +114,27 @@ def test_a_folder_without_an_ended_run_is_named(unet_run: Path, tmp_path: Path) 
         trained_in(tmp_path)
 
 
+def test_diffusers_opens_the_unets_file_and_computes_what_its_bands_do(backend2: Backend) -> None:
+    reference: Any = UNet2DConditionModel(**small_unet_config(WIDTHS, DEPTHS).diffusers())
+    reference.load_state_dict(load_file(UNET.path))
+    latent, prompt, _ = UNET.job(ASKED, 128)
+    assert prompt.sizes is not None
+    vector = micro_conditioning(prompt.pooled, prompt.sizes)
+    x = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.full((len(ASKED),), 600.0)
+    with torch.no_grad():
+        theirs = reference.eval()(x, timesteps, prompt.context, class_labels=vector, return_dict=False)[0]
+    model = backend2.load_model(UNET.path, UNET.mesh, "float32")
+    ours = model.forward(x, timesteps, prompt.context, vector)
+    assert (ours - theirs).norm() / theirs.norm() <= 1e-5
+
+
+def test_one_checkpoint_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["score", "--model", "unet", "--trained", "runs/unet"])
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
 def test_score_prints_its_figures(demo_backend: Backend, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["score", "--count", "3"]) == 0
     said = capsys.readouterr().out
@@ -121,9 +144,12 @@ def test_score_prints_its_figures(demo_backend: Backend, capsys: pytest.CaptureF
     assert float(least) > 60
 
 
-def test_displaced_pictures_are_measured_against_exact_ones(backend2: Backend, tmp_path: Path) -> None:
-    steps = MMDIT.spec.steps
-    found = figures(MMDIT, backend2, MeshSpec(pp=2), [1, 8, steps], held_out_scenes(4), 128)
+@pytest.mark.parametrize(("trained", "mesh"), [(MMDIT, MeshSpec(pp=2)), (UNET, MeshSpec(patch=2))], ids=SHIPPED)
+def test_displaced_pictures_are_measured_against_exact_ones(
+    trained: Trained, mesh: MeshSpec, backend2: Backend, tmp_path: Path
+) -> None:
+    steps = trained.spec.steps
+    found = figures(trained, backend2, mesh, [1, 8, steps], held_out_scenes(4), 128)
     exact, early, late, full = found
     assert (exact.warmup, exact.mean_psnr) == (None, 150)
     # A trained model's steps are alike: what is a step old costs little, and more warm-up need not cost less.

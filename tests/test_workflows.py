@@ -84,7 +84,7 @@ def test_workflow_saves_a_picture(path: Path, server: ComfyServer) -> None:
     assert picture.shape == (side, side, 3) and picture.std() > 0
 
 
-@pytest.mark.parametrize("name", ["sd35", "demo"])
+@pytest.mark.parametrize("name", ["sd35", "demo", "demo_sdxl"])
 def test_both_samplers_give_one_picture(name: str, server: ComfyServer) -> None:
     pictures = [run(server, WORKFLOWS / "api" / f"{name}_text_to_image{end}.json") for end in ("", "_ksampler")]
     difference = np.abs(pictures[0].astype(int) - pictures[1].astype(int))
@@ -103,6 +103,12 @@ def test_the_demos_picture_shows_its_caption_on_our_ranks_and_in_stock_comfyui(s
     }
     stock = picture_of(server, prompt)
     assert np.abs(stock.astype(int) - ours.astype(int)).mean() < 1
+
+
+@pytest.mark.parametrize("name", ["text_to_image", "displaced"])
+def test_the_demos_unet_draws_its_caption(name: str, server: ComfyServer) -> None:
+    path = WORKFLOWS / "api" / f"demo_sdxl_{name}.json"
+    assert shows(Image.fromarray(run(server, path)), parse(caption_of(json.loads(path.read_text()))))
 
 
 def test_a_graph_from_before_demo_caption_had_a_model_is_the_graph_that_it_was(server: ComfyServer) -> None:

@@ -7,14 +7,16 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from ..demo.trained import add_choice
+
     benches = parser.add_subparsers(required=True, metavar="FIGURE")
     quality = benches.add_parser("quality", help="what displaced steps cost, by ranks and warm-up steps")
     quality.add_argument("--ranks", type=int, nargs="+", default=[2, 3, 4])
     quality.add_argument("--warmups", type=int, nargs="+", default=[0, 1, 2, 4])
     quality.add_argument("--steps", type=int, default=20)
-    quality.add_argument("--size", type=int, default=256, help="pixels")
+    quality.add_argument("--size", type=int, default=128, help="pixels")
     of = quality.add_mutually_exclusive_group()
-    of.add_argument("--model", type=Path, help="an SDXL UNet; a small one with random weights where left out")
+    of.add_argument("--model", type=Path, help="an SDXL UNet, on a random prompt, in place of the demo's")
     of.add_argument("--trained", type=Path, metavar="FOLDER", help="of `train unet`: its UNet, on a caption")
     quality.set_defaults(run=_quality)
 
@@ -25,8 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     communication.set_defaults(run=_communication)
 
     pictures = benches.add_parser("pictures", help="what displaced steps do to the demo's pictures: PSNR and score")
-    own = "folder of `train mmdit` or `train unet`, in place of the demo's checkpoint"
-    pictures.add_argument("--trained", type=Path, metavar="FOLDER", help=own)
+    add_choice(pictures)
     pictures.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     pictures.add_argument("--warmups", type=int, nargs="+", default=[0, 1, 2, 4])
     pictures.add_argument("--count", type=int, default=20, help="captions")
@@ -58,9 +59,12 @@ def _trace_arguments(trace: argparse.ArgumentParser) -> None:
 
 
 def _quality(args: argparse.Namespace) -> int:
-    from .quality import run_quality
+    from ..demo.trained import UNET, trained_in
+    from .quality import of_checkpoint, of_trained, run_quality
 
-    run_quality(args.ranks, args.warmups, args.steps, args.size, args.model, args.trained)
+    trained = trained_in(args.trained) if args.trained else UNET
+    subject = of_checkpoint(args.model) if args.model else of_trained(trained, args.size)
+    run_quality(subject, args.ranks, args.warmups, args.steps, args.size)
     return 0
 
 
@@ -72,10 +76,10 @@ def _communication(args: argparse.Namespace) -> int:
 
 
 def _pictures(args: argparse.Namespace) -> int:
-    from ..demo.trained import trained_in
+    from ..demo.trained import chosen
     from .pictures import run_pictures
 
-    run_pictures(trained_in(args.trained), args.ranks, args.warmups, args.count, args.size, args.plot)
+    run_pictures(chosen(args), args.ranks, args.warmups, args.count, args.size, args.plot)
     return 0
 
 

@@ -1,13 +1,11 @@
 """What displaced steps cost: their distance from exact ones, by ranks and warm-up steps.
 
-On random weights a picture says nothing, and neighbouring steps differ more than a trained model's. What can be told on
-any is the error that one displaced step makes in the model's output, at the very input that the exact run has there,
-beside the error of a control: bands that never hear of each other.
+What can be told on any model, trained or not, is the error that one displaced step makes in its output, at the very input
+that the exact run has there, beside the error of a control: bands that never hear of each other.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +17,8 @@ from tqdm import tqdm
 
 from ..config import MeshSpec, SamplerSpec
 from ..demo.command import CAPTIONS
-from ..demo.trained import trained_in
-from ..demo_checkpoints import random_sdxl_prompt, small_unet_config, write_unet
+from ..demo.trained import Trained
+from ..demo_checkpoints import random_sdxl_prompt
 from ..models.unet import micro_conditioning
 from ..rpc.client import Backend
 from ..rpc.remote import Conditioning, RemoteModel, Step
@@ -44,37 +42,33 @@ class Subject:
     prompt: Conditioning
 
 
-def run_quality(
-    ranks: Sequence[int], warmups: Sequence[int], steps: int, size: int, path: Path | None, trained: Path | None
-) -> None:
-    """Prints a table of the UNet at `path`, of one that `train` left in a folder, or of a small one with random weights.
+def of_checkpoint(path: Path) -> Subject:
+    """Any UNet, on random numbers of a prompt's shapes."""
+    return Subject(path, Conditioning(*random_sdxl_prompt(1)))
+
+
+def of_trained(trained: Trained, size: int) -> Subject:
+    """A small trained UNet on a caption; an MMDiT has no sizes, and is refused when it is loaded."""
+    _, prompt, _ = trained.job(CAPTIONS[:1], size)
+    if prompt.sizes is not None:
+        prompt = Conditioning(prompt.context, micro_conditioning(prompt.pooled, prompt.sizes))
+    return Subject(trained.path, prompt)
+
+
+def run_quality(subject: Subject, ranks: Sequence[int], warmups: Sequence[int], steps: int, size: int) -> None:
+    """Prints a table.
 
     Raises: BackendError: a model that is no UNet, or a size with fewer rows than the bands need.
     """
     print(f"{steps} steps of euler, {size} x {size} pixels; errors relative to the exact run\n")
     print("| ranks | warm-up steps | output of the first displaced step | bands alone | ratio | latent at the end |")
     print("|---|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as folder:
-        if trained is not None:
-            subject = _trained_subject(trained, size)
-        else:
-            path = path or write_unet(Path(folder) / "unet.safetensors", small_unet_config())
-            subject = Subject(path, Conditioning(*random_sdxl_prompt(1)))
-        for world_size in ranks:
-            backend = Backend.attach_or_start(world_size, "cpu", f"quality{world_size}")
-            try:
-                print_table(backend, subject, warmups, steps, size)
-            finally:
-                backend.stop()
-
-
-def _trained_subject(folder: Path, size: int) -> Subject:
-    """A run's UNet on a caption; an MMDiT has no sizes, and is refused when it is loaded."""
-    own = trained_in(folder)
-    _, prompt, _ = own.job(CAPTIONS[:1], size)
-    if prompt.sizes is not None:
-        prompt = Conditioning(prompt.context, micro_conditioning(prompt.pooled, prompt.sizes))
-    return Subject(own.path, prompt)
+    for world_size in ranks:
+        backend = Backend.attach_or_start(world_size, "cpu", f"quality{world_size}")
+        try:
+            print_table(backend, subject, warmups, steps, size)
+        finally:
+            backend.stop()
 
 
 def print_table(backend: Backend, subject: Subject, warmups: Sequence[int], steps: int, size: int) -> None:

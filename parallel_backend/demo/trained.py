@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..config import MeshSpec, SamplerSpec
 from ..errors import CheckpointError
 from ..rpc.remote import Conditioning, RemoteModel
+from ..taesd_files import taesd_files
 from .captions import SD3_WIDTHS, SDXL_WIDTHS, encode
 
 MODELS = Path(__file__).parent / "models"
@@ -58,13 +60,28 @@ class Trained:
         return model.sample(*self.job(captions, size), **msgspec.structs.asdict(spec))
 
 
-def trained_in(folder: Path | None) -> Trained:
-    """What `parallel-mmdit train mmdit` or `train unet` left in a folder; the demo's own checkpoint where none is named.
+def add_choice(parser: argparse.ArgumentParser) -> None:
+    """The options that `chosen` reads."""
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model", choices=tuple(SHIPPED), default="mmdit", help="of this pack's two small checkpoints")
+    which.add_argument(
+        "--trained", type=Path, metavar="FOLDER", help="of `train mmdit` or `train unet`, in their place"
+    )
+
+
+def chosen(args: argparse.Namespace) -> Trained:
+    """What those options ask for.
+
+    Raises: CheckpointError: as `trained_in`.
+    """
+    return trained_in(args.trained) if args.trained else SHIPPED[args.model]
+
+
+def trained_in(folder: Path) -> Trained:
+    """What `parallel-mmdit train mmdit` or `train unet` left in a folder.
 
     Raises: CheckpointError: no such run is there, or not to its end.
     """
-    if folder is None:
-        return MMDIT
     try:
         run = msgspec.json.decode((folder / "run.json").read_bytes(), type=_Run)
     except (OSError, msgspec.MsgspecError) as error:
@@ -84,17 +101,15 @@ class _Run(msgspec.Struct):
     autoencoder: str
 
 
-def _parts(folder: Path, name: str) -> tuple[Path, Path]:
-    return folder / f"{name}_encoder.safetensors", folder / f"{name}_decoder.safetensors"
-
-
 def _mmdit(path: Path, autoencoder: Path) -> Trained:
-    return Trained(path, _parts(autoencoder, "taesd3"), 16, SD3_WIDTHS, SPEC, MeshSpec(cfg=2))
+    return Trained(path, taesd_files(autoencoder, "taesd3"), 16, SD3_WIDTHS, SPEC, MeshSpec(cfg=2))
 
 
 def _unet(path: Path, autoencoder: Path) -> Trained:
     spec = msgspec.structs.replace(SPEC, scheduler="normal")
-    return Trained(path, _parts(autoencoder, "taesdxl"), 4, SDXL_WIDTHS, spec, MeshSpec(patch=2))
+    return Trained(path, taesd_files(autoencoder, "taesdxl"), 4, SDXL_WIDTHS, spec, MeshSpec(patch=2))
 
 
 MMDIT = _mmdit(MODELS / "diffusion_models" / OWN / "mmdit.safetensors", MODELS / "vae_approx" / OWN)
+UNET = _unet(MODELS / "diffusion_models" / OWN / "unet.safetensors", MODELS / "vae_approx" / OWN)
+SHIPPED = {"mmdit": MMDIT, "unet": UNET}
