@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -58,6 +58,19 @@ def train(spec: TrainSpec, roles: Roles) -> None:
             dist.destroy_process_group()
 
 
+def averaging(decay: float) -> Callable[[Any, Any, Tensor | int], None]:
+    """An exponential average that follows a young run closely: after n updates it decays by (1 + n) / (10 + n), at most by `decay`.
+
+    Source: TensorFlow's ExponentialMovingAverage with num_updates.
+    """
+
+    def update(averaged: Any, current: Any, updates: Tensor | int) -> None:
+        count = int(updates)
+        get_ema_multi_avg_fn(min(decay, (1 + count) / (10 + count)))(averaged, current, updates)
+
+    return update
+
+
 class Run:
     """A model rank's part in a run. The first model rank also writes what the run leaves on disk."""
 
@@ -72,7 +85,7 @@ class Run:
     ) -> None:
         self.spec, self.roles, self.rank, self.task = spec, roles, rank, task
         self.writes = rank == roles.model_ranks[0]
-        self.ema = AveragedModel(task.model, multi_avg_fn=get_ema_multi_avg_fn(spec.ema_decay))
+        self.ema = AveragedModel(task.model, multi_avg_fn=averaging(spec.ema_decay))
         self.optimizer = torch.optim.AdamW(
             task.model.parameters(), spec.learning_rate, betas=(0.9, 0.99), weight_decay=spec.weight_decay
         )

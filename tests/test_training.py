@@ -22,7 +22,7 @@ from parallel_training import snapshots
 from parallel_training.autoencoder import AutoencoderTask, open_autoencoder
 from parallel_training.config import Roles, TrainSpec
 from parallel_training.data import LatentSource, PixelSource
-from parallel_training.loop import train
+from parallel_training.loop import averaging, train
 
 ROOT = Path(__file__).parents[1]
 ALONE = Roles(1)
@@ -52,6 +52,13 @@ def test_an_autoencoder_learns_and_is_one_that_the_backend_opens(autoencoder: Pa
     vae = open_vae([autoencoder / f"taesd3_{part}.safetensors" for part in ("encoder", "decoder")])
     assert (vae.family, vae.latent_channels) == ("taesd3", 16)
     assert (autoencoder / "samples.png").stat().st_size > 1000 and (autoencoder / "loss.png").exists()
+
+
+@pytest.mark.parametrize(("updates", "decay"), [(1, 2 / 11), (90, 0.91), (10**6, 0.999)])
+def test_the_average_follows_a_young_run_closely(updates: int, decay: float) -> None:
+    averaged, current = [torch.zeros(3)], [torch.ones(3)]
+    averaging(0.999)(averaged, current, torch.tensor(updates))
+    assert averaged[0].tolist() == pytest.approx([1 - decay] * 3)
 
 
 def test_a_resumed_run_is_the_run_that_did_not_stop(autoencoder: Path, tmp_path: Path) -> None:
