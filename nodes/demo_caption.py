@@ -6,12 +6,11 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..parallel_backend.demo.captions import SD3_WIDTHS, SDXL_WIDTHS, encode
-from ..parallel_backend.demo.scenes import known_words
+from ..parallel_backend.demo.scenes import CAPTIONS, known_words
 from ..parallel_backend.demo.trained import MODELS
 
 WIDTHS = {"SD3": SD3_WIDTHS, "SDXL": SDXL_WIDTHS}
 DEFAULT = "SD3"
-EXAMPLE = "a red circle left of a large blue square on a yellow background"
 
 
 def list_demo_models() -> None:
@@ -32,7 +31,7 @@ class DemoCaption(io.ComfyNode):
             inputs=[
                 io.String.Input(
                     "caption",
-                    default=EXAMPLE,
+                    default=CAPTIONS[0],
                     multiline=True,
                     tooltip=f"Empty for no prompt, or words of: {', '.join(known_words())}.",
                 ),

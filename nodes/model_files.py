@@ -7,10 +7,9 @@ from pathlib import Path
 import folder_paths
 
 from ..parallel_backend.errors import CheckpointError
-from ..parallel_backend.taesd_files import DECODER, ENCODER
+from ..parallel_backend.taesd_files import DECODER, ENCODER, FAMILIES
 
 CHECKPOINTS = "checkpoints/"
-TAESD_FAMILIES = ("taesd3", "taesdxl")
 
 
 def names_in(folder: str) -> list[str]:
@@ -59,7 +58,7 @@ def names_elsewhere(name: str) -> list[str]:
 
 
 def _is_taesd(name: str) -> bool:
-    return name.rpartition("/")[2] in TAESD_FAMILIES
+    return name.rpartition("/")[2] in FAMILIES.values()
 
 
 def file_fingerprint(path: Path) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from .config import DEFAULT_IDLE_SECONDS, BackendSpec, Hosts, ServeSpec
+from .demo.trained import add_choice, chosen
 from .errors import BackendError, ConfigError, StartError
 from .rpc import launcher, runtime_dir
 from .rpc.client import Backend
@@ -90,8 +91,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _small_checkpoint(commands: Any) -> None:
     """What is done with a checkpoint that this pack brings, or with one of an own run."""
-    from .demo.trained import add_choice
-
     demo = commands.add_parser("demo", help="draw on two CPU ranks with a small checkpoint of this pack")
     add_choice(demo)
     demo.add_argument("--output", default="demo-output", help="folder for the contact sheet")
@@ -217,14 +216,12 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _demo(args: argparse.Namespace) -> int:
     from .demo.command import run_demo  # torch models and diffusers, which the other commands do without
-    from .demo.trained import chosen
 
     run_demo(chosen(args), args.output, prompts=args.prompt, size=args.size)
     return 0
 
 
 def _score(args: argparse.Namespace) -> int:
-    from .demo.trained import chosen
     from .demo.yardsticks import run_score
 
     run_score(chosen(args), count=args.count, size=args.size)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+# By channels of their latents: SD3's and SDXL's.
+FAMILIES = {16: "taesd3", 4: "taesdxl"}
 ENCODER, DECODER = "_encoder.safetensors", "_decoder.safetensors"
 
 

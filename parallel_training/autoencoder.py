@@ -18,7 +18,7 @@ from parallel_backend.demo.scenes import held_out_scenes
 from parallel_backend.demo_checkpoints import write_taesd_files
 from parallel_backend.errors import ConfigError
 from parallel_backend.models.vae import taesd_module_names
-from parallel_backend.taesd_files import taesd_files
+from parallel_backend.taesd_files import FAMILIES, taesd_files
 
 from .config import TrainSpec
 from .data import Batch, PixelSource, pixels
@@ -27,7 +27,6 @@ from .sheets import tile
 # How much the mean and spread of latents weigh against the picture: they stay where a diffusion model wants them.
 SPREAD_WEIGHT = 0.05
 EDGE_WEIGHT = 1.0
-NAMES = {16: "taesd3", 4: "taesdxl"}
 
 
 class Autoencoder(nn.Module):
@@ -59,8 +58,8 @@ class AutoencoderTask:
     def start_from(self, folder: Path) -> None:
         """Takes the weights of an exported run; from one of other latent channels, all but the layers that touch latents."""
         ours = self.model.state_dict()
-        known = (self.spec.channels, *NAMES)
-        channels = next((c for c in known if all(path.exists() for path in taesd_files(folder, NAMES[c]))), 0)
+        known = (self.spec.channels, *FAMILIES)
+        channels = next((c for c in known if all(path.exists() for path in taesd_files(folder, FAMILIES[c]))), 0)
         if not channels:
             raise ConfigError(f"{folder} holds no trained autoencoder.", "Name the folder of a run that has ended.")
         saved = open_autoencoder(folder, channels).state_dict()
@@ -96,12 +95,14 @@ class AutoencoderTask:
     def export(self, model: nn.Module, folder: Path) -> list[Path]:
         """TAESD's two files in half precision, as ComfyUI's vae_approx folder has them."""
         assert isinstance(model, Autoencoder)
-        return list(write_taesd_files(folder, NAMES[self.spec.channels], model.encoder, model.decoder, torch.float16))
+        return list(
+            write_taesd_files(folder, FAMILIES[self.spec.channels], model.encoder, model.decoder, torch.float16)
+        )
 
 
 def open_autoencoder(folder: Path, channels: int) -> Autoencoder:
     """An exported autoencoder, frozen."""
     model = Autoencoder(channels)
-    for part, path in zip(("encoder", "decoder"), taesd_files(folder, NAMES[channels]), strict=True):
+    for part, path in zip(("encoder", "decoder"), taesd_files(folder, FAMILIES[channels]), strict=True):
         getattr(model, part).load_state_dict(taesd_module_names(part, load_file(path)))
     return model.requires_grad_(False).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..demo.trained import UNET, add_choice, chosen, trained_in
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from ..demo.trained import add_choice
-
     benches = parser.add_subparsers(required=True, metavar="FIGURE")
     quality = benches.add_parser("quality", help="what displaced steps cost, by ranks and warm-up steps")
     quality.add_argument("--ranks", type=int, nargs="+", default=[2, 3, 4])
@@ -59,11 +59,12 @@ def _trace_arguments(trace: argparse.ArgumentParser) -> None:
 
 
 def _quality(args: argparse.Namespace) -> int:
-    from ..demo.trained import UNET, trained_in
     from .quality import of_checkpoint, of_trained, run_quality
 
-    trained = trained_in(args.trained) if args.trained else UNET
-    subject = of_checkpoint(args.model) if args.model else of_trained(trained, args.size)
+    if args.model:
+        subject = of_checkpoint(args.model)
+    else:
+        subject = of_trained(trained_in(args.trained) if args.trained else UNET, args.size)
     run_quality(subject, args.ranks, args.warmups, args.steps, args.size)
     return 0
 
@@ -76,7 +77,6 @@ def _communication(args: argparse.Namespace) -> int:
 
 
 def _pictures(args: argparse.Namespace) -> int:
-    from ..demo.trained import chosen
     from .pictures import run_pictures
 
     run_pictures(chosen(args), args.ranks, args.warmups, args.count, args.size, args.plot)

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config import MeshSpec, SamplerSpec
-from ..demo.command import CAPTIONS
+from ..demo.scenes import CAPTIONS
 from ..demo.trained import Trained
 from ..demo_checkpoints import random_sdxl_prompt
 from ..models.unet import micro_conditioning

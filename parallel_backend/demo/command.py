@@ -15,18 +15,10 @@ from ..one_process import OneProcess
 from ..rpc.client import Backend
 from ..rpc.remote import RemoteVAE
 from .drawing import as_picture
-from .scenes import parse
+from .scenes import CAPTIONS, parse
 from .trained import Trained
 
 BACKEND = "demo"
-CAPTIONS = (
-    "a red circle left of a large blue square on a yellow background",
-    "a small green cross at the top on a black background",
-    "three purple triangles on a white background",
-    "a large orange circle above a small cyan square on a blue background",
-    "a white triangle right of a red cross on a green background",
-    "two yellow squares on a purple background",
-)
 GAP, LINE = 6, 14
 
 

@@ -33,6 +33,15 @@ TEXTURES = ("", "striped", "dotted")
 RELATIONS = ("left of", "right of", "above", "below")
 PLACES = ("in the center", "at the top", "at the bottom", "at the left", "at the right")
 COUNTS = ("two", "three")
+# For a first look.
+CAPTIONS = (
+    "a red circle left of a large blue square on a yellow background",
+    "a small green cross at the top on a black background",
+    "three purple triangles on a white background",
+    "a large orange circle above a small cyan square on a blue background",
+    "a white triangle right of a red cross on a green background",
+    "two yellow squares on a purple background",
+)
 # One caption of twenty is never trained on.
 HELD_OUT_SHARE = 20
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..config import MeshSpec, SamplerSpec
 from ..errors import CheckpointError
 from ..rpc.remote import Conditioning, RemoteModel
-from ..taesd_files import taesd_files
+from ..taesd_files import FAMILIES, taesd_files
 from .captions import SD3_WIDTHS, SDXL_WIDTHS, encode
 
 MODELS = Path(__file__).parent / "models"
@@ -102,12 +102,12 @@ class _Run(msgspec.Struct):
 
 
 def _mmdit(path: Path, autoencoder: Path) -> Trained:
-    return Trained(path, taesd_files(autoencoder, "taesd3"), 16, SD3_WIDTHS, SPEC, MeshSpec(cfg=2))
+    return Trained(path, taesd_files(autoencoder, FAMILIES[16]), 16, SD3_WIDTHS, SPEC, MeshSpec(cfg=2))
 
 
 def _unet(path: Path, autoencoder: Path) -> Trained:
     spec = msgspec.structs.replace(SPEC, scheduler="normal")
-    return Trained(path, taesd_files(autoencoder, "taesdxl"), 4, SDXL_WIDTHS, spec, MeshSpec(patch=2))
+    return Trained(path, taesd_files(autoencoder, FAMILIES[4]), 4, SDXL_WIDTHS, spec, MeshSpec(patch=2))
 
 
 MMDIT = _mmdit(MODELS / "diffusion_models" / OWN / "mmdit.safetensors", MODELS / "vae_approx" / OWN)
