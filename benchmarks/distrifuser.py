@@ -29,9 +29,10 @@ from local_network import local_network
 from rank_pool import RankPool, groups
 
 from parallel_backend.config import AXES, MeshSpec
-from parallel_backend.demo_checkpoints import random_sdxl_prompt, small_unet_config, write_unet
 from parallel_backend.distributed.mesh import Mesh, MeshAxis, build_mesh
 from parallel_backend.distributed.stale import Kept, Step
+from parallel_backend.small_checkpoints.prompts import random_sdxl_prompt
+from parallel_backend.small_checkpoints.unet import small_unet_config, write_unet
 
 CONFIG = small_unet_config((160, 320, 640), (0, 1, 2))
 CPU = torch.device("cpu")

@@ -16,14 +16,14 @@ from pathlib import Path
 from interleaved import machine
 
 from parallel_backend import Backend, MeshSpec
-from parallel_backend.demo_checkpoints import small_config, write_mmdit
 from parallel_backend.models.checkpoint import SafetensorsSource
+from parallel_backend.small_checkpoints.mmdit import small_config, write_mmdit
 
 NEW_CLIENT = """
 import sys, time
 import torch
 from parallel_backend import Backend, Conditioning, MeshSpec
-from parallel_backend.demo_checkpoints import random_prompt
+from parallel_backend.small_checkpoints.prompts import random_prompt
 prompt = Conditioning(*random_prompt(1, 154))
 start = time.perf_counter()
 model = Backend.attach("benchmark").load_model(sys.argv[1], MeshSpec(tp=2), "float32")

@@ -11,7 +11,6 @@ The kernel's high-water mark of each rank's resident memory is reset before and 
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,10 +20,9 @@ import torch
 from interleaved import machine
 
 from parallel_backend import Backend, Conditioning, MeshSpec
-from parallel_backend.demo_checkpoints import random_sdxl_prompt, small_unet_config, write_unet
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from vae_files import write_kl_vae
+from parallel_backend.small_checkpoints.kl_vae import write_kl_vae
+from parallel_backend.small_checkpoints.prompts import random_sdxl_prompt
+from parallel_backend.small_checkpoints.unet import small_unet_config, write_unet
 
 
 def vae(folder: Path) -> Callable[[Backend, int], None]:

@@ -25,16 +25,11 @@ import torch
 from interleaved import interleaved, machine, print_table
 
 from parallel_backend import Backend, Conditioning, MeshSpec, SamplerSpec
-from parallel_backend.demo_checkpoints import (
-    random_prompt,
-    random_sdxl_prompt,
-    small_config,
-    small_unet_config,
-    write_mmdit,
-    write_unet,
-)
-from parallel_backend.one_process import OneProcess
-from parallel_backend.rpc.launcher import KEEP_FREED_MEMORY
+from parallel_backend.client.launcher import KEEP_FREED_MEMORY
+from parallel_backend.rank.one_process import OneProcess
+from parallel_backend.small_checkpoints.mmdit import small_config, write_mmdit
+from parallel_backend.small_checkpoints.prompts import random_prompt, random_sdxl_prompt
+from parallel_backend.small_checkpoints.unet import small_unet_config, write_unet
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ import zmq
 from interleaved import interleaved, machine
 
 from parallel_backend import Backend, Conditioning, MeshSpec, RemoteModel
-from parallel_backend.demo_checkpoints import random_prompt, small_config, write_mmdit
+from parallel_backend.small_checkpoints.mmdit import small_config, write_mmdit
+from parallel_backend.small_checkpoints.prompts import random_prompt
 
 LATENT = torch.zeros(1, 16, 128, 128)  # 1 MB
 SMALL = torch.randn(1, 16, 16, 16)

@@ -34,11 +34,12 @@ from rank_pool import RankPool, groups
 from reference_models import diffusers_mmdit
 
 from parallel_backend.config import AXES, MeshSpec
-from parallel_backend.demo_checkpoints import random_prompt, small_config, write_mmdit
 from parallel_backend.distributed.mesh import Mesh, MeshAxis, build_mesh
 from parallel_backend.distributed.stale import EXACT
 from parallel_backend.models.families import SD3
 from parallel_backend.models.prediction import Predictor, Prompt
+from parallel_backend.small_checkpoints.mmdit import small_config, write_mmdit
+from parallel_backend.small_checkpoints.prompts import random_prompt
 
 CONFIG = small_config("sd3-medium", depth=12, heads=12, pos_embed_size=96)
 CPU = torch.device("cpu")

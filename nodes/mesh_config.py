@@ -6,9 +6,9 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
+from ..parallel_backend.client.launcher import default_ranks
 from ..parallel_backend.config import DEFAULT_IDLE_SECONDS, DTYPES, KERNELS, BackendSpec
 from ..parallel_backend.errors import BackendError, ConfigError
-from ..parallel_backend.rpc.launcher import default_ranks
 from .node_text import say
 from .parallel_mesh import MeshSocket, ParallelMesh
 

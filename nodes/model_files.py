@@ -6,8 +6,8 @@ from pathlib import Path
 
 import folder_paths
 
+from ..parallel_backend.checkpoint_files.taesd_files import DECODER, ENCODER, FAMILIES
 from ..parallel_backend.errors import CheckpointError
-from ..parallel_backend.taesd_files import DECODER, ENCODER, FAMILIES
 
 CHECKPOINTS = "checkpoints/"
 

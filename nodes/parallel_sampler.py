@@ -12,20 +12,15 @@ import latent_preview
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 
+from ..parallel_backend.client.remote import Step
 from ..parallel_backend.config import SAMPLERS, SCHEDULERS
 from ..parallel_backend.errors import UnsupportedError
 from ..parallel_backend.rpc.messages import Result
-from ..parallel_backend.rpc.remote import Step
-from .comfy_types import (
-    ON_KSAMPLER,
-    flow_shift,
-    loop_patches,
-    refuse,
-    sampling_patches,
-    sd3_conditioning,
-    sdxl_conditioning,
-    weight_patches,
-)
+from .hung.conditioning import sd3_conditioning, sdxl_conditioning
+from .hung.loop_patches import loop_patches
+from .hung.model_sampling import flow_shift, sampling_patches
+from .hung.refusal import ON_KSAMPLER, refuse
+from .hung.weights import weight_patches
 from .node_text import say
 from .remote_model import RemotePatcher, interruptible
 

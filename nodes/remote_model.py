@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from ..parallel_backend import RemoteModel
+from ..parallel_backend.checkpoint_files.safetensors_file import files_of, safetensors_header
 from ..parallel_backend.errors import CancelledError, CheckpointError, OutOfMemoryError, UnsupportedError
-from ..parallel_backend.safetensors_file import files_of, safetensors_header
-from .comfy_types import refuse, transformer_patches, weight_patches
+from .hung.attention_patches import transformer_patches
+from .hung.refusal import ELSEWHERE, refuse
+from .hung.weights import weight_patches
 from .node_text import say
 
 FROM_SCRATCH, SDXL = "sd3-from-scratch", "sdxl"
@@ -30,7 +32,6 @@ _PREFIX = "model.diffusion_model."
 # Beside an SDXL model in its file: they tell ComfyUI what its output means.
 _OUTPUT_MARKS = ("v_pred", "ztsnr")
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_ELSEWHERE = "The weights live in the backend. Remove that node, or load the model with ComfyUI's own loader."
 
 
 def interruptible(request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -86,7 +87,7 @@ class RemoteDiffusionModel(torch.nn.Module):
     def __getattr__(self, name: str) -> Any:
         # Only names found nowhere else come here. Somebody who reaches for a layer would patch it without effect.
         if any(key.split(".", 1)[0] == name for key in self.__dict__.get("meta", ())):
-            raise UnsupportedError(f"A node reaches for the layer {name!r} of a parallel MODEL.", _ELSEWHERE)
+            raise UnsupportedError(f"A node reaches for the layer {name!r} of a parallel MODEL.", ELSEWHERE)
         return super().__getattr__(name)
 
     def state_dict(  # type: ignore[override]
@@ -108,7 +109,7 @@ class RemoteDiffusionModel(torch.nn.Module):
     ) -> Tensor:
         options = transformer_options or {}
         # Checked here too: some guiders add their patches while they sample.
-        refuse(_unsendable(control, options, kwargs), "A parallel MODEL", _ELSEWHERE)
+        refuse(_unsendable(control, options, kwargs), "A parallel MODEL", ELSEWHERE)
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(
             self._remote_forward,
             self,
@@ -164,7 +165,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
 
     def partially_load(self, device_to: Any, extra_memory: int = 0, force_patch_weights: bool = False) -> Any:
         # Runs before every sampling, where `load` runs only after a change.
-        refuse(weight_patches(self), "A parallel MODEL", _ELSEWHERE)
+        refuse(weight_patches(self), "A parallel MODEL", ELSEWHERE)
         return super().partially_load(device_to, extra_memory, force_patch_weights)
 
     def load(
@@ -215,7 +216,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
 
     @staticmethod
     def _refuse(what: str) -> NoReturn:
-        raise UnsupportedError(f"A parallel MODEL can't honour {what}.", _ELSEWHERE)
+        raise UnsupportedError(f"A parallel MODEL can't honour {what}.", ELSEWHERE)
 
 
 def remote_patcher(remote: RemoteModel, path: Path, dtype: torch.dtype) -> RemotePatcher:

@@ -7,9 +7,10 @@ A `Backend` is a set of torchrun ranks that outlives its clients:
     latent = model.sample(latent, positive=..., negative=..., seed=1, steps=20)
 """
 
+from .client.backend import Backend
+from .client.remote import RemoteModel, RemoteVAE
 from .config import MeshSpec, SamplerSpec
-from .rpc.client import Backend
-from .rpc.remote import Conditioning, RemoteModel, RemoteVAE
+from .rpc.conditioning import Conditioning
 from .version import __version__
 
 __all__ = ["Backend", "Conditioning", "MeshSpec", "RemoteModel", "RemoteVAE", "SamplerSpec", "__version__"]

@@ -11,11 +11,12 @@ from typing import Any
 
 import msgspec
 
+from .client import launcher
+from .client.backend import Backend
 from .config import DEFAULT_IDLE_SECONDS, BackendSpec, Hosts, ServeSpec
 from .demo.trained import add_choice, chosen
 from .errors import BackendError, ConfigError, StartError
-from .rpc import launcher, runtime_dir
-from .rpc.client import Backend
+from .rpc import runtime_dir
 from .rpc.messages import BackendState
 from .version import __version__
 

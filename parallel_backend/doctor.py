@@ -15,11 +15,11 @@ from typing import Literal
 
 import torch
 
+from .client.backend import Backend
+from .client.launcher import default_ranks
+from .distributed.device_memory import memory_of
 from .errors import BackendError
-from .room import memory_of
 from .rpc import runtime_dir as files
-from .rpc.client import Backend
-from .rpc.launcher import default_ranks
 from .version import __version__
 
 Verdict = Literal["ok", "note", "wrong"]

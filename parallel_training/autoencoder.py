@@ -13,12 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from parallel_backend.checkpoint_files.taesd_files import FAMILIES, taesd_files
 from parallel_backend.demo.drawing import draw
 from parallel_backend.demo.scenes import held_out_scenes
-from parallel_backend.demo_checkpoints import write_taesd_files
 from parallel_backend.errors import ConfigError
 from parallel_backend.models.vae import taesd_module_names
-from parallel_backend.taesd_files import FAMILIES, taesd_files
+from parallel_backend.small_checkpoints.taesd import write_taesd_files
 
 from .config import TrainSpec
 from .data import Batch, PixelSource, pixels

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from parallel_backend.config import MeshSpec
 from parallel_backend.demo.captions import embed
-from parallel_backend.demo_checkpoints import sine_table, small_config
 from parallel_backend.distributed.mesh import build_mesh
 from parallel_backend.models.mmdit import MMDiT
 from parallel_backend.sampling.parameterization import Flow
+from parallel_backend.small_checkpoints.mmdit import sine_table, small_config
 
 from .config import TrainSpec
 from .data import Batch

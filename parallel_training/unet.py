@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from parallel_backend.demo.captions import SDXL_WIDTHS, embed
-from parallel_backend.demo_checkpoints import small_unet_config
 from parallel_backend.models.unet import micro_conditioning
 from parallel_backend.sampling.parameterization import Discrete
+from parallel_backend.small_checkpoints.unet import small_unet_config
 
 from .config import TrainSpec
 from .data import Batch

@@ -9,17 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from clip_files import write_clip
 from comfyui.installation import ComfyInstallation, find_installation
 from rank_pool import RankPool
 from safetensors.torch import load_file, save_file
 from served import sample
 from torch import Tensor
-from unet_files import CONFIGS, write_unet
-from vae_files import write_kl_vae
 
 from parallel_backend import Backend, MeshSpec, RemoteModel
-from parallel_backend.demo_checkpoints import DEMO_FAMILIES, small_config, write_mmdit, write_taesd
+from parallel_backend.small_checkpoints.clip import write_clip
+from parallel_backend.small_checkpoints.kl_vae import write_kl_vae
+from parallel_backend.small_checkpoints.mmdit import FAMILIES, small_config, write_mmdit
+from parallel_backend.small_checkpoints.taesd import write_taesd
+from parallel_backend.small_checkpoints.unet import CONFIGS, write_unet
 
 torch.set_num_threads(2)
 
@@ -37,7 +38,7 @@ def runtime_folder() -> Iterator[Path]:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ComfyUI models folder with a small checkpoint of each kind."""
     root = tmp_path_factory.mktemp("models")
-    for family in DEMO_FAMILIES:
+    for family in FAMILIES:
         write_mmdit(root / "diffusion_models" / f"{family}.safetensors", small_config(family))
     write_taesd(root / "vae_approx", "taesd3", 16)
     write_taesd(root / "vae_approx", "taesdxl", 4)
@@ -57,7 +58,9 @@ def workflow_models(models: Path) -> Path:
     vae = {f"first_stage_model.{n}": t for n, t in load_file(models / "vae" / "sdxl_vae.safetensors").items()}
     for name, config in (("base", "koala"), ("refiner", "comfy-refiner")):
         path = models / "checkpoints" / f"sd_xl_{name}_1.0.safetensors"
-        write_unet(path, CONFIGS[config], prefix="model.diffusion_model.", dtype=torch.float16, extra=vae)
+        write_unet(
+            path, CONFIGS[config], "single file", prefix="model.diffusion_model.", dtype=torch.float16, extra=vae
+        )
     write_clip(models / "text_encoders" / "clip_l.safetensors", width=768, layers=12)
     write_clip(models / "text_encoders" / "clip_g.safetensors", width=1280, layers=32)
     return models

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from parallel_backend import Conditioning, RemoteModel
-from parallel_backend.demo_checkpoints import random_prompt
+from parallel_backend.small_checkpoints.prompts import random_prompt
 
 POSITIVE, NEGATIVE = Conditioning(*random_prompt(1, 154)), Conditioning(*random_prompt(2, 77))
 EMPTY = torch.zeros(1, 16, 16, 16)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from parallel_backend.allowed_files import AllowedFiles
-from parallel_backend.demo_checkpoints import small_config, write_mmdit
+from parallel_backend.checkpoint_files.safetensors_file import content_key
 from parallel_backend.errors import CheckpointError
-from parallel_backend.safetensors_file import content_key
+from parallel_backend.rank.allowed_files import AllowedFiles
+from parallel_backend.small_checkpoints.mmdit import small_config, write_mmdit
 
 
 @pytest.fixture

@@ -13,19 +13,19 @@ from served import EMPTY, NEGATIVE, POSITIVE, sample, wait_until
 from torch import Tensor
 
 from parallel_backend import Backend, Conditioning, MeshSpec, RemoteModel
-from parallel_backend.demo_checkpoints import small_config, write_mmdit
+from parallel_backend.client import connection
+from parallel_backend.client.remote import Step
+from parallel_backend.client.sent_tensors import Attachment
 from parallel_backend.errors import (
     BackendError,
     BackendLostError,
     CancelledError,
     ConfigError,
 )
-from parallel_backend.rpc import client
 from parallel_backend.rpc.messages import Forward, RequestHeader
-from parallel_backend.rpc.remote import Step
-from parallel_backend.rpc.sent_tensors import Attachment
-from parallel_backend.rpc.turns import QueuedJob, Turns
 from parallel_backend.rpc.wire import pack
+from parallel_backend.serving.turns import QueuedJob, Turns
+from parallel_backend.small_checkpoints.mmdit import small_config, write_mmdit
 
 # -- models and prompts -----------------------------------------------------------------------------------------
 
@@ -234,5 +234,5 @@ def test_two_clients_take_turns_and_one_cancel_leaves_the_other_alone(
 def test_a_callback_may_take_longer_than_a_backend_may_be_silent(
     model: RemoteModel, expected: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(connection, "SILENT_SECONDS", 1.0)
     assert torch.equal(sample(model, on_step=lambda step: time.sleep(1.6)), expected)

@@ -12,13 +12,13 @@ from served import EMPTY, NEGATIVE, POSITIVE, sample
 from torch import Tensor
 
 from parallel_backend import Backend, Conditioning, MeshSpec, RemoteModel
+from parallel_backend.client.sent_tensors import Attachment
 from parallel_backend.errors import (
     CheckpointError,
     ConfigError,
     InputError,
 )
 from parallel_backend.rpc.messages import Decode, Failed, LoadModel, ReplyHeader, RequestHeader, Status
-from parallel_backend.rpc.sent_tensors import Attachment
 from parallel_backend.rpc.wire import pack, unpack
 
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from parallel_backend import MeshSpec
+from parallel_backend.checkpoint_files.safetensors_file import content_key
 from parallel_backend.config import AXES
-from parallel_backend.demo_checkpoints import DEMO_FAMILIES, small_config, write_mmdit
 from parallel_backend.distributed.mesh import Mesh, MeshAxis
 from parallel_backend.distributed.tensor_parallel import Shard
 from parallel_backend.errors import CheckpointError, UnsupportedError
@@ -22,7 +22,7 @@ from parallel_backend.models.checkpoint import load_parameters
 from parallel_backend.models.mmdit import MMDiT
 from parallel_backend.models.mmdit_checkpoint import POS_EMBED, PositionTable, mmdit_config, open_mmdit
 from parallel_backend.models.vae import open_vae
-from parallel_backend.safetensors_file import content_key
+from parallel_backend.small_checkpoints.mmdit import FAMILIES, small_config, write_mmdit
 
 UNREAD = frozenset({POS_EMBED})
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ def load(path: Path, mesh: Mesh | None = None, dtype: torch.dtype = torch.float3
     return model, source.bytes_read
 
 
-@pytest.mark.parametrize("family", DEMO_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_family_and_sizes_are_read_from_the_header(
@@ -56,7 +56,7 @@ def test_family_and_sizes_are_read_from_the_header(
 
 
 def test_a_full_checkpoint_gives_its_diffusion_model_and_its_vae(tmp_path: Path) -> None:
-    from vae_files import write_kl_vae
+    from parallel_backend.small_checkpoints.kl_vae import write_kl_vae
 
     parts = [
         write_mmdit(tmp_path / "m.safetensors", small_config("sd3.5-large", 2), prefix="model.diffusion_model."),
@@ -67,7 +67,7 @@ def test_a_full_checkpoint_gives_its_diffusion_model_and_its_vae(tmp_path: Path)
     assert open_vae([tmp_path / "full.safetensors"]).latent_channels == 16
 
 
-@pytest.mark.parametrize("family", DEMO_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_diffusers_folder_holds_the_same_weights(family: str, tmp_path: Path) -> None:
     config = small_config(family, depth=2)
     path = write_mmdit(tmp_path / "m.safetensors", config)

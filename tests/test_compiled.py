@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from unet_files import CONFIGS, write_unet
 
 from parallel_backend import Backend, Conditioning, MeshSpec
-from parallel_backend.demo_checkpoints import random_prompt, random_sdxl_prompt
 from parallel_backend.errors import ConfigError
 from parallel_backend.models.compiled import check_compiler, compile_blocks
+from parallel_backend.small_checkpoints.prompts import random_prompt, random_sdxl_prompt
+from parallel_backend.small_checkpoints.unet import CONFIGS, write_unet
 
 # Displaced jobs have synchronous steps too; guidance has two branches where the mesh has no cfg axis.
 CASES = {
@@ -28,7 +28,7 @@ def test_compiled_pictures_are_those_of_eager_blocks(family: str, backend2: Back
     if family == "mmdit":  # with second attentions
         path, latent, prompt = models / "diffusion_models/sd3.5-medium.safetensors", (1, 16, 18, 12), random_prompt
     else:
-        path = write_unet(models / "diffusion_models" / "compiled.safetensors", CONFIGS["tiny"])
+        path = write_unet(models / "diffusion_models" / "compiled.safetensors", CONFIGS["tiny"], "single file")
         latent, prompt = (1, 4, 20, 12), random_sdxl_prompt
 
     def sampled(mesh: MeshSpec, compiled: bool, **settings: Any) -> Tensor:

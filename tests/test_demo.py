@@ -22,9 +22,10 @@ from parallel_backend.demo.scenes import CAPTIONS, held_out_scenes, parse
 from parallel_backend.demo.score import shows
 from parallel_backend.demo.trained import MMDIT, MODELS, SHIPPED, UNET, Trained, trained_in
 from parallel_backend.demo.yardsticks import psnr
-from parallel_backend.demo_checkpoints import small_unet_config, write_taesd, write_unet
 from parallel_backend.errors import CheckpointError
 from parallel_backend.models.unet import micro_conditioning
+from parallel_backend.small_checkpoints.taesd import write_taesd
+from parallel_backend.small_checkpoints.unet import small_unet_config, write_unet
 from parallel_training.config import TrainSpec
 from parallel_training.unet import DEPTHS, WIDTHS
 

@@ -40,7 +40,9 @@ def test_what_can_be_survived_in_place_restarts_nothing(name: str, rows: dict[st
 
 
 def test_no_process_is_left(rows: dict[str, Row]) -> None:
-    left = subprocess.run(["pgrep", "-f", "parallel_backend.server --name faults"], capture_output=True, check=False)
+    left = subprocess.run(
+        ["pgrep", "-f", "parallel_backend.rank.server --name faults"], capture_output=True, check=False
+    )
     assert left.stdout == b""
 
 

@@ -22,7 +22,7 @@ from parallel_backend.distributed.stale import Step
 from parallel_backend.errors import CheckpointError, UnsupportedError
 from parallel_backend.models.families import open_model
 from parallel_backend.models.from_scratch import FromScratch, FromScratchConfig
-from parallel_backend.one_process import OneProcess
+from parallel_backend.rank.one_process import OneProcess
 
 PARAMS: dict[str, Any] = {
     "inCh": 16,

@@ -19,12 +19,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from parallel_backend import Backend, Conditioning, MeshSpec, RemoteModel, SamplerSpec
-from parallel_backend.demo_checkpoints import random_prompt
+from parallel_backend.distributed.device_memory import anonymous_bytes
 from parallel_backend.errors import ProtocolError
-from parallel_backend.room import anonymous_bytes
 from parallel_backend.rpc.messages import Decode, Forward, LoadModel, ReplyHeader, RequestHeader, Sample, Unload
 from parallel_backend.rpc.messages import Prompt as WirePrompt
 from parallel_backend.rpc.wire import pack, tensor_meta, unpack
+from parallel_backend.small_checkpoints.prompts import random_prompt
 
 MESSAGES = int(os.environ.get("PARALLEL_MMDIT_FUZZ_MESSAGES", "10000"))
 FLAT_BYTES = 64 * 2**20

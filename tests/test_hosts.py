@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from parallel_backend import Backend, Conditioning, MeshSpec
-from parallel_backend.demo_checkpoints import random_prompt
 from parallel_backend.errors import BackendLostError, ConfigError
 from parallel_backend.rpc.keys import Keys
+from parallel_backend.small_checkpoints.prompts import random_prompt
 
 ROOT = Path(__file__).parents[1]
 FIRST, SECOND = "10.177.0.1", "10.177.0.2"
@@ -55,7 +55,7 @@ def on_host(name: str, runtime: Path, command: list[str]) -> list[str]:
 CLIENT = """
 import json, subprocess, sys, time, torch
 from parallel_backend import Backend, Conditioning, MeshSpec
-from parallel_backend.demo_checkpoints import random_prompt
+from parallel_backend.small_checkpoints.prompts import random_prompt
 address, keys, checkpoint, second = sys.argv[1:]
 backend = Backend.attach_remote(address, keys)
 hosts = [rank.host for rank in backend.status().ranks]

@@ -16,56 +16,40 @@ else:
 
 ROOT = Path(__file__).parents[1]
 
-# What each part may import of the others. `rpc.messages` and `rpc.wire` are the words both ends speak.
+# What each part may import of the others.
 ALLOWED = {
     "errors": set(),
     "version": set(),
-    "lean_imports": set(),
-    "taesd_files": set(),
     "config": {"errors"},
-    "safetensors_file": {"errors"},
-    "room": {"config", "errors"},
-    "allowed_files": {"errors", "safetensors_file"},
-    "distributed": {"config", "errors", "room"},
-    "models": {"distributed", "config", "errors", "safetensors_file"},
+    "checkpoint_files": {"errors"},
+    "rpc": {"config", "errors", "version"},
+    "distributed": {"config", "errors"},
     "sampling": {"config", "errors"},
-    "rpc": {"config", "errors", "version", "safetensors_file"},
-    "jobs": {"distributed", "errors", "rpc.messages"},
-    "sample": {"distributed", "models", "sampling", "jobs", "config", "errors", "rpc.messages"},
-    "engine": {"sample", "room", "allowed_files", "distributed", "models", "jobs", "config", "errors", "rpc.messages"},
-    "watch": {"rpc.messages", "rpc.runtime_dir"},
-    "server": {
-        "engine",
-        "room",
-        "allowed_files",
-        "watch",
-        "distributed",
-        "jobs",
-        "config",
-        "errors",
-        "version",
-        "lean_imports",
-        "rpc",
-    },
-    "__init__": {"config", "rpc", "version"},
-    "doctor": {"errors", "room", "rpc", "version"},
-    "__main__": {"doctor", "config", "errors", "rpc", "version", "demo", "bench", "models"},
+    "models": {"distributed", "checkpoint_files", "config", "errors"},
+    "client": {"rpc", "checkpoint_files", "config", "errors", "version"},
+    "serving": {"rpc", "errors", "version"},
+    "rank": {"serving", "sampling", "models", "distributed", "rpc", "checkpoint_files", "config", "errors", "version"},
+    "small_checkpoints": {"models", "distributed.mesh", "checkpoint_files", "config"},
+    "demo": {"rank.one_process", "client", "rpc.conditioning", "checkpoint_files", "config", "errors"},
     "bench": {
         "demo",
-        "room",
-        "demo_checkpoints",
-        "config",
-        "errors",
+        "small_checkpoints",
+        "client",
         "rpc",
         "distributed.traffic",
+        "distributed.device_memory",
         "models.unet",
         "sampling",
+        "config",
+        "errors",
     },
-    "demo_checkpoints": {"config", "distributed", "models", "taesd_files"},
-    "demo": {"one_process", "config", "errors", "rpc", "taesd_files"},
-    "one_process": {"engine", "distributed", "jobs", "config", "rpc", "safetensors_file"},
+    "__init__": {"client", "rpc.conditioning", "config", "version"},
+    "doctor": {"client", "distributed.device_memory", "rpc", "errors", "version"},
+    "__main__": {"bench", "demo", "doctor", "client", "models.from_scratch_file", "rpc", "config", "errors", "version"},
 }
-KNOWN_TO_NODES = {"config", "errors", "rpc", "safetensors_file", "taesd_files", "demo"}
+# Inside the ranks' room, from the bottom up: a file imports only those before it.
+RANK_ORDER = ("lean_imports", "jobs", "room", "allowed_files", "watch", "sample", "engine", "one_process", "server")
+KNOWN_TO_NODES = {"config", "errors", "client", "rpc", "checkpoint_files", "demo"}
 
 
 def imported_parts(file: Path, package: Path) -> set[str]:
@@ -93,12 +77,27 @@ def test_parts_import_only_what_lies_below_them(file: Path) -> None:
         assert top in allowed or any(name == a or name.startswith(a + ".") for a in allowed), f"{part} imports {name}"
 
 
+def test_in_the_ranks_room_nothing_imports_what_comes_after_it() -> None:
+    room = ROOT / "parallel_backend" / "rank"
+    assert {file.stem for file in room.glob("*.py")} == {"__init__", *RANK_ORDER}
+    for number, name in enumerate(RANK_ORDER):
+        others = {
+            found.split(".")[1] for found in imported_parts(room / f"{name}.py", room.parent) if found[:5] == "rank."
+        }
+        assert others <= set(RANK_ORDER[:number]), name
+
+
+def test_no_file_lies_loose_beside_the_rooms() -> None:
+    loose = {file.stem for file in (ROOT / "parallel_backend").glob("*.py")}
+    assert loose == {"__init__", "__main__", "doctor", "config", "errors", "version"}
+
+
 def test_only_nodes_import_comfy_and_they_keep_to_the_client() -> None:
     for file in (ROOT / "parallel_backend").rglob("*.py"):
         assert not re.search(r"^\s*(import|from) (comfy|nodes|server|folder_paths)\b", file.read_text(), re.M), file
     for file in (ROOT / "nodes").rglob("*.py"):
         assert "torch.distributed" not in file.read_text(), file
-        for name in re.findall(r"from \.\.parallel_backend(\.[\w.]+)? import", file.read_text()):
+        for name in re.findall(r"from \.{2,3}parallel_backend(\.[\w.]+)? import", file.read_text()):
             assert name == "" or name.split(".")[1] in KNOWN_TO_NODES, (file, name)
 
 

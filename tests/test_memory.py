@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from parallel_backend.checkpoint_files.safetensors_file import content_key
 from parallel_backend.config import MeshSpec
 from parallel_backend.distributed.control import Control
-from parallel_backend.engine import Engine
+from parallel_backend.distributed.device_memory import as_out_of_memory, memory_of
 from parallel_backend.errors import OutOfMemoryError
-from parallel_backend.jobs import Job
-from parallel_backend.room import as_out_of_memory, check_fits, memory_of
+from parallel_backend.rank.engine import Engine
+from parallel_backend.rank.jobs import Job
+from parallel_backend.rank.room import check_fits
 from parallel_backend.rpc.messages import LoadModel, LoadVAE, RequestHeader, Unload
-from parallel_backend.safetensors_file import content_key
 
 GIB = 2**30
 CUDA_WORDS = (

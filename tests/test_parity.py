@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from parallel_backend import Backend, Conditioning, MeshSpec
-from parallel_backend.demo_checkpoints import DEMO_FAMILIES, random_prompt, small_config
 from parallel_backend.errors import InputError
+from parallel_backend.small_checkpoints.mmdit import FAMILIES, small_config
+from parallel_backend.small_checkpoints.prompts import random_prompt
 
 # (batch, height and width in latent cells, text tokens): what divides over 4, what doesn't, and 38-head-like odds.
 SHAPES = [(2, 16, 16, 80), (1, 22, 10, 77), (3, 14, 18, 333)]
@@ -49,7 +50,7 @@ def check(backend: Backend, mesh: MeshSpec, models: Path, family: str, shape: tu
 @pytest.mark.parametrize("mesh", MeshSpec.all_of(2), ids=MeshSpec.describe)
 @pytest.mark.parametrize(
     ("family", "shape"),
-    [*product(DEMO_FAMILIES, SHAPES), *product(["sd3.5-medium"], REMAINDERS)],
+    [*product(FAMILIES, SHAPES), *product(["sd3.5-medium"], REMAINDERS)],
     ids=str,
 )
 def test_two_ranks(mesh: MeshSpec, family: str, shape: tuple[int, ...], backend2: Backend, models: Path) -> None:
@@ -114,7 +115,7 @@ def test_whole_images_with_guidance(mesh: MeshSpec, alone: Tensor, backend4: Bac
 
 
 def test_negative_control_another_checkpoint_is_far_off(backend2: Backend, models: Path, tmp_path: Path) -> None:
-    from parallel_backend.demo_checkpoints import write_mmdit
+    from parallel_backend.small_checkpoints.mmdit import write_mmdit
 
     other = write_mmdit(tmp_path / "other.safetensors", small_config("sd3.5-large"), seed=1)
     x, timesteps, context, pooled = inputs(*SHAPES[0])

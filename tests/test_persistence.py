@@ -19,14 +19,14 @@ from torch import Tensor
 
 from parallel_backend import Backend, MeshSpec, RemoteModel
 from parallel_backend.__main__ import main
+from parallel_backend.client import connection
 from parallel_backend.errors import (
     BackendLostError,
     ConfigError,
     StartError,
 )
-from parallel_backend.rpc import client
+from parallel_backend.rank.server import pause_before
 from parallel_backend.rpc import runtime_dir as files
-from parallel_backend.server import pause_before
 
 ROOT = Path(__file__).parents[1]
 
@@ -187,7 +187,7 @@ def test_ranks_that_fall_in_a_row_are_started_at_growing_intervals() -> None:
 def test_a_lonely_rank_that_is_stopped_is_ended_by_its_client(
     large: Path, runtime_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "SILENT_SECONDS", 4.0)
+    monkeypatch.setattr(connection, "SILENT_SECONDS", 4.0)
     backend = Backend.attach_or_start(1, "cpu", "lonely")
     try:
         model = backend.load_model(large, MeshSpec(), "float32")

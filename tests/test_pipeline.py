@@ -17,13 +17,13 @@ from parallel_backend import Backend, MeshSpec
 from parallel_backend.bench.communication import METHODS, Method, Sizes, count
 from parallel_backend.bench.trace import BYTES, END, KIND, RANK, START, chrome_trace, mesh_of, picture, table
 from parallel_backend.config import SAMPLERS, SAMPLERS_OF_PATCHES
-from parallel_backend.demo_checkpoints import small_config, write_mmdit
 from parallel_backend.distributed.mesh import Mesh, build_mesh
 from parallel_backend.distributed.stale import TokenKV
 from parallel_backend.distributed.traffic import COMPUTE
 from parallel_backend.errors import BackendError, CancelledError, ConfigError, InputError, UnsupportedError
 from parallel_backend.models.tokens import Tokens, patch_rows
 from parallel_backend.models.transformer import stage_blocks
+from parallel_backend.small_checkpoints.mmdit import small_config, write_mmdit
 
 PP2 = [mesh for mesh in MeshSpec.all_of(2) if mesh.pp > 1]
 PP4 = [mesh for mesh in MeshSpec.all_of(4) if mesh.pp > 1]

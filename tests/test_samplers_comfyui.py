@@ -12,8 +12,8 @@ from torch import Tensor
 
 from parallel_backend import Backend, MeshSpec
 from parallel_backend.config import SAMPLERS, SCHEDULERS
-from parallel_backend.demo_checkpoints import random_prompt
 from parallel_backend.sampling.parameterization import Flow
+from parallel_backend.small_checkpoints.prompts import random_prompt
 
 BASE = {"latent": "empty", "positive": "long", "negative": "short", "seed": 7, "steps": 5, "cfg": 4.5}
 # euler_stochastic is the from-scratch repository's; ComfyUI has none.

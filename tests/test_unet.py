@@ -14,12 +14,10 @@ from local_network import local_network
 from rank_pool import RankPool, groups
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from unet_files import CONFIGS, single_file_tensors, unet_prompt, write_unet
 
 from parallel_backend import Backend, Conditioning, MeshSpec
 from parallel_backend.bench.quality import Subject, print_table
 from parallel_backend.config import UNET_AXES
-from parallel_backend.demo_checkpoints import random_prompt, random_sdxl_prompt, random_unet
 from parallel_backend.distributed.mesh import MeshAxis, build_mesh
 from parallel_backend.distributed.stale import Phase, Step
 from parallel_backend.errors import (
@@ -31,8 +29,10 @@ from parallel_backend.errors import (
     UnsupportedError,
 )
 from parallel_backend.models.network import Network
-from parallel_backend.models.unet import band_rows
+from parallel_backend.models.unet import UNetConfig, band_rows
 from parallel_backend.models.unet_checkpoint import open_unet
+from parallel_backend.small_checkpoints.prompts import random_prompt, random_sdxl_prompt
+from parallel_backend.small_checkpoints.unet import CONFIGS, random_unet, unet_tensors, write_unet
 
 # Heights that divide in bands of whole units and heights that don't; odd widths.
 SIZES = [(2, 16, 16), (1, 21, 13), (1, 17, 8)]
@@ -43,7 +43,7 @@ WARMED = {"steps": 4, "seed": 3, "cfg_scale": 4.0, "scheduler": "normal"}
 def unets(models: Path) -> Path:
     folder = models / "diffusion_models"
     for name, config in CONFIGS.items():
-        write_unet(folder / f"unet-{name}.safetensors", config)
+        write_unet(folder / f"unet-{name}.safetensors", config, "single file")
     return folder
 
 
@@ -55,6 +55,11 @@ def reference(name: str) -> Any:
 @cache
 def network(path: Path, mesh: MeshSpec) -> Network:
     return local_network(path, build_mesh(mesh, groups()))
+
+
+def unet_prompt(config: UNetConfig, seed: int, tokens: int = 77, rows: int = 1) -> tuple[Tensor, Tensor]:
+    widths = {"context_width": config.context_width, "pooled_width": config.pooled_width}
+    return random_sdxl_prompt(seed, tokens, rows, **widths)
 
 
 def inputs(name: str, size: tuple[int, int, int], seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -313,7 +318,7 @@ def test_the_quality_figure_is_exact_with_full_warm_up_and_beats_bands_alone(
 
 def test_every_layout_gives_the_same_weights(tmp_path: Path, unets: Path) -> None:
     config = CONFIGS["tiny"]
-    whole = write_unet(tmp_path / "whole.safetensors", config, prefix="model.diffusion_model.")
+    whole = write_unet(tmp_path / "whole.safetensors", config, "single file", prefix="model.diffusion_model.")
     folder = tmp_path / "folder"
     model = random_unet(config)
     folder.mkdir()
@@ -334,12 +339,12 @@ def test_every_layout_gives_the_same_weights(tmp_path: Path, unets: Path) -> Non
 @pytest.mark.parametrize("flags", [(), ("v_pred",), ("v_pred", "ztsnr")], ids=str)
 def test_the_file_says_what_the_output_means(flags: tuple[str, ...], tmp_path: Path) -> None:
     extra = {name: torch.zeros(0) for name in flags}
-    _, config = open_unet(write_unet(tmp_path / "m.safetensors", CONFIGS["tiny"], extra=extra))
+    _, config = open_unet(write_unet(tmp_path / "m.safetensors", CONFIGS["tiny"], "single file", extra=extra))
     assert (config.v_prediction, config.zero_snr) == ("v_pred" in flags, "ztsnr" in flags)
 
 
 def changed(path: Path, **changes: Tensor | None) -> Path:
-    tensors: dict[str, Tensor | None] = {**single_file_tensors(CONFIGS["tiny"]), **changes}
+    tensors: dict[str, Tensor | None] = {**unet_tensors(CONFIGS["tiny"], "single file"), **changes}
     save_file({name: t for name, t in tensors.items() if t is not None}, path)
     return path
 

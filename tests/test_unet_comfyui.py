@@ -14,12 +14,12 @@ from comfyui.prompts import Prompt, conditioning, mesh, out, sampler, save_laten
 from comfyui.server import ComfyServer
 from test_comfyui_nodes import latent_of
 from torch import Tensor
-from unet_files import CONFIGS, write_unet
 
-from parallel_backend import Backend, MeshSpec, SamplerSpec, demo_checkpoints
+from parallel_backend import Backend, MeshSpec, SamplerSpec
 from parallel_backend.config import SAMPLERS, SCHEDULERS
 from parallel_backend.sampling.parameterization import Discrete
 from parallel_backend.sampling.schedules import sigmas_for
+from parallel_backend.small_checkpoints.unet import CONFIGS, small_unet_config, write_unet
 from parallel_training.unet import DEPTHS, WIDTHS
 
 NAME = "sdxl-koala.safetensors"
@@ -54,20 +54,20 @@ def inputs() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def koala(models: Path) -> Path:
-    return write_unet(models / "diffusion_models" / NAME, CONFIGS["koala"])
+    return write_unet(models / "diffusion_models" / NAME, CONFIGS["koala"], "single file")
 
 
 @pytest.fixture(scope="module")
 def v_prediction(models: Path) -> Path:
     marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
-    return write_unet(models / "diffusion_models" / f"v-{NAME}", CONFIGS["koala"], extra=marks)
+    return write_unet(models / "diffusion_models" / f"v-{NAME}", CONFIGS["koala"], "single file", extra=marks)
 
 
 @pytest.fixture(scope="module")
 def narrow(models: Path) -> Path:
     """As `parallel-mmdit train unet` writes them: SDXL's layout at widths that ComfyUI has no detection for."""
-    config = demo_checkpoints.small_unet_config(WIDTHS, DEPTHS)
-    return demo_checkpoints.write_unet(models / "diffusion_models" / "narrow.safetensors", config)
+    config = small_unet_config(WIDTHS, DEPTHS)
+    return write_unet(models / "diffusion_models" / "narrow.safetensors", config)
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from parallel_backend import SamplerSpec
+from parallel_backend.client.sent_tensors import Attachment, SentTensors
 from parallel_backend.errors import ConfigError, ProtocolError
 from parallel_backend.rpc.messages import Forward, Prompt, RequestHeader, Sample, Status, TensorMeta
-from parallel_backend.rpc.sent_tensors import Attachment, SentTensors
 from parallel_backend.rpc.wire import pack, tensor_meta, unpack
 
 TENSORS = [

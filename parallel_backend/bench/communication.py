@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
+from ..client.backend import Backend
 from ..config import MeshSpec
-from ..demo_checkpoints import random_prompt, small_config, write_mmdit
-from ..rpc.client import Backend
+from ..rpc.conditioning import Conditioning
 from ..rpc.messages import Result
-from ..rpc.remote import Conditioning
+from ..small_checkpoints.mmdit import small_config, write_mmdit
+from ..small_checkpoints.prompts import random_prompt
 
 ITEM = 4  # bytes of fp32
 TEXT = 80

@@ -21,12 +21,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..client.backend import Backend
+from ..client.remote import RemoteModel, Step
 from ..config import MeshSpec
-from ..demo_checkpoints import random_prompt, small_config, write_mmdit
 from ..errors import BackendError, ConfigError, RankError
 from ..rpc import runtime_dir as files
-from ..rpc.client import Backend
-from ..rpc.remote import Conditioning, RemoteModel, Step
+from ..rpc.conditioning import Conditioning
+from ..small_checkpoints.mmdit import small_config, write_mmdit
+from ..small_checkpoints.prompts import random_prompt
 
 GIVE_UP_SECONDS = 60.0
 SETTLE_SECONDS = 2.5
@@ -128,7 +130,7 @@ def client_killed(stage: Stage) -> None:
     """Another process asks for a long job and dies; its job must not keep the ranks."""
     code = (
         "import os, sys, torch; from parallel_backend import *\n"
-        "from parallel_backend.demo_checkpoints import random_prompt\n"
+        "from parallel_backend.small_checkpoints.prompts import random_prompt\n"
         "model = Backend.attach(sys.argv[1]).load_model(sys.argv[2], MeshSpec(cfg=2), 'float32')\n"
         "prompt = Conditioning(*random_prompt(1, 77))\n"
         "model.sample(torch.zeros(1, 16, 16, 16), prompt, prompt, steps=10000,\n"

@@ -9,11 +9,11 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
+from ..client.backend import Backend
 from ..config import MeshSpec
 from ..demo.scenes import Scene, held_out_scenes
 from ..demo.trained import Trained
 from ..demo.yardsticks import psnr, sampled_pictures, share_shown
-from ..rpc.client import Backend
 
 
 @dataclass(frozen=True)

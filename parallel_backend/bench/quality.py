@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..client.backend import Backend
+from ..client.remote import RemoteModel, Step
 from ..config import MeshSpec, SamplerSpec
 from ..demo.scenes import CAPTIONS
 from ..demo.trained import Trained
-from ..demo_checkpoints import random_sdxl_prompt
 from ..models.unet import micro_conditioning
-from ..rpc.client import Backend
-from ..rpc.remote import Conditioning, RemoteModel, Step
+from ..rpc.conditioning import Conditioning
 from ..sampling.parameterization import Discrete
 from ..sampling.schedules import sigmas_for
+from ..small_checkpoints.prompts import random_sdxl_prompt
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..client.backend import Backend
+from ..client.remote import RemoteModel, Step
 from ..config import MeshSpec
-from ..demo_checkpoints import random_prompt, small_config, write_mmdit, write_taesd
+from ..distributed.device_memory import anonymous_bytes
 from ..errors import BackendError, CancelledError, CheckpointError, ConfigError, InputError
-from ..room import anonymous_bytes
-from ..rpc.client import Backend
-from ..rpc.remote import Conditioning, RemoteModel, Step
+from ..rpc.conditioning import Conditioning
+from ..small_checkpoints.mmdit import small_config, write_mmdit
+from ..small_checkpoints.prompts import random_prompt
+from ..small_checkpoints.taesd import write_taesd
 
 SIZES = [(1, 16, 16, 16), (2, 16, 16, 16), (1, 16, 18, 24)]
 MESHES = [MeshSpec(cfg=2), MeshSpec(ulysses=2), MeshSpec(ring=2), MeshSpec(tp=2), MeshSpec(pp=2)]

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..client.backend import Backend
 from ..config import AXES, MeshSpec
-from ..demo_checkpoints import random_prompt, small_config, write_mmdit
 from ..distributed.traffic import COMPUTE
 from ..errors import ConfigError
-from ..rpc.client import Backend
-from ..rpc.remote import Conditioning
+from ..rpc.conditioning import Conditioning
+from ..small_checkpoints.mmdit import small_config, write_mmdit
+from ..small_checkpoints.prompts import random_prompt
 
 WIDTH, LANE, BOX, MARGIN = 1600, 46, 30, 60
 HUES = 47  # degrees between the colours of neighbouring patches

@@ -11,9 +11,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from ..one_process import OneProcess
-from ..rpc.client import Backend
-from ..rpc.remote import RemoteVAE
+from ..client.backend import Backend
+from ..client.remote import RemoteVAE
+from ..rank.one_process import OneProcess
 from .drawing import as_picture
 from .scenes import CAPTIONS, parse
 from .trained import Trained

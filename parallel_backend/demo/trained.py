@@ -12,10 +12,11 @@ import msgspec
 import torch
 from torch import Tensor
 
+from ..checkpoint_files.taesd_files import FAMILIES, taesd_files
+from ..client.remote import RemoteModel
 from ..config import MeshSpec, SamplerSpec
 from ..errors import CheckpointError
-from ..rpc.remote import Conditioning, RemoteModel
-from ..taesd_files import FAMILIES, taesd_files
+from ..rpc.conditioning import Conditioning
 from .captions import SD3_WIDTHS, SDXL_WIDTHS, encode
 
 MODELS = Path(__file__).parent / "models"

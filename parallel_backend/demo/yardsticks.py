@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..one_process import OneProcess
-from ..rpc.client import Backend
-from ..rpc.remote import RemoteModel, RemoteVAE
+from ..client.backend import Backend
+from ..client.remote import RemoteModel, RemoteVAE
+from ..rank.one_process import OneProcess
 from .command import BACKEND
 from .drawing import as_picture, draw
 from .scenes import Scene, held_out_scenes

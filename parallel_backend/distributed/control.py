@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import BackendError, RankError, error_from_code
-from ..room import as_out_of_memory
+from .device_memory import as_out_of_memory
 
 log = logging.getLogger("parallel_backend")
 

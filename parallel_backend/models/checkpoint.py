@@ -15,9 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..checkpoint_files.safetensors_file import files_of, safetensors_header
 from ..distributed.tensor_parallel import Shard, ShardedParameter
 from ..errors import CancelledError, CheckpointError, UnsupportedError
-from ..safetensors_file import files_of, safetensors_header
 
 DIFFUSION_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."

@@ -11,10 +11,10 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 
+from ..checkpoint_files.safetensors_file import PICKLED
 from ..config import MMDIT_AXES, MMDIT_REST, UNET_AXES, UNET_REST
 from ..distributed.mesh import Mesh
 from ..errors import CheckpointError
-from ..safetensors_file import PICKLED
 from .checkpoint import SafetensorsSource, TensorSource
 from .from_scratch import Block, FromScratch, GridPositions
 from .from_scratch_file import from_scratch_config, is_from_scratch, open_from_scratch

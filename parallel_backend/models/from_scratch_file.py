@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..checkpoint_files.safetensors_file import PICKLED, safetensors_header
 from ..distributed.tensor_parallel import Shard
 from ..errors import CheckpointError, UnsupportedError
-from ..safetensors_file import PICKLED, safetensors_header
 from .checkpoint import SafetensorsSource, TensorSource
 from .from_scratch import FromScratchConfig
 

@@ -1,1 +1,1 @@
-"""How a client speaks to a backend."""
+"""The words that clients and backends share, and where they meet."""

@@ -1,19 +1,17 @@
-"""The Python face: a backend, the models in it, and requests that end in a result or a typed error."""
+"""One connection to a backend: requests that end in a result or a typed error, through restarts of its ranks."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import zmq
 from torch import Tensor
 
-from ..config import DEFAULT_IDLE_SECONDS, BackendSpec, MeshSpec
+from ..config import BackendSpec
 from ..errors import (
     BackendError,
     BackendLostError,
@@ -23,22 +21,17 @@ from ..errors import (
     OutOfMemoryError,
     ProtocolError,
     RankError,
-    StartError,
     error_from_code,
 )
-from ..safetensors_file import content_key
-from . import launcher
-from . import runtime_dir as files
-from .messages import (
+from ..rpc import runtime_dir as files
+from ..rpc.messages import (
     FINAL_REPLIES,
-    BackendState,
     Cancel,
     Failed,
     Hello,
     Loaded,
     LoadModel,
     LoadVAE,
-    ModelKind,
     Ping,
     Pong,
     Progress,
@@ -52,10 +45,9 @@ from .messages import (
     Unload,
     Welcome,
 )
-from .places import RECONNECT_SECONDS, Elsewhere, Place, ThisMachine
-from .remote import RemoteModel, RemoteVAE
+from ..rpc.wire import pack, unpack
+from .places import RECONNECT_SECONDS, Place
 from .sent_tensors import Attachment, SentTensors
-from .wire import pack, unpack
 
 POLL_MS = 50
 LIVENESS_SECONDS = 0.5
@@ -71,15 +63,14 @@ ENDING = (RankError.code, OutOfMemoryError.code, BackendLostError.code)
 OnEvent = Callable[[Progress | StepDone, Sequence[Tensor]], None]
 
 
-class Backend:
-    """A connection to the ranks of one name. One request at a time; use one Backend per thread that must not wait.
+class Connection:
+    """To the ranks of one name. One request at a time; use one per thread that must not wait.
 
-    A lost backend is an error of the request under way; the next request finds the restarted ranks and loads its
-    model again.
+    A lost backend is an error of the request under way; the next request finds the restarted ranks.
     """
 
     def __init__(self, spec: BackendSpec, place: Place, record: files.BackendRecord) -> None:
-        """Use `attach_or_start`, `attach` or `attach_remote`."""
+        """`place` is where `record` was found. Raises: BackendLostError, ProtocolError."""
         self.spec = spec
         self.record = record
         self._place = place
@@ -90,56 +81,6 @@ class Backend:
         self._lost = False
         self._connect(record)
 
-    @classmethod
-    def attach_or_start(
-        cls,
-        world_size: int | None = None,
-        device: str | None = None,
-        name: str = "default",
-        *,
-        devices: Sequence[int] = (),
-        idle_seconds: float = DEFAULT_IDLE_SECONDS,
-        memory_budget: int = 0,
-        waiting: launcher.Waiting = lambda seconds: None,
-    ) -> Backend:
-        """A backend that is ready. Without `world_size` and `device`: all GPUs, or two CPU ranks where there is none.
-
-        Raises:
-            ConfigError: one of that name runs with other ranks.
-            StartError: it did not come up; the message has the end of its log.
-        """
-        if world_size is None or device is None:
-            found_device, found_size = launcher.default_ranks()
-            device = device or found_device
-            world_size = world_size or (len(devices) or found_size if device == found_device else 2)
-        spec = BackendSpec(name, world_size, device, tuple(devices), idle_seconds, memory_budget)  # type: ignore[arg-type]
-        return cls(spec, ThisMachine(spec), launcher.attach_or_start(spec, waiting))
-
-    @classmethod
-    def attach(cls, name: str = "default") -> Backend:
-        """The running backend of that name, whatever its ranks are.
-
-        Raises: StartError: none runs.
-        """
-        record = files.read_record(name)
-        if record is None:
-            raise StartError(f"No backend {name!r} runs.", "Start one with `python -m parallel_backend serve`.")
-        spec = BackendSpec(name, record.world_size, record.device, tuple(record.devices))  # type: ignore[arg-type]
-        return cls(spec, ThisMachine(spec), record)
-
-    @classmethod
-    def attach_remote(cls, address: str, keys: str | os.PathLike[str], world_size: int = 0) -> Backend:
-        """The backend that listens at `address` (tcp://host:port) on another machine.
-
-        Args:
-            keys: the folder with `client.key_secret` and `server.key`.
-            world_size: refuse it with another number of ranks; 0 takes it as it is.
-        Raises: BackendLostError: nothing there answers to these keys. ConfigError: other ranks, or keys that can't be read.
-        """
-        spec = BackendSpec("remote", world_size, address=address, keys=os.fspath(keys))
-        place = Elsewhere(spec)
-        return cls(spec, place, place.first())
-
     @property
     def generation(self) -> str:
         """Changes whenever the ranks are restarted."""
@@ -148,88 +89,6 @@ class Backend:
     @property
     def world_size(self) -> int:
         return self.record.world_size
-
-    # -- requests ---------------------------------------------------------------------------------------------
-
-    def load_model(
-        self,
-        path: str | os.PathLike[str],
-        mesh: MeshSpec | None = None,
-        dtype: str = "bfloat16",
-        kernel: str = "auto",
-        *,
-        kind: ModelKind = "any",
-        compile: bool = False,
-        name: str = "",
-        on_event: OnEvent | None = None,
-        should_cancel: Callable[[], bool] | None = None,
-    ) -> RemoteModel:
-        """An SD3, SD3.5 or SDXL model, resident and sharded. A file that is resident already is not read again.
-
-        Args:
-            mesh: None takes cfg 2 where the ranks are even; the rest is ulysses, or bands (patch) for a UNet.
-            kind: refuses a file of another one.
-            compile: torch.compile of the repeated blocks; their first step in each kind of shape takes much longer.
-            name: of the same file on a remote backend, below its model folders; the file's own name where left out.
-        Raises: CheckpointError, ConfigError.
-        """
-        resolved = Path(path).resolve()
-        load = LoadModel(self._named(resolved, name), self._key(resolved), dtype, mesh, kernel, kind, compile)
-        return RemoteModel(self, load, self.load(load, on_event, should_cancel))
-
-    def load_vae(
-        self,
-        path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-        dtype: str = "bfloat16",
-        *,
-        names: Sequence[str] = (),
-        on_event: OnEvent | None = None,
-        should_cancel: Callable[[], bool] | None = None,
-    ) -> RemoteVAE:
-        """A VAE, whole on every rank. `path` is one file, or TAESD's (encoder, decoder); `names` as for `load_model`.
-
-        Raises: CheckpointError, ConfigError.
-        """
-        paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
-        resolved = [Path(p).resolve() for p in paths]
-        key = "-".join(self._key(p) for p in resolved)
-        chosen = names or [""] * len(resolved)
-        load = LoadVAE([self._named(p, n) for p, n in zip(resolved, chosen, strict=True)], key, dtype)
-        return RemoteVAE(self, load, self.load(load, on_event, should_cancel))
-
-    def _named(self, path: Path, name: str) -> str:
-        """How the backend finds the file: here by its path, on another machine below that one's model folders."""
-        return (name or path.name) if self.spec.address else str(path)
-
-    def _key(self, path: Path) -> str:
-        return content_key(path, timed=not self.spec.address)
-
-    def status(self) -> BackendState:
-        reply, _ = self.request(Status())
-        assert isinstance(reply, BackendState)
-        return reply
-
-    def unload(self, models: Sequence[str] = ()) -> None:
-        """Free these models of the backend; all where none is named. One that has ended holds none."""
-        with contextlib.suppress(BackendLostError, StartError):
-            self.request(Unload(list(models)))
-
-    def stop(self, seconds: float = 20.0) -> None:
-        """Ends the backend's processes and waits until they are gone.
-
-        Raises: StartError: they still run after `seconds`.
-        """
-        with contextlib.suppress(BackendLostError, StartError):
-            self.request(Stop())
-        if self.spec.address:
-            self.close()
-            return
-        if not files.wait_until_gone(self.record.agent_pid, seconds):
-            raise StartError(
-                f"Backend {self.spec.name!r} (process {self.record.agent_pid}) still runs {seconds:.0f} s after stop.",
-                f"End it with `kill {self.record.agent_pid}`.",
-            )
-        self.close()
 
     def close(self) -> None:
         """Leave the backend; it runs on."""
@@ -343,7 +202,7 @@ class Backend:
         self._socket.send_multipart(pack(RequestHeader(self._jobs, body), []))
         return self._jobs
 
-    # -- the connection ---------------------------------------------------------------------------------------
+    # -- following a backend through its restarts ---------------------------------------------------------------
 
     def _connect(self, record: files.BackendRecord) -> None:
         if self._socket is not None:
@@ -404,8 +263,8 @@ class _Line:
         pinged: control messages are answered at once, or never.
     """
 
-    def __init__(self, backend: Backend, job: int, *, pinged: bool) -> None:
-        self._backend, self._job, self._pinged = backend, job, pinged
+    def __init__(self, connection: Connection, job: int, *, pinged: bool) -> None:
+        self._connection, self._job, self._pinged = connection, job, pinged
         self._begun, now = time.time(), time.monotonic()
         self._last = self._checked = now
         self._next_look, self._next_ping = now + LIVENESS_SECONDS, now + PING_SECONDS
@@ -417,7 +276,7 @@ class _Line:
         if header.job in self._pings and isinstance(header.body, Pong):
             self._pings.discard(header.job)
             if not header.body.known:
-                raise self._backend.lost()
+                raise self._connection.lost()
 
     def check(self) -> None:
         """Raises: BackendLostError: its ranks are gone, or it is silent."""
@@ -427,9 +286,9 @@ class _Line:
         self._checked = now
         if now > self._next_look:
             self._next_look = now + LIVENESS_SECONDS
-            self._backend.check_there(self._begun)
+            self._connection.check_there(self._begun)
         if now - self._last > (SILENT_SECONDS if self._pinged else CONTROL_SECONDS):
-            raise self._backend.lost(now - self._last)
+            raise self._connection.lost(now - self._last)
         if self._pinged and now > self._next_ping:
             self._next_ping = now + PING_SECONDS
-            self._pings.add(self._backend._send(Ping(self._job)))
+            self._pings.add(self._connection._send(Ping(self._job)))

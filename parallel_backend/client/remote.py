@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from ..config import SamplerSpec
 from ..errors import UnknownModelError
-from .messages import (
+from ..rpc.conditioning import Conditioning
+from ..rpc.messages import (
     Decode,
     Encode,
     Forward,
@@ -24,32 +25,10 @@ from .messages import (
     Sample,
     StepDone,
 )
+from .connection import Connection
 from .sent_tensors import Attachment
 
-if TYPE_CHECKING:
-    from .client import Backend
-
 RELOADS = 10
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """A prompt as SD3 or SDXL takes it.
-
-    Args:
-        context: (B, L, E) text tokens.
-        pooled: (B, A).
-        sizes: SDXL's height, width, crop_y, crop_x, target height and target width in pixels (the refiner's: an
-            aesthetic score in place of the last two); None where `pooled` holds them embedded already.
-    """
-
-    context: Tensor
-    pooled: Tensor
-    sizes: Sequence[float] | None = None
-
-    def prompt(self, context: int, pooled: int) -> Prompt:
-        """As a message names it, given the places of the two tensors there."""
-        return Prompt(context, pooled, None if self.sizes is None else [float(size) for size in self.sizes])
 
 
 @dataclass(frozen=True)
@@ -69,7 +48,7 @@ class _Remote:
     `last` is what rank 0 says of the last job: its own seconds, and the steps.
     """
 
-    backend: Backend
+    backend: Connection
     load: LoadModel | LoadVAE
     loaded: Loaded
     last: Result | None = field(init=False, default=None)

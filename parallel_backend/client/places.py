@@ -14,11 +14,11 @@ import zmq
 
 from ..config import BackendSpec
 from ..errors import BackendLostError, ConfigError, StartError
+from ..rpc import runtime_dir as files
+from ..rpc.keys import Keys
+from ..rpc.messages import Welcome
+from ..rpc.runtime_dir import BackendRecord
 from . import launcher
-from . import runtime_dir as files
-from .keys import Keys
-from .messages import Welcome
-from .runtime_dir import BackendRecord
 
 RECONNECT_SECONDS = 90.0
 # With less, ranks can't leave their last words.

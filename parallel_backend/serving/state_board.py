@@ -7,8 +7,8 @@ import time
 
 import msgspec
 
+from ..rpc.messages import BackendState, Welcome
 from ..version import __version__
-from .messages import BackendState, Welcome
 
 
 class StateBoard:

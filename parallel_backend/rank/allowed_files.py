@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from .errors import CheckpointError
-from .safetensors_file import content_key
+from ..checkpoint_files.safetensors_file import content_key
+from ..errors import CheckpointError
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +15,8 @@ def write_clip(path: Path, *, width: int, layers: int, seed: int = 0) -> Path:
     """clip_l is 768 wide with 12 layers, clip_g 1280 with 32. Layers add nothing; tokens keep their embeddings."""
     path.parent.mkdir(parents=True, exist_ok=True)
     shapes = _shapes(width, layers)
-    header, offset = {}, 0
+    header: dict[str, dict[str, Any]] = {}
+    offset = 0
     for name, shape in shapes.items():
         size = torch.Size(shape).numel() * HALF
         header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [offset, offset + size]}

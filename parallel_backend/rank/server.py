@@ -25,23 +25,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..config import DEFAULT_IDLE_SECONDS
+from ..distributed.control import Control
+from ..distributed.device_memory import memory_of
+from ..errors import BackendError, BackendLostError, CancelledError, OutOfMemoryError, RankError
+from ..rpc import runtime_dir as files
+from ..rpc.keys import Keys
+from ..rpc.messages import Done, Failed, Forward, Loaded, RankState, Reply, RequestHeader, Welcome
+from ..rpc.wire import unpack
+from ..serving.metrics import serve_metrics
+from ..serving.socket_server import SocketServer
+from ..serving.state_board import StateBoard
+from ..serving.turns import QueuedJob
+from ..version import __version__
 from . import lean_imports  # noqa: F401 - before anything that imports diffusers
 from .allowed_files import AllowedFiles
-from .config import DEFAULT_IDLE_SECONDS
-from .distributed.control import Control
 from .engine import Engine
-from .errors import BackendError, BackendLostError, CancelledError, OutOfMemoryError, RankError
 from .jobs import Job
-from .room import memory_of
-from .rpc import runtime_dir as files
-from .rpc.keys import Keys
-from .rpc.messages import Done, Failed, Forward, Loaded, RankState, Reply, RequestHeader, Welcome
-from .rpc.metrics import serve_metrics
-from .rpc.socket_server import SocketServer
-from .rpc.state_board import StateBoard
-from .rpc.turns import QueuedJob
-from .rpc.wire import unpack
-from .version import __version__
 from .watch import Watch
 
 log = logging.getLogger("parallel_backend")
@@ -242,7 +242,7 @@ class Rank:
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="parallel_backend.server", description=__doc__)
+    parser = argparse.ArgumentParser(prog="parallel_backend.rank.server", description=__doc__)
     parser.add_argument("--name", default="default")
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
     parser.add_argument("--devices", default="", help="CUDA ordinals, one per rank, separated by commas")

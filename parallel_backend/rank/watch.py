@@ -16,8 +16,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from .rpc import runtime_dir as files
-from .rpc.messages import RankState
+from ..rpc import runtime_dir as files
+from ..rpc.messages import RankState
 
 log = logging.getLogger("parallel_backend")
 

@@ -1,17 +1,20 @@
-"""Small SDXL UNets with random weights in the single-file layout."""
+"""UNets of SDXL's layout, under the names of diffusers or of Stability's single files."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from parallel_backend.demo_checkpoints import random_unet
-from parallel_backend.models.unet import UNetConfig, micro_conditioning
+from ..models.unet import UNetConfig
+
+Layout = Literal["diffusers", "single file"]
 
 BASE = {"family": "sdxl", "channels": 4, "context_width": 2048, "pooled_width": 2816}
 REFINER = {"family": "sdxl-refiner", "channels": 4, "context_width": 1280, "pooled_width": 2560}
@@ -93,30 +96,54 @@ def single_file_name(name: str, config: UNetConfig) -> str:
     return f"{side.replace('down', 'input').replace('up', 'output')}_blocks.{number}.{int(part == 'attentions')}.{rest}.{leaf}"
 
 
-def single_file_tensors(config: UNetConfig, seed: int = 0) -> dict[str, Tensor]:
-    model = random_unet(config, seed)
-    return {single_file_name(name, config): value.contiguous() for name, value in model.state_dict().items()}
+def small_unet_config(widths: tuple[int, ...] = (64, 128, 256), depths: tuple[int, ...] = (0, 1, 2)) -> UNetConfig:
+    """An SDXL UNet of these widths, with so many transformer blocks in each layer of each scale."""
+    layers = 1
+    return UNetConfig(
+        family="sdxl",
+        channels=4,
+        block_channels=widths,
+        layers_per_block=layers,
+        down_depths=tuple((depth,) * layers for depth in depths),
+        up_depths=tuple((depth,) * (layers + 1) for depth in reversed(depths)),
+        mid_depth=depths[-1],
+        context_width=2048,
+        pooled_width=2816,
+    )
+
+
+def random_unet(config: UNetConfig, seed: int = 0) -> Any:
+    """diffusers' UNet of these sizes, with random weights scaled so that activations stay near 1."""
+    generator = torch.Generator().manual_seed(seed)
+    model: Any = UNet2DConditionModel(**config.diffusers())
+    model.requires_grad_(False).eval()
+    for name, parameter in model.named_parameters():
+        values = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim > 1:
+            parameter.copy_(values / parameter[0].numel() ** 0.5)
+        else:
+            parameter.copy_(float("norm" in name and name.endswith("weight")) + 0.05 * values)
+    return model
+
+
+def unet_tensors(config: UNetConfig, layout: Layout = "diffusers", seed: int = 0) -> dict[str, Tensor]:
+    tensors = random_unet(config, seed).state_dict()
+    if layout == "single file":
+        tensors = {single_file_name(name, config): value for name, value in tensors.items()}
+    return {name: value.contiguous() for name, value in tensors.items()}
 
 
 def write_unet(
     path: Path,
     config: UNetConfig,
+    layout: Layout = "diffusers",
     *,
-    seed: int = 0,
     prefix: str = "",
     dtype: torch.dtype = torch.float32,
     extra: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """A UNet file. With a `prefix`, as inside a full checkpoint; `extra` tensors lie beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {prefix + name: value.to(dtype) for name, value in single_file_tensors(config, seed).items()}
-    save_file(tensors | dict(extra or {}), path, metadata={"format": "pt"})
+    tensors = {prefix + name: value.to(dtype) for name, value in unet_tensors(config, layout).items()}
+    save_file(tensors | dict(extra or {}), path, metadata={"format": "pt", "note": "random weights"})
     return path
-
-
-def unet_prompt(config: UNetConfig, seed: int, tokens: int = 77, rows: int = 1) -> tuple[Tensor, Tensor]:
-    """(context, pooled with the sizes of a square picture embedded)."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = [1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0][: (config.pooled_width - 1280) // 256]
-    pooled = torch.randn(rows, 1280, generator=generator)
-    return torch.randn(rows, tokens, config.context_width, generator=generator), micro_conditioning(pooled, sizes)

@@ -10,18 +10,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .config import SAMPLERS_OF_PATCHES, SamplerSpec
-from .distributed.mesh import Mesh
-from .distributed.stale import Kept, Step
-from .distributed.traffic import Timeline, with_ranks
-from .errors import BackendError, ConfigError, InputError, UnsupportedError
+from ..config import SAMPLERS_OF_PATCHES, SamplerSpec
+from ..distributed.mesh import Mesh
+from ..distributed.stale import Kept, Step
+from ..distributed.traffic import Timeline, with_ranks
+from ..errors import BackendError, ConfigError, InputError, UnsupportedError
+from ..models.pipeline import Pipeline
+from ..models.prediction import Predictor, Prompt
+from ..rpc.messages import AxisCost, RankCost, Result, Sample, StepDone
+from ..sampling.driver import StepReport
+from ..sampling.image import sample_latent
+from ..sampling.parameterization import Discrete, Flow, Parameterization
 from .jobs import Job
-from .models.pipeline import Pipeline
-from .models.prediction import Predictor, Prompt
-from .rpc.messages import AxisCost, RankCost, Result, Sample, StepDone
-from .sampling.driver import StepReport
-from .sampling.image import sample_latent
-from .sampling.parameterization import Discrete, Flow, Parameterization
 
 
 @dataclass

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .distributed.control import Control
-from .errors import CancelledError
-from .rpc.messages import Reply
+from ..distributed.control import Control
+from ..errors import CancelledError
+from ..rpc.messages import Reply
 
 
 @dataclass(frozen=True)

@@ -15,26 +15,18 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from .allowed_files import AllowedFiles
-from .config import DTYPES, KERNELS, MeshSpec, choose
-from .distributed.attention import resolve_kernel
-from .distributed.mesh import BandAxes, Groups, Mesh, build_mesh
-from .errors import (
-    ConfigError,
-    InputError,
-    MissingTensorsError,
-    ProtocolError,
-    UnknownModelError,
-)
-from .jobs import Job
-from .models.checkpoint import load_parameters
-from .models.compiled import check_compiler, compile_blocks
-from .models.families import OpenedModel, open_model
-from .models.network import Network
-from .models.prediction import Predictor, Rows
-from .models.vae import BandVAE, open_vae
-from .room import check_fits, memory_of
-from .rpc.messages import (
+from ..config import DTYPES, KERNELS, MeshSpec, choose
+from ..distributed.attention import resolve_kernel
+from ..distributed.device_memory import memory_of
+from ..distributed.mesh import BandAxes, Groups, Mesh, build_mesh
+from ..errors import ConfigError, InputError, MissingTensorsError, ProtocolError, UnknownModelError
+from ..models.checkpoint import load_parameters
+from ..models.compiled import check_compiler, compile_blocks
+from ..models.families import OpenedModel, open_model
+from ..models.network import Network
+from ..models.prediction import Predictor, Rows
+from ..models.vae import BandVAE, open_vae
+from ..rpc.messages import (
     Decode,
     Done,
     Encode,
@@ -50,6 +42,9 @@ from .rpc.messages import (
     Sample,
     Unload,
 )
+from .allowed_files import AllowedFiles
+from .jobs import Job
+from .room import check_fits
 from .sample import run_sample
 
 TENSOR_CACHE_BYTES = 2**28

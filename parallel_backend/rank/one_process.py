@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .config import MeshSpec, SamplerSpec
-from .distributed.control import Control
+from ..checkpoint_files.safetensors_file import content_key
+from ..config import MeshSpec, SamplerSpec
+from ..distributed.control import Control
+from ..rpc.conditioning import Conditioning
+from ..rpc.messages import Loaded, LoadModel, Request, RequestHeader, Sample
+from ..rpc.wire import tensor_meta
 from .engine import Engine
 from .jobs import Job
-from .rpc.messages import Loaded, LoadModel, Request, RequestHeader, Sample
-from .rpc.remote import Conditioning
-from .rpc.wire import tensor_meta
-from .safetensors_file import content_key
 
 
 class OneProcess:

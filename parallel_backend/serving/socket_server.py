@@ -19,8 +19,8 @@ from torch import Tensor
 from zmq.auth.thread import ThreadAuthenticator
 
 from ..errors import BackendError, ProtocolError
-from .keys import Keys
-from .messages import (
+from ..rpc.keys import Keys
+from ..rpc.messages import (
     Cancel,
     Done,
     Failed,
@@ -34,9 +34,9 @@ from .messages import (
     Status,
     Stop,
 )
+from ..rpc.wire import MAX_FRAME_BYTES, Frame, pack, tensor_meta, unpack
 from .state_board import StateBoard
 from .turns import QueuedJob, Turns
-from .wire import MAX_FRAME_BYTES, Frame, pack, tensor_meta, unpack
 
 log = logging.getLogger("parallel_backend")
 

@@ -1,4 +1,4 @@
-"""How much memory a rank has, and what to say where it is not enough."""
+"""How much memory a device has, and the error of an allocation that failed."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ import re
 
 import torch
 
-from .config import MeshSpec
-from .errors import OutOfMemoryError
+from ..errors import OutOfMemoryError
 
 _ASKED = re.compile(r"(?:[Tt]ried to allocate) ([\d.]+) (bytes|KiB|MiB|GiB)")
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-# What a process takes of a GPU beside its tensors, and allocations can't be packed without gaps.
-_SPARE_BYTES = 256 * 2**20
 
 
 def memory_of(device: torch.device) -> tuple[int, int, int]:
@@ -46,33 +43,3 @@ def as_out_of_memory(error: BaseException, device: torch.device, rank: int) -> O
         "Use a smaller image or batch; or spread them further: more ulysses or ring ranks (MMDiT), patch ranks (UNet), or "
         "tp or pp for the weights.",
     )
-
-
-def check_fits(needed: int, free: int, name: str, kind: str, spec: MeshSpec, world_size: int, rank: int) -> None:
-    """Raises OutOfMemoryError where `needed` bytes of weights don't fit `free` ones; it names a mesh in which they do.
-
-    Args:
-        kind: mmdit, unet or vae: what its weights can be split by.
-    """
-    if needed + _SPARE_BYTES <= free:
-        return
-    remedies = {"mmdit": _split_that_fits, "unet": _slices_that_fit}
-    remedy = remedies[kind](needed, free, spec, world_size) if kind in remedies else ""
-    raise OutOfMemoryError(
-        f"{name} needs {needed / 2**20:.0f} MiB on rank {rank}, which has {free / 2**20:.0f} MiB free "
-        f"({spec.describe()}).",
-        remedy or "No split of its weights over these ranks fits: use a smaller dtype, or more ranks.",
-    )
-
-
-def _split_that_fits(needed: int, free: int, spec: MeshSpec, world_size: int) -> str:
-    split = spec.tp * spec.pp
-    for degree in (d for d in range(split + 1, world_size + 1) if world_size % d == 0 and d % split == 0):
-        if needed * split / degree + _SPARE_BYTES <= free:
-            return f"It fits with tp={degree} in Mesh Config, or pp={degree}."
-    return ""
-
-
-def _slices_that_fit(needed: int, free: int, spec: MeshSpec, world_size: int) -> str:
-    fits = not spec.sliced and needed / world_size + _SPARE_BYTES <= free
-    return "It fits with sliced in Mesh Config." if fits else ""

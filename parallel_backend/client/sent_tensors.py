@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from torch import Tensor
 
-from .messages import TensorMeta
-from .wire import tensor_frame, tensor_meta
+from ..rpc.messages import TensorMeta
+from ..rpc.wire import tensor_frame, tensor_meta
 
 REMEMBERED = 8
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from ..config import BackendSpec, ServeSpec
 from ..errors import ConfigError, StartError
+from ..rpc import runtime_dir as files
+from ..rpc.keys import Keys
+from ..rpc.runtime_dir import BackendRecord
 from ..version import __version__
-from . import runtime_dir as files
-from .keys import Keys
-from .runtime_dir import BackendRecord
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 180.0
@@ -201,7 +201,7 @@ def command(spec: BackendSpec, serve: ServeSpec = LOCAL) -> list[str]:
     return [
         sys.executable,
         *("-m", "torch.distributed.run", f"--nproc-per-node={spec.world_size}", *meeting),
-        *("-m", "parallel_backend.server"),
+        *("-m", "parallel_backend.rank.server"),
         *("--name", spec.name, "--device", spec.device, "--devices", ",".join(map(str, spec.devices))),
         *("--idle-seconds", str(spec.idle_seconds), "--memory-budget", str(spec.memory_budget)),
         *(part for name, value in options if value for part in (name, value)),

@@ -1,0 +1,22 @@
+"""Patches that live inside the model, in its transformer options: of attention and of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+# What stock sampling passes to a model's forward by itself.
+FORWARD_OPTIONS = frozenset(
+    {"cond_or_uncond", "uuids", "sigmas", "sample_sigmas", "wrappers", "callbacks", "prefetch_dynamic_vbars"}
+)
+
+
+def transformer_patches(options: Mapping[str, Any]) -> Iterator[str]:
+    """Patches in transformer_options that live inside the model: attention and block patches."""
+    for kind in ("patches", "patches_replace"):
+        for name, entries in options.get(kind, {}).items():
+            if entries:
+                yield f"{kind} {name!r}"
+    for key, value in options.items():
+        if key not in FORWARD_OPTIONS and key not in ("patches", "patches_replace") and value:
+            yield f"transformer option {key!r}"

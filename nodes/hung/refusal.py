@@ -1,0 +1,17 @@
+"""How what can't be honoured is refused: everything at once, each by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ...parallel_backend.errors import UnsupportedError
+
+ON_KSAMPLER = "Use KSampler or SamplerCustomAdvanced on the same MODEL; they sample on the backend step by step."
+ELSEWHERE = "The weights live in the backend. Remove that node, or load the model with ComfyUI's own loader."
+
+
+def refuse(found: Iterator[str], where: str, remedy: str) -> None:
+    """Raises UnsupportedError that names everything in `found`; nothing where it is empty."""
+    names = list(found)
+    if names:
+        raise UnsupportedError(f"{where} can't honour {'; '.join(names)}.", remedy)

@@ -1,0 +1,1 @@
+"""How a client finds or starts a backend, and what it can ask of one."""

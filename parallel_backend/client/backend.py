@@ -1,0 +1,168 @@
+"""The Python face: a backend, and the models in it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ..checkpoint_files.safetensors_file import content_key
+from ..config import DEFAULT_IDLE_SECONDS, BackendSpec, MeshSpec
+from ..errors import (
+    BackendLostError,
+    StartError,
+)
+from ..rpc import runtime_dir as files
+from ..rpc.messages import (
+    BackendState,
+    LoadModel,
+    LoadVAE,
+    ModelKind,
+    Status,
+    Stop,
+    Unload,
+)
+from . import launcher
+from .connection import Connection, OnEvent
+from .places import Elsewhere, ThisMachine
+from .remote import RemoteModel, RemoteVAE
+
+
+class Backend(Connection):
+    """A connection to the ranks of one name, with all that they can be asked for. One request at a time; use one Backend
+    per thread that must not wait. Made by `attach_or_start`, `attach` or `attach_remote`.
+
+    A lost backend is an error of the request under way; the next request finds the restarted ranks and loads its
+    model again.
+    """
+
+    @classmethod
+    def attach_or_start(
+        cls,
+        world_size: int | None = None,
+        device: str | None = None,
+        name: str = "default",
+        *,
+        devices: Sequence[int] = (),
+        idle_seconds: float = DEFAULT_IDLE_SECONDS,
+        memory_budget: int = 0,
+        waiting: launcher.Waiting = lambda seconds: None,
+    ) -> Backend:
+        """A backend that is ready. Without `world_size` and `device`: all GPUs, or two CPU ranks where there is none.
+
+        Raises:
+            ConfigError: one of that name runs with other ranks.
+            StartError: it did not come up; the message has the end of its log.
+        """
+        if world_size is None or device is None:
+            found_device, found_size = launcher.default_ranks()
+            device = device or found_device
+            world_size = world_size or (len(devices) or found_size if device == found_device else 2)
+        spec = BackendSpec(name, world_size, device, tuple(devices), idle_seconds, memory_budget)  # type: ignore[arg-type]
+        return cls(spec, ThisMachine(spec), launcher.attach_or_start(spec, waiting))
+
+    @classmethod
+    def attach(cls, name: str = "default") -> Backend:
+        """The running backend of that name, whatever its ranks are.
+
+        Raises: StartError: none runs.
+        """
+        record = files.read_record(name)
+        if record is None:
+            raise StartError(f"No backend {name!r} runs.", "Start one with `python -m parallel_backend serve`.")
+        spec = BackendSpec(name, record.world_size, record.device, tuple(record.devices))  # type: ignore[arg-type]
+        return cls(spec, ThisMachine(spec), record)
+
+    @classmethod
+    def attach_remote(cls, address: str, keys: str | os.PathLike[str], world_size: int = 0) -> Backend:
+        """The backend that listens at `address` (tcp://host:port) on another machine.
+
+        Args:
+            keys: the folder with `client.key_secret` and `server.key`.
+            world_size: refuse it with another number of ranks; 0 takes it as it is.
+        Raises: BackendLostError: nothing there answers to these keys. ConfigError: other ranks, or keys that can't be read.
+        """
+        spec = BackendSpec("remote", world_size, address=address, keys=os.fspath(keys))
+        place = Elsewhere(spec)
+        return cls(spec, place, place.first())
+
+    def load_model(
+        self,
+        path: str | os.PathLike[str],
+        mesh: MeshSpec | None = None,
+        dtype: str = "bfloat16",
+        kernel: str = "auto",
+        *,
+        kind: ModelKind = "any",
+        compile: bool = False,
+        name: str = "",
+        on_event: OnEvent | None = None,
+        should_cancel: Callable[[], bool] | None = None,
+    ) -> RemoteModel:
+        """An SD3, SD3.5 or SDXL model, resident and sharded. A file that is resident already is not read again.
+
+        Args:
+            mesh: None takes cfg 2 where the ranks are even; the rest is ulysses, or bands (patch) for a UNet.
+            kind: refuses a file of another one.
+            compile: torch.compile of the repeated blocks; their first step in each kind of shape takes much longer.
+            name: of the same file on a remote backend, below its model folders; the file's own name where left out.
+        Raises: CheckpointError, ConfigError.
+        """
+        resolved = Path(path).resolve()
+        load = LoadModel(self._named(resolved, name), self._key(resolved), dtype, mesh, kernel, kind, compile)
+        return RemoteModel(self, load, self.load(load, on_event, should_cancel))
+
+    def load_vae(
+        self,
+        path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        dtype: str = "bfloat16",
+        *,
+        names: Sequence[str] = (),
+        on_event: OnEvent | None = None,
+        should_cancel: Callable[[], bool] | None = None,
+    ) -> RemoteVAE:
+        """A VAE, whole on every rank. `path` is one file, or TAESD's (encoder, decoder); `names` as for `load_model`.
+
+        Raises: CheckpointError, ConfigError.
+        """
+        paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
+        resolved = [Path(p).resolve() for p in paths]
+        key = "-".join(self._key(p) for p in resolved)
+        chosen = names or [""] * len(resolved)
+        load = LoadVAE([self._named(p, n) for p, n in zip(resolved, chosen, strict=True)], key, dtype)
+        return RemoteVAE(self, load, self.load(load, on_event, should_cancel))
+
+    def _named(self, path: Path, name: str) -> str:
+        """How the backend finds the file: here by its path, on another machine below that one's model folders."""
+        return (name or path.name) if self.spec.address else str(path)
+
+    def _key(self, path: Path) -> str:
+        return content_key(path, timed=not self.spec.address)
+
+    def status(self) -> BackendState:
+        reply, _ = self.request(Status())
+        assert isinstance(reply, BackendState)
+        return reply
+
+    def unload(self, models: Sequence[str] = ()) -> None:
+        """Free these models of the backend; all where none is named. One that has ended holds none."""
+        with contextlib.suppress(BackendLostError, StartError):
+            self.request(Unload(list(models)))
+
+    def stop(self, seconds: float = 20.0) -> None:
+        """Ends the backend's processes and waits until they are gone.
+
+        Raises: StartError: they still run after `seconds`.
+        """
+        with contextlib.suppress(BackendLostError, StartError):
+            self.request(Stop())
+        if self.spec.address:
+            self.close()
+            return
+        if not files.wait_until_gone(self.record.agent_pid, seconds):
+            raise StartError(
+                f"Backend {self.spec.name!r} (process {self.record.agent_pid}) still runs {seconds:.0f} s after stop.",
+                f"End it with `kill {self.record.agent_pid}`.",
+            )
+        self.close()

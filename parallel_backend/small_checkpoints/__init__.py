@@ -1,0 +1,1 @@
+"""Makers of small checkpoints with random weights in the true layouts: for tests, benchmarks and training."""
