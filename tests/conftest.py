@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui.installation import ComfyInstallation, find_installation
+from comfyui.server import ComfyServer
 from rank_pool import RankPool
 from safetensors.torch import load_file, save_file
 from served import sample
+from sharing import Sharing, in_order
 from torch import Tensor
 
 from parallel_backend import Backend, MeshSpec, RemoteModel
@@ -23,6 +25,8 @@ from parallel_backend.small_checkpoints.taesd import write_taesd
 from parallel_backend.small_checkpoints.unet import CONFIGS, write_unet
 
 torch.set_num_threads(2)
+# Of a rank's memory: the largest models of the tests leave when others come.
+MODELS_BYTES = 200 * 2**20
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -66,20 +70,38 @@ def workflow_models(models: Path) -> Path:
     return models
 
 
-def _backend(world_size: int) -> Iterator[Backend]:
-    backend = Backend.attach_or_start(world_size, "cpu", f"test{world_size}", memory_budget=2**29)
-    yield backend
-    backend.stop()
+SHARING = pytest.StashKey[Sharing]()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items[:] = in_order(items)
+    config.stash[SHARING] = Sharing()
+    config.stash[SHARING].plan(items)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    item.config.stash[SHARING].after(item)
 
 
 @pytest.fixture(scope="session")
-def backend2(runtime_folder: Path) -> Iterator[Backend]:
-    yield from _backend(2)
+def sharing(pytestconfig: pytest.Config) -> Sharing:
+    return pytestconfig.stash[SHARING]
+
+
+def _backend(world_size: int) -> Backend:
+    return Backend.attach_or_start(world_size, "cpu", f"test{world_size}", memory_budget=MODELS_BYTES)
 
 
 @pytest.fixture(scope="session")
-def backend4(runtime_folder: Path) -> Iterator[Backend]:
-    yield from _backend(4)
+def backend2(runtime_folder: Path, sharing: Sharing) -> Iterator[Backend]:
+    yield from sharing.until_last_use("backend2", _backend(2), Backend.stop)
+
+
+@pytest.fixture(scope="session")
+def backend4(runtime_folder: Path, sharing: Sharing) -> Iterator[Backend]:
+    yield from sharing.until_last_use("backend4", _backend(4), Backend.stop)
 
 
 @pytest.fixture(scope="session")
@@ -99,11 +121,9 @@ def expected(backend2: Backend, large: Path) -> Tensor:
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[RankPool]:
+def ranks(sharing: Sharing) -> Iterator[RankPool]:
     """Runs a function on N gloo ranks; the ranks of each N are started once."""
-    pool = RankPool()
-    yield pool
-    pool.close()
+    yield from sharing.until_last_use("ranks", RankPool(), RankPool.close)
 
 
 @pytest.fixture(scope="session")
@@ -112,3 +132,22 @@ def comfy() -> ComfyInstallation:
     if isinstance(found, str):
         pytest.skip(found)
     return found
+
+
+@pytest.fixture(scope="session")
+def server(
+    comfy: ComfyInstallation,
+    models: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    runtime_folder: Path,
+    sharing: Sharing,
+) -> Iterator[ComfyServer]:
+    """A real ComfyUI with this pack; files that are written below `models` later are listed too."""
+    started = ComfyServer(comfy, tmp_path_factory.mktemp("comfyui"), models)
+    yield from sharing.until_last_use("server", started, ComfyServer.stop)
+
+
+@pytest.fixture(scope="session")
+def comfy_backend(server: ComfyServer, sharing: Sharing) -> Iterator[str]:
+    """The name of the backend that prompts start in `server`, unless they name another."""
+    yield from sharing.until_last_use("comfy_backend", "comfy", lambda name: Backend.attach(name).stop())

@@ -17,6 +17,9 @@ import torch.multiprocessing as mp
 
 from parallel_backend.distributed.mesh import Groups
 
+# What ranks share the memory of, and don't import one after the other.
+PRELOADED = ["parallel_backend.rank.engine", "pytest", "rank_pool", "reference_models"]
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -53,7 +56,8 @@ class RankPool:
 
     @staticmethod
     def _start(world_size: int) -> tuple[list[mp.Process], list[Connection]]:
-        context, port = mp.get_context("spawn"), free_port()
+        context, port = mp.get_context("forkserver"), free_port()
+        context.set_forkserver_preload(PRELOADED)
         processes, lines = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from comfyui.installation import ComfyInstallation
 from comfyui.prompts import Prompt, conditioning, mesh, out, sampler, save_latent
 from comfyui.server import ComfyServer, Outcome
 from rank_pool import free_port
@@ -25,14 +23,7 @@ from parallel_backend.rpc.keys import Keys
 MODEL = "sd3.5-medium.safetensors"
 
 
-@pytest.fixture(scope="module")
-def server(
-    comfy: ComfyInstallation, models: Path, tmp_path_factory: pytest.TempPathFactory, runtime_folder: Path
-) -> Iterator[ComfyServer]:
-    server = ComfyServer(comfy, tmp_path_factory.mktemp("comfyui"), models)
-    yield server
-    server.stop()
-    Backend.attach("comfy").stop()
+pytestmark = pytest.mark.usefixtures("comfy_backend")
 
 
 def latent_of(server: ComfyServer, outcome: Outcome, node: str) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+import parallel_backend
 from parallel_backend import Backend, Conditioning, MeshSpec
 from parallel_backend.errors import ConfigError
-from parallel_backend.models.compiled import check_compiler, compile_blocks
+from parallel_backend.models.compiled import MARKED, check_compiler, compile_blocks
 from parallel_backend.small_checkpoints.prompts import random_prompt, random_sdxl_prompt
 from parallel_backend.small_checkpoints.unet import CONFIGS, write_unet
 
@@ -44,6 +46,13 @@ def test_compiled_pictures_are_those_of_eager_blocks(family: str, backend2: Back
         names = [state.model for state in backend2.status().models]
         assert any(name.endswith("/compiled") for name in names)
         backend2.unload()
+
+
+def test_all_that_breaks_graphs_is_kept_out_of_them() -> None:
+    code = "\n".join(file.read_text() for file in Path(parallel_backend.__file__).parent.rglob("*.py"))
+    marked = re.findall(r"@breaks_graph\s+def (\w+)", code)
+    kept_out = {name for owner in MARKED for name, value in vars(owner).items() if hasattr(value, "breaks_graph")}
+    assert len(marked) == 6 and set(marked) == kept_out
 
 
 class Block(nn.Module):

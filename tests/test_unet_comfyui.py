@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +57,12 @@ def koala(models: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def tiny(models: Path) -> Path:
+    """The smallest that tells samplers and schedules apart; ComfyUI's own loaders have no name for it."""
+    return write_unet(models / "diffusion_models" / "sdxl-tiny.safetensors", CONFIGS["tiny"], "single file")
+
+
+@pytest.fixture(scope="module")
 def v_prediction(models: Path) -> Path:
     marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
     return write_unet(models / "diffusion_models" / f"v-{NAME}", CONFIGS["koala"], "single file", extra=marks)
@@ -71,9 +76,9 @@ def narrow(models: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reference(comfy: ComfyInstallation, koala: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+def reference(comfy: ComfyInstallation, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     cases = {name: BASE | case for name, case in CASES.items()}
-    return ksampler_latents(comfy, koala, inputs(), cases, tmp_path_factory.mktemp("reference"))
+    return ksampler_latents(comfy, tiny, inputs(), cases, tmp_path_factory.mktemp("reference"))
 
 
 def picture_of(backend: Backend, path: Path, case: dict[str, Any], mesh: MeshSpec) -> Tensor:
@@ -86,8 +91,8 @@ def picture_of(backend: Backend, path: Path, case: dict[str, Any], mesh: MeshSpe
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_latent_equals_ksamplers(name: str, reference: dict[str, Tensor], backend2: Backend, koala: Path) -> None:
-    assert_latents_equal(picture_of(backend2, koala, BASE | CASES[name], MeshSpec(patch=2)), reference[name])
+def test_latent_equals_ksamplers(name: str, reference: dict[str, Tensor], backend2: Backend, tiny: Path) -> None:
+    assert_latents_equal(picture_of(backend2, tiny, BASE | CASES[name], MeshSpec(patch=2)), reference[name])
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 20, 30])
@@ -111,18 +116,9 @@ def test_v_prediction_and_zero_snr_are_read_from_the_file(
 
 
 @pytest.fixture(scope="module")
-def server(
-    comfy: ComfyInstallation,
-    models: Path,
-    koala: Path,
-    v_prediction: Path,
-    narrow: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[ComfyServer]:
-    server = ComfyServer(comfy, tmp_path_factory.mktemp("comfyui"), models)
-    yield server
-    server.stop()
-    Backend.attach("comfy").stop()
+def editor(server: ComfyServer, comfy_backend: str, koala: Path, narrow: Path) -> ComfyServer:
+    """A ComfyUI with these files and a backend."""
+    return server
 
 
 def picture(prompt: Prompt, node: str, model: list[Any], **settings: Any) -> str:
@@ -136,51 +132,51 @@ def unet(prompt: Prompt, name: str = NAME, **degrees: Any) -> list[Any]:
     return out(prompt.add("LoadParallelUNet", model_name=name, mesh=mesh(prompt, **degrees)))
 
 
-def test_both_samplers_give_a_local_models_latent(server: ComfyServer) -> None:
+def test_both_samplers_give_a_local_models_latent(editor: ComfyServer) -> None:
     prompt = Prompt()
     local = out(prompt.add("UNETLoader", unet_name=NAME, weight_dtype="default"))
     saved = picture(prompt, "KSampler", local)
-    expected = latent_of(server, server.run(prompt.nodes), saved)
+    expected = latent_of(editor, editor.run(prompt.nodes), saved)
     for node in ("KSampler", "ParallelSampler"):
         for degrees in ({}, {"cfg": 1}):
             prompt = Prompt()
             saved = picture(prompt, node, unet(prompt, **degrees))
-            latent = latent_of(server, server.run(prompt.nodes), saved)
+            latent = latent_of(editor, editor.run(prompt.nodes), saved)
             assert (latent - expected).abs().max() <= 1e-4 * expected.abs().max(), (node, degrees)
 
 
-def test_a_narrow_unet_is_a_model_for_both_samplers(server: ComfyServer, narrow: Path) -> None:
+def test_a_narrow_unet_is_a_model_for_both_samplers(editor: ComfyServer, narrow: Path) -> None:
     latents = []
     for node in ("KSampler", "ParallelSampler"):
         prompt = Prompt()
         saved = picture(prompt, node, unet(prompt, narrow.name, cfg=1))
-        latents.append(latent_of(server, server.run(prompt.nodes), saved))
+        latents.append(latent_of(editor, editor.run(prompt.nodes), saved))
     stock, whole = latents
     assert stock.std() > 0.1 and (stock - whole).abs().max() <= 1e-4 * whole.abs().max()
 
 
-def test_displaced_steps_are_a_widget_and_their_price_is_shown(server: ComfyServer) -> None:
+def test_displaced_steps_are_a_widget_and_their_price_is_shown(editor: ComfyServer) -> None:
     prompt = Prompt()
     model = unet(prompt, cfg=1)
     saved = picture(prompt, "ParallelSampler", model, steps=6, displaced=True, warmup_steps=2)
-    outcome = server.run(prompt.nodes)
-    displaced = latent_of(server, outcome, saved)
+    outcome = editor.run(prompt.nodes)
+    displaced = latent_of(editor, outcome, saved)
     texts = [text for shown in outcome.outputs.values() for text in shown.get("text", ())]
     assert any("waiting for others; sent a step: patch" in text for text in texts), texts
     prompt = Prompt()
     saved = picture(prompt, "ParallelSampler", unet(prompt, cfg=1), steps=6)
-    exact = latent_of(server, server.run(prompt.nodes), saved)
+    exact = latent_of(editor, editor.run(prompt.nodes), saved)
     difference = (displaced - exact).abs().max() / exact.abs().max()
     assert 1e-4 < difference < 0.5
 
 
-def test_changed_sampling_is_refused_by_name_and_runs_on_ksampler(server: ComfyServer) -> None:
+def test_changed_sampling_is_refused_by_name_and_runs_on_ksampler(editor: ComfyServer) -> None:
     for node, works in (("ParallelSampler", False), ("KSampler", True)):
         prompt = Prompt()
         changed = prompt.add("ModelSamplingDiscrete", model=unet(prompt), sampling="v_prediction", zsnr=False)
-        outcome = server.run((saved := picture(prompt, node, out(changed))) and prompt.nodes)
+        outcome = editor.run((saved := picture(prompt, node, out(changed))) and prompt.nodes)
         if works:
-            assert latent_of(server, outcome, saved).std() > 0
+            assert latent_of(editor, outcome, saved).std() > 0
         else:
             assert "V_PREDICTION" in str(outcome.error)
 
@@ -192,9 +188,9 @@ def test_changed_sampling_is_refused_by_name_and_runs_on_ksampler(server: ComfyS
         ("LoadParallelUNet", "sd3.5-medium.safetensors", "holds no UNet"),
     ],
 )
-def test_a_loader_refuses_the_other_kind(loader: str, name: str, words: str, server: ComfyServer) -> None:
+def test_a_loader_refuses_the_other_kind(loader: str, name: str, words: str, editor: ComfyServer) -> None:
     prompt = Prompt()
     model = out(prompt.add(loader, model_name=name, mesh=mesh(prompt)))
     picture(prompt, "ParallelSampler", model)
-    outcome = server.run(prompt.nodes)
+    outcome = editor.run(prompt.nodes)
     assert words in str(outcome.error)

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from comfyui.installation import ComfyInstallation
 from comfyui.server import ComfyServer
 from PIL import Image
 from ui_workflow import WORKFLOWS, api_prompt, ui_workflow
@@ -24,16 +23,11 @@ SIZE, STEPS = 256, 3
 
 
 @pytest.fixture(scope="module")
-def server(
-    comfy: ComfyInstallation, workflow_models: Path, tmp_path_factory: pytest.TempPathFactory, runtime_folder: Path
-) -> Iterator[ComfyServer]:
-    base = tmp_path_factory.mktemp("workflows")
-    (base / "input").mkdir()
+def editor(server: ComfyServer, workflow_models: Path) -> Iterator[ComfyServer]:
+    """A ComfyUI with the files that the workflows name; their backend is Mesh Config's own."""
     pixels = torch.rand(300, 400, 3, generator=torch.Generator().manual_seed(0))
-    Image.fromarray((pixels * 255).byte().numpy()).save(base / "input" / "example.png")
-    server = ComfyServer(comfy, base, workflow_models)
+    Image.fromarray((pixels * 255).byte().numpy()).save(server.base / "input" / "example.png")
     yield server
-    server.stop()
     Backend.attach("default").stop()
 
 
@@ -42,8 +36,8 @@ def test_each_workflow_has_its_twin() -> None:
 
 
 @pytest.mark.parametrize("path", TWINS, ids=lambda p: p.stem)
-def test_the_editors_form_is_made_of_the_api_form(path: Path, server: ComfyServer) -> None:
-    object_info = server.get("/object_info")
+def test_the_editors_form_is_made_of_the_api_form(path: Path, editor: ComfyServer) -> None:
+    object_info = editor.get("/object_info")
     prompt, workflow = json.loads(path.read_text()), json.loads((WORKFLOWS / path.name).read_text())
     assert ui_workflow(prompt, object_info) == workflow, "run scripts/ui_workflow.py"
     assert api_prompt(workflow, object_info) == prompt
@@ -59,65 +53,65 @@ def small(prompt: dict[str, Any]) -> dict[str, Any]:
     return prompt
 
 
-def run(server: ComfyServer, path: Path) -> np.ndarray[Any, Any]:
+def run(editor: ComfyServer, path: Path) -> np.ndarray[Any, Any]:
     """The picture that the workflow saves; those of the demo are small as they are."""
     prompt = json.loads(path.read_text())
-    return picture_of(server, prompt if is_demo(path) else small(prompt))
+    return picture_of(editor, prompt if is_demo(path) else small(prompt))
 
 
 def is_demo(path: Path) -> bool:
     return path.stem.startswith("demo")
 
 
-def picture_of(server: ComfyServer, prompt: dict[str, Any]) -> np.ndarray[Any, Any]:
-    outcome = server.run(prompt)
+def picture_of(editor: ComfyServer, prompt: dict[str, Any]) -> np.ndarray[Any, Any]:
+    outcome = editor.run(prompt)
     assert outcome.error is None, outcome.error
     (save,) = (node_id for node_id, node in prompt.items() if node["class_type"] == "SaveImage")
     image = outcome.outputs[save]["images"][0]
-    return np.asarray(Image.open(server.base / "output" / image["subfolder"] / image["filename"]))
+    return np.asarray(Image.open(editor.base / "output" / image["subfolder"] / image["filename"]))
 
 
 @pytest.mark.parametrize("path", TWINS, ids=lambda p: p.stem)
-def test_workflow_saves_a_picture(path: Path, server: ComfyServer) -> None:
-    picture = run(server, path)
+def test_workflow_saves_a_picture(path: Path, editor: ComfyServer) -> None:
+    picture = run(editor, path)
     side = 128 if is_demo(path) else 3 * SIZE // 2 if "hires" in path.stem else SIZE
     assert picture.shape == (side, side, 3) and picture.std() > 0
 
 
 @pytest.mark.parametrize("name", ["sd35", "demo", "demo_sdxl"])
-def test_both_samplers_give_one_picture(name: str, server: ComfyServer) -> None:
-    pictures = [run(server, WORKFLOWS / "api" / f"{name}_text_to_image{end}.json") for end in ("", "_ksampler")]
+def test_both_samplers_give_one_picture(name: str, editor: ComfyServer) -> None:
+    pictures = [run(editor, WORKFLOWS / "api" / f"{name}_text_to_image{end}.json") for end in ("", "_ksampler")]
     difference = np.abs(pictures[0].astype(int) - pictures[1].astype(int))
     assert difference.max() <= 1
 
 
-def test_the_demos_picture_shows_its_caption_on_our_ranks_and_in_stock_comfyui(server: ComfyServer) -> None:
+def test_the_demos_picture_shows_its_caption_on_our_ranks_and_in_stock_comfyui(editor: ComfyServer) -> None:
     path = WORKFLOWS / "api" / "demo_text_to_image_ksampler.json"
     prompt = json.loads(path.read_text())
-    ours = run(server, path)
+    ours = run(editor, path)
     assert shows(Image.fromarray(ours), parse(caption_of(prompt)))
     (loader,) = (node for node in prompt.values() if node["class_type"] == "LoadParallelMMDiT")
     loader |= {
         "class_type": "UNETLoader",
         "inputs": {"unet_name": "parallel_demo/mmdit.safetensors", "weight_dtype": "default"},
     }
-    stock = picture_of(server, prompt)
+    stock = picture_of(editor, prompt)
     assert np.abs(stock.astype(int) - ours.astype(int)).mean() < 1
 
 
 @pytest.mark.parametrize("name", ["text_to_image", "displaced"])
-def test_the_demos_unet_draws_its_caption(name: str, server: ComfyServer) -> None:
+def test_the_demos_unet_draws_its_caption(name: str, editor: ComfyServer) -> None:
     path = WORKFLOWS / "api" / f"demo_sdxl_{name}.json"
-    assert shows(Image.fromarray(run(server, path)), parse(caption_of(json.loads(path.read_text()))))
+    assert shows(Image.fromarray(run(editor, path)), parse(caption_of(json.loads(path.read_text()))))
 
 
-def test_a_graph_from_before_demo_caption_had_a_model_is_the_graph_that_it_was(server: ComfyServer) -> None:
+def test_a_graph_from_before_demo_caption_had_a_model_is_the_graph_that_it_was(editor: ComfyServer) -> None:
     path = WORKFLOWS / "api" / "demo_text_to_image.json"
     prompt = json.loads(path.read_text())
     for node in prompt.values():
         if node["class_type"] == "DemoCaption":
             del node["inputs"]["model"]
-    assert (picture_of(server, prompt) == run(server, path)).all()
+    assert (picture_of(editor, prompt) == run(editor, path)).all()
 
 
 def caption_of(prompt: dict[str, Any]) -> str:

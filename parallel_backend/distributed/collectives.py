@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .graph_breaks import breaks_graph
 from .mesh import MeshAxis
 from .traffic import Traffic
 
@@ -47,7 +48,7 @@ class Handle:
             self._arrive()
         return self.result
 
-    @torch.compiler.disable
+    @breaks_graph
     def _arrive(self) -> None:
         assert self.traffic is not None, "whoever starts works counts them"
         with self.traffic.waiting(self.result.device):
@@ -64,7 +65,7 @@ def start_all_reduce(x: Tensor, axis: MeshAxis) -> Handle:
     return Handle(x) if axis.degree == 1 or x.numel() == 0 else _start_all_reduce(x, axis)
 
 
-@torch.compiler.disable
+@breaks_graph
 def _start_all_reduce(x: Tensor, axis: MeshAxis) -> Handle:
     x = x.contiguous()
     axis.traffic.count(2 * (axis.degree - 1) * x.nbytes // axis.degree)

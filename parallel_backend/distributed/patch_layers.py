@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .attention import DISPATCH_NAMES
 from .collectives import all_gather, exchange_halo, facing_rows, halo_sizes, start_neighbour_exchange, with_halo
+from .graph_breaks import breaks_graph
 from .mesh import MeshAxis
 from .stale import Step
 
@@ -240,7 +241,7 @@ class BandSelfAttention:
             k, v = self._whole(torch.stack([k, v])).unbind(0)
         return attn.to_out[0](_attend(q, k, v, attn.heads, self.kernel))
 
-    @torch.compiler.disable
+    @breaks_graph
     def _whole(self, own_2BLD: Tensor) -> Tensor:
         """Keys and values of the whole image; the order of bands doesn't matter to attention."""
         band, stale, place = self.band, self.band.step.stale, (self.slot, self.band.step.branch)
@@ -263,7 +264,7 @@ class CachedCrossAttention:
         k, v = self._keys_values(attn.to_kv, encoder_hidden_states).chunk(2, dim=-1)
         return attn.to_out[0](_attend(attn.to_q(hidden_states), k, v, attn.heads, self.kernel))
 
-    @torch.compiler.disable
+    @breaks_graph
     def _keys_values(self, to_kv: nn.Module, prompt_BLE: Tensor) -> Tensor:
         kept, place = self.band.step.kept, (self.slot, self.band.step.branch)
         if kept is None:

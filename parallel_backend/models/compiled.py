@@ -1,6 +1,6 @@
 """torch.compile of a model's repeated blocks, one block at a time: all blocks of a kind share the compiled code.
 
-What ranks send each other is left out of it: see the functions marked with torch.compiler.disable.
+What ranks send each other is left out of it: see the functions marked with `breaks_graph`.
 """
 
 from __future__ import annotations
@@ -8,10 +8,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..distributed import collectives, patch_layers
+from ..distributed.graph_breaks import keep_out_of_graphs
 from ..errors import ConfigError
+from .transformer import Attend
 
 # A block's code is made again for each of: branch of the guidance, kind of step, shape; torch's own limit is 8.
 MOST_VARIANTS = 64
+# All that has functions with the mark.
+MARKED = (collectives, collectives.Handle, patch_layers.BandSelfAttention, patch_layers.CachedCrossAttention, Attend)
 
 
 def check_compiler(device: torch.device) -> None:
@@ -31,6 +36,7 @@ def compile_blocks(module: nn.Module, kind: type[nn.Module]) -> None:
 
     Compiling takes its time when a block first runs, and again for each new kind of shape.
     """
+    keep_out_of_graphs(*MARKED)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_VARIANTS)
     for block in module.modules():
         if isinstance(block, kind):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..distributed.attention import Memory, ParallelAttention, PipelinedKV, StaleKV, by_ring, in_ring_rank
 from ..distributed.collectives import Handle, all_gather, broadcast, start_receive, start_send
+from ..distributed.graph_breaks import breaks_graph
 from ..distributed.mesh import Mesh
 from ..distributed.stale import EXACT, Step, TokenKV
 from ..errors import ConfigError
@@ -35,12 +36,12 @@ class Attend:
         """Those of one block."""
         return replace(self, block=block)
 
-    @torch.compiler.disable
+    @breaks_graph
     def joint(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
         """Text and image tokens to all of both."""
         return self._to(("joint", self.block), self.tokens.present, q_BLNH, k_BLNH, v_BLNH)
 
-    @torch.compiler.disable
+    @breaks_graph
     def image(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
         """Image tokens to all image tokens."""
         return self._to(("image", self.block), self.tokens.image_segments, q_BLNH, k_BLNH, v_BLNH)

@@ -1,10 +1,53 @@
-"""Imported by a rank before all else: keeps two packages out that diffusers imports wherever it finds them.
+"""Imported by a rank before all else: brings diffusers in without what ranks don't need of it.
 
-Ranks use neither, they take seconds to import, and in many ComfyUI environments one of them doesn't fit the installed
-torch, which would keep the backend from starting.
+diffusers imports transformers and torchvision wherever it finds them. Ranks use neither, they take seconds, and in many
+ComfyUI environments one of them doesn't fit the installed torch, which would keep the backend from starting.
+scipy (for schedulers) and torch's compiler (for marks on hooks) are not of use to most ranks either: they are kept out while
+diffusers is imported, which halves a rank's start, and come when a schedule or a compiled model asks for them.
 """
 
-import sys
+from __future__ import annotations
 
-for _unused in ("transformers", "torchvision"):
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+_NEVER = ("transformers", "torchvision")
+_LATER = ("scipy", "torch._dynamo")
+# What ranks take of diffusers.
+_WANTED = (
+    "attention_dispatch",
+    "unets.unet_2d_condition",
+    "autoencoders.autoencoder_kl",
+    "autoencoders.autoencoder_tiny",
+)
+
+
+def _unmarked(function: Callable[..., Any] | None = None, **_: Any) -> Callable[..., Any]:
+    """What torch.compiler.disable is meanwhile: compiled code of ours never reaches diffusers' hooks."""
+    return function if function is not None else _unmarked
+
+
+@contextmanager
+def _kept_out(names: tuple[str, ...]) -> Iterator[None]:
+    absent = [name for name in names if name not in sys.modules]
+    disable = torch.compiler.disable
+    sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]
+    torch.compiler.disable = _unmarked  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compiler.disable = disable
+        for name in absent:
+            del sys.modules[name]
+
+
+for _unused in _NEVER:
     sys.modules.setdefault(_unused, None)  # type: ignore[arg-type]
+with _kept_out(_LATER):
+    for _name in _WANTED:
+        importlib.import_module(f"diffusers.models.{_name}")

@@ -10,7 +10,6 @@ import math
 from typing import NamedTuple
 
 import torch
-from scipy import integrate
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -26,6 +25,8 @@ _ADAMS_BASHFORTH = (
 
 
 def lms(x: Tensor, run: Run, order: int = 4) -> Sampler:
+    from scipy import integrate  # half a second and 30 MB, which ranks spend when a job needs it
+
     times = run.sigmas.double().cpu().tolist()
     slopes: list[Tensor] = []
     for i, sigma, following in run.pairs:

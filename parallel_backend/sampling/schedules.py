@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from scipy.stats import beta as beta_distribution
 from torch import Tensor
 
 from ..config import SCHEDULERS, SamplerSpec, choose
@@ -89,6 +88,8 @@ def exponential(model: Parameterization, steps: int) -> Tensor:
 
 def beta(model: Parameterization, steps: int, alpha: float = 0.6) -> Tensor:
     """Quantiles of a symmetric beta distribution over the table; repeated entries are dropped."""
+    from scipy.stats import beta as beta_distribution  # half a second, which ranks spend when a job needs it
+
     quantiles = beta_distribution.ppf(1 - np.linspace(0, 1, steps, endpoint=False), alpha, alpha)
     chosen = dict.fromkeys(int(i) for i in np.rint(quantiles * (len(model.sigmas) - 1)))
     return _with_zero(model.sigmas[list(chosen)])

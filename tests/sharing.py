@@ -1,0 +1,58 @@
+"""What tests share: begun by the first test that asks for it, ended right after the last one that does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import pytest
+
+T = TypeVar("T")
+# Fixtures that hold processes, and so memory. Modules that need a later one run later, so that few live side by side.
+SHARED = ("ranks", "backend4", "backend2", "comfy_backend", "server")
+
+
+class Sharing:
+    """Knows which tests are still to come, and how to end what no longer has any."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, str] = {}
+        self._ends: dict[str, Callable[[], None]] = {}
+
+    def plan(self, items: Sequence[pytest.Item]) -> None:
+        """Notes the last of these tests that uses each shared fixture."""
+        for item in items:
+            self._last.update(dict.fromkeys(used_by(item), item.nodeid))
+
+    def until_last_use(self, name: str, value: T, end: Callable[[T], None]) -> Iterator[T]:
+        """The body of a session's fixture `name`, which gives `value`."""
+        self._ends[name] = lambda: end(value)
+        yield value
+        self._end(name)  # where the session ends early
+
+    def after(self, item: pytest.Item) -> None:
+        for name, last in self._last.items():
+            if last == item.nodeid:
+                self._end(name)
+
+    def _end(self, name: str) -> None:
+        if (end := self._ends.pop(name, None)) is not None:
+            end()
+
+
+def used_by(item: pytest.Item) -> set[str]:
+    return set(SHARED) & set(getattr(item, "fixturenames", ()))
+
+
+def in_order(items: Sequence[pytest.Item]) -> list[pytest.Item]:
+    """Modules whole and by name, but those first that need nothing, then those of backend4, and a ComfyUI's last."""
+    needs: dict[str, set[str]] = {}
+    for item in items:
+        needs.setdefault(item.path.name, set()).update(used_by(item))
+
+    def place(item: pytest.Item) -> tuple[bool, bool, bool, bool]:
+        needed = needs[item.path.name]
+        backends = needed & {"backend2", "backend4"}
+        return "server" in needed, bool(backends), "backend4" not in needed, not backends
+
+    return sorted(items, key=place)
