@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import folder_paths
 from comfy_api.latest import io
 
 from ..parallel_backend.demo.captions import SD3_WIDTHS, SDXL_WIDTHS, encode
 from ..parallel_backend.demo.scenes import CAPTIONS, known_words
-from ..parallel_backend.demo.trained import MODELS
 
 WIDTHS = {"SD3": SD3_WIDTHS, "SDXL": SDXL_WIDTHS}
 DEFAULT = "SD3"
-
-
-def list_demo_models() -> None:
-    """The demo's files stand in ComfyUI's lists, after the user's own, under `parallel_demo/`."""
-    for folder in ("diffusion_models", "vae_approx"):
-        folder_paths.add_model_folder_path(folder, str(MODELS / folder))
 
 
 class DemoCaption(io.ComfyNode):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .conditioning_file import LoadConditioning, SaveConditioning
-from .demo_caption import DemoCaption, list_demo_models
+from .demo_caption import DemoCaption
 from .load_models import LoadParallelMMDiT, LoadParallelUNet
 from .mesh_config import MeshConfig
 from .parallel_sampler import ParallelSampler
@@ -29,5 +29,4 @@ class ParallelMMDiTExtension(ComfyExtension):
 
 async def comfy_entrypoint() -> ParallelMMDiTExtension:
     add_routes()
-    list_demo_models()
     return ParallelMMDiTExtension()

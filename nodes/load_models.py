@@ -11,8 +11,9 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..parallel_backend import RemoteModel
+from ..parallel_backend.demo.files import MMDIT_FILE, UNET_FILE, DemoFile
 from ..parallel_backend.rpc.messages import ModelKind, Progress, StepDone
-from .model_files import file_fingerprint, names_elsewhere, names_in, path_of
+from .model_files import fingerprint, names_elsewhere, names_in, path_of
 from .node_text import say
 from .parallel_mesh import MeshSocket, ParallelMesh, make_room
 from .remote_model import interruptible, remote_patcher
@@ -57,7 +58,7 @@ def per_rank(byte_counts: Sequence[int]) -> str:
 
 
 def loader_schema(
-    node_id: str, display_name: str, description: str, aliases: list[str], mesh_tooltip: str
+    node_id: str, display_name: str, description: str, aliases: list[str], mesh_tooltip: str, demo: DemoFile
 ) -> io.Schema:
     """What all loaders look like: a file and a mesh in, a MODEL out."""
     return io.Schema(
@@ -69,7 +70,7 @@ def loader_schema(
         inputs=[
             io.Combo.Input(
                 "model_name",
-                options=names_in(FOLDER),
+                options=names_in(FOLDER, demo),
                 tooltip="A .safetensors file of the diffusion_models or checkpoints folder.",
             ),
             MeshSocket.Input("mesh", tooltip=mesh_tooltip),
@@ -88,11 +89,12 @@ class LoadParallelMMDiT(io.ComfyNode):
             "The MODEL works with KSampler and guiders; ParallelSampler runs the whole loop in the backend.",
             ["sd3", "sd3.5"],
             "From Mesh Config.",
+            MMDIT_FILE,
         )
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str, mesh: None = None) -> str:
-        return file_fingerprint(path_of(model_name, FOLDER))
+        return fingerprint(model_name, FOLDER)
 
     @classmethod
     def execute(cls, model_name: str, mesh: ParallelMesh) -> io.NodeOutput:
@@ -110,11 +112,12 @@ class LoadParallelUNet(io.ComfyNode):
             "whole loop in the backend.",
             ["sdxl", "distrifusion"],
             "From Mesh Config; its patch ranks take a band each.",
+            UNET_FILE,
         )
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str, mesh: None = None) -> str:
-        return file_fingerprint(path_of(model_name, FOLDER))
+        return fingerprint(model_name, FOLDER)
 
     @classmethod
     def execute(cls, model_name: str, mesh: ParallelMesh) -> io.NodeOutput:

@@ -1,55 +1,79 @@
-"""Files of ComfyUI's model folders, as the loaders list and find them."""
+"""Files of ComfyUI's model folders and of the demo, as the loaders list and find them.
+
+The demo's are this pack's alone: ComfyUI's own lists don't have them, so that its own graphs never choose them.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import comfy.model_management as mm
 import folder_paths
 
 from ..parallel_backend.checkpoint_files.taesd_files import DECODER, ENCODER, FAMILIES
+from ..parallel_backend.demo.files import FILES, OWN, DemoFile, present
 from ..parallel_backend.errors import CheckpointError
+from .node_text import say
 
 CHECKPOINTS = "checkpoints/"
 
 
-def names_in(folder: str) -> list[str]:
-    """Files of the folder, then those of the checkpoints folder with that folder's name before them."""
-    checkpoints = (CHECKPOINTS + name for name in folder_paths.get_filename_list("checkpoints"))
-    return [*folder_paths.get_filename_list(folder), *checkpoints]
+def names_in(folder: str, demo: DemoFile | None = None) -> list[str]:
+    """Files of the folder, those of the checkpoints folder with that folder's name before them, and the demo's, if any."""
+    own = folder_paths.get_filename_list(folder)
+    checkpoints = [CHECKPOINTS + name for name in folder_paths.get_filename_list("checkpoints")]
+    return [*own, *checkpoints, *([demo.listed] if demo and demo.listed not in own else [])]
 
 
 def path_of(name: str, folder: str) -> Path:
-    """The file of a name that `names_in` gave.
+    """The file of a name that `names_in` gave; the demo's is fetched if it has to be.
 
-    Raises: CheckpointError: no such file in the model folders.
+    Raises: CheckpointError: no such file in the model folders, or the demo's could not be fetched.
     """
-    if name.startswith(CHECKPOINTS):
-        folder, name = "checkpoints", name.removeprefix(CHECKPOINTS)
-    path = folder_paths.get_full_path(folder, name)
-    if path is None:
-        raise CheckpointError(f"There is no {name!r} in ComfyUI's {folder} folder.", "Put it there, or choose another.")
-    return Path(path)
+    found = _find(name, folder)
+    return present(found, fetching) if isinstance(found, DemoFile) else found
 
 
 def vae_names() -> list[str]:
-    """Files that may hold a VAE, and TAESD's encoder and decoder pairs of vae_approx, in any folder there."""
+    """Files that may hold a VAE, and TAESD's encoder and decoder pairs of vae_approx, in any folder there, and the demo's."""
     approx = set(folder_paths.get_filename_list("vae_approx"))
-    pairs = sorted(name.removesuffix(ENCODER) for name in approx if name.endswith(ENCODER))
-    return [*names_in("vae"), *(name for name in pairs if _is_taesd(name) and name + DECODER in approx)]
+    pairs = [name.removesuffix(ENCODER) for name in sorted(approx) if name.endswith(ENCODER)]
+    found = [name for name in pairs if _is_taesd(name) and name + DECODER in approx]
+    return [*names_in("vae"), *dict.fromkeys([*found, *(f"{OWN}/{family}" for family in FAMILIES.values())])]
 
 
 def vae_paths(name: str) -> list[Path]:
-    """One file, or TAESD's encoder and decoder.
+    """One file, or TAESD's encoder and decoder; the demo's are fetched if they have to be.
 
-    Raises: CheckpointError: not in the model folders.
+    Raises: CheckpointError: as `path_of`.
     """
-    if not _is_taesd(name):
-        return [path_of(name, "vae")]
-    found = [folder_paths.get_full_path("vae_approx", name + part) for part in (ENCODER, DECODER)]
-    paths = [Path(path) for path in found if path is not None]
-    if len(paths) < 2:
-        raise CheckpointError(f"{name} needs {name}{ENCODER} and {name}{DECODER}.", "Put both in vae_approx.")
-    return paths
+    return [path_of(file, folder) for file, folder in _vae_files(name)]
+
+
+def _vae_files(name: str) -> list[tuple[str, str]]:
+    """Names and their folders."""
+    if _is_taesd(name):
+        return [(name + part, "vae_approx") for part in (ENCODER, DECODER)]
+    return [(name, "vae")]
+
+
+def _find(name: str, folder: str) -> Path | DemoFile:
+    """A file of the user's own goes before one of the demo's."""
+    if name.startswith(CHECKPOINTS):
+        folder, name = "checkpoints", name.removeprefix(CHECKPOINTS)
+    path = folder_paths.get_full_path(folder, name)
+    if path is not None:
+        return Path(path)
+    for demo in FILES.values():
+        if (demo.listed, demo.folder) == (name, folder):
+            return demo
+    raise CheckpointError(f"There is no {name!r} in ComfyUI's {folder} folder.", "Put it there, or choose another.")
+
+
+def fetching(file: DemoFile, done: int) -> None:
+    """Shows on the executing node what has come of the demo's file; an interrupt in ComfyUI ends the fetch."""
+    mm.throw_exception_if_processing_interrupted()
+    say(f"fetching {file.name}: {done / 2**20:.0f} of {file.size / 2**20:.0f} MiB from {file.url}")
 
 
 def names_elsewhere(name: str) -> list[str]:
@@ -59,6 +83,22 @@ def names_elsewhere(name: str) -> list[str]:
 
 def _is_taesd(name: str) -> bool:
     return name.rpartition("/")[2] in FAMILIES.values()
+
+
+def fingerprint(name: str, folder: str) -> str:
+    """As `file_fingerprint`, of a name that `names_in` gave; fetches nothing.
+
+    Raises: CheckpointError: no such file in the model folders.
+    """
+    found = _find(name, folder)
+    if isinstance(found, DemoFile):
+        return file_fingerprint(found.shipped) if found.shipped.is_file() else found.sha256
+    return file_fingerprint(found)
+
+
+def vae_fingerprint(name: str) -> str:
+    """As `fingerprint`, of one file or of TAESD's two."""
+    return " ".join(fingerprint(file, folder) for file, folder in _vae_files(name))
 
 
 def file_fingerprint(path: Path) -> str:

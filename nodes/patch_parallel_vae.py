@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from .model_files import file_fingerprint, names_elsewhere, vae_names, vae_paths
+from .model_files import names_elsewhere, vae_fingerprint, vae_names, vae_paths
 from .node_text import say
 from .parallel_mesh import MeshSocket, ParallelMesh, make_room
 from .remote_model import interruptible
@@ -37,7 +37,7 @@ class PatchParallelVAE(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, vae_name: str, mesh: None = None) -> str:
-        return " ".join(file_fingerprint(path) for path in vae_paths(vae_name))
+        return vae_fingerprint(vae_name)
 
     @classmethod
     def execute(cls, vae_name: str, mesh: ParallelMesh) -> io.NodeOutput:

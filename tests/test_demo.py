@@ -18,9 +18,10 @@ from parallel_backend.__main__ import main
 from parallel_backend.bench.pictures import draw_plot, figures
 from parallel_backend.demo import command, yardsticks
 from parallel_backend.demo.drawing import as_picture
+from parallel_backend.demo.files import MODELS
 from parallel_backend.demo.scenes import CAPTIONS, held_out_scenes, parse
 from parallel_backend.demo.score import shows
-from parallel_backend.demo.trained import MMDIT, MODELS, SHIPPED, UNET, Trained, trained_in
+from parallel_backend.demo.trained import MMDIT, SHIPPED, UNET, Trained, trained_in
 from parallel_backend.demo.yardsticks import psnr
 from parallel_backend.errors import CheckpointError
 from parallel_backend.models.unet import micro_conditioning

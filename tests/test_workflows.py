@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from ui_workflow import WORKFLOWS, api_prompt, ui_workflow
 from parallel_backend import Backend
 from parallel_backend.demo.scenes import parse
 from parallel_backend.demo.score import shows
+from parallel_backend.demo.trained import MMDIT
 
 TWINS = sorted((WORKFLOWS / "api").glob("*.json"))
 SIZE, STEPS = 256, 3
 
 
 @pytest.fixture(scope="module")
-def editor(server: ComfyServer, workflow_models: Path) -> Iterator[ComfyServer]:
+def editor(editor: ComfyServer, workflow_models: Path) -> Iterator[ComfyServer]:
     """A ComfyUI with the files that the workflows name; their backend is Mesh Config's own."""
     pixels = torch.rand(300, 400, 3, generator=torch.Generator().manual_seed(0))
     Image.fromarray((pixels * 255).byte().numpy()).save(server.base / "input" / "example.png")
@@ -85,18 +87,61 @@ def test_both_samplers_give_one_picture(name: str, editor: ComfyServer) -> None:
     assert difference.max() <= 1
 
 
-def test_the_demos_picture_shows_its_caption_on_our_ranks_and_in_stock_comfyui(editor: ComfyServer) -> None:
+def test_the_demos_picture_shows_its_caption_on_our_ranks_and_in_stock_comfyui(
+    editor: ComfyServer, workflow_models: Path
+) -> None:
     path = WORKFLOWS / "api" / "demo_text_to_image_ksampler.json"
     prompt = json.loads(path.read_text())
     ours = run(editor, path)
     assert shows(Image.fromarray(ours), parse(caption_of(prompt)))
     (loader,) = (node for node in prompt.values() if node["class_type"] == "LoadParallelMMDiT")
-    loader |= {
-        "class_type": "UNETLoader",
-        "inputs": {"unet_name": "parallel_demo/mmdit.safetensors", "weight_dtype": "default"},
-    }
-    stock = picture_of(editor, prompt)
+    with lent(workflow_models / "diffusion_models" / "of_the_demo.safetensors", MMDIT.path.read_bytes()):
+        loader |= {
+            "class_type": "UNETLoader",
+            "inputs": {"unet_name": "of_the_demo.safetensors", "weight_dtype": "default"},
+        }
+        stock = picture_of(editor, prompt)
     assert np.abs(stock.astype(int) - ours.astype(int)).mean() < 1
+
+
+@contextmanager
+def lent(path: Path, body: bytes) -> Iterator[None]:
+    """The file in the user's models folder, for a while."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(body)
+    try:
+        yield
+    finally:
+        path.unlink()
+
+
+def listed(editor: ComfyServer, node: str, name: str) -> list[str]:
+    """The demo's files among a loader's choices."""
+    kind, settings = (*editor.get(f"/object_info/{node}")[node]["input"]["required"][name], {})[:2]
+    choices = settings["options"] if kind == "COMBO" else kind
+    return [choice for choice in choices if "parallel_demo" in choice]
+
+
+def test_the_demos_files_are_listed_by_this_packs_nodes_alone(editor: ComfyServer) -> None:
+    assert listed(editor, "UNETLoader", "unet_name") == []
+    assert listed(editor, "VAELoader", "vae_name") == []
+    assert listed(editor, "LoadParallelMMDiT", "model_name") == ["parallel_demo/mmdit.safetensors"]
+    assert listed(editor, "LoadParallelUNet", "model_name") == ["parallel_demo/unet.safetensors"]
+    assert listed(editor, "PatchParallelVAE", "vae_name") == ["parallel_demo/taesd3", "parallel_demo/taesdxl"]
+    assert not any("parallel_demo" in str(node) for name, node in editor.get("/object_info").items() if is_core(node))
+
+
+def is_core(node: dict[str, Any]) -> bool:
+    return not str(node["python_module"]).startswith("custom_nodes")
+
+
+def test_a_users_own_file_goes_before_the_demos(editor: ComfyServer, workflow_models: Path) -> None:
+    own = workflow_models / "diffusion_models" / "parallel_demo" / "mmdit.safetensors"
+    prompt = json.loads((WORKFLOWS / "api" / "demo_text_to_image.json").read_text())
+    with lent(own, b"a file of the user's own, and no model"):
+        assert listed(editor, "LoadParallelMMDiT", "model_name") == ["parallel_demo/mmdit.safetensors"]
+        assert "should be a safetensors file" in editor.run(prompt).message
+    assert editor.run(prompt).error is None
 
 
 @pytest.mark.parametrize("name", ["text_to_image", "displaced"])

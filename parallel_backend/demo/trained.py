@@ -1,4 +1,4 @@
-"""Small trained checkpoints: the demo's, in a ComfyUI models folder inside this package, and those of own runs."""
+"""Small trained checkpoints: the demo's, and those of own runs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ..config import MeshSpec, SamplerSpec
 from ..errors import CheckpointError
 from ..rpc.conditioning import Conditioning
 from .captions import SD3_WIDTHS, SDXL_WIDTHS, encode
+from .files import MMDIT_FILE, UNET_FILE, DemoFile, pair, present
 
-MODELS = Path(__file__).parent / "models"
-# A folder of its own in each of ComfyUI's, so that no file takes the name of a real one.
-OWN = "parallel_demo"
+# A file on this machine, or one that may have to be fetched first.
+Source = Path | DemoFile
 SPEC = SamplerSpec(steps=20, cfg_scale=4.0, seed=1)
 
 
@@ -35,12 +35,23 @@ class Trained:
         mesh: of two ranks.
     """
 
-    path: Path
-    vae: tuple[Path, Path]
+    checkpoint: Source
+    autoencoder: tuple[Source, Source]
     channels: int
     widths: tuple[int, int]
     spec: SamplerSpec
     mesh: MeshSpec
+
+    @property
+    def path(self) -> Path:
+        """Raises: CheckpointError: the demo's file had to be fetched, and could not be."""
+        return _on_disk(self.checkpoint)
+
+    @property
+    def vae(self) -> tuple[Path, Path]:
+        """Encoder and decoder. Raises: CheckpointError: as `path`."""
+        encoder, decoder = self.autoencoder
+        return _on_disk(encoder), _on_disk(decoder)
 
     @property
     def is_unet(self) -> bool:
@@ -92,7 +103,8 @@ def trained_in(folder: Path) -> Trained:
     path = folder / f"{run.task}.safetensors"
     if not path.is_file():
         raise CheckpointError(f"The run in {folder} has left no {path.name} yet.", "Let it end; --until ends it early.")
-    return (_mmdit if run.task == "mmdit" else _unet)(path, Path(run.autoencoder))
+    made, family = (_mmdit, FAMILIES[16]) if run.task == "mmdit" else (_unet, FAMILIES[4])
+    return made(path, taesd_files(Path(run.autoencoder), family))
 
 
 class _Run(msgspec.Struct):
@@ -102,15 +114,19 @@ class _Run(msgspec.Struct):
     autoencoder: str
 
 
-def _mmdit(path: Path, autoencoder: Path) -> Trained:
-    return Trained(path, taesd_files(autoencoder, FAMILIES[16]), 16, SD3_WIDTHS, SPEC, MeshSpec(cfg=2))
+def _on_disk(file: Source) -> Path:
+    return present(file) if isinstance(file, DemoFile) else file
 
 
-def _unet(path: Path, autoencoder: Path) -> Trained:
+def _mmdit(checkpoint: Source, autoencoder: tuple[Source, Source]) -> Trained:
+    return Trained(checkpoint, autoencoder, 16, SD3_WIDTHS, SPEC, MeshSpec(cfg=2))
+
+
+def _unet(checkpoint: Source, autoencoder: tuple[Source, Source]) -> Trained:
     spec = msgspec.structs.replace(SPEC, scheduler="normal")
-    return Trained(path, taesd_files(autoencoder, FAMILIES[4]), 4, SDXL_WIDTHS, spec, MeshSpec(patch=2))
+    return Trained(checkpoint, autoencoder, 4, SDXL_WIDTHS, spec, MeshSpec(patch=2))
 
 
-MMDIT = _mmdit(MODELS / "diffusion_models" / OWN / "mmdit.safetensors", MODELS / "vae_approx" / OWN)
-UNET = _unet(MODELS / "diffusion_models" / OWN / "unet.safetensors", MODELS / "vae_approx" / OWN)
+MMDIT = _mmdit(MMDIT_FILE, pair(FAMILIES[16]))
+UNET = _unet(UNET_FILE, pair(FAMILIES[4]))
 SHIPPED = {"mmdit": MMDIT, "unet": UNET}
