@@ -1,3 +1,3 @@
-"""The one place that holds the version; pyproject reads it, and both ends of the wire compare it."""
+"""The version, which both ends of the wire compare. pyproject.toml has it too, since ComfyUI runs a clone that nobody installed."""
 
 __version__ = "0.1.0"
