@@ -19,7 +19,7 @@ from tqdm import tqdm
 def interleaved(cases: Mapping[str, Callable[[], float]], rounds: int, title: str) -> dict[str, list[float]]:
     """Seconds of each case in each of `rounds` rounds, after one that isn't counted. No bar without a title."""
     times: dict[str, list[float]] = {name: [] for name in cases}
-    with tqdm(total=(rounds + 1) * len(cases), desc=title, file=sys.stderr, disable=not title) as bar:
+    with tqdm(total=(rounds + 1) * len(cases), desc=title, file=sys.stderr, disable=None if title else True) as bar:
         for turn in range(rounds + 1):
             for name, case in cases.items():
                 seconds = case()

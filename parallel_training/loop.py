@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
+
+from parallel_backend.demo.progress import progress
 
 from . import snapshots
 from .autoencoder import AutoencoderTask
@@ -105,7 +106,7 @@ class Run:
         spec = self.spec
         source = None if self.roles.feeds else self.task.source(self.rank)
         fed = batches(source, self.roles, self.rank, self.step * spec.accumulate, spec.last * spec.accumulate)
-        with tqdm(total=spec.steps, initial=self.step, desc=spec.task, disable=not self.writes) as bar:
+        with progress(spec.task, spec.steps, self.step, shown=self.writes) as bar:
             while self.step < spec.last:
                 self.losses.append(self._one_step(fed))
                 self.step += 1

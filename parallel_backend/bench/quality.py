@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ..client.backend import Backend
 from ..client.remote import RemoteModel, Step
 from ..config import MeshSpec, SamplerSpec
+from ..demo.progress import each
 from ..demo.scenes import CAPTIONS
 from ..demo.trained import Trained
 from ..models.unet import micro_conditioning
@@ -76,7 +77,7 @@ def print_table(backend: Backend, subject: Subject, warmups: Sequence[int], step
     """The rows of one number of ranks."""
     model = backend.load_model(subject.path, MeshSpec(patch=backend.world_size), "float32", kind="unet")
     exact = _run(model, subject.prompt, steps, size, None)
-    for warmup in tqdm([*warmups, steps], desc=f"{backend.world_size} ranks", leave=False):
+    for warmup in each([*warmups, steps], f"{backend.world_size} ranks", leave=False):
         displaced = _run(model, subject.prompt, steps, size, warmup)
         end = _error(displaced.latent, exact.latent)
         place = f"| {backend.world_size} | {'all' if warmup >= steps else warmup}"

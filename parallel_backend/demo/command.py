@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
-from tqdm import tqdm
 
 from ..client.backend import Backend
 from ..client.remote import RemoteVAE
 from ..rank.one_process import OneProcess
 from .drawing import as_picture
+from .progress import each, progress
 from .scenes import CAPTIONS, parse
 from .trained import Trained
 
@@ -25,29 +25,30 @@ GAP, LINE = 6, 14
 def run_demo(trained: Trained, output: str, *, prompts: Sequence[str], size: int) -> None:
     """Draws the captions on two ranks, cold and warm, and in one process; compares; writes a contact sheet.
 
-    Raises: InputError: a caption outside the demo's grammar, or a size that the model can't take.
+    Raises: InputError: a caption outside the demo's grammar, or a size that the model can't take. CheckpointError: as `Trained.path`.
     """
     captions = list(prompts) or list(CAPTIONS)
     for caption in captions:
         parse(caption)
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
+    checkpoint, autoencoder = trained.path, trained.vae
     print("1. A backend of two CPU ranks ...")
-    with tqdm(total=None, desc="   starting", bar_format="{desc} {elapsed}", mininterval=1) as bar:
+    with progress("   starting") as bar:
         backend = Backend.attach_or_start(2, "cpu", BACKEND, waiting=lambda seconds: bar.refresh())
     try:
-        model = backend.load_model(trained.path, trained.mesh, "float32")
-        vae = backend.load_vae(trained.vae, "float32")
+        model = backend.load_model(checkpoint, trained.mesh, "float32")
+        vae = backend.load_vae(autoencoder, "float32")
         print(f"   {trained.mesh.describe()}; {model.family}, {sum(model.loaded.bytes_read) / 2**20:.0f} MiB read")
         ours, seconds = _draw("2. On two ranks", captions, lambda caption: trained.sample(model, [caption], size))
         print(f"   {seconds / trained.spec.steps:.3f} s a step")
-        again = backend.load_model(trained.path, trained.mesh, "float32")
+        again = backend.load_model(checkpoint, trained.mesh, "float32")
         warm, seconds = _draw(
             "3. The first again", captions[:1], lambda caption: trained.sample(again, [caption], size)
         )
         same = "bit-equal" if torch.equal(warm[0], ours[0]) else "NOT equal"
         print(f"   weights already resident: {sum(again.loaded.bytes_read)} bytes read; {same} to the first time")
-        alone = OneProcess(trained.path)
+        alone = OneProcess(checkpoint)
         theirs, seconds = _draw(
             "4. In one process", captions, lambda caption: alone.sample(*trained.job([caption], size), trained.spec)
         )
@@ -66,7 +67,7 @@ def run_demo(trained: Trained, output: str, *, prompts: Sequence[str], size: int
 def _draw(title: str, captions: Sequence[str], sampled: Callable[[str], Tensor]) -> tuple[list[Tensor], float]:
     """The latents, and the mean seconds of each."""
     start = time.perf_counter()
-    latents = [sampled(caption) for caption in tqdm(captions, desc=title)]
+    latents = [sampled(caption) for caption in each(captions, title)]
     return latents, (time.perf_counter() - start) / len(captions)
 
 

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..client.backend import Backend
 from ..client.remote import RemoteModel, RemoteVAE
 from ..rank.one_process import OneProcess
 from .command import BACKEND
 from .drawing import as_picture, draw
+from .progress import each
 from .scenes import Scene, held_out_scenes
 from .score import shows
 from .trained import Trained
@@ -58,7 +58,7 @@ def sampled_pictures(
 ) -> list[Tensor]:
     """A picture (Y, X, 3) in 0..1 of each scene's caption, always from the same seeds; `leave`: the bar stays."""
     images: list[Tensor] = []
-    for start in tqdm(range(0, len(scenes), BATCH), desc=title, leave=leave):
+    for start in each(range(0, len(scenes), BATCH), title, leave=leave):
         captions = [scene.caption() for scene in scenes[start : start + BATCH]]
         seed = trained.spec.seed + start
         images += list(vae.decode(trained.sample(model, captions, size, seed=seed, warmup_steps=warmup_steps)))
@@ -79,4 +79,4 @@ def psnr(a: Tensor, b: Tensor) -> float:
 def _reconstructions(vae: RemoteVAE, scenes: list[Scene], size: int) -> list[Tensor]:
     rng = random.Random(1)
     images = [torch.from_numpy(np.array(draw(scene, size, size, rng), np.float32)) / 255 for scene in scenes]
-    return [vae.decode(vae.encode(image[None]))[0] for image in tqdm(images, desc="reconstructing")]
+    return [vae.decode(vae.encode(image[None]))[0] for image in each(images, "reconstructing")]
