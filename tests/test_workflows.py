@@ -25,7 +25,7 @@ SIZE, STEPS = 256, 3
 
 
 @pytest.fixture(scope="module")
-def editor(editor: ComfyServer, workflow_models: Path) -> Iterator[ComfyServer]:
+def editor(server: ComfyServer, workflow_models: Path) -> Iterator[ComfyServer]:
     """A ComfyUI with the files that the workflows name; their backend is Mesh Config's own."""
     pixels = torch.rand(300, 400, 3, generator=torch.Generator().manual_seed(0))
     Image.fromarray((pixels * 255).byte().numpy()).save(server.base / "input" / "example.png")
