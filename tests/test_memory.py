@@ -6,6 +6,7 @@ import gc
 import weakref
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -17,7 +18,7 @@ from parallel_backend.errors import OutOfMemoryError
 from parallel_backend.rank.engine import Engine
 from parallel_backend.rank.jobs import Job
 from parallel_backend.rank.room import check_fits
-from parallel_backend.rpc.messages import LoadModel, LoadVAE, RequestHeader, Unload
+from parallel_backend.rpc.messages import Loaded, LoadModel, LoadVAE, RequestHeader, Unload
 
 GIB = 2**30
 CUDA_WORDS = (
@@ -51,6 +52,38 @@ def test_a_model_that_does_not_fit_is_told_where_it_would(
 
 def test_a_model_that_fits_passes() -> None:
     check_fits(8 * GIB, 10 * GIB, "big", "mmdit", MeshSpec(cfg=2, tp=2), 4, 0)
+
+
+@pytest.mark.parametrize("beside", [200, -40])
+def test_another_model_leaves_where_that_makes_room(beside: int, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many MiB are free beside the weights of the second model: less than the reserve, or than they need."""
+    large, medium = (models / "diffusion_models" / f"sd3.5-{size}.safetensors" for size in ("large", "medium"))
+    needed = _load(Engine(torch.device("cpu")), medium).resident_bytes[0]
+    engine = Engine(torch.device("cpu"))
+    first = _load(engine, large)
+    # It is small; it leaves in place of one of 1 GiB.
+    engine.residents[first.model].state = msgspec.structs.replace(engine.residents[first.model].state, rank_bytes=GIB)
+    monkeypatch.setattr(
+        Engine, "_free_bytes", lambda rank: needed + beside * 2**20 + GIB * (first.model not in rank.residents)
+    )
+    second = _load(engine, medium)
+    assert second.evicted == [large.name] and list(engine.residents) == [second.model]
+
+
+def test_a_model_stays_where_another_fits_beside_it(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(torch.device("cpu"))
+    monkeypatch.setattr(Engine, "_free_bytes", lambda rank: GIB)
+    for size in ("large", "medium"):
+        assert _load(engine, models / "diffusion_models" / f"sd3.5-{size}.safetensors").evicted == []
+    assert len(engine.residents) == 2
+
+
+def _load(engine: Engine, path: Path) -> Loaded:
+    job = Job(Control(), lambda body, tensors: None, lambda: False)
+    body = LoadModel(str(path), content_key(path), "float32", MeshSpec())
+    reply, _ = engine.handle(RequestHeader(1, body), [], job)
+    assert isinstance(reply, Loaded)
+    return reply
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ from ..rpc.messages import (
 )
 from .allowed_files import AllowedFiles
 from .jobs import Job
-from .room import check_fits
+from .room import check_fits, fits
 from .sample import run_sample
 
 TENSOR_CACHE_BYTES = 2**28
@@ -261,7 +261,7 @@ class Engine:
     def _everywhere(self, needed: int, job: Job, held: int = 0) -> tuple[int, int, bool]:
         """The most that any rank needs, the most that any holds, and whether any has not enough free."""
         notes = job.control.gather(_Sizes(needed, held, self._free_bytes()))
-        return max(n.read for n in notes), max(n.held for n in notes), any(n.read > n.free for n in notes)
+        return max(n.read for n in notes), max(n.held for n in notes), any(not fits(n.read, n.free) for n in notes)
 
     def _free_bytes(self) -> int:
         """CPU ranks of one machine share its memory."""

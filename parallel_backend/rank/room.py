@@ -9,19 +9,24 @@ from ..errors import OutOfMemoryError
 _SPARE_BYTES = 256 * 2**20
 
 
+def fits(needed: float, free: int) -> bool:
+    """Whether so many bytes of weights have room in `free` ones: who lets models go and who refuses ask this alike."""
+    return needed + _SPARE_BYTES <= free
+
+
 def check_fits(needed: int, free: int, name: str, kind: str, spec: MeshSpec, world_size: int, rank: int) -> None:
     """Raises OutOfMemoryError where `needed` bytes of weights don't fit `free` ones; it names a mesh in which they do.
 
     Args:
         kind: mmdit, unet or vae: what its weights can be split by.
     """
-    if needed + _SPARE_BYTES <= free:
+    if fits(needed, free):
         return
     remedies = {"mmdit": _split_that_fits, "unet": _slices_that_fit}
     remedy = remedies[kind](needed, free, spec, world_size) if kind in remedies else ""
     raise OutOfMemoryError(
-        f"{name} needs {needed / 2**20:.0f} MiB on rank {rank}, which has {free / 2**20:.0f} MiB free "
-        f"({spec.describe()}).",
+        f"{name} needs {needed / 2**20:.0f} MiB on rank {rank}, which has {free / 2**20:.0f} MiB free and keeps "
+        f"{_SPARE_BYTES / 2**20:.0f} in reserve ({spec.describe()}).",
         remedy or "No split of its weights over these ranks fits: use a smaller dtype, or more ranks.",
     )
 
@@ -29,11 +34,11 @@ def check_fits(needed: int, free: int, name: str, kind: str, spec: MeshSpec, wor
 def _split_that_fits(needed: int, free: int, spec: MeshSpec, world_size: int) -> str:
     split = spec.tp * spec.pp
     for degree in (d for d in range(split + 1, world_size + 1) if world_size % d == 0 and d % split == 0):
-        if needed * split / degree + _SPARE_BYTES <= free:
+        if fits(needed * split / degree, free):
             return f"It fits with tp={degree} in Mesh Config, or pp={degree}."
     return ""
 
 
 def _slices_that_fit(needed: int, free: int, spec: MeshSpec, world_size: int) -> str:
-    fits = not spec.sliced and needed / world_size + _SPARE_BYTES <= free
-    return "It fits with sliced in Mesh Config." if fits else ""
+    enough = not spec.sliced and fits(needed / world_size, free)
+    return "It fits with sliced in Mesh Config." if enough else ""
