@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -93,6 +95,42 @@ def test_control_hands_on_frames_and_makes_one_ranks_error_everybodys(world_size
         assert [kind for kind, _ in said] == [InputError, RankError]
         assert said[0][1].startswith("Rank 1 doesn't like it.") and said[1][1].startswith("Rank 1 failed: ValueError")
         assert value == 5 and flag
+
+
+def long_error_case(message: str, remedy: str, folder: str) -> list[list[str]]:
+    """What comes of an error of rank 1 alone, of the same on every rank, and of the job after them."""
+    control = Control(dist.FileStore(f"{folder}/store", dist.get_world_size()))
+
+    def local() -> None:
+        if control.rank == 1:
+            raise InputError(message, remedy)
+
+    with pytest.raises(InputError) as alone:
+        control.agreed(local)
+    control.hand_on([memoryview(bytearray(b"job"))] if control.rank == 0 else None)
+    together = control.verdict(InputError(message, remedy), [])
+    assert isinstance(together, InputError) and control.agreed(lambda: 5) == 5
+    return [[error.message, error.remedy] for error in (alone.value, together)]
+
+
+@pytest.mark.parametrize("letter", ["模", "😀", "é", "x", "\udcff"])
+@pytest.mark.parametrize("shift", [0, 1, 2, 3])
+def test_a_long_error_of_one_rank_reaches_all_in_any_alphabet(
+    letter: str, shift: int, ranks: RankPool, tmp_path: Path
+) -> None:
+    """`shift` moves the characters against the border at which a note's bytes end; the last letter is no character at all."""
+    message, remedy = "m" * shift + letter * 1600, "r" * shift + letter * 1600
+    told = ranks(2, long_error_case, message, remedy, str(tmp_path))
+    assert told[0] == told[1]
+    expected = letter if letter != "\udcff" else "?"
+    for text, start in [pair for words in told[0] for pair in zip(words, ("m" * shift, "r" * shift), strict=True)]:
+        assert text.startswith(start + expected * 400) and set(text) <= {*start, expected, *" ..."}
+        assert text.isascii() or len(text) > 400
+
+
+def test_a_short_error_is_told_whole(ranks: RankPool, tmp_path: Path) -> None:
+    words = ["模型 sd3.5 😀 " * 60, "É" * 600]
+    assert ranks(2, long_error_case, *words, str(tmp_path)) == [[words, words]] * 2
 
 
 def batch_case(rows: int) -> bool:

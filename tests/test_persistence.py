@@ -171,6 +171,16 @@ def test_a_folder_of_another_user_is_refused(runtime_folder: Path) -> None:
         Backend.attach("others")
 
 
+def test_a_path_too_long_for_a_socket_is_named_by_its_bytes(runtime_folder: Path) -> None:
+    with pytest.raises(StartError, match="longer than a socket's may be"):
+        files.runtime_dir("模" * 30)
+
+
+def test_last_words_are_kept_in_any_alphabet(runtime_folder: Path) -> None:
+    files.note_last_words("words", 1, "模型 \udcff 😀 " * 2000)
+    assert (files.last_words("words", 0.0) or "").startswith("rank 1: 模型 ? 😀 模型")
+
+
 def test_a_backend_of_another_version_is_refused_with_the_remedy(backend2: Backend) -> None:
     record = msgspec.structs.replace(backend2.record, version="0.0.1")
     files.write_record("old", record)

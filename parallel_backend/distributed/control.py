@@ -29,6 +29,9 @@ _SIZES_BYTES = 8 * (_MAX_FRAMES + 1)
 _ENVELOPE_BYTES = 32 * 1024
 _ALIGNED = 16
 _NOTE_BYTES = 4096
+# Of each text of an error: two of them, its code and what msgpack adds fit a note.
+_TEXT_BYTES = 1900
+_CUT = " ..."
 _FOREVER = timedelta(days=3650)
 # So long a rank that failed waits for the others to fail as well, before it takes them for stuck.
 _VERDICT_SECONDS = 4.0
@@ -38,6 +41,11 @@ class _Outcome(msgspec.Struct):
     code: str = ""
     message: str = ""
     remedy: str = ""
+
+    @classmethod
+    def of(cls, error: BackendError) -> _Outcome:
+        """The error, cut so that it fits a note in any alphabet: a rank that can't say its own leaves the others waiting."""
+        return cls(error.code, _cut(error.message), _cut(error.remedy))
 
 
 class _Raised(msgspec.Struct):
@@ -155,14 +163,12 @@ class Control:
         try:
             result = local()
         except BackendError as error:
-            outcome = _Outcome(error.code, error.message, error.remedy)
+            outcome = _Outcome.of(error)
         except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
-            named = self.named(error)
-            outcome = _Outcome(named.code, named.message, named.remedy)
+            outcome = _Outcome.of(self.named(error))
         if not self._any_rank(bool(outcome.code)):
             return result  # type: ignore[return-value]
-        short = _Outcome(outcome.code, outcome.message[:1500], outcome.remedy[:1500])
-        said = next(note for note in self.gather(short) if note.code)
+        said = next(note for note in self.gather(outcome) if note.code)
         raise error_from_code(said.code, said.message, said.remedy)
 
     def named(self, error: Exception) -> BackendError:
@@ -200,7 +206,7 @@ class Control:
             return error
         if self._store is None:
             return None
-        mine = _Raised([self._calls, *place], _Outcome(error.code, error.message[:1500], error.remedy[:1500]))
+        mine = _Raised([self._calls, *place], _Outcome.of(error))
         self._store.set(f"raised/{self._jobs}/{self.rank}", msgspec.json.encode(mine).decode())
         keys = [f"raised/{self._jobs}/{rank}" for rank in range(self.world_size)]
         deadline = time.monotonic() + _VERDICT_SECONDS
@@ -213,6 +219,14 @@ class Control:
             return None
         first = raised[0].error
         return error_from_code(first.code, first.message, first.remedy)
+
+
+def _cut(text: str) -> str:
+    """What fits of it, up to a whole character. File names may hold bytes that are no characters, which can't be sent."""
+    encoded = text.encode(errors="replace")
+    if len(encoded) <= _TEXT_BYTES:
+        return encoded.decode()
+    return encoded[: _TEXT_BYTES - len(_CUT)].decode(errors="ignore") + _CUT
 
 
 def _places(sizes: Tensor) -> list[int | None]:

@@ -17,7 +17,7 @@ import msgspec
 
 from ..errors import StartError
 
-_LONGEST_SOCKET_PATH = 100
+_LONGEST_SOCKET_PATH = 100  # bytes
 
 
 class BackendRecord(msgspec.Struct, frozen=True):
@@ -61,9 +61,9 @@ def runtime_dir(name: str) -> Path:
                 f"{folder} belongs to another user.", "Set PARALLEL_MMDIT_RUNTIME_DIR to a folder of yours."
             )
         folder.chmod(0o700)
-    if len(str(folder / "socket")) > _LONGEST_SOCKET_PATH:
+    if len(os.fsencode(folder / "socket")) > _LONGEST_SOCKET_PATH:
         raise StartError(
-            f"The path {folder}/socket is longer than a socket's may be ({_LONGEST_SOCKET_PATH}).",
+            f"The path {folder}/socket is longer than a socket's may be ({_LONGEST_SOCKET_PATH} bytes).",
             "Set PARALLEL_MMDIT_RUNTIME_DIR to a shorter path, or use a shorter backend name.",
         )
     return folder
@@ -169,7 +169,7 @@ def last_good(name: str) -> int:
 
 def note_last_words(name: str, rank: int, words: str) -> None:
     """Leaves what rank `rank` failed of for the client to read."""
-    (runtime_dir(name) / f"rank{rank}.error").write_text(words)
+    (runtime_dir(name) / f"rank{rank}.error").write_text(words, encoding="utf-8", errors="replace")
 
 
 def last_words(name: str, since: float) -> str | None:
@@ -178,7 +178,7 @@ def last_words(name: str, since: float) -> str | None:
     if not notes:
         return None
     first = min(notes, key=lambda p: p.stat().st_mtime)
-    return f"{first.stem.replace('rank', 'rank ')}: {first.read_text().strip()}"
+    return f"{first.stem.replace('rank', 'rank ')}: {first.read_text(encoding='utf-8', errors='replace').strip()}"
 
 
 def fallen_ranks(name: str) -> list[str]:
