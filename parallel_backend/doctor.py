@@ -105,8 +105,8 @@ def folders() -> Iterator[Finding]:
     try:
         folder = files.runtime_dir("doctor")
         folder.rmdir()
-    except (BackendError, OSError) as error:
-        yield Finding("wrong", f"the runtime folder {root} can't be used: {error}", "Set PARALLEL_MMDIT_RUNTIME_DIR.")
+    except BackendError as error:
+        yield Finding("wrong", f"no backend can be started or found: {error.message}", error.remedy)
         return
     disk = shutil.disk_usage(root)
     if disk.free < 16 * 2**20:
@@ -148,7 +148,12 @@ def backends() -> Iterator[Finding]:
         line = f"backend {name!r}: {len(state.ranks)} ranks, {state.jobs_done} jobs, {state.restarts} restarts"
         yield Finding("note" if state.restarts else "ok", line, "Its log says why." if state.restarts else "")
     for path in sorted(files.runtime_root().glob("*/backend.json")):
-        if files.restarting(path.parent.name):
+        try:
+            restarting = files.restarting(path.parent.name)
+        except BackendError as error:
+            yield Finding("wrong", f"{path} can't be looked at: {error.message}", error.remedy)
+            continue
+        if restarting:
             yield Finding("note", f"backend {path.parent.name!r} is starting its ranks anew", "Its log says why.")
         elif path.parent.name not in running:
             yield Finding("note", f"{path} is of a backend that is gone", "Nothing: the next start takes its place.")

@@ -166,9 +166,44 @@ def test_a_record_of_a_process_that_is_gone_is_no_backend(runtime_folder: Path) 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
 def test_a_folder_of_another_user_is_refused(runtime_folder: Path) -> None:
-    os.chown(files.runtime_dir("others"), 12345, 12345)
+    folder = files.runtime_dir("others")
+    (folder / "backend.json").write_text("{}")
+    os.chown(folder, 12345, 12345)
     with pytest.raises(StartError, match="belongs to another user"):
         Backend.attach("others")
+    assert "others" not in files.running_names()
+    assert f"wrong  {folder / 'backend.json'} can't be looked at: {folder} belongs to another user." in doctor()
+    os.chown(folder, 0, 0)
+
+
+def test_a_services_backend_is_found_from_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a session sets, or another user's session below `su` has left set, doesn't move the place."""
+    monkeypatch.setattr(files, "_SHARED", tmp_path)
+    for name in ("PARALLEL_MMDIT_RUNTIME_DIR", "XDG_RUNTIME_DIR", "TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    record = files.BackendRecord("0", "g", os.getpid(), os.getpid(), "ipc:///none", 1, "cpu")
+    files.write_record("service", record)
+    own, others = tmp_path / "own", tmp_path / "others"
+    for folder in (own, others):
+        folder.mkdir(mode=0o700)
+    if os.getuid() == 0:
+        os.chown(others, 12345, 12345)
+    for name, folder in (("XDG_RUNTIME_DIR", own), ("XDG_RUNTIME_DIR", others), ("TMPDIR", own)):
+        monkeypatch.setenv(name, str(folder))
+        assert files.read_record("service") == record and files.running_names() == ["service"]
+    assert not list(own.iterdir()) and not list(others.iterdir())
+
+
+def test_a_runtime_folder_that_cannot_be_made_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PARALLEL_MMDIT_RUNTIME_DIR", str(tmp_path / "file" / "below"))
+    said = f"{tmp_path}/file/below can't be used: Not a directory."
+    for command in ("status", "stop"):
+        assert main([command]) == 1
+        assert f"{said} Set PARALLEL_MMDIT_RUNTIME_DIR to a folder of yours." in capsys.readouterr().err
+    assert f"wrong  no backend can be started or found: {said}" in doctor() and not files.running_names()
 
 
 def test_a_path_too_long_for_a_socket_is_named_by_its_bytes(runtime_folder: Path) -> None:

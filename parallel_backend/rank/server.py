@@ -145,7 +145,7 @@ class Rank:
         self.server.start()
         try:
             files.write_record(args.name, record)
-        except OSError as error:
+        except (OSError, BackendError) as error:
             log.error("the record can't be written, and is tried again: %s", error)
         log.info("ready: %d ranks, generation %s, at %s", world, generation, ", ".join(addresses))
 
@@ -194,7 +194,7 @@ class Rank:
         if board is not None:
             board.count_job(isinstance(body, Failed))
             board.note(cached_tensors=self.engine.cached_tensors)
-            with suppress(OSError):  # a full disk costs at most a pause
+            with suppress(OSError, BackendError):  # a full disk costs at most a pause
                 files.note_good(self.args.name, restart_count())
         # What is resident has changed: a status asked for after the reply must tell so. Other replies need not wait.
         changed = isinstance(body, (Loaded, Done))
@@ -227,7 +227,7 @@ class Rank:
             time.sleep(10)  # the other thread is at it, and ends the process
         named = error if isinstance(error, BackendError) else self.control.named(error)
         log.error("this rank ends: %s", named)
-        with suppress(OSError):
+        with suppress(OSError, BackendError):
             files.note_last_words(self.args.name, self.control.rank, named.message)
         if self.server is not None:
             time.sleep(0.5)  # the rank that failed first may be another one, and its words are the better ones

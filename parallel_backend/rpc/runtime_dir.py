@@ -9,14 +9,15 @@ from __future__ import annotations
 import os
 import re
 import stat
-import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
 from ..errors import StartError
 
+_SHARED = Path("/tmp")
 _LONGEST_SOCKET_PATH = 100  # bytes
 
 
@@ -39,28 +40,31 @@ class BackendRecord(msgspec.Struct, frozen=True):
 
 
 def runtime_root() -> Path:
-    """$PARALLEL_MMDIT_RUNTIME_DIR, else a folder in the user's own run-time or temporary folder."""
+    """$PARALLEL_MMDIT_RUNTIME_DIR, else this user's folder in /tmp: one place, whoever asks.
+
+    XDG_RUNTIME_DIR and TMPDIR have no say. A service has neither, a shell has its own, below `su` it has another user's, and
+    /run/user/UID is gone after the last log-out: a backend, which stays, would be looked for where it isn't.
+    """
     if chosen := os.environ.get("PARALLEL_MMDIT_RUNTIME_DIR"):
         return Path(chosen).expanduser().absolute()
-    base = os.environ.get("XDG_RUNTIME_DIR")
-    if base and Path(base).is_dir():
-        return Path(base) / "parallel-mmdit"
-    return Path(tempfile.gettempdir()) / f"parallel-mmdit-{os.getuid()}"
+    return _SHARED / f"parallel-mmdit-{os.getuid()}"
 
 
 def runtime_dir(name: str) -> Path:
     """The folder of the backend `name`, made if it is not there.
 
-    Raises: StartError: it belongs to somebody else, or its path is too long for a socket.
+    Raises: StartError: it can't be made, belongs to somebody else, or its path is too long for a socket.
     """
+    remedy = "Set PARALLEL_MMDIT_RUNTIME_DIR to a folder of yours."
     for folder in (runtime_root(), runtime_root() / name):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        info = folder.lstat()
-        if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid():
-            raise StartError(
-                f"{folder} belongs to another user.", "Set PARALLEL_MMDIT_RUNTIME_DIR to a folder of yours."
-            )
-        folder.chmod(0o700)
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            info = folder.lstat()
+            if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid():
+                raise StartError(f"{folder} belongs to another user.", remedy)
+            folder.chmod(0o700)
+        except OSError as error:
+            raise StartError(f"{folder} can't be used: {error.strerror}.", remedy) from None
     if len(os.fsencode(folder / "socket")) > _LONGEST_SOCKET_PATH:
         raise StartError(
             f"The path {folder}/socket is longer than a socket's may be ({_LONGEST_SOCKET_PATH} bytes).",
@@ -96,9 +100,12 @@ def lives(pid: int, ticks: int) -> bool:
 
 
 def running_names() -> list[str]:
-    """The backends that run here, by name."""
-    records = runtime_root().glob("*/backend.json")
-    return sorted(path.parent.name for path in records if read_record(path.parent.name) is not None)
+    """The backends that run here, by name; a folder of another user holds none of this one's."""
+    found = []
+    for path in runtime_root().glob("*/backend.json"):
+        with suppress(StartError):
+            found += [path.parent.name] if read_record(path.parent.name) is not None else []
+    return sorted(found)
 
 
 def keep_record(name: str, record: BackendRecord) -> None:
