@@ -7,7 +7,7 @@ from pathlib import Path
 
 import comfy.utils
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from torch import Tensor
 
 from ..parallel_backend import RemoteModel
@@ -128,5 +128,5 @@ def load(kind: ModelKind, model_name: str, mesh: ParallelMesh) -> io.NodeOutput:
     """A loader's output: the MODEL, and how it came to be there."""
     path = path_of(model_name, FOLDER)
     remote, report = load_remote_model(mesh, kind, path, *names_elsewhere(model_name))
-    say(report)
-    return io.NodeOutput(remote_patcher(remote, path, getattr(torch, mesh.dtype)), ui=ui.PreviewText(report))
+    say(report, log=True)
+    return io.NodeOutput(remote_patcher(remote, path, getattr(torch, mesh.dtype)))

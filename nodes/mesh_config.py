@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..parallel_backend.client.launcher import default_ranks
 from ..parallel_backend.config import DEFAULT_IDLE_SECONDS, DTYPES, KERNELS, BackendSpec
@@ -239,5 +239,5 @@ class MeshConfig(io.ComfyNode):
     @classmethod
     def execute(cls, **settings: Any) -> io.NodeOutput:
         mesh = parallel_mesh(**settings)
-        say(mesh.describe())
-        return io.NodeOutput(mesh, ui=ui.PreviewText(mesh.describe()))
+        say(mesh.describe(), log=True)
+        return io.NodeOutput(mesh)

@@ -10,7 +10,7 @@ import comfy.model_management as mm
 import comfy.sample
 import latent_preview
 from comfy.model_patcher import ModelPatcher
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..parallel_backend.client.remote import Step
 from ..parallel_backend.config import SAMPLERS, SCHEDULERS
@@ -203,5 +203,5 @@ class ParallelSampler(io.ComfyNode):
         **settings: Any,
     ) -> io.NodeOutput:
         latent, report = sample(model, Settings(**settings), positive, negative, latent_image)
-        say(report)
-        return io.NodeOutput(latent, ui=ui.PreviewText(report))
+        say(report, log=True)
+        return io.NodeOutput(latent)

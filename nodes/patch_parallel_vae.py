@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from .model_files import names_elsewhere, vae_fingerprint, vae_names, vae_paths
 from .node_text import say
@@ -51,5 +51,5 @@ class PatchParallelVAE(io.ComfyNode):
         report = "\n".join(
             filter(None, [f"{remote.loaded.family}: {state}, {backend.world_size} bands, {dtype}", room])
         )
-        say(report)
-        return io.NodeOutput(ParallelVAE(remote), ui=ui.PreviewText(report))
+        say(report, log=True)
+        return io.NodeOutput(ParallelVAE(remote))

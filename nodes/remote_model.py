@@ -56,7 +56,7 @@ def _with_room(request: Callable[[], Any]) -> Any:
             raise
         mm.unload_all_models()
         mm.soft_empty_cache()
-        say(f"unloaded ComfyUI's own models, and once more: {error.message}")
+        say(f"unloaded ComfyUI's own models, and once more: {error.message}", log=True)
         return request()
 
 

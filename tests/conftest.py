@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from sharing import Sharing, in_order
 from torch import Tensor
 
 from parallel_backend import Backend, MeshSpec, RemoteModel
+from parallel_backend.errors import StartError
 from parallel_backend.small_checkpoints.clip import write_clip
 from parallel_backend.small_checkpoints.kl_vae import write_kl_vae
 from parallel_backend.small_checkpoints.mmdit import FAMILIES, small_config, write_mmdit
@@ -147,7 +149,19 @@ def server(
     yield from sharing.until_last_use("server", started, ComfyServer.stop)
 
 
+def _stop(name: str) -> None:
+    """The backend of that name, if any test has let it start."""
+    with suppress(StartError):
+        Backend.attach(name).stop()
+
+
 @pytest.fixture(scope="session")
 def comfy_backend(server: ComfyServer, sharing: Sharing) -> Iterator[str]:
-    """The name of the backend that prompts start in `server`, unless they name another."""
-    yield from sharing.until_last_use("comfy_backend", "comfy", lambda name: Backend.attach(name).stop())
+    """The name of the backend that tests' prompts start in `server`."""
+    yield from sharing.until_last_use("comfy_backend", "comfy", _stop)
+
+
+@pytest.fixture(scope="session")
+def default_backend(server: ComfyServer, sharing: Sharing) -> Iterator[str]:
+    """The name of the backend that this pack's workflows start in `server`."""
+    yield from sharing.until_last_use("default_backend", "default", _stop)

@@ -127,7 +127,7 @@ def test_a_restarted_comfyui_reads_no_weight_again(server: ComfyServer, local: T
     server.restart()
     outcome = server.run(prompt.nodes)
     torch.testing.assert_close(latent_of(server, outcome, node), local, rtol=1e-4, atol=1e-4)
-    assert "weights already resident, 0 bytes read" in outcome.outputs[model[0]]["text"][0]
+    assert "weights already resident, 0 bytes read" in outcome.texts[model[0]][-1]
 
 
 def test_the_status_route_tells_of_the_backend_and_free_frees_it(server: ComfyServer, local: Tensor) -> None:
@@ -170,7 +170,7 @@ def test_a_comfyui_that_is_killed_leaves_the_backend_in_order(
     torch.testing.assert_close(latent_of(server, outcome, node), local, rtol=1e-4, atol=1e-4)
     log = (runtime_folder / "comfy" / "rank0.log").read_text()
     assert backend.status().restarts == 0, log[-3000:]
-    assert "0 bytes read" in outcome.outputs[model[0]]["text"][0], log[-3000:]
+    assert "0 bytes read" in outcome.texts[model[0]][-1], log[-3000:]
     backend.close()
 
 
@@ -222,7 +222,7 @@ def test_mesh_config_left_alone_says_what_it_takes(server: ComfyServer) -> None:
     picture(prompt, "ParallelSampler", ["2", 0], "default")
     outcome = server.run(prompt.nodes)
     assert outcome.error is None
-    assert outcome.outputs[link[0]]["text"] == ["2 ranks on cpu: cfg=2, float32"]
+    assert outcome.texts[link[0]] == ["2 ranks on cpu: cfg=2, float32"]
 
 
 def refused(server: ComfyServer, prompt: Prompt) -> str:

@@ -161,7 +161,7 @@ def test_displaced_steps_are_a_widget_and_their_price_is_shown(editor: ComfyServ
     saved = picture(prompt, "ParallelSampler", model, steps=6, displaced=True, warmup_steps=2)
     outcome = editor.run(prompt.nodes)
     displaced = latent_of(editor, outcome, saved)
-    texts = [text for shown in outcome.outputs.values() for text in shown.get("text", ())]
+    texts = [text for shown in outcome.texts.values() for text in shown]
     assert any("waiting for others; sent a step: patch" in text for text in texts), texts
     prompt = Prompt()
     saved = picture(prompt, "ParallelSampler", unet(prompt, cfg=1), steps=6)

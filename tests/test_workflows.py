@@ -15,7 +15,6 @@ from comfyui.server import ComfyServer
 from PIL import Image
 from ui_workflow import WORKFLOWS, api_prompt, ui_workflow
 
-from parallel_backend import Backend
 from parallel_backend.demo.scenes import parse
 from parallel_backend.demo.score import shows
 from parallel_backend.demo.trained import MMDIT
@@ -25,12 +24,11 @@ SIZE, STEPS = 256, 3
 
 
 @pytest.fixture(scope="module")
-def editor(server: ComfyServer, workflow_models: Path) -> Iterator[ComfyServer]:
-    """A ComfyUI with the files that the workflows name; their backend is Mesh Config's own."""
+def editor(server: ComfyServer, default_backend: str, workflow_models: Path) -> ComfyServer:
+    """A ComfyUI with the files that the workflows name; a picture to load."""
     pixels = torch.rand(300, 400, 3, generator=torch.Generator().manual_seed(0))
     Image.fromarray((pixels * 255).byte().numpy()).save(server.base / "input" / "example.png")
-    yield server
-    Backend.attach("default").stop()
+    return server
 
 
 def test_each_workflow_has_its_twin() -> None:

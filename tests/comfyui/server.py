@@ -8,15 +8,14 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import websocket
 from rank_pool import free_port
 
 from .installation import HERE, ComfyInstallation
+from .listener import EDITOR, Listener, NodeTexts
 
 PACK = HERE.parents[1]
 START_SECONDS = 120
@@ -32,6 +31,7 @@ class Outcome:
     executed: list[str]
     progress: list[tuple[int, int]] = field(default_factory=list)
     previews: int = 0
+    texts: NodeTexts = field(default_factory=NodeTexts)
     interrupted: bool = False
 
     @property
@@ -110,27 +110,28 @@ class ComfyServer:
     def run(
         self, prompt: dict[str, Any], *, preview: bool = False, interrupt_at_step: int = 0, timeout: float = 180
     ) -> Outcome:
-        """Queues a prompt and waits for its end. With `interrupt_at_step`, interrupts once that step is reported."""
-        client = uuid.uuid4().hex
-        line = websocket.create_connection(f"ws://127.0.0.1:{self.port}/ws?clientId={client}", timeout=timeout)
+        """Queues a prompt as an editor does and waits for its end.
+
+        With `interrupt_at_step`, interrupts once that step is reported.
+        """
+        line = Listener(self.port, EDITOR, timeout=timeout)
         try:
             extra = {"preview_method": "latent2rgb"} if preview else {}
-            queued = self.post("/prompt", {"prompt": prompt, "client_id": client, "extra_data": extra})
+            queued = self.post("/prompt", {"prompt": prompt, "client_id": line.client_id, "extra_data": extra})
             if "prompt_id" not in queued:
                 return Outcome("", {}, {"exception_message": json.dumps(queued)}, [])
-            outcome = Outcome(queued["prompt_id"], {}, None, [])
+            outcome = Outcome(queued["prompt_id"], {}, None, [], texts=line.texts)
             self._follow(line, outcome, interrupt_at_step)
         finally:
             line.close()
         return outcome
 
-    def _follow(self, line: websocket.WebSocket, outcome: Outcome, interrupt_at_step: int) -> None:
+    def _follow(self, line: Listener, outcome: Outcome, interrupt_at_step: int) -> None:
         while True:
-            message = line.recv()
-            if isinstance(message, bytes):
-                outcome.previews += int.from_bytes(message[:4], "big") in (1, 4)
+            event = line.receive()
+            if isinstance(event, bytes):
+                outcome.previews += int.from_bytes(event[:4], "big") in (1, 4)
                 continue
-            event = json.loads(message)
             kind, data = event["type"], event["data"]
             if data.get("prompt_id") not in (None, outcome.prompt_id):
                 continue
