@@ -7,23 +7,23 @@ import os
 import platform
 import shutil
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from packaging.requirements import Requirement
 
 from .client.backend import Backend
 from .client.launcher import default_ranks
+from .client.requirements import COMMANDS_NEED, RANKS_NEED, shortfall
 from .distributed.device_memory import memory_of
 from .errors import BackendError
 from .rpc import runtime_dir as files
 from .version import __version__
 
 Verdict = Literal["ok", "note", "wrong"]
-NEEDED = ("diffusers", "safetensors", "msgspec", "pyzmq", "numpy")
 OPTIONAL = {"flash-attn": "faster attention on GPUs", "prometheus-client": "serve --metrics-port"}
 LEAST_FREE = 256 * 2**20
 
@@ -45,11 +45,12 @@ def examine() -> list[Finding]:
 
 def versions() -> Iterator[Finding]:
     yield Finding("ok", f"parallel-mmdit {__version__}, Python {platform.python_version()}, torch {torch.__version__}")
-    for name in NEEDED:
-        try:
+    for requirement in (*RANKS_NEED, *COMMANDS_NEED):
+        if short := shortfall(requirement):
+            yield Finding("wrong", f"parallel-mmdit {short.what}", short.remedy)
+        else:
+            name = Requirement(requirement).name
             yield Finding("ok", f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            yield Finding("wrong", f"{name} is not installed", f"{sys.executable} -m pip install {name}")
     for name, use in OPTIONAL.items():
         try:
             yield Finding("ok", f"{name} {importlib.metadata.version(name)}")

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from parallel_backend import Backend, MeshSpec, RemoteModel
 from parallel_backend.__main__ import main
-from parallel_backend.client import connection
+from parallel_backend.client import connection, requirements
+from parallel_backend.doctor import versions
 from parallel_backend.errors import (
     BackendLostError,
     ConfigError,
@@ -296,6 +297,66 @@ def test_a_setting_that_only_the_ranks_can_check_ends_the_start_with_its_reason(
     assert "server.key_secret can't be read" in capfd.readouterr().err
     assert main([*arguments, "--hosts", "2", "--rendezvous", "10.0.0.1:29500"]) == 1
     assert "--detach is for one host" in capfd.readouterr().err
+
+
+def write_distribution(folder: Path, name: str, version: str, *requires: str) -> None:
+    """What pip leaves of an installed package for others to read."""
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir(parents=True)
+    lines = [
+        "Metadata-Version: 2.1",
+        f"Name: {name}",
+        f"Version: {version}",
+        *(f"Requires-Dist: {r}" for r in requires),
+    ]
+    (info / "METADATA").write_text("\n".join(lines) + "\n")
+
+
+def test_a_package_of_another_version_is_named_with_its_pin_before_torchrun(
+    runtime_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, packs = tmp_path / "site", tmp_path / "custom_nodes"
+    write_distribution(site, "diffusers", "0.31.0")
+    write_distribution(site, "pinning-pack", "1.0", "torch", "Diffusers==0.31.0", "diffusers==0.2; extra == 'old'")
+    write_distribution(site, "content-pack", "1.0", "diffusers>=0.30", "no requirement at all")
+    (packs / "old-pack").mkdir(parents=True)
+    (packs / "old-pack" / "requirements.txt").write_text("--no-deps\ndiffusers<0.32  # newer ones break\n")
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setattr(requirements, "PACK", packs / "parallel-mmdit")
+    said = (
+        "parallel-mmdit needs diffusers>=0.36,<0.43, found 0.31.0 "
+        "(pinned by custom_nodes/old-pack: diffusers<0.32, pinning-pack 1.0: Diffusers==0.31.0)"
+    )
+    with pytest.raises(StartError) as caught:
+        Backend.attach_or_start(1, "cpu", "pinned")
+    assert caught.value.message == f"{said}." and "pip install 'diffusers>=0.36,<0.43'" in caught.value.remedy
+    assert not (files.runtime_dir("pinned") / "backend.log").exists()
+    wrong = [finding.what for finding in versions() if finding.verdict == "wrong"]
+    assert wrong == [said]
+
+
+@pytest.mark.parametrize(
+    ("requirement", "found", "right"),
+    [
+        ("torch>=2.6", "2.6.0a0+df5bbc09d1.nv24.12", True),
+        ("torch>=2.6", "2.5.1+cu124", False),
+        ("diffusers>=0.36,<0.43", "0.36.0", True),
+        ("diffusers>=0.36,<0.43", "0.43.0.dev0", False),
+        ("diffusers>=0.36,<0.43", "of-our-own", True),
+    ],
+)
+def test_versions_are_compared_by_release(
+    requirement: str, found: str, right: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_distribution(tmp_path, requirement.partition(">")[0], found)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    short = requirements.shortfall(requirement)
+    assert short is None if right else short is not None and short.found == found
+
+
+def test_a_package_that_is_not_there_is_named() -> None:
+    short = requirements.shortfall("no-such-package-of-ours>=1")
+    assert short is not None and short.what == "needs no-such-package-of-ours>=1, found none"
 
 
 def test_a_stopped_backend_is_started_again_by_the_next_request(large: Path, expected: Tensor) -> None:

@@ -18,6 +18,7 @@ from ..rpc import runtime_dir as files
 from ..rpc.keys import Keys
 from ..rpc.runtime_dir import BackendRecord
 from ..version import __version__
+from .requirements import check_installed
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 180.0
@@ -145,7 +146,7 @@ def _restarted(spec: BackendSpec, waiting: Waiting) -> BackendRecord | None:
 def start(spec: BackendSpec, serve: ServeSpec = LOCAL) -> subprocess.Popen[bytes]:
     """torchrun in a session of its own, its output in the runtime folder's backend.log.
 
-    Raises: ConfigError: more GPUs, or others, than there are; keys that can't be read.
+    Raises: as `check_here`.
     """
     check_here(spec, serve)
     folder = files.runtime_dir(spec.name)
@@ -167,7 +168,11 @@ def start(spec: BackendSpec, serve: ServeSpec = LOCAL) -> subprocess.Popen[bytes
 
 
 def check_here(spec: BackendSpec, serve: ServeSpec) -> None:
-    """Raises ConfigError where GPUs or keys are named that this machine doesn't have."""
+    """Before torchrun is started, whose ranks could tell of it in their logs alone.
+
+    Raises: StartError: a package is missing or of another version. ConfigError: GPUs or keys that this machine doesn't have.
+    """
+    check_installed()
     if serve.keys:
         Keys(Path(serve.keys)).check()
     if spec.device != "cuda":
