@@ -54,6 +54,10 @@ class ParallelVAE(comfy.sd.VAE):
     def is_dynamic(self) -> bool:
         return False
 
+    def vae_encode_crop_pixels(self, pixels: Tensor) -> Tensor:
+        """As stock's, but a side that is no cell long is left, not cut to nothing: the ranks refuse it by its size."""
+        return pixels if min(pixels.shape[1:3]) < self.downscale_ratio else super().vae_encode_crop_pixels(pixels)
+
     def decode(self, samples_in: Tensor, vae_options: dict[str, Any] | None = None) -> Tensor:
         if vae_options:
             raise UnsupportedError(f"A parallel VAE has no options {list(vae_options)}.", "Decode without them.")

@@ -144,7 +144,30 @@ def test_a_vae_without_its_decoder_is_named(tmp_path: Path, models: Path) -> Non
 
 def test_shapes_that_dont_fit_are_named(models: Path) -> None:
     vae = band_vae(models, "kl-4")
-    with pytest.raises(InputError, match=r"needs \(batch, 4,"):
+    with pytest.raises(InputError, match=r"needs \(batch, 4,.* belongs to the model"):
         vae.check_latent(torch.zeros(1, 16, 4, 4))
-    with pytest.raises(InputError, match="multiple of 8"):
-        vae.check_image(torch.zeros(1, 20, 16, 3))
+    with pytest.raises(InputError, match=r"needs \(batch, 4,.* at least one cell"):
+        vae.check_latent(torch.zeros(1, 4, 0, 4))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message", "remedy"),
+    [
+        ((1, 20, 16, 3), "16 x 20 pixels", "Crop or scale both sides to a multiple of 8."),
+        ((1, 7, 64, 3), "64 x 7 pixels", "Scale both sides to 8 pixels or more."),
+        ((1, 64, 0, 3), "0 x 64 pixels", "Scale both sides to 8 pixels or more."),
+        ((1, 4, 4, 1), "4 x 4 pixels", "Scale both sides to 8 pixels or more."),
+        ((1, 64, 64, 1), "An image of 1 channel came", "It is grey: repeat its channel three times"),
+        ((1, 64, 64, 4), "An image of 4 channels came", "Leave its alpha channel out."),
+        ((1, 20, 16, 2), "An image of 2 channels came", "Convert it to RGB."),
+        ((64, 64, 3), r"shape \[64, 64, 3\]", "Give one image or more."),
+        ((0, 64, 64, 3), r"shape \[0, 64, 64, 3\]", "Give one image or more."),
+    ],
+    ids=str,
+)
+def test_an_image_that_cannot_be_encoded_is_told_what_would_help(
+    shape: tuple[int, ...], message: str, remedy: str, models: Path
+) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        band_vae(models, "kl-4").check_image(torch.zeros(shape))
+    assert caught.value.remedy.startswith(remedy)

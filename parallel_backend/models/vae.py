@@ -30,6 +30,12 @@ CELL = 8  # pixels per latent cell, each way
 TAESD_SCALES = {"taesd": (0.18215, 0.0), "taesdxl": (0.13025, 0.0), "taesd3": (1.5305, 0.0609)}
 
 
+_CHANNEL_REMEDIES = {
+    1: "It is grey: repeat its channel three times; in ComfyUI, Convert Image to Mask (red), then Convert Mask to Image.",
+    4: "Leave its alpha channel out.",
+}
+
+
 @dataclass
 class BandVAE:
     """A VAE that computes an image in bands. Every rank has the whole input; rank 0 gets the whole output."""
@@ -54,18 +60,34 @@ class BandVAE:
 
     def check_latent(self, latent: Tensor) -> None:
         """Raises: InputError: not (B, C, Y, X) of this VAE's channels."""
-        if latent.ndim != 4 or latent.shape[1] != self.latent_channels or 0 in latent.shape:
-            raise InputError(
-                f"A latent of shape {list(latent.shape)} came; this VAE ({self.family}) needs "
-                f"(batch, {self.latent_channels}, height / 8, width / 8).",
-                "Use the VAE that belongs to the model of this latent.",
-            )
+        came = f"A latent of shape {list(latent.shape)} came; this VAE ({self.family}) needs "
+        needed = f"(batch, {self.latent_channels}, height / 8, width / 8)."
+        if latent.ndim != 4 or 0 in latent.shape:
+            raise InputError(came + needed, "Give one latent or more, of at least one cell.")
+        if latent.shape[1] != self.latent_channels:
+            raise InputError(came + needed, "Use the VAE that belongs to the model of this latent.")
 
     def check_image(self, image: Tensor) -> None:
         """Raises: InputError: not (B, Y, X, 3) with sides divisible by 8."""
-        if image.ndim != 4 or image.shape[3] != 3 or 0 in image.shape or image.shape[1] % CELL or image.shape[2] % CELL:
+        if image.ndim != 4 or image.shape[0] == 0:
             raise InputError(
                 f"An image of shape {list(image.shape)} came; (batch, height, width, 3) is needed.",
+                "Give one image or more.",
+            )
+        _, height, width, channels = image.shape
+        came = f"An image of {width} x {height} pixels came (width x height);"
+        if min(height, width) < CELL:
+            raise InputError(
+                f"{came} a cell of the latent takes {CELL} x {CELL}.", f"Scale both sides to {CELL} pixels or more."
+            )
+        if channels != 3:
+            raise InputError(
+                f"An image of {channels} channel{'s' * (channels != 1)} came; red, green and blue are needed.",
+                _CHANNEL_REMEDIES.get(channels, "Convert it to RGB."),
+            )
+        if height % CELL or width % CELL:
+            raise InputError(
+                f"{came} {CELL} x {CELL} make a cell of the latent.",
                 f"Crop or scale both sides to a multiple of {CELL}.",
             )
 

@@ -48,6 +48,13 @@ class RandomLatent:
         return ({"samples": torch.randn(1, channels, height, width, generator=generator)},)
 
 
+class RandomImage(RandomLatent):
+    RETURN_TYPES = ("IMAGE",)
+
+    def make(self, seed, channels, height, width):
+        return (torch.rand(1, height, width, channels, generator=torch.Generator().manual_seed(seed)),)
+
+
 class AttentionPatch:
     """A MODEL with a patch inside its attention: what a parallel MODEL must refuse."""
 
@@ -74,5 +81,5 @@ class WeightPatch(AttentionPatch):
 
 
 NODE_CLASS_MAPPINGS = {
-    f"Probe{cls.__name__}": cls for cls in (RandomConditioning, RandomLatent, AttentionPatch, WeightPatch)
+    f"Probe{cls.__name__}": cls for cls in (RandomConditioning, RandomLatent, RandomImage, AttentionPatch, WeightPatch)
 }
