@@ -18,6 +18,7 @@ from .model_files import file_fingerprint
 KIND = "comfyui conditioning"
 FROM_OUTPUT = " [output]"
 SUFFIX = ".safetensors"
+PLAIN_NAME = "conditioning"
 
 
 def write_conditioning(conditioning: list[Any], path: Path) -> None:
@@ -89,6 +90,12 @@ def _is_conditioning(path: Path) -> bool:
         return False
 
 
+def visible(prefix: str) -> str:
+    """The prefix, with a plain name in place of none, and without the dots that would hide the file."""
+    folder, _, name = prefix.rpartition("/")
+    return f"{folder}/{name.lstrip('. ') or PLAIN_NAME}" if folder else name.lstrip(". ") or PLAIN_NAME
+
+
 def path_of_conditioning(name: str) -> Path:
     """Raises: CheckpointError: no such file, or one outside ComfyUI's input and output folders."""
     root = folder_paths.get_output_directory() if name.endswith(FROM_OUTPUT) else folder_paths.get_input_directory()
@@ -116,7 +123,7 @@ class SaveConditioning(io.ComfyNode):
     @classmethod
     def execute(cls, conditioning: list[Any], filename_prefix: str) -> io.NodeOutput:
         root = folder_paths.get_output_directory()
-        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, root)
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(visible(filename_prefix), root)
         file = f"{name}_{counter:05}_{SUFFIX}"
         write_conditioning(conditioning, Path(folder, file))
         return io.NodeOutput(ui=ui.PreviewText(f"{Path(subfolder, file).as_posix()}{FROM_OUTPUT}"))

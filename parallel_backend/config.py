@@ -285,6 +285,11 @@ class BackendSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         choose(self.device, get_args(DeviceType), "Device")
         if self.world_size < (0 if self.address else 1):
             raise ConfigError(f"world_size={self.world_size} is not possible.", "Use one rank or more.")
+        if self.devices and self.device == "cpu":
+            raise ConfigError(
+                f"devices={','.join(map(str, self.devices))} name GPUs, but the ranks are to run on the CPU.",
+                "Leave devices empty, or use device 'cuda'.",
+            )
         if self.devices and len(self.devices) != self.world_size:
             raise ConfigError(
                 f"{len(self.devices)} devices are named for {self.world_size} ranks.", "Name one device per rank."

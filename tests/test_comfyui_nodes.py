@@ -412,6 +412,24 @@ def test_conditioning_comes_back_from_its_file(server: ComfyServer, local: Tenso
     torch.testing.assert_close(latent_of(server, server.run(prompt.nodes), node), local, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("prefix", "kept"),
+    [
+        ("", "conditioning_0"),
+        ("named/", "named/conditioning_0"),
+        (".hidden", "hidden_0"),
+        ("named/..", "named/conditioning_0"),
+        ("a.b", "a.b_0"),
+    ],
+)
+def test_no_prefix_makes_a_hidden_file(prefix: str, kept: str, server: ComfyServer) -> None:
+    prompt = Prompt()
+    prompt.add("SaveConditioning", conditioning=conditioning(prompt, 1, 7), filename_prefix=prefix)
+    ((text,),) = (output["text"] for output in server.run(prompt.nodes).outputs.values())
+    assert text.startswith(kept)
+    assert (server.base / "output" / text.removesuffix(" [output]")).is_file()
+
+
 def test_entries_that_share_a_tensor_are_kept(server: ComfyServer) -> None:
     prompt = Prompt()
     one = conditioning(prompt, 1, 77)

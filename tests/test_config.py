@@ -122,6 +122,14 @@ def test_backend_settings_that_cant_be(bad: dict[str, object]) -> None:
         BackendSpec(**bad)  # type: ignore[arg-type]
 
 
+def test_gpus_named_for_cpu_ranks_are_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"devices=0,0 name GPUs, but the ranks are to run on the CPU\. Leave devices"
+    ):
+        BackendSpec(device="cpu", devices=(0, 0))
+    assert BackendSpec(device="cuda", devices=(0, 0)).devices == (0, 0)
+
+
 @pytest.mark.parametrize("listen", ["tcp://0.0.0.0", "ipc://x", "tcp://host:port", "5555"])
 def test_addresses_that_cant_be_listened_on(listen: str) -> None:
     with pytest.raises(ConfigError, match="Write it like tcp://"):
