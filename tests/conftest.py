@@ -12,6 +12,7 @@ import pytest
 import torch
 from comfyui.installation import ComfyInstallation, find_installation
 from comfyui.server import ComfyServer
+from footprint import Footprint
 from rank_pool import RankPool
 from safetensors.torch import load_file, save_file
 from served import sample
@@ -29,6 +30,18 @@ from parallel_backend.small_checkpoints.unet import CONFIGS, write_unet
 torch.set_num_threads(2)
 # Of a rank's memory: the largest models of the tests leave when others come.
 MODELS_BYTES = 200 * 2**20
+# Ranks keep what they have freed, for speed; those of the tests, which live side by side, give it back.
+GIVE_BACK_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**24)}
+
+
+# Modules of scripts/check --quick: those that answer within seconds, and one that speaks to a backend.
+QUICK = frozenset(
+    f"test_{name}"
+    for name in (
+        "allowed_files", "backend", "checkpoint", "config", "demo_files", "house", "memory", "methods",
+        "published", "scenes", "scripts", "vae", "wire",
+    )
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -37,6 +50,7 @@ def runtime_folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="pm-") as folder:
         os.environ["PARALLEL_MMDIT_RUNTIME_DIR"] = folder
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/compiled"
+        os.environ |= GIVE_BACK_MEMORY
         yield Path(folder)
 
 
@@ -73,10 +87,29 @@ def workflow_models(models: Path) -> Path:
 
 
 SHARING = pytest.StashKey[Sharing]()
+FOOTPRINT = pytest.StashKey[Footprint]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--quick", action="store_true", help="only the modules that start neither a ComfyUI nor many ranks"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[FOOTPRINT] = Footprint()
+    config.stash[FOOTPRINT].start()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.write_line(terminalreporter.config.stash[FOOTPRINT].told())
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--quick"):
+        config.hook.pytest_deselected(items=[item for item in items if item.path.stem not in QUICK])
+        items[:] = [item for item in items if item.path.stem in QUICK]
     items[:] = in_order(items)
     config.stash[SHARING] = Sharing()
     config.stash[SHARING].plan(items)

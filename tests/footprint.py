@@ -1,0 +1,54 @@
+"""How long a run of the tests took, and how much memory all of its processes held at most."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from pathlib import Path
+
+LOOK_SECONDS = 2.0
+# In the environment of every process that a test starts, however far it has gone from this one.
+_MARK = "PARALLEL_MMDIT_TESTS"
+_HELD = re.compile(rb"^Pss:\s+(\d+) kB", re.M)
+
+
+class Footprint(threading.Thread):
+    """Looks at the run's processes now and then; memory that several of them share counts once."""
+
+    def __init__(self) -> None:
+        super().__init__(name="footprint", daemon=True)
+        self.peak_bytes, self.most_processes = 0, 0
+        self._begun, self._done = time.monotonic(), threading.Event()
+        os.environ[_MARK] = str(os.getpid())
+
+    def run(self) -> None:
+        while not self._done.wait(LOOK_SECONDS):
+            held = [_held_bytes(process) for process in self._processes()]
+            self.peak_bytes = max(self.peak_bytes, sum(held))
+            self.most_processes = max(self.most_processes, len(held))
+
+    def told(self) -> str:
+        """A line for the end of the run."""
+        self._done.set()
+        minutes = (time.monotonic() - self._begun) / 60
+        return f"{minutes:.1f} minutes; at most {self.peak_bytes / 1e9:.1f} GB in up to {self.most_processes} processes"
+
+    def _processes(self) -> list[Path]:
+        mark = f"{_MARK}={os.getpid()}\0".encode()
+        others = [p for p in Path("/proc").iterdir() if p.name.isdigit() and mark in _read(p / "environ") + b"\0"]
+        return [Path("/proc/self"), *others]
+
+
+def _held_bytes(process: Path) -> int:
+    found = _HELD.search(_read(process / "smaps_rollup"))
+    return int(found[1]) * 1024 if found else 0
+
+
+def _read(path: Path) -> bytes:
+    """Empty where the process has ended meanwhile, or is somebody else's."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
