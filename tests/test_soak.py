@@ -1,4 +1,4 @@
-"""A minute of mixed load by several clients; `parallel-mmdit bench soak --minutes 120` is the long run."""
+"""Some seconds of mixed load by several clients; `parallel-mmdit bench soak --minutes 120` is the long run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MIB = 2**20
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    return run_soak(minutes=0.7, clients=3)
+    return run_soak(minutes=0.25, clients=3, warm_up_seconds=6)
 
 
 def test_every_request_ends_once_and_as_in_quiet(report: Report) -> None:
