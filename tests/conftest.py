@@ -81,8 +81,8 @@ def workflow_models(models: Path) -> Path:
         write_unet(
             path, CONFIGS[config], "single file", prefix="model.diffusion_model.", dtype=torch.float16, extra=vae
         )
-    write_clip(models / "text_encoders" / "clip_l.safetensors", width=768, layers=12)
-    write_clip(models / "text_encoders" / "clip_g.safetensors", width=1280, layers=32)
+    write_clip(models / "text_encoders" / "clip_l.safetensors", width=768)
+    write_clip(models / "text_encoders" / "clip_g.safetensors", width=1280, known_by=30)
     return models
 
 

@@ -1,4 +1,4 @@
-"""CLIP text encoders of the true sizes in files that take little disk: weights are zero where a hole will do."""
+"""CLIP text encoders of the true widths with three layers, in files that take little disk: weights are zero where a hole will do."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ from typing import Any
 import torch
 
 HALF = 2  # bytes
+LAYERS = 3
 
 
-def write_clip(path: Path, *, width: int, layers: int, seed: int = 0) -> Path:
-    """clip_l is 768 wide with 12 layers, clip_g 1280 with 32. Layers add nothing; tokens keep their embeddings."""
+def write_clip(path: Path, *, width: int, known_by: int = 1, seed: int = 0) -> Path:
+    """clip_l is 768 wide, clip_g 1280. Layers add nothing; tokens keep their embeddings.
+
+    Args:
+        known_by: the layer of which ComfyUI looks for a weight, to tell clip_g (30) from the others.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    shapes = _shapes(width, layers)
+    shapes = _shapes(width, LAYERS) | {f"text_model.encoder.layers.{known_by}.mlp.fc1.weight": [4 * width, width]}
     header: dict[str, dict[str, Any]] = {}
     offset = 0
     for name, shape in shapes.items():

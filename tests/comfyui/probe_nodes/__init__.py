@@ -1,22 +1,18 @@
 """Nodes that tests of workflows use in place of text encoders, and to hang refused things on conditioning."""
 
-import functools
-
-import comfy.sd1_clip
+import comfy.clip_model
 import torch
 
-# The tests' files of text encoders have true sizes and layers that add nothing: two of them give what all would, in a tenth
-# of the memory.
-_FEW_LAYERS = {f"{name}_model_config": {"num_hidden_layers": 2} for name in ("clip_l", "clip_g")}
-_whole = comfy.sd1_clip.SDClipModel.__init__
+# As the tests' files of text encoders have: true widths, and few layers.
+FEW_LAYERS = {"num_hidden_layers": 3}
+_made = comfy.clip_model.CLIPTextModel.__init__
 
 
-@functools.wraps(_whole)
-def _with_few_layers(self, *args, model_options=None, **settings):
-    _whole(self, *args, model_options={**_FEW_LAYERS, **(model_options or {})}, **settings)
+def _made_with_few_layers(self, config_dict, *args):
+    _made(self, {**config_dict, **FEW_LAYERS}, *args)
 
 
-comfy.sd1_clip.SDClipModel.__init__ = _with_few_layers
+comfy.clip_model.CLIPTextModel.__init__ = _made_with_few_layers
 
 
 class RandomConditioning:
