@@ -363,32 +363,6 @@ def test_taesd_equals_the_stock_loaders(server: ComfyServer) -> None:
     torch.testing.assert_close(latents[1], latents[0], rtol=1e-4, atol=1e-4)
 
 
-def encoded(prompt: Prompt, node: str, loader: str, channels: int, height: int, width: int) -> str:
-    more = {} if loader == "VAELoader" else {"mesh": mesh(prompt)}
-    vae = out(prompt.add(loader, vae_name="taesd3", **more))
-    image = out(prompt.add("ProbeRandomImage", seed=3, channels=channels, height=height, width=width))
-    tiles = {"tile_size": 64, "overlap": 32, "temporal_size": 64, "temporal_overlap": 8} if "Tiled" in node else {}
-    return save_latent(prompt, out(prompt.add(node, pixels=image, vae=vae, **tiles)), loader)
-
-
-def test_alpha_is_left_out_and_odd_sizes_are_cropped_as_stock_does(server: ComfyServer) -> None:
-    latents = []
-    for loader in ("VAELoader", "PatchParallelVAE"):
-        prompt = Prompt()
-        node = encoded(prompt, "VAEEncode", loader, 4, 67, 45)
-        latents.append(latent_of(server, server.run(prompt.nodes), node))
-    torch.testing.assert_close(latents[1], latents[0], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("node", ["VAEEncode", "VAEEncodeTiled"])
-def test_an_image_that_cannot_be_encoded_is_told_what_would_help(node: str, server: ComfyServer) -> None:
-    cases = {(1, 64, 64): "It is grey: repeat its channel", (3, 7, 64): "An image of 64 x 7 pixels"}
-    for shape, words in cases.items():
-        prompt = Prompt()
-        encoded(prompt, node, "PatchParallelVAE", *shape)
-        assert words in server.run(prompt.nodes).message
-
-
 def test_help_pages_and_tooltips_are_there(server: ComfyServer) -> None:
     for node in ("MeshConfig", "LoadParallelMMDiT", "ParallelSampler", "PatchParallelVAE"):
         info = server.get(f"/object_info/{node}")[node]

@@ -146,7 +146,7 @@ def test_shapes_that_dont_fit_are_named(models: Path) -> None:
     vae = band_vae(models, "kl-4")
     with pytest.raises(InputError, match=r"needs \(batch, 4,.* belongs to the model"):
         vae.check_latent(torch.zeros(1, 16, 4, 4))
-    with pytest.raises(InputError, match=r"needs \(batch, 4,.* at least one cell"):
+    with pytest.raises(InputError, match=r"needs \(batch, 4,.* of one cell or more"):
         vae.check_latent(torch.zeros(1, 4, 0, 4))
 
 
@@ -160,8 +160,8 @@ def test_shapes_that_dont_fit_are_named(models: Path) -> None:
         ((1, 64, 64, 1), "An image of 1 channel came", "It is grey: repeat its channel three times"),
         ((1, 64, 64, 4), "An image of 4 channels came", "Leave its alpha channel out."),
         ((1, 20, 16, 2), "An image of 2 channels came", "Convert it to RGB."),
-        ((64, 64, 3), r"shape \[64, 64, 3\]", "Give one image or more."),
-        ((0, 64, 64, 3), r"shape \[0, 64, 64, 3\]", "Give one image or more."),
+        ((64, 64, 3), r"shape \[64, 64, 3\]", "Give a batch of one image or more."),
+        ((0, 64, 64, 3), r"shape \[0, 64, 64, 3\]", "Give a batch of one image or more."),
     ],
     ids=str,
 )

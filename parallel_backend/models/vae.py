@@ -28,8 +28,6 @@ _BLOCK = re.compile(r"(en|de)coder\.(mid_block|(up|down)_blocks\.\d+|layers\.\d+
 CELL = 8  # pixels per latent cell, each way
 # TAESD was trained on the model's scaled latents: (latent - shift) * scale. Source: each model's VAE configuration.
 TAESD_SCALES = {"taesd": (0.18215, 0.0), "taesdxl": (0.13025, 0.0), "taesd3": (1.5305, 0.0609)}
-
-
 _CHANNEL_REMEDIES = {
     1: "It is grey: repeat its channel three times; in ComfyUI, Convert Image to Mask (red), then Convert Mask to Image.",
     4: "Leave its alpha channel out.",
@@ -63,7 +61,7 @@ class BandVAE:
         came = f"A latent of shape {list(latent.shape)} came; this VAE ({self.family}) needs "
         needed = f"(batch, {self.latent_channels}, height / 8, width / 8)."
         if latent.ndim != 4 or 0 in latent.shape:
-            raise InputError(came + needed, "Give one latent or more, of at least one cell.")
+            raise InputError(came + needed, "Give a batch of one latent or more, of one cell or more.")
         if latent.shape[1] != self.latent_channels:
             raise InputError(came + needed, "Use the VAE that belongs to the model of this latent.")
 
@@ -72,7 +70,7 @@ class BandVAE:
         if image.ndim != 4 or image.shape[0] == 0:
             raise InputError(
                 f"An image of shape {list(image.shape)} came; (batch, height, width, 3) is needed.",
-                "Give one image or more.",
+                "Give a batch of one image or more.",
             )
         _, height, width, channels = image.shape
         came = f"An image of {width} x {height} pixels came (width x height);"
