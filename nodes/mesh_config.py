@@ -7,8 +7,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..parallel_backend.client.launcher import default_ranks
-from ..parallel_backend.config import DEFAULT_IDLE_SECONDS, DTYPES, KERNELS, BackendSpec
-from ..parallel_backend.errors import BackendError, ConfigError
+from ..parallel_backend.config import DEFAULT_IDLE_SECONDS, DTYPES, KERNELS, BackendSpec, gpu_numbers
+from ..parallel_backend.errors import ConfigError
 from .node_text import say
 from .parallel_mesh import MeshSocket, ParallelMesh
 
@@ -43,12 +43,7 @@ def parallel_mesh(
         # What is there is known once it answers; who asks for nothing else means GPUs.
         found_device, found = "cuda", 0
     device = found_device if device == "auto" else device
-    try:
-        ordinals = tuple(int(part) for part in devices.replace(" ", "").split(",") if part)
-    except ValueError:
-        raise BackendError(
-            f"devices {devices!r} is not a list of GPU numbers.", "Write it like 0,1,3 or leave it empty."
-        ) from None
+    ordinals = gpu_numbers(devices)
     world_size = ranks or len(ordinals) or (found if device == found_device else 2)
     if address and not world_size:
         raise ConfigError(

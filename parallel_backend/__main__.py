@@ -13,7 +13,7 @@ import msgspec
 
 from .client import launcher
 from .client.backend import Backend
-from .config import DEFAULT_IDLE_SECONDS, BackendSpec, Hosts, ServeSpec
+from .config import DEFAULT_IDLE_SECONDS, BackendSpec, Hosts, ServeSpec, gpu_numbers
 from .demo.trained import add_choice, chosen
 from .errors import BackendError, ConfigError, StartError
 from .rpc import runtime_dir
@@ -132,7 +132,7 @@ def _ranks(parser: argparse.ArgumentParser) -> None:
 def _serve(args: argparse.Namespace) -> int:
     device, count = launcher.default_ranks()
     device = args.device or device
-    devices = tuple(int(d) for d in args.devices.split(",")) if args.devices else ()
+    devices = gpu_numbers(args.devices)
     world_size = args.world_size or len(devices) or (count if device == launcher.default_ranks()[0] else 2)
     spec = BackendSpec(args.name, world_size, device, devices, args.idle_seconds, args.memory_budget_mib * 2**20)  # type: ignore[arg-type]
     hosts = Hosts(args.hosts, args.host_index, args.rendezvous, args.interface)

@@ -256,6 +256,16 @@ class SamplerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return None if self.warmup_steps is None else max(1, self.warmup_steps)
 
 
+def gpu_numbers(text: str) -> tuple[int, ...]:
+    """CUDA ordinals, as a person writes them: 0,1,3. Raises: ConfigError: something else."""
+    try:
+        return tuple(int(part) for part in text.replace(" ", "").split(",") if part)
+    except ValueError:
+        raise ConfigError(
+            f"devices {text!r} is not a list of GPU numbers.", "Write it like 0,1,3 or leave it empty."
+        ) from None
+
+
 class BackendSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which backend is meant, and how it is started when none of that name runs.
 

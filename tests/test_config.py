@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from parallel_backend import MeshSpec, SamplerSpec
-from parallel_backend.config import AXES, BackendSpec, ServeSpec
+from parallel_backend.__main__ import main
+from parallel_backend.config import AXES, BackendSpec, ServeSpec, gpu_numbers
 from parallel_backend.errors import BackendError, ConfigError, error_from_code
 
 
@@ -128,6 +129,13 @@ def test_gpus_named_for_cpu_ranks_are_refused() -> None:
     ):
         BackendSpec(device="cpu", devices=(0, 0))
     assert BackendSpec(device="cuda", devices=(0, 0)).devices == (0, 0)
+
+
+def test_gpu_numbers_are_read_as_people_write_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_numbers("0, 1,3,") == (0, 1, 3) and gpu_numbers(" ") == ()
+    for device in ("cpu", "cuda"):
+        assert main(["serve", "--name", "never", "--device", device, "--devices", "0,one"]) == 1
+        assert "devices '0,one' is not a list of GPU numbers. Write it like 0,1,3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("listen", ["tcp://0.0.0.0", "ipc://x", "tcp://host:port", "5555"])
