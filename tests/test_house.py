@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -102,6 +103,20 @@ def test_only_nodes_import_comfy_and_they_keep_to_the_client() -> None:
         assert "torch.distributed" not in file.read_text(), file
         for name in re.findall(r"from \.{2,3}parallel_backend(\.[\w.]+)? import", file.read_text()):
             assert name == "" or name.split(".")[1] in KNOWN_TO_NODES, (file, name)
+
+
+def test_a_rank_starts_without_what_most_ranks_never_use() -> None:
+    """They are seconds and 100 MB of each rank; what asks for them later gets them."""
+    code = """if True:
+        import sys, parallel_backend.rank.server
+        late = ("scipy", "torch._dynamo")
+        print([name for name in (*late, "transformers", "torchvision") if sys.modules.get(name)])
+        import scipy.stats, torch
+        print(torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(1)).item())
+    """
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.splitlines() == ["[]", "1.0"]
 
 
 def test_the_root_imports_silently_without_comfyui() -> None:
