@@ -19,21 +19,23 @@ class Footprint(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(name="footprint", daemon=True)
-        self.peak_bytes, self.most_processes = 0, 0
+        self.peak_bytes, self.most_processes, self.peak_test = 0, 0, "no test"
         self._begun, self._done = time.monotonic(), threading.Event()
         os.environ[_MARK] = str(os.getpid())
 
     def run(self) -> None:
         while not self._done.wait(LOOK_SECONDS):
             held = [_held_bytes(process) for process in self._processes()]
-            self.peak_bytes = max(self.peak_bytes, sum(held))
+            if sum(held) > self.peak_bytes:
+                self.peak_bytes, self.peak_test = sum(held), os.environ.get("PYTEST_CURRENT_TEST", "no test")
             self.most_processes = max(self.most_processes, len(held))
 
     def told(self) -> str:
         """A line for the end of the run."""
         self._done.set()
         minutes = (time.monotonic() - self._begun) / 60
-        return f"{minutes:.1f} minutes; at most {self.peak_bytes / 1e9:.1f} GB in up to {self.most_processes} processes"
+        held = f"at most {self.peak_bytes / 1e9:.1f} GB, in {self.peak_test}"
+        return f"{minutes:.1f} minutes; {held}; up to {self.most_processes} processes"
 
     def _processes(self) -> list[Path]:
         mark = f"{_MARK}={os.getpid()}\0".encode()

@@ -15,6 +15,7 @@ import parallel_backend
 from parallel_backend import Backend, Conditioning, MeshSpec
 from parallel_backend.errors import ConfigError
 from parallel_backend.models.compiled import MARKED, check_compiler, compile_blocks
+from parallel_backend.small_checkpoints.mmdit import small_config, write_mmdit
 from parallel_backend.small_checkpoints.prompts import random_prompt, random_sdxl_prompt
 from parallel_backend.small_checkpoints.unet import CONFIGS, write_unet
 
@@ -27,8 +28,10 @@ CASES = {
 
 @pytest.mark.parametrize("family", ["mmdit", "unet"])
 def test_compiled_pictures_are_those_of_eager_blocks(family: str, backend2: Backend, models: Path) -> None:
-    if family == "mmdit":  # with second attentions
-        path, latent, prompt = models / "diffusion_models/sd3.5-medium.safetensors", (1, 16, 18, 12), random_prompt
+    if family == "mmdit":  # a block with a second attention, and the last one
+        path = models / "diffusion_models" / "compiled-mmdit.safetensors"
+        write_mmdit(path, small_config("sd3.5-medium", depth=2))
+        latent, prompt = (1, 16, 18, 12), random_prompt
     else:
         path = write_unet(models / "diffusion_models" / "compiled.safetensors", CONFIGS["tiny"], "single file")
         latent, prompt = (1, 4, 20, 12), random_sdxl_prompt

@@ -150,7 +150,7 @@ def test_displaced_pictures_are_measured_against_exact_ones(
     trained: Trained, mesh: MeshSpec, backend2: Backend, tmp_path: Path
 ) -> None:
     steps = trained.spec.steps
-    found = figures(trained, backend2, mesh, [1, 8, steps], held_out_scenes(4), 128)
+    found = figures(trained, backend2, mesh, [1, 8, steps], held_out_scenes(2), 128)
     exact, early, late, full = found
     assert (exact.warmup, exact.mean_psnr) == (None, 150)
     # A trained model's steps are alike: what is a step old costs little, and more warm-up need not cost less.

@@ -9,6 +9,8 @@ import socket
 import stat
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import msgspec
@@ -133,24 +135,28 @@ def test_status_tells_ranks_models_and_jobs(backend2: Backend, model: RemoteMode
 
 
 def doctor() -> str:
-    command = [sys.executable, "-m", "parallel_backend", "doctor"]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT).stdout
+    """What `parallel-mmdit doctor` prints."""
+    with redirect_stdout(StringIO()) as said:
+        main(["doctor"])
+    return said.getvalue()
 
 
-def test_the_command_line_tells_and_stops(runtime_folder: Path) -> None:
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "parallel_backend", *arguments, "--name", "shell"]
-        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+def test_the_command_line_tells_and_stops(runtime_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*arguments: str) -> str:
+        assert main([*arguments, "--name", "shell"]) == 0
+        return capsys.readouterr().out
 
-    assert "process" in run("serve", "--world-size", "1", "--device", "cpu", "--detach").stdout
-    assert "runs already" in run("serve", "--world-size", "1", "--device", "cpu").stdout
-    assert "no models resident" in run("status").stdout
-    state = json.loads(run("status", "--json").stdout)
+    command = [sys.executable, "-m", "parallel_backend", "serve", "--name", "shell", "--world-size", "1"]
+    started = subprocess.run([*command, "--device", "cpu", "--detach"], capture_output=True, text=True, cwd=ROOT)
+    assert started.returncode == 0 and "process" in started.stdout
+    assert "runs already" in run("serve", "--world-size", "1", "--device", "cpu")
+    assert "no models resident" in run("status")
+    state = json.loads(run("status", "--json"))
     assert state["restarts"] == 0 and state["ranks"][0]["host"] == socket.gethostname()
     assert "ok     backend 'shell': 1 ranks, 0 jobs, 0 restarts" in doctor()
-    assert "has stopped" in run("stop").stdout
-    stopped = run("stop")
-    assert stopped.returncode == 1 and "No backend 'shell' runs" in stopped.stderr
+    assert "has stopped" in run("stop")
+    assert main(["stop", "--name", "shell"]) == 1
+    assert "No backend 'shell' runs" in capsys.readouterr().err
 
 
 def test_a_record_of_a_process_that_is_gone_is_no_backend(runtime_folder: Path) -> None:

@@ -11,7 +11,7 @@ MIB = 2**20
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    return run_soak(minutes=0.25, clients=3, warm_up_seconds=6)
+    return run_soak(minutes=0.15, clients=3, warm_up_seconds=4)
 
 
 def test_every_request_ends_once_and_as_in_quiet(report: Report) -> None:

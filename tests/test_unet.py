@@ -53,6 +53,14 @@ def reference(name: str) -> Any:
 
 
 @cache
+def output(name: str, size: tuple[int, int, int]) -> Tensor:
+    """What any number of bands is to give."""
+    x, timesteps, context, y = inputs(name, size)
+    with torch.inference_mode():
+        return reference(name)(x, timesteps, context, class_labels=y).sample
+
+
+@cache
 def network(path: Path, mesh: MeshSpec) -> Network:
     return local_network(path, build_mesh(mesh, groups()))
 
@@ -94,9 +102,7 @@ def test_output_equals_diffusers(
     name: str, size: tuple[int, int, int], world_size: int, ranks: RankPool, unets: Path
 ) -> None:
     given = inputs(name, size)
-    x, timesteps, context, y = given
-    with torch.inference_mode():
-        expected = reference(name)(x, timesteps, context, class_labels=y).sample
+    expected = output(name, size)
     path = unets / f"unet-{name}.safetensors"
     # A neighbour that sends what it sent before is as good as one that sends anew.
     phases: list[Phase] = ["sync", "displaced", "displaced"]

@@ -283,8 +283,10 @@ def environment(spec: BackendSpec) -> dict[str, str]:
     env = dict(os.environ)
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), env.get("PYTHONPATH", "")]))
     env["PARALLEL_MMDIT_RUNTIME_DIR"] = str(files.runtime_root())
+    cores = len(os.sched_getaffinity(0))
+    # Every rank compiles at once; left alone, each would start as many compilers as there are cores, half a GB apiece.
+    env.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, cores // spec.world_size)))
     if spec.device == "cpu":
-        cores = len(os.sched_getaffinity(0))
         env.setdefault("OMP_NUM_THREADS", str(max(1, cores // spec.world_size)))
         env = KEEP_FREED_MEMORY | env
     return env
