@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -31,7 +33,7 @@ torch.set_num_threads(2)
 # Of a rank's memory: the largest models of the tests leave when others come.
 MODELS_BYTES = 256 * 2**20
 # Ranks keep what they have freed, for speed; those of the tests, which live side by side, give it back.
-GIVE_BACK_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**24)}
+GIVE_BACK_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**23), "MALLOC_TRIM_THRESHOLD_": str(2**26)}
 
 
 # Modules of scripts/check --quick: those that answer within seconds, and one that speaks to a backend.
@@ -116,8 +118,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown(item: pytest.Item) -> None:
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     item.config.stash[SHARING].after(item)
+    if nextitem is not None and nextitem.path != item.path:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(scope="session")
