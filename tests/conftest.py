@@ -160,10 +160,12 @@ def expected(backend2: Backend, large: Path) -> Tensor:
     return sample(backend2.load_model(large, MeshSpec(cfg=2), "float32"))
 
 
-@pytest.fixture(scope="session")
-def ranks(sharing: Sharing) -> Iterator[RankPool]:
-    """Runs a function on N gloo ranks; the ranks of each N are started once."""
-    yield from sharing.until_last_use("ranks", RankPool(), RankPool.close)
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[RankPool]:
+    """Runs a function on N gloo ranks; the ranks of each N are started once a module, and keep no other module's models."""
+    pool = RankPool()
+    yield pool
+    pool.close()
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pytest
 
 T = TypeVar("T")
 # Fixtures that hold processes, and so memory. Modules that need a later one run later, so that few live side by side.
-SHARED = ("ranks", "backend4", "backend2", "comfy_backend", "default_backend", "server")
+SHARED = ("backend4", "backend2", "comfy_backend", "default_backend", "server")
 
 
 class Sharing:
