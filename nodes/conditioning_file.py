@@ -92,8 +92,8 @@ def _is_conditioning(path: Path) -> bool:
 
 def visible(prefix: str) -> str:
     """The prefix, with a plain name in place of none, and without the dots that would hide the file."""
-    folder, _, name = prefix.rpartition("/")
-    return f"{folder}/{name.lstrip('. ') or PLAIN_NAME}" if folder else name.lstrip(". ") or PLAIN_NAME
+    folder, slash, name = prefix.rpartition("/")
+    return f"{folder}{slash}{name.lstrip('. ') or PLAIN_NAME}"
 
 
 def path_of_conditioning(name: str) -> Path:

@@ -8,7 +8,7 @@ from typing import TypeVar
 import pytest
 
 T = TypeVar("T")
-# Fixtures that hold processes, and so memory. Modules that need a later one run later, so that few live side by side.
+# Fixtures that hold processes, and so memory.
 SHARED = ("backend4", "backend2", "comfy_backend", "default_backend", "server")
 
 
@@ -45,14 +45,20 @@ def used_by(item: pytest.Item) -> set[str]:
 
 
 def in_order(items: Sequence[pytest.Item]) -> list[pytest.Item]:
-    """Modules whole and by name, but those first that need nothing, then those of backend4, and a ComfyUI's last."""
+    """Modules whole and by name, but so that few shared things live side by side.
+
+    Those first that need nothing, then those of backend4, of backend2, of a ComfyUI with backend2, and of a ComfyUI alone.
+    """
     needs: dict[str, set[str]] = {}
     for item in items:
         needs.setdefault(item.path.name, set()).update(used_by(item))
 
-    def place(item: pytest.Item) -> tuple[bool, bool, bool, bool]:
+    def place(item: pytest.Item) -> int:
         needed = needs[item.path.name]
-        backends = needed & {"backend2", "backend4"}
-        return "server" in needed, bool(backends), "backend4" not in needed, not backends
+        if "server" in needed:
+            return 3 if "backend2" in needed else 4
+        if "backend4" in needed:
+            return 1
+        return 2 if "backend2" in needed else 0
 
     return sorted(items, key=place)
