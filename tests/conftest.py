@@ -7,11 +7,14 @@ import gc
 import os
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from beside import run_beside
 from comfyui.installation import ComfyInstallation, find_installation
 from comfyui.server import ComfyServer
 from footprint import Footprint
@@ -54,6 +57,18 @@ def runtime_folder() -> Iterator[Path]:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/compiled"
         os.environ |= GIVE_BACK_MEMORY
         yield Path(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def going_on(runtime_folder: Path, request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Any]]]:
+    with run_beside(request.session.items) as runs:
+        yield runs
+
+
+@pytest.fixture(scope="module")
+def beside(going_on: dict[str, Future[Any]], request: pytest.FixtureRequest) -> Any:
+    """What came of the run that has gone on beside other tests for this module."""
+    return going_on[request.path.stem].result()
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import pytest
+from beside import looks_beside
 
 T = TypeVar("T")
 # Fixtures that hold processes, and so memory.
@@ -45,20 +46,23 @@ def used_by(item: pytest.Item) -> set[str]:
 
 
 def in_order(items: Sequence[pytest.Item]) -> list[pytest.Item]:
-    """Modules whole and by name, but so that few shared things live side by side.
+    """Modules whole and by name, but so that few shared things live side by side, and what goes on beside has time to end.
 
-    Those first that need nothing, then those of backend4, of backend2, of a ComfyUI with backend2, and of a ComfyUI alone.
+    Those first that need nothing, then those of backend2, those that look at what went on beside, those of backend4, of a
+    ComfyUI with backend2, and of a ComfyUI alone.
     """
     needs: dict[str, set[str]] = {}
     for item in items:
-        needs.setdefault(item.path.name, set()).update(used_by(item))
+        needs.setdefault(item.path.name, set()).update(used_by(item), {"beside"} if looks_beside(item) else ())
 
     def place(item: pytest.Item) -> int:
         needed = needs[item.path.name]
         if "server" in needed:
-            return 3 if "backend2" in needed else 4
+            return 4 if "backend2" in needed else 5
         if "backend4" in needed:
-            return 1
-        return 2 if "backend2" in needed else 0
+            return 3
+        if "beside" in needed:
+            return 2
+        return 1 if "backend2" in needed else 0
 
     return sorted(items, key=place)

@@ -66,15 +66,6 @@ class Report:
     before: list[Holding] = field(default_factory=list)
     after: list[Holding] = field(default_factory=list)
     seconds: float = 0.0
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def count(self, what: str) -> None:
-        with self.lock:
-            self.done[what] += 1
-
-    def fault(self, words: str) -> None:
-        with self.lock:
-            self.wrong.append(words)
 
 
 class Soak:
@@ -88,6 +79,15 @@ class Soak:
         self.vae = write_taesd(folder, "taesd3", 16)
         self.prompts = [Conditioning(*random_prompt(seed, length)) for seed, length in ((1, 77), (2, 30))]
         self.references: dict[tuple[object, ...], Tensor] = {}
+        self._lock = threading.Lock()
+
+    def count(self, what: str) -> None:
+        with self._lock:
+            self.report.done[what] += 1
+
+    def fault(self, words: str) -> None:
+        with self._lock:
+            self.report.wrong.append(words)
 
     def choice(self, rng: random.Random) -> tuple[int, MeshSpec, int, int]:
         """A model, a mesh, a size and a prompt."""
@@ -116,7 +116,7 @@ class Soak:
     def picture(self, backend: Backend, rng: random.Random) -> None:
         chosen = self.choice(rng)
         if not torch.equal(self.sample(backend, chosen), self.references[chosen]):
-            self.report.fault(f"another picture than in quiet: {chosen}")
+            self.fault(f"another picture than in quiet: {chosen}")
 
     def cancelled(self, backend: Backend, rng: random.Random) -> None:
         last, seen = rng.randrange(4), [0]
@@ -126,7 +126,7 @@ class Soak:
 
         try:
             self.sample(backend, self.choice(rng), steps=2000, on_step=on_step, should_cancel=lambda: seen[0] >= last)
-            self.report.fault("a cancelled job ended")
+            self.fault("a cancelled job ended")
         except CancelledError:
             pass
 
@@ -134,7 +134,7 @@ class Soak:
         vae = backend.load_vae(self.vae, "float32")
         image = vae.decode(torch.zeros(1, 16, rng.choice((4, 5, 16)), 8))
         if not torch.isfinite(image).all():
-            self.report.fault("a decoded image holds NaN")
+            self.fault("a decoded image holds NaN")
 
     def bad(self, backend: Backend, rng: random.Random) -> None:
         try:
@@ -146,7 +146,7 @@ class Soak:
                 backend.load_model(self.models[0], MeshSpec(tp=3))
             else:
                 backend.load_model(self.vae[1], MeshSpec(tp=2))
-            self.report.fault("bad input was taken")
+            self.fault("bad input was taken")
         except (InputError, ConfigError, CheckpointError):
             pass
 
@@ -164,9 +164,9 @@ class Soak:
                 for _ in range(rng.randrange(1, 12)):
                     act = rng.choice(acts)
                     act(backend, rng)
-                    self.report.count(act.__name__)
+                    self.count(act.__name__)
             except BackendError as error:
-                self.report.fault(f"{type(error).__name__}: {error}")
+                self.fault(f"{type(error).__name__}: {error}")
             finally:
                 backend.close()
 
@@ -187,7 +187,7 @@ def run_soak(minutes: float, clients: int = 3, warm_up_seconds: float = 10.0) ->
             report.seconds, report.after = time.monotonic() - begun, _holdings(backend)
             state = backend.status()
             if state.restarts or state.queued or state.running or state.refused:
-                report.fault(f"left behind: {state}")
+                soak.fault(f"left behind: {state}")
         finally:
             backend.stop()
     return report
@@ -201,7 +201,7 @@ def _clients(soak: Soak, count: int, seconds: float) -> None:
     for thread in threads:
         thread.join(seconds + 120)
         if thread.is_alive():
-            soak.report.fault("a request got no reply")
+            soak.fault("a request got no reply")
 
 
 def _holdings(backend: Backend) -> list[Holding]:

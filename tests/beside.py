@@ -1,0 +1,38 @@
+"""Long runs, mostly of waiting, that go on beside the tests: begun with the first one, looked at by their own, which come late."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+from rank_pool import forkserver
+from two_hosts import run_two_hosts
+
+from parallel_backend.bench.faults import run_faults
+from parallel_backend.bench.soak import run_soak
+
+# By the module whose tests look at what came of it.
+RUNS: dict[str, Callable[[], Any]] = {
+    "test_faults": run_faults,
+    "test_hosts": run_two_hosts,
+    "test_soak": partial(run_soak, minutes=0.15, clients=3, warm_up_seconds=4),
+}
+
+
+def looks_beside(item: pytest.Item) -> bool:
+    return "beside" in getattr(item, "fixturenames", ())
+
+
+@contextmanager
+def run_beside(items: Sequence[pytest.Item]) -> Iterator[dict[str, Future[Any]]]:
+    """The runs that these tests look at, one after the other in a process of their own."""
+    wanted = {item.path.stem for item in items if looks_beside(item)}
+    pool = ProcessPoolExecutor(1, mp_context=forkserver())
+    try:
+        yield {module: pool.submit(run) for module, run in RUNS.items() if module in wanted}
+    finally:
+        pool.shutdown(cancel_futures=True)
