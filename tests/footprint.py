@@ -8,7 +8,7 @@ import threading
 import time
 from pathlib import Path
 
-LOOK_SECONDS = 2.0
+LOOK_SECONDS = 4.0
 # In the environment of every process that a test starts, however far it has gone from this one.
 _MARK = "PARALLEL_MMDIT_TESTS"
 _HELD = re.compile(rb"^Pss:\s+(\d+) kB", re.M)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +79,14 @@ def test_demo_draws_compares_and_writes_a_sheet(
 @pytest.mark.parametrize("trained", SHIPPED.values(), ids=SHIPPED)
 def test_pictures_show_their_captions(trained: Trained, backend2: Backend) -> None:
     """Of held-out captions, and a control: pictures of other captions show them far less often."""
-    scenes = held_out_scenes(20)
+    scenes = held_out_scenes(12)
     model = backend2.load_model(trained.path, trained.mesh, "float32")
     latent = trained.sample(model, [scene.caption() for scene in scenes], 128)
     images = backend2.load_vae(trained.vae, "float32").decode(latent)
     pictures = [as_picture(image) for image in images]
     found = sum(shows(picture, scene) for picture, scene in zip(pictures, scenes, strict=True))
     crossed = sum(shows(picture, scene) for picture, scene in zip(pictures, scenes[1:] + scenes[:1], strict=True))
-    assert found >= 10 and crossed <= 2, (found, crossed)
+    assert found >= 6 and crossed <= 1, (found, crossed)
 
 
 @pytest.fixture
@@ -149,8 +150,9 @@ def test_score_prints_its_figures(demo_backend: Backend, capsys: pytest.CaptureF
 def test_displaced_pictures_are_measured_against_exact_ones(
     trained: Trained, mesh: MeshSpec, backend2: Backend, tmp_path: Path
 ) -> None:
-    steps = trained.spec.steps
-    found = figures(trained, backend2, mesh, [1, 8, steps], held_out_scenes(2), 128)
+    steps = 8
+    fewer = replace(trained, spec=msgspec.structs.replace(trained.spec, steps=steps))
+    found = figures(fewer, backend2, mesh, [1, 4, steps], held_out_scenes(2), 128)
     exact, early, late, full = found
     assert (exact.warmup, exact.mean_psnr) == (None, 150)
     # A trained model's steps are alike: what is a step old costs little, and more warm-up need not cost less.

@@ -13,6 +13,7 @@ import torch
 from two_hosts import Seen
 
 from parallel_backend import Backend, Conditioning, MeshSpec
+from parallel_backend.__main__ import main
 from parallel_backend.client import connection
 from parallel_backend.errors import BackendLostError, ConfigError
 from parallel_backend.rpc.keys import Keys
@@ -79,19 +80,10 @@ def test_another_key_or_none_gets_no_answer(
         Backend.attach_remote(address, keys, world_size=4)
 
 
-def test_a_port_without_keys_is_refused(tmp_path: Path) -> None:
+def test_a_port_without_keys_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def serve(*arguments: str) -> str:
-        command = [
-            sys.executable,
-            "-m",
-            "parallel_backend",
-            "serve",
-            "--name",
-            "open",
-            "--listen",
-            "tcp://0.0.0.0:5520",
-        ]
-        return subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, cwd=ROOT).stderr
+        assert main(["serve", "--name", "open", "--listen", "tcp://0.0.0.0:5520", *arguments]) == 1
+        return capsys.readouterr().err
 
     assert "is not listened on without keys" in serve()
     assert "Name the model folders with --models" in serve("--keys", str(tmp_path))

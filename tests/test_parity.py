@@ -53,12 +53,12 @@ def check(backend: Backend, mesh: MeshSpec, models: Path, family: str, shape: tu
     assert (out - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("mesh", MeshSpec.all_of(2), ids=MeshSpec.describe)
 @pytest.mark.parametrize(
     ("family", "shape"),
     [*product(FAMILIES, SHAPES), *product(["sd3.5-medium"], REMAINDERS)],
     ids=str,
 )
+@pytest.mark.parametrize("mesh", MeshSpec.all_of(2), ids=MeshSpec.describe)
 def test_two_ranks(mesh: MeshSpec, family: str, shape: tuple[int, ...], backend2: Backend, models: Path) -> None:
     check(backend2, mesh, models, family, shape)
 
@@ -67,8 +67,8 @@ def test_two_ranks(mesh: MeshSpec, family: str, shape: tuple[int, ...], backend2
 FOUR = [("sd3.5-medium", SHAPES[1]), ("sd3.5-medium", SHAPES[2]), ("sd3.5-large", SHAPES[1])]
 
 
-@pytest.mark.parametrize("mesh", MeshSpec.all_of(4), ids=MeshSpec.describe)
 @pytest.mark.parametrize(("family", "shape"), FOUR, ids=str)
+@pytest.mark.parametrize("mesh", MeshSpec.all_of(4), ids=MeshSpec.describe)
 def test_four_ranks(mesh: MeshSpec, family: str, shape: tuple[int, ...], backend4: Backend, models: Path) -> None:
     check(backend4, mesh, models, family, shape)
 

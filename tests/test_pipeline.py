@@ -118,8 +118,8 @@ def test_two_stages_equal_one_process_that_plays_both(
     assert_close(out, played_by_one(checkpoint(models, family), tuple(latent.shape), 2, patches))
 
 
-@pytest.mark.parametrize("mesh", PP4, ids=MeshSpec.describe)
 @pytest.mark.parametrize("patches", [2, 5])
+@pytest.mark.parametrize("mesh", PP4, ids=MeshSpec.describe)
 def test_mixtures_of_four_equal_one_process_that_plays_all(
     mesh: MeshSpec, patches: int, backend4: Backend, models: Path
 ) -> None:
@@ -148,13 +148,13 @@ def test_samplers_run_on_patches_at_different_steps(sampler: str, backend2: Back
 @pytest.fixture(scope="module")
 def exact(backend4: Backend, models: Path) -> Tensor:
     """Each picture computed whole by one rank."""
-    return sampled(backend4, checkpoint(models), MeshSpec(dp=4), torch.zeros(3, 16, 14, 18))
+    return sampled(backend4, checkpoint(models), MeshSpec(dp=4), torch.zeros(3, 16, 14, 18), steps=3)
 
 
 @pytest.mark.parametrize("mesh", [m for m in MeshSpec.all_of(4) if m.pp > 1 or m.ring > 1], ids=MeshSpec.describe)
 def test_warm_up_over_all_steps_is_exact(mesh: MeshSpec, exact: Tensor, backend4: Backend, models: Path) -> None:
-    for warmup in (5, 9):
-        out = sampled(backend4, checkpoint(models), mesh, torch.zeros(3, 16, 14, 18), warmup_steps=warmup)
+    for warmup in (3, 9) if mesh == MeshSpec(pp=4) else (3,):
+        out = sampled(backend4, checkpoint(models), mesh, torch.zeros(3, 16, 14, 18), steps=3, warmup_steps=warmup)
         assert_close(out, exact)
 
 

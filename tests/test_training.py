@@ -117,11 +117,19 @@ def test_the_noise_that_a_decoder_learns_to_bear_is_drawn_from_the_step(autoenco
     assert losses[0] != losses[1] == losses[2]
 
 
+@pytest.fixture(scope="module")
+def autoencoder_for_unets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("autoencoder4")
+    train(spec_of(folder, steps=2, channels=4), ALONE)
+    return folder
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_unet_learns_and_is_one_that_the_backend_samples(dtype: str, tmp_path: Path) -> None:
-    train(spec_of(tmp_path / "autoencoder", steps=2, channels=4), ALONE)
-    settings = {"task": "unet", "autoencoder": str(tmp_path / "autoencoder"), "channels": 4, "first_scenes": 16}
-    spec = spec_of(tmp_path / "unet", batch=8, dtype=dtype, **settings)
+def test_a_unet_learns_and_is_one_that_the_backend_samples(
+    dtype: str, autoencoder_for_unets: Path, tmp_path: Path
+) -> None:
+    settings = {"task": "unet", "autoencoder": str(autoencoder_for_unets), "channels": 4, "first_scenes": 16}
+    spec = spec_of(tmp_path / "unet", steps=15, batch=8, dtype=dtype, **settings)
     train(spec, ALONE)
     losses = losses_of(spec)
     assert sum(losses[-5:]) < 0.97 * sum(losses[:5])

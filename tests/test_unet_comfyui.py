@@ -35,6 +35,8 @@ CASES: dict[str, dict[str, Any]] = {
     "odd size": {"sampler": "dpmpp_2m", "scheduler": "karras", "latent": "odd"},
 }
 
+V_CASE = BASE | CASES["euler-simple"] | {"scheduler": "normal"}
+
 
 def inputs() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
@@ -76,8 +78,10 @@ def narrow(models: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reference(comfy: ComfyInstallation, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    cases = {name: BASE | case for name, case in CASES.items()}
+def reference(
+    comfy: ComfyInstallation, tiny: Path, v_prediction: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Tensor]:
+    cases = {name: BASE | case for name, case in CASES.items()} | {"v": V_CASE | {"file": str(v_prediction)}}
     return ksampler_latents(comfy, tiny, inputs(), cases, tmp_path_factory.mktemp("reference"))
 
 
@@ -102,14 +106,12 @@ def test_sigmas_equal_comfyuis(scheduler: str, steps: int, reference: dict[str, 
 
 
 def test_v_prediction_and_zero_snr_are_read_from_the_file(
-    comfy: ComfyInstallation, v_prediction: Path, backend2: Backend, tmp_path: Path
+    reference: dict[str, Tensor], v_prediction: Path, backend2: Backend
 ) -> None:
-    case = BASE | {"sampler": "euler", "scheduler": "normal"}
-    expected = ksampler_latents(comfy, v_prediction, inputs(), {"v": case}, tmp_path)
-    latent = picture_of(backend2, v_prediction, case, MeshSpec(cfg=2))
-    assert (latent - expected["v"]).abs().max() <= 1e-4 * expected["v"].abs().max()
+    assert_latents_equal(picture_of(backend2, v_prediction, V_CASE, MeshSpec(cfg=2)), reference["v"])
     sigmas = sigmas_for(SamplerSpec(scheduler="normal", steps=20), Discrete(v_prediction=True, zero_snr=True))
-    torch.testing.assert_close(sigmas, expected["sigmas/normal/20"], rtol=1e-4, atol=1e-7)
+    expected = reference[f"{v_prediction.name}/sigmas/normal/20"]
+    torch.testing.assert_close(sigmas, expected, rtol=1e-4, atol=1e-7)
 
 
 # -- nodes --------------------------------------------------------------------------------------------------------

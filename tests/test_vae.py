@@ -51,6 +51,22 @@ def reference(models: Path, name: str) -> AutoencoderKL | AutoencoderTiny:
     return model.eval()
 
 
+@cache
+def inputs(name: str, batch: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """A latent and an image of the same size."""
+    generator = torch.Generator().manual_seed(rows)
+    channels = 16 if name in ("kl-16", "taesd3") else 4
+    latent = torch.randn(batch, channels, rows, columns, generator=generator)
+    return latent, torch.rand(batch, rows * 8, columns * 8, 3, generator=generator)
+
+
+@cache
+def expected(models: Path, name: str, size: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """What any number of ranks is to give of these inputs."""
+    latent, image = inputs(name, *size)
+    return reference_decode(models, name, latent), reference_encode(models, name, image)
+
+
 @torch.no_grad()
 def reference_decode(models: Path, name: str, latent: Tensor) -> Tensor:
     scale, shift = TAESD_SCALES.get(name, (1.0, 0.0))
@@ -84,18 +100,11 @@ def bands_case(models: Path, name: str, latent: Tensor, image: Tensor) -> tuple[
 def test_decode_and_encode_equal_diffusers(
     name: str, world_size: int, size: tuple[int, int, int], ranks: RankPool, models: Path
 ) -> None:
-    batch, rows, columns = size
-    generator = torch.Generator().manual_seed(rows)
-    latent = torch.randn(
-        batch, open_vae([models / f for f in FILES[name]]).latent_channels, rows, columns, generator=generator
-    )
-    image = torch.rand(batch, rows * 8, columns * 8, 3, generator=generator)
-    (decoded, encoded), *others = ranks(world_size, bands_case, models, name, latent, image)
-    expected = reference_decode(models, name, latent)
-    assert expected.std() > 0.01 or name.startswith("taesd")
-    torch.testing.assert_close(decoded, expected, rtol=1e-5, atol=1e-5)
-    expected = reference_encode(models, name, image)
-    assert (encoded - expected).abs().max() <= 1e-5 * expected.abs().max()
+    (decoded, encoded), *others = ranks(world_size, bands_case, models, name, *inputs(name, *size))
+    image, latent = expected(models, name, size)
+    assert image.std() > 0.01 or name.startswith("taesd")
+    torch.testing.assert_close(decoded, image, rtol=1e-5, atol=1e-5)
+    assert (encoded - latent).abs().max() <= 1e-5 * latent.abs().max()
     assert all(part == (None, None) for part in others)
 
 

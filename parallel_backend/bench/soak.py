@@ -99,7 +99,7 @@ class Soak:
         return self._sample(model, size, prompt, **settings)
 
     def _sample(self, model: RemoteModel, size: int, prompt: int, **settings: object) -> Tensor:
-        chosen = {"seed": 1, "steps": 3} | settings
+        chosen = {"seed": 1, "steps": 2} | settings
         return model.sample(torch.zeros(SIZES[size]), self.prompts[prompt], self.prompts[0], **chosen)  # type: ignore[arg-type]
 
     def refer(self, backend: Backend) -> None:

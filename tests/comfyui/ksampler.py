@@ -22,7 +22,7 @@ from .installation import HERE, ComfyInstallation
 def ksampler_latents(
     comfy: ComfyInstallation, model: Path, inputs: dict[str, Tensor], cases: Mapping[str, Any], folder: Path
 ) -> dict[str, Tensor]:
-    """KSampler's latent for each case, and `sigmas/SCHEDULER/STEPS`."""
+    """KSampler's latent for each case, and `sigmas/SCHEDULER/STEPS`; a case's `file` goes before `model`, see reference.py."""
     given, results = folder / "cases.safetensors", folder / "out.safetensors"
     save_file(inputs, given, metadata={"cases": json.dumps(cases)})
     command = [comfy.python, HERE / "reference.py", comfy.folder, model, given, results]

@@ -1,7 +1,7 @@
-"""KSampler's latents for a list of cases, on a local MODEL of a real ComfyUI: reference.py COMFYUI MODEL CASES OUT.
+"""KSampler's latents for a list of cases, on local MODELs of a real ComfyUI: reference.py COMFYUI MODEL CASES OUT.
 
-CASES is a safetensors file of inputs whose metadata holds the cases as JSON; OUT gets one latent per case, and the
-sigmas of each schedule.
+CASES is a safetensors file of inputs whose metadata holds the cases as JSON, of which each may name another model file; OUT
+gets one latent per case, and the sigmas of each schedule of each file, below its name where it isn't MODEL.
 """
 
 import json
@@ -34,11 +34,14 @@ def main(comfy_folder, model_path, cases_path, out_path):
 
     comfy.supported_models.models.append(NarrowSDXL)
     torch.set_num_threads(2)
-    model = comfy.sd.load_diffusion_model(model_path, model_options={"dtype": torch.float32})
-    results = {}
+    models, results = {}, {}
     with safe_open(cases_path, framework="pt") as file, torch.inference_mode():
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         for name, case in json.loads(file.metadata()["cases"]).items():
+            path = case.get("file", model_path)
+            if path not in models:
+                models[path] = comfy.sd.load_diffusion_model(path, model_options={"dtype": torch.float32})
+            model = models[path]
             patched = ModelSamplingSD3().patch(model, case["shift"])[0] if "shift" in case else model
             latent = tensors[case["latent"]]
             prompts = [
@@ -59,10 +62,12 @@ def main(comfy_folder, model_path, cases_path, out_path):
                 disable_pbar=True,
                 seed=case["seed"],
             ).contiguous()
-        for scheduler in comfy.samplers.SCHEDULER_NAMES:
-            for steps in (1, 2, 7, 20, 30):
-                sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
-                results[f"sigmas/{scheduler}/{steps}"] = sigmas.contiguous()
+        for path, model in models.items():
+            below = "" if path == model_path else f"{os.path.basename(path)}/"
+            for scheduler in comfy.samplers.SCHEDULER_NAMES:
+                for steps in (1, 2, 7, 20, 30):
+                    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
+                    results[f"{below}sigmas/{scheduler}/{steps}"] = sigmas.contiguous()
     save_file(results, out_path)
 
 
