@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+from compiled_pictures import run_compiled
 from rank_pool import forkserver
 from two_hosts import run_two_hosts
 
@@ -17,6 +18,7 @@ from parallel_backend.bench.soak import run_soak
 
 # By the module whose tests look at what came of it.
 RUNS: dict[str, Callable[[], Any]] = {
+    "test_compiled": run_compiled,
     "test_faults": run_faults,
     "test_hosts": run_two_hosts,
     "test_soak": partial(run_soak, minutes=0.15, clients=3, warm_up_seconds=4),
@@ -24,7 +26,7 @@ RUNS: dict[str, Callable[[], Any]] = {
 
 
 def looks_beside(item: pytest.Item) -> bool:
-    return "beside" in getattr(item, "fixturenames", ())
+    return "ran_beside" in getattr(item, "fixturenames", ())
 
 
 @contextmanager

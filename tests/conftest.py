@@ -35,7 +35,7 @@ from parallel_backend.small_checkpoints.unet import CONFIGS, write_unet
 
 torch.set_num_threads(2)
 # Of a rank's memory: the largest models of the tests leave when others come.
-MODELS_BYTES = 256 * 2**20
+MODELS_BYTES = 160 * 2**20
 # Ranks keep what they have freed, for speed; those of the tests, which live side by side, give it back.
 GIVE_BACK_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**23), "MALLOC_TRIM_THRESHOLD_": str(2**26)}
 
@@ -69,7 +69,7 @@ def going_on(runtime_folder: Path, request: pytest.FixtureRequest) -> Iterator[d
 
 
 @pytest.fixture(scope="module")
-def beside(going_on: dict[str, Future[Any]], request: pytest.FixtureRequest) -> Any:
+def ran_beside(going_on: dict[str, Future[Any]], request: pytest.FixtureRequest) -> Any:
     """What came of the run that has gone on beside other tests for this module."""
     return going_on[request.path.stem].result()
 

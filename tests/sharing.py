@@ -46,23 +46,21 @@ def used_by(item: pytest.Item) -> set[str]:
 
 
 def in_order(items: Sequence[pytest.Item]) -> list[pytest.Item]:
-    """Modules whole and by name, but so that few shared things live side by side, and what goes on beside has time to end.
+    """Modules whole and by name, but so that few shared things live side by side, and both cores have work at any time.
 
-    Those first that need nothing, then those of backend2, those that look at what went on beside, those of backend4, of a
-    ComfyUI with backend2, and of a ComfyUI alone.
+    Those first that go well with what goes on beside, without a backend, then on backend2; those that look at what went on
+    beside; those that need both cores, without a backend, on backend2, on backend4; a ComfyUI with backend2, one alone.
     """
     needs: dict[str, set[str]] = {}
     for item in items:
         needs.setdefault(item.path.name, set()).update(used_by(item), {"beside"} if looks_beside(item) else ())
+        if item.get_closest_marker("busy"):
+            needs[item.path.name].add("busy")
 
-    def place(item: pytest.Item) -> int:
+    def place(item: pytest.Item) -> tuple[int, bool, bool]:
         needed = needs[item.path.name]
-        if "server" in needed:
-            return 4 if "backend2" in needed else 5
-        if "backend4" in needed:
-            return 3
-        if "beside" in needed:
-            return 2
-        return 1 if "backend2" in needed else 0
+        when = 3 if "server" in needed else 2 if needed & {"busy", "backend4"} else 1 if "beside" in needed else 0
+        both = "backend2" in needed
+        return when, "backend4" in needed, not both if when == 3 else both
 
     return sorted(items, key=place)

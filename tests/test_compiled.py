@@ -4,51 +4,24 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from compiled_pictures import CASES, Compared
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import parallel_backend
-from parallel_backend import Backend, Conditioning, MeshSpec
 from parallel_backend.errors import ConfigError
 from parallel_backend.models.compiled import MARKED, check_compiler, compile_blocks
-from parallel_backend.small_checkpoints.mmdit import small_config, write_mmdit
-from parallel_backend.small_checkpoints.prompts import random_prompt, random_sdxl_prompt
-from parallel_backend.small_checkpoints.unet import CONFIGS, write_unet
-
-# Displaced jobs have synchronous steps too; guidance has two branches where the mesh has no cfg axis.
-CASES = {
-    "mmdit": [(MeshSpec(tp=2), {})],
-    "unet": [(MeshSpec(patch=2), {"warmup_steps": 1}), (MeshSpec(patch=2, sliced=True), {"warmup_steps": 1})],
-}
 
 
-@pytest.mark.parametrize("family", ["mmdit", "unet"])
-def test_compiled_pictures_are_those_of_eager_blocks(family: str, backend2: Backend, models: Path) -> None:
-    if family == "mmdit":  # a block with a second attention, and the last one
-        path = models / "diffusion_models" / "compiled-mmdit.safetensors"
-        write_mmdit(path, small_config("sd3.5-medium", depth=2))
-        latent, prompt = (1, 16, 18, 12), random_prompt
-    else:
-        path = write_unet(models / "diffusion_models" / "compiled.safetensors", CONFIGS["tiny"], "single file")
-        latent, prompt = (1, 4, 20, 12), random_sdxl_prompt
-
-    def sampled(mesh: MeshSpec, compiled: bool, **settings: Any) -> Tensor:
-        model = backend2.load_model(path, mesh, "float32", compile=compiled)
-        prompts = Conditioning(*prompt(1)), Conditioning(*prompt(2))
-        return model.sample(torch.zeros(latent), *prompts, steps=3, seed=3, cfg_scale=4.0, **settings)
-
-    for mesh, settings in CASES[family]:
-        eager = sampled(mesh, False, **settings)
-        compiled = sampled(mesh, True, **settings)
-        assert not torch.equal(compiled, eager), "the compiler's sums are of another order"
-        assert (compiled - eager).abs().max() <= 1e-4 * eager.abs().max(), mesh.describe()
-        names = [state.model for state in backend2.status().models]
-        assert any(name.endswith("/compiled") for name in names)
-        backend2.unload()
+@pytest.mark.parametrize("case", CASES)
+def test_compiled_pictures_are_those_of_eager_blocks(case: str, ran_beside: dict[str, Compared]) -> None:
+    eager, compiled = ran_beside[case].eager, ran_beside[case].compiled
+    assert not torch.equal(compiled, eager), "the compiler's sums are of another order"
+    assert (compiled - eager).abs().max() <= 1e-4 * eager.abs().max()
+    assert any(name.endswith("/compiled") for name in ran_beside[case].models)
 
 
 def test_all_that_breaks_graphs_is_kept_out_of_them() -> None:

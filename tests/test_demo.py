@@ -31,6 +31,8 @@ from parallel_backend.small_checkpoints.unet import small_unet_config, write_une
 from parallel_training.config import TrainSpec
 from parallel_training.unet import DEPTHS, WIDTHS
 
+pytestmark = pytest.mark.busy
+
 ASKED = ["a red circle left of a blue square on a yellow background", "three purple triangles on a white background"]
 
 

@@ -15,8 +15,8 @@ IN_PLACE = ("out of memory on all ranks", "client killed", "socket removed", "ru
 
 
 @pytest.fixture(scope="module")
-def rows(beside: list[Row]) -> dict[str, Row]:
-    return {row.fault: row for row in beside}
+def rows(ran_beside: list[Row]) -> dict[str, Row]:
+    return {row.fault: row for row in ran_beside}
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)

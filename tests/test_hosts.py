@@ -22,14 +22,16 @@ from parallel_backend.small_checkpoints.prompts import random_prompt
 ROOT = Path(__file__).parents[1]
 
 
-def test_two_hosts_sample_lose_the_link_and_sample_again(beside: Seen | None) -> None:
-    if beside is None:
+def test_two_hosts_sample_lose_the_link_and_sample_again(ran_beside: Seen | None) -> None:
+    if ran_beside is None:
         pytest.skip("this user can't make network namespaces")
-    assert beside.hosts == list(beside.names)
-    assert re.search(f"RankError: .*rank 1 on {beside.names[1]} has not been heard of", beside.error), beside.error
-    assert beside.equal
-    assert "outside this backend's model folders" in beside.outside
-    assert beside.statuses == [0, 0]
+    assert ran_beside.hosts == list(ran_beside.names)
+    assert re.search(f"RankError: .*rank 1 on {ran_beside.names[1]} has not been heard of", ran_beside.error), (
+        ran_beside.error
+    )
+    assert ran_beside.equal
+    assert "outside this backend's model folders" in ran_beside.outside
+    assert ran_beside.statuses == [0, 0]
 
 
 @pytest.fixture(scope="module")

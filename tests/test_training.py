@@ -24,6 +24,8 @@ from parallel_training.config import Roles, TrainSpec
 from parallel_training.data import LatentSource, PixelSource
 from parallel_training.loop import averaging, train
 
+pytestmark = pytest.mark.busy
+
 ROOT = Path(__file__).parents[1]
 ALONE = Roles(1)
 

@@ -20,6 +20,8 @@ from parallel_backend.models.network import Network
 from parallel_backend.models.unet import band_rows
 from parallel_backend.small_checkpoints.unet import CONFIGS, random_unet
 
+pytestmark = pytest.mark.busy
+
 # Heights that divide in bands of whole units and heights that don't; odd widths.
 SIZES = [(2, 16, 16), (1, 21, 13), (1, 17, 8)]
 

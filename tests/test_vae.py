@@ -17,6 +17,8 @@ from parallel_backend.distributed.mesh import BandAxes
 from parallel_backend.errors import CheckpointError, InputError
 from parallel_backend.models.vae import TAESD_SCALES, BandVAE, open_vae
 
+pytestmark = pytest.mark.busy
+
 FILES = {
     "kl-16": ["vae/sd3_vae.safetensors"],
     "kl-4": ["vae/sdxl_vae.safetensors"],
