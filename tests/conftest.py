@@ -34,8 +34,8 @@ from parallel_backend.small_checkpoints.taesd import write_taesd
 from parallel_backend.small_checkpoints.unet import CONFIGS, write_unet
 
 torch.set_num_threads(2)
-# Of a rank's memory: the largest models of the tests leave when others come.
-MODELS_BYTES = 160 * 2**20
+# Of all ranks of a backend together: the largest models of the tests leave when others come.
+MODELS_BYTES = 512 * 2**20
 # Ranks keep what they have freed, for speed; those of the tests, which live side by side, give it back.
 GIVE_BACK_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**23), "MALLOC_TRIM_THRESHOLD_": str(2**26)}
 
@@ -158,7 +158,7 @@ def sharing(pytestconfig: pytest.Config) -> Sharing:
 
 
 def _backend(world_size: int) -> Backend:
-    return Backend.attach_or_start(world_size, "cpu", f"test{world_size}", memory_budget=MODELS_BYTES)
+    return Backend.attach_or_start(world_size, "cpu", f"test{world_size}", memory_budget=MODELS_BYTES // world_size)
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ from parallel_backend.models.transformer import Attend
 from parallel_backend.sampling.image import sample_latent
 from parallel_backend.sampling.parameterization import Flow
 
-SETTINGS: dict[str, Any] = {"seed": 3, "steps": 5, "cfg_scale": 4.0, "sampler": "euler_ancestral"}
+SETTINGS: dict[str, Any] = {"seed": 3, "steps": 4, "cfg_scale": 4.0, "sampler": "euler_ancestral"}
 
 
 class OneAfterTheOther:

@@ -94,11 +94,12 @@ def test_sliced_weights_change_memory_and_nothing_else(
     loads = [backend.load_model(path, spec, "float32").loaded for spec in (mesh, sliced)]
     whole, part = (max(loaded.resident_bytes) for loaded in loads)
     assert part < (0.75 if mesh.world_size == 2 or mesh.dp == 2 else 0.6) * whole
-    for settings in ({"tokens": 154}, {"warmup_steps": 1}):
-        assert torch.equal(sample(backend, path, sliced, **settings), sample(backend, path, mesh, **settings))
+    assert torch.equal(sample(backend, path, sliced, tokens=154), sample(backend, path, mesh, tokens=154))
+    expected = sample(backend, path, mesh, warmup_steps=1)
+    assert torch.equal(sample(backend, path, sliced, warmup_steps=1), expected)
     with pytest.raises(CancelledError):
         sample(backend, path, sliced, warmup_steps=1, steps=50, seed=8, should_cancel=After(4))
-    assert torch.equal(sample(backend, path, sliced), sample(backend, path, mesh))
+    assert torch.equal(sample(backend, path, sliced, warmup_steps=1), expected)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

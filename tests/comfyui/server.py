@@ -82,10 +82,6 @@ class ComfyServer:
         self.process.kill()
         self.process.wait(timeout=30)
 
-    def restart(self) -> None:
-        self.stop()
-        self.start()
-
     def log(self) -> str:
         return (self.base / "comfyui.log").read_text(errors="replace")
 
