@@ -204,16 +204,23 @@ def comfy() -> ComfyInstallation:
 
 
 @pytest.fixture(scope="session")
-def server(
+def begun_server(
     comfy: ComfyInstallation,
     models: Path,
     tmp_path_factory: pytest.TempPathFactory,
     runtime_folder: Path,
     sharing: Sharing,
 ) -> Iterator[ComfyServer]:
+    """`server` on its way: for modules that have other things to do meanwhile."""
+    begun = ComfyServer(comfy, tmp_path_factory.mktemp("comfyui"), models)
+    yield from sharing.until_last_use("server", begun, ComfyServer.stop)
+
+
+@pytest.fixture(scope="session")
+def server(begun_server: ComfyServer) -> ComfyServer:
     """A real ComfyUI with this pack; files that are written below `models` later are listed too."""
-    started = ComfyServer(comfy, tmp_path_factory.mktemp("comfyui"), models)
-    yield from sharing.until_last_use("server", started, ComfyServer.stop)
+    begun_server.wait()
+    return begun_server
 
 
 def _stop(name: str) -> None:

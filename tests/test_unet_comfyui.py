@@ -79,7 +79,11 @@ def narrow(models: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(
-    comfy: ComfyInstallation, tiny: Path, v_prediction: Path, tmp_path_factory: pytest.TempPathFactory
+    comfy: ComfyInstallation,
+    begun_server: ComfyServer,
+    tiny: Path,
+    v_prediction: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Tensor]:
     cases = {name: BASE | case for name, case in CASES.items()} | {"v": V_CASE | {"file": str(v_prediction)}}
     return ksampler_latents(comfy, tiny, inputs(), cases, tmp_path_factory.mktemp("reference"))

@@ -50,9 +50,10 @@ class ComfyServer:
         self.installation = installation
         self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
-        self.start()
+        self.begin()
 
-    def start(self) -> None:
+    def begin(self) -> None:
+        """Starts its process; `wait` comes before the first request."""
         arguments = ["--cpu", "--listen", "127.0.0.1", "--port", self.port, "--base-directory", self.base]
         arguments += ["--disable-api-nodes", "--database-url", "sqlite:///:memory:"]
         command = [self.installation.python, HERE / "launch.py", self.installation.folder, *arguments]
@@ -62,6 +63,10 @@ class ComfyServer:
         self.process = subprocess.Popen(
             list(map(str, command)), env=env, stdout=log, stderr=log, start_new_session=True
         )
+
+    def wait(self) -> None:
+        """Until it answers."""
+        assert self.process is not None
         deadline = time.monotonic() + START_SECONDS
         while True:
             try:
