@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from parallel_backend.distributed.mesh import Groups
-from parallel_backend.distributed.shared_cores import wait_for_a_core
+from parallel_backend.distributed.shared_cores import never_preempt
 
 # What ranks share the memory of, and don't import one after the other.
 PRELOADED = ["parallel_backend.rank.engine", "pytest", "rank_pool", "reference_models"]
@@ -86,7 +86,7 @@ class RankPool:
 
 def _serve(rank: int, world_size: int, port: int, line: Connection) -> None:
     torch.set_num_threads(1)
-    wait_for_a_core()
+    never_preempt()
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
     while True:

@@ -57,10 +57,11 @@ def in_order(items: Sequence[pytest.Item]) -> list[pytest.Item]:
         if item.get_closest_marker("busy"):
             needs[item.path.name].add("busy")
 
-    def place(item: pytest.Item) -> tuple[int, bool, bool]:
+    def place(item: pytest.Item) -> tuple[int, ...]:
         needed = needs[item.path.name]
-        when = 3 if "server" in needed else 2 if needed & {"busy", "backend4"} else 1 if "beside" in needed else 0
-        both = "backend2" in needed
-        return when, "backend4" in needed, not both if when == 3 else both
+        if "server" in needed:
+            return 3, "backend2" not in needed
+        when = 2 if needed & {"busy", "backend4"} else 1 if "beside" in needed else 0
+        return when, "backend4" in needed, "backend2" in needed
 
     return sorted(items, key=place)

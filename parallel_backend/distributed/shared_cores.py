@@ -1,4 +1,4 @@
-"""What CPU ranks are to each other on the cores that they share."""
+"""How CPU ranks share the cores of a machine."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import os
 from contextlib import suppress
 
 
-def wait_for_a_core() -> None:
-    """Whatever wakes this thread, or one that it starts later, it waits until a core is free: Linux's SCHED_BATCH.
+def never_preempt() -> None:
+    """From now on this thread, and those that it starts, take no core from a running thread when they are woken.
 
-    Ranks wake each other some hundred times a step. If the woken one pushes the waker off its core, both lose: a fifth to a
-    third of a step where ranks outnumber cores, a tenth where each has its own (benchmarks/RESULTS.md).
+    Ranks wake each other hundreds of times a step. A woken rank that pushes its waker off a core costs both of them: a fifth
+    to a third of a step where ranks outnumber cores, up to a tenth where they don't (benchmarks/RESULTS.md).
+    Source: SCHED_BATCH of sched(7).
     """
-    with suppress(OSError):  # sandboxes may forbid it: ranks are slower then, and compute the same
+    with suppress(OSError):  # sandboxes may forbid it; ranks are slower then, and compute the same
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

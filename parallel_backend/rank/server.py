@@ -29,7 +29,7 @@ from torch import Tensor
 from ..config import DEFAULT_IDLE_SECONDS
 from ..distributed.control import Control
 from ..distributed.device_memory import memory_of
-from ..distributed.shared_cores import wait_for_a_core
+from ..distributed.shared_cores import never_preempt
 from ..errors import BackendError, BackendLostError, CancelledError, OutOfMemoryError, RankError
 from ..rpc import runtime_dir as files
 from ..rpc.keys import Keys
@@ -99,7 +99,7 @@ class Rank:
             torch.cuda.set_device(self.device)
         else:
             self.device = torch.device("cpu")
-            wait_for_a_core()
+            never_preempt()
         if int(os.environ["RANK"]) == 0 and (pause := pause_before(restart_count(), files.last_good(args.name))):
             log.warning("start %d in a row: waiting %.0f s", restart_count() + 1, pause)
             time.sleep(pause)
