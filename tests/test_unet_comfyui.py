@@ -35,7 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "odd size": {"sampler": "dpmpp_2m", "scheduler": "karras", "latent": "odd"},
 }
 
-V_CASE = BASE | CASES["euler-simple"] | {"scheduler": "normal"}
+V_CASE = BASE | CASES["euler-normal"]
 
 
 def inputs() -> dict[str, Tensor]:
@@ -59,9 +59,9 @@ def koala(models: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tiny(models: Path) -> Path:
+def tiny(unets: Path) -> Path:
     """The smallest that tells samplers and schedules apart; ComfyUI's own loaders have no name for it."""
-    return write_unet(models / "diffusion_models" / "sdxl-tiny.safetensors", CONFIGS["tiny"], "single file")
+    return unets / "unet-tiny.safetensors"
 
 
 @pytest.fixture(scope="module")

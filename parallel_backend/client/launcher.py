@@ -283,11 +283,11 @@ def environment(spec: BackendSpec) -> dict[str, str]:
     env = dict(os.environ)
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), env.get("PYTHONPATH", "")]))
     env["PARALLEL_MMDIT_RUNTIME_DIR"] = str(files.runtime_root())
-    cores = len(os.sched_getaffinity(0))
+    share = str(max(1, len(os.sched_getaffinity(0)) // spec.world_size))
     # Every rank compiles at once; left alone, each would start as many compilers as there are cores, half a GB apiece.
-    env.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, cores // spec.world_size)))
+    env.setdefault("TORCHINDUCTOR_COMPILE_THREADS", share)
     if spec.device == "cpu":
-        env.setdefault("OMP_NUM_THREADS", str(max(1, cores // spec.world_size)))
+        env.setdefault("OMP_NUM_THREADS", share)
         env = KEEP_FREED_MEMORY | env
     return env
 
