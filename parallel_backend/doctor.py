@@ -16,6 +16,7 @@ import torch
 from packaging.requirements import Requirement
 
 from .client.backend import Backend
+from .client.environment import loopback_interface
 from .client.launcher import default_ranks
 from .client.requirements import COMMANDS_NEED, RANKS_NEED, shortfall
 from .distributed.device_memory import memory_of
@@ -124,11 +125,14 @@ def network() -> Iterator[Finding]:
         yield Finding(
             "wrong", f"no port can be opened on loopback: {error}", "torchrun needs one: look at the firewall."
         )
+    if not loopback_interface():
+        remedy = "Bring it up with `ip link set lo up`; else ranks meet over the interface of this host's name."
+        yield Finding("note", "no loopback interface is up", remedy)
     try:
         socket.getaddrinfo(socket.gethostname(), None)
     except OSError:
-        remedy = "Add it to /etc/hosts, or set GLOO_SOCKET_IFNAME (serve --interface)."
-        yield Finding("note", f"this host's name {socket.gethostname()!r} has no address", remedy)
+        what = f"this host's name {socket.gethostname()!r} has no address; ranks of one host don't need it"
+        yield Finding("note", what, "For a backend of several hosts, add it to /etc/hosts or use serve --interface.")
 
 
 def backends() -> Iterator[Finding]:
