@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import DTYPES, KERNELS, MeshSpec, choose
-from ..distributed.attention import resolve_kernel
 from ..distributed.device_memory import memory_of
+from ..distributed.kernel_trial import choose_kernel
+from ..distributed.kernels import Use
 from ..distributed.mesh import BandAxes, Groups, Mesh, build_mesh
 from ..errors import ConfigError, InputError, MissingTensorsError, ProtocolError, UnknownModelError
 from ..models.checkpoint import load_parameters
@@ -61,11 +62,15 @@ class Resident:
 
 
 class _Sizes(msgspec.Struct):
-    """What a rank says of a load: bytes read from the file, bytes held; and how many more there is room for."""
+    """What a rank says of a load: bytes read from the file, bytes held; and how many more there is room for.
+
+    `note`: what the user should know of how this rank computes.
+    """
 
     read: int
     held: int
     free: int = 0
+    note: str = ""
 
 
 class Engine:
@@ -168,16 +173,18 @@ class Engine:
         opened = opened or job.control.agreed(find)
         path = opened.source.path
 
-        def build() -> tuple[nn.Module, str, int]:
+        def build() -> tuple[nn.Module, str, int, str]:
             spec.check_axes(opened.kind.axes, opened.config.family)
-            kernel = resolve_kernel(body.kernel, self.device, dtype, mesh.ring.degree > 1)
+            heads = -(-opened.config.heads // (mesh.tp.degree * mesh.ulysses.degree))
+            use = Use(self.device, dtype, mesh.ring.degree > 1, heads, opened.config.head_dim)
+            kernel, note = choose_kernel(body.kernel, use)
             if body.compile:
                 check_compiler(self.device)
             with torch.device("meta"):
                 model = opened.build(mesh, kernel)
-            return model, kernel, sum(p.numel() for p in model.parameters()) * dtype.itemsize
+            return model, kernel, sum(p.numel() for p in model.parameters()) * dtype.itemsize, note
 
-        model, kernel, needed = job.control.agreed(build)
+        model, kernel, needed, note = job.control.agreed(build)
         evicted = self._make_room(needed, path.name, opened.kind.name, spec, job)
         job.emit(Progress(f"Loading {path.name}", 0, 1), [])
 
@@ -199,7 +206,8 @@ class Engine:
         predictor = Predictor(network, mesh, dtype, self.device, opened.kind)
         state = ModelState(name, path.name, config.family, spec.describe(), body.dtype, needed)
         self.residents[name] = Resident(predictor, state, config.channels)
-        return self._loaded(name, _Sizes(opened.source.bytes_read, needed), evicted, start, job), []
+        sizes = _Sizes(opened.source.bytes_read, needed, note=note)
+        return self._loaded(name, sizes, evicted, start, job), []
 
     def _load_vae(self, body: LoadVAE, _: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         start = time.perf_counter()
@@ -271,7 +279,8 @@ class Engine:
     def _loaded(self, name: str, sizes: _Sizes, evicted: list[str], start: float, job: Job) -> Loaded:
         self.residents.move_to_end(name)
         resident = self.residents[name]
-        everywhere = job.control.gather(_Sizes(sizes.read, resident.state.rank_bytes))
+        everywhere = job.control.gather(_Sizes(sizes.read, resident.state.rank_bytes, note=sizes.note))
+        notes = list(dict.fromkeys(s.note for s in everywhere if s.note))
         return Loaded(
             model=name,
             family=resident.state.family,
@@ -280,6 +289,7 @@ class Engine:
             seconds=time.perf_counter() - start,
             evicted=evicted,
             channels=resident.channels,
+            notes=notes,
         )
 
     def _unload(self, body: Unload, _: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
