@@ -19,13 +19,15 @@ from ..config import DTYPES, KERNELS, MeshSpec, choose
 from ..distributed.device_memory import memory_of
 from ..distributed.kernel_trial import choose_kernel
 from ..distributed.kernels import Use
-from ..distributed.mesh import BandAxes, Groups, Mesh, build_mesh
+from ..distributed.links import cards_reach_each_other
+from ..distributed.mesh import BandAxes, Groups, Mesh, MeshAxis, build_mesh
 from ..errors import ConfigError, InputError, MissingTensorsError, ProtocolError, UnknownModelError
 from ..models.checkpoint import load_parameters
 from ..models.compiled import check_compiler, compile_blocks
 from ..models.families import OpenedModel, open_model
 from ..models.network import Network
 from ..models.prediction import Predictor, Rows
+from ..models.shared_reading import pass_on
 from ..models.vae import BandVAE, open_vae
 from ..rpc.messages import (
     Decode,
@@ -188,7 +190,9 @@ class Engine:
         evicted = self._make_room(needed, path.name, opened.kind.name, spec, job)
         job.emit(Progress(f"Loading {path.name}", 0, 1), [])
 
-        def read() -> Network:
+        shared = self._readers(spec, job)
+
+        def read() -> None:
             load_parameters(
                 model,
                 opened.source,
@@ -196,13 +200,19 @@ class Engine:
                 dtype=dtype,
                 unread=opened.unread(model),
                 should_stop=job.given_up,
+                shared=shared,
             )
+
+        def finish() -> Network:
             network = opened.network(model, mesh, kernel, self.device, dtype)
             if body.compile:
                 compile_blocks(model, opened.repeated)
             return network
 
-        network, config = job.control.agreed(read), opened.config
+        job.control.agreed(read)
+        if shared is not None:
+            pass_on(model, shared)
+        network, config = job.control.agreed(finish), opened.config
         predictor = Predictor(network, mesh, dtype, self.device, opened.kind)
         state = ModelState(name, path.name, config.family, spec.describe(), body.dtype, needed)
         self.residents[name] = Resident(predictor, state, config.channels)
@@ -231,6 +241,13 @@ class Engine:
             body.mesh.check_world(world_size)
         choose(body.dtype, DTYPES, "dtype")
         choose(body.kernel, KERNELS, "Attention kernel")
+
+    def _readers(self, spec: MeshSpec, job: Job) -> MeshAxis | None:
+        """The ranks that share the reading of a model out, where all hold the same and that is faster; else None."""
+        alike = job.control.world_size > 1 and not spec.sliced and spec.tp * spec.pp == 1
+        if not alike or not cards_reach_each_other(self.device, job.control):
+            return None
+        return self._bands.first(job.control.world_size)
 
     def _mesh(self, spec: MeshSpec) -> Mesh:
         if spec not in self._meshes:
