@@ -25,7 +25,10 @@ from .rpc import runtime_dir as files
 from .version import __version__
 
 Verdict = Literal["ok", "note", "wrong"]
-OPTIONAL = {"flash-attn": "faster attention on GPUs", "prometheus-client": "serve --metrics-port"}
+OPTIONAL = {
+    "flash-attn": "attention kernel 'flash'; torch's own is as fast",
+    "prometheus-client": "serve --metrics-port",
+}
 LEAST_FREE = 256 * 2**20
 
 

@@ -8,16 +8,25 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from diffusers.models import attention_dispatch
+from rank_pool import RankPool
 from torch import Tensor
 
+from parallel_backend import MeshSpec
+from parallel_backend.checkpoint_files.safetensors_file import content_key
 from parallel_backend.distributed import kernel_packages, kernel_trial, kernels
+from parallel_backend.distributed.control import Control
 from parallel_backend.distributed.kernel_trial import choose_kernel, tried
 from parallel_backend.distributed.kernels import KERNELS, PACKAGES, Use, resolve_kernel
 from parallel_backend.errors import ConfigError
+from parallel_backend.rank import engine as engine_module
+from parallel_backend.rank.engine import Engine
+from parallel_backend.rank.jobs import Job
+from parallel_backend.rpc.messages import Loaded, LoadModel, RequestHeader
 
 ON_CPU = Use(torch.device("cpu"), torch.float32, ring=False, heads=3, head_dim=64)
 ON_GPU = Use(torch.device("cuda"), torch.bfloat16, ring=False, heads=3, head_dim=64)
@@ -250,3 +259,41 @@ def test_torchs_kernels_give_their_log_sum_exp_of_the_right_form_on_gpus(
         q, k, v = (torch.empty(2, tokens, 3, 64, device="cuda", dtype=torch.float16) for tokens in (130, 77, 77))
         out, lse = with_lse(q, k, v)
         assert (out.shape, lse.shape, lse.dtype) == (q.shape, (2, 130, 3), torch.float32)
+
+
+# -- at load ----------------------------------------------------------------------------------------------------
+
+
+def load_saying(path: Path, spec: MeshSpec) -> tuple[Use, list[str]]:
+    """What a rank asks of its kernel when it loads a model, and what is told of it; all but rank 0 fall back."""
+    asked = []
+
+    def choose(name: str, use: Use) -> tuple[str, str]:
+        asked.append(use)
+        return "native", "it fell back" if job.control.rank else ""
+
+    job = Job(Control(), lambda body, tensors: None, lambda: False)
+    header = RequestHeader(1, LoadModel(str(path), content_key(path), "bfloat16", spec))
+    with patch.object(engine_module, "choose_kernel", choose):
+        reply, _ = Engine(torch.device("cpu")).handle(header, [], job)
+    assert isinstance(reply, Loaded)
+    return asked[0], reply.notes
+
+
+@pytest.mark.parametrize(
+    ("file", "spec", "heads", "ring"),
+    [
+        ("sd3.5-large", MeshSpec(), 4, False),
+        ("sd3.5-large", MeshSpec(ring=2, ulysses=2), 2, True),
+        ("sd3.5-large", MeshSpec(tp=3), 2, False),
+        ("unet-tiny", MeshSpec(cfg=2), 2, False),
+    ],
+    ids=["mmdit", "mmdit ring and ulysses", "mmdit tp", "unet"],
+)
+def test_a_kernel_is_tried_as_the_rank_will_use_it_and_every_ranks_note_is_told(
+    file: str, spec: MeshSpec, heads: int, ring: bool, unets: Path, ranks: RankPool
+) -> None:
+    told = ranks(spec.world_size, load_saying, unets / f"{file}.safetensors", spec)
+    for use, notes in told:
+        assert (use.heads, use.head_dim, use.ring, use.dtype) == (heads, 64, ring, torch.bfloat16)
+        assert notes == (["it fell back"] if spec.world_size > 1 else [])

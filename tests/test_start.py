@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from parallel_backend.client import launcher
-from parallel_backend.client.environment import environment, loopback_interface, relevant
+from parallel_backend.client.environment import environment, loopback_interface
 from parallel_backend.client.own_scope import scope_command, service_of
 from parallel_backend.config import BackendSpec, Hosts
 
@@ -98,11 +98,6 @@ def test_loopback_is_known_by_its_flags_whatever_its_name(tmp_path: Path) -> Non
         (tmp_path / name / "flags").write_text(f"{flags}\n")
     assert loopback_interface(tmp_path) == "loop7"  # "lo" is down
     assert loopback_interface(tmp_path / "nowhere") == ""
-
-
-def test_what_decides_over_gpus_and_their_links_is_told_apart() -> None:
-    links = {"NCCL_P2P_DISABLE": "1", "GLOO_SOCKET_IFNAME": "e", "CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "x"}
-    assert relevant(links | {"CUDA_HOME": "/cuda", "PATH": "/bin"}) == links
 
 
 # -- a host whose name leads nowhere ---------------------------------------------------------------------------

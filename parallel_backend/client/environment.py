@@ -35,7 +35,6 @@ KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOL
 NCCL_TELLS = {"NCCL_DEBUG": "WARN", "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
 _ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-_DEVICES = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
 
 
 def environment(spec: BackendSpec, hosts: Hosts = Hosts()) -> dict[str, str]:  # noqa: B008 - frozen
@@ -62,11 +61,6 @@ def environment(spec: BackendSpec, hosts: Hosts = Hosts()) -> dict[str, str]:  #
 def passed(environ: Mapping[str, str]) -> dict[str, str]:
     """The variables that mean something to a rank, its libraries or its compiler."""
     return {name: value for name, value in environ.items() if name in _NAMES or name.startswith(_PREFIXES)}
-
-
-def relevant(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables that decide which GPUs ranks see, and how they reach each other."""
-    return {n: v for n, v in environ.items() if n.startswith(("NCCL_", "GLOO_")) or n in _DEVICES}
 
 
 def _allocator(env: Mapping[str, str]) -> dict[str, str]:
