@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from parallel_backend import doctor
 from parallel_backend.client import launcher
 from parallel_backend.client.environment import environment, loopback_interface
 from parallel_backend.client.own_scope import scope_command, service_of
@@ -130,6 +131,17 @@ def test_a_host_whose_name_has_no_address_starts_too(runtime_folder: Path) -> No
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout) == ["nosuch.invalid"] * 2
+
+
+def test_doctor_says_that_a_name_without_an_address_harms_several_hosts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object) -> None:
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr(socket, "gethostname", lambda: "nosuch.invalid")
+    (found,) = [finding for finding in doctor.network() if "nosuch.invalid" in finding.what]
+    assert found.verdict == "note" and "ranks of one host don't need it" in found.what
+    assert "several hosts" in found.remedy and "--interface" in found.remedy
 
 
 # -- systemd ----------------------------------------------------------------------------------------------------
