@@ -16,10 +16,10 @@ from torch import Tensor
 
 from parallel_backend import MeshSpec
 from parallel_backend.checkpoint_files.safetensors_file import content_key
-from parallel_backend.distributed import links
+from parallel_backend.distributed import peer_access
 from parallel_backend.distributed.control import Control
-from parallel_backend.distributed.links import cards_reach_each_other
 from parallel_backend.distributed.mesh import BandAxes, build_mesh
+from parallel_backend.distributed.peer_access import cards_reach_each_other
 from parallel_backend.errors import BackendError, CancelledError
 from parallel_backend.models import checkpoint, staging, vae
 from parallel_backend.models.checkpoint import load_parameters
@@ -228,7 +228,7 @@ def reach(cards: list[int], disabled: bool) -> bool:
     rank, environ = dist.get_rank(), {"LOCAL_WORLD_SIZE": "2"} | ({"NCCL_P2P_DISABLE": "1"} if disabled else {})
     with (
         patch.dict(os.environ, environ),
-        patch.object(links.torch.cuda, "can_device_access_peer", lambda own, other: (own, other) != (1, 2)),
+        patch.object(peer_access.torch.cuda, "can_device_access_peer", lambda own, other: (own, other) != (1, 2)),
     ):
         return cards_reach_each_other(torch.device("cuda", cards[rank]), Control())
 

@@ -19,8 +19,8 @@ from ..config import DTYPES, KERNELS, MeshSpec, choose
 from ..distributed.device_memory import memory_of
 from ..distributed.kernel_trial import choose_kernel
 from ..distributed.kernels import Use
-from ..distributed.links import cards_reach_each_other
 from ..distributed.mesh import BandAxes, Groups, Mesh, MeshAxis, build_mesh
+from ..distributed.peer_access import cards_reach_each_other
 from ..errors import ConfigError, InputError, MissingTensorsError, ProtocolError, UnknownModelError
 from ..models.checkpoint import load_parameters
 from ..models.compiled import check_compiler, compile_blocks

@@ -1,4 +1,4 @@
-"""How ranks reach each other."""
+"""Whether GPUs read each other's memory.
 
 from __future__ import annotations
 
