@@ -235,7 +235,7 @@ def describe(state: BackendState) -> str:
     lines = [
         f"backend {state.name}: version {state.version}, generation {state.generation}, up {state.uptime:.0f} s",
         f"jobs: {running}, {state.queued} queued, {state.jobs_done} done, {state.jobs_failed} of them failed or cancelled; "
-        f"{state.cached_tensors} prompts' tensors kept",
+        f"{state.cached_tensors} prompts' tensors kept ({state.cached_bytes / 2**20:.1f} MiB)",
         f"since the start: {state.restarts} restarts, {state.refused} messages refused",
         f"{'rank':>4}  {'host':<16} {'pid':>8}  {'device':<8} {'used MiB':>9} {'free MiB':>9} {'all MiB':>9}  name",
     ]

@@ -17,6 +17,7 @@ from parallel_backend.distributed.device_memory import as_out_of_memory, memory_
 from parallel_backend.errors import OutOfMemoryError
 from parallel_backend.rank.engine import Engine
 from parallel_backend.rank.jobs import Job
+from parallel_backend.rank.residents import Residents
 from parallel_backend.rank.room import check_fits
 from parallel_backend.rpc.messages import Loaded, LoadModel, LoadVAE, RequestHeader, Unload
 
@@ -46,12 +47,12 @@ def test_a_model_that_does_not_fit_is_told_where_it_would(
     with pytest.raises(
         OutOfMemoryError, match=f"big needs {needed // 2**20} MiB on rank 3, which has {free // 2**20}"
     ) as caught:
-        check_fits(needed, free, "big", kind, spec, 4, 3)
+        check_fits(needed, free, "cuda", "big", kind, spec, 4, 3)
     assert remedy in caught.value.remedy
 
 
 def test_a_model_that_fits_passes() -> None:
-    check_fits(8 * GIB, 10 * GIB, "big", "mmdit", MeshSpec(cfg=2, tp=2), 4, 0)
+    check_fits(8 * GIB, 10 * GIB, "cuda", "big", "mmdit", MeshSpec(cfg=2, tp=2), 4, 0)
 
 
 @pytest.mark.parametrize("beside", [200, -40])
@@ -63,16 +64,14 @@ def test_another_model_leaves_where_that_makes_room(beside: int, models: Path, m
     first = _load(engine, large)
     # It is small; it leaves in place of one of 1 GiB.
     engine.residents[first.model].state = msgspec.structs.replace(engine.residents[first.model].state, rank_bytes=GIB)
-    monkeypatch.setattr(
-        Engine, "_free_bytes", lambda rank: needed + beside * 2**20 + GIB * (first.model not in rank.residents)
-    )
+    monkeypatch.setattr(Residents, "free_bytes", lambda held: needed + beside * 2**20 + GIB * (first.model not in held))
     second = _load(engine, medium)
     assert second.evicted == [large.name] and list(engine.residents) == [second.model]
 
 
 def test_a_model_stays_where_another_fits_beside_it(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(torch.device("cpu"))
-    monkeypatch.setattr(Engine, "_free_bytes", lambda rank: GIB)
+    monkeypatch.setattr(Residents, "free_bytes", lambda held: GIB)
     for size in ("large", "medium"):
         assert _load(engine, models / "diffusion_models" / f"sd3.5-{size}.safetensors").evicted == []
     assert len(engine.residents) == 2
