@@ -12,6 +12,7 @@ import gc
 import logging
 import os
 import queue
+import signal
 import sys
 import threading
 import time
@@ -103,7 +104,7 @@ class Rank:
         address = f"ipc://{files.runtime_dir(args.name)}/socket"
         devices = [int(d) for d in args.devices.split(",")] if args.devices else []
         world = self.control.world_size
-        pid, agent = os.getpid(), int(os.environ.get("PARALLEL_MMDIT_AGENT_PID", os.getppid()))
+        pid, agent = os.getpid(), _agent_pid()
         ticks = [files.start_ticks(process) for process in (pid, agent)]
         record = files.BackendRecord(__version__, generation, pid, agent, address, world, args.device, devices, *ticks)
         keys = Keys(args.keys) if args.keys else None
@@ -215,6 +216,9 @@ class Rank:
     def _on_fault(self, error: RankError) -> None:
         """The watch has seen what this process can't go on from, while it may be stuck in a collective."""
         self.fail(error)
+        if self.server is not None and self.server.jobs.ended:  # a stop was asked for: torchrun must not start anew
+            files.remove_record(self.args.name, os.getpid())
+            os.kill(_agent_pid(), signal.SIGTERM)
         os._exit(1)
 
     def _give_up(self, error: StartError) -> None:
@@ -236,12 +240,19 @@ class Rank:
             time.sleep(0.5)  # the rank that failed first may be another one, and its words are the better ones
             first = files.last_words(self.args.name, time.time() - 5)
             remedy = "The ranks are being restarted and load the model again; run the prompt again."
+            if self.server.jobs.ended:
+                remedy = "The backend was stopped; run the prompt again to start it anew."
             code = named.code if isinstance(named, OutOfMemoryError) else RankError.code
             self.server.close(
                 Failed(
                     code, f"A rank failed: {(first or named.message).rstrip('.')}.", f"{named.remedy} {remedy}".strip()
                 )
             )
+
+
+def _agent_pid() -> int:
+    """Of the process whose end is the backend's: torchrun's, or of `serve` on several hosts, which starts torchrun anew."""
+    return int(os.environ.get("PARALLEL_MMDIT_AGENT_PID", os.getppid()))
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:

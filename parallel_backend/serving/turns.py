@@ -37,7 +37,7 @@ class Turns:
     def __init__(self) -> None:
         self._waiting: OrderedDict[bytes, deque[QueuedJob]] = OrderedDict()
         self._changed = threading.Condition()
-        self._ended = False
+        self.ended = False
 
     def put(self, job: QueuedJob) -> None:
         with self._changed:
@@ -47,7 +47,7 @@ class Turns:
     def end(self) -> None:
         """No job is handed out any more."""
         with self._changed:
-            self._ended = True
+            self.ended = True
             self._changed.notify()
 
     def get(self, seconds: float) -> QueuedJob | None:
@@ -56,9 +56,9 @@ class Turns:
         Raises: queue.Empty: none came within `seconds`.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: self._ended or self._waiting, seconds):
+            if not self._changed.wait_for(lambda: self.ended or self._waiting, seconds):
                 raise queue.Empty
-            if self._ended:
+            if self.ended:
                 return None
             client, jobs = self._waiting.popitem(last=False)
             job = jobs.popleft()
