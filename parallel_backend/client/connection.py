@@ -93,7 +93,7 @@ class Connection:
         return self.record.world_size
 
     def close(self) -> None:
-        """Leave the backend; it runs on, and forgets the prompts that only this connection has sent."""
+        """Leave the backend; it runs on, and forgets the prompts that this connection has sent."""
         with self.lock:
             if self._socket is not None:
                 self._send(Goodbye())

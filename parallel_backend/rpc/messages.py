@@ -105,13 +105,13 @@ class Unload(Message, frozen=True):
 
 
 class Forget(Message, frozen=True):
-    """Free these kept tensors. Rank 0 asks for it when the last connection that sent them is closed."""
+    """Free these kept tensors. Rank 0 asks for it when the connection that sent them is closed."""
 
     keys: list[str]
 
 
 class Goodbye(Message, frozen=True):
-    """The connection is being closed: what only it has sent need not be kept."""
+    """The connection is being closed: what it has sent need not be kept."""
 
 
 class Status(Message, frozen=True):

@@ -189,7 +189,7 @@ class SocketServer(threading.Thread):
                 found[0].cancelled.set()
             return Done()
         if isinstance(body, Goodbye):
-            self._forget_what_only_it_sent(job.client)
+            self._forget_its_prompts(job.client)
             return Done()
         if isinstance(body, Stop):
             for waiting, _ in self._open.values():
@@ -204,11 +204,9 @@ class SocketServer(threading.Thread):
         self.jobs.put(job)
         return None
 
-    def _forget_what_only_it_sent(self, client: bytes) -> None:
-        """Ranks keep the prompts of a connection until it is closed; that of a client that was killed, until others push
-        it out."""
-        keys = self._kept.pop(client, set()).difference(*self._kept.values())
-        if keys:
+    def _forget_its_prompts(self, client: bytes) -> None:
+        """Keys are a connection's own. Those of a client that was killed stay until others push them out."""
+        if keys := self._kept.pop(client, None):
             self.jobs.put(own_job(Forget(sorted(keys))))
 
     def _pong(self, client: bytes, number: int) -> Pong:
