@@ -44,7 +44,10 @@ def _parser() -> argparse.ArgumentParser:
     _named(serve)
     _ranks(serve)
     serve.add_argument(
-        "--idle-seconds", type=float, default=DEFAULT_IDLE_SECONDS, help="let the models go after so long without a job, and end after 8 times as long"
+        "--idle-seconds",
+        type=float,
+        default=DEFAULT_IDLE_SECONDS,
+        help="let the models go after so long without a job, and end after 8 times as long",
     )
     serve.add_argument("--memory-budget-mib", type=int, default=0, help="for models, per rank; 0 is no limit")
     serve.add_argument("--detach", action="store_true", help="return as soon as it is ready")

@@ -48,7 +48,7 @@ ALLOWED = {
         "errors",
     },
     "__init__": {"client", "rpc.conditioning", "config", "version"},
-    "doctor": {"client", "distributed.device_memory", "rpc", "errors", "version"},
+    "doctor": {"client", "config", "distributed.device_memory", "rpc", "errors", "version"},
     "__main__": {"bench", "demo", "doctor", "client", "models.from_scratch_file", "rpc", "config", "errors", "version"},
 }
 # Inside the ranks' room, from the bottom up: a file imports only those before it.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from parallel_backend import Backend
 from parallel_backend.client import launcher
 from parallel_backend.config import BackendSpec
 from parallel_backend.distributed.links import prove_links
+from parallel_backend.doctor import links
 from parallel_backend.errors import RankError, StartError
 from parallel_backend.rank.pulse import COMPILING_SECONDS, STILL_SECONDS, Pulse
 from parallel_backend.rank.watch import CANCEL_SECONDS, Beat, Watch
@@ -35,16 +37,35 @@ if "RANK" in os.environ:
 """
 
 
-def test_a_start_whose_ranks_don_t_hear_each_other_ends_by_name(
-    runtime_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def by_start() -> None:
+    Backend.attach_or_start(2, "cpu", "unheard")
+
+
+def by_doctor() -> None:
+    (found,) = links()
+    assert found.verdict == "wrong"
+    raise StartError(found.what)
+
+
+@pytest.mark.parametrize("ask", [by_start, by_doctor])
+def test_ranks_that_don_t_hear_each_other_are_named_at_the_start_and_by_doctor(
+    ask: Callable[[], None], runtime_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(ASLEEP_AT_THE_START)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(StartError, match=r"has waited 4 s for a message from each rank to the next") as caught:
-        Backend.attach_or_start(2, "cpu", "unheard")
+        ask()
     for word in ("NCCL_P2P_DISABLE", "/dev/shm", "IOMMU", "NCCL_SOCKET_IFNAME"):
         assert word in caught.value.message
-    assert files.read_record("unheard") is None
+    assert files.read_record("unheard") is None and not list(runtime_folder.glob("doctor-links-*"))
+
+
+def test_doctor_shows_what_sound_links_carry(runtime_folder: Path) -> None:
+    figures = [finding.what for finding in links()]
+    assert [re.sub(r"[\d.]+ ms, [\d.]+", "N", figure) for figure in figures] == [
+        "2 ranks on cpu: an all-reduce over all ranks, 1 MiB: N GB/s",
+        "2 ranks on cpu: a message from each rank to the next, 1 MiB: N GB/s",
+    ]
 
 
 def proof(plant: str) -> str:

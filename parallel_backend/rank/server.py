@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
+from typing import NoReturn
 
 import torch.distributed as dist
 from torch import Tensor
@@ -69,7 +70,10 @@ class Rank:
         if int(os.environ["RANK"]) == 0 and (pause := pause_before(restart_count(), files.last_good(args.name))):
             log.warning("start %d in a row: waiting %.0f s", restart_count() + 1, pause)
             time.sleep(pause)
-        self.control = meet(self.device, self._give_up)
+        try:
+            self.control = meet(self.device, self._give_up)
+        except StartError as error:
+            self._give_up(error)
         self.engine = Engine(self.device, args.memory_budget, AllowedFiles(tuple(args.models)), sharers)
         self.pulse = Pulse(self.device, lambda: self.control.calls + sum(self.engine.place))
         self.server: SocketServer | None = None
@@ -221,7 +225,7 @@ class Rank:
             os.kill(_agent_pid(), signal.SIGTERM)
         os._exit(1)
 
-    def _give_up(self, error: StartError) -> None:
+    def _give_up(self, error: StartError) -> NoReturn:
         """Ranks don't meet. The starter reads these words: no client is connected yet."""
         log.error("this rank ends: %s", error)
         with suppress(OSError, BackendError):
@@ -266,6 +270,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--listen", default="", help="tcp:// address beside the local socket; needs --keys")
     parser.add_argument("--keys", type=Path)
     parser.add_argument("--metrics-port", type=int, default=0)
+    parser.add_argument("--only-meet", action="store_true", help="end once every rank has heard every other")
     return parser.parse_args(argv)
 
 
@@ -289,6 +294,8 @@ def main(argv: Sequence[str]) -> None:
     with ExitStack() as stack:
         rank = Rank(args)
         stack.callback(dist.destroy_process_group)
+        if args.only_meet:
+            return
         try:
             rank.serve()
         except Exception as error:  # noqa: BLE001 - the ranks are out of step: end this one, torchrun starts all anew

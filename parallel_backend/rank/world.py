@@ -29,7 +29,7 @@ def restart_count() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def meet(device: torch.device, give_up: Callable[[StartError], None]) -> Control:
+def meet(device: torch.device, give_up: Callable[[StartError], object]) -> Control:
     """This rank's line to all others that torchrun started this time; every rank has heard every other.
 
     Args:
