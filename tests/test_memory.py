@@ -14,12 +14,13 @@ from parallel_backend.checkpoint_files.safetensors_file import content_key
 from parallel_backend.config import MeshSpec
 from parallel_backend.distributed.control import Control
 from parallel_backend.distributed.device_memory import as_out_of_memory, memory_of
-from parallel_backend.errors import OutOfMemoryError
+from parallel_backend.errors import CheckpointError, OutOfMemoryError
 from parallel_backend.rank.engine import Engine
 from parallel_backend.rank.jobs import Job
 from parallel_backend.rank.residents import Residents
 from parallel_backend.rank.room import check_fits
-from parallel_backend.rpc.messages import Loaded, LoadModel, LoadVAE, RequestHeader, Unload
+from parallel_backend.rpc.messages import Decode, Encode, Loaded, LoadModel, LoadVAE, RequestHeader, Unload
+from parallel_backend.rpc.wire import tensor_meta
 
 GIB = 2**30
 CUDA_WORDS = (
@@ -127,3 +128,21 @@ def test_a_model_that_is_unloaded_is_gone_at_once(kind: str, models: Path) -> No
 def test_memory_is_told_in_bytes_that_can_be() -> None:
     free, total, used = memory_of(torch.device("cpu"))
     assert 0 < free < total and 0 < used < total
+
+
+def test_what_a_decode_or_a_load_that_failed_took_is_given_back(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, where others may need it; torch would keep it for this rank."""
+    given: list[str] = []
+    monkeypatch.setattr("parallel_backend.rank.engine.give_back", lambda device: given.append("decode"))
+    monkeypatch.setattr(Residents, "give_back_memory", lambda residents: given.append("load"))
+    engine, job = Engine(torch.device("cpu")), Job(Control(), lambda body, tensors: None, lambda: False)
+    path = models / "vae" / "sd3_vae.safetensors"
+    reply, _ = engine.handle(RequestHeader(1, LoadVAE([str(path)], content_key(path), "float32")), [], job)
+    assert isinstance(reply, Loaded) and given == []
+    latent, image = torch.zeros(1, 16, 4, 4), torch.zeros(1, 32, 32, 3)
+    engine.handle(RequestHeader(2, Decode(reply.model, 0), [tensor_meta(latent)]), [latent], job)
+    engine.handle(RequestHeader(3, Encode(reply.model, 0), [tensor_meta(image)]), [image], job)
+    assert given == ["decode", "decode"]
+    with pytest.raises(CheckpointError):
+        engine.handle(RequestHeader(4, LoadModel(str(path), content_key(path), "float32", MeshSpec())), [], job)
+    assert given[2:] == ["load"] and engine._joining is None
