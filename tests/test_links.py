@@ -20,6 +20,7 @@ from parallel_backend.config import BackendSpec
 from parallel_backend.distributed.links import prove_links
 from parallel_backend.doctor import links
 from parallel_backend.errors import RankError, StartError
+from parallel_backend.rank import world
 from parallel_backend.rank.pulse import COMPILING_SECONDS, STILL_SECONDS, Pulse
 from parallel_backend.rank.watch import CANCEL_SECONDS, Beat, Watch
 from parallel_backend.rpc import runtime_dir as files
@@ -58,6 +59,14 @@ def test_ranks_that_don_t_hear_each_other_are_named_at_the_start_and_by_doctor(
     for word in ("NCCL_P2P_DISABLE", "/dev/shm", "IOMMU", "NCCL_SOCKET_IFNAME"):
         assert word in caught.value.message
     assert files.read_record("unheard") is None and not list(runtime_folder.glob("doctor-links-*"))
+
+
+def test_a_rank_that_never_comes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world, "ARRIVE_SECONDS", 0.1)
+    store = dist.HashStore()
+    store.set("arrived/2", "1")
+    with pytest.raises(StartError, match=r"Rank 0 has waited 0 s for rank 1, 3, which never came"):
+        world._await_all(store, 0, 4)
 
 
 def test_doctor_shows_what_sound_links_carry(runtime_folder: Path) -> None:
