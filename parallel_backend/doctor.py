@@ -18,7 +18,9 @@ from packaging.requirements import Requirement
 from .client.backend import Backend
 from .client.environment import loopback_interface
 from .client.launcher import default_ranks
+from .client.links import prove_links
 from .client.requirements import COMMANDS_NEED, RANKS_NEED, shortfall
+from .config import BackendSpec
 from .distributed.device_memory import memory_of
 from .errors import BackendError
 from .rpc import runtime_dir as files
@@ -43,7 +45,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """All findings, in the order of the page."""
-    parts: list[Callable[[], Iterator[Finding]]] = [versions, devices, folders, network, backends]
+    parts: list[Callable[[], Iterator[Finding]]] = [versions, devices, folders, network, links, backends]
     return [finding for part in parts for finding in part()]
 
 
@@ -136,6 +138,19 @@ def network() -> Iterator[Finding]:
     except OSError:
         what = f"this host's name {socket.gethostname()!r} has no address; ranks of one host don't need it"
         yield Finding("note", what, "For a backend of several hosts, add it to /etc/hosts or use serve --interface.")
+
+
+def links() -> Iterator[Finding]:
+    """Ranks as a backend would have them, started for this: on GPUs a link that is broken is silent, and is met in no other way."""
+    device, count = default_ranks()
+    if count < 2:
+        return
+    try:
+        figures = prove_links(BackendSpec("doctor", count, device))  # type: ignore[arg-type]
+    except BackendError as error:
+        yield Finding("wrong", error.message, error.remedy)
+        return
+    yield from (Finding("ok", f"{count} ranks on {device}: {figure}") for figure in figures)
 
 
 def backends() -> Iterator[Finding]:

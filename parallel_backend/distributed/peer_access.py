@@ -1,4 +1,4 @@
-"""Whether GPUs read each other's memory.
+"""Whether GPUs read each other's memory."""
 
 from __future__ import annotations
 
