@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -30,11 +31,12 @@ class HostTensors(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        given = list(_tensors([*args, *kwargs.values()]))
+        if not isinstance(result, (Tensor, list, tuple)) or isinstance(result, torch.Size):
+            return result
         named = kwargs.get("device") is not None or (func in _TO_A_DEVICE and _names_a_device(args[1:]))
-        on_host = not named and all(map(is_on_host, given))
+        on_host = not named and all(map(is_on_host, _tensors(chain(args, kwargs.values()))))
         for tensor in _tensors([result]):
-            if on_host != is_on_host(tensor):
+            if on_host or is_on_host(tensor):
                 setattr(tensor, _MARK, on_host)
         return result
 
