@@ -95,16 +95,18 @@ def shared_draw(draw: Callable[[StepNoise], Tensor]) -> Callable[[StepNoise], Te
 
 def record_samplings(
     path: Path, mesh: MeshSpec, jobs: Sequence[Sampling], size: tuple[int, int, int], single: Sequence[int] = ()
-) -> Trace:
+) -> tuple[Trace, int]:
     """A model is loaded, does these jobs, is called once for each number of rows in `single`, and leaves.
 
     Args:
         size: channels, rows and columns of the latents.
+    Returns: the calls, and how many of the first were made to load it.
     """
     rank = this_rank()
     config = _widths(size[0])
     with rank.recorder.recording() as trace, mock.patch.object(StepNoise, "gaussian", shared_draw(StepNoise.gaussian)):
         model = rank.ask(LoadModel(str(path), content_key(path), "float32", mesh)).model
+        loading = len(trace)
         for job in jobs:
             prompts = [tensor for tokens in job.tokens for tensor in _prompt(tokens, *config)]
             named = [Prompt(1 + 2 * i, 2 + 2 * i) for i in range(len(job.tokens))]
@@ -113,7 +115,7 @@ def record_samplings(
             tensors = [torch.ones(rows, *size), torch.full((rows,), 500.0), *_prompt(9, *config, rows=rows)]
             rank.ask(Forward(model, 0, 1, 2, 3), tensors)
         rank.ask(Unload([model]))
-    return trace
+    return trace, loading
 
 
 def record_bands(paths: Sequence[Path], channels: int, sizes: Sequence[tuple[int, int, int]]) -> Trace:
@@ -133,14 +135,14 @@ def record_bands(paths: Sequence[Path], channels: int, sizes: Sequence[tuple[int
 
 def record_with_one_group_both_ways(
     path: Path, mesh: MeshSpec, jobs: Sequence[Sampling], size: tuple[int, int, int]
-) -> Trace:
+) -> tuple[Trace, int]:
     """`record_samplings` of a rank that has no groups apart for what must not wait for each other."""
     of = Groups.of
     this_rank.cache_clear()
     with mock.patch.object(Groups, "of", lambda groups, ranks, use="": of(groups, ranks)):
-        trace = record_samplings(path, mesh, jobs, size)
+        recorded = record_samplings(path, mesh, jobs, size)
     this_rank.cache_clear()
-    return trace
+    return recorded
 
 
 def _widths(channels: int) -> tuple[int, int]:
