@@ -30,7 +30,7 @@ MESHES = {
     "sliced UNets": [msgspec.structs.replace(spec, sliced=True) for spec in MeshSpec.all_of(WORLD, UNET_AXES)],
 }
 # Of one rank, with that of the whole world. Each takes up to hundreds of MB of a GPU.
-MOST = {"transformers": 7, "UNets": 4, "sliced UNets": 5}
+MOST = {"transformers": 6, "UNets": 4, "sliced UNets": 5}
 
 
 @dataclass(frozen=True, eq=False)

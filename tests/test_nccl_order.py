@@ -270,7 +270,7 @@ def assert_in_order(traces: Sequence[Trace]) -> None:
 
 
 def assert_in_order_and_warm(recorded: Sequence[tuple[Trace, int]]) -> None:
-    """And what communicators jobs use is made when the model is loaded; that of the whole world at the start."""
+    """And the communicators that jobs use, and no others, are made when the model is loaded; the whole world's at the start."""
     assert_in_order([trace for trace, _ in recorded])
     for rank, (trace, loading) in enumerate(recorded):
         made, used = (
@@ -281,7 +281,9 @@ def assert_in_order_and_warm(recorded: Sequence[tuple[Trace, int]]) -> None:
             }
             for early in (True, False)
         )
-        assert used - {str(list(range(len(recorded))))} <= made, f"rank {rank} makes communicators in full flight"
+        world = {str(list(range(len(recorded))))}
+        assert used - world <= made, f"rank {rank} makes communicators in full flight"
+        assert made - world <= used, f"rank {rank} has communicators that it never uses"
 
 
 @pytest.mark.parametrize("mesh", MeshSpec.all_of(2) + MeshSpec.all_of(4), ids=MeshSpec.describe)
