@@ -288,7 +288,7 @@ def assert_in_order_and_warm(recorded: Sequence[tuple[Trace, int]]) -> None:
 
 @pytest.mark.parametrize("mesh", MeshSpec.all_of(2) + MeshSpec.all_of(4), ids=MeshSpec.describe)
 def test_no_mixture_of_the_transformers_stands_still(mesh: MeshSpec, mmdit: Path, ranks: RankPool) -> None:
-    recorded = ranks(mesh.world_size, record_samplings, mmdit, mesh, jobs_of(mesh), MMDIT_SIZE, (1, 3))
+    recorded = ranks(mesh.world_size, record_samplings, mmdit, mesh, jobs_of(mesh), MMDIT_SIZE, (3,))
     assert_in_order_and_warm(recorded)
     assert all(sum(not call.on_host for _, call in calls(trace)) >= 4 for trace, _ in recorded)
 
@@ -343,3 +343,16 @@ def test_a_way_back_in_the_group_of_the_way_there_is_a_circle(mesh: MeshSpec, mm
     (told,) = faults([trace for trace, _ in recorded], PLAIN)
     assert told.startswith("a circle: rank 0 ends") and "receive" in told and "send" in told and "way back" not in told
     assert_in_order_and_warm(ranks(mesh.world_size, record_samplings, mmdit, mesh, jobs, MMDIT_SIZE))
+
+
+def test_a_way_back_that_is_made_in_full_flight_can_be_a_circle(mmdit: Path, ranks: RankPool) -> None:
+    """The same calls without those of loading: where the making of a communicator waits for what the device has to do."""
+    jobs = [sampling(steps=3, warmup_steps=1, num_patches=3)]
+    recorded = ranks(2, record_samplings, mmdit, MeshSpec(pp=2), jobs, MMDIT_SIZE)
+    cold = [
+        [replace(entry, of=entry.of - loading) if isinstance(entry, Wait) else entry for entry in trace[loading:]]
+        for trace, loading in recorded
+    ]
+    assert faults(cold, PLAIN) == []
+    (told,) = faults(cold, replace(PLAIN, creation_drains=True))
+    assert "rank 1 has come to the making of way back [0, 1] between 0 and 1" in told

@@ -9,7 +9,7 @@ circle, or an edge to what never comes.
   message, when its other end has; a batch, when all its messages have.
 - A wait puts the end of a call in the computing stream's line. A call on the computing stream is such a wait by itself.
 - gloo, for tensors on the CPU, has no communicators to make and no line; there a wait holds the host.
-Source: ProcessGroupNCCL.cpp (`collective`, `pointToPoint`, `initNCCLComm`, `getKeySendRecv`) as of torch 2.9, without
+Source: ProcessGroupNCCL.cpp (`collective`, `pointToPoint`, `initNCCLComm`, `getKeySendRecv`) of torch 2.9 or later, without
 device_id, that is with communicators that are made lazily. 2.13's own was not read; its Python side is the same. A send is
 held to end no earlier than its receive has started, which is so of all but the smallest.
 """
