@@ -19,7 +19,7 @@ def warm_up(mesh: Mesh, device: torch.device) -> None:
 
     Comm: an all-reduce of one element over each axis; over pp, a byte to the next stage, and from the last to the first.
     """
-    for axis in (*mesh.axes, mesh.first_stage):
+    for axis in mesh.axes:  # not first_stage, which sends flags on the CPU alone
         start_all_reduce(torch.ones(1, device=device), axis).wait()
     if mesh.pp.degree > 1:
         _meet_neighbours(mesh.pp, device)

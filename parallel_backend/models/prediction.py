@@ -137,9 +137,10 @@ class Predictor:
         Comm: the model's, and one all-gather of the output over dp and one over cfg.
         """
         mesh = self.mesh
-        # Ranks that hold slices of one model's weights gather them together: none of them may be without a row.
-        idle = mesh.weights.degree > 1 and rows.x.shape[0] < mesh.cfg.degree
-        axes = (mesh.dp,) if idle else (mesh.cfg, mesh.dp)
+        # Ranks that hold slices of one model's weights gather them together: all of them have rows, or none has.
+        least, more = divmod(rows.x.shape[0], mesh.cfg.degree)
+        uneven = mesh.weights.degree > 1 and more > 0 and least < mesh.dp.degree
+        axes = (mesh.dp,) if uneven else (mesh.cfg, mesh.dp)
         counts, local = [], rows
         for axis in axes:
             counts.append(local.x.shape[0])
