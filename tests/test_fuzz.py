@@ -38,7 +38,21 @@ METAS = st.fixed_dictionaries(
     },
     optional={"sent": st.booleans(), "key": st.none() | st.text(max_size=5)},
 )
-TAGS = ["Hello", "LoadModel", "LoadVAE", "Sample", "Forward", "Decode", "Encode", "Unload", "Status", "Cancel", "Ping"]
+TAGS = [
+    "Hello",
+    "LoadModel",
+    "LoadVAE",
+    "Sample",
+    "Forward",
+    "Decode",
+    "Encode",
+    "Unload",
+    "Forget",
+    "Status",
+    "Cancel",
+    "Ping",
+    "Goodbye",
+]
 HEADERS = st.fixed_dictionaries(
     {"job": st.integers(), "body": st.fixed_dictionaries({"type": st.sampled_from([*TAGS, "Nothing"])}) | TREES},
     optional={"tensors": st.lists(METAS, max_size=3) | TREES, "version": st.just("0.1.0") | st.text(max_size=5)},
