@@ -11,6 +11,7 @@ from parallel_backend.client.sent_tensors import Attachment, SentTensors
 from parallel_backend.errors import ConfigError, ProtocolError
 from parallel_backend.rpc.messages import Forward, Prompt, RequestHeader, Sample, Status, TensorMeta
 from parallel_backend.rpc.wire import pack, tensor_meta, unpack
+from parallel_backend.serving.sent_keys import MOST_CLIENTS, MOST_KEYS, SentKeys
 
 TENSORS = [
     torch.randn(2, 3, 4),
@@ -98,3 +99,15 @@ def test_a_dtype_that_does_not_travel_is_named() -> None:
     with pytest.raises(ProtocolError, match=r"torch\.complex64"):
         tensor_meta(torch.zeros(1, dtype=torch.complex64))
     assert TensorMeta("float32", [1]).sent
+
+
+def test_tensors_of_connections_that_never_said_goodbye_are_freed_in_the_end() -> None:
+    sent = SentKeys()
+    for number in range(MOST_CLIENTS):
+        assert sent.note(b"%d" % number, [f"{number}-1", f"{number}-2"]) == []
+    assert sent.forget(b"5") == ["5-1", "5-2"] and sent.forget(b"5") == []
+    sent.note(b"0", [])  # still there
+    sent.note(b"new", ["n"])
+    assert sent.note(b"newer", ["m"]) == ["1-1", "1-2"]
+    sent.note(b"newer", map(str, range(10 * MOST_KEYS)))
+    assert len(sent.forget(b"newer")) == MOST_KEYS

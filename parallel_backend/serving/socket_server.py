@@ -37,6 +37,7 @@ from ..rpc.messages import (
     Stop,
 )
 from ..rpc.wire import MAX_FRAME_BYTES, Frame, pack, tensor_meta, unpack
+from .sent_keys import SentKeys
 from .state_board import StateBoard
 from .turns import QueuedJob, Turns, own_job
 
@@ -66,7 +67,7 @@ class SocketServer(threading.Thread):
         self.jobs = Turns()
         self._addresses, self._board, self._look_round = list(addresses), board, look_round
         self._open: dict[tuple[bytes, int], tuple[QueuedJob, zmq.Socket[bytes]]] = {}
-        self._kept: dict[bytes, set[str]] = {}
+        self._sent_keys = SentKeys()
         self._context = zmq.Context()
         self._authenticator: ThreadAuthenticator | None = None
         self._routers = {address: self._router(address, keys) for address in addresses}
@@ -167,8 +168,8 @@ class SocketServer(threading.Thread):
             header, _ = unpack(buffers, RequestHeader)
             if reply := self._take(QueuedJob(client, header.job, buffers), header.body, router):
                 self._answer(router, client, number, reply)
-            elif keys := {meta.key for meta in header.tensors if meta.key is not None}:
-                self._kept.setdefault(client, set()).update(keys)
+            elif keys := [meta.key for meta in header.tensors if meta.key is not None]:
+                self._free(self._sent_keys.note(client, keys))
         except BackendError as error:
             self._refuse(router, client, number, error)
         except Exception as error:
@@ -189,7 +190,7 @@ class SocketServer(threading.Thread):
                 found[0].cancelled.set()
             return Done()
         if isinstance(body, Goodbye):
-            self._forget_its_prompts(job.client)
+            self._free(self._sent_keys.forget(job.client))
             return Done()
         if isinstance(body, Stop):
             for waiting, _ in self._open.values():
@@ -204,10 +205,9 @@ class SocketServer(threading.Thread):
         self.jobs.put(job)
         return None
 
-    def _forget_its_prompts(self, client: bytes) -> None:
-        """Keys are a connection's own. Those of a client that was killed stay until others push them out."""
-        if keys := self._kept.pop(client, None):
-            self.jobs.put(own_job(Forget(sorted(keys))))
+    def _free(self, keys: Sequence[str]) -> None:
+        if keys:
+            self.jobs.put(own_job(Forget(list(keys))))
 
     def _pong(self, client: bytes, number: int) -> Pong:
         found = self._open.get((client, number))
