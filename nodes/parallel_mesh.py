@@ -9,14 +9,10 @@ from comfy_api.latest import io
 
 from ..parallel_backend import Backend, MeshSpec
 from ..parallel_backend.config import MMDIT_REST, UNET_REST, BackendSpec
-from ..parallel_backend.rpc.messages import RankState
-from ..parallel_backend.rpc.runtime_dir import machine
 from .node_text import say
 
 # Core has a socket named MESH, for 3D shapes.
 MeshSocket = io.Custom("PARALLEL_MESH")
-# Left free for activations beside the weights, and for what other programs take meanwhile.
-ACTIVATION_BYTES = 1536 * 2**20
 
 
 class ParallelMesh:
@@ -72,29 +68,3 @@ class ParallelMesh:
         if self.unet != self.mmdit:
             mesh += f" (UNet: {self.unet.describe()})"
         return f"{self.spec.world_size} ranks on {place}: {mesh}, {self.dtype}"
-
-
-def make_room(backend: Backend, rank_bytes: int) -> str:
-    """ComfyUI's own models leave GPUs that they share with a rank, where the rank lacks room for `rank_bytes`.
-
-    Returns: what was done, for the node to show; empty where nothing was needed.
-    """
-    short = [rank for rank in backend.status().ranks if lacks_room(rank, rank_bytes)]
-    if not short or not mm.loaded_models():
-        return ""
-    mm.unload_all_models()
-    mm.soft_empty_cache()
-    needed = (rank_bytes + ACTIVATION_BYTES) / 2**20
-    places = ", ".join(f"rank {rank.rank} on {rank.device} ({rank.free_bytes / 2**20:.0f} MiB free)" for rank in short)
-    return f"unloaded ComfyUI's own models: {needed:.0f} MiB are needed for {places}"
-
-
-def lacks_room(rank: RankState, rank_bytes: int) -> bool:
-    """On the GPU that ComfyUI computes on; what it holds elsewhere is not in the way of a rank."""
-    here = rank.machine == machine() and rank.device == own_device()
-    return here and rank.device.startswith("cuda") and rank.free_bytes < rank_bytes + ACTIVATION_BYTES
-
-
-def own_device() -> str:
-    """What ComfyUI computes on, as ranks name theirs."""
-    return str(mm.get_torch_device())

@@ -7,8 +7,9 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..checkpoint_files.diffusion_part import is_from_scratch
 from ..checkpoint_files.safetensors_file import content_key
-from ..config import DEFAULT_IDLE_SECONDS, BackendSpec, MeshSpec
+from ..config import AUTO, DEFAULT_IDLE_SECONDS, BackendSpec, MeshSpec
 from ..errors import (
     BackendLostError,
     StartError,
@@ -23,7 +24,7 @@ from ..rpc.messages import (
     Stop,
     Unload,
 )
-from . import launcher
+from . import dtypes, launcher
 from .connection import Connection, OnEvent
 from .places import Elsewhere, ThisMachine
 from .remote import RemoteModel, RemoteVAE
@@ -91,7 +92,7 @@ class Backend(Connection):
         self,
         path: str | os.PathLike[str],
         mesh: MeshSpec | None = None,
-        dtype: str = "bfloat16",
+        dtype: str = AUTO,
         kernel: str = "auto",
         *,
         kind: ModelKind = "any",
@@ -103,6 +104,7 @@ class Backend(Connection):
         """An SD3, SD3.5 or SDXL model, resident and sharded. A file that is resident already is not read again.
 
         Args:
+            dtype: auto is ComfyUI's choice for the ranks' cards; float32 on CPUs.
             mesh: None takes cfg 2 where the ranks are even; the rest is ulysses, or bands (patch) for a UNet.
             kind: refuses a file of another one.
             compile: torch.compile of the repeated blocks; their first step in each kind of shape takes much longer.
@@ -110,28 +112,39 @@ class Backend(Connection):
         Raises: CheckpointError, ConfigError.
         """
         resolved = Path(path).resolve()
-        load = LoadModel(self._named(resolved, name), self._key(resolved), dtype, mesh, kernel, kind, compile)
+        key = self._key(resolved)
+        dtype = self.model_dtype(resolved) if dtype == AUTO else dtype
+        load = LoadModel(self._named(resolved, name), key, dtype, mesh, kernel, kind, compile)
         return RemoteModel(self, load, self.load(load, on_event, should_cancel))
 
     def load_vae(
         self,
         path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-        dtype: str = "bfloat16",
+        dtype: str = AUTO,
         *,
         names: Sequence[str] = (),
         on_event: OnEvent | None = None,
         should_cancel: Callable[[], bool] | None = None,
     ) -> RemoteVAE:
-        """A VAE, whole on every rank. `path` is one file, or TAESD's (encoder, decoder); `names` as for `load_model`.
+        """A VAE, whole on every rank. `path` is one file, or TAESD's (encoder, decoder); the others as for `load_model`.
 
         Raises: CheckpointError, ConfigError.
         """
         paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
         resolved = [Path(p).resolve() for p in paths]
         key = "-".join(self._key(p) for p in resolved)
+        dtype = self.vae_dtype() if dtype == AUTO else dtype
         chosen = names or [""] * len(resolved)
         load = LoadVAE([self._named(p, n) for p, n in zip(resolved, chosen, strict=True)], key, dtype)
         return RemoteVAE(self, load, self.load(load, on_event, should_cancel))
+
+    def model_dtype(self, path: Path) -> str:
+        """What `auto` is for that file on the cards of these ranks."""
+        return dtypes.model_dtype(self.status().ranks, from_scratch=is_from_scratch(path))
+
+    def vae_dtype(self) -> str:
+        """What `auto` is for a VAE on the cards of these ranks."""
+        return dtypes.vae_dtype(self.status().ranks)
 
     def _named(self, path: Path, name: str) -> str:
         """How the backend finds the file: here by its path, on another machine below that one's model folders."""
