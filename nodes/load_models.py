@@ -42,7 +42,7 @@ def load_remote_model(mesh: ParallelMesh, kind: ModelKind, path: Path, name: str
     settings = {"kind": kind, "compile": mesh.compile, "name": name, "on_event": on_event}
     remote = interruptible(backend.load_model, path, degrees, dtype, mesh.kernel, **settings)
     bar.update_absolute(1, 1)
-    return remote, "\n".join(filter(None, [load_report(remote), room]))
+    return remote, "\n".join(filter(None, [load_report(remote), room, mesh.differs()]))
 
 
 def _most_bytes(path: Path, degrees: MeshSpec, dtype: str) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 import comfy.model_management as mm
 from comfy_api.latest import io
 
 from ..parallel_backend import Backend, MeshSpec
-from ..parallel_backend.config import MMDIT_REST, UNET_REST, BackendSpec
+from ..parallel_backend.client.gpu_environment import difference
+from ..parallel_backend.config import AUTO, MMDIT_REST, UNET_REST, BackendSpec
 from .node_text import say
 
 # Core has a socket named MESH, for 3D shapes.
@@ -26,9 +28,11 @@ class ParallelMesh:
         kernel: str,
         sliced: bool = False,
         compile: bool = False,
+        note: str = "",
     ) -> None:
-        """`degrees` of 0 are left open; `sliced` is of UNets. Raises: ConfigError: they don't fit the ranks."""
+        """`degrees` of 0 are left open; `sliced` is of UNets; `note` tells of the GPUs. Raises: ConfigError: they don't fit the ranks."""
         self.spec, self.degrees, self.dtype, self.kernel, self.compile = spec, degrees, dtype, kernel, compile
+        self.note = note
         self.mmdit, self.unet = self._filled(MMDIT_REST), self._filled(UNET_REST, sliced)
         self._backend: Backend | None = None
 
@@ -61,10 +65,16 @@ class ParallelMesh:
         return self._backend
 
     def describe(self) -> str:
-        where = ",".join(map(str, self.spec.devices)) or "all"
+        where = ",".join(map(str, self.spec.devices or range(self.spec.world_size)))
         place = f"cuda {where}" if self.spec.device == "cuda" else "cpu"
         place = self.spec.address or place
         mesh = self.mmdit.describe()
         if self.unet != self.mmdit:
             mesh += f" (UNet: {self.unet.describe()})"
-        return f"{self.spec.world_size} ranks on {place}: {mesh}, {self.dtype}"
+        dtype = "dtype auto" if self.dtype == AUTO else self.dtype
+        return "\n".join(filter(None, [f"{self.spec.world_size} ranks on {place}: {mesh}, {dtype}", self.note]))
+
+    def differs(self) -> str:
+        """What the backend on this machine was started with otherwise than ComfyUI; empty where nothing."""
+        other = None if self.spec.address else difference(self.spec.name, self.backend().record, os.environ)
+        return " ".join(other or ())

@@ -49,7 +49,9 @@ class PatchParallelVAE(io.ComfyNode):
         remote = interruptible(backend.load_vae, paths, dtype, names=names_elsewhere(vae_name))
         state = "already resident" if not any(remote.loaded.bytes_read) else f"read in {remote.loaded.seconds:.1f} s"
         report = "\n".join(
-            filter(None, [f"{remote.loaded.family}: {state}, {backend.world_size} bands, {dtype}", room])
+            filter(
+                None, [f"{remote.loaded.family}: {state}, {backend.world_size} bands, {dtype}", room, mesh.differs()]
+            )
         )
         say(report, log=True)
         return io.NodeOutput(ParallelVAE(remote, bytes_here(backend, remote)))

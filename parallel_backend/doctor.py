@@ -16,7 +16,8 @@ import torch
 from packaging.requirements import Requirement
 
 from .client.backend import Backend
-from .client.launcher import default_ranks
+from .client.cards import seen
+from .client.gpu_environment import difference
 from .client.requirements import COMMANDS_NEED, RANKS_NEED, shortfall
 from .distributed.device_memory import memory_of
 from .errors import BackendError
@@ -63,7 +64,12 @@ def versions() -> Iterator[Finding]:
 
 
 def devices() -> Iterator[Finding]:
-    kind, count = default_ranks()
+    here = seen()
+    kind, count = ("cuda" if here.cards else "cpu"), len(here.cards)
+    if here.other:
+        yield Finding("note", f"this machine has {here.other}, which ranks can't use", "Use NVIDIA or AMD GPUs.")
+    if hidden := here.hidden():
+        yield Finding("note", hidden, "Unset CUDA_VISIBLE_DEVICES for all of them.")
     if kind == "cpu":
         built = torch.version.cuda or torch.version.hip
         if built:
@@ -102,8 +108,8 @@ def _gpu(number: int, count: int) -> Iterator[Finding]:
 
 
 def folders() -> Iterator[Finding]:
-    root = files.runtime_root()
     try:
+        root = files.runtime_root()
         folder = files.runtime_dir("doctor")
         folder.rmdir()
     except BackendError as error:
@@ -146,9 +152,15 @@ def backends() -> Iterator[Finding]:
         except BackendError as error:
             yield Finding("wrong", f"backend {name!r} doesn't answer: {error.message}", error.remedy)
             continue
+        if record is not None and (other := difference(name, record, os.environ)):
+            yield Finding("note", *other)
         line = f"backend {name!r}: {len(state.ranks)} ranks, {state.jobs_done} jobs, {state.restarts} restarts"
         yield Finding("note" if state.restarts else "ok", line, "Its log says why." if state.restarts else "")
-    for path in sorted(files.runtime_root().glob("*/backend.json")):
+    try:
+        left = sorted(files.runtime_root().glob("*/backend.json"))
+    except BackendError:
+        return  # `folders` has said so
+    for path in left:
         try:
             restarting = files.restarting(path.parent.name)
         except BackendError as error:

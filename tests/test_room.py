@@ -1,4 +1,4 @@
-"""Where ranks share a GPU with ComfyUI: its own models leave when the backend needs their room, and the node says so."""
+"""Where ranks share a GPU with ComfyUI: whose models leave when room is short, what is counted, and the dtype that both take."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 from comfyui.installation import HERE, ComfyInstallation
+
+from parallel_backend.client import dtypes
+from parallel_backend.rpc.messages import RankState
 
 BOTH = {"said": "", "loaded": ["Held", "ModelPatcher"]}
 
@@ -39,3 +42,27 @@ def test_comfyui_counts_weights_in_a_backend_once_and_asks_them_to_leave_once(ou
     assert outcomes["counted"] == [1, 100] and outcomes["beside"]
     assert outcomes["loads"] == [], "a backend that has just loaded them is not asked to"
     assert outcomes["events"] == ["a leaves", "a is back"]
+
+
+def rank_on(name: str, capability: tuple[int, int]) -> RankState:
+    return RankState(0, "", "", 0, "cuda:0", name, 0, 0, 0, "", capability)
+
+
+def test_dtype_auto_is_what_comfyui_computes_in_on_the_same_card(outcomes: dict[str, Any]) -> None:
+    taken = set()
+    for card in outcomes["dtypes"]:
+        ranks = [rank_on(card["name"], tuple(card["capability"]))]
+        assert set(card["models"].values()) == {dtypes.model_dtype(ranks)}, card
+        assert card["vae"] == dtypes.vae_dtype(ranks), card
+        taken |= {dtypes.model_dtype(ranks), card["vae"]}
+    assert taken == {"float16", "bfloat16", "float32"} and len(outcomes["dtypes"]) == 14
+
+
+def test_the_weakest_rank_decides_the_dtype() -> None:
+    pascal, turing, hopper = (rank_on("", capability) for capability in ((6, 1), (7, 5), (9, 0)))
+    cpu = RankState(0, "", "", 0, "cpu", "2 threads", 0, 0, 0)
+    found = [dtypes.model_dtype(ranks) for ranks in ([hopper, turing], [hopper, pascal], [cpu, cpu])]
+    assert found == ["float16", "float32", "float32"]
+    assert [dtypes.vae_dtype(ranks) for ranks in ([hopper], [hopper, turing])] == ["bfloat16", "float32"]
+    scratch = [dtypes.model_dtype(ranks, from_scratch=True) for ranks in ([hopper], [hopper, turing])]
+    assert scratch == ["bfloat16", "float32"]

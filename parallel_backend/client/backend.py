@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..checkpoint_files.diffusion_part import is_from_scratch
 from ..checkpoint_files.safetensors_file import content_key
-from ..config import AUTO, DEFAULT_IDLE_SECONDS, BackendSpec, MeshSpec
+from ..config import AUTO, DEFAULT_IDLE_SECONDS, BackendSpec, DeviceType, MeshSpec
 from ..errors import (
     BackendLostError,
     StartError,
@@ -25,7 +25,9 @@ from ..rpc.messages import (
     Unload,
 )
 from . import dtypes, launcher
+from .cards import choose_ranks, seen
 from .connection import Connection, OnEvent
+from .names import DEFAULT, backend_name, meant
 from .places import Elsewhere, ThisMachine
 from .remote import RemoteModel, RemoteVAE
 
@@ -42,33 +44,34 @@ class Backend(Connection):
     def attach_or_start(
         cls,
         world_size: int | None = None,
-        device: str | None = None,
-        name: str = "default",
+        device: DeviceType | None = None,
+        name: str = DEFAULT,
         *,
         devices: Sequence[int] = (),
         idle_seconds: float = DEFAULT_IDLE_SECONDS,
         memory_budget: int = 0,
         waiting: launcher.Waiting = lambda seconds: None,
     ) -> Backend:
-        """A backend that is ready. Without `world_size` and `device`: all GPUs, or two CPU ranks where there is none.
+        """A backend that is ready. Without `world_size` and `device`: all GPUs of the best one's kind, or two CPU ranks where
+        there is none. The default name is one for each set of GPUs that a process sees.
 
         Raises:
             ConfigError: one of that name runs with other ranks.
             StartError: it did not come up; the message has the end of its log.
         """
-        if world_size is None or device is None:
-            found_device, found_size = launcher.default_ranks()
-            device = device or found_device
-            world_size = world_size or (len(devices) or found_size if device == found_device else 2)
-        spec = BackendSpec(name, world_size, device, tuple(devices), idle_seconds, memory_budget)  # type: ignore[arg-type]
+        here = seen()
+        ranks = choose_ranks(here, device, world_size, devices)
+        name = backend_name(name, ranks.device, here)
+        spec = BackendSpec(name, ranks.count, ranks.device, ranks.devices, idle_seconds, memory_budget)
         return cls(spec, ThisMachine(spec), launcher.attach_or_start(spec, waiting))
 
     @classmethod
-    def attach(cls, name: str = "default") -> Backend:
-        """The running backend of that name, whatever its ranks are.
+    def attach(cls, name: str = DEFAULT) -> Backend:
+        """The running backend of that name, whatever its ranks are; by default the one of this process's GPUs, or the only one.
 
         Raises: StartError: none runs.
         """
+        name = meant(name)
         record = files.read_record(name)
         if record is None:
             raise StartError(f"No backend {name!r} runs.", "Start one with `python -m parallel_backend serve`.")

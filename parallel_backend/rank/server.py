@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import logging
 import os
 import queue
@@ -142,7 +143,12 @@ class Rank:
         world = self.control.world_size
         pid, agent = os.getpid(), int(os.environ.get("PARALLEL_MMDIT_AGENT_PID", os.getppid()))
         ticks = [files.start_ticks(process) for process in (pid, agent)]
-        record = files.BackendRecord(__version__, generation, pid, agent, address, world, args.device, devices, *ticks)
+        known = {
+            "cards": [state.uuid for state in states],
+            "environment": json.loads(os.environ.get(files.STARTED_WITH, "{}")),
+        }
+        place = (address, world, args.device, devices)
+        record = files.BackendRecord(__version__, generation, pid, agent, *place, *ticks, **known)
         keys = Keys(args.keys) if args.keys else None
         addresses = [address, *([args.listen] if args.listen else [])]
         self.server = SocketServer(addresses, self.board, lambda: files.keep_record(args.name, record), keys)

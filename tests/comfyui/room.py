@@ -1,4 +1,4 @@
-"""Whether ComfyUI's own models leave when a rank lacks room: room.py COMFYUI PACK MODEL; prints what happened, as JSON.
+"""How ComfyUI's own functions deal with a card that ranks share: room.py COMFYUI PACK MODEL; prints what happened, as JSON.
 
 The ranks are invented, since a shared GPU is needed for real ones; ComfyUI's memory management is the real one.
 """
@@ -9,6 +9,7 @@ import os
 import sys
 from types import SimpleNamespace
 
+import core_dtypes
 import shims
 import torch
 
@@ -33,6 +34,7 @@ def main(comfy_folder, pack, model_path):
     outcomes |= twice(mm, core_memory, importlib.import_module("pack.parallel_backend.errors"), model)
     mm.unload_all_models()
     outcomes |= listed(mm, core_memory, model)
+    outcomes["dtypes"] = core_dtypes.choices(mm, importlib.import_module("comfy.supported_models"))
     print(json.dumps(outcomes))
 
 
