@@ -126,7 +126,8 @@ def _hold_on(patcher: comfy.model_patcher.ModelPatcher) -> None:
 def own_card() -> tuple[str, str]:
     """What ComfyUI computes on: the type of device, and the uuid of a GPU."""
     device = mm.get_torch_device()
-    return device.type, str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+    card = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return device.type, str(getattr(card, "uuid", ""))
 
 
 def free_here() -> int:
@@ -137,6 +138,8 @@ def free_here() -> int:
 def ranks_here(ranks: Sequence[RankState]) -> list[RankState]:
     """Those on ComfyUI's own card, whatever number either side knows it by; on a CPU, those of this machine."""
     kind, uuid = own_card()
+    if kind == "cuda" and not uuid:
+        return []  # which one it is can't be told
     return [r for r in ranks if r.machine == machine() and (r.device.split(":")[0], r.uuid) == (kind, uuid)]
 
 

@@ -122,7 +122,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _named(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--name", default=DEFAULT, help="the backend's name; left out, that of the GPUs seen here")
+    parser.add_argument("--name", help="the backend's name; left out, that of the GPUs seen here")
 
 
 def _ranks(parser: argparse.ArgumentParser) -> None:
@@ -136,7 +136,7 @@ def _ranks(parser: argparse.ArgumentParser) -> None:
 def _serve(args: argparse.Namespace) -> int:
     here = seen()
     ranks = choose_ranks(here, args.device, args.world_size, gpu_numbers(args.devices))
-    name = backend_name(args.name, ranks.device, here)
+    name = backend_name(args.name or DEFAULT, ranks.device, here)
     if ranks.note:
         print(ranks.note, file=sys.stderr)
     budget = args.memory_budget_mib * 2**20
@@ -186,7 +186,7 @@ def _status(args: argparse.Namespace) -> int:
         time.sleep(1.0)
 
 
-def _page(name: str, as_json: bool) -> str:
+def _page(name: str | None, as_json: bool) -> str:
     backend = Backend.attach(name)
     try:
         state = backend.status()

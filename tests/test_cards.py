@@ -162,17 +162,16 @@ def living(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
 def test_without_a_name_the_backend_that_runs_is_meant(living: Callable[..., None]) -> None:
     here = machine(RTX4090, visible="0", present=4)
     own = backend_name("default", "cuda", here)
-    assert meant("default", Seen) == "default" and meant("mine", Seen) == "mine"
     living("mine")
-    assert meant("default", Seen) == "default"
+    assert meant(None, Seen) == "default"
     living("default-00000000")
-    assert meant("default", Seen) == "default-00000000"
+    assert meant(None, Seen) == "default-00000000"
     living("default-11111111")
     with pytest.raises(StartError, match="Several backends run: default-00000000, default-11111111"):
-        meant("default", lambda: here)
+        meant(None, lambda: here)
     living(own)
     living("default")
-    assert (meant("default", lambda: here), meant("default", Seen)) == (own, "default")
+    assert (meant(None, lambda: here), meant(None, Seen), meant("mine")) == (own, "default", "mine")
 
 
 def test_a_backend_on_other_cards_of_the_same_numbers_is_not_taken(

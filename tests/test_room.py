@@ -66,3 +66,15 @@ def test_the_weakest_rank_decides_the_dtype() -> None:
     assert [dtypes.vae_dtype(ranks) for ranks in ([hopper], [hopper, turing])] == ["bfloat16", "float32"]
     scratch = [dtypes.model_dtype(ranks, from_scratch=True) for ranks in ([hopper], [hopper, turing])]
     assert scratch == ["bfloat16", "float32"]
+
+
+def test_a_dtype_that_comfyui_was_started_with_goes_before_the_cards(outcomes: dict[str, Any]) -> None:
+    assert outcomes["told"] == {
+        "None": ["for model", "for vae"],
+        "bf16_unet": ["bfloat16", "for vae"],
+        "fp32_vae": ["for model", "float32"],
+        "fp16_vae": ["for model", "float32"],  # it would overflow
+        "force_fp32": ["float32", "float32"],
+        "force_fp16": ["float16", "for vae"],
+        "asked": ["float16", "float16", "float32"],
+    }

@@ -66,8 +66,8 @@ class Backend(Connection):
         return cls(spec, ThisMachine(spec), launcher.attach_or_start(spec, waiting))
 
     @classmethod
-    def attach(cls, name: str = DEFAULT) -> Backend:
-        """The running backend of that name, whatever its ranks are; by default the one of this process's GPUs, or the only one.
+    def attach(cls, name: str | None = None) -> Backend:
+        """The running backend of that name, whatever its ranks are; without one, as of `meant`.
 
         Raises: StartError: none runs.
         """

@@ -130,7 +130,9 @@ def _left_out(cards: Sequence[Card], alike: Sequence[int]) -> str:
 def _card(number: int) -> Card:
     found = torch.cuda.get_device_properties(number)
     capability = (found.major, found.minor)
-    return Card(found.name, capability, found.total_memory, found.multi_processor_count, str(found.uuid))
+    return Card(
+        found.name, capability, found.total_memory, found.multi_processor_count, str(getattr(found, "uuid", ""))
+    )
 
 
 def _other() -> str:

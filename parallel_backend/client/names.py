@@ -24,18 +24,17 @@ def backend_name(name: str, device: str, seen: Seen) -> str:
     return f"{DEFAULT}-{hashlib.sha256(marks.encode()).hexdigest()[:8]}"
 
 
-def meant(name: str, looked: Callable[[], Seen] = seen) -> str:
-    """Which backend of those that live is meant by `name`; by "default" that of this process's GPUs, or the only one of such
-    a name.
+def meant(name: str | None, looked: Callable[[], Seen] = seen) -> str:
+    """Which of the backends that live is meant where none was named: that of this process's GPUs, or the only default one.
 
     Raises: StartError: there are several, and none is of this process's GPUs.
     """
-    if name != DEFAULT:
+    if name is not None:
         return name
     living = [one for one in living_names() if one == DEFAULT or one.startswith(f"{DEFAULT}-")]
     if len(living) < 2:
-        return living[0] if living else name
-    own = backend_name(name, "cuda", looked())
+        return living[0] if living else DEFAULT
+    own = backend_name(DEFAULT, "cuda", looked())
     if own not in living:
         raise StartError(f"Several backends run: {', '.join(living)}.", "Name one of them (--name).")
     return own

@@ -60,7 +60,7 @@ def rank_state(device: torch.device, rank: int) -> RankState:
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} threads"
     card = torch.cuda.get_device_properties(device) if cuda else None
-    known = (str(card.uuid), (card.major, card.minor)) if card else ("", (0, 0))
+    known = (str(getattr(card, "uuid", "")), (card.major, card.minor)) if card else ("", (0, 0))
     place = (rank, socket.gethostname(), files.machine(), os.getpid(), str(device), name)
     return RankState(*place, free, total, used, *known)
 
@@ -143,12 +143,9 @@ class Rank:
         world = self.control.world_size
         pid, agent = os.getpid(), int(os.environ.get("PARALLEL_MMDIT_AGENT_PID", os.getppid()))
         ticks = [files.start_ticks(process) for process in (pid, agent)]
-        known = {
-            "cards": [state.uuid for state in states],
-            "environment": json.loads(os.environ.get(files.STARTED_WITH, "{}")),
-        }
-        place = (address, world, args.device, devices)
-        record = files.BackendRecord(__version__, generation, pid, agent, *place, *ticks, **known)
+        cards, started_with = [state.uuid for state in states], json.loads(os.environ.get(files.STARTED_WITH, "{}"))
+        known = (address, world, args.device, devices, *ticks, cards, started_with)
+        record = files.BackendRecord(__version__, generation, pid, agent, *known)
         keys = Keys(args.keys) if args.keys else None
         addresses = [address, *([args.listen] if args.listen else [])]
         self.server = SocketServer(addresses, self.board, lambda: files.keep_record(args.name, record), keys)

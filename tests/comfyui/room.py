@@ -34,6 +34,7 @@ def main(comfy_folder, pack, model_path):
     outcomes |= twice(mm, core_memory, importlib.import_module("pack.parallel_backend.errors"), model)
     mm.unload_all_models()
     outcomes |= listed(mm, core_memory, model)
+    outcomes["told"] = told(importlib.import_module("pack.nodes.core_dtype"))
     outcomes["dtypes"] = core_dtypes.choices(mm, importlib.import_module("comfy.supported_models"))
     print(json.dumps(outcomes))
 
@@ -98,6 +99,18 @@ def listed(mm, core_memory, model):
     mm.unload_all_models()
     same.register()
     return outcomes | {"events": events}
+
+
+def told(core_dtype):
+    """The dtypes of a model and of a VAE where ComfyUI was started with a flag; the ranks' own choice is called after them."""
+    backend = SimpleNamespace(model_dtype=lambda path: "for model", vae_dtype=lambda: "for vae")
+    outcomes = {}
+    for flag in (None, "bf16_unet", "fp32_vae", "fp16_vae", "force_fp32", "force_fp16"):
+        core_dtype.args = SimpleNamespace(**({flag: True} if flag else {}))
+        vae = core_dtype.vae_dtype(backend, "auto", overflows=True)
+        outcomes[str(flag)] = [core_dtype.model_dtype(backend, None, "auto"), vae]
+    named = [core_dtype.vae_dtype(backend, "float16", overflows=overflows) for overflows in (False, True)]
+    return outcomes | {"asked": [core_dtype.model_dtype(backend, None, "float16"), *named]}
 
 
 def held(core_memory, mm, name, events, size=2**30):
