@@ -47,6 +47,7 @@ def decoded(server: ComfyServer, node: str) -> Tensor:
 
 @pytest.mark.parametrize(("how", "node"), [("free_memory", "KSampler"), ("unload_all_models", "ParallelSampler")])
 def test_weights_leave_when_comfyui_wants_the_room_and_come_back(how: str, node: str, server: ComfyServer) -> None:
+    asked(server, "unload_all_models")  # what other tests have loaded
     expected = decoded(server, node)
     backend = Backend.attach("comfy")
     held = resident(backend)

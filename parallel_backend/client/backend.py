@@ -74,7 +74,9 @@ class Backend(Connection):
         name = meant(name)
         record = files.read_record(name)
         if record is None:
-            raise StartError(f"No backend {name!r} runs.", "Start one with `python -m parallel_backend serve`.")
+            others = ", ".join(files.running_names())
+            remedy = f"These run: {others}." if others else "Start one with `python -m parallel_backend serve`."
+            raise StartError(f"No backend {name!r} runs.", remedy)
         spec = BackendSpec(name, record.world_size, record.device, tuple(record.devices))  # type: ignore[arg-type]
         return cls(spec, ThisMachine(spec), record)
 
