@@ -126,7 +126,7 @@ class MeshConfig(io.ComfyNode):
                     "attention",
                     options=list(KERNELS),
                     default="auto",
-                    tooltip="auto: flash-attn where it is installed, else torch's own.",
+                    tooltip="auto: the fastest that works on the card; each is tried when a model is loaded.",
                 ),
                 io.String.Input(
                     "backend",
@@ -148,7 +148,8 @@ class MeshConfig(io.ComfyNode):
                     default=int(DEFAULT_IDLE_SECONDS / 60),
                     min=1,
                     max=10**6,
-                    tooltip="The backend ends itself after so long without work.",
+                    tooltip="After so long without work the models leave; the next prompt brings them back. The backend ends itself "
+                    "after eight times as long.",
                     advanced=True,
                 ),
                 io.Int.Input(

@@ -21,7 +21,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 AUTO = "auto"
 KERNELS = ("auto", "native", "flash", "flash3", "sage", "cudnn", "efficient")
 DeviceType = Literal["cuda", "cpu"]
-DEFAULT_IDLE_SECONDS = 4 * 3600
+DEFAULT_IDLE_SECONDS = 1800
 LONGEST_IDLE_SECONDS = 1e8
 
 SAMPLERS = (

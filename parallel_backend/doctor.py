@@ -16,16 +16,22 @@ import torch
 from packaging.requirements import Requirement
 
 from .client.backend import Backend
-from .client.cards import seen
+from .client.cards import choose_ranks, seen
+from .client.environment import loopback_interface
 from .client.gpu_environment import difference
+from .client.links import prove_links
 from .client.requirements import COMMANDS_NEED, RANKS_NEED, shortfall
+from .config import BackendSpec
 from .distributed.device_memory import memory_of
 from .errors import BackendError
 from .rpc import runtime_dir as files
 from .version import __version__
 
 Verdict = Literal["ok", "note", "wrong"]
-OPTIONAL = {"flash-attn": "faster attention on GPUs", "prometheus-client": "serve --metrics-port"}
+OPTIONAL = {
+    "flash-attn": "attention kernel 'flash'; torch's own is as fast",
+    "prometheus-client": "serve --metrics-port",
+}
 LEAST_FREE = 256 * 2**20
 
 
@@ -40,7 +46,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """All findings, in the order of the page."""
-    parts: list[Callable[[], Iterator[Finding]]] = [versions, devices, folders, network, backends]
+    parts: list[Callable[[], Iterator[Finding]]] = [versions, devices, folders, network, links, backends]
     return [finding for part in parts for finding in part()]
 
 
@@ -130,11 +136,28 @@ def network() -> Iterator[Finding]:
         yield Finding(
             "wrong", f"no port can be opened on loopback: {error}", "torchrun needs one: look at the firewall."
         )
+    if not loopback_interface():
+        remedy = "Bring it up with `ip link set lo up`; else ranks meet over the interface of this host's name."
+        yield Finding("note", "no loopback interface is up", remedy)
     try:
         socket.getaddrinfo(socket.gethostname(), None)
     except OSError:
-        remedy = "Add it to /etc/hosts, or set GLOO_SOCKET_IFNAME (serve --interface)."
-        yield Finding("note", f"this host's name {socket.gethostname()!r} has no address", remedy)
+        what = f"this host's name {socket.gethostname()!r} has no address; ranks of one host don't need it"
+        yield Finding("note", what, "For a backend of several hosts, add it to /etc/hosts or use serve --interface.")
+
+
+def links() -> Iterator[Finding]:
+    """Ranks as a backend would have them, started for this: on GPUs a link that is broken is silent, and is met in no other way."""
+    here = seen()
+    ranks = choose_ranks(here, "cuda" if here.cards else "cpu")
+    if ranks.count < 2:
+        return
+    try:
+        figures = prove_links(BackendSpec("doctor", ranks.count, ranks.device, ranks.devices))
+    except BackendError as error:
+        yield Finding("wrong", error.message, error.remedy)
+        return
+    yield from (Finding("ok", f"{ranks.count} ranks on {ranks.device}: {figure}") for figure in figures)
 
 
 def backends() -> Iterator[Finding]:

@@ -22,7 +22,7 @@ from parallel_backend.client.launcher import LOCAL
 from parallel_backend.client.names import backend_name, meant
 from parallel_backend.config import BackendSpec
 from parallel_backend.errors import ConfigError, StartError
-from parallel_backend.rank.server import rank_state
+from parallel_backend.rank.place import rank_state
 from parallel_backend.rpc import runtime_dir as files
 from parallel_backend.version import __version__
 
