@@ -50,7 +50,7 @@ def parallel_mesh(
     if address:
         chosen = Ranks(asked or "cuda", ranks)  # what is there is known once it answers
     else:
-        here = seen()
+        here = seen(asked)
         chosen = choose_ranks(here, asked, ranks, ordinals)
         backend = backend_name(backend, chosen.device, here)
     limits = (idle_minutes * 60.0, memory_budget_mib * 2**20)

@@ -137,7 +137,7 @@ def _ranks(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    here = seen()
+    here = seen(args.device)
     ranks = choose_ranks(here, args.device, args.world_size, gpu_numbers(args.devices))
     name = backend_name(args.name or DEFAULT, ranks.device, here)
     if ranks.note:

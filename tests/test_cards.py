@@ -95,7 +95,7 @@ def test_gpus_are_counted_by_the_driver_where_some_may_be_hidden(
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     both = tuple(replace(RTX3090, uuid=f"uuid of {number}") for number in (0, 1))
-    assert cards.seen() == Seen(both)
+    assert cards.seen() == Seen(both) and cards.seen("cpu") == Seen()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
     monkeypatch.setattr(cards, "_DRIVER", tmp_path / "driver")
     tool = tmp_path / "nvidia-smi"

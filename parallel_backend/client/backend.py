@@ -59,7 +59,7 @@ class Backend(Connection):
             ConfigError: one of that name runs with other ranks.
             StartError: it did not come up; the message has the end of its log.
         """
-        here = seen()
+        here = seen(device)
         ranks = choose_ranks(here, device, world_size, devices)
         name = backend_name(name, ranks.device, here)
         spec = BackendSpec(name, ranks.count, ranks.device, ranks.devices, idle_seconds, memory_budget)

@@ -87,8 +87,10 @@ class Ranks:
     note: str = ""
 
 
-def seen() -> Seen:
-    """By this process, now."""
+def seen(device: DeviceType | None = None) -> Seen:
+    """By this process, now; nothing where ranks are to run on the CPU, which is not worth CUDA's start."""
+    if device == "cpu":
+        return Seen()
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     cards = tuple(_card(number) for number in range(count))
     visible = os.environ.get(VISIBLE)
