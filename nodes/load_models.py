@@ -10,24 +10,28 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..parallel_backend import RemoteModel
+from ..parallel_backend import MeshSpec, RemoteModel
+from ..parallel_backend.checkpoint_files.diffusion_part import diffusion_elements
 from ..parallel_backend.demo.files import MMDIT_FILE, UNET_FILE, DemoFile
 from ..parallel_backend.rpc.messages import ModelKind, Progress, StepDone
+from .core_dtype import model_dtype
+from .core_memory import bytes_here, interruptible, make_room
 from .model_files import fingerprint, names_elsewhere, names_in, path_of
 from .node_text import say
-from .parallel_mesh import MeshSocket, ParallelMesh, make_room
-from .remote_model import interruptible, remote_patcher
+from .parallel_mesh import MeshSocket, ParallelMesh
+from .remote_model import remote_patcher
 
 FOLDER = "diffusion_models"
 
 
 def load_remote_model(mesh: ParallelMesh, kind: ModelKind, path: Path, name: str = "") -> tuple[RemoteModel, str]:
-    """The model in the backend, and a line about how it came there; `name` is what a backend elsewhere calls it.
+    """The model in the backend, and lines about how it came there; `name` is what a backend elsewhere calls it.
 
     Raises: CheckpointError: not a model of that kind.
     """
     backend, degrees = mesh.backend(), mesh.unet if kind == "unet" else mesh.mmdit
-    room = make_room(backend, path.stat().st_size // (degrees.tp * degrees.pp) if path.is_file() else 0)
+    dtype = model_dtype(backend, path, mesh.dtype)
+    room = make_room(backend, _most_bytes(path, degrees, dtype), path.name)
     bar = comfy.utils.ProgressBar(1)
 
     def on_event(event: Progress | StepDone, _: Sequence[Tensor]) -> None:
@@ -36,14 +40,20 @@ def load_remote_model(mesh: ParallelMesh, kind: ModelKind, path: Path, name: str
             bar.update_absolute(event.done, event.total)
 
     settings = {"kind": kind, "compile": mesh.compile, "name": name, "on_event": on_event}
-    remote = interruptible(backend.load_model, path, degrees, mesh.dtype, mesh.kernel, **settings)
+    remote = interruptible(backend.load_model, path, degrees, dtype, mesh.kernel, **settings)
     bar.update_absolute(1, 1)
-    return remote, "\n".join(filter(None, [load_report(remote), room]))
+    return remote, "\n".join(filter(None, [load_report(remote), room, mesh.differs()]))
+
+
+def _most_bytes(path: Path, degrees: MeshSpec, dtype: str) -> int:
+    """About what a rank holds of it, or more."""
+    shared = degrees.tp * degrees.pp * (degrees.cfg * degrees.patch if degrees.sliced else 1)
+    return diffusion_elements(path) * getattr(torch, dtype).itemsize // shared
 
 
 def load_report(remote: RemoteModel) -> str:
     loaded = remote.loaded
-    held = f"{per_rank(loaded.resident_bytes)} MiB held"
+    held = f"{per_rank(loaded.resident_bytes)} MiB held, in {remote.load.dtype}"
     if not any(loaded.bytes_read):
         text = f"{loaded.family}: weights already resident, 0 bytes read; {held}"
     else:
@@ -130,4 +140,4 @@ def load(kind: ModelKind, model_name: str, mesh: ParallelMesh) -> io.NodeOutput:
     path = path_of(model_name, FOLDER)
     remote, report = load_remote_model(mesh, kind, path, *names_elsewhere(model_name))
     say(report, log=True)
-    return io.NodeOutput(remote_patcher(remote, path, getattr(torch, mesh.dtype)))
+    return io.NodeOutput(remote_patcher(remote, path, bytes_here(mesh.backend(), remote)))

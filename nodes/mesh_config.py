@@ -6,8 +6,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..parallel_backend.client.launcher import default_ranks
-from ..parallel_backend.config import DEFAULT_IDLE_SECONDS, DTYPES, KERNELS, BackendSpec, gpu_numbers
+from ..parallel_backend.client.cards import Ranks, choose_ranks, seen
+from ..parallel_backend.client.names import DEFAULT, backend_name
+from ..parallel_backend.config import AUTO, DEFAULT_IDLE_SECONDS, DTYPES, KERNELS, BackendSpec, gpu_numbers
 from ..parallel_backend.errors import ConfigError
 from .node_text import say
 from .parallel_mesh import MeshSocket, ParallelMesh
@@ -38,25 +39,24 @@ def parallel_mesh(
 
     Raises: ConfigError: they don't fit together.
     """
-    found_device, found = default_ranks()
-    if address:
-        # What is there is known once it answers; who asks for nothing else means GPUs.
-        found_device, found = "cuda", 0
-    device = found_device if device == "auto" else device
     ordinals = gpu_numbers(devices)
-    world_size = ranks or len(ordinals) or (found if device == found_device else 2)
-    if address and not world_size:
+    asked: Any = None if device == AUTO else device
+    if address and ordinals:
+        raise ConfigError(f"devices={devices!r} can't be chosen at {address}.", "Leave devices empty: serve has them.")
+    if address and not ranks:
         raise ConfigError(
             f"How many ranks the backend at {address} has is not known here.", "Set ranks to their number."
         )
-    if address and ordinals:
-        raise ConfigError(f"devices={devices!r} can't be chosen at {address}.", "Leave devices empty: serve has them.")
-    spec = BackendSpec(
-        backend, world_size, device, ordinals, idle_minutes * 60.0, memory_budget_mib * 2**20, address, keys
-    )  # type: ignore[arg-type]
+    if address:
+        chosen = Ranks(asked or "cuda", ranks)  # what is there is known once it answers
+    else:
+        here = seen(asked)
+        chosen = choose_ranks(here, asked, ranks, ordinals)
+        backend = backend_name(backend, chosen.device, here)
+    limits = (idle_minutes * 60.0, memory_budget_mib * 2**20)
+    spec = BackendSpec(backend, chosen.count, chosen.device, chosen.devices, *limits, address, keys)
     degrees = {"dp": dp, "cfg": cfg, "pp": pp, "patch": patch, "ring": ring, "ulysses": ulysses, "tp": tp}
-    dtype = ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype
-    return ParallelMesh(spec, degrees, dtype, attention, sliced, compile)
+    return ParallelMesh(spec, degrees, dtype, attention, sliced, compile, chosen.note)
 
 
 class MeshConfig(io.ComfyNode):
@@ -71,13 +71,19 @@ class MeshConfig(io.ComfyNode):
             search_aliases=["multi gpu", "parallel", "tensor parallel", "ulysses", "ring attention"],
             inputs=[
                 io.Int.Input(
-                    "ranks", default=0, min=0, max=256, tooltip="Processes, one per GPU. 0: all GPUs, or 2 on a CPU."
+                    "ranks",
+                    default=0,
+                    min=0,
+                    max=256,
+                    tooltip="Processes, one per GPU. 0: all GPUs of the best one's kind, or 2 on a CPU.",
                 ),
                 io.Combo.Input(
                     "device", options=["auto", "cuda", "cpu"], default="auto", tooltip="auto: GPUs where there are any."
                 ),
                 io.String.Input(
-                    "devices", default="", tooltip="GPU numbers, one per rank, such as 0,1,3. Empty: the first ones."
+                    "devices",
+                    default="",
+                    tooltip="GPU numbers, one per rank, such as 0,1,3. Empty: those of the best one's kind.",
                 ),
                 io.Int.Input(
                     "cfg",
@@ -112,9 +118,9 @@ class MeshConfig(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "dtype",
-                    options=["auto", *DTYPES],
-                    default="auto",
-                    tooltip="auto: bfloat16 on GPUs, float32 on a CPU.",
+                    options=[AUTO, *DTYPES],
+                    default=AUTO,
+                    tooltip="auto: ComfyUI's own choice for the weakest of the GPUs: float16 on most. float32 on a CPU.",
                 ),
                 io.Combo.Input(
                     "attention",
@@ -124,8 +130,9 @@ class MeshConfig(io.ComfyNode):
                 ),
                 io.String.Input(
                     "backend",
-                    default="default",
-                    tooltip="The backend's name. One of that name that runs already is used as it is.",
+                    default=DEFAULT,
+                    tooltip="The backend's name. One of that name that runs already is used as it is. default: one for each "
+                    "set of GPUs that a ComfyUI sees.",
                     advanced=True,
                 ),
                 io.Int.Input(
@@ -141,7 +148,8 @@ class MeshConfig(io.ComfyNode):
                     default=int(DEFAULT_IDLE_SECONDS / 60),
                     min=1,
                     max=10**6,
-                    tooltip="The backend ends itself after so long without work.",
+                    tooltip="After so long without work the models leave; the next prompt brings them back. The backend ends itself "
+                    "after eight times as long.",
                     advanced=True,
                 ),
                 io.Int.Input(
@@ -226,7 +234,7 @@ class MeshConfig(io.ComfyNode):
         }
         if None in given.values():  # a linked value is known only when the node runs
             return True
-        others: dict[str, Any] = {"dtype": "auto", "attention": "auto", "backend": "default"}
+        others: dict[str, Any] = {"dtype": AUTO, "attention": "auto", "backend": DEFAULT}
         # Raised, not returned: ComfyUI would repeat a returned text for each of these inputs.
         parallel_mesh(**given, **others, memory_budget_mib=0, idle_minutes=1)  # type: ignore[arg-type]
         return True

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 import comfy.model_management as mm
 from comfy_api.latest import io
 
 from ..parallel_backend import Backend, MeshSpec
-from ..parallel_backend.config import MMDIT_REST, UNET_REST, BackendSpec
-from ..parallel_backend.rpc.messages import RankState
-from ..parallel_backend.rpc.runtime_dir import machine
+from ..parallel_backend.client.gpu_environment import difference
+from ..parallel_backend.config import AUTO, MMDIT_REST, UNET_REST, BackendSpec
 from .node_text import say
 
 # Core has a socket named MESH, for 3D shapes.
 MeshSocket = io.Custom("PARALLEL_MESH")
-# Left free for activations beside the weights, and for what other programs take meanwhile.
-ACTIVATION_BYTES = 1536 * 2**20
 
 
 class ParallelMesh:
@@ -30,9 +28,11 @@ class ParallelMesh:
         kernel: str,
         sliced: bool = False,
         compile: bool = False,
+        note: str = "",
     ) -> None:
-        """`degrees` of 0 are left open; `sliced` is of UNets. Raises: ConfigError: they don't fit the ranks."""
+        """`degrees` of 0 are left open; `sliced` is of UNets; `note` tells of the GPUs. Raises: ConfigError: they don't fit the ranks."""
         self.spec, self.degrees, self.dtype, self.kernel, self.compile = spec, degrees, dtype, kernel, compile
+        self.note = note
         self.mmdit, self.unet = self._filled(MMDIT_REST), self._filled(UNET_REST, sliced)
         self._backend: Backend | None = None
 
@@ -65,36 +65,16 @@ class ParallelMesh:
         return self._backend
 
     def describe(self) -> str:
-        where = ",".join(map(str, self.spec.devices)) or "all"
+        where = ",".join(map(str, self.spec.devices or range(self.spec.world_size)))
         place = f"cuda {where}" if self.spec.device == "cuda" else "cpu"
         place = self.spec.address or place
         mesh = self.mmdit.describe()
         if self.unet != self.mmdit:
             mesh += f" (UNet: {self.unet.describe()})"
-        return f"{self.spec.world_size} ranks on {place}: {mesh}, {self.dtype}"
+        dtype = "dtype auto" if self.dtype == AUTO else self.dtype
+        return "\n".join(filter(None, [f"{self.spec.world_size} ranks on {place}: {mesh}, {dtype}", self.note]))
 
-
-def make_room(backend: Backend, rank_bytes: int) -> str:
-    """ComfyUI's own models leave GPUs that they share with a rank, where the rank lacks room for `rank_bytes`.
-
-    Returns: what was done, for the node to show; empty where nothing was needed.
-    """
-    short = [rank for rank in backend.status().ranks if lacks_room(rank, rank_bytes)]
-    if not short or not mm.loaded_models():
-        return ""
-    mm.unload_all_models()
-    mm.soft_empty_cache()
-    needed = (rank_bytes + ACTIVATION_BYTES) / 2**20
-    places = ", ".join(f"rank {rank.rank} on {rank.device} ({rank.free_bytes / 2**20:.0f} MiB free)" for rank in short)
-    return f"unloaded ComfyUI's own models: {needed:.0f} MiB are needed for {places}"
-
-
-def lacks_room(rank: RankState, rank_bytes: int) -> bool:
-    """On the GPU that ComfyUI computes on; what it holds elsewhere is not in the way of a rank."""
-    here = rank.machine == machine() and rank.device == own_device()
-    return here and rank.device.startswith("cuda") and rank.free_bytes < rank_bytes + ACTIVATION_BYTES
-
-
-def own_device() -> str:
-    """What ComfyUI computes on, as ranks name theirs."""
-    return str(mm.get_torch_device())
+    def differs(self) -> str:
+        """What the backend on this machine was started with otherwise than ComfyUI; empty where nothing."""
+        other = None if self.spec.address else difference(self.spec.name, self.backend().record, os.environ)
+        return " ".join(other or ())

@@ -16,13 +16,14 @@ from ..parallel_backend.client.remote import Step
 from ..parallel_backend.config import SAMPLERS, SCHEDULERS
 from ..parallel_backend.errors import UnsupportedError
 from ..parallel_backend.rpc.messages import Result
+from .core_memory import interruptible
 from .hung.conditioning import sd3_conditioning, sdxl_conditioning
 from .hung.loop_patches import loop_patches
 from .hung.model_sampling import flow_shift, sampling_patches
 from .hung.refusal import ON_KSAMPLER, refuse
 from .hung.weights import weight_patches
 from .node_text import say
-from .remote_model import RemotePatcher, interruptible
+from .remote_model import RemotePatcher
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def sample(
     callback = latent_preview.prepare_callback(model, settings.steps)
     shown = latent_preview.get_previewer(model.load_device, model.model.latent_format) is not None
     clock = StepClock()
+    model.register()
 
     def on_step(step: Step) -> None:
         clock.tick(step)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from .core_dtype import vae_dtype
+from .core_memory import bytes_here, interruptible, make_room
 from .model_files import names_elsewhere, vae_fingerprint, vae_names, vae_paths
 from .node_text import say
-from .parallel_mesh import MeshSocket, ParallelMesh, make_room
-from .remote_model import interruptible
+from .parallel_mesh import MeshSocket, ParallelMesh
 from .remote_vae import ParallelVAE
 
 # The largest of the VAEs that this node takes, in fp32.
@@ -43,13 +44,14 @@ class PatchParallelVAE(io.ComfyNode):
     def execute(cls, vae_name: str, mesh: ParallelMesh) -> io.NodeOutput:
         paths = vae_paths(vae_name)
         backend = mesh.backend()
-        room = make_room(backend, VAE_BYTES)
-        # SDXL's VAE overflows in half precision, and pictures turn black; TAESD (two files) doesn't.
-        dtype = "float32" if mesh.dtype == "float16" and len(paths) == 1 else mesh.dtype
+        room = make_room(backend, VAE_BYTES, paths[0].name)
+        dtype = vae_dtype(backend, mesh.dtype, overflows=len(paths) == 1)  # TAESD, of two files, doesn't
         remote = interruptible(backend.load_vae, paths, dtype, names=names_elsewhere(vae_name))
         state = "already resident" if not any(remote.loaded.bytes_read) else f"read in {remote.loaded.seconds:.1f} s"
         report = "\n".join(
-            filter(None, [f"{remote.loaded.family}: {state}, {backend.world_size} bands, {dtype}", room])
+            filter(
+                None, [f"{remote.loaded.family}: {state}, {backend.world_size} bands, {dtype}", room, mesh.differs()]
+            )
         )
         say(report, log=True)
-        return io.NodeOutput(ParallelVAE(remote))
+        return io.NodeOutput(ParallelVAE(remote, bytes_here(backend, remote)))

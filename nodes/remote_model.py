@@ -5,75 +5,37 @@ Stock samplers and guiders run on it as on any MODEL. What can't be sent is refu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import comfy.latent_formats
 import comfy.model_detection
 import comfy.model_management as mm
-import comfy.model_patcher
 import comfy.patcher_extension
 import comfy.supported_models
 import torch
 from torch import Tensor
 
 from ..parallel_backend import RemoteModel
-from ..parallel_backend.checkpoint_files.safetensors_file import files_of, safetensors_header
-from ..parallel_backend.errors import CancelledError, CheckpointError, OutOfMemoryError, UnsupportedError
+from ..parallel_backend.checkpoint_files.diffusion_part import diffusion_entries
+from ..parallel_backend.errors import CheckpointError, UnsupportedError
+from .core_memory import WeightsElsewhere, interruptible
 from .hung.attention_patches import transformer_patches
 from .hung.refusal import ELSEWHERE, refuse
 from .hung.weights import weight_patches
-from .node_text import say
 
 FROM_SCRATCH, SDXL = "sd3-from-scratch", "sdxl"
-_PREFIX = "model.diffusion_model."
 # Beside an SDXL model in its file: they tell ComfyUI what its output means.
 _OUTPUT_MARKS = ("v_pred", "ztsnr")
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def interruptible(request: Any, *args: Any, **kwargs: Any) -> Any:
-    """request(*args, **kwargs), given up when ComfyUI is interrupted; then ComfyUI's own exception is raised.
-
-    Where a rank lacks memory while ComfyUI's own models (a text encoder, perhaps on the same GPU) hold some, these leave and
-    the request is made once more.
-    """
-    asked = partial(request, *args, should_cancel=mm.processing_interrupted, **kwargs)
-    try:
-        return _with_room(asked)
-    except CancelledError:
-        mm.throw_exception_if_processing_interrupted()
-        raise
-
-
-def _with_room(request: Callable[[], Any]) -> Any:
-    try:
-        return request()
-    except OutOfMemoryError as error:
-        if all(isinstance(model, RemotePatcher) for model in mm.loaded_models()):
-            raise
-        mm.unload_all_models()
-        mm.soft_empty_cache()
-        say(f"unloaded ComfyUI's own models, and once more: {error.message}", log=True)
-        return request()
-
-
 def meta_state_dict(path: Path) -> dict[str, Tensor]:
     """The diffusion model's tensors without their values: what ComfyUI recognises a model by."""
-    entries = {
-        name: entry
-        for file in files_of(path)
-        for name, entry in safetensors_header(file).items()
-        if name != "__metadata__"
-    }
-    if any(name.startswith(_PREFIX) for name in entries):
-        kept = (name for name in entries if name.startswith(_PREFIX) or name in _OUTPUT_MARKS)
-        entries = {name.removeprefix(_PREFIX): entries[name] for name in kept}
     return {
         name: torch.empty(entry["shape"], dtype=_DTYPES.get(entry["dtype"], torch.float32), device="meta")
-        for name, entry in entries.items()
+        for name, entry in diffusion_entries(path, _OUTPUT_MARKS).items()
     }
 
 
@@ -129,58 +91,17 @@ def _unsendable(control: Any, options: dict[str, Any], kwargs: dict[str, Any]) -
     yield from (f"the model argument {name!r}" for name, value in kwargs.items() if value is not None)
 
 
-class RemotePatcher(comfy.model_patcher.ModelPatcher):
-    """Holds no memory, so ComfyUI never evicts anything for it; refuses what would change weights."""
+class RemotePatcher(WeightsElsewhere):
+    """Refuses what would change weights."""
 
     @property
     def remote(self) -> RemoteModel:
         return self.model.diffusion_model.remote
 
-    def is_dynamic(self) -> bool:
-        return False
-
-    def model_size(self) -> int:
-        return 1
-
-    def loaded_size(self) -> int:
-        return 0
-
-    def memory_required(self, input_shape: Any) -> int:
-        return 0
-
-    def get_free_memory(self, device: Any) -> float:
-        return 1e30  # cond and uncond always go out as one batch
-
-    def pinned_memory_size(self) -> int:
-        return 0
-
-    def loaded_ram_size(self) -> int:
-        return 0
-
-    def partially_unload_ram(self, ram_to_unload: int, subsets: Any = None) -> int:
-        return 0
-
-    def partially_unload(self, device_to: Any, memory_to_free: int = 0, force_patch_weights: bool = False) -> int:
-        return 0
-
     def partially_load(self, device_to: Any, extra_memory: int = 0, force_patch_weights: bool = False) -> Any:
         # Runs before every sampling, where `load` runs only after a change.
         refuse(weight_patches(self), "A parallel MODEL", ELSEWHERE)
         return super().partially_load(device_to, extra_memory, force_patch_weights)
-
-    def load(
-        self,
-        device_to: Any = None,
-        lowvram_model_memory: int = 0,
-        force_patch_weights: bool = False,
-        full_load: bool = False,
-    ) -> None:
-        self.model.device = device_to
-        self.model.model_loaded_weight_memory = 1
-        self.model.model_lowvram = False
-        self.model.current_weight_patches_uuid = self.patches_uuid
-        for callback in self.get_all_callbacks(comfy.patcher_extension.CallbacksMP.ON_LOAD):
-            callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
 
     def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> NoReturn:
         self._refuse(f"a LoRA or weight patch on {len(patches)} weights")
@@ -219,9 +140,11 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         raise UnsupportedError(f"A parallel MODEL can't honour {what}.", ELSEWHERE)
 
 
-def remote_patcher(remote: RemoteModel, path: Path, dtype: torch.dtype) -> RemotePatcher:
-    """The MODEL of a model that is loaded in a backend.
+def remote_patcher(remote: RemoteModel, path: Path, held_here: int) -> RemotePatcher:
+    """The MODEL of a model that is loaded in a backend, in ComfyUI's list of loaded models.
 
+    Args:
+        held_here: bytes, as of `bytes_here`.
     Raises: CheckpointError: ComfyUI doesn't recognise the file.
     """
     if remote.family == FROM_SCRATCH:
@@ -234,12 +157,17 @@ def remote_patcher(remote: RemoteModel, path: Path, dtype: torch.dtype) -> Remot
             config = narrow_sdxl_config()
     if config is None:
         raise CheckpointError(f"ComfyUI doesn't recognise the model in {path.name}.", "Update ComfyUI.")
+    dtype = getattr(torch, remote.load.dtype)
     config.set_inference_dtype(dtype, None)
     config.unet_config["disable_unet_model_creation"] = True
     model = config.get_model(meta, "")
     model.diffusion_model = RemoteDiffusionModel(remote, meta, dtype)
     model.memory_required = lambda input_shape, cond_shapes=None: 0
-    return RemotePatcher(model, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device())
+    devices = {"load_device": mm.get_torch_device(), "offload_device": mm.unet_offload_device()}
+    patcher = RemotePatcher(model, size=held_here, **devices)
+    patcher.note_held()
+    patcher.register()
+    return patcher
 
 
 class FromScratchLatent(comfy.latent_formats.Flux):

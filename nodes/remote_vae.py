@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 import comfy.model_management as mm
-import comfy.model_patcher
 import comfy.sd
 import torch
 from torch import Tensor
 
 from ..parallel_backend import RemoteVAE
 from ..parallel_backend.errors import UnsupportedError
-from .remote_model import interruptible
+from .core_memory import WeightsElsewhere, interruptible
 
 
 class RemoteFirstStage(torch.nn.Module):
@@ -29,10 +28,17 @@ class RemoteFirstStage(torch.nn.Module):
         return interruptible(self.remote.encode, ((pixels_BCYX + 1) / 2).movedim(1, -1))
 
 
+class VAEWeights(WeightsElsewhere):
+    @property
+    def remote(self) -> RemoteVAE:
+        return self.model.remote
+
+
 class ParallelVAE(comfy.sd.VAE):
     """What VAEDecode, VAEDecodeTiled, VAEEncode and their kin use of a VAE. Holds no weights."""
 
-    def __init__(self, remote: RemoteVAE) -> None:
+    def __init__(self, remote: RemoteVAE, held_here: int) -> None:
+        """`held_here`: bytes, as of `bytes_here`."""
         # The base class would build and load a network here; this one lives in the backend.
         self.first_stage_model = RemoteFirstStage(remote)
         self.remote = remote
@@ -46,7 +52,10 @@ class ParallelVAE(comfy.sd.VAE):
         self.memory_used_encode = self.memory_used_decode = lambda shape, dtype: 0
         self.working_dtypes, self.vae_dtype = [torch.float32], torch.float32
         self.device = self.output_device = mm.intermediate_device()
-        self.patcher = comfy.model_patcher.ModelPatcher(self.first_stage_model, self.device, self.device, size=1)
+        devices = {"load_device": mm.get_torch_device(), "offload_device": mm.vae_offload_device()}
+        self.patcher = VAEWeights(self.first_stage_model, size=held_here, **devices)
+        self.patcher.note_held()
+        self.patcher.register()
 
     def throw_exception_if_invalid(self) -> None:
         """It was loaded, so it is valid."""
@@ -62,9 +71,11 @@ class ParallelVAE(comfy.sd.VAE):
         if vae_options:
             raise UnsupportedError(f"A parallel VAE has no options {list(vae_options)}.", "Decode without them.")
         samples = samples_in[:, :, 0] if samples_in.ndim == 5 else samples_in
+        self.patcher.register()
         return interruptible(self.remote.decode, samples).to(self.output_device)
 
     def encode(self, pixel_samples: Tensor) -> Tensor:
+        self.patcher.register()
         return interruptible(self.remote.encode, self.vae_encode_crop_pixels(pixel_samples)).to(self.output_device)
 
     def decode_tiled(  # type: ignore[override]
@@ -77,6 +88,7 @@ class ParallelVAE(comfy.sd.VAE):
         overlap_t: Any = None,
     ) -> Tensor:
         tiles = {"tile_x": tile_x, "tile_y": tile_y, "overlap": overlap}
+        self.patcher.register()
         return self.decode_tiled_(samples, **{k: v for k, v in tiles.items() if v is not None}).movedim(1, -1)
 
     def encode_tiled(  # type: ignore[override]
@@ -89,6 +101,7 @@ class ParallelVAE(comfy.sd.VAE):
         overlap_t: Any = None,
     ) -> Tensor:
         tiles = {"tile_x": tile_x, "tile_y": tile_y, "overlap": overlap}
+        self.patcher.register()
         pixels = self.vae_encode_crop_pixels(pixel_samples).movedim(-1, 1)
         return self.encode_tiled_(pixels, **{k: v for k, v in tiles.items() if v is not None})
 

@@ -13,6 +13,8 @@ import msgspec
 
 from .client import launcher
 from .client.backend import Backend
+from .client.cards import choose_ranks, seen
+from .client.names import DEFAULT, backend_name, meant
 from .config import DEFAULT_IDLE_SECONDS, BackendSpec, Hosts, ServeSpec, gpu_numbers
 from .demo.trained import add_choice, chosen
 from .errors import BackendError, ConfigError, StartError
@@ -123,34 +125,36 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _named(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--name", default="default", help="the backend's name")
+    parser.add_argument("--name", help="the backend's name; left out, that of the GPUs seen here")
 
 
 def _ranks(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--world-size", type=int, help="ranks; all GPUs, or 2 on a CPU, where it is left out")
+    parser.add_argument(
+        "--world-size", type=int, help="ranks; all GPUs of one kind, or 2 on a CPU, where it is left out"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"))
     parser.add_argument("--devices", default="", help="CUDA ordinals, one per rank, separated by commas")
 
 
 def _serve(args: argparse.Namespace) -> int:
-    device, count = launcher.default_ranks()
-    device = args.device or device
-    devices = gpu_numbers(args.devices)
-    world_size = args.world_size or len(devices) or (count if device == launcher.default_ranks()[0] else 2)
-    spec = BackendSpec(args.name, world_size, device, devices, args.idle_seconds, args.memory_budget_mib * 2**20)  # type: ignore[arg-type]
+    here = seen(args.device)
+    ranks = choose_ranks(here, args.device, args.world_size, gpu_numbers(args.devices))
+    name = backend_name(args.name or DEFAULT, ranks.device, here)
+    if ranks.note:
+        print(ranks.note, file=sys.stderr)
+    budget = args.memory_budget_mib * 2**20
+    spec = BackendSpec(name, ranks.count, ranks.device, ranks.devices, args.idle_seconds, budget)
     hosts = Hosts(args.hosts, args.host_index, args.rendezvous, args.interface)
     models, keys = tuple(map(_whole, args.models)), _whole(args.keys) if args.keys else ""
     serve = ServeSpec(models, args.listen, keys, args.metrics_port, hosts)
     if args.detach and hosts.count > 1:
         raise ConfigError("--detach is for one host.", "Leave it out, and run serve below nohup or a service manager.")
     if (launcher.find(spec) if hosts.count == 1 else runtime_dir.read_record(spec.name)) is not None:
-        print(f"Backend {args.name!r} runs already.")
+        print(f"Backend {name!r} runs already.")
         return 0
     if args.detach:
         record = launcher.attach_or_start(spec, serve=serve)
-        print(
-            f"Backend {args.name!r} is ready: {record.world_size} ranks on {record.device}, process {record.agent_pid}."
-        )
+        print(f"Backend {name!r} is ready: {record.world_size} ranks on {record.device}, process {record.agent_pid}.")
         return 0
     if hosts.count > 1:
         return launcher.supervise(spec, serve)
@@ -185,7 +189,7 @@ def _status(args: argparse.Namespace) -> int:
         time.sleep(1.0)
 
 
-def _page(name: str, as_json: bool) -> str:
+def _page(name: str | None, as_json: bool) -> str:
     backend = Backend.attach(name)
     try:
         state = backend.status()
@@ -201,12 +205,13 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _stop(args: argparse.Namespace) -> int:
-    record = runtime_dir.read_record(args.name)
+    name = meant(args.name)
+    record = runtime_dir.read_record(name)
     if record is not None and record.version == __version__:
-        Backend.attach(args.name).stop()
-    elif not launcher.end(args.name):
-        raise StartError(f"No backend {args.name!r} runs.", "There is nothing to stop.")
-    print(f"Backend {args.name!r} has stopped.")
+        Backend.attach(name).stop()
+    elif not launcher.end(name):
+        raise StartError(f"No backend {name!r} runs.", "There is nothing to stop.")
+    print(f"Backend {name!r} has stopped.")
     return 0
 
 

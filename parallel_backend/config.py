@@ -17,6 +17,8 @@ AXES = ("dp", "cfg", "pp", "patch", "ring", "ulysses", "tp")
 MMDIT_AXES, MMDIT_REST = ("dp", "cfg", "pp", "ring", "ulysses", "tp"), "ulysses"
 UNET_AXES, UNET_REST = ("dp", "cfg", "patch"), "patch"
 DTYPES = ("float32", "float16", "bfloat16")
+# Of a dtype: what suits the file on the cards of all ranks.
+AUTO = "auto"
 KERNELS = ("auto", "native", "flash", "flash3", "sage", "cudnn", "efficient")
 DeviceType = Literal["cuda", "cpu"]
 DEFAULT_IDLE_SECONDS = 1800

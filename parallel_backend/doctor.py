@@ -16,8 +16,9 @@ import torch
 from packaging.requirements import Requirement
 
 from .client.backend import Backend
+from .client.cards import choose_ranks, seen
 from .client.environment import loopback_interface
-from .client.launcher import default_ranks
+from .client.gpu_environment import difference
 from .client.links import prove_links
 from .client.requirements import COMMANDS_NEED, RANKS_NEED, shortfall
 from .config import BackendSpec
@@ -69,7 +70,12 @@ def versions() -> Iterator[Finding]:
 
 
 def devices() -> Iterator[Finding]:
-    kind, count = default_ranks()
+    here = seen()
+    kind, count = ("cuda" if here.cards else "cpu"), len(here.cards)
+    if here.other:
+        yield Finding("note", f"this machine has {here.other}, which ranks can't use", "Use NVIDIA or AMD GPUs.")
+    if hidden := here.hidden():
+        yield Finding("note", hidden, "Unset CUDA_VISIBLE_DEVICES for all of them.")
     if kind == "cpu":
         built = torch.version.cuda or torch.version.hip
         if built:
@@ -108,8 +114,8 @@ def _gpu(number: int, count: int) -> Iterator[Finding]:
 
 
 def folders() -> Iterator[Finding]:
-    root = files.runtime_root()
     try:
+        root = files.runtime_root()
         folder = files.runtime_dir("doctor")
         folder.rmdir()
     except BackendError as error:
@@ -142,15 +148,16 @@ def network() -> Iterator[Finding]:
 
 def links() -> Iterator[Finding]:
     """Ranks as a backend would have them, started for this: on GPUs a link that is broken is silent, and is met in no other way."""
-    device, count = default_ranks()
-    if count < 2:
+    here = seen()
+    ranks = choose_ranks(here, "cuda" if here.cards else "cpu")
+    if ranks.count < 2:
         return
     try:
-        figures = prove_links(BackendSpec("doctor", count, device))  # type: ignore[arg-type]
+        figures = prove_links(BackendSpec("doctor", ranks.count, ranks.device, ranks.devices))
     except BackendError as error:
         yield Finding("wrong", error.message, error.remedy)
         return
-    yield from (Finding("ok", f"{count} ranks on {device}: {figure}") for figure in figures)
+    yield from (Finding("ok", f"{ranks.count} ranks on {ranks.device}: {figure}") for figure in figures)
 
 
 def backends() -> Iterator[Finding]:
@@ -168,9 +175,15 @@ def backends() -> Iterator[Finding]:
         except BackendError as error:
             yield Finding("wrong", f"backend {name!r} doesn't answer: {error.message}", error.remedy)
             continue
+        if record is not None and (other := difference(name, record, os.environ)):
+            yield Finding("note", *other)
         line = f"backend {name!r}: {len(state.ranks)} ranks, {state.jobs_done} jobs, {state.restarts} restarts"
         yield Finding("note" if state.restarts else "ok", line, "Its log says why." if state.restarts else "")
-    for path in sorted(files.runtime_root().glob("*/backend.json")):
+    try:
+        left = sorted(files.runtime_root().glob("*/backend.json"))
+    except BackendError:
+        return  # `folders` has said so
+    for path in left:
         try:
             restarting = files.restarting(path.parent.name)
         except BackendError as error:

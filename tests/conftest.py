@@ -44,7 +44,7 @@ GIVE_BACK_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**23), "MALLOC_TRIM_THRESHOLD
 QUICK = frozenset(
     f"test_{name}"
     for name in (
-        "allowed_files", "backend", "checkpoint", "config", "demo_files", "house", "memory", "methods",
+        "allowed_files", "backend", "cards", "checkpoint", "config", "demo_files", "house", "memory", "methods",
         "published", "scenes", "scripts", "vae", "wire",
     )
 )  # fmt: skip

@@ -22,6 +22,7 @@ from parallel_backend.errors import (
     CancelledError,
     ConfigError,
 )
+from parallel_backend.rpc import runtime_dir as files
 from parallel_backend.rpc.messages import Forward, RequestHeader
 from parallel_backend.rpc.wire import pack
 from parallel_backend.serving.turns import QueuedJob, Turns
@@ -204,6 +205,25 @@ def test_who_waits_when_a_backend_is_stopped_is_told(large: Path) -> None:
     for thread in threads:
         thread.join(30)
     assert sorted(told) == ["backend_lost", "cancelled"]
+    first.leave()  # of a backend that has ended: nothing, and none is started for it
+    assert files.living_names().count("leaving") == 0
+
+
+def test_a_model_leaves_when_asked_but_not_by_a_callback_of_its_own_job(
+    backend2: Backend, model: RemoteModel, expected: Tensor
+) -> None:
+    def resident() -> bool:
+        return model.name in {held.model for held in backend2.status().models}
+
+    assert torch.equal(sample(model, on_step=lambda _: model.leave()), expected) and resident()
+    model.leave()
+    assert not resident()
+    assert torch.equal(sample(model), expected) and resident()
+
+
+def test_dtype_auto_is_float32_on_cpu_ranks(backend2: Backend, large: Path) -> None:
+    assert backend2.load_model(large, MeshSpec(cfg=2)).load.dtype == "float32"
+    assert backend2.load_vae(large.parents[1] / "vae" / "sd3_vae.safetensors").load.dtype == "float32"
 
 
 def test_an_exception_in_the_callback_cancels_and_comes_back(model: RemoteModel, expected: Tensor) -> None:

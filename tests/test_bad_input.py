@@ -79,6 +79,8 @@ def test_bad_files_and_meshes_leave_the_backend_as_it_was(
         backend2.load_model(large, MeshSpec(cfg=2), "int8")
     with pytest.raises(ConfigError, match="needs a GPU"):
         backend2.load_model(large, MeshSpec(cfg=2), "float16", kernel="flash")
+    with pytest.raises(ConfigError, match="overflows in float16: pictures would turn black"):
+        backend2.load_vae(large.parents[1] / "vae" / "sdxl_vae.safetensors", "float16")
     with pytest.raises(InputError, match="is not a model for this request"):
         backend2.request(Decode(model.name, 0), [Attachment(EMPTY)])
     assert torch.equal(sample(model), expected)

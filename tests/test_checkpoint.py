@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from parallel_backend import MeshSpec
+from parallel_backend.checkpoint_files.diffusion_part import diffusion_elements, is_from_scratch
 from parallel_backend.checkpoint_files.safetensors_file import content_key
 from parallel_backend.config import AXES
 from parallel_backend.distributed.mesh import Mesh, MeshAxis
@@ -242,3 +243,14 @@ def test_the_content_key_follows_the_weights(small: Path, tmp_path: Path) -> Non
 def test_a_missing_file_is_said(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="There is no file at"):
         content_key(tmp_path / "nothing.safetensors")
+
+
+def test_the_size_of_the_diffusion_model_is_known_without_the_encoders_beside_it(tmp_path: Path) -> None:
+    plain = write_mmdit(tmp_path / "plain.safetensors", small_config("sd3.5-large", 2))
+    parts = {"model.diffusion_model." + name: tensor.half() for name, tensor in load_file(plain).items()}
+    save_file(parts | {"text_encoders.clip_l.weight": torch.zeros(1000, 1000)}, tmp_path / "whole.safetensors")
+    expected = sum(tensor.numel() for tensor in load_file(plain).values())
+    assert diffusion_elements(plain) == diffusion_elements(tmp_path / "whole.safetensors") == expected
+    (tmp_path / "scratch.pkl").write_bytes(bytes(4000))
+    assert diffusion_elements(tmp_path / "scratch.pkl") == 1000 and is_from_scratch(tmp_path / "scratch.pkl")
+    assert not is_from_scratch(plain)

@@ -212,7 +212,7 @@ def test_mesh_config_left_alone_says_what_it_takes(server: ComfyServer) -> None:
     picture(prompt, "ParallelSampler", ["2", 0], "default")
     outcome = server.run(prompt.nodes)
     assert outcome.error is None
-    assert outcome.texts[link[0]] == ["2 ranks on cpu: cfg=2, float32"]
+    assert outcome.texts[link[0]] == ["2 ranks on cpu: cfg=2, dtype auto"]
 
 
 def refused(server: ComfyServer, prompt: Prompt) -> str:

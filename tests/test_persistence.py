@@ -150,13 +150,18 @@ def test_the_command_line_tells_and_stops(runtime_folder: Path, capsys: pytest.C
         return capsys.readouterr().out
 
     command = [sys.executable, "-m", "parallel_backend", "serve", "--name", "shell", "--world-size", "1"]
-    started = subprocess.run([*command, "--device", "cpu", "--detach"], capture_output=True, text=True, cwd=ROOT)
+    env = os.environ | {"GLOO_TRIED": "1"}
+    started = subprocess.run(
+        [*command, "--device", "cpu", "--detach"], capture_output=True, text=True, cwd=ROOT, env=env
+    )
     assert started.returncode == 0 and "process" in started.stdout
     assert "runs already" in run("serve", "--world-size", "1", "--device", "cpu")
     assert "no models resident" in run("status")
     state = json.loads(run("status", "--json"))
     assert state["restarts"] == 0 and state["ranks"][0]["host"] == socket.gethostname()
-    assert "ok     backend 'shell': 1 ranks, 0 jobs, 0 restarts" in doctor()
+    page = doctor()
+    assert "ok     backend 'shell': 1 ranks, 0 jobs, 0 restarts" in page
+    assert "note   Backend 'shell' was started with GLOO_TRIED=1; here: GLOO_TRIED unset." in page
     assert "has stopped" in run("stop")
     assert main(["stop", "--name", "shell"]) == 1
     assert "No backend 'shell' runs" in capsys.readouterr().err

@@ -1,23 +1,80 @@
-"""Where ranks share a GPU with ComfyUI: its own models leave when the backend needs their room, and the node says so."""
+"""Where ranks share a GPU with ComfyUI: whose models leave when room is short, what is counted, and the dtype that both take."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
+import pytest
 from comfyui.installation import HERE, ComfyInstallation
 
+from parallel_backend.client import dtypes
+from parallel_backend.rpc.messages import RankState
 
-def test_comfyuis_models_leave_when_a_rank_lacks_room_and_only_then(comfy: ComfyInstallation, models: Path) -> None:
+BOTH = {"said": "", "loaded": ["Held", "ModelPatcher"]}
+
+
+@pytest.fixture(scope="module")
+def outcomes(comfy: ComfyInstallation, models: Path) -> dict[str, Any]:
     model = models / "diffusion_models" / "sd3.5-medium.safetensors"
     command = [comfy.python, HERE / "room.py", comfy.folder, HERE.parents[1], model]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    outcomes = json.loads(done.stdout.splitlines()[-1])
-    assert outcomes.pop("again") == {"said": "done", "held": [1, 0]}
-    assert outcomes.pop("in vain") == {"held": [0]}, "nothing was left to make room with"
-    short = outcomes.pop("short")
-    assert len(outcomes) == 4 and all(outcome == {"said": "", "loaded": 1} for outcome in outcomes.values())
-    assert short["loaded"] == 0
-    assert "11776 MiB are needed for rank 3 on cuda:1 (2048 MiB free)" in short["said"]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_comfyuis_own_models_leave_when_a_rank_lacks_room_and_only_then(outcomes: dict[str, Any]) -> None:
+    rooms = dict(outcomes["rooms"])
+    short = rooms.pop("short")
+    assert len(rooms) == 5 and all(room == BOTH for room in rooms.values()), rooms
+    assert short["loaded"] == ["Held"], "what a backend holds is not ComfyUI's own"
+    assert "11776 MiB are needed for rank 3 on cuda:0 (2048 MiB free)" in short["said"]
+
+
+def test_a_request_without_memory_is_made_again_once_comfyuis_own_models_have_left(outcomes: dict[str, Any]) -> None:
+    assert outcomes["again"] == {"said": "done", "held": [2, 1]}
+    assert outcomes["in vain"] == {"held": [1]}, "nothing was left to make room with"
+
+
+def test_comfyui_counts_weights_in_a_backend_once_and_asks_them_to_leave_once(outcomes: dict[str, Any]) -> None:
+    assert outcomes["counted"] == [1, 100] and outcomes["beside"]
+    assert outcomes["loads"] == [], "a backend that has just loaded them is not asked to"
+    assert outcomes["events"] == ["a leaves", "a is back"]
+
+
+def rank_on(name: str, capability: tuple[int, int]) -> RankState:
+    return RankState(0, "", "", 0, "cuda:0", name, 0, 0, 0, "", capability)
+
+
+def test_dtype_auto_is_what_comfyui_computes_in_on_the_same_card(outcomes: dict[str, Any]) -> None:
+    taken = set()
+    for card in outcomes["dtypes"]:
+        ranks = [rank_on(card["name"], tuple(card["capability"]))]
+        assert set(card["models"].values()) == {dtypes.model_dtype(ranks)}, card
+        assert card["vae"] == dtypes.vae_dtype(ranks), card
+        taken |= {dtypes.model_dtype(ranks), card["vae"]}
+    assert taken == {"float16", "bfloat16", "float32"} and len(outcomes["dtypes"]) == 14
+
+
+def test_the_weakest_rank_decides_the_dtype() -> None:
+    pascal, turing, hopper = (rank_on("", capability) for capability in ((6, 1), (7, 5), (9, 0)))
+    cpu = RankState(0, "", "", 0, "cpu", "2 threads", 0, 0, 0)
+    found = [dtypes.model_dtype(ranks) for ranks in ([hopper, turing], [hopper, pascal], [cpu, cpu])]
+    assert found == ["float16", "float32", "float32"]
+    assert [dtypes.vae_dtype(ranks) for ranks in ([hopper], [hopper, turing])] == ["bfloat16", "float32"]
+    scratch = [dtypes.model_dtype(ranks, from_scratch=True) for ranks in ([hopper], [hopper, turing])]
+    assert scratch == ["bfloat16", "float32"]
+
+
+def test_a_dtype_that_comfyui_was_started_with_goes_before_the_cards(outcomes: dict[str, Any]) -> None:
+    assert outcomes["told"] == {
+        "None": ["for model", "for vae"],
+        "bf16_unet": ["bfloat16", "for vae"],
+        "fp32_vae": ["for model", "float32"],
+        "fp16_vae": ["for model", "float32"],  # it would overflow
+        "force_fp32": ["float32", "float32"],
+        "force_fp16": ["float16", "for vae"],
+        "asked": ["float16", "float16", "float32"],
+    }

@@ -7,8 +7,9 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..checkpoint_files.diffusion_part import is_from_scratch
 from ..checkpoint_files.safetensors_file import content_key
-from ..config import DEFAULT_IDLE_SECONDS, BackendSpec, MeshSpec
+from ..config import AUTO, DEFAULT_IDLE_SECONDS, BackendSpec, DeviceType, MeshSpec
 from ..errors import (
     BackendLostError,
     StartError,
@@ -23,8 +24,10 @@ from ..rpc.messages import (
     Stop,
     Unload,
 )
-from . import launcher
+from . import dtypes, launcher
+from .cards import choose_ranks, seen
 from .connection import Connection, OnEvent
+from .names import DEFAULT, backend_name, meant
 from .places import Elsewhere, ThisMachine
 from .remote import RemoteModel, RemoteVAE
 
@@ -41,36 +44,39 @@ class Backend(Connection):
     def attach_or_start(
         cls,
         world_size: int | None = None,
-        device: str | None = None,
-        name: str = "default",
+        device: DeviceType | None = None,
+        name: str = DEFAULT,
         *,
         devices: Sequence[int] = (),
         idle_seconds: float = DEFAULT_IDLE_SECONDS,
         memory_budget: int = 0,
         waiting: launcher.Waiting = lambda seconds: None,
     ) -> Backend:
-        """A backend that is ready. Without `world_size` and `device`: all GPUs, or two CPU ranks where there is none.
+        """A backend that is ready. Without `world_size` and `device`: all GPUs of the best one's kind, or two CPU ranks where
+        there is none. The default name is one for each set of GPUs that a process sees.
 
         Raises:
             ConfigError: one of that name runs with other ranks.
             StartError: it did not come up; the message has the end of its log.
         """
-        if world_size is None or device is None:
-            found_device, found_size = launcher.default_ranks()
-            device = device or found_device
-            world_size = world_size or (len(devices) or found_size if device == found_device else 2)
-        spec = BackendSpec(name, world_size, device, tuple(devices), idle_seconds, memory_budget)  # type: ignore[arg-type]
+        here = seen(device)
+        ranks = choose_ranks(here, device, world_size, devices)
+        name = backend_name(name, ranks.device, here)
+        spec = BackendSpec(name, ranks.count, ranks.device, ranks.devices, idle_seconds, memory_budget)
         return cls(spec, ThisMachine(spec), launcher.attach_or_start(spec, waiting))
 
     @classmethod
-    def attach(cls, name: str = "default") -> Backend:
-        """The running backend of that name, whatever its ranks are.
+    def attach(cls, name: str | None = None) -> Backend:
+        """The running backend of that name, whatever its ranks are; without one, as of `meant`.
 
         Raises: StartError: none runs.
         """
+        name = meant(name)
         record = files.read_record(name)
         if record is None:
-            raise StartError(f"No backend {name!r} runs.", "Start one with `python -m parallel_backend serve`.")
+            others = ", ".join(files.running_names())
+            remedy = f"These run: {others}." if others else "Start one with `python -m parallel_backend serve`."
+            raise StartError(f"No backend {name!r} runs.", remedy)
         spec = BackendSpec(name, record.world_size, record.device, tuple(record.devices))  # type: ignore[arg-type]
         return cls(spec, ThisMachine(spec), record)
 
@@ -91,7 +97,7 @@ class Backend(Connection):
         self,
         path: str | os.PathLike[str],
         mesh: MeshSpec | None = None,
-        dtype: str = "bfloat16",
+        dtype: str = AUTO,
         kernel: str = "auto",
         *,
         kind: ModelKind = "any",
@@ -103,6 +109,7 @@ class Backend(Connection):
         """An SD3, SD3.5 or SDXL model, resident and sharded. A file that is resident already is not read again.
 
         Args:
+            dtype: auto is ComfyUI's choice for the ranks' cards; float32 on CPUs.
             mesh: None takes cfg 2 where the ranks are even; the rest is ulysses, or bands (patch) for a UNet.
             kind: refuses a file of another one.
             compile: torch.compile of the repeated blocks; their first step in each kind of shape takes much longer.
@@ -110,28 +117,39 @@ class Backend(Connection):
         Raises: CheckpointError, ConfigError.
         """
         resolved = Path(path).resolve()
-        load = LoadModel(self._named(resolved, name), self._key(resolved), dtype, mesh, kernel, kind, compile)
+        key = self._key(resolved)
+        dtype = self.model_dtype(resolved) if dtype == AUTO else dtype
+        load = LoadModel(self._named(resolved, name), key, dtype, mesh, kernel, kind, compile)
         return RemoteModel(self, load, self.load(load, on_event, should_cancel))
 
     def load_vae(
         self,
         path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-        dtype: str = "bfloat16",
+        dtype: str = AUTO,
         *,
         names: Sequence[str] = (),
         on_event: OnEvent | None = None,
         should_cancel: Callable[[], bool] | None = None,
     ) -> RemoteVAE:
-        """A VAE, whole on every rank. `path` is one file, or TAESD's (encoder, decoder); `names` as for `load_model`.
+        """A VAE, whole on every rank. `path` is one file, or TAESD's (encoder, decoder); the others as for `load_model`.
 
         Raises: CheckpointError, ConfigError.
         """
         paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
         resolved = [Path(p).resolve() for p in paths]
         key = "-".join(self._key(p) for p in resolved)
+        dtype = self.vae_dtype() if dtype == AUTO else dtype
         chosen = names or [""] * len(resolved)
         load = LoadVAE([self._named(p, n) for p, n in zip(resolved, chosen, strict=True)], key, dtype)
         return RemoteVAE(self, load, self.load(load, on_event, should_cancel))
+
+    def model_dtype(self, path: Path) -> str:
+        """What `auto` is for that file on the cards of these ranks."""
+        return dtypes.model_dtype(self.status().ranks, from_scratch=is_from_scratch(path))
+
+    def vae_dtype(self) -> str:
+        """What `auto` is for a VAE on the cards of these ranks."""
+        return dtypes.vae_dtype(self.status().ranks)
 
     def _named(self, path: Path, name: str) -> str:
         """How the backend finds the file: here by its path, on another machine below that one's model folders."""

@@ -81,6 +81,8 @@ class Connection:
         self._sent = SentTensors()
         self._jobs = 0
         self._lost = False
+        # Whether a request is under way; who holds the lock and finds so is one of its callbacks.
+        self.asking = False
         self._connect(record)
 
     @property
@@ -126,11 +128,14 @@ class Connection:
             if self._socket is None:
                 raise ConfigError(f"This connection to backend {self.spec.name!r} was closed.", "Attach to it again.")
             self.follow_restarts(should_cancel, start=not isinstance(body, NEVER_STARTING))
+            self.asking = True
             try:
                 return self._exchange(body, attachments, on_event, should_cancel)
             except MissingTensorsError as missing:
                 self._sent.forget(missing.keys)
                 return self._exchange(body, attachments, on_event, should_cancel)
+            finally:
+                self.asking = False
 
     def _exchange(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -18,7 +17,9 @@ from ..rpc import runtime_dir as files
 from ..rpc.keys import Keys
 from ..rpc.runtime_dir import BackendRecord
 from ..version import __version__
+from .cards import VISIBLE, seen
 from .environment import environment
+from .gpu_environment import handed_on
 from .own_scope import scope_command, service_of
 from .requirements import check_installed
 
@@ -39,18 +40,10 @@ Waiting = Callable[[float], object]
 LOCAL = ServeSpec()
 
 
-def default_ranks() -> tuple[str, int]:
-    """("cuda", all GPUs), or ("cpu", 2) where there is none."""
-    import torch
-
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return ("cuda", count) if count else ("cpu", 2)
-
-
 def find(spec: BackendSpec) -> BackendRecord | None:
     """The running backend of that name; None where none runs.
 
-    Raises: ConfigError: it runs with other ranks or another version than `spec` asks for.
+    Raises: ConfigError: it runs with other ranks, other GPUs or another version than `spec` asks for.
     """
     record = files.read_record(spec.name)
     if record is not None:
@@ -64,17 +57,21 @@ def _check_same(record: BackendRecord, spec: BackendSpec) -> None:
         raise ConfigError(
             f"Backend {spec.name!r} runs version {record.version}, this is {__version__}.", f"First {stop}"
         )
-    wanted = (spec.world_size, spec.device, list(spec.devices))
-    if (record.world_size, record.device, record.devices) != wanted:
+    devices = list(spec.devices)
+    cards = seen().uuids(devices or range(spec.world_size)) if spec.device == "cuda" and any(record.cards) else []
+    # A number is another card to a process that sees others.
+    wanted, there = (sorted(cards), sorted(record.cards)) if cards else (devices, record.devices)
+    if (record.world_size, record.device, there) != (spec.world_size, spec.device, wanted):
         raise ConfigError(
-            f"Backend {spec.name!r} runs with {record.world_size} ranks on {_place(record.device, record.devices)}; "
-            f"{spec.world_size} on {_place(spec.device, list(spec.devices))} were asked for.",
+            f"Backend {spec.name!r} runs with {record.world_size} ranks on {_place(record.device, record.devices, record.cards)}; "
+            f"{spec.world_size} on {_place(spec.device, devices, cards)} were asked for.",
             f"Ask for what runs, {stop}",
         )
 
 
-def _place(device: str, devices: list[int]) -> str:
-    return f"{device} {','.join(map(str, devices))}" if devices else device
+def _place(device: str, devices: list[int], cards: list[str]) -> str:
+    uuids = ", ".join(filter(None, cards))
+    return f"{device} {','.join(map(str, devices))}".strip() + (f" ({uuids})" if uuids else "")
 
 
 def attach_or_start(
@@ -184,7 +181,7 @@ def start(spec: BackendSpec, serve: ServeSpec = LOCAL, stays: bool = False) -> s
             output.flush()
         return subprocess.Popen(
             [*apart, *command(spec, serve)],
-            env=environment(spec, serve.hosts),
+            env=environment(spec, serve.hosts) | handed_on(os.environ, spec.device),
             cwd="/",
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -203,14 +200,14 @@ def check_here(spec: BackendSpec, serve: ServeSpec) -> None:
         Keys(Path(serve.keys)).check()
     if spec.device != "cuda":
         return
-    import torch
-
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    here = seen()
     wanted = spec.devices or tuple(range(spec.world_size))
-    if absent := [ordinal for ordinal in wanted if not 0 <= ordinal < count]:
+    if absent := [ordinal for ordinal in wanted if not 0 <= ordinal < len(here.cards)]:
+        hidden = f" {here.hidden() or f'{VISIBLE}={here.visible}.'}" if here.narrowed else ""
         raise ConfigError(
-            f"GPUs {', '.join(map(str, absent))} were asked for; torch sees {count} here.",
-            "Use fewer ranks, other devices, or device 'cpu'.",
+            f"GPUs {', '.join(map(str, absent))} were asked for; torch sees {len(here.cards)} here.{hidden}",
+            "Use fewer ranks, other devices, or device 'cpu'"
+            + (f"; or start ComfyUI without --cuda-device, and with {VISIBLE} unset." if here.narrowed else "."),
         )
 
 
@@ -242,7 +239,8 @@ def supervise(spec: BackendSpec, serve: ServeSpec) -> int:
     Hosts meet again in their own time: each waits at the rendezvous, and a start in vain makes the next pause longer.
     """
     check_here(spec, serve)
-    env = environment(spec, serve.hosts) | {"PARALLEL_MMDIT_AGENT_PID": str(os.getpid())}
+    env = environment(spec, serve.hosts) | handed_on(os.environ, spec.device)
+    env["PARALLEL_MMDIT_AGENT_PID"] = str(os.getpid())
     path, in_vain = files.runtime_dir(spec.name) / "backend.log", 0
     path.unlink(missing_ok=True)
     log = _Shown(path)
@@ -344,7 +342,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def _start_lock(name: str, waiting: Waiting) -> Iterator[None]:
-    with (files.runtime_dir(name) / "lock").open("w") as lock:
+    path = files.runtime_dir(name) / "lock"
+    import fcntl  # not there where ranks can't run, and the folder has said so
+
+    with path.open("w") as lock:
         begun = time.monotonic()
         while True:
             try:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from ..config import SamplerSpec
-from ..errors import UnknownModelError
+from ..errors import BackendLostError, StartError, UnknownModelError
 from ..rpc.conditioning import Conditioning
 from ..rpc.messages import (
     Decode,
@@ -24,6 +25,7 @@ from ..rpc.messages import (
     Result,
     Sample,
     StepDone,
+    Unload,
 )
 from .connection import Connection
 from .sent_tensors import Attachment
@@ -67,6 +69,15 @@ class _Remote:
         self.loaded = self.backend.load(self.load, None, should_cancel)
         self._generation = self.backend.generation
         return self.loaded
+
+    def leave(self, should_cancel: Callable[[], bool] | None = None) -> None:
+        """The backend lets it go on all ranks, after the jobs that wait; the next request brings it back.
+
+        Asked for by a callback of a request that is under way, it stays.
+        """
+        with self.backend.lock, suppress(BackendLostError, StartError):  # a backend that has ended holds nothing
+            if not self.backend.asking:
+                self.backend.request(Unload([self.name]), should_cancel=should_cancel)
 
     def _request(self, body: Request, attachments: Sequence[Attachment], **callbacks: Any) -> list[Tensor]:
         should_cancel = callbacks.get("should_cancel")

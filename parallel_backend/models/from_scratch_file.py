@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..checkpoint_files.diffusion_part import FROM_SCRATCH_MARK
 from ..checkpoint_files.safetensors_file import PICKLED, safetensors_header
 from ..distributed.tensor_parallel import Shard
 from ..errors import CheckpointError, UnsupportedError
 from .checkpoint import SafetensorsSource, TensorSource
 from .from_scratch import FromScratchConfig
 
-MARK = "blocks.0.attn.query_proj_x.weight"
 PARAMS = "model_params"
 # What these files may say of kinds, and what of it is built here.
 _KINDS = {
@@ -71,7 +71,7 @@ class PickleSource:
 
 
 def is_from_scratch(source: TensorSource) -> bool:
-    return MARK in source.names()
+    return FROM_SCRATCH_MARK in source.names()
 
 
 def params_of(path: Path) -> dict[str, Any]:

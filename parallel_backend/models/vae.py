@@ -20,7 +20,7 @@ from torch import Tensor
 from ..distributed.collectives import first_says, gather_to_first, split_sizes
 from ..distributed.mesh import BandAxes
 from ..distributed.patch_layers import Band, place_band_layers
-from ..errors import CancelledError, CheckpointError, InputError
+from ..errors import CancelledError, CheckpointError, ConfigError, InputError
 from .checkpoint import VAE_PREFIX, SafetensorsSource, check_names
 from .staging import placing
 
@@ -164,6 +164,15 @@ class VAECheckpoint:
     family: str
     latent_channels: int
     sources: list[SafetensorsSource]
+
+    def checked_for(self, dtype: str) -> VAECheckpoint:
+        """Itself. Raises: ConfigError: it can't be computed in `dtype`."""
+        if (self.family, dtype) == ("kl-4", "float16"):
+            raise ConfigError(
+                f"{self.sources[0].path.name} overflows in float16: pictures would turn black.",
+                "Use dtype 'auto', bfloat16 or float32 for SDXL's VAE, as ComfyUI does.",
+            )
+        return self
 
     @property
     def elements(self) -> int:

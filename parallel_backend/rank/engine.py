@@ -199,7 +199,7 @@ class Engine:
         if name in self.residents:
             return self._loaded(name, _Sizes(0, 0), [], start, job), []
         paths = job.control.agreed(lambda: self.files.all_checked(body.paths, body.key))
-        checkpoint = job.control.agreed(lambda: open_vae(paths))
+        checkpoint = job.control.agreed(lambda: open_vae(paths).checked_for(body.dtype))
         dtype = getattr(torch, body.dtype)
         needed = checkpoint.elements * dtype.itemsize
         evicted = self.residents.make_room(needed, paths[0].name, "vae", MeshSpec(), job.control)

@@ -34,4 +34,7 @@ def rank_state(device: torch.device, rank: int) -> RankState:
     free, total, used = memory_of(device)
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} threads"
-    return RankState(rank, socket.gethostname(), files.machine(), os.getpid(), str(device), name, free, total, used)
+    card = torch.cuda.get_device_properties(device) if cuda else None
+    known = (str(getattr(card, "uuid", "")), (card.major, card.minor)) if card else ("", (0, 0))
+    place = (rank, socket.gethostname(), files.machine(), os.getpid(), str(device), name)
+    return RankState(*place, free, total, used, *known)

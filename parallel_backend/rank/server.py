@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import logging
 import os
 import queue
@@ -110,7 +111,9 @@ class Rank:
         world = self.control.world_size
         pid, agent = os.getpid(), _agent_pid()
         ticks = [files.start_ticks(process) for process in (pid, agent)]
-        record = files.BackendRecord(__version__, generation, pid, agent, address, world, args.device, devices, *ticks)
+        cards, started_with = [state.uuid for state in states], json.loads(os.environ.get(files.STARTED_WITH, "{}"))
+        known = (address, world, args.device, devices, *ticks, cards, started_with)
+        record = files.BackendRecord(__version__, generation, pid, agent, *known)
         keys = Keys(args.keys) if args.keys else None
         addresses = [address, *([args.listen] if args.listen else [])]
         self.server = SocketServer(addresses, self.board, lambda: files.keep_record(args.name, record), keys)

@@ -219,7 +219,7 @@ class Failed(Message, frozen=True):
 
 
 class RankState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`machine` tells hosts of one name apart."""
+    """`machine` tells hosts of one name apart, `uuid` GPUs of one number; a CPU has no uuid and no capability."""
 
     rank: int
     host: str
@@ -230,6 +230,8 @@ class RankState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     free_bytes: int
     total_bytes: int
     used_bytes: int
+    uuid: str = ""
+    capability: tuple[int, int] = (0, 0)
 
 
 class ModelState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -7,9 +7,12 @@ failed, and after which restart a job last ended well.
 from __future__ import annotations
 
 import os
+import platform
 import re
 import stat
+import sys
 import time
+import uuid
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,12 +22,15 @@ from ..errors import StartError
 
 _SHARED = Path("/tmp")
 _LONGEST_SOCKET_PATH = 100  # bytes
+# A variable of the ranks: what of the environment their backend was started with, as JSON.
+STARTED_WITH = "PARALLEL_MMDIT_STARTED_WITH"
 
 
 class BackendRecord(msgspec.Struct, frozen=True):
     """What a running backend says of itself. `generation` changes whenever its ranks are restarted.
 
     `agent_pid` is the process that starts its ranks anew. Ticks tell both processes from later ones of their numbers.
+    `cards` are the GPUs of its ranks by uuid, `environment` the variables of client/gpu_environment.py at its start.
     """
 
     version: str
@@ -37,14 +43,23 @@ class BackendRecord(msgspec.Struct, frozen=True):
     devices: list[int] = []
     start_ticks: int = 0
     agent_ticks: int = 0
+    cards: list[str] = []
+    environment: dict[str, str] = {}
 
 
 def runtime_root() -> Path:
     """$PARALLEL_MMDIT_RUNTIME_DIR, else this user's folder in /tmp: one place, whoever asks.
 
+    Raises: StartError: not on Linux, where alone ranks can run.
+
     XDG_RUNTIME_DIR and TMPDIR have no say. A service has neither, a shell has its own, below `su` it has another user's, and
     /run/user/UID is gone after the last log-out: a backend, which stays, would be looked for where it isn't.
     """
+    if sys.platform != "linux":
+        raise StartError(
+            f"Ranks run on Linux; this is {platform.system() or sys.platform}.",
+            "On Windows, run ComfyUI in WSL2; elsewhere, set address in Mesh Config to a backend on a Linux machine.",
+        )
     if chosen := os.environ.get("PARALLEL_MMDIT_RUNTIME_DIR"):
         return Path(chosen).expanduser().absolute()
     return _SHARED / f"parallel-mmdit-{os.getuid()}"
@@ -101,10 +116,21 @@ def lives(pid: int, ticks: int) -> bool:
 
 def running_names() -> list[str]:
     """The backends that run here, by name; a folder of another user holds none of this one's."""
+    return [name for name in _names() if read_record(name) is not None]
+
+
+def living_names() -> list[str]:
+    """As `running_names`, with those whose ranks are being started anew."""
+    return [name for name in _names() if read_record(name) is not None or restarting(name) is not None]
+
+
+def _names() -> list[str]:
+    """All that have a record, of whatever is left of them."""
     found = []
-    for path in runtime_root().glob("*/backend.json"):
-        with suppress(StartError):
-            found += [path.parent.name] if read_record(path.parent.name) is not None else []
+    with suppress(StartError):
+        for path in runtime_root().glob("*/backend.json"):
+            with suppress(StartError):
+                found.append(runtime_dir(path.parent.name).name)
     return sorted(found)
 
 
@@ -156,6 +182,8 @@ def children(pid: int) -> list[int]:
 
 def machine() -> str:
     """What processes share that see each other by their numbers, and no others."""
+    if sys.platform != "linux":
+        return f"{sys.platform}/{uuid.getnode()}"
     return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{os.readlink('/proc/self/ns/pid')}"
 
 

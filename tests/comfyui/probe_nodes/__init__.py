@@ -1,6 +1,9 @@
 """Nodes that tests of workflows use in place of text encoders, and to hang refused things on conditioning."""
 
+import json
+
 import comfy.clip_model
+import comfy.model_management as mm
 import torch
 
 # As the tests' files of text encoders have: true widths, and few layers.
@@ -92,6 +95,37 @@ class WeightPatch(AttentionPatch):
         return (patched,)
 
 
+class CoreMemory:
+    """What ComfyUI's memory manager believes to be loaded of parallel models, in MiB, before and after it wants all room."""
+
+    RETURN_TYPES = ()
+    FUNCTION = "ask"
+    CATEGORY = "probe"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"how": (["look", "free_memory", "unload_all_models"],)}}
+
+    @classmethod
+    def IS_CHANGED(cls, how):
+        return float("nan")
+
+    def ask(self, how):
+        before = self.loaded()
+        if how == "free_memory":
+            mm.free_memory(1e18, mm.get_torch_device())
+        if how == "unload_all_models":
+            mm.unload_all_models()
+        return {"ui": {"text": [json.dumps([before, self.loaded()])]}}
+
+    @staticmethod
+    def loaded():
+        ours = [m for m in mm.loaded_models() if type(m).__name__ in ("RemotePatcher", "VAEWeights")]
+        return sorted((type(m).__name__, m.loaded_size() / 2**20) for m in ours)
+
+
 NODE_CLASS_MAPPINGS = {
-    f"Probe{cls.__name__}": cls for cls in (RandomConditioning, RandomLatent, RandomImage, AttentionPatch, WeightPatch)
+    f"Probe{cls.__name__}": cls
+    for cls in (RandomConditioning, RandomLatent, RandomImage, AttentionPatch, WeightPatch, CoreMemory)
 }

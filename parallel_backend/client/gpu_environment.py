@@ -1,0 +1,41 @@
+"""The variables by which ranks' GPUs and links are chosen: a backend keeps those that it was started with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from ..rpc.runtime_dir import STARTED_WITH, BackendRecord
+
+_OF_GPUS = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+
+
+def gpu_environment(env: Mapping[str, str], device: str) -> dict[str, str]:
+    """Those of `env` that ranks on `device` heed."""
+    prefixes = ("GLOO_",) if device == "cpu" else ("GLOO_", "NCCL_")
+    chosen = _OF_GPUS if device == "cuda" else ()
+    return {name: value for name, value in env.items() if name.startswith(prefixes) or name in chosen}
+
+
+def handed_on(env: Mapping[str, str], device: str) -> dict[str, str]:
+    """How ranks learn what their backend is started with: their own variables may be others."""
+    return {STARTED_WITH: json.dumps(gpu_environment(env, device))}
+
+
+def difference(name: str, record: BackendRecord, env: Mapping[str, str]) -> tuple[str, str] | None:
+    """What a running backend was started with otherwise than this process is, and how to change it; None where nothing."""
+    here = gpu_environment(env, record.device)
+    other = sorted(
+        key for key in here.keys() | record.environment.keys() if here.get(key) != record.environment.get(key)
+    )
+    if not other:
+        return None
+    there = ", ".join(_said(key, record.environment) for key in other)
+    return (
+        f"Backend {name!r} was started with {there}; here: {', '.join(_said(key, here) for key in other)}.",
+        f"It keeps to its own until it is started anew: run `python -m parallel_backend stop --name {name}`, then queue again.",
+    )
+
+
+def _said(key: str, env: Mapping[str, str]) -> str:
+    return f"{key}={env[key]}" if key in env else f"{key} unset"
