@@ -195,9 +195,8 @@ class Connection:
         self, body: Reply, tensors: list[Tensor], keys: list[str], pending: BaseException | None
     ) -> tuple[Reply, list[Tensor]]:
         if isinstance(body, Failed) and body.code in ENDING:
-            self._lost = (
-                True  # its ranks may be about to end: the next request must not go to what is still there of them
-            )
+            # Its ranks may be about to end: the next request must not go to what is still there of them.
+            self._lost = True
         if pending is not None:
             raise pending
         if isinstance(body, Failed):
