@@ -22,7 +22,7 @@ from fake_cuda.networks import (
 from fake_cuda.watch import HostSyncError, MixedDevicesError, Watch
 from torch import Tensor
 
-from parallel_backend.config import MMDIT_AXES, UNET_AXES, MeshSpec
+from parallel_backend.config import MMDIT_AXES, MeshSpec
 from parallel_backend.models.pipeline import Pipeline
 from parallel_backend.models.vae import BandVAE
 
@@ -116,7 +116,13 @@ def test_every_stage_of_a_pipeline_stays_on_its_device(name: str, mesh: MeshSpec
     for stage in range(mesh.pp):
         rank = next(r for r in reversed(range(mesh.world_size)) if mesh.coordinates(r)["pp"] == stage)
         with fake_cuda(rank, mesh.world_size), torch.inference_mode():
-            run = Evaluations(predictor(shallow(name, mesh), mesh), (512, 512), True, (77, 154) if mesh.world_size == 2 else (77, 77), mesh.dp)
+            run = Evaluations(
+                predictor(shallow(name, mesh), mesh),
+                (512, 512),
+                True,
+                (77, 154) if mesh.world_size == 2 else (77, 77),
+                mesh.dp,
+            )
             prompts = run.prompts
             run.next()
             pipeline = Pipeline(run.predictor, prompts, run.shape, run.kept, 1, lambda: False)

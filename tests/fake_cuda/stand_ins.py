@@ -72,16 +72,6 @@ def _number(x: Tensor) -> Any:
     return torch.ops.aten._local_scalar_dense(x)
 
 
-class _Event:
-    """Nothing passes, and it takes no time."""
-
-    def __init__(self, **_: Any) -> None: ...
-    def record(self) -> None: ...
-    def synchronize(self) -> None: ...
-    def elapsed_time(self, other: _Event) -> float:
-        return 0.0
-
-
 _STAND_INS: list[tuple[Any, str, Any]] = [
     (Tensor, "__getitem__", _get),
     (Tensor, "__setitem__", _set),
@@ -92,7 +82,6 @@ _STAND_INS: list[tuple[Any, str, Any]] = [
     *((Tensor, name, _otherwise(name, _number)) for name in ("__float__", "__int__", "__bool__", "__index__")),
     (torch, "Generator", lambda device="cpu": _Generator("cpu")),
     (torch.cuda, "_lazy_init", lambda: None),
-    (torch.cuda, "Event", _Event),
     (torch.cuda, "get_device_capability", lambda *_: HOPPER),
 ]
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import traceback
 import weakref
 from collections import Counter
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # What CPUs compose of other operations and CUDA has a kernel for.
-_KERNELS = {"aten::scaled_dot_product_attention", "aten::_fused_rms_norm"}
+_KERNELS = {"scaled_dot_product_attention", "_fused_rms_norm"}
 # Beside views: they give memory, and launch nothing.
 _SILENT = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_unsafe_view", "lift_fresh"}
 # The host reads what they found before it can go on.
@@ -49,16 +51,13 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = func.name().split(".")[0]
-        if func.namespace == "prim":
+        space, name = func.namespace, func._opname
+        if space == "prim":
             return func(*args, **kwargs)
-        if name not in _KERNELS and func._can_decompose():
+        if name not in _KERNELS and _is_composite(func):
             with self:
-                parts = func.decompose(*args, **kwargs)
-            if parts is not NotImplemented:
-                return parts
+                return func._op_dk(DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        space, _, name = name.partition("::")
         if space == "c10d":
             self.collectives[name] += 1
             return func(*args, **kwargs)
@@ -71,6 +70,11 @@ class Watch(TorchDispatchMode):
             self.launches[name] += name not in _SILENT
             self.memory.hold(made, given)
         return result
+
+
+@cache
+def _is_composite(func: OpOverload) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), DispatchKey.CompositeImplicitAutograd)
 
 
 def _check_devices(func: OpOverload, name: str, given: list[Tensor]) -> None:
