@@ -11,16 +11,14 @@ from fake_cuda.watch import Watch
 
 from parallel_backend.distributed.patch_layers import BandGroupNorm
 from parallel_backend.models.transformer import Attend
-from parallel_backend.models.unet import UNetConfig
 
 MIB, GIB = 2**20, 2**30
 
 
 def cost(budget: Budget) -> Budget:
-    """The budget with what an evaluation of it costs, in the middle of a job that has one prompt for all of its steps."""
+    """The budget with what an evaluation of it costs: the first of a job, or where it is displaced the third."""
     mesh = budget.mesh
-    # A UNet's first evaluation computes the prompt's keys and values; displaced ones stand on what those before have sent.
-    before = ["sync"] * (isinstance(budget.config, UNetConfig) or budget.displaced) + ["displaced"] * budget.displaced
+    before = ["sync", "displaced"] if budget.displaced else []
     with fake_cuda(budget.rank, mesh.world_size), torch.inference_mode():
         run = Evaluations(predictor(budget.config, mesh), (budget.pixels, budget.pixels), budget.displaced)
         prompts, axes = run.prompts, run.predictor.mesh.axes

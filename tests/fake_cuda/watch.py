@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 import weakref
 from collections import Counter
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -13,7 +14,6 @@ from torch import Tensor
 from torch._C import DispatchKey
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 # What CPUs compose of other operations and CUDA has a kernel for.
 _KERNELS = {"scaled_dot_product_attention", "_fused_rms_norm"}
@@ -57,7 +57,7 @@ class Watch(TorchDispatchMode):
         if name not in _KERNELS and _is_composite(func):
             with self:
                 return func._op_dk(DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = _tensors((*args, *kwargs.values()))
         if space == "c10d":
             self.collectives[name] += 1
             return func(*args, **kwargs)
@@ -65,11 +65,22 @@ class Watch(TorchDispatchMode):
         if self.armed:
             _check_waiting(name, given, kwargs)
         result = func(*args, **kwargs)
-        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.device.type == "cuda"]
+        made = [x for x in _tensors((result,)) if x.device.type == "cuda"]
         if made and not func.is_view:
             self.launches[name] += name not in _SILENT
             self.memory.hold(made, given)
         return result
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Those among values and in lists of them."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors(value)
+    return found
 
 
 @cache
