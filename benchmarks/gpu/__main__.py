@@ -1,0 +1,64 @@
+"""The first ten minutes on one GPU: tables that grow as they are measured, each section with a time limit of its own.
+
+python -m benchmarks.gpu
+python -m benchmarks.gpu --only "ranks on one card" faults --patience 2
+python -m benchmarks.gpu --tiny --device cpu        tries all of it where there is no GPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+
+from .options import Options
+from .report import summary
+from .runner import Section, run_all, write_results
+
+_HERE = "benchmarks.gpu.sections."
+# Estimates are of an H100 whose disk is warm, ten seconds of imports in each. The limits' sum is below nine and a half minutes.
+SECTIONS = (
+    Section("machine", _HERE + "machine", 15, 30),
+    Section("SD3.5-Large", _HERE + "sd35", 85, 115),
+    Section("SDXL", _HERE + "sdxl", 25, 40),
+    Section("CUDA graphs", _HERE + "graphs", 25, 40),
+    Section("ranks on one card", _HERE + "ranks", 70, 95),
+    Section("memory", _HERE + "memory", 35, 45),
+    Section("loading", _HERE + "loading", 40, 50),
+    Section("allocators", _HERE + "allocators", 40, 50),
+    Section("faults", _HERE + "faults", 50, 55),
+    Section("beside others", _HERE + "beside", 35, 45),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="sizes for trying it out")
+    names = [section.name for section in SECTIONS]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="SECTION", help=f"of: {names}")
+    parser.add_argument("--patience", type=float, default=1.0, help="times all limits; 1 ends within ten minutes")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="pmg-", ignore_cleanup_errors=True) as scratch:
+        out = Path(os.environ.get("OUT") or scratch)
+        out.mkdir(parents=True, exist_ok=True)
+        progress = (out / "progress.txt").open("w")
+
+        def show(line: str) -> None:
+            for stream in (None, progress):
+                print(line, file=stream, flush=True)
+
+        begun = time.monotonic()
+        chosen = [section for section in SECTIONS if section.name in args.only]
+        told = run_all(chosen, Options(args.device, args.tiny, Path(scratch)), show, out / "log.txt", args.patience)
+        whole = summary(told)
+        (out / "summary.md").write_text(whole)
+        write_results(told, out / "results.json")
+        print(f"\n\n# Summary ({time.monotonic() - begun:.0f} s)\n\n{whole}", flush=True)
+        progress.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""SDXL's evaluation of one row on one GPU, and in bands: how much is launching, how much computing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel_backend.config import MeshSpec
+from parallel_backend.distributed.mesh import build_mesh
+from parallel_backend.distributed.stale import EXACT, Step
+from parallel_backend.models.prediction import Predictor
+
+from ..options import Options
+from ..report import NO_GPU, Report
+from ..sizes import Sizes, dtype_name, sizes_of
+from ..timing import profile, timed
+from ..weights import Tensors, sdxl_prompts, unet_predictor, unet_tensors
+from .sd35 import tell_busy
+
+BANDS, RANK = 4, 1
+
+
+@torch.inference_mode()
+def run(report: Report, options: Options) -> None:
+    device, sizes = torch.device(options.device), sizes_of(options)
+    for dtype in sizes.dtypes:
+        tensors = unet_tensors(sizes.unet, device, dtype)
+        alone = unet_predictor(tensors, sizes.unet, device, dtype)
+        for rows in (1, 2):
+            report.table(
+                f"One evaluation of SDXL, {sizes.side} px, rows: {rows}, {dtype_name(dtype)}", "what", "", "ms"
+            )
+            tell_busy(report, evaluation(sizes, alone, rows), device, sizes)
+    _bands(report, sizes, device, tensors)
+
+
+def evaluation(sizes: Sizes, predictor: Predictor, rows: int) -> Callable[[], list[Tensor]]:
+    """An evaluation without guidance, or with it: two rows."""
+    x = torch.randn(1, sizes.unet.channels, sizes.cells, sizes.cells, device=predictor.device)
+    timestep = torch.tensor(500, device=predictor.device)
+    prompts = sdxl_prompts(sizes.unet, predictor.device, predictor.dtype, rows)
+    return lambda: predictor.outputs(x, timestep, prompts, EXACT)
+
+
+def _bands(report: Report, sizes: Sizes, device: torch.device, tensors: Tensors) -> None:
+    """One rank's part of patch=4, whose neighbours answer at once and with nothing: no message takes time."""
+    report.table(
+        f"Rank {RANK} of patch={BANDS}, messages that take no time, 1 row", "steps", "ms", "of the host", "GPU busy, ms"
+    )
+    for name, call in band_evaluations(sizes, device, tensors).items():
+        spent = timed(call, device, sizes.warm_up, sizes.repeats)
+        report.row(name, spent.whole, spent.host, _busy(call, device))
+
+
+def band_evaluations(sizes: Sizes, device: torch.device, tensors: Tensors) -> dict[str, Callable[[], Tensor]]:
+    """An exact and a displaced evaluation of one band. Comm: none; the process group is torch's fake one."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dtype = next(iter(tensors.values())).dtype
+    if not dist.is_initialized():
+        dist.init_process_group("fake", store=FakeStore(), rank=RANK, world_size=BANDS)
+    network = unet_predictor(tensors, sizes.unet, device, dtype, mesh=build_mesh(MeshSpec(patch=BANDS))).network
+    (prompt,) = sdxl_prompts(sizes.unet, device, dtype, 1)
+    x = torch.randn(1, sizes.unet.channels, sizes.cells, sizes.cells, device=device, dtype=dtype)
+    given = x, torch.full((1,), 500.0, device=device), prompt.context, prompt.pooled
+    kept = network.new_job(displaced=True)
+    network(*given, Step(0, "sync", kept=kept))  # displaced steps go on from one
+    return {
+        "exact": lambda: network(*given, EXACT),
+        "displaced": lambda: network(*given, Step(1, "displaced", kept=kept)),
+    }
+
+
+def _busy(call: Callable[[], object], device: torch.device) -> float | str:
+    return profile(call, device).busy if device.type == "cuda" else NO_GPU
