@@ -16,6 +16,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from rank_pool import RankPool
 
+from parallel_backend.rank import lean_imports  # noqa: F401 - ranks of a pool begin with this module
+
 from . import staged
 
 LOOPBACK = {

@@ -10,9 +10,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
+T = TypeVar("T")
 Call = Callable[[], object]
 
 
@@ -104,20 +106,20 @@ def synchronizations(call: Call) -> dict[str, int]:
             call()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    found = [w for w in caught if "synchroniz" in str(w.message)]
+    found = [w for w in caught if "called a synchronizing" in str(w.message)]
     return dict(Counter(f"{os.path.join(*Path(w.filename).parts[-2:])}:{w.lineno}" for w in found))
 
 
-def captured(call: Call) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of a call, whose tensors must stay where they are. Warmed up on a side stream first."""
+def captured(call: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A CUDA graph of a call and the result that each replay writes. The tensors that it reads must stay where they are."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    with torch.cuda.stream(side):  # libraries set themselves up here, which a capture forbids
         for _ in range(3):
             call()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        call()
-    return graph
+        result = call()
+    return graph, result

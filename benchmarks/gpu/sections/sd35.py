@@ -20,10 +20,11 @@ from parallel_backend.sampling.image import sample_latent
 from parallel_backend.sampling.parameterization import Flow
 
 from ..attention_kernels import KERNELS, attention_kernels, tried
+from ..busy import COLUMNS, busy_row, tell_slowest
 from ..options import Options
 from ..report import NO_GPU, Report, Value
 from ..sizes import Sizes, dtype_name, sizes_of
-from ..timing import profile, synchronizations, timed
+from ..timing import synchronizations, timed
 from ..weights import mmdit_predictor, mmdit_tensors, relative_error, sd3_prompts
 
 SAMPLERS = ("euler", "dpmpp_2m", "uni_pc", "dpmpp_2m_sde")
@@ -116,24 +117,11 @@ def _sampled(sizes: Sizes, predictor: Predictor, prompts: list[Prompt], sampler:
 
 
 def _busy(report: Report, sizes: Sizes, predictor: Predictor, how: str) -> None:
-    report.table(f"One evaluation of SD3.5-Large, {how}, native, {dtype_name(predictor.dtype)}", "what", "", "ms")
-    tell_busy(report, evaluation(sizes, predictor), predictor.device, sizes)
-
-
-def tell_busy(report: Report, call: Callable[[], object], device: torch.device, sizes: Sizes) -> None:
-    """Rows on how much of a call's time the GPU computes. Busy time is the profiler's, the whole without it."""
-    spent = timed(call, device, sizes.warm_up, sizes.repeats)
-    report.row("whole", None, spent.whole)
-    report.row("until the host is done", None, spent.host)
-    if device.type != "cuda":
-        report.row("kernels", NO_GPU)
-        return
-    seen = profile(call, device)
-    report.row("kernels", seen.kernels, seen.busy)
-    report.row("copies and fills", seen.copies)
-    report.row("busy share", seen.busy / spent.whole)
-    for name, milliseconds in seen.slowest:
-        report.row(name[:70].replace("|", "/"), None, milliseconds)
+    report.table(f"One evaluation of SD3.5-Large, 2 rows, native, {dtype_name(predictor.dtype)}, {how}", *COLUMNS)
+    call = evaluation(sizes, predictor)
+    row, seen = busy_row(how, timed(call, predictor.device, sizes.warm_up, sizes.repeats), call, predictor.device)
+    report.row(*row)
+    tell_slowest(report, f"it, {how}", seen)
 
 
 def _model(predictor: Predictor) -> StagedTransformer:

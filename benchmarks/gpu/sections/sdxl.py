@@ -13,12 +13,12 @@ from parallel_backend.distributed.mesh import build_mesh
 from parallel_backend.distributed.stale import EXACT, Step
 from parallel_backend.models.prediction import Predictor
 
+from ..busy import COLUMNS, busy_row, tell_slowest
 from ..options import Options
-from ..report import NO_GPU, Report
+from ..report import Report
 from ..sizes import Sizes, dtype_name, sizes_of
-from ..timing import profile, timed
+from ..timing import timed
 from ..weights import Tensors, sdxl_prompts, unet_predictor, unet_tensors
-from .sd35 import tell_busy
 
 BANDS, RANK = 4, 1
 
@@ -26,15 +26,24 @@ BANDS, RANK = 4, 1
 @torch.inference_mode()
 def run(report: Report, options: Options) -> None:
     device, sizes = torch.device(options.device), sizes_of(options)
+    calls: dict[str, Callable[[], object]] = {}
     for dtype in sizes.dtypes:
         tensors = unet_tensors(sizes.unet, device, dtype)
         alone = unet_predictor(tensors, sizes.unet, device, dtype)
-        for rows in (1, 2):
-            report.table(
-                f"One evaluation of SDXL, {sizes.side} px, rows: {rows}, {dtype_name(dtype)}", "what", "", "ms"
-            )
-            tell_busy(report, evaluation(sizes, alone, rows), device, sizes)
-    _bands(report, sizes, device, tensors)
+        calls |= {
+            f"{rows} row{'s' * (rows - 1)}, {dtype_name(dtype)}": evaluation(sizes, alone, rows) for rows in (1, 2)
+        }
+    bands = f"rank {RANK} of patch={BANDS}, {dtype_name(dtype)}, messages take no time"
+    calls |= {f"{bands}, {phase}": call for phase, call in band_evaluations(sizes, device, tensors).items()}
+    report.table(f"One evaluation of SDXL, {sizes.side} px", *COLUMNS)
+    times = {name: timed(call, device, sizes.warm_up, sizes.repeats) for name, call in calls.items()}
+    profiles = []
+    for name, call in calls.items():
+        row, seen = busy_row(name, times[name], call, device)
+        report.row(*row)
+        profiles.append((name, seen))
+    for name, seen in (profiles[0], profiles[-1]):
+        tell_slowest(report, name, seen)
 
 
 def evaluation(sizes: Sizes, predictor: Predictor, rows: int) -> Callable[[], list[Tensor]]:
@@ -45,18 +54,11 @@ def evaluation(sizes: Sizes, predictor: Predictor, rows: int) -> Callable[[], li
     return lambda: predictor.outputs(x, timestep, prompts, EXACT)
 
 
-def _bands(report: Report, sizes: Sizes, device: torch.device, tensors: Tensors) -> None:
-    """One rank's part of patch=4, whose neighbours answer at once and with nothing: no message takes time."""
-    report.table(
-        f"Rank {RANK} of patch={BANDS}, messages that take no time, 1 row", "steps", "ms", "of the host", "GPU busy, ms"
-    )
-    for name, call in band_evaluations(sizes, device, tensors).items():
-        spent = timed(call, device, sizes.warm_up, sizes.repeats)
-        report.row(name, spent.whole, spent.host, _busy(call, device))
-
-
 def band_evaluations(sizes: Sizes, device: torch.device, tensors: Tensors) -> dict[str, Callable[[], Tensor]]:
-    """An exact and a displaced evaluation of one band. Comm: none; the process group is torch's fake one."""
+    """An exact and a displaced evaluation of one band, of one row.
+
+    The process group is torch's fake one: neighbours answer at once, and with nothing.
+    """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dtype = next(iter(tensors.values())).dtype
@@ -72,7 +74,3 @@ def band_evaluations(sizes: Sizes, device: torch.device, tensors: Tensors) -> di
         "exact": lambda: network(*given, EXACT),
         "displaced": lambda: network(*given, Step(1, "displaced", kept=kept)),
     }
-
-
-def _busy(call: Callable[[], object], device: torch.device) -> float | str:
-    return profile(call, device).busy if device.type == "cuda" else NO_GPU
