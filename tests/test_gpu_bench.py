@@ -151,7 +151,8 @@ def test_every_kernel_has_a_row_and_agrees_with_fp64(tmp_path: Path, monkeypatch
 def no_group_stays() -> Iterator[None]:
     yield
     if torch.distributed.is_initialized():
-    
+        torch.distributed.destroy_process_group()
+
 
 @pytest.mark.usefixtures("no_group_stays")
 def test_sdxl_is_measured_whole_and_as_one_band(tmp_path: Path) -> None:
