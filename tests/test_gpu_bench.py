@@ -7,9 +7,12 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +24,7 @@ from benchmarks.gpu.options import ROOT, Options
 from benchmarks.gpu.report import NO_GPU, Report, Told, shown, summary
 from benchmarks.gpu.runner import Section, run_all
 from benchmarks.gpu.sections import beside, graphs, loading, memory, ranks, sd35, sdxl
-from benchmarks.gpu.timing import covered
+from benchmarks.gpu.timing import covered, profile, synchronizations
 
 pytestmark = pytest.mark.busy
 
@@ -117,6 +120,42 @@ def test_figures_are_short() -> None:
 
 def test_kernels_that_overlap_are_counted_once() -> None:
     assert covered([(5, 7), (0, 2), (1, 3), (1, 2)]) == 5
+
+
+def test_launches_and_busy_time_are_those_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+
+    def event(name: str, device: object, start: float, end: float, marked: bool = False) -> SimpleNamespace:
+        span = SimpleNamespace(start=start, end=end)
+        return SimpleNamespace(name=name, device_type=device, time_range=span, is_user_annotation=marked)
+
+    events = [
+        event("aten::mm", cpu, 0, 9000),
+        event("gemm", cuda, 1000, 2000),
+        event("gemm", cuda, 1500, 3000),  # on another stream
+        event("Memcpy DtoD", cuda, 5000, 5500),
+        event("## region", cuda, 0, 9000, marked=True),
+    ]
+    recorded = nullcontext(SimpleNamespace(events=lambda: events))
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: recorded)
+    seen = profile(lambda: None, torch.device("cpu"))
+    assert (seen.kernels, seen.copies, seen.busy) == (2, 1, 2.5)
+    assert seen.slowest == [("gemm", 2.5), ("Memcpy DtoD", 0.5)]
+
+
+def test_places_where_the_host_waits_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def call() -> None:
+        for _ in range(3):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+
+    ((place, count),) = synchronizations(call).items()
+    assert place.startswith("tests/test_gpu_bench.py:") and count == 3
+    assert modes == ["warn", "default"]
 
 
 # -- the entry script -------------------------------------------------------------------------------------------
