@@ -44,7 +44,10 @@ def _parser() -> argparse.ArgumentParser:
     _named(serve)
     _ranks(serve)
     serve.add_argument(
-        "--idle-seconds", type=float, default=DEFAULT_IDLE_SECONDS, help="end after so long without a job"
+        "--idle-seconds",
+        type=float,
+        default=DEFAULT_IDLE_SECONDS,
+        help="let the models go after so long without a job, and end after 8 times as long",
     )
     serve.add_argument("--memory-budget-mib", type=int, default=0, help="for models, per rank; 0 is no limit")
     serve.add_argument("--detach", action="store_true", help="return as soon as it is ready")
@@ -235,7 +238,7 @@ def describe(state: BackendState) -> str:
     lines = [
         f"backend {state.name}: version {state.version}, generation {state.generation}, up {state.uptime:.0f} s",
         f"jobs: {running}, {state.queued} queued, {state.jobs_done} done, {state.jobs_failed} of them failed or cancelled; "
-        f"{state.cached_tensors} prompts' tensors kept",
+        f"{state.cached_tensors} prompts' tensors kept ({state.cached_bytes / 2**20:.1f} MiB)",
         f"since the start: {state.restarts} restarts, {state.refused} messages refused",
         f"{'rank':>4}  {'host':<16} {'pid':>8}  {'device':<8} {'used MiB':>9} {'free MiB':>9} {'all MiB':>9}  name",
     ]

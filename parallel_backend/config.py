@@ -19,7 +19,7 @@ UNET_AXES, UNET_REST = ("dp", "cfg", "patch"), "patch"
 DTYPES = ("float32", "float16", "bfloat16")
 KERNELS = ("auto", "native", "flash", "flash3", "sage", "cudnn", "efficient")
 DeviceType = Literal["cuda", "cpu"]
-DEFAULT_IDLE_SECONDS = 4 * 3600
+DEFAULT_IDLE_SECONDS = 1800
 LONGEST_IDLE_SECONDS = 1e8
 
 SAMPLERS = (

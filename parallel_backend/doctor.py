@@ -17,7 +17,9 @@ from packaging.requirements import Requirement
 
 from .client.backend import Backend
 from .client.launcher import default_ranks
+from .client.links import prove_links
 from .client.requirements import COMMANDS_NEED, RANKS_NEED, shortfall
+from .config import BackendSpec
 from .distributed.device_memory import memory_of
 from .errors import BackendError
 from .rpc import runtime_dir as files
@@ -39,7 +41,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """All findings, in the order of the page."""
-    parts: list[Callable[[], Iterator[Finding]]] = [versions, devices, folders, network, backends]
+    parts: list[Callable[[], Iterator[Finding]]] = [versions, devices, folders, network, links, backends]
     return [finding for part in parts for finding in part()]
 
 
@@ -129,6 +131,19 @@ def network() -> Iterator[Finding]:
     except OSError:
         remedy = "Add it to /etc/hosts, or set GLOO_SOCKET_IFNAME (serve --interface)."
         yield Finding("note", f"this host's name {socket.gethostname()!r} has no address", remedy)
+
+
+def links() -> Iterator[Finding]:
+    """Ranks as a backend would have them, started for this: on GPUs a link that is broken is silent, and is met in no other way."""
+    device, count = default_ranks()
+    if count < 2:
+        return
+    try:
+        figures = prove_links(BackendSpec("doctor", count, device))  # type: ignore[arg-type]
+    except BackendError as error:
+        yield Finding("wrong", error.message, error.remedy)
+        return
+    yield from (Finding("ok", f"{count} ranks on {device}: {figure}") for figure in figures)
 
 
 def backends() -> Iterator[Finding]:

@@ -76,6 +76,20 @@ def pack_size(model: RemoteModel, conditioning: Conditioning) -> bytes:
 # -- progress and cancel ----------------------------------------------------------------------------------------
 
 
+def test_prompts_leave_with_the_connection_that_sent_them(backend2: Backend, model: RemoteModel) -> None:
+    sample(model)
+    kept = backend2.status().cached_bytes
+    prompt = NEGATIVE.context.nbytes + NEGATIVE.pooled.nbytes
+    others = [Backend.attach("test2") for _ in range(2)]
+    for other in others:
+        RemoteModel(other, model.load, model.loaded).sample(EMPTY, NEGATIVE, seed=1, steps=1)
+    assert backend2.status().cached_bytes == kept + 2 * prompt
+    others[0].close()
+    wait_until(lambda: backend2.status().cached_bytes == kept + prompt)
+    others[1].close()
+    wait_until(lambda: backend2.status().cached_bytes == kept)
+
+
 def test_every_step_is_reported_with_a_preview(model: RemoteModel, expected: Tensor) -> None:
     steps: list[Step] = []
     out = sample(model, preview=True, on_step=steps.append)

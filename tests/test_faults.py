@@ -29,9 +29,17 @@ def test_a_fault_is_named_in_time_and_the_next_prompt_works(fault: Fault, rows: 
         assert row.detected is None, row.error
         return
     assert row.detected is not None and re.search(fault.error, row.error), row.error
-    # The promise that README makes, not a measurement: 10 seconds, and 30 where a rank is stopped.
-    assert row.detected < (30 if "stopped" in fault.name else 10)
-    assert row.code in ("backend_lost", "rank", "out_of_memory", "checkpoint")
+    # The promise that README makes, not a measurement: 10 seconds, 30 where a rank is stopped, 60 where one sleeps.
+    assert row.detected < next(
+        (seconds for word, seconds in (("stopped", 30), ("asleep", 60)) if word in fault.name), 10
+    )
+    assert row.code in (
+        "backend_lost",
+        "rank",
+        "out_of_memory",
+        "checkpoint",
+        *["cancelled"] * ("asleep, " in fault.name),
+    )
 
 
 @pytest.mark.parametrize("name", IN_PLACE)

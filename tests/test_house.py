@@ -48,11 +48,14 @@ ALLOWED = {
         "errors",
     },
     "__init__": {"client", "rpc.conditioning", "config", "version"},
-    "doctor": {"client", "distributed.device_memory", "rpc", "errors", "version"},
+    "doctor": {"client", "config", "distributed.device_memory", "rpc", "errors", "version"},
     "__main__": {"bench", "demo", "doctor", "client", "models.from_scratch_file", "rpc", "config", "errors", "version"},
 }
 # Inside the ranks' room, from the bottom up: a file imports only those before it.
-RANK_ORDER = ("lean_imports", "jobs", "room", "allowed_files", "watch", "sample", "engine", "one_process", "server")
+RANK_ORDER = (
+    *("lean_imports", "jobs", "room", "allowed_files", "pulse", "watch", "world", "place", "kept_tensors", "residents"),
+    *("sample", "engine", "one_process", "server"),
+)
 KNOWN_TO_NODES = {"config", "errors", "client", "rpc", "checkpoint_files", "demo"}
 
 

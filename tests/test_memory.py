@@ -14,11 +14,13 @@ from parallel_backend.checkpoint_files.safetensors_file import content_key
 from parallel_backend.config import MeshSpec
 from parallel_backend.distributed.control import Control
 from parallel_backend.distributed.device_memory import as_out_of_memory, memory_of
-from parallel_backend.errors import OutOfMemoryError
+from parallel_backend.errors import CheckpointError, OutOfMemoryError
 from parallel_backend.rank.engine import Engine
 from parallel_backend.rank.jobs import Job
+from parallel_backend.rank.residents import Residents
 from parallel_backend.rank.room import check_fits
-from parallel_backend.rpc.messages import Loaded, LoadModel, LoadVAE, RequestHeader, Unload
+from parallel_backend.rpc.messages import Decode, Encode, Loaded, LoadModel, LoadVAE, RequestHeader, Unload
+from parallel_backend.rpc.wire import tensor_meta
 
 GIB = 2**30
 CUDA_WORDS = (
@@ -46,12 +48,12 @@ def test_a_model_that_does_not_fit_is_told_where_it_would(
     with pytest.raises(
         OutOfMemoryError, match=f"big needs {needed // 2**20} MiB on rank 3, which has {free // 2**20}"
     ) as caught:
-        check_fits(needed, free, "big", kind, spec, 4, 3)
+        check_fits(needed, free, "cuda", "big", kind, spec, 4, 3)
     assert remedy in caught.value.remedy
 
 
 def test_a_model_that_fits_passes() -> None:
-    check_fits(8 * GIB, 10 * GIB, "big", "mmdit", MeshSpec(cfg=2, tp=2), 4, 0)
+    check_fits(8 * GIB, 10 * GIB, "cuda", "big", "mmdit", MeshSpec(cfg=2, tp=2), 4, 0)
 
 
 @pytest.mark.parametrize("beside", [200, -40])
@@ -63,16 +65,14 @@ def test_another_model_leaves_where_that_makes_room(beside: int, models: Path, m
     first = _load(engine, large)
     # It is small; it leaves in place of one of 1 GiB.
     engine.residents[first.model].state = msgspec.structs.replace(engine.residents[first.model].state, rank_bytes=GIB)
-    monkeypatch.setattr(
-        Engine, "_free_bytes", lambda rank: needed + beside * 2**20 + GIB * (first.model not in rank.residents)
-    )
+    monkeypatch.setattr(Residents, "free_bytes", lambda held: needed + beside * 2**20 + GIB * (first.model not in held))
     second = _load(engine, medium)
     assert second.evicted == [large.name] and list(engine.residents) == [second.model]
 
 
 def test_a_model_stays_where_another_fits_beside_it(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(torch.device("cpu"))
-    monkeypatch.setattr(Engine, "_free_bytes", lambda rank: GIB)
+    monkeypatch.setattr(Residents, "free_bytes", lambda held: GIB)
     for size in ("large", "medium"):
         assert _load(engine, models / "diffusion_models" / f"sd3.5-{size}.safetensors").evicted == []
     assert len(engine.residents) == 2
@@ -128,3 +128,21 @@ def test_a_model_that_is_unloaded_is_gone_at_once(kind: str, models: Path) -> No
 def test_memory_is_told_in_bytes_that_can_be() -> None:
     free, total, used = memory_of(torch.device("cpu"))
     assert 0 < free < total and 0 < used < total
+
+
+def test_what_a_decode_or_a_load_that_failed_took_is_given_back(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, where others may need it; torch would keep it for this rank."""
+    given: list[str] = []
+    monkeypatch.setattr("parallel_backend.rank.engine.give_back", lambda device: given.append("decode"))
+    monkeypatch.setattr(Residents, "give_back_memory", lambda residents: given.append("load"))
+    engine, job = Engine(torch.device("cpu")), Job(Control(), lambda body, tensors: None, lambda: False)
+    path = models / "vae" / "sd3_vae.safetensors"
+    reply, _ = engine.handle(RequestHeader(1, LoadVAE([str(path)], content_key(path), "float32")), [], job)
+    assert isinstance(reply, Loaded) and given == []
+    latent, image = torch.zeros(1, 16, 4, 4), torch.zeros(1, 32, 32, 3)
+    engine.handle(RequestHeader(2, Decode(reply.model, 0), [tensor_meta(latent)]), [latent], job)
+    engine.handle(RequestHeader(3, Encode(reply.model, 0), [tensor_meta(image)]), [image], job)
+    assert given == ["decode", "decode"]
+    with pytest.raises(CheckpointError):
+        engine.handle(RequestHeader(4, LoadModel(str(path), content_key(path), "float32", MeshSpec())), [], job)
+    assert given[2:] == ["load"] and engine._joining is None

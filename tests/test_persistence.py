@@ -81,9 +81,13 @@ def test_two_starts_at_once_make_one_backend_which_outlives_both(runtime_folder:
         Backend.attach("race")
 
 
-def test_an_idle_backend_ends_by_itself(runtime_folder: Path) -> None:
-    backend = Backend.attach_or_start(1, "cpu", "idle", idle_seconds=1.0)
-    assert files.wait_until_gone(backend.record.agent_pid, 30)
+def test_an_idle_backend_lets_its_models_go_and_then_ends_by_itself(runtime_folder: Path, large: Path) -> None:
+    backend = Backend.attach_or_start(1, "cpu", "idle", idle_seconds=0.5)
+    model = backend.load_model(large, MeshSpec(), "float32")
+    wait_until(lambda: not backend.status().models, 10)
+    assert backend.status().cached_bytes == 0 and files.read_record("idle") is not None
+    assert torch.isfinite(sample(model)).all(), "it comes back by itself"
+    assert files.wait_until_gone(backend.record.agent_pid, 40)
     assert files.read_record("idle") is None
     backend.close()
 
@@ -133,10 +137,11 @@ def test_cpu_ranks_dont_push_each_other_off_their_cores(backend2: Backend) -> No
 
 
 def doctor() -> str:
-    """What `parallel-mmdit doctor` prints."""
-    with redirect_stdout(StringIO()) as said:
+    """What `parallel-mmdit doctor` prints; the links, which test_links proves, are left out."""
+    with pytest.MonkeyPatch.context() as patched, redirect_stdout(StringIO()) as page:
+        patched.setattr("parallel_backend.doctor.prove_links", lambda spec: [])
         main(["doctor"])
-    return said.getvalue()
+    return page.getvalue()
 
 
 def test_the_command_line_tells_and_stops(runtime_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 
 import torch
 from torch import Tensor
@@ -31,6 +32,13 @@ from ..small_checkpoints.mmdit import small_config, write_mmdit
 from ..small_checkpoints.prompts import random_prompt
 
 GIVE_UP_SECONDS = 60.0
+# What the ranks of this table's backend do at a signal: nothing else makes a thread sleep from outside.
+SLEEP = signal.SIGUSR1
+_AT_START = """
+import os, signal, time
+if "RANK" in os.environ:
+    signal.signal(signal.SIGUSR1, lambda *_: time.sleep(1e6))
+"""
 SETTLE_SECONDS = 2.5
 _SMALL, _LARGE = (1, 16, 16, 16), (8, 16, 128, 128)
 
@@ -44,6 +52,7 @@ class Stage:
     checkpoint: Path
     expected: Tensor = field(init=False)
     struck: float = field(init=False, default=0.0)
+    given_up: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self.expected = self.sample()
@@ -55,7 +64,7 @@ class Stage:
 
     def sample_and(self, strike: Callable[[], object], steps: int = 1000) -> None:
         """Strikes in the middle of a job and waits for how it ends."""
-        self.struck = 0.0
+        self.struck, self.given_up = 0.0, False
 
         def on_step(step: Step) -> None:
             if step.index == 2:
@@ -65,7 +74,7 @@ class Stage:
         self.sample(steps=steps, on_step=on_step, should_cancel=self._waited_long)
 
     def _waited_long(self) -> bool:
-        return bool(self.struck) and time.monotonic() - self.struck > GIVE_UP_SECONDS
+        return self.given_up or (bool(self.struck) and time.monotonic() - self.struck > GIVE_UP_SECONDS)
 
     def pid(self, rank: int) -> int:
         return self.backend.status().ranks[rank].pid
@@ -100,6 +109,31 @@ def signalled(rank: int, number: signal.Signals) -> Callable[[Stage], None]:
         stage.sample_and(lambda: os.kill(pid, number))
 
     return act
+
+
+def asleep_and(then: Callable[[Stage], object]) -> Callable[[Stage], None]:
+    """Rank 1 falls asleep for ever between two steps, as one would that waits for a lock or a link; the others wait for it in
+    a collective."""
+
+    def act(stage: Stage) -> None:
+        pid = stage.pid(1)
+
+        def strike() -> None:
+            os.kill(pid, SLEEP)
+            then(stage)
+
+        stage.sample_and(strike)
+
+    return act
+
+
+def cancel(stage: Stage) -> None:
+    stage.given_up = True
+
+
+def stop(stage: Stage) -> None:
+    """By somebody else, while the job waits."""
+    Thread(target=lambda: Backend.attach(stage.backend.spec.name).stop()).start()
 
 
 def torchrun_killed(stage: Stage) -> None:
@@ -204,6 +238,9 @@ FAULTS = [
     Fault("rank 0 killed", signalled(0, signal.SIGKILL), "rank 0 was killed by signal 9|A rank failed"),
     Fault("rank 1 stopped", signalled(1, signal.SIGSTOP), "rank 1 .* was stopped"),
     Fault("rank 0 stopped", signalled(0, signal.SIGSTOP), "rank 0 .* was stopped"),
+    Fault("rank 1 asleep", asleep_and(lambda stage: None), "no rank has moved for 40 s in Sample; .*NCCL_P2P_DISABLE"),
+    Fault("rank 1 asleep, cancel", asleep_and(cancel), "The job was cancelled"),
+    Fault("rank 1 asleep, stop", asleep_and(stop), "stopped|gone|ended|cancelled"),
     Fault("torchrun killed", torchrun_killed, "torchrun .* is gone"),
     Fault("out of memory on rank 1", out_of_memory([1]), "[Rr]ank 1 on cpu is out of memory: .* MiB more"),
     Fault("out of memory on all ranks", out_of_memory([0, 1]), "Rank 0 on cpu is out of memory: .* MiB more"),
@@ -256,16 +293,22 @@ def run_faults(names: Sequence[str] = (), report: Callable[[Row], None] = lambda
     known = [fault.name for fault in FAULTS]
     if unknown := [name for name in names if name not in known]:
         raise ConfigError(f"There is no fault {unknown[0]!r}.", f"Choose of: {', '.join(known)}.")
-    before = os.environ.get("PARALLEL_MMDIT_RUNTIME_DIR")
-    with small_disk() as disk, tempfile.TemporaryDirectory(prefix="pmf-") as models:
-        os.environ["PARALLEL_MMDIT_RUNTIME_DIR"] = str(disk)
-        try:
-            return list(_rows([f for f in FAULTS if f.name in (names or known)], Path(models), disk, report))
-        finally:
-            if before is None:
-                del os.environ["PARALLEL_MMDIT_RUNTIME_DIR"]
-            else:
-                os.environ["PARALLEL_MMDIT_RUNTIME_DIR"] = before
+    with small_disk() as disk, tempfile.TemporaryDirectory(prefix="pmf-") as folder:
+        (Path(folder) / "sitecustomize.py").write_text(_AT_START)
+        path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH", "")]))
+        with _environment(PARALLEL_MMDIT_RUNTIME_DIR=str(disk), PYTHONPATH=path):
+            return list(_rows([f for f in FAULTS if f.name in (names or known)], Path(folder), disk, report))
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ |= variables
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _rows(faults: Sequence[Fault], models: Path, disk: Path, report: Callable[[Row], None]) -> Iterator[Row]:

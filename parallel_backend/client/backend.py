@@ -150,19 +150,13 @@ class Backend(Connection):
         with contextlib.suppress(BackendLostError, StartError):
             self.request(Unload(list(models)))
 
-    def stop(self, seconds: float = 20.0) -> None:
-        """Ends the backend's processes and waits until they are gone.
+    def stop(self, seconds: float = 30.0) -> None:
+        """Ends the backend's processes and waits until they are gone; ranks that no longer answer are killed.
 
-        Raises: StartError: they still run after `seconds`.
+        Raises: StartError: they still run after `seconds` and all that.
         """
         with contextlib.suppress(BackendLostError, StartError):
             self.request(Stop())
-        if self.spec.address:
-            self.close()
-            return
-        if not files.wait_until_gone(self.record.agent_pid, seconds):
-            raise StartError(
-                f"Backend {self.spec.name!r} (process {self.record.agent_pid}) still runs {seconds:.0f} s after stop.",
-                f"End it with `kill {self.record.agent_pid}`.",
-            )
         self.close()
+        if not self.spec.address and not files.wait_until_gone(self.record.agent_pid, seconds):
+            launcher.kill(self.spec.name, self.record.agent_pid)

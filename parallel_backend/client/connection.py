@@ -28,6 +28,7 @@ from ..rpc.messages import (
     FINAL_REPLIES,
     Cancel,
     Failed,
+    Goodbye,
     Hello,
     Loaded,
     LoadModel,
@@ -50,6 +51,7 @@ from .places import RECONNECT_SECONDS, Place
 from .sent_tensors import Attachment, SentTensors
 
 POLL_MS = 50
+GOODBYE_MS = 500
 LIVENESS_SECONDS = 0.5
 PING_SECONDS = 2.0
 # A backend that computes answers pings all the same; its other ranks end a stopped one sooner than this.
@@ -91,10 +93,11 @@ class Connection:
         return self.record.world_size
 
     def close(self) -> None:
-        """Leave the backend; it runs on."""
+        """Leave the backend; it runs on, and forgets the prompts that this connection has sent."""
         with self.lock:
             if self._socket is not None:
-                self._socket.close(linger=0)
+                self._send(Goodbye())
+                self._socket.close(linger=GOODBYE_MS)
                 self._socket = None
 
     def load(
@@ -186,16 +189,18 @@ class Connection:
     def _final(
         self, body: Reply, tensors: list[Tensor], keys: list[str], pending: BaseException | None
     ) -> tuple[Reply, list[Tensor]]:
+        if isinstance(body, Failed) and body.code in ENDING:
+            self._lost = (
+                True  # its ranks may be about to end: the next request must not go to what is still there of them
+            )
         if pending is not None:
             raise pending
         if isinstance(body, Failed):
-            # Its ranks may be about to end: the next request must not go to what is still there of them.
-            self._lost = self._lost or body.code in ENDING
             raise error_from_code(body.code, body.message, body.remedy)
         self._sent.note_sent(keys)
         return body, tensors
 
-    def _send(self, body: Cancel | Ping) -> int:
+    def _send(self, body: Cancel | Ping | Goodbye) -> int:
         """A control message whose answer nobody waits for; its number."""
         assert self._socket is not None
         self._jobs += 1

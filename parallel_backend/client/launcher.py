@@ -22,6 +22,7 @@ from .requirements import check_installed
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 180.0
+KILL_SECONDS = 10.0
 MAX_RESTARTS = 100
 # Of a host among several: a start that lasted less was in vain, and so many in a row are the last ones.
 GOOD_SECONDS, STARTS_IN_VAIN, LONGEST_PAUSE = 120.0, 30, 30.0
@@ -108,19 +109,32 @@ def run(spec: BackendSpec, serve: ServeSpec) -> int:
 def end(name: str, seconds: float = 20.0) -> bool:
     """Ends a backend that can't be asked to stop: one of another version, or between two starts of its ranks.
 
-    Returns: whether there was one. Raises: StartError: it still runs after `seconds`.
+    Returns: whether there was one. Raises: as `kill`.
     """
     record = files.read_record(name) or files.restarting(name)
     if record is None:
         return False
     os.kill(record.agent_pid, signal.SIGTERM)
     if not files.wait_until_gone(record.agent_pid, seconds):
-        raise StartError(
-            f"Backend {name!r} (process {record.agent_pid}) still runs {seconds:.0f} s after stop.",
-            f"End it with `kill -9 {record.agent_pid}`.",
-        )
+        kill(name, record.agent_pid)
     (files.runtime_dir(name) / "backend.json").unlink(missing_ok=True)
     return True
+
+
+def kill(name: str, agent_pid: int) -> None:
+    """torchrun and its ranks are gone, whatever they were waiting for.
+
+    Raises: StartError: the kernel can't end them, as where a driver is stuck.
+    """
+    pids = [agent_pid, *files.children(agent_pid)]
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    if left := [pid for pid in pids if not files.wait_until_gone(pid, KILL_SECONDS)]:
+        raise StartError(
+            f"Backend {name!r} was killed, and process {', '.join(map(str, left))} is still there.",
+            "It hangs in the kernel, most likely in the GPU's driver: see dmesg; only a restart of the machine ends that.",
+        )
 
 
 def _restarted(spec: BackendSpec, waiting: Waiting) -> BackendRecord | None:

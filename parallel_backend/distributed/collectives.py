@@ -58,7 +58,7 @@ class Handle:
 
 
 def start_all_reduce(x: Tensor, axis: MeshAxis) -> Handle:
-    """Sum of `x` over the axis, in place.
+    """Sum of `x` over the axis: `x` itself afterwards where it is contiguous, else a copy. Use the handle's result.
 
     Comm: ring all-reduce, 2 (degree - 1) / degree * x.numel() elements sent by each rank.
     """

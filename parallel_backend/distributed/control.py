@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import BackendError, RankError, error_from_code
+from .device_faults import breaks_rank, known_fault
 from .device_memory import as_out_of_memory
 
 log = logging.getLogger("parallel_backend")
@@ -73,7 +74,7 @@ class Control:
         self._group = None if alone else dist.new_group(backend="gloo", timeout=_FOREVER)
         self._store = store
         self.device = device or torch.device("cpu")
-        self._jobs = self._calls = 0
+        self._jobs = self.calls = 0
 
     def hand_on(self, frames: Sequence[memoryview] | None) -> list[memoryview]:
         """The frames that rank 0 has, on every rank. Rank 0 gives them, the others give None and wait.
@@ -112,7 +113,7 @@ class Control:
         if self._group is None:
             return flag
         shared = torch.tensor([flag], dtype=torch.uint8)
-        self._calls += 1
+        self.calls += 1
         dist.broadcast(shared, 0, group=self._group)
         return bool(shared)
 
@@ -133,7 +134,7 @@ class Control:
         sent = torch.zeros(_NOTE_BYTES, dtype=torch.uint8)
         sent[:4] = torch.frombuffer(bytearray(len(raw).to_bytes(4, "little")), dtype=torch.uint8)
         sent[4 : 4 + len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-        self._calls += 1
+        self.calls += 1
         full = torch.empty(self.world_size * _NOTE_BYTES, dtype=torch.uint8)
         dist.all_gather(list(full.view(self.world_size, _NOTE_BYTES)), sent, group=self._group)
         notes = []
@@ -156,57 +157,63 @@ class Control:
     def agreed(self, local: Callable[[], T]) -> T:
         """What `local` returns, once it has succeeded on every rank; it must not communicate.
 
-        Raises: the first rank's error, as the same error on every rank, so that all leave the job together.
+        Raises: the first rank's error, as the same error on every rank, so that all leave the job together; on one rank
+        alone what it can't go on from.
         """
         result: T | None = None
         outcome = _Outcome()
         try:
             result = local()
-        except BackendError as error:
-            outcome = _Outcome.of(error)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
-            outcome = _Outcome.of(self.named(error))
+        except Exception as error:
+            if breaks_rank(error):  # it ends, and with it the others
+                raise
+            outcome = _Outcome.of(_survived(self.named(error)))
         if not self._any_rank(bool(outcome.code)):
             return result  # type: ignore[return-value]
         said = next(note for note in self.gather(outcome) if note.code)
         raise error_from_code(said.code, said.message, said.remedy)
 
     def named(self, error: Exception) -> BackendError:
-        """Any error as one of ours, with this rank's name."""
+        """Any error as one of ours, with this rank's name and what helps, where that is known."""
+        if isinstance(error, BackendError):
+            return error
         log.error("failed", exc_info=error)
+        fault = known_fault(error)
         return as_out_of_memory(error, self.device, self.rank) or RankError(
-            f"Rank {self.rank} failed: {type(error).__name__}: {error}",
-            "The backend and its models go on; its log has the whole trace.",
+            f"Rank {self.rank} failed: {type(error).__name__}: {error}", fault.remedy if fault is not None else ""
         )
 
     def _any_rank(self, flag: bool) -> bool:
         if self._group is None:
             return flag
         shared = torch.tensor([flag], dtype=torch.uint8)
-        self._calls += 1
+        self.calls += 1
         dist.all_reduce(shared, dist.ReduceOp.MAX, group=self._group)
         return bool(shared)
 
     def share(self, x: Tensor) -> Tensor:
         """Rank 0's `x` in place on every rank, over the default group of its device."""
         if self._group is not None:
-            self._calls += 1
+            self.calls += 1
             dist.broadcast(x, 0)
         return x
 
-    def verdict(self, error: BackendError, place: Sequence[int]) -> BackendError | None:
+    def verdict(self, error: Exception, place: Sequence[int]) -> BackendError | None:
         """The first rank's error, where every rank has failed in this job and at the same place; else None.
 
-        Then no rank waits for another, and the communicators are as good as before.
+        Then no rank waits for another, and devices and communicators are as good as before.
 
         Args:
             place: how many collectives this rank has started, by axis.
         """
+        if breaks_rank(error):
+            return None
+        named = _survived(self.named(error))
         if self._group is None:
-            return error
+            return named
         if self._store is None:
             return None
-        mine = _Raised([self._calls, *place], _Outcome.of(error))
+        mine = _Raised([self.calls, *place], _Outcome.of(named))
         self._store.set(f"raised/{self._jobs}/{self.rank}", msgspec.json.encode(mine).decode())
         keys = [f"raised/{self._jobs}/{rank}" for rank in range(self.world_size)]
         deadline = time.monotonic() + _VERDICT_SECONDS
@@ -219,6 +226,13 @@ class Control:
             return None
         first = raised[0].error
         return error_from_code(first.code, first.message, first.remedy)
+
+
+def _survived(error: BackendError) -> BackendError:
+    """The error of a job after which ranks go on."""
+    if isinstance(error, RankError) and not error.remedy:
+        error.remedy = "The backend and its models go on; its log has the whole trace."
+    return error
 
 
 def _cut(text: str) -> str:

@@ -6,10 +6,13 @@ import os
 import re
 
 import torch
+import torch.distributed as dist
 
 from ..errors import OutOfMemoryError
 
 _ASKED = re.compile(r"(?:[Tt]ried to allocate) ([\d.]+) (bytes|KiB|MiB|GiB)")
+# NCCL's allocations fail by an error of its own, whose words depend on its version and on NCCL_DEBUG.
+_NCCL_LACKS = re.compile(r"out of memory|Cuda failure 2\b|Failed to CUDA (?:m|c)alloc", re.IGNORECASE)
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -30,10 +33,17 @@ def anonymous_bytes(pid: int | str = "self") -> int:
         return next((int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon")), 0)
 
 
+def give_back(device: torch.device) -> None:
+    """What was freed of a GPU can be had by other programs; on a CPU, where it is faster kept, nothing happens."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def as_out_of_memory(error: BaseException, device: torch.device, rank: int) -> OutOfMemoryError | None:
-    """The error of an allocation that failed, with what was asked for and what was free; None where it is another."""
+    """The error of an allocation that failed, of torch or NCCL, with what was asked for and free; None where it is another."""
     asked = _ASKED.search(str(error))
-    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not (asked and "alloc" in str(error)):
+    of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (asked and "alloc" in str(error))
+    if not of_memory and not (isinstance(error, dist.DistBackendError) and _NCCL_LACKS.search(str(error))):
         return None
     free, total, _ = memory_of(device)
     wanted = f"{float(asked[1]) * _UNITS[asked[2]] / 2**20:.0f} MiB more" if asked else "More"

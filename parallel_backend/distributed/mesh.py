@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 import torch.distributed as dist
 
 from ..config import AXES, MeshSpec
@@ -71,7 +72,7 @@ class Groups:
     """Process groups by their ranks, each made once: meshes whose axes join the same ranks share them.
 
     A group costs memory on a GPU (NCCL's buffers), and gloo's costs time even when idle: a thread that wakes for each.
-    Every rank of the world must ask for the same groups in the same order.
+    Every rank of the world must ask for the same groups, and let them go, in the same order.
     """
 
     def __init__(self) -> None:
@@ -91,6 +92,24 @@ class Groups:
             self._groups[key] = world if whole else dist.new_group(list(ranks))  # type: ignore[assignment]
         return self._groups[key]
 
+    def keep_only(self, meshes: Sequence[Mesh], bands: bool) -> None:
+        """Lets go of the groups that none of these meshes has, on any rank; of those of bands too where none are to come.
+
+        Comm: where there are any, one byte over the world: who lets go first could cut off what others still receive.
+        """
+        kept = {key for mesh in meshes for key in group_keys(mesh.spec)}
+        if bands:
+            kept |= {("", tuple(range(degree))) for degree in range(2, self.world_size + 1)}
+        gone = [key for key in self._groups if key not in kept]
+        if gone and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        if gone:
+            dist.all_reduce(torch.zeros(1, dtype=torch.uint8))
+        for key in gone:
+            group = self._groups.pop(key)
+            if group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
+
     def axis(self, name: str, groups_of_ranks: Sequence[Sequence[int]], use: str = "") -> MeshAxis:
         """This rank's axis among groups of ranks, of which one has it.
 
@@ -104,6 +123,26 @@ class Groups:
         return found
 
 
+# Whose messages must not wait for those of another axis over the same ranks.
+_WEIGHTS, _WAY_BACK = "weights", "way back"
+
+
+def _uses(spec: MeshSpec) -> dict[str, tuple[str, list[list[int]]]]:
+    """Each axis of the mesh with its use and its groups of ranks, in the order in which they are made."""
+    found = {axis: ("", spec.groups(axis)) for axis in AXES}
+    if spec.sliced:
+        found["weights"] = (_WEIGHTS, spec.groups("cfg", "patch"))
+    if spec.pp > 1:
+        found["way_back"] = (_WAY_BACK, spec.groups("pp"))
+        found["first_stage"] = ("", [[ranks[0] for ranks in spec.groups("pp")]])
+    return found
+
+
+def group_keys(spec: MeshSpec) -> set[tuple[str, tuple[int, ...]]]:
+    """What `Groups` knows the groups of a mesh by."""
+    return {(use, tuple(ranks)) for use, groups in _uses(spec).values() for ranks in groups if len(ranks) > 1}
+
+
 def build_mesh(spec: MeshSpec, groups: Groups | None = None) -> Mesh:
     """The mesh of `spec` over the whole world.
 
@@ -112,14 +151,10 @@ def build_mesh(spec: MeshSpec, groups: Groups | None = None) -> Mesh:
     """
     groups = groups or Groups()
     spec.check_world(groups.world_size)
-    axes = {axis: groups.axis(axis, spec.groups(axis)) for axis in AXES}
-    if spec.sliced:
-        axes["weights"] = groups.axis("weights", spec.groups("cfg", "patch"), use="weights")
-    if spec.pp == 1:
-        return Mesh(spec, **axes)
-    way_back = replace(groups.axis("way_back", spec.groups("pp"), use="way back"), traffic=axes["pp"].traffic)
-    firsts = [ranks[0] for ranks in spec.groups("pp")]
-    return Mesh(spec, **axes, way_back=way_back, first_stage=groups.axis("first_stage", [firsts]))
+    axes = {name: groups.axis(name, ranks, use) for name, (use, ranks) in _uses(spec).items()}
+    if "way_back" in axes:
+        axes["way_back"] = replace(axes["way_back"], traffic=axes["pp"].traffic)
+    return Mesh(spec, **axes)
 
 
 class BandAxes:

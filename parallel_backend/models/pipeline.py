@@ -50,7 +50,7 @@ class Pipeline:
         first_step: int,
         cancelled: Callable[[], bool],
     ) -> None:
-        """Comm: one byte from the last stage to the first. Raises: InputError: the image has too few rows for its patches."""
+        """Raises: InputError: the image has too few rows for its patches."""
         assert isinstance(predictor.network, TokenNetwork)
         self.network, self.mesh, self.device = predictor.network, predictor.mesh, predictor.device
         self.first_step, self.cancelled, self.dtype = first_step, cancelled, predictor.dtype
@@ -68,7 +68,6 @@ class Pipeline:
         self._vectors: list[Any] = []
         self._due: deque[Handle] = deque()
         self._sent: deque[Handle] = deque()
-        self._meet()
 
     @property
     def runs_samplers(self) -> bool:
@@ -149,14 +148,6 @@ class Pipeline:
         timeline = self._step.kept.timeline if self._step.kept is not None else None
         with nullcontext() if timeline is None else timeline.span(patch=patch):
             return self.network.model.stage(x, context, places, self._vectors[call], attend, arriving)
-
-    def _meet(self) -> None:
-        """NCCL joins two ranks at their first message, and both stand still for it: better now than in full flight."""
-        byte, last = torch.zeros(1, dtype=torch.uint8, device=self.device), self.mesh.pp.degree - 1
-        if self.network.model.is_last:
-            start_send(byte, 0, self.mesh.way_back).wait()
-        elif self.network.model.is_first:
-            start_receive(byte, last, self.mesh.way_back).wait()
 
     def _open_step(self) -> None:
         timeline = self._step.kept.timeline if self._step.kept is not None else None

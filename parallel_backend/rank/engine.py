@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import os
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -17,9 +12,10 @@ from torch import Tensor, nn
 
 from ..config import DTYPES, KERNELS, MeshSpec, choose
 from ..distributed.attention import resolve_kernel
-from ..distributed.device_memory import memory_of
+from ..distributed.device_memory import give_back
 from ..distributed.mesh import BandAxes, Groups, Mesh, build_mesh
-from ..errors import ConfigError, InputError, MissingTensorsError, ProtocolError, UnknownModelError
+from ..distributed.warm_up import warm_up
+from ..errors import BackendError, InputError, ProtocolError, UnknownModelError
 from ..models.checkpoint import load_parameters
 from ..models.compiled import check_compiler, compile_blocks
 from ..models.families import OpenedModel, open_model
@@ -30,6 +26,7 @@ from ..rpc.messages import (
     Decode,
     Done,
     Encode,
+    Forget,
     Forward,
     Loaded,
     LoadModel,
@@ -37,6 +34,7 @@ from ..rpc.messages import (
     ModelState,
     Progress,
     Reply,
+    Request,
     RequestHeader,
     Result,
     Sample,
@@ -44,35 +42,32 @@ from ..rpc.messages import (
 )
 from .allowed_files import AllowedFiles
 from .jobs import Job
-from .room import check_fits, fits
+from .kept_tensors import KeptTensors
+from .residents import Resident, Residents
 from .sample import run_sample
 
-TENSOR_CACHE_BYTES = 2**28
 COMPILED = "/compiled"
 
 
-@dataclass
-class Resident:
-    """A model that is held, and what is said of it."""
-
-    model: Predictor | BandVAE
-    state: ModelState
-    channels: int
+def is_compiled(body: Request) -> bool:
+    """Whether the job may wait for a compiler."""
+    if isinstance(body, LoadModel):
+        return body.compile
+    return isinstance(body, (Sample, Forward)) and body.model.endswith(COMPILED)
 
 
 class _Sizes(msgspec.Struct):
-    """What a rank says of a load: bytes read from the file, bytes held; and how many more there is room for."""
+    """What a rank says of a load: bytes read from the file, bytes held."""
 
     read: int
     held: int
-    free: int = 0
 
 
 class Engine:
     """One rank's models. All ranks handle the same requests in the same order.
 
     Args:
-        memory_budget: bytes per rank for models; the least recently used leave when it is passed. 0 is no budget.
+        memory_budget, sharers: as `Residents` takes them.
     """
 
     def __init__(
@@ -80,15 +75,16 @@ class Engine:
         device: torch.device,
         memory_budget: int = 0,
         files: AllowedFiles = AllowedFiles(),  # noqa: B008 - frozen
+        sharers: int = 1,
     ) -> None:
         self.device = device
         self.files = files
-        self.memory_budget = memory_budget
-        self.residents: OrderedDict[str, Resident] = OrderedDict()
+        self.residents = Residents(device, memory_budget, sharers, self._let_go_of_groups)
+        self.kept_tensors = KeptTensors()
         self._meshes: dict[MeshSpec, Mesh] = {}
         self._groups = Groups()
         self._bands = BandAxes(self._groups)
-        self._tensors: OrderedDict[str, Tensor] = OrderedDict()
+        self._joining: MeshSpec | None = None
         self._handlers: dict[type, Any] = {
             LoadModel: self._load_model,
             LoadVAE: self._load_vae,
@@ -97,18 +93,14 @@ class Engine:
             Decode: self._decode,
             Encode: self._encode,
             Unload: self._unload,
+            Forget: self._forget,
         }
 
     @property
     def place(self) -> list[int]:
         """How many collectives this rank has started, by axis: alike on ranks that stand at the same place."""
-        return [axis.traffic.collectives for mesh in self._meshes.values() for axis in mesh.axes] + [
-            self._bands.traffic.collectives
-        ]
-
-    @property
-    def cached_tensors(self) -> int:
-        return len(self._tensors)
+        meshes = list(self._meshes.values())  # another thread may be looking
+        return [axis.traffic.collectives for mesh in meshes for axis in mesh.axes] + [self._bands.traffic.collectives]
 
     @torch.inference_mode()
     def handle(self, header: RequestHeader, tensors: Sequence[Tensor | None], job: Job) -> tuple[Reply, list[Tensor]]:
@@ -116,34 +108,17 @@ class Engine:
 
         Raises: BackendError: on every rank alike; the models stay. Any other exception: ranks may be out of step.
         """
-        full = self._complete(header, tensors)
+        full = self.kept_tensors.complete(header.tensors, tensors)
         handler = self._handlers.get(type(header.body))
         if handler is None:
             raise ProtocolError(f"{type(header.body).__name__} is not a job.", "Send it as a control message.")
-        return handler(header.body, full, job)
-
-    # -- tensors that are kept by key -------------------------------------------------------------------------
-
-    def _complete(self, header: RequestHeader, tensors: Sequence[Tensor | None]) -> list[Tensor]:
-        """All tensors of the message; those sent with a key are kept, those named by it alone are looked up.
-
-        Ranks have the same requests in the same order, so they keep and miss the same.
-        """
-        for meta, tensor in zip(header.tensors, tensors, strict=True):
-            if meta.key is not None and tensor is not None:
-                self._tensors[meta.key] = tensor
-        unsent = [meta.key for meta, tensor in zip(header.tensors, tensors, strict=True) if tensor is None]
-        missing = [name for name in unsent if name not in self._tensors]
-        if missing:
-            raise MissingTensorsError("The backend no longer holds these tensors.", " ".join(map(str, missing)))
-        full = []
-        for meta, tensor in zip(header.tensors, tensors, strict=True):
-            if meta.key is not None:
-                self._tensors.move_to_end(meta.key)
-            full.append(tensor if tensor is not None else self._tensors[str(meta.key)])
-        while sum(t.nbytes for t in self._tensors.values()) > TENSOR_CACHE_BYTES:
-            self._tensors.popitem(last=False)
-        return full
+        try:
+            return handler(header.body, full, job)
+        except BackendError:
+            if isinstance(header.body, (LoadModel, LoadVAE)):
+                self._joining = None
+                self.residents.clear_up()
+            raise
 
     # -- loading ------------------------------------------------------------------------------------------------
 
@@ -153,7 +128,10 @@ class Engine:
         opened, spec = None, body.mesh
 
         def find() -> OpenedModel:
-            return open_model(self.files.checked(body.path, body.key), body.kind)
+            found = open_model(self.files.checked(body.path, body.key), body.kind)
+            if body.mesh is not None:
+                body.mesh.check_axes(found.kind.axes, found.config.family)
+            return found
 
         if spec is None:
             opened = job.control.agreed(find)
@@ -163,13 +141,11 @@ class Engine:
         )
         if name in self.residents and body.kind in ("any", self._resident(name, Predictor).kind.name):
             return self._loaded(name, _Sizes(0, 0), [], start, job), []
-        mesh = self._mesh(spec)
-        dtype = getattr(torch, body.dtype)
         opened = opened or job.control.agreed(find)
-        path = opened.source.path
+        dtype, path = getattr(torch, body.dtype), opened.source.path
+        mesh = self._mesh(spec)
 
         def build() -> tuple[nn.Module, str, int]:
-            spec.check_axes(opened.kind.axes, opened.config.family)
             kernel = resolve_kernel(body.kernel, self.device, dtype, mesh.ring.degree > 1)
             if body.compile:
                 check_compiler(self.device)
@@ -178,7 +154,7 @@ class Engine:
             return model, kernel, sum(p.numel() for p in model.parameters()) * dtype.itemsize
 
         model, kernel, needed = job.control.agreed(build)
-        evicted = self._make_room(needed, path.name, opened.kind.name, spec, job)
+        evicted = self.residents.make_room(needed, path.name, opened.kind.name, spec, job.control)
         job.emit(Progress(f"Loading {path.name}", 0, 1), [])
 
         def read() -> Network:
@@ -198,7 +174,7 @@ class Engine:
         network, config = job.control.agreed(read), opened.config
         predictor = Predictor(network, mesh, dtype, self.device, opened.kind)
         state = ModelState(name, path.name, config.family, spec.describe(), body.dtype, needed)
-        self.residents[name] = Resident(predictor, state, config.channels)
+        self.residents[name], self._joining = Resident(predictor, state, config.channels), None
         return self._loaded(name, _Sizes(opened.source.bytes_read, needed), evicted, start, job), []
 
     def _load_vae(self, body: LoadVAE, _: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
@@ -211,7 +187,7 @@ class Engine:
         checkpoint = job.control.agreed(lambda: open_vae(paths))
         dtype = getattr(torch, body.dtype)
         needed = checkpoint.elements * dtype.itemsize
-        evicted = self._make_room(needed, paths[0].name, "vae", MeshSpec(), job)
+        evicted = self.residents.make_room(needed, paths[0].name, "vae", MeshSpec(), job.control)
         vae = job.control.agreed(lambda: checkpoint.build(self.device, dtype, self._bands, job.given_up))
         state = ModelState(name, paths[0].name, vae.family, "bands", body.dtype, needed)
         self.residents[name] = Resident(vae, state, vae.latent_channels)
@@ -225,48 +201,22 @@ class Engine:
         choose(body.kernel, KERNELS, "Attention kernel")
 
     def _mesh(self, spec: MeshSpec) -> Mesh:
+        """It is kept while a model of it is loaded or resident.
+
+        Comm: where it is new, the groups and the communicators of all its axes are made.
+        """
+        self._joining = spec
         if spec not in self._meshes:
             self._meshes[spec] = build_mesh(spec, self._groups)
+            warm_up(self._meshes[spec], self.device)
         return self._meshes[spec]
 
-    def _make_room(self, needed: int, name: str, kind: str, spec: MeshSpec, job: Job) -> list[str]:
-        """Lets models go, oldest use first, until `needed` more bytes fit the budget and the memory of every rank.
-
-        Raises: ConfigError, OutOfMemoryError: they don't fit without any other; then all stay.
-        """
-        rank, world = job.control.rank, job.control.world_size
-
-        def check(without: int) -> None:
-            """Whether they would fit once so many bytes of other models are gone."""
-            check_fits(needed, self._free_bytes() + without, name, kind, spec, world, rank)
-
-        most, _, _ = self._everywhere(needed, job)
-        if self.memory_budget and most > self.memory_budget:
-            raise ConfigError(
-                f"{name} needs {most / 2**20:.0f} MiB on a rank; the budget is {self.memory_budget / 2**20:.0f} MiB.",
-                "Raise the memory budget, use a smaller dtype, or spread the weights further with tp.",
-            )
-        job.control.agreed(lambda: check(sum(resident.state.rank_bytes for resident in self.residents.values())))
-        evicted: list[str] = []
-        while self.residents:
-            held = sum(resident.state.rank_bytes for resident in self.residents.values())
-            _, all_held, short = self._everywhere(needed, job, held)
-            if not short and not (self.memory_budget and most + all_held > self.memory_budget):
-                break
-            evicted.append(self.residents.popitem(last=False)[1].state.name)
-            self.give_back_memory()
-        job.control.agreed(lambda: check(0))
-        return evicted
-
-    def _everywhere(self, needed: int, job: Job, held: int = 0) -> tuple[int, int, bool]:
-        """The most that any rank needs, the most that any holds, and whether any has not enough free."""
-        notes = job.control.gather(_Sizes(needed, held, self._free_bytes()))
-        return max(n.read for n in notes), max(n.held for n in notes), any(not fits(n.read, n.free) for n in notes)
-
-    def _free_bytes(self) -> int:
-        """CPU ranks of one machine share its memory."""
-        free = memory_of(self.device)[0]
-        return free if self.device.type == "cuda" else free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    def _let_go_of_groups(self) -> None:
+        """Of meshes that no model is in, and none is on its way into: a communicator takes up to hundreds of MB of a GPU."""
+        models = [resident.model for resident in self.residents.values()]
+        used = {model.spec for model in models if isinstance(model, Predictor)} | {self._joining}
+        self._meshes = {spec: mesh for spec, mesh in self._meshes.items() if spec in used}
+        self._groups.keep_only(list(self._meshes.values()), any(isinstance(model, BandVAE) for model in models))
 
     def _loaded(self, name: str, sizes: _Sizes, evicted: list[str], start: float, job: Job) -> Loaded:
         self.residents.move_to_end(name)
@@ -283,22 +233,14 @@ class Engine:
         )
 
     def _unload(self, body: Unload, _: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
-        for name in body.models or list(self.residents):
-            self.residents.pop(name, None)
+        self.residents.let_go(*(body.models or list(self.residents)))
         if not body.models:
-            self._tensors.clear()
-        self.give_back_memory()
+            self.kept_tensors.clear()
         return Done(), []
 
-    def give_back_memory(self) -> None:
-        """What was freed can be had by other programs; models with hooks or compiled blocks are cycles until collected."""
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        else:
-            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; the launcher has it keep what is freed
-            if trim is not None:
-                trim(0)
+    def _forget(self, body: Forget, _: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
+        self.kept_tensors.forget(body.keys)
+        return Done(), []
 
     # -- computing ----------------------------------------------------------------------------------------------
 
@@ -329,20 +271,24 @@ class Engine:
             return predictor, Rows(x, timesteps, predictor.prompt(context, tensors[body.pooled], x.shape[0]))
 
         predictor, rows = job.control.agreed(prepare)
-        output = predictor.output(rows)
+        output = predictor.output(rows).cpu()  # which waits for the device
         return Result(time.perf_counter() - start, 1), [output]
 
     def _decode(self, body: Decode, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         start = time.perf_counter()
         vae: BandVAE = job.control.agreed(lambda: self._checked_vae(body.vae, tensors[body.latent], "latent"))
         image = vae.decode(tensors[body.latent], raw=body.raw, cancelled=job.cancelled)
-        return Result(time.perf_counter() - start), [image] if image is not None else []
+        results = [image.cpu()] if image is not None else []
+        give_back(self.device)  # the most that any job takes: others may need it, a text encoder of ComfyUI's perhaps
+        return Result(time.perf_counter() - start), results
 
     def _encode(self, body: Encode, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         start = time.perf_counter()
         vae: BandVAE = job.control.agreed(lambda: self._checked_vae(body.vae, tensors[body.image], "image"))
         latent = vae.encode(tensors[body.image], cancelled=job.cancelled)
-        return Result(time.perf_counter() - start), [latent] if latent is not None else []
+        results = [latent.cpu()] if latent is not None else []
+        give_back(self.device)
+        return Result(time.perf_counter() - start), results
 
     def _checked_vae(self, name: str, x: Tensor, what: str) -> BandVAE:
         vae: BandVAE = self._resident(name, BandVAE)

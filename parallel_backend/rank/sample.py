@@ -94,7 +94,7 @@ def run_sample(
         raise
     kept_bytes = kept.nbytes()
     kept.close()
-    out = out / predictor.kind.scale + predictor.kind.shift
+    out = (out / predictor.kind.scale + predictor.kind.shift).cpu()  # which waits for the device
     costs = [
         AxisCost(now.axis, now.sent_bytes - then.sent_bytes, now.waited - then.waited)
         for now, then in zip(_costs(predictor.mesh), before, strict=True)

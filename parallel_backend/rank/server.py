@@ -12,7 +12,7 @@ import gc
 import logging
 import os
 import queue
-import socket
+import signal
 import sys
 import threading
 import time
@@ -21,64 +21,38 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
+from typing import NoReturn
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..config import DEFAULT_IDLE_SECONDS
-from ..distributed.control import Control
-from ..distributed.device_memory import memory_of
-from ..distributed.shared_cores import never_preempt
-from ..errors import BackendError, BackendLostError, CancelledError, OutOfMemoryError, RankError
+from ..errors import BackendError, BackendLostError, CancelledError, OutOfMemoryError, RankError, StartError
 from ..rpc import runtime_dir as files
 from ..rpc.keys import Keys
-from ..rpc.messages import Done, Failed, Forward, Loaded, RankState, Reply, RequestHeader, Welcome
+from ..rpc.messages import Done, Failed, Forward, Loaded, RankState, Reply, RequestHeader, Unload, Welcome
 from ..rpc.wire import unpack
 from ..serving.metrics import serve_metrics
 from ..serving.socket_server import SocketServer
 from ..serving.state_board import StateBoard
-from ..serving.turns import QueuedJob
+from ..serving.turns import QueuedJob, own_job
 from ..version import __version__
 from . import lean_imports  # noqa: F401 - before anything that imports diffusers
 from .allowed_files import AllowedFiles
-from .engine import Engine
+from .engine import Engine, is_compiled
 from .jobs import Job
+from .place import own_device, rank_state
+from .pulse import COMPILING_SECONDS, STILL_SECONDS, Pulse
 from .watch import Watch
+from .world import meet, restart_count
 
 log = logging.getLogger("parallel_backend")
 _STOP = b"stop"
 LOG_BYTES, LOG_FILES = 8 * 2**20, 3
 # Before ranks that fell without having finished a job are tried again: at once, then after so many seconds.
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
-
-
-def rank_state(device: torch.device, rank: int) -> RankState:
-    """Where this rank runs and how much memory its device has."""
-    free, total, used = memory_of(device)
-    cuda = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} threads"
-    return RankState(rank, socket.gethostname(), files.machine(), os.getpid(), str(device), name, free, total, used)
-
-
-def join_world(backend: str) -> dist.Store:
-    """The process group of all ranks that torchrun started this time, and the store they met at.
-
-    torchrun's store lives through restarts, and what ranks of an earlier start left there would be taken for this
-    one's addresses: so each start has names of its own.
-    """
-    env = os.environ
-    rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
-    host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
-    agents = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(host, port, world_size, is_master=not agents and rank == 0)
-    own = dist.PrefixStore(f"start-{restart_count()}", store)
-    dist.init_process_group(backend, store=own, rank=rank, world_size=world_size)
-    return own
-
-
-def restart_count() -> int:
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+# After the idle time the models leave; after so many times as long, the processes end.
+LINGERS = 8
 
 
 def pause_before(restarts: int, last_good: int) -> float:
@@ -92,29 +66,26 @@ class Rank:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        local = int(os.environ["LOCAL_RANK"])
-        if args.device == "cuda":
-            ordinals = [int(d) for d in args.devices.split(",")] if args.devices else None
-            self.device = torch.device("cuda", ordinals[local] if ordinals else local)
-            torch.cuda.set_device(self.device)
-        else:
-            self.device = torch.device("cpu")
-            never_preempt()
+        self.device, sharers = own_device(args.device, args.devices)
         if int(os.environ["RANK"]) == 0 and (pause := pause_before(restart_count(), files.last_good(args.name))):
             log.warning("start %d in a row: waiting %.0f s", restart_count() + 1, pause)
             time.sleep(pause)
-        store = join_world("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
-        self.control = Control(store, self.device)
-        self.engine = Engine(self.device, args.memory_budget, AllowedFiles(tuple(args.models)))
+        try:
+            self.control = meet(self.device, self._give_up)
+        except StartError as error:
+            self._give_up(error)
+        self.engine = Engine(self.device, args.memory_budget, AllowedFiles(tuple(args.models)), sharers)
+        self.pulse = Pulse(self.device, lambda: self.control.calls + sum(self.engine.place))
         self.server: SocketServer | None = None
         self.board: StateBoard | None = None
         self._failing = threading.Lock()
+        self._emptied = False
 
     def serve(self) -> None:
         """Serves until Stop or the idle time. All ranks acknowledge before the record says that they are ready."""
         rank, name = self.control.rank, self.args.name
         states = self.control.gather(rank_state(self.device, rank))
-        watch = Watch(states, rank, self._on_fault)
+        watch = Watch(states, rank, self.pulse, self._on_fault)
         watch.start()
         if rank == 0:
             self._listen(states)
@@ -137,7 +108,7 @@ class Rank:
         address = f"ipc://{files.runtime_dir(args.name)}/socket"
         devices = [int(d) for d in args.devices.split(",")] if args.devices else []
         world = self.control.world_size
-        pid, agent = os.getpid(), int(os.environ.get("PARALLEL_MMDIT_AGENT_PID", os.getppid()))
+        pid, agent = os.getpid(), _agent_pid()
         ticks = [files.start_ticks(process) for process in (pid, agent)]
         record = files.BackendRecord(__version__, generation, pid, agent, address, world, args.device, devices, *ticks)
         keys = Keys(args.keys) if args.keys else None
@@ -153,32 +124,51 @@ class Rank:
         log.info("ready: %d ranks, generation %s, at %s", world, generation, ", ".join(addresses))
 
     def _one_job(self) -> bool:
-        queued: QueuedJob | None = None
-        frames: list[memoryview] | None = None
-        if self.server is not None:
-            try:
-                queued = self.server.jobs.get(self.args.idle_seconds)
-            except queue.Empty:
-                log.info("idle for %.0f s", self.args.idle_seconds)
-            frames = queued.frames if queued else [memoryview(_STOP)]
+        queued = self._next_job() if self.server is not None else None
+        frames = None if self.server is None else queued.frames if queued is not None else [memoryview(_STOP)]
         frames = self.control.hand_on(frames)
         if len(frames) == 1 and frames[0] == _STOP:
             return False
         self._run(queued, frames)
         return True
 
+    def _next_job(self) -> QueuedJob | None:
+        """On rank 0: the next job; after the idle time, that all models leave; None where it is time to end."""
+        assert self.server is not None
+        idle = self.args.idle_seconds
+        try:
+            queued = self.server.jobs.get(idle * (LINGERS - 1) if self._emptied else idle)
+        except queue.Empty:
+            log.info("idle for %.0f s", idle * LINGERS if self._emptied else idle)
+            if self._emptied:
+                return None
+            self._emptied = True
+            return own_job(Unload())
+        self._emptied = False
+        return queued
+
     def _run(self, queued: QueuedJob | None, frames: list[memoryview]) -> None:
         board, kind, label, start = self.board, "?", "?", time.perf_counter()
+
+        def cancelled() -> bool:
+            return queued is not None and queued.cancelled.is_set()
+
+        def asked() -> bool:
+            """At each step, block and tensor: so that the job moves."""
+            self.pulse.beat()
+            return cancelled()
 
         def emit(body: Reply, tensors: Sequence[Tensor]) -> None:
             if self.server is not None and queued is not None:
                 self.server.send(queued, body, tensors, final=False)
 
-        job = Job(self.control, emit, lambda: queued is not None and queued.cancelled.is_set())
+        job = Job(self.control, emit, asked)
+        self.pulse.begin("a job", cancelled)
         try:
             # Read once more on every rank: rank 0 has checked the same frames before it queued them.
             header, tensors = unpack(frames, RequestHeader)
             kind = type(header.body).__name__
+            self.pulse.begin(kind, cancelled, COMPILING_SECONDS if is_compiled(header.body) else STILL_SECONDS)
             label = queued.label if queued is not None else str(header.job)
             if board is not None:
                 board.note(running=kind)
@@ -188,15 +178,23 @@ class Rank:
         except BackendError as error:
             body, results = self._failed(error, kind), []
         except Exception as error:
-            named = self.control.verdict(self.control.named(error), self.engine.place)
+            named = self.control.verdict(error, self.engine.place)
             if named is None:
                 raise
             body, results = self._failed(named, kind), []
-            self.engine.give_back_memory()
+            self.engine.residents.give_back_memory()
         log.info("job %s: %s took %.3f s", label, kind, time.perf_counter() - start)
-        if board is not None:
+        if board is not None and queued is not None and queued.client:
             board.count_job(isinstance(body, Failed))
-            board.note(cached_tensors=self.engine.cached_tensors)
+        self._tell(queued, kind, body, results)
+        self.pulse.end()
+
+    def _tell(self, queued: QueuedJob | None, kind: str, body: Reply, results: Sequence[Tensor]) -> None:
+        """The end of a job, to its client and to whoever asks for the state."""
+        board = self.board
+        if board is not None:
+            kept = self.engine.kept_tensors
+            board.note(running="", cached_tensors=len(kept), cached_bytes=kept.nbytes)
             with suppress(OSError, BackendError):  # a full disk costs at most a pause
                 files.note_good(self.args.name, restart_count())
         # What is resident has changed: a status asked for after the reply must tell so. Other replies need not wait.
@@ -219,16 +217,26 @@ class Rank:
         if self.server is not None and queued is not None:
             self.server.send(queued, body, results, final=True)
 
-    def _on_fault(self, words: str) -> None:
+    def _on_fault(self, error: RankError) -> None:
         """The watch has seen what this process can't go on from, while it may be stuck in a collective."""
-        self.fail(RankError(words))
+        self.fail(error)
+        if self.server is not None and self.server.jobs.ended:  # a stop was asked for: torchrun must not start anew
+            files.remove_record(self.args.name, os.getpid())
+            os.kill(_agent_pid(), signal.SIGTERM)
+        os._exit(1)
+
+    def _give_up(self, error: StartError) -> NoReturn:
+        """Ranks don't meet. The starter reads these words: no client is connected yet."""
+        log.error("this rank ends: %s", error)
+        with suppress(OSError, BackendError):
+            files.note_last_words(self.args.name, int(os.environ["RANK"]), str(error))
         os._exit(1)
 
     def fail(self, error: Exception) -> None:
         """Leaves this rank's last words and tells the waiting clients, as far as they can still be told."""
         if not self._failing.acquire(blocking=False):
             time.sleep(10)  # the other thread is at it, and ends the process
-        named = error if isinstance(error, BackendError) else self.control.named(error)
+        named = self.control.named(error)
         log.error("this rank ends: %s", named)
         with suppress(OSError, BackendError):
             files.note_last_words(self.args.name, self.control.rank, named.message)
@@ -236,12 +244,19 @@ class Rank:
             time.sleep(0.5)  # the rank that failed first may be another one, and its words are the better ones
             first = files.last_words(self.args.name, time.time() - 5)
             remedy = "The ranks are being restarted and load the model again; run the prompt again."
+            if self.server.jobs.ended:
+                remedy = "The backend was stopped; run the prompt again to start it anew."
             code = named.code if isinstance(named, OutOfMemoryError) else RankError.code
             self.server.close(
                 Failed(
                     code, f"A rank failed: {(first or named.message).rstrip('.')}.", f"{named.remedy} {remedy}".strip()
                 )
             )
+
+
+def _agent_pid() -> int:
+    """Of the process whose end is the backend's: torchrun's, or of `serve` on several hosts, which starts torchrun anew."""
+    return int(os.environ.get("PARALLEL_MMDIT_AGENT_PID", os.getppid()))
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -255,6 +270,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--listen", default="", help="tcp:// address beside the local socket; needs --keys")
     parser.add_argument("--keys", type=Path)
     parser.add_argument("--metrics-port", type=int, default=0)
+    parser.add_argument("--only-meet", action="store_true", help="end once every rank has heard every other")
     return parser.parse_args(argv)
 
 
@@ -278,6 +294,8 @@ def main(argv: Sequence[str]) -> None:
     with ExitStack() as stack:
         rank = Rank(args)
         stack.callback(dist.destroy_process_group)
+        if args.only_meet:
+            return
         try:
             rank.serve()
         except Exception as error:  # noqa: BLE001 - the ranks are out of step: end this one, torchrun starts all anew

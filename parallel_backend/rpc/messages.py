@@ -1,6 +1,6 @@
 """Every message, as typed structs. Fields of type `TensorIndex` point into the frames that follow the header.
 
-Requests that compute are run by all ranks, one after the other. Hello, Status, Cancel, Ping and Stop are answered
+Requests that compute are run by all ranks, one after the other. Hello, Status, Cancel, Ping, Goodbye and Stop are answered
 by rank 0 at once, also while a job runs.
 """
 
@@ -102,6 +102,16 @@ class Unload(Message, frozen=True):
     """Free these models; all of them where none is named."""
 
     models: list[str] = []
+
+
+class Forget(Message, frozen=True):
+    """Free these kept tensors. Rank 0 asks for it when the connection that sent them is closed."""
+
+    keys: list[str]
+
+
+class Goodbye(Message, frozen=True):
+    """The connection is being closed: what it has sent need not be kept."""
 
 
 class Status(Message, frozen=True):
@@ -247,12 +257,26 @@ class BackendState(Message, frozen=True):
     jobs_done: int = 0
     jobs_failed: int = 0
     cached_tensors: int = 0
+    cached_bytes: int = 0
     restarts: int = 0
     refused: int = 0
 
 
 Request: TypeAlias = (
-    Hello | LoadModel | LoadVAE | Sample | Forward | Decode | Encode | Unload | Status | Cancel | Ping | Stop
+    Hello
+    | LoadModel
+    | LoadVAE
+    | Sample
+    | Forward
+    | Decode
+    | Encode
+    | Unload
+    | Forget
+    | Status
+    | Cancel
+    | Ping
+    | Goodbye
+    | Stop
 )
 Reply: TypeAlias = Welcome | Pong | Progress | StepDone | Loaded | Result | Done | Failed | BackendState
 FINAL_REPLIES = (Welcome, Pong, Loaded, Result, Done, Failed, BackendState)

@@ -146,6 +146,14 @@ def start_ticks(pid: int) -> int:
     return int(fields[19]) if fields else 0
 
 
+def children(pid: int) -> list[int]:
+    """The processes that it has started and that run."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
 def machine() -> str:
     """What processes share that see each other by their numbers, and no others."""
     return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{os.readlink('/proc/self/ns/pid')}"

@@ -34,6 +34,7 @@ class StateCollector:
             "running": ("1 while a job runs.", int(bool(state.running))),
             "resident_models": ("Models held.", len(state.models)),
             "cached_tensors": ("Tensors of prompts held.", state.cached_tensors),
+            "cached_bytes": ("Their bytes, on each rank.", state.cached_bytes),
         }
         for name, (text, value) in counters.items():
             yield CounterMetricFamily(_PREFIX + name, text, value=value)

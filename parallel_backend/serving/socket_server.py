@@ -24,6 +24,8 @@ from ..rpc.messages import (
     Cancel,
     Done,
     Failed,
+    Forget,
+    Goodbye,
     Hello,
     Ping,
     Pong,
@@ -36,7 +38,7 @@ from ..rpc.messages import (
 )
 from ..rpc.wire import MAX_FRAME_BYTES, Frame, pack, tensor_meta, unpack
 from .state_board import StateBoard
-from .turns import QueuedJob, Turns
+from .turns import QueuedJob, Turns, own_job
 
 log = logging.getLogger("parallel_backend")
 
@@ -64,6 +66,7 @@ class SocketServer(threading.Thread):
         self.jobs = Turns()
         self._addresses, self._board, self._look_round = list(addresses), board, look_round
         self._open: dict[tuple[bytes, int], tuple[QueuedJob, zmq.Socket[bytes]]] = {}
+        self._kept: dict[bytes, set[str]] = {}
         self._context = zmq.Context()
         self._authenticator: ThreadAuthenticator | None = None
         self._routers = {address: self._router(address, keys) for address in addresses}
@@ -164,6 +167,8 @@ class SocketServer(threading.Thread):
             header, _ = unpack(buffers, RequestHeader)
             if reply := self._take(QueuedJob(client, header.job, buffers), header.body, router):
                 self._answer(router, client, number, reply)
+            elif keys := {meta.key for meta in header.tensors if meta.key is not None}:
+                self._kept.setdefault(client, set()).update(keys)
         except BackendError as error:
             self._refuse(router, client, number, error)
         except Exception as error:
@@ -183,6 +188,9 @@ class SocketServer(threading.Thread):
             if found := self._open.get((job.client, body.job)):
                 found[0].cancelled.set()
             return Done()
+        if isinstance(body, Goodbye):
+            self._forget_its_prompts(job.client)
+            return Done()
         if isinstance(body, Stop):
             for waiting, _ in self._open.values():
                 waiting.cancelled.set()
@@ -195,6 +203,11 @@ class SocketServer(threading.Thread):
         self._open[job.client, job.number] = job, router
         self.jobs.put(job)
         return None
+
+    def _forget_its_prompts(self, client: bytes) -> None:
+        """Keys are a connection's own. Those of a client that was killed stay until others push them out."""
+        if keys := self._kept.pop(client, None):
+            self.jobs.put(own_job(Forget(sorted(keys))))
 
     def _pong(self, client: bytes, number: int) -> Pong:
         found = self._open.get((client, number))

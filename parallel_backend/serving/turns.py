@@ -7,6 +7,9 @@ import threading
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
+from ..rpc.messages import Request, RequestHeader
+from ..rpc.wire import pack
+
 
 @dataclass(eq=False)
 class QueuedJob:
@@ -23,13 +26,18 @@ class QueuedJob:
         return f"{self.client.hex()[:6]}/{self.number}"
 
 
+def own_job(body: Request) -> QueuedJob:
+    """A job that rank 0 gives to all ranks itself; nobody is told how it ended."""
+    return QueuedJob(b"", 0, [memoryview(frame) for frame in pack(RequestHeader(0, body), [])])
+
+
 class Turns:
     """The jobs that wait. One that was cancelled waits too: its client is owed a reply."""
 
     def __init__(self) -> None:
         self._waiting: OrderedDict[bytes, deque[QueuedJob]] = OrderedDict()
         self._changed = threading.Condition()
-        self._ended = False
+        self.ended = False
 
     def put(self, job: QueuedJob) -> None:
         with self._changed:
@@ -39,7 +47,7 @@ class Turns:
     def end(self) -> None:
         """No job is handed out any more."""
         with self._changed:
-            self._ended = True
+            self.ended = True
             self._changed.notify()
 
     def get(self, seconds: float) -> QueuedJob | None:
@@ -48,9 +56,9 @@ class Turns:
         Raises: queue.Empty: none came within `seconds`.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: self._ended or self._waiting, seconds):
+            if not self._changed.wait_for(lambda: self.ended or self._waiting, seconds):
                 raise queue.Empty
-            if self._ended:
+            if self.ended:
                 return None
             client, jobs = self._waiting.popitem(last=False)
             job = jobs.popleft()

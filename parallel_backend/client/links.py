@@ -1,0 +1,49 @@
+"""The proof of the ranks' links alone, for who asks before a backend is started."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import time
+
+import msgspec
+
+from ..config import BackendSpec
+from ..errors import StartError
+from ..rpc import runtime_dir as files
+from . import launcher
+
+# Ranks that never meet say so themselves, sooner than this.
+MOST_SECONDS = 240.0
+_FIGURES = re.compile(r"INFO (.* GB/s)$", re.MULTILINE)
+
+
+def prove_links(spec: BackendSpec) -> list[str]:
+    """What each link carries, as rank 0 has measured it, from ranks that are started for this and end with it.
+
+    Raises: StartError: they don't hear each other; the message has what they said last.
+    """
+    own = msgspec.structs.replace(spec, name=f"{spec.name}-links-{os.getpid()}")
+    launcher.check_here(own, launcher.LOCAL)
+    folder, begun = files.runtime_dir(own.name), time.time()
+    command = [part for part in launcher.command(own) if not part.startswith("--max-restarts")]
+    try:
+        done = subprocess.run(
+            [*command, "--only-meet"],
+            env=launcher.environment(own),
+            cwd="/",
+            capture_output=True,
+            text=True,
+            timeout=MOST_SECONDS,
+            check=False,
+        )
+        if done.returncode:
+            words = files.last_words(own.name, begun) or "\n".join(done.stderr.splitlines()[-15:])
+            raise StartError(f"The ranks don't reach each other: {words}")
+        return _FIGURES.findall(done.stderr)
+    except subprocess.TimeoutExpired:
+        raise StartError(f"The ranks had not met after {MOST_SECONDS:.0f} s.", "See nvidia-smi and dmesg.") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

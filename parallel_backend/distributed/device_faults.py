@@ -1,0 +1,63 @@
+"""What CUDA and NCCL say when they fail, and what helps."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class DeviceFault:
+    """Args: lasting: it comes again at every try, with the same ranks and with new ones, until somebody does as `remedy` says."""
+
+    words: re.Pattern[str]
+    remedy: str
+    lasting: bool = False
+
+
+FAULTS = (
+    DeviceFault(
+        re.compile("no kernel image is available"),
+        "This torch, or the kernel's package, was not built for this card: install a build for its compute capability, or "
+        "choose attention 'native' in Mesh Config.",
+        lasting=True,
+    ),
+    DeviceFault(
+        re.compile("peer access is not supported|peer mapping resources exhausted"),
+        "These cards can't copy to each other: set NCCL_P2P_DISABLE=1 where ComfyUI or `parallel-mmdit serve` starts, and stop "
+        "the backend.",
+    ),
+    DeviceFault(
+        re.compile("unhandled system error|ncclSystemError"),
+        "NCCL lacks something of the system, mostly room in /dev/shm (in a container: --shm-size=1g, or --ipc=host), else a "
+        "network interface (NCCL_SOCKET_IFNAME). The backend's log has NCCL's own words.",
+    ),
+    DeviceFault(
+        re.compile("unhandled cuda error|ncclUnhandledCudaError"),
+        "NCCL met an error of CUDA. The backend's log has its own words; NCCL_P2P_DISABLE=1 does without copies from card to "
+        "card.",
+    ),
+    DeviceFault(
+        re.compile("remote process exited|ncclRemoteError|Connection closed by"),
+        "Another rank fell first; the backend's log has its words.",
+    ),
+)
+
+
+def known_fault(error: BaseException) -> DeviceFault | None:
+    """The first fault whose words the error has."""
+    text = str(error)
+    return next((fault for fault in FAULTS if fault.words.search(text)), None)
+
+
+def breaks_rank(error: BaseException) -> bool:
+    """Whether a rank can't go on after it, even where all ranks fail alike: its CUDA context or a communicator is lost."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    if (fault := known_fault(error)) is not None and fault.lasting:
+        return False
+    of_device = isinstance(error, (torch.AcceleratorError, dist.DistBackendError))
+    return of_device or "CUDA error:" in str(error)

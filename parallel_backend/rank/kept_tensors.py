@@ -1,0 +1,55 @@
+"""Tensors that came with a key: prompts, which are not sent again while they are kept."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..errors import MissingTensorsError
+from ..rpc.messages import TensorMeta
+
+MOST_BYTES = 2**28
+
+
+class KeptTensors:
+    """Ranks have the same requests in the same order, so they keep and miss the same."""
+
+    def __init__(self) -> None:
+        self._tensors: OrderedDict[str, Tensor] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._tensors.values())
+
+    def complete(self, metas: Sequence[TensorMeta], tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        """All tensors of a message; those sent with a key are kept, those named by it alone are looked up.
+
+        Raises: MissingTensorsError: some are not kept (any more).
+        """
+        for meta, tensor in zip(metas, tensors, strict=True):
+            if meta.key is not None and tensor is not None:
+                self._tensors[meta.key] = tensor
+        unsent = [meta.key for meta, tensor in zip(metas, tensors, strict=True) if tensor is None]
+        missing = [name for name in unsent if name not in self._tensors]
+        if missing:
+            raise MissingTensorsError("The backend no longer holds these tensors.", " ".join(map(str, missing)))
+        full = []
+        for meta, tensor in zip(metas, tensors, strict=True):
+            if meta.key is not None:
+                self._tensors.move_to_end(meta.key)
+            full.append(tensor if tensor is not None else self._tensors[str(meta.key)])
+        while self.nbytes > MOST_BYTES:
+            self._tensors.popitem(last=False)
+        return full
+
+    def forget(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self._tensors.pop(key, None)
+
+    def clear(self) -> None:
+        self._tensors.clear()

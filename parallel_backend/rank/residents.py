@@ -1,0 +1,117 @@
+"""The models that a rank holds, and room for another one."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+import torch
+
+from ..config import MeshSpec
+from ..distributed.control import Control
+from ..distributed.device_memory import memory_of
+from ..errors import ConfigError
+from ..models.prediction import Predictor
+from ..models.vae import BandVAE
+from ..rpc.messages import ModelState
+from .room import check_fits, fits
+
+
+@dataclass
+class Resident:
+    """A model that is held, and what is said of it."""
+
+    model: Predictor | BandVAE
+    state: ModelState
+    channels: int
+
+
+class _Sizes(msgspec.Struct):
+    """What a rank says before a load: bytes that the model needs there, bytes held, bytes free."""
+
+    needed: int
+    held: int
+    free: int
+
+
+class Residents(OrderedDict[str, Resident]):
+    """By name, the least recently used first. Ranks load and use the same in the same order, so they hold the same.
+
+    Args:
+        budget: bytes per rank; the least recently used leave when it is passed. 0 is no budget.
+        sharers: ranks that share the device's memory.
+        on_leave: called after some have left.
+    """
+
+    def __init__(self, device: torch.device, budget: int, sharers: int, on_leave: Callable[[], None]) -> None:
+        super().__init__()
+        self._device, self._budget, self._sharers, self._on_leave = device, budget, sharers, on_leave
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(resident.state.rank_bytes for resident in self.values())
+
+    def let_go(self, *names: str) -> None:
+        """They are gone, those that were there, and their memory is free."""
+        for name in names:
+            self.pop(name, None)
+        self.clear_up()
+
+    def clear_up(self) -> None:
+        """Nothing is left of models that have gone, or that failed to come.
+
+        Comm: `on_leave`'s.
+        """
+        self.give_back_memory()
+        self._on_leave()
+
+    def make_room(self, needed: int, name: str, kind: str, spec: MeshSpec, control: Control) -> list[str]:
+        """Lets models go, oldest use first, until `needed` more bytes fit the budget and the memory of every rank.
+
+        Returns: those that left. Raises: ConfigError, OutOfMemoryError: they don't fit without any other; then all stay.
+        """
+
+        def check(without: int) -> None:
+            """Whether they would fit once so many bytes of other models are gone."""
+            free = self.free_bytes() + without
+            check_fits(needed, free, self._device.type, name, kind, spec, control.world_size, control.rank)
+
+        most = max(sizes.needed for sizes in self._everywhere(needed, control))
+        if self._budget and most > self._budget:
+            raise ConfigError(
+                f"{name} needs {most / 2**20:.0f} MiB on a rank; the budget is {self._budget / 2**20:.0f} MiB.",
+                "Raise the memory budget, use a smaller dtype, or spread the weights further with tp.",
+            )
+        control.agreed(lambda: check(self.held_bytes))
+        evicted: list[str] = []
+        while self:
+            ranks = self._everywhere(needed, control)
+            short = any(not fits(rank.needed, rank.free, self._device.type) for rank in ranks)
+            if not short and not (self._budget and most + max(rank.held for rank in ranks) > self._budget):
+                break
+            oldest = next(iter(self))
+            evicted.append(self[oldest].state.name)
+            self.let_go(oldest)
+        control.agreed(lambda: check(0))
+        return evicted
+
+    def _everywhere(self, needed: int, control: Control) -> list[_Sizes]:
+        return control.gather(_Sizes(needed, self.held_bytes, self.free_bytes()))
+
+    def free_bytes(self) -> int:
+        """This rank's part of what its device has free."""
+        return memory_of(self._device)[0] // self._sharers
+
+    def give_back_memory(self) -> None:
+        """What was freed can be had by other programs; models with hooks or compiled blocks are cycles until collected."""
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        else:
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; the launcher has it keep what is freed
+            if trim is not None:
+                trim(0)
