@@ -25,7 +25,7 @@ import torch
 from interleaved import interleaved, machine, print_table
 
 from parallel_backend import Backend, Conditioning, MeshSpec, SamplerSpec
-from parallel_backend.client.launcher import KEEP_FREED_MEMORY
+from parallel_backend.client.environment import KEEP_FREED_MEMORY
 from parallel_backend.rank.one_process import OneProcess
 from parallel_backend.small_checkpoints.mmdit import small_config, write_mmdit
 from parallel_backend.small_checkpoints.prompts import random_prompt, random_sdxl_prompt

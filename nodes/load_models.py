@@ -48,7 +48,8 @@ def load_report(remote: RemoteModel) -> str:
         text = f"{loaded.family}: weights already resident, 0 bytes read; {held}"
     else:
         text = f"{loaded.family}: {per_rank(loaded.bytes_read)} MiB read in {loaded.seconds:.1f} s, {held}"
-    return text + (f"; made room by freeing {', '.join(loaded.evicted)}" if loaded.evicted else "")
+    text += f"; made room by freeing {', '.join(loaded.evicted)}" if loaded.evicted else ""
+    return "\n".join([text, *loaded.notes])
 
 
 def per_rank(byte_counts: Sequence[int]) -> str:

@@ -120,7 +120,7 @@ class MeshConfig(io.ComfyNode):
                     "attention",
                     options=list(KERNELS),
                     default="auto",
-                    tooltip="auto: flash-attn where it is installed, else torch's own.",
+                    tooltip="auto: the fastest that works on the card; each is tried when a model is loaded.",
                 ),
                 io.String.Input(
                     "backend",

@@ -16,6 +16,7 @@ import torch
 from packaging.requirements import Requirement
 
 from .client.backend import Backend
+from .client.environment import loopback_interface
 from .client.launcher import default_ranks
 from .client.links import prove_links
 from .client.requirements import COMMANDS_NEED, RANKS_NEED, shortfall
@@ -26,7 +27,10 @@ from .rpc import runtime_dir as files
 from .version import __version__
 
 Verdict = Literal["ok", "note", "wrong"]
-OPTIONAL = {"flash-attn": "faster attention on GPUs", "prometheus-client": "serve --metrics-port"}
+OPTIONAL = {
+    "flash-attn": "attention kernel 'flash'; torch's own is as fast",
+    "prometheus-client": "serve --metrics-port",
+}
 LEAST_FREE = 256 * 2**20
 
 
@@ -126,11 +130,14 @@ def network() -> Iterator[Finding]:
         yield Finding(
             "wrong", f"no port can be opened on loopback: {error}", "torchrun needs one: look at the firewall."
         )
+    if not loopback_interface():
+        remedy = "Bring it up with `ip link set lo up`; else ranks meet over the interface of this host's name."
+        yield Finding("note", "no loopback interface is up", remedy)
     try:
         socket.getaddrinfo(socket.gethostname(), None)
     except OSError:
-        remedy = "Add it to /etc/hosts, or set GLOO_SOCKET_IFNAME (serve --interface)."
-        yield Finding("note", f"this host's name {socket.gethostname()!r} has no address", remedy)
+        what = f"this host's name {socket.gethostname()!r} has no address; ranks of one host don't need it"
+        yield Finding("note", what, "For a backend of several hosts, add it to /etc/hosts or use serve --interface.")
 
 
 def links() -> Iterator[Finding]:

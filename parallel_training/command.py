@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from parallel_backend.client.launcher import KEEP_FREED_MEMORY, PACKAGE_ROOT
+from parallel_backend.client.environment import KEEP_FREED_MEMORY, PACKAGE_ROOT
 
 from .config import TASKS, Roles, TrainSpec
 

@@ -8,16 +8,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from diffusers.models import attention_dispatch
 from rank_pool import RankPool, groups
 from torch import Tensor
 
 from parallel_backend import MeshSpec
-from parallel_backend.distributed import attention, cfg, collectives, data
-from parallel_backend.distributed.attention import ParallelAttention, resolve_kernel
+from parallel_backend.distributed import cfg, collectives, data
+from parallel_backend.distributed.attention import ParallelAttention
 from parallel_backend.distributed.control import Control
 from parallel_backend.distributed.mesh import MeshAxis, build_mesh
-from parallel_backend.errors import BackendError, ConfigError, InputError, RankError
+from parallel_backend.errors import BackendError, InputError, RankError
 
 
 def world_axis() -> MeshAxis:
@@ -194,37 +193,3 @@ def test_attention_in_bfloat16_stays_in_its_rounding(mesh: MeshSpec, ranks: Rank
 
 def test_negative_control_attention_to_local_tokens_only_is_far_off(ranks: RankPool) -> None:
     assert min(ranks(2, attention_case, MeshSpec(ring=2), [25, 24], 8, torch.float32, True)) > 0.1
-
-
-@pytest.mark.parametrize(
-    ("name", "ring", "words"),
-    [("flash", False, "needs a GPU"), ("sage", True, "needs a GPU"), ("cudnn", False, "needs a GPU")],
-)
-def test_kernels_that_cant_run_here_are_refused_by_name(name: str, ring: bool, words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        resolve_kernel(name, torch.device("cpu"), torch.bfloat16, ring)
-
-
-def test_kernels_of_packages_that_are_not_there_are_refused_or_left_alone() -> None:
-    if attention_dispatch.flash_attn_func is not None:
-        pytest.skip("flash-attn is installed")
-    with pytest.raises(ConfigError, match="needs the package flash_attn, built for this torch"):
-        resolve_kernel("flash", torch.device("cuda"), torch.bfloat16, False)
-    assert resolve_kernel("auto", torch.device("cuda"), torch.bfloat16, True) == "native"
-
-
-@pytest.mark.parametrize(("kernel", "heads_first"), [("flash", True), ("flash3", False)])
-def test_log_sum_exp_has_one_layout_whatever_the_kernel_gives(
-    kernel: str, heads_first: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    q, lse = torch.randn(2, 5, 3, 8), torch.randn(2, 5, 3)
-    given = lse.transpose(1, 2) if heads_first else lse
-    monkeypatch.setattr(attention, "dispatch_attention_fn", lambda *args, **settings: (q, given))
-    assert torch.equal(attention.lse_kernel(kernel)(q, q, q)[1], lse)
-
-
-def test_kernels_without_log_sum_exp_are_refused_for_ring() -> None:
-    with pytest.raises(ConfigError, match="log-sum-exp"):
-        resolve_kernel("cudnn", torch.device("cuda"), torch.bfloat16, True)
-    assert resolve_kernel("cudnn", torch.device("cuda"), torch.bfloat16, False) == "cudnn"
-    assert resolve_kernel("auto", torch.device("cpu"), torch.float32, True) == "native"

@@ -18,9 +18,10 @@ from ..rpc import runtime_dir as files
 from ..rpc.keys import Keys
 from ..rpc.runtime_dir import BackendRecord
 from ..version import __version__
+from .environment import environment
+from .own_scope import scope_command, service_of
 from .requirements import check_installed
 
-PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 180.0
 KILL_SECONDS = 10.0
 MAX_RESTARTS = 100
@@ -28,6 +29,10 @@ MAX_RESTARTS = 100
 GOOD_SECONDS, STARTS_IN_VAIN, LONGEST_PAUSE = 120.0, 30, 30.0
 # What torchrun writes when a rank ends by itself; before the first "ready" nothing can be restarted into health.
 _RANK_FAILED = "failed (exitcode:"
+_ENDS_WITH = (
+    "This backend ends when {service} is stopped or restarted, for systemd-run gives this user no scope of its own. "
+    "To have it stay, run `parallel-mmdit serve` as a service (see README).\n"
+)
 
 Waiting = Callable[[float], object]
 # A backend of one host, for this user alone.
@@ -87,7 +92,7 @@ def attach_or_start(
     Raises: StartError: it did not come up; the message has the end of its log.
     """
     with _start_lock(spec.name, waiting):
-        return find(spec) or _restarted(spec, waiting) or wait_ready(spec, start(spec, serve), waiting)
+        return find(spec) or _restarted(spec, waiting) or wait_ready(spec, start(spec, serve, stays=True), waiting)
 
 
 def run(spec: BackendSpec, serve: ServeSpec) -> int:
@@ -157,9 +162,11 @@ def _restarted(spec: BackendSpec, waiting: Waiting) -> BackendRecord | None:
     return find(spec)
 
 
-def start(spec: BackendSpec, serve: ServeSpec = LOCAL) -> subprocess.Popen[bytes]:
+def start(spec: BackendSpec, serve: ServeSpec = LOCAL, stays: bool = False) -> subprocess.Popen[bytes]:
     """torchrun in a session of its own, its output in the runtime folder's backend.log.
 
+    Args:
+        stays: it is to outlive the service, if any, that this process belongs to.
     Raises: as `check_here`.
     """
     check_here(spec, serve)
@@ -169,10 +176,15 @@ def start(spec: BackendSpec, serve: ServeSpec = LOCAL) -> subprocess.Popen[bytes
     log = folder / "backend.log"
     if log.exists():
         log.replace(folder / "backend.previous.log")
+    service = service_of() if stays else ""
+    apart = scope_command() if service else []
     with log.open("wb") as output:
+        if service and not apart:
+            output.write(_ENDS_WITH.format(service=service).encode())
+            output.flush()
         return subprocess.Popen(
-            command(spec, serve),
-            env=environment(spec),
+            [*apart, *command(spec, serve)],
+            env=environment(spec, serve.hosts),
             cwd="/",
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -202,14 +214,11 @@ def check_here(spec: BackendSpec, serve: ServeSpec) -> None:
         )
 
 
-# glibc hands large freed blocks back to the kernel at once; to fault them in again takes up to a fifth of a step.
-KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
-
-
 def command(spec: BackendSpec, serve: ServeSpec = LOCAL) -> list[str]:
     """The torchrun command of a backend on this host."""
     hosts = serve.hosts
-    meeting = ["--standalone", f"--max-restarts={MAX_RESTARTS}"]
+    # Else torchrun looks up this host's name, which may have no address.
+    meeting = ["--standalone", "--local-addr=127.0.0.1", f"--max-restarts={MAX_RESTARTS}"]
     if hosts.count > 1:
         # Ranks are numbered by host, so that tp and ulysses, the innermost axes, stay inside one. Restarts are `supervise`'s.
         address, _, port = hosts.rendezvous.rpartition(":")
@@ -233,9 +242,7 @@ def supervise(spec: BackendSpec, serve: ServeSpec) -> int:
     Hosts meet again in their own time: each waits at the rendezvous, and a start in vain makes the next pause longer.
     """
     check_here(spec, serve)
-    env = environment(spec) | {"PARALLEL_MMDIT_AGENT_PID": str(os.getpid())}
-    if serve.hosts.interface:
-        env |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), serve.hosts.interface)
+    env = environment(spec, serve.hosts) | {"PARALLEL_MMDIT_AGENT_PID": str(os.getpid())}
     path, in_vain = files.runtime_dir(spec.name) / "backend.log", 0
     path.unlink(missing_ok=True)
     log = _Shown(path)
@@ -290,20 +297,6 @@ def _ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def environment(spec: BackendSpec) -> dict[str, str]:
-    """This process's environment, with the package importable and the cores shared out among CPU ranks."""
-    env = dict(os.environ)
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), env.get("PYTHONPATH", "")]))
-    env["PARALLEL_MMDIT_RUNTIME_DIR"] = str(files.runtime_root())
-    share = str(max(1, len(os.sched_getaffinity(0)) // spec.world_size))
-    # Every rank compiles at once; left alone, each would start as many compilers as there are cores, half a GB apiece.
-    env.setdefault("TORCHINDUCTOR_COMPILE_THREADS", share)
-    if spec.device == "cpu":
-        env.setdefault("OMP_NUM_THREADS", share)
-        env = KEEP_FREED_MEMORY | env
-    return env
 
 
 def wait_ready(spec: BackendSpec, process: subprocess.Popen[bytes], waiting: Waiting) -> BackendRecord:

@@ -1,6 +1,5 @@
 """The one seam that knows how tokens are spread: attention over all tokens, from each rank's own.
 
-Kernels come from diffusers' dispatch (flash-attn where it is installed) and torch; none is written here.
 Shapes: B batch, L tokens, N heads, H head dim.
 """
 
@@ -8,95 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import torch
-from diffusers.models import attention_dispatch
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor
 
-from ..errors import ConfigError
+from .kernels import KERNELS, attend
 from .mesh import Mesh
-from .ring import LseKernel, ring_attention
+from .ring import ring_attention
 from .stale import Phase, StaleExchange, TokenKV
 from .ulysses import heads_to_tokens, tokens_to_heads
-
-DISPATCH_NAMES = {
-    "native": AttentionBackendName.NATIVE,
-    "flash": AttentionBackendName.FLASH,
-    "flash3": AttentionBackendName._FLASH_3,
-    "sage": AttentionBackendName.SAGE,
-    "cudnn": AttentionBackendName._NATIVE_CUDNN,
-    "efficient": AttentionBackendName._NATIVE_EFFICIENT,
-}
-# Kernels of other packages, and the function that diffusers has of each where it is there, fits torch and is new enough.
-_PACKAGES = {
-    "flash": ("flash_attn", "flash_attn_func"),
-    "flash3": ("flash_attn_interface", "flash_attn_3_func"),
-    "sage": ("sageattention", "sageattn"),
-}
-_AMPERE = 8
-
-
-def resolve_kernel(name: str, device: torch.device, dtype: torch.dtype, ring: bool) -> str:
-    """The kernel that `name` stands for here; "auto" takes flash-attn where it is installed and fits, else torch's.
-
-    Raises: ConfigError: the kernel is not installed, needs a GPU, or gives no log-sum-exp where ring needs it.
-    """
-    half = dtype in (torch.float16, torch.bfloat16)
-    if name == "auto":
-        runs = device.type == "cuda" and half and _is_there("flash") and _capability(device) >= _AMPERE
-        return "flash" if runs else "native"
-    if name != "native" and device.type != "cuda":
-        raise ConfigError(
-            f"Attention kernel {name!r} needs a GPU, and the ranks compute on {device.type}.", "Use 'auto'."
-        )
-    if name in _PACKAGES and not _is_there(name):
-        raise ConfigError(
-            f"Attention kernel {name!r} needs the package {_PACKAGES[name][0]}, built for this torch and not too old.",
-            "Install it, or use 'auto'.",
-        )
-    if name in _PACKAGES and not half:
-        raise ConfigError(f"Attention kernel {name!r} can't compute in {dtype}.", "Use float16, bfloat16 or 'native'.")
-    if ring and name not in ("native", "flash", "flash3"):
-        raise ConfigError(
-            f"Attention kernel {name!r} gives no log-sum-exp, which ring attention needs.",
-            "Use 'auto', 'native' or 'flash' with ring, or ulysses in its place.",
-        )
-    return name
-
-
-def _is_there(name: str) -> bool:
-    return getattr(attention_dispatch, _PACKAGES[name][1], None) is not None
-
-
-def _capability(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0]
-
-
-def lse_kernel(name: str) -> LseKernel:
-    """A kernel (q, k, v) -> (out BLNH, log-sum-exp BLN fp32)."""
-    return _native_with_lse if name == "native" else partial(_dispatched_with_lse, DISPATCH_NAMES[name])
-
-
-def _dispatched_with_lse(backend: AttentionBackendName, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    out, lse = dispatch_attention_fn(q, k, v, backend=backend, attention_kwargs={"return_lse": True})
-    if backend is AttentionBackendName.FLASH:  # gives B, N, L; the others' is turned already
-        lse = lse.transpose(1, 2)
-    return out, lse.float()
-
-
-def _native_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if q.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    elif q.dtype == torch.float32 or _capability(q.device) < _AMPERE:
-        out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, compute_log_sumexp=True)[:2]
-        lse = lse[:, :, : q.shape[2]]  # this kernel pads the queries of its log-sum-exp to its block size
-    else:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
-    return out.transpose(1, 2), lse.transpose(1, 2)
 
 
 class Memory(Protocol):
@@ -146,13 +66,13 @@ class ParallelAttention:
     """attention(q, k, v, token_counts) over a mesh: ulysses inside, ring around it.
 
     Args:
-        kernel: a name that `resolve_kernel` returned.
+        kernel: a name in `KERNELS` that works on this rank.
     """
 
     def __init__(self, mesh: Mesh, kernel: str) -> None:
         self.mesh = mesh
         self.kernel = kernel
-        self.lse_kernel = lse_kernel(kernel) if mesh.ring.degree > 1 else None
+        self.lse_kernel = KERNELS[kernel].lse if mesh.ring.degree > 1 else None
 
     def __call__(
         self,
@@ -184,7 +104,7 @@ class ParallelAttention:
         if self.lse_kernel is not None and ring_counts is not None:
             out = ring_attention(q, k, v, ring_counts, ring, self.lse_kernel)
         else:
-            out = dispatch_attention_fn(q, k, v, backend=DISPATCH_NAMES[self.kernel])
+            out = attend(self.kernel, q, k, v)
         return heads_to_tokens(out, own, heads, ulysses)
 
 

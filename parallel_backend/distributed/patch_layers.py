@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from torch import Tensor, nn
 
-from .attention import DISPATCH_NAMES
 from .collectives import all_gather, exchange_halo, facing_rows, halo_sizes, start_neighbour_exchange, with_halo
 from .graph_breaks import breaks_graph
+from .kernels import attend
 from .mesh import MeshAxis
 from .stale import Step
 
@@ -276,7 +275,7 @@ class CachedCrossAttention:
 
 def _attend(q_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, heads: int, kernel: str) -> Tensor:
     q, k, v = (x.unflatten(-1, (heads, -1)) for x in (q_BLD, k_BLD, v_BLD))
-    return dispatch_attention_fn(q, k, v, backend=DISPATCH_NAMES[kernel]).flatten(2)
+    return attend(kernel, q, k, v).flatten(2)
 
 
 def place_band_layers(module: nn.Module, band: Band, kernel: str = "native", path: str = "") -> None:

@@ -16,8 +16,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..checkpoint_files.safetensors_file import files_of, safetensors_header
+from ..distributed.mesh import MeshAxis
 from ..distributed.tensor_parallel import Shard, ShardedParameter
 from ..errors import CancelledError, CheckpointError, UnsupportedError
+from .shared_reading import readers, sizes_of
+from .staging import placing
 
 DIFFUSION_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
@@ -154,12 +157,15 @@ def load_parameters(
     dtype: torch.dtype,
     unread: frozenset[str] = frozenset(),
     should_stop: Callable[[], bool] = lambda: False,
+    shared: MeshAxis | None = None,
 ) -> None:
     """Every parameter of `model` holds this rank's part of the tensor of its name, on `device` in `dtype`.
 
     Args:
         unread: names that the file must have and that this rank doesn't read now.
         should_stop: asked before each tensor.
+        shared: ranks that hold the same parts. This one reads its share of them; the others have room, and are filled by
+            `pass_on`.
     Raises:
         CheckpointError: names missing from the file or left over in it, or a tensor of another shape.
         CancelledError: `should_stop` said so.
@@ -173,14 +179,18 @@ def load_parameters(
                 f"{source.path.name}: {name} has shape {list(source.shape(name))}, the model needs {list(full_shape)}.",
                 "The file is damaged, or of a model that this version doesn't know.",
             )
+    place = placing(device)
+    read_by = readers(sizes_of(model), shared.degree) if shared is not None else {}
     for name, parameter in wanted.items():
         if should_stop():
             raise CancelledError(f"Loading {source.path.name} was cancelled.")
         shard, kept_dtype = None, dtype
         if isinstance(parameter, ShardedParameter):
             shard, kept_dtype = parameter.shard, torch.float32 if parameter.fp32 else dtype
-        # A slice is a view of the mapped file: `copy` keeps the file's pages from living on in the model.
-        tensor = source.read(name, shard).to(device=device, dtype=kept_dtype, copy=True)
+        if shared is not None and read_by[name] != shared.rank:
+            tensor = torch.empty(parameter.shape, dtype=kept_dtype, device=device)
+        else:
+            tensor = place(source.read(name, shard), kept_dtype)
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
 

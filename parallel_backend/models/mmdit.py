@@ -44,6 +44,8 @@ class MMDiTConfig:
     pooled_width: int
     mlp_width: int
 
+    head_dim = HEAD_DIM
+
     @property
     def hidden(self) -> int:
         return self.heads * HEAD_DIM

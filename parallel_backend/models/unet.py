@@ -48,6 +48,12 @@ class UNetConfig:
     pooled_width: int
     v_prediction: bool = False
     zero_snr: bool = False
+    head_dim = HEAD_DIM
+
+    @property
+    def heads(self) -> int:
+        """The most that an attention has."""
+        return max(self.block_channels) // HEAD_DIM
 
     @property
     def row_unit(self) -> int:

@@ -22,6 +22,7 @@ from ..distributed.mesh import BandAxes
 from ..distributed.patch_layers import Band, place_band_layers
 from ..errors import CancelledError, CheckpointError, InputError
 from .checkpoint import VAE_PREFIX, SafetensorsSource, check_names
+from .staging import placing
 
 # What a decoder or an encoder runs one after the other, in either kind of VAE.
 _BLOCK = re.compile(r"(en|de)coder\.(mid_block|(up|down)_blocks\.\d+|layers\.\d+)")
@@ -197,8 +198,8 @@ class VAECheckpoint:
                 if any(name.startswith("decoder.up.") for name in weights):
                     weights = convert_ldm_vae_checkpoint(weights, config)
         check_names(set(model.state_dict()), set(weights), self.sources[0].path.name)
-        # A slice is a view of the mapped file; the copy lets the file go.
-        weights = {name: t.to(device=device, dtype=dtype, copy=True) for name, t in weights.items()}
+        place = placing(device)
+        weights = {name: place(tensor, dtype) for name, tensor in weights.items()}
         model.load_state_dict(weights, assign=True)
         model.requires_grad_(False).eval()
         band = Band()

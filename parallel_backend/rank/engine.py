@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..config import DTYPES, KERNELS, MeshSpec, choose
-from ..distributed.attention import resolve_kernel
 from ..distributed.device_memory import give_back
-from ..distributed.mesh import BandAxes, Groups, Mesh, build_mesh
+from ..distributed.kernel_trial import choose_kernel
+from ..distributed.kernels import Use
+from ..distributed.mesh import BandAxes, Groups, Mesh, MeshAxis, build_mesh
+from ..distributed.peer_access import cards_reach_each_other
 from ..distributed.warm_up import warm_up
 from ..errors import BackendError, InputError, ProtocolError, UnknownModelError
 from ..models.checkpoint import load_parameters
@@ -21,6 +23,7 @@ from ..models.compiled import check_compiler, compile_blocks
 from ..models.families import OpenedModel, open_model
 from ..models.network import Network
 from ..models.prediction import Predictor, Rows
+from ..models.shared_reading import pass_on
 from ..models.vae import BandVAE, open_vae
 from ..rpc.messages import (
     Decode,
@@ -57,10 +60,11 @@ def is_compiled(body: Request) -> bool:
 
 
 class _Sizes(msgspec.Struct):
-    """What a rank says of a load: bytes read from the file, bytes held."""
+    """What a rank says of a load: bytes read from the file, bytes held; and what the user should know of how it computes."""
 
     read: int
     held: int
+    note: str = ""
 
 
 class Engine:
@@ -145,19 +149,23 @@ class Engine:
         dtype, path = getattr(torch, body.dtype), opened.source.path
         mesh = self._mesh(spec)
 
-        def build() -> tuple[nn.Module, str, int]:
-            kernel = resolve_kernel(body.kernel, self.device, dtype, mesh.ring.degree > 1)
+        def build() -> tuple[nn.Module, str, int, str]:
+            heads = -(-opened.config.heads // (mesh.tp.degree * mesh.ulysses.degree))
+            use = Use(self.device, dtype, mesh.ring.degree > 1, heads, opened.config.head_dim)
+            kernel, note = choose_kernel(body.kernel, use)
             if body.compile:
                 check_compiler(self.device)
             with torch.device("meta"):
                 model = opened.build(mesh, kernel)
-            return model, kernel, sum(p.numel() for p in model.parameters()) * dtype.itemsize
+            return model, kernel, sum(p.numel() for p in model.parameters()) * dtype.itemsize, note
 
-        model, kernel, needed = job.control.agreed(build)
+        model, kernel, needed, note = job.control.agreed(build)
         evicted = self.residents.make_room(needed, path.name, opened.kind.name, spec, job.control)
         job.emit(Progress(f"Loading {path.name}", 0, 1), [])
 
-        def read() -> Network:
+        shared = self._readers(spec, job)
+
+        def read() -> None:
             load_parameters(
                 model,
                 opened.source,
@@ -165,17 +173,24 @@ class Engine:
                 dtype=dtype,
                 unread=opened.unread(model),
                 should_stop=job.given_up,
+                shared=shared,
             )
+
+        def finish() -> Network:
             network = opened.network(model, mesh, kernel, self.device, dtype)
             if body.compile:
                 compile_blocks(model, opened.repeated)
             return network
 
-        network, config = job.control.agreed(read), opened.config
+        job.control.agreed(read)
+        if shared is not None:
+            pass_on(model, shared)
+        network, config = job.control.agreed(finish), opened.config
         predictor = Predictor(network, mesh, dtype, self.device, opened.kind)
         state = ModelState(name, path.name, config.family, spec.describe(), body.dtype, needed)
         self.residents[name], self._joining = Resident(predictor, state, config.channels), None
-        return self._loaded(name, _Sizes(opened.source.bytes_read, needed), evicted, start, job), []
+        sizes = _Sizes(opened.source.bytes_read, needed, note)
+        return self._loaded(name, sizes, evicted, start, job), []
 
     def _load_vae(self, body: LoadVAE, _: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         start = time.perf_counter()
@@ -200,6 +215,13 @@ class Engine:
         choose(body.dtype, DTYPES, "dtype")
         choose(body.kernel, KERNELS, "Attention kernel")
 
+    def _readers(self, spec: MeshSpec, job: Job) -> MeshAxis | None:
+        """The ranks that share the reading of a model out, where all hold the same and that is faster; else None."""
+        alike = job.control.world_size > 1 and not spec.sliced and spec.tp * spec.pp == 1
+        if not alike or not cards_reach_each_other(self.device, job.control):
+            return None
+        return self._bands.first(job.control.world_size)
+
     def _mesh(self, spec: MeshSpec) -> Mesh:
         """It is kept while a model of it is loaded or resident.
 
@@ -221,7 +243,8 @@ class Engine:
     def _loaded(self, name: str, sizes: _Sizes, evicted: list[str], start: float, job: Job) -> Loaded:
         self.residents.move_to_end(name)
         resident = self.residents[name]
-        everywhere = job.control.gather(_Sizes(sizes.read, resident.state.rank_bytes))
+        everywhere = job.control.gather(_Sizes(sizes.read, resident.state.rank_bytes, note=sizes.note))
+        notes = list(dict.fromkeys(s.note for s in everywhere if s.note))
         return Loaded(
             model=name,
             family=resident.state.family,
@@ -230,6 +253,7 @@ class Engine:
             seconds=time.perf_counter() - start,
             evicted=evicted,
             channels=resident.channels,
+            notes=notes,
         )
 
     def _unload(self, body: Unload, _: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:

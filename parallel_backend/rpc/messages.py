@@ -163,7 +163,7 @@ class StepDone(Message, frozen=True):
 
 
 class Loaded(Message, frozen=True):
-    """`bytes_read` has one entry per rank, 0 where the model was resident."""
+    """`bytes_read` has one entry per rank, 0 where the model was resident. `notes` are for the user to read."""
 
     model: str
     family: str
@@ -172,6 +172,7 @@ class Loaded(Message, frozen=True):
     seconds: float
     evicted: list[str]
     channels: int
+    notes: list[str] = []
 
 
 class AxisCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
