@@ -94,12 +94,13 @@ def sample(
 
 
 def price(result: Result | None) -> str:
-    """What the ranks' exchange cost rank 0: its share of the time, and bytes of each axis. Empty for one rank."""
+    """What the ranks' exchange cost rank 0: its share of the time, if timed, and bytes of each axis. Empty for one rank."""
     if result is None or not result.costs or not result.steps:
         return ""
-    waited = sum(cost.waited for cost in result.costs) / result.seconds
+    waits = [cost.waited for cost in result.costs if cost.waited is not None]
+    waited = f"{sum(waits) / result.seconds:.0%} of it waiting for others; " if waits else ""
     sent = ", ".join(f"{cost.axis} {cost.sent_bytes / result.steps / 2**20:.1f} MiB" for cost in result.costs)
-    return f"; {waited:.0%} of it waiting for others; sent a step: {sent}"
+    return f"; {waited}sent a step: {sent}"
 
 
 class StepClock:

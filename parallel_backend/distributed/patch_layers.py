@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
+from diffusers.models.unets.unet_2d_blocks import UpDecoderBlock2D
 from torch import Tensor, nn
 
 from .collectives import all_gather, exchange_halo, facing_rows, halo_sizes, start_neighbour_exchange, with_halo
@@ -79,15 +80,28 @@ class BandConv2d(nn.Module):
         self.halo = (above, max(0, conv.kernel_size[0] - conv.stride[0] - above))
 
     def forward(self, x_BCYX: Tensor) -> Tensor:
-        if self.band.axis.degree == 1:
-            return self.conv(x_BCYX)
-        conv = self.conv
+        return self.conv(x_BCYX) if self.band.axis.degree == 1 else self.of_rows(self.with_rows_around(x_BCYX))
+
+    def with_rows_around(self, x_BCYX: Tensor) -> Tensor:
         x = _with_halo(x_BCYX, *self.halo, self.band, self.slot)
         # Below an odd height a strided kernel looks at one more row, which lies outside the image.
-        outside = x_BCYX.shape[2] % conv.stride[0]
-        if outside:
-            x = F.pad(x, (0, 0, 0, outside))
-        return F.conv2d(x, conv.weight, conv.bias, conv.stride, (0, self.columns), groups=conv.groups)
+        outside = x_BCYX.shape[2] % self.conv.stride[0]
+        return F.pad(x, (0, 0, 0, outside)) if outside else x
+
+    def of_rows(self, x_BCYX: Tensor) -> Tensor:
+        conv = self.conv
+        return F.conv2d(x_BCYX, conv.weight, conv.bias, conv.stride, (0, self.columns), groups=conv.groups)
+
+
+class BandUpsamplingConv2d(BandConv2d):
+    """A convolution with the upsampling by 2 before it, whose result, the largest tensor of a decode, nobody else holds."""
+
+    def forward(self, x_BCYX: Tensor) -> Tensor:
+        x = F.interpolate(x_BCYX, scale_factor=2.0, mode="nearest")
+        if self.band.axis.degree == 1:
+            return self.conv(x)
+        x = self.with_rows_around(x)
+        return self.of_rows(x)
 
 
 class CuttingConv2d(nn.Module):
@@ -148,24 +162,35 @@ class BandGroupNorm(nn.Module):
         self.norm, self.band, self.slot = norm, band, slot
 
     def forward(self, x_BCYX: Tensor) -> Tensor:
-        norm, band = self.norm, self.band
-        if band.axis.degree == 1:
-            return norm(x_BCYX)
-        (B, C, Y, X), G = x_BCYX.shape, norm.num_groups
-        # torch's kernel norms the band by its own statistics, several times faster than var_mean finds them. It takes
-        # channels last on CPUs alone.
-        x = x_BCYX.float()
-        last = x.device.type == "cpu" and x.stride() == (C * Y * X, 1, C * X, C)
+        if self.band.axis.degree == 1:
+            return self.norm(x_BCYX)
+        return self.by_kernel(x_BCYX) if x_BCYX.device.type == "cpu" else self.by_sums(x_BCYX)
+
+    def by_kernel(self, x_BCYX: Tensor) -> Tensor:
+        """For CPUs: torch's kernel norms the band by its own statistics several times faster than sums find these alone."""
+        norm, (B, C, Y, X), x = self.norm, x_BCYX.shape, x_BCYX.float()
+        last = x.stride() == (C * Y * X, 1, C * X, C)
         x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-        alone, mean_BG, rate_BG = torch.native_group_norm(x, None, None, B, C, Y * X, G, norm.eps)
-        var_BG = rate_BG.square().reciprocal() - norm.eps
-        mean, var = self._whole(torch.stack([mean_BG, var_BG]), band.rows_like(x_BCYX))
+        x, mean_BG, rate_BG = torch.native_group_norm(x, None, None, B, C, Y * X, norm.num_groups, norm.eps)
+        own_2BG = torch.stack([mean_BG, rate_BG.square().reciprocal() - norm.eps])
+        mean, var = self._whole(own_2BG, self.band.rows_like(x_BCYX))
         rate = torch.rsqrt(var + norm.eps)
-        scale, shift = (part.repeat_interleave(C // G, 1) for part in (rate / rate_BG, (mean_BG - mean) * rate))
+        return self._scaled(x, rate / rate_BG, (mean_BG - mean) * rate, out=x).to(x_BCYX.dtype)
+
+    def by_sums(self, x_BCYX: Tensor) -> Tensor:
+        """For GPUs, whose kernels compute in fp32 while they read and write half precision: no copy of x is made."""
+        own_2BG = moments(x_BCYX, self.norm.num_groups)
+        mean, var = self._whole(own_2BG, self.band.rows_like(x_BCYX))
+        rate = torch.rsqrt(var + self.norm.eps)
+        return self._scaled(x_BCYX, rate, -mean * rate, out=torch.empty_like(x_BCYX))
+
+    def _scaled(self, x_BCYX: Tensor, scale_BG: Tensor, shift_BG: Tensor, out: Tensor) -> Tensor:
+        """x * scale + shift, and then the layer's own weight and bias."""
+        norm, per_group = self.norm, x_BCYX.shape[1] // self.norm.num_groups
+        scale, shift = (part.repeat_interleave(per_group, 1) for part in (scale_BG, shift_BG))
         if norm.weight is not None:
-            scale, shift = scale * norm.weight.float(), shift * norm.weight.float() + norm.bias.float()
-        whole = torch.addcmul(shift[:, :, None, None], alone, scale[:, :, None, None], out=alone)
-        return whole.to(x_BCYX.dtype)
+            scale, shift = scale * norm.weight, shift * norm.weight + norm.bias
+        return torch.addcmul(shift[:, :, None, None], x_BCYX, scale[:, :, None, None], out=out)
 
     def _whole(self, own_2BG: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Mean and variance (B, G) of the whole image from this band's."""
@@ -183,6 +208,20 @@ class BandGroupNorm(nn.Module):
         moved_var = square - moved_mean.square()
         # Far from the last evaluation the estimate can turn negative; the paper then takes the band's own.
         return moved_mean, torch.where(moved_var > 0, moved_var, own_2BG[1])
+
+
+def moments(x_BCYX: Tensor, groups: int) -> Tensor:
+    """Mean and biased variance (2, B, G), in fp32.
+
+    A GPU adds half precision up in fp32 as it reads it, without a copy. There the squares may be those of x: where the
+    mean is so large that they lose the variance, x's own rounding has lost it before. In fp32 they are those of the
+    distances from the mean, which take the room of x for a while.
+    """
+    x, half = x_BCYX.unflatten(1, (groups, -1)), x_BCYX.dtype != torch.float32
+    mean = x.mean((2, 3, 4), keepdim=True, dtype=torch.float32)
+    root = torch.linalg.vector_norm(x if half else x - mean, dim=(2, 3, 4), dtype=torch.float32)
+    square, mean = root.square() / (x.numel() // root.numel()), mean.flatten(1)
+    return torch.stack([mean, (square - mean.square()).clamp_(min=0) if half else square])
 
 
 def _combined(every_R2BG: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -289,6 +328,10 @@ def place_band_layers(module: nn.Module, band: Band, kernel: str = "native", pat
             setattr(module, name, BandDownsample(child, band))
             continue
         place_band_layers(child, band, kernel, slot)
+        if isinstance(child, UpDecoderBlock2D):
+            upsamplers: Any = child.upsamplers or ()
+            for upsample in upsamplers:
+                upsample.interpolate, upsample.conv = False, BandUpsamplingConv2d(upsample.conv.conv, band, slot)
         if isinstance(child, nn.Conv2d) and child.kernel_size != (1, 1):
             setattr(module, name, BandConv2d(child, band, slot))
         elif isinstance(child, nn.GroupNorm):

@@ -14,8 +14,6 @@ import torch.nn.functional as F
 # the number of the axis.
 COMPUTE = 0
 COLUMNS = 6
-# Of waits that nobody has asked for yet: a client may ask for single evaluations for days.
-MOST_EVENTS = 4096
 
 
 @dataclass
@@ -77,18 +75,18 @@ def with_ranks(tables: Sequence[torch.Tensor]) -> torch.Tensor:
 
 @dataclass
 class Traffic:
-    """A running count; the engine takes it before and after a job.
+    """A running count; the engine takes it before and after a job. `waited`: seconds of those waits that are timed.
 
-    On a GPU the host runs ahead, so waits are measured there by events on the computing stream. `collectives` are those
-    that were started: ranks whose numbers are alike stand at the same place.
+    On a GPU the host runs ahead, and a wait is the computing stream's: to time each of hundreds in an evaluation costs the
+    host milliseconds, so that there only waits of a timeline are timed. `collectives` are those that were started: ranks
+    whose numbers are alike stand at the same place.
     """
 
     sent_bytes: int = 0
     collectives: int = 0
+    waited: float = 0.0
     timeline: Timeline | None = None
     number: int = 0
-    _waited: float = 0.0
-    _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
     def count(self, nbytes: int) -> None:
         """A collective that sends so much starts."""
@@ -98,30 +96,10 @@ class Traffic:
     @contextmanager
     def waiting(self, device: torch.device) -> Iterator[None]:
         """The block ends when what others send is there."""
-        with self.timeline.span(self.number) if self.timeline is not None else nullcontext():
-            yield from self._timed(device)
-
-    def _timed(self, device: torch.device) -> Iterator[None]:
-        if device.type != "cuda":
-            start = time.perf_counter()
+        if device.type != "cpu" and self.timeline is None:
             yield
-            self._waited += time.perf_counter() - start
             return
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
-        yield
-        after.record()
-        self._events.append((before, after))
-        if len(self._events) > MOST_EVENTS:
-            self._fold(self._events[: MOST_EVENTS // 2])
-
-    def waited(self) -> float:
-        """Seconds of waiting so far. On a GPU this waits until the last event has passed."""
-        self._fold(list(self._events))
-        return self._waited
-
-    def _fold(self, oldest: Sequence[tuple[torch.cuda.Event, torch.cuda.Event]]) -> None:
-        if oldest:
-            oldest[-1][1].synchronize()
-            self._waited += sum(before.elapsed_time(after) for before, after in oldest) / 1000
-            del self._events[: len(oldest)]
+        start = time.perf_counter()
+        with self.timeline.span(self.number) if self.timeline is not None else nullcontext():
+            yield
+        self.waited += time.perf_counter() - start

@@ -23,7 +23,7 @@ from ..distributed.collectives import Handle, broadcast, first_says, start_recei
 from ..distributed.stale import Kept, Step
 from ..errors import CancelledError
 from .network import TokenNetwork
-from .prediction import Predictor, Prompt, Share
+from .prediction import Predictor, Prompt, Share, timesteps_of
 from .tokens import patch_rows
 from .transformer import Attend
 
@@ -155,7 +155,7 @@ class Pipeline:
             timeline.begin(max(timeline.step + 1, self.first_step))
 
     def _vectors_at(self, timestep: Tensor) -> list[Any]:
-        times = timestep.float().to(self.device).expand(self._shapes[0][0])
+        times = timesteps_of(timestep, self._shapes[0][0], self.device)
         pooled = [self.share.prompts[call].pooled for call in self._calls]
         return [self.network.model.vectors(times, y, self.dtype) for y in pooled]
 

@@ -78,6 +78,14 @@ class Share:
         return [gather_batch(out, self.rows, self.mesh.dp) for out in branches]
 
 
+def timesteps_of(timestep: Tensor, rows: int, device: torch.device) -> Tensor:
+    """(rows,), fp32: one timestep, given on the CPU, for all rows.
+
+    A GPU gets the number with the kernel that writes it: nothing is copied, and nobody waits.
+    """
+    return torch.full((rows,), float(timestep), dtype=torch.float32, device=device)
+
+
 @dataclass
 class Predictor:
     """A model in its mesh, ready to be asked."""
@@ -153,11 +161,13 @@ class Predictor:
     def outputs(self, x: Tensor, timestep: Tensor, prompts: Sequence[Prompt], step: Step) -> list[Tensor]:
         """The model's output for each prompt (cond, uncond), fp32; prompts spread over cfg, the batch over dp.
 
+        Args:
+            timestep: one for all rows, on the CPU.
         Comm: the model's, and `Share.gather`'s.
         """
         share = Share.of(self.mesh, x.shape[0], prompts)
         own = share.own_rows(x)
-        times = timestep.float().expand(own.shape[0])
+        times = timesteps_of(timestep, own.shape[0], self.device)
         steps = [replace(step, branch=branch) for branch in range(len(share.prompts))]
         return share.gather([self._local(Rows(own, times, p), s) for p, s in zip(share.prompts, steps, strict=True)])
 

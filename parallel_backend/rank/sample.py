@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..config import SAMPLERS_OF_PATCHES, SamplerSpec
-from ..distributed.mesh import Mesh
 from ..distributed.stale import Kept, Step
 from ..distributed.traffic import Timeline, with_ranks
 from ..errors import BackendError, ConfigError, InputError, UnsupportedError
@@ -68,7 +67,9 @@ def run_sample(
     predictor, kept, device = run.predictor, run.kept, run.latent.device
     traffic = [axis.traffic for axis in predictor.mesh.axes]
     kept.timeline = Timeline(traffic, device) if body.trace else None
-    before = _costs(predictor.mesh)
+    axes = [axis for axis in predictor.mesh.axes if axis.degree > 1]
+    before = [(axis.traffic.sent_bytes, axis.traffic.waited) for axis in axes]
+    timed = device.type == "cpu" or kept.timeline is not None  # see Traffic
     job.check_cancelled()
     held = 0
     if device.type == "cuda":
@@ -96,8 +97,8 @@ def run_sample(
     kept.close()
     out = (out / predictor.kind.scale + predictor.kind.shift).cpu()  # which waits for the device
     costs = [
-        AxisCost(now.axis, now.sent_bytes - then.sent_bytes, now.waited - then.waited)
-        for now, then in zip(_costs(predictor.mesh), before, strict=True)
+        AxisCost(axis.name, axis.traffic.sent_bytes - sent, axis.traffic.waited - waited if timed else None)
+        for axis, (sent, waited) in zip(axes, before, strict=True)
     ]
     peak = torch.cuda.max_memory_allocated(device) - held if device.type == "cuda" else None
     ranks = job.control.gather(RankCost(costs, kept_bytes, peak))
@@ -154,8 +155,3 @@ def _parameterization(predictor: Predictor, spec: SamplerSpec) -> Parameterizati
     if predictor.kind.prediction == "flow":
         return Flow(spec.shift)
     return Discrete(predictor.network.config.v_prediction, predictor.network.config.zero_snr)
-
-
-def _costs(mesh: Mesh) -> list[AxisCost]:
-    """What this rank has sent and waited so far, by axis."""
-    return [AxisCost(a.name, a.traffic.sent_bytes, a.traffic.waited()) for a in mesh.axes if a.degree > 1]

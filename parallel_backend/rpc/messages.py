@@ -176,11 +176,11 @@ class Loaded(Message, frozen=True):
 
 
 class AxisCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a rank sent along an axis, and how many seconds its computing stood still for it."""
+    """What a rank sent along an axis, and how many seconds its computing stood still for it: None where that was not timed."""
 
     axis: str
     sent_bytes: int
-    waited: float
+    waited: float | None
 
 
 class RankCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

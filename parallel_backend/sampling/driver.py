@@ -99,7 +99,7 @@ def drive(
     noise: Tensor,
     mask: Tensor | None,
     mask_noise: Tensor,
-    share: Callable[[Tensor], Tensor],
+    noise_of_steps: StepNoise,
     on_step: Callable[[StepReport], None],
     pipeline: Pipeline | None = None,
 ) -> Tensor:
@@ -107,10 +107,10 @@ def drive(
 
     Args:
         outputs: (model's input, timestep, step) -> the model's output for cond and, with guidance, uncond.
-        sigmas: descending, on the latent's device.
+        sigmas: descending, on the CPU whatever the latent's device: no step waits to read them.
         latent: what is noised to the first sigma, in the model's scale.
         mask: 1 where the latent may change; None everywhere.
-        share: makes a tensor equal on all ranks.
+        noise_of_steps: what samplers add between steps.
         on_step: called once a step; what it raises ends the run.
         pipeline: takes over from its first step on. The steps before it are those of one patch.
     """
@@ -120,7 +120,6 @@ def drive(
         sigmas = torch.cat([sigmas[:-1], sigmas.new_tensor([multistep.UNI_PC_END])])
     x = model.start(latent, noise, sigmas[0])
     steps = len(sigmas) - 1
-    noise_of_steps = StepNoise(x, sigmas, spec.seed, share)
     draws = SharedNoise(noise_of_steps)  # for several patches
     rows_of = [slice(None)] if pipeline is None else pipeline.rows
     patches = []

@@ -11,7 +11,7 @@ from ..config import SamplerSpec
 from ..errors import InputError
 from .driver import Pipeline, StepReport, drive
 from .guidance import mask_for
-from .noise import initial_noise
+from .noise import StepNoise, initial_noise
 from .parameterization import Parameterization
 from .schedules import sigmas_for
 
@@ -31,6 +31,7 @@ def sample_latent(
     share: Callable[[Tensor], Tensor] = lambda x: x,
     on_step: Callable[[StepReport], None] = lambda report: None,
     pipeline: Pipeline | None = None,
+    draw_ahead: bool | None = None,
 ) -> Tensor:
     """The sampled latent, in the model's scale.
 
@@ -38,9 +39,10 @@ def sample_latent(
         outputs: (model's input, timestep, step) -> the model's output for cond and, with guidance, uncond.
         latent: (B, C, Y, X), fp32, on the device that computes.
         noise: start noise; None draws it from the seed.
-        sigmas: in place of the scheduler's; None makes them.
+        sigmas: in place of the scheduler's; None makes them. The model is asked with these, on the CPU.
         batch_index: which draws of the seed's stream the rows get.
         pipeline: for displaced steps, where patches flow through stages.
+        draw_ahead: whether a thread draws Brownian noise ahead; None where a GPU leaves the CPU the time.
     Raises: InputError: noise, sigmas or batch_index that don't fit the latent.
     """
     device = latent.device
@@ -50,28 +52,32 @@ def sample_latent(
         raise InputError(f"batch_index {list(batch_index)} for {latent.shape[0]} latents.", "Name one draw per latent.")
     if noise is None:
         noise = initial_noise(latent.shape, spec.seed, batch_index)
-    sigmas = (sigmas_for(spec, model) if sigmas is None else check_sigmas(sigmas)).to(device)
+    # They stay on the CPU: what is read of them then never waits for a GPU, and as numbers of its kernels they cost it
+    # nothing. A GPU takes one reciprocal for a division by such a number: the last bit may differ.
+    sigmas = sigmas_for(spec, model) if sigmas is None else check_sigmas(sigmas)
     noise = noise.to(device)
     # ComfyUI's ddim draws the noise of the masked part from the next seed.
     mask_noise = initial_noise(latent.shape, (spec.seed + 1) % 2**64).to(device) if spec.sampler == "ddim" else noise
 
-    return drive(
-        outputs,
-        spec,
-        model,
-        sigmas,
-        latent=latent,
-        noise=noise,
-        mask=None if mask is None else mask_for(mask, latent),
-        mask_noise=mask_noise,
-        share=share,
-        on_step=on_step,
-        pipeline=pipeline,
-    )
+    ahead = device.type == "cuda" if draw_ahead is None else draw_ahead
+    with StepNoise(latent, sigmas, spec.seed, share, ahead=ahead) as noise_of_steps:
+        return drive(
+            outputs,
+            spec,
+            model,
+            sigmas,
+            latent=latent,
+            noise=noise,
+            mask=None if mask is None else mask_for(mask, latent),
+            mask_noise=mask_noise,
+            noise_of_steps=noise_of_steps,
+            on_step=on_step,
+            pipeline=pipeline,
+        )
 
 
 def check_sigmas(sigmas: Tensor) -> Tensor:
-    sigmas = sigmas.float()
+    sigmas = sigmas.float().cpu()
     if sigmas.ndim != 1 or not torch.isfinite(sigmas).all() or (sigmas < 0).any() or (sigmas.diff() >= 0).any():
         raise InputError(f"Sigmas {sigmas.tolist()[:6]} don't fall.", "Give finite sigmas in descending order.")
     return sigmas

@@ -27,7 +27,7 @@ _ADAMS_BASHFORTH = (
 def lms(x: Tensor, run: Run, order: int = 4) -> Sampler:
     from scipy import integrate  # half a second and 30 MB, which ranks spend when a job needs it
 
-    times = run.sigmas.double().cpu().tolist()
+    times = run.sigmas.double().tolist()
     slopes: list[Tensor] = []
     for i, sigma, following in run.pairs:
         denoised = yield Evaluation(x, sigma, i)
@@ -65,7 +65,7 @@ def ipndm(x: Tensor, run: Run) -> Sampler:
 
 
 def deis(x: Tensor, run: Run, order: int = 3) -> Sampler:
-    times = [_vp_time(s) for s in run.sigmas.double().cpu().tolist()]
+    times = [_vp_time(s) for s in run.sigmas.double().tolist()]
     slopes: list[Tensor] = []
     for i, sigma, following in run.pairs:
         denoised = yield Evaluation(x, sigma, i)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-import torchsde
 from torch import Tensor
+
+from .brownian import BrownianPath, DrawingThread, Interval
 
 
 def initial_noise(shape: Sequence[int], seed: int, batch_index: Sequence[int] | None = None) -> Tensor:
@@ -23,29 +24,42 @@ def initial_noise(shape: Sequence[int], seed: int, batch_index: Sequence[int] | 
 
 
 class Noise(Protocol):
-    """What samplers draw."""
+    """What samplers draw. Sigmas are on the CPU."""
 
     def gaussian(self) -> Tensor: ...
+    def foresee(self, intervals: Sequence[Interval]) -> None:
+        """All that the sampler will ask of `brownian`, in this order."""
+        ...
+
     def brownian(self, sigma_from: Tensor, sigma_to: Tensor) -> Tensor: ...
 
 
 class StepNoise:
-    """Noise that samplers add between steps, of the shape and device of `like`.
+    """Noise that samplers add between steps, of the shape and device of `like`. Leaving it ends what it has started.
 
     Args:
         sigmas: the run's sigmas; they bound the Brownian path.
         share: makes a tensor equal on all ranks. A GPU's generator gives other numbers on a GPU of another size,
             so what is drawn on a GPU is rank 0's.
+        ahead: whether a thread draws what a sampler foresees, while the device computes.
     """
 
-    def __init__(self, like: Tensor, sigmas: Tensor, seed: int, share: Callable[[Tensor], Tensor]) -> None:
-        self._like, self._share = like, share
+    def __init__(
+        self, like: Tensor, sigmas: Tensor, seed: int, share: Callable[[Tensor], Tensor], *, ahead: bool
+    ) -> None:
+        self._like, self._sigmas, self._seed, self._share = like, sigmas, seed, share
         # On a CPU the start noise was drawn from the seed's own stream; the next seed keeps these draws apart.
         own_seed = (seed + 1) % 2**64 if like.device.type == "cpu" else seed
         self._generator = torch.Generator(like.device).manual_seed(own_seed)
-        self._bounds = (sigmas[sigmas > 0].min().cpu(), sigmas.max().cpu())
-        self._seed = seed
-        self._path: torchsde.BrownianTree | None = None
+        self._path: BrownianPath | None = None
+        self._thread = DrawingThread() if ahead else None
+
+    def __enter__(self) -> StepNoise:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread is not None:
+            self._thread.end()
 
     def gaussian(self) -> Tensor:
         """A fresh standard normal draw."""
@@ -54,17 +68,24 @@ class StepNoise:
         )
         return noise if self._like.device.type == "cpu" else self._share(noise)
 
+    def foresee(self, intervals: Sequence[Interval]) -> None:
+        if self._thread is not None:
+            self._thread.draw(self._increment, intervals)
+
     def brownian(self, sigma_from: Tensor, sigma_to: Tensor) -> Tensor:
         """The increment of a Brownian path between two sigmas, at unit variance: smaller steps sum to larger ones."""
+        interval = (sigma_from, sigma_to)
+        drawn = self._increment(interval) if self._thread is None else self._thread.take(interval)
+        if self._like.device.type == "cpu":
+            return drawn.to(self._like)
+        return drawn.pin_memory().to(self._like.device, self._like.dtype, non_blocking=True)
+
+    def _increment(self, interval: Interval) -> Tensor:
+        """Drawn on the CPU, where it is the same on every rank."""
         if self._path is None:
-            low, high = self._bounds
-            self._path = torchsde.BrownianTree(
-                low, torch.zeros_like(self._like, device="cpu"), high, entropy=self._seed
-            )
-        start, stop = sigma_from.cpu().float(), sigma_to.cpu().float()
-        low, high, sign = (start, stop, 1) if start < stop else (stop, start, -1)
-        increment = self._path(low, high).to(self._like) * sign
-        return increment / (stop - start).abs().sqrt().to(self._like.device)
+            low, high = self._sigmas[self._sigmas > 0].min(), self._sigmas.max()
+            self._path = BrownianPath(self._like.shape, low, high, self._seed)
+        return self._path.increment(interval)
 
 
 class SharedNoise:
@@ -74,6 +95,7 @@ class SharedNoise:
         self._whole = whole
         self._draws: list[Tensor] = []
         self._increment: tuple[tuple[float, float], Tensor] | None = None
+        self._foreseen = False
 
     def of(self, rows: slice) -> Noise:
         """For the sampler of these rows of latent."""
@@ -92,6 +114,12 @@ class SharedNoise:
             self._draws.append(self._whole.gaussian())
         return self._draws[number]
 
+    def foresee(self, intervals: Sequence[Interval]) -> None:
+        """Every patch's sampler will ask for the same; the first one says so."""
+        if not self._foreseen:
+            self._foreseen = True
+            self._whole.foresee(intervals)
+
     def brownian(self, sigma_from: Tensor, sigma_to: Tensor) -> Tensor:
         bounds = (float(sigma_from), float(sigma_to))
         if self._increment is None or self._increment[0] != bounds:
@@ -106,6 +134,9 @@ class _RowsOfNoise:
     def gaussian(self) -> Tensor:
         self._next += 1
         return self._shared.gaussian(self._next - 1)[:, :, self._rows]
+
+    def foresee(self, intervals: Sequence[Interval]) -> None:
+        self._shared.foresee(intervals)
 
     def brownian(self, sigma_from: Tensor, sigma_to: Tensor) -> Tensor:
         return self._shared.brownian(sigma_from, sigma_to)[:, :, self._rows]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Parameterization(Protocol):
-    """A noise schedule and the meaning of the model's output under it."""
+    """A noise schedule and the meaning of the model's output under it. Sigmas and timesteps are on the CPU."""
 
     @property
     def is_flow(self) -> bool: ...
@@ -107,14 +107,14 @@ class Discrete:
 
     def sigma(self, timestep: Tensor) -> Tensor:
         """Between timesteps, log sigma is linear."""
-        t = timestep.float().cpu().clamp(0, self.steps - 1)
+        t = timestep.float().clamp(0, self.steps - 1)
         low, high, share = t.floor().long(), t.ceil().long(), t.frac()
-        return ((1 - share) * self.log_sigmas[low] + share * self.log_sigmas[high]).exp().to(timestep.device)
+        return ((1 - share) * self.log_sigmas[low] + share * self.log_sigmas[high]).exp()
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """The nearest in log sigma."""
-        distances = sigma.log().cpu().reshape(-1, 1) - self.log_sigmas
-        return distances.abs().argmin(1).view(sigma.shape).to(sigma.device)
+        distances = sigma.log().reshape(-1, 1) - self.log_sigmas
+        return distances.abs().argmin(1).view(sigma.shape)
 
     def model_input(self, x: Tensor, sigma: Tensor) -> Tensor:
         return x / (sigma**2 + 1).sqrt()
@@ -126,8 +126,7 @@ class Discrete:
 
     def start(self, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """At the largest sigma the whole variance is that of the training's last step, the signal's share included."""
-        largest = self.sigmas[-1].to(sigma)
-        if sigma > largest * (1 - 1e-5):
+        if sigma > self.sigmas[-1] * (1 - 1e-5):
             return latent + noise * (1 + sigma**2).sqrt()
         return self.add_noise(latent, noise, sigma)
 

@@ -35,7 +35,7 @@ Sampler = Generator[Evaluation, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Run:
-    """What a sampler is given beside x: its sigmas, its noise and the meaning of sigma."""
+    """What a sampler is given beside x: its sigmas (on the CPU), its noise and the meaning of sigma."""
 
     sigmas: Tensor
     noise: Noise
@@ -46,11 +46,20 @@ class Run:
         """(step, sigma now, sigma next)."""
         return [(i, self.sigmas[i], self.sigmas[i + 1]) for i in range(len(self.sigmas) - 1)]
 
+    @property
+    def noisy_pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """(sigma now, sigma next) of the steps after which there is noise left."""
+        return [(sigma, following) for _, sigma, following in self.pairs if following > 0]
+
     def half_log_snr(self, sigma: Tensor) -> Tensor:
         return -sigma.logit() if self.model.is_flow else -sigma.log()
 
     def sigma_at(self, half_log_snr: Tensor) -> Tensor:
         return torch.sigmoid(-half_log_snr) if self.model.is_flow else torch.exp(-half_log_snr)
+
+    def half_way(self, sigma: Tensor, following: Tensor) -> Tensor:
+        """The sigma in the middle of a step, by log-SNR."""
+        return self.sigma_at((self.half_log_snr(sigma) + self.half_log_snr(following)) / 2)
 
     def below_infinite_noise(self) -> Run:
         """The same run with a first sigma whose log-SNR is finite: on a flow model sigma 1 is pure noise."""
@@ -103,7 +112,7 @@ def euler_ancestral(x: Tensor, run: Run) -> Sampler:
             x = denoised
         elif run.model.is_flow:
             step = FlowAncestral.between(sigma, following)
-            x = torch.lerp(denoised, x, step.down / sigma)
+            x = torch.lerp(denoised, x, float(step.down / sigma))
             x = step.scale * x + run.noise.gaussian() * step.up
         else:
             down, up = ancestral_split(sigma, following)
@@ -189,28 +198,28 @@ def _dpmpp_2s_flow(x: Tensor, sigma: Tensor, following: Tensor, denoised: Tensor
     if sigma == 1.0:  # the log-SNR there is infinite
         middle = torch.full_like(sigma, 0.9999)
     else:
-        middle = run.sigma_at((run.half_log_snr(sigma) + run.half_log_snr(step.down)) / 2)
-    denoised = yield Evaluation(torch.lerp(denoised, x, middle / sigma), middle)
-    x = torch.lerp(denoised, x, step.down / sigma)
+        middle = run.half_way(sigma, step.down)
+    denoised = yield Evaluation(torch.lerp(denoised, x, float(middle / sigma)), middle)
+    x = torch.lerp(denoised, x, float(step.down / sigma))
     return step.scale * x + run.noise.gaussian() * step.up
 
 
 def _dpmpp_2s_exploding(x: Tensor, sigma: Tensor, following: Tensor, denoised: Tensor, run: Run) -> Sampler:
     down, up = ancestral_split(sigma, following)
     middle = (sigma * down).sqrt()
-    denoised = yield Evaluation(torch.lerp(denoised, x, middle / sigma), middle)
-    return torch.lerp(denoised, x, down / sigma) + run.noise.gaussian() * up
+    denoised = yield Evaluation(torch.lerp(denoised, x, float(middle / sigma)), middle)
+    return torch.lerp(denoised, x, float(down / sigma)) + run.noise.gaussian() * up
 
 
 def dpmpp_sde(x: Tensor, run: Run) -> Sampler:
     run = run.below_infinite_noise()
+    run.noise.foresee([(sigma, end) for sigma, then in run.noisy_pairs for end in (run.half_way(sigma, then), then)])
     for i, sigma, following in run.pairs:
         denoised = yield Evaluation(x, sigma, i)
         if following == 0:
             x = denoised
             continue
-        now, then = run.half_log_snr(sigma), run.half_log_snr(following)
-        middle = run.sigma_at((now + then) / 2)
+        middle = run.half_way(sigma, following)
         x_middle = _sde_substep(x, sigma, middle, denoised, run)
         denoised = yield Evaluation(x_middle, middle)
         x = _sde_substep(x, sigma, following, denoised, run)
@@ -242,6 +251,7 @@ def dpmpp_2m(x: Tensor, run: Run) -> Sampler:
 
 def dpmpp_2m_sde(x: Tensor, run: Run) -> Sampler:
     run = run.below_infinite_noise()
+    run.noise.foresee(run.noisy_pairs)
     previous = last_h = None
     for i, sigma, following in run.pairs:
         denoised = yield Evaluation(x, sigma, i)
@@ -259,6 +269,7 @@ def dpmpp_2m_sde(x: Tensor, run: Run) -> Sampler:
 
 def dpmpp_3m_sde(x: Tensor, run: Run) -> Sampler:
     run = run.below_infinite_noise()
+    run.noise.foresee(run.noisy_pairs)
     past: list[Tensor] = []
     past_h: list[Tensor] = []
     for i, sigma, following in run.pairs:

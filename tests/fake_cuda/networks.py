@@ -1,0 +1,169 @@
+"""Models at their true widths on the fake device, with weights that have shapes alone, and a job of a few evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from torch import Tensor, nn
+
+from parallel_backend.config import MeshSpec
+from parallel_backend.distributed.mesh import BandAxes, Mesh, build_mesh
+from parallel_backend.distributed.patch_layers import Band, _shares, place_band_layers
+from parallel_backend.distributed.stale import Kept, Phase, Step
+from parallel_backend.models.families import FROM_SCRATCH, SD3, SDXL
+from parallel_backend.models.from_scratch import FromScratch, FromScratchConfig, GridPositions
+from parallel_backend.models.mmdit import MMDiT, MMDiTConfig
+from parallel_backend.models.network import TokenNetwork
+from parallel_backend.models.prediction import Predictor, Prompt
+from parallel_backend.models.unet import BandUNet, UNetConfig, band_rows, loadable_unet
+from parallel_backend.models.vae import BandVAE
+
+from .device import DEVICE, on_cuda, put_weights
+
+Config = MMDiTConfig | FromScratchConfig | UNetConfig
+_SD3 = {"qk_norm": True, "channels": 16, "patch_size": 2, "context_width": 4096, "pooled_width": 2048}
+_SDXL = {"family": "sdxl", "channels": 4, "context_width": 2048, "pooled_width": 2816}
+
+
+def large(depth: int = 38) -> MMDiTConfig:
+    sizes: Any = {"depth": depth, "heads": 38, "mlp_width": 9728, "dual_blocks": (), "pos_embed_size": 192}
+    return MMDiTConfig(family="sd3.5-large", **sizes, **_SD3)
+
+
+def medium(depth: int = 24, dual: int = 13) -> MMDiTConfig:
+    sizes: Any = {"depth": depth, "heads": 24, "mlp_width": 6144, "pos_embed_size": 384}
+    return MMDiTConfig(family="sd3.5-medium", dual_blocks=tuple(range(dual)), **sizes, **_SD3)
+
+
+def from_scratch(depth: int = 19) -> FromScratchConfig:
+    widths: Any = {"hidden": 1216, "mlp_width": 4864, "context_width": 2304, "pooled_width": 1536}
+    return FromScratchConfig(depth=depth, heads=19, mlp="swiglu", rotary=True, channels=16, patch_size=2, **widths)
+
+
+def sdxl() -> UNetConfig:
+    return UNetConfig(
+        **_SDXL,  # type: ignore[arg-type]
+        block_channels=(320, 640, 1280),
+        layers_per_block=2,
+        down_depths=((0, 0), (2, 2), (10, 10)),
+        up_depths=((10, 10, 10), (2, 2, 2), (0, 0, 0)),
+        mid_depth=10,
+    )
+
+
+def shallow_sdxl() -> UNetConfig:
+    """Each kind of layer that SDXL has, as few times as can be."""
+    return UNetConfig(
+        **_SDXL,  # type: ignore[arg-type]
+        block_channels=(320, 640),
+        layers_per_block=1,
+        down_depths=((0,), (1,)),
+        up_depths=((1, 1), (0, 0)),
+        mid_depth=1,
+    )
+
+
+class _KeptRows:
+    """A position table that has read its file's rows already: it does so at the first evaluation of a size."""
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        self._width, self._dtype = width, dtype
+
+    def rows(self, rows: int, columns: int, ranges: Sequence[tuple[int, int]]) -> Tensor:
+        return on_cuda(sum(stop - start for start, stop in ranges), self._width, dtype=self._dtype)
+
+
+def predictor(config: Config, spec: MeshSpec, dtype: torch.dtype = torch.bfloat16) -> Predictor:
+    """The model of these sizes as this rank of the mesh has it."""
+    mesh = build_mesh(spec)
+    if isinstance(config, UNetConfig):
+        unet = _unet(config, mesh)
+        put_weights(unet, dtype)
+        unet.to = lambda **_: unet  # type: ignore[method-assign]  # the weights lie channels last already
+        return Predictor(BandUNet(unet, config, mesh, "native"), mesh, dtype, DEVICE, SDXL)
+    kind, module = (SD3, MMDiT) if isinstance(config, MMDiTConfig) else (FROM_SCRATCH, FromScratch)
+    with torch.device("meta"):
+        model = module(config, mesh, "native")
+    put_weights(model, dtype)
+    positions = _KeptRows(config.hidden, dtype) if kind is SD3 else GridPositions(DEVICE)
+    return Predictor(TokenNetwork(model, positions), mesh, dtype, DEVICE, kind)
+
+
+def _unet(config: UNetConfig, mesh: Mesh) -> Any:
+    with torch.device("meta"):
+        return loadable_unet(config, mesh)
+
+
+@dataclass
+class Evaluations:
+    """Evaluations of one picture with guidance, one after the other, as a sampling job makes them."""
+
+    predictor: Predictor
+    pixels: tuple[int, int] = (1024, 1024)
+    displaced: bool = False
+    tokens: tuple[int, int] = (154, 154)
+    rows: int = 1
+    kept: Kept = field(init=False)
+
+    def __post_init__(self) -> None:
+        network, mesh = self.predictor.network, self.predictor.mesh
+        self.kept = network.new_job(self.displaced, mesh.pp.degree)
+        if isinstance(network, BandUNet) and mesh.patch.degree > 1:
+            # As after the first evaluation of this size: the shares of the bands are on the device.
+            rows = band_rows(self.shape[2], mesh.patch.degree, network.config.row_unit)
+            for scale in range(len(network.config.block_channels)):
+                _shares(tuple(-(-count // 2**scale) for count in rows), DEVICE)
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        config, dtype = self.predictor.network.config, self.predictor.dtype
+        return [
+            Prompt(
+                on_cuda(self.rows, tokens, config.context_width, dtype=dtype),
+                on_cuda(self.rows, config.pooled_width, dtype=dtype),
+            )
+            for tokens in self.tokens
+        ]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.rows, self.predictor.network.config.channels, *(side // 8 for side in self.pixels)  # type: ignore[return-value]
+
+    def next(self, phase: Phase = "sync", prompts: list[Prompt] | None = None) -> list[Tensor]:
+        step = Step(0, phase, kept=self.kept)
+        return self.predictor.outputs(on_cuda(*self.shape), torch.tensor(500.0), prompts or self.prompts, step)
+
+
+def kl_vae(dtype: torch.dtype, layers: int = 2) -> BandVAE:
+    """SD3's VAE, in bands over the world."""
+    levels = 4
+    with torch.device("meta"):
+        model = AutoencoderKL(
+            latent_channels=16,
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            layers_per_block=layers,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+    return _in_bands(model, "kl-16", dtype)
+
+
+def taesd(dtype: torch.dtype, layers: int = 3) -> BandVAE:
+    blocks = {"num_encoder_blocks": (1, *(layers,) * 3), "num_decoder_blocks": (*(layers,) * 3, 1)}
+    with torch.device("meta"):
+        model = AutoencoderTiny(latent_channels=16, **blocks)
+    return _in_bands(model, "taesd3", dtype)
+
+
+def _in_bands(model: nn.Module, family: str, dtype: torch.dtype) -> BandVAE:
+    put_weights(model, dtype)
+    band = Band()
+    for part in (model.encoder, model.decoder):
+        place_band_layers(part, band)
+    return BandVAE(model, family, 16, DEVICE, dtype, band, BandAxes())

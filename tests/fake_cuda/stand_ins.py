@@ -1,0 +1,95 @@
+"""What a build of torch without CUDA can't do with a tensor of device cuda, done another way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import EllipsisType
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+HOPPER = (9, 0)
+_getitem, _setitem, _contiguous, _Generator = (
+    Tensor.__getitem__,
+    Tensor.__setitem__,
+    Tensor.contiguous,
+    torch.Generator,
+)
+
+
+def _get(x: Tensor, index: Any) -> Tensor:
+    """Indexing by numbers, slices, None and an ellipsis, as views."""
+    if x.device.type != "cuda":
+        return _getitem(x, index)
+    places: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
+    if Ellipsis in places:
+        at = places.index(Ellipsis)
+        missing = x.ndim - sum(not isinstance(place, EllipsisType | None) for place in places)
+        places = (*places[:at], *[slice(None)] * missing, *places[at + 1 :])
+    dim = 0
+    for place in places:
+        if isinstance(place, int):
+            x = torch.select(x, dim, place)
+            continue
+        if place is None:
+            x = x.unsqueeze(dim)
+        else:
+            start, stop, step = place.indices(x.shape[dim])
+            x = torch.ops.aten.slice(x, dim, start, max(start, stop), step)
+        dim += 1
+    return x
+
+
+def _set(x: Tensor, index: Any, value: Any) -> None:
+    if x.device.type == "cuda":
+        _get(x, index).copy_(value)
+    else:
+        _setitem(x, index, value)
+
+
+def _in_order(x: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    if x.device.type != "cuda":
+        return _contiguous(x, memory_format=memory_format)
+    return x if x.is_contiguous(memory_format=memory_format) else x.clone(memory_format=memory_format)
+
+
+def _pinned(x: Tensor) -> Tensor:
+    copy = x.clone()
+    copy.is_pinned_here = True  # type: ignore[attr-defined]
+    return copy
+
+
+def _otherwise(name: str, value: Any) -> Any:
+    """Tensor's method of this name for all tensors but those of cuda."""
+    own = getattr(Tensor, name)
+    return lambda x, *args, **kwargs: (value if x.device.type == "cuda" else own)(x, *args, **kwargs)
+
+
+def _number(x: Tensor) -> Any:
+    return torch.ops.aten._local_scalar_dense(x)
+
+
+_STAND_INS: list[tuple[Any, str, Any]] = [
+    (Tensor, "__getitem__", _get),
+    (Tensor, "__setitem__", _set),
+    (Tensor, "contiguous", _in_order),
+    (Tensor, "pin_memory", _pinned),
+    (Tensor, "copy_", _otherwise("copy_", torch.ops.aten.copy_)),
+    (Tensor, "nonzero", _otherwise("nonzero", torch.ops.aten.nonzero)),
+    *((Tensor, name, _otherwise(name, _number)) for name in ("__float__", "__int__", "__bool__", "__index__")),
+    (torch, "Generator", lambda device="cpu": _Generator("cpu")),
+    (torch.cuda, "_lazy_init", lambda: None),
+    (torch.cuda, "get_device_capability", lambda *_: HOPPER),
+]
+
+
+@contextmanager
+def stand_ins() -> Iterator[None]:
+    """They are in place; after it, none is."""
+    with ExitStack() as stack:
+        for owner, name, value in _STAND_INS:
+            stack.enter_context(patch.object(owner, name, value))
+        yield
