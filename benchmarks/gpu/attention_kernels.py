@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
-from parallel_backend.distributed.attention import DISPATCH_NAMES, lse_kernel, resolve_kernel
+from parallel_backend.distributed.kernel_trial import choose_kernel
+from parallel_backend.distributed.kernels import KERNELS, Use, attend, resolve_kernel
 from parallel_backend.errors import ConfigError
 from parallel_backend.models.mmdit import HEAD_DIM
 
@@ -22,7 +22,7 @@ from .sizes import Sizes, dtype_name
 from .timing import timed
 from .weights import relative_error
 
-KERNELS = ("native", "flash", "flash3", "cudnn", "efficient")
+NAMES = ("native", "flash", "flash3", "cudnn", "efficient")
 # Of what the reference computes in fp64: a row, and so many heads.
 HEADS = 2
 
@@ -36,10 +36,12 @@ def attention_kernels(report: Report, sizes: Sizes, device: torch.device) -> Non
     )
     for dtype in sizes.dtypes:
         trial = Trial.of(shape, device, dtype, sizes)
-        for name in KERNELS:
+        for name in NAMES:
             report.row(dtype_name(dtype), name, *tried(partial(trial.figures, name, ring=False)))
             figures = tried(partial(trial.figures, name, ring=True))
             report.row(dtype_name(dtype), f"{name}, with log-sum-exp", *figures)
+        chosen = [tried(partial(_auto, trial.use(ring)))[0] for ring in (False, True)]
+        report.note(f"auto takes {chosen[0]} in {dtype_name(dtype)}, and {chosen[1]} with ring")
 
 
 def tried(measure: Callable[[], list[Value]]) -> list[Value]:
@@ -68,16 +70,17 @@ class Trial:
         qkv = [torch.randn(shape, device=device, dtype=dtype) for _ in range(3)]
         return cls(*qkv, *reference(*map(_part, qkv)), sizes)
 
+    def use(self, ring: bool) -> Use:
+        return Use(self.q.device, self.q.dtype, ring, *self.q.shape[2:])
+
     def figures(self, name: str, ring: bool) -> list[Value]:
         """Raises: ConfigError: the kernel isn't here."""
         q, k, v = self.q, self.k, self.v
-        kernel = resolve_kernel(name, q.device, q.dtype, ring)
-        with_lse = lse_kernel(kernel) if ring else None
+        resolve_kernel(name, self.use(ring))
+        with_lse = KERNELS[name].lse if ring else None
 
         def call() -> tuple[Tensor, Tensor | None]:
-            if with_lse is not None:
-                return with_lse(q, k, v)
-            return dispatch_attention_fn(q, k, v, backend=DISPATCH_NAMES[kernel]), None
+            return with_lse(q, k, v) if with_lse is not None else (attend(name, q, k, v), None)
 
         out, lse = call()
         spent = timed(call, q.device, self.sizes.warm_up, 2 * self.sizes.repeats).whole
@@ -85,6 +88,10 @@ class Trial:
         rate = 4 * rows * heads * tokens**2 * width / spent / 1e9
         error = relative_error(_part(out), self.expected)
         return [spent, rate, error, None if lse is None else relative_error(_part(lse), self.expected_lse)]
+
+
+def _auto(use: Use) -> list[Value]:
+    return [choose_kernel("auto", use)[0]]
 
 
 def _part(x_BLN: Tensor) -> Tensor:

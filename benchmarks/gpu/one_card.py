@@ -6,6 +6,7 @@ this, and its speed means nothing; the streams, groups and messages are those of
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,9 +17,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from rank_pool import RankPool
 
+from parallel_backend.distributed.links import prove_links
 from parallel_backend.rank import lean_imports  # noqa: F401 - ranks of a pool begin with this module
 
 from . import staged
+
+log = logging.getLogger("parallel_backend")
 
 LOOPBACK = {
     "NCCL_NET": "Socket",
@@ -29,7 +33,6 @@ LOOPBACK = {
 }
 # The first answer comes after a process's start and its imports.
 ANSWER_SECONDS, COLLECTIVE_SECONDS = 40.0, 25.0
-NUMBERS = 2**18
 
 
 def as_own_host(rank: int) -> dict[str, str]:
@@ -38,7 +41,7 @@ def as_own_host(rank: int) -> dict[str, str]:
 
 
 def join_nccl(rank: int, world_size: int, prove: bool = True) -> None:
-    """This process is a rank on GPU 0. Raises: whatever NCCL says; AssertionError: wrong numbers came.
+    """This process is a rank on GPU 0. Raises: whatever NCCL says; StartError: wrong numbers came.
 
     Args:
         prove: try the links at once, which makes the first communicator.
@@ -48,7 +51,7 @@ def join_nccl(rank: int, world_size: int, prove: bool = True) -> None:
     limit = timedelta(seconds=COLLECTIVE_SECONDS)
     dist.init_process_group("cpu:gloo,cuda:nccl", rank=rank, world_size=world_size, timeout=limit)
     if prove:
-        prove_links(torch.device("cuda", 0))
+        prove_links(torch.device("cuda", 0), log.info)
 
 
 def join_staged(device: str, rank: int, world_size: int) -> None:
@@ -65,20 +68,6 @@ def prepare(device: str) -> None:
     torch.backends.cudnn.allow_tf32 = False
     if device == "cuda":
         torch.cuda.set_device(0)
-
-
-def prove_links(device: torch.device) -> None:
-    """A sum over all ranks and a ring of messages have brought the right numbers."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    total = torch.full((NUMBERS,), float(rank + 1), device=device)
-    dist.all_reduce(total)
-    assert bool((total == world * (world + 1) / 2).all()), "the sum over all ranks is wrong"
-    sent, received = torch.full((NUMBERS,), float(rank), device=device), torch.empty(NUMBERS, device=device)
-    following, previous = (rank + 1) % world, (rank - 1) % world
-    ops = [dist.P2POp(dist.isend, sent, following), dist.P2POp(dist.irecv, received, previous)]
-    for work in dist.batch_isend_irecv(ops):
-        work.wait()
-    assert bool((received == previous).all()), "a neighbour's message is wrong"
 
 
 def nothing() -> None:

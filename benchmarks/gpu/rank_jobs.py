@@ -29,7 +29,8 @@ Prompts = tuple[Conditioning, Conditioning]
 @cache
 def _engine(device: str) -> tuple[Engine, Control]:
     where = torch.device(device, 0) if device == "cuda" else torch.device(device)
-    return Engine(where), Control(None, where)
+    control = Control(None, where)
+    return Engine(where, sharers=control.world_size), control
 
 
 def _ask(device: str, body: Request, tensors: Sequence[Tensor] = ()) -> tuple[Any, list[Tensor]]:

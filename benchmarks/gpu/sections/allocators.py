@@ -52,7 +52,7 @@ def measured(sizes: Sizes) -> list[float]:
     before = torch.cuda.mem_get_info()[0]
     dtype = sizes.dtypes[0]
     predictor = mmdit_predictor(mmdit_tensors(sizes.mmdit, device, dtype), sizes.mmdit, device, dtype)
-    timestep = torch.tensor(500.0, device=device)
+    timestep = torch.tensor(500.0)
     for height, width, text in ROUND:
         x = torch.randn(1, sizes.mmdit.channels, height // CELL, width // CELL, device=device)
         prompts = sd3_prompts(text, device, dtype)

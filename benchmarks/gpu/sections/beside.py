@@ -110,7 +110,7 @@ def _compare(
     scheduler: Any,
 ) -> None:
     """An evaluation of two rows, and a step of a run of several: guidance, scheduler and all."""
-    device, timestep = x.device, torch.tensor(500.0, device=x.device)
+    device, timestep = x.device, torch.tensor(500.0)  # ours takes it on the CPU, theirs on the device
 
     def row(what: str, call: Callable[[], object], differs: float | None) -> None:
         report.row(f"{name}, {what}", timed(call, device, sizes.warm_up, sizes.repeats).whole, differs)
@@ -119,7 +119,7 @@ def _compare(
     row("ours, an evaluation", lambda: ours.outputs(x, timestep, prompts, EXACT), None)
     twice = torch.cat([x, x])
     for who, model in theirs.items():
-        call = partial(model, twice, timestep)
+        call = partial(model, twice, timestep.to(device))
         row(f"{who}, an evaluation", call, relative_error(call(), expected))
 
     def our_run(steps: int) -> None:

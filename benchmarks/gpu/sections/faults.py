@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from parallel_backend.bench.faults import Fault, Row, Stage, run_fault, signalled
+from parallel_backend.bench.faults import Fault, Row, Stage, asleep_and, cancel, run_fault, signalled
 from parallel_backend.client.backend import Backend
 from parallel_backend.config import MeshSpec
 from parallel_backend.errors import BackendError
@@ -34,16 +34,12 @@ def out_of_memory_on_rank_1(stage: Stage) -> None:
     stage.model.sample(torch.zeros(LARGE), prompt, prompt, steps=2, should_cancel=stage._waited_long)
 
 
-def asleep(stage: Stage) -> None:
-    pid = stage.pid(1)
-    stage.sample_and(lambda: os.kill(pid, signal.SIGUSR1))
-
-
 FAULTS = (
     Fault("rank 1 killed", signalled(1, signal.SIGKILL), "killed"),
     Fault("out of memory on rank 1", out_of_memory_on_rank_1, "out of memory"),
-    # Last: where nothing notices, it takes all that is left of the section's time.
-    Fault("rank 1 sleeps before a collective", asleep, "rank 1"),
+    Fault("rank 1 asleep before a collective, cancel", asleep_and(cancel), "cancelled"),
+    # Last: it takes as long as ranks are let be silent.
+    Fault("rank 1 asleep before a collective", asleep_and(lambda stage: None), "no rank has moved"),
 )
 
 

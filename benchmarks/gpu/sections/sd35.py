@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from parallel_backend.config import SamplerSpec
-from parallel_backend.distributed.attention import resolve_kernel
+from parallel_backend.distributed.kernels import Use, resolve_kernel
 from parallel_backend.distributed.stale import EXACT
 from parallel_backend.models.compiled import compile_blocks
-from parallel_backend.models.mmdit import JointBlock
+from parallel_backend.models.mmdit import HEAD_DIM, JointBlock
 from parallel_backend.models.network import TokenNetwork
 from parallel_backend.models.prediction import Predictor, Prompt
 from parallel_backend.models.transformer import StagedTransformer
 from parallel_backend.sampling.image import sample_latent
 from parallel_backend.sampling.parameterization import Flow
 
-from ..attention_kernels import KERNELS, attention_kernels, tried
+from ..attention_kernels import NAMES, attention_kernels, tried
 from ..busy import COLUMNS, busy_row, tell_slowest
 from ..options import Options
 from ..report import NO_GPU, Report, Value
@@ -61,7 +61,7 @@ def _predictors(sizes: Sizes, device: torch.device) -> list[Predictor]:
 def evaluation(sizes: Sizes, predictor: Predictor, prompts: int = 2) -> Callable[[], list[Tensor]]:
     """A step's model call with guidance: two rows."""
     x = torch.randn(1, sizes.mmdit.channels, sizes.cells, sizes.cells, device=predictor.device)
-    timestep = torch.tensor(500.0, device=predictor.device)
+    timestep = torch.tensor(500.0)
     given = sd3_prompts(sizes.text, predictor.device, predictor.dtype, prompts)
     return lambda: predictor.outputs(x, timestep, given, EXACT)
 
@@ -79,7 +79,7 @@ def _steps(report: Report, sizes: Sizes, predictors: list[Predictor], compiled: 
     for predictor in predictors:
         call = evaluation(sizes, predictor)
         plain = torch.cat(call())
-        for name in KERNELS:
+        for name in NAMES:
             report.row(
                 dtype_name(predictor.dtype), name, *tried(partial(_with_kernel, name, predictor, call, plain, sizes))
             )
@@ -90,7 +90,8 @@ def _with_kernel(
     name: str, predictor: Predictor, call: Callable[[], list[Tensor]], plain: Tensor, sizes: Sizes
 ) -> list[Value]:
     """Raises: ConfigError: the kernel isn't here."""
-    _model(predictor).attention.kernel = resolve_kernel(name, predictor.device, predictor.dtype, ring=False)
+    resolve_kernel(name, Use(predictor.device, predictor.dtype, False, sizes.mmdit.heads, HEAD_DIM))
+    _model(predictor).attention.kernel = name
     out = torch.cat(call())
     spent = timed(call, predictor.device, sizes.warm_up, sizes.repeats)
     return [spent.whole, spent.host, relative_error(out, plain)]

@@ -49,7 +49,7 @@ def run(report: Report, options: Options) -> None:
 def evaluation(sizes: Sizes, predictor: Predictor, rows: int) -> Callable[[], list[Tensor]]:
     """An evaluation without guidance, or with it: two rows."""
     x = torch.randn(1, sizes.unet.channels, sizes.cells, sizes.cells, device=predictor.device)
-    timestep = torch.tensor(500, device=predictor.device)
+    timestep = torch.tensor(500)
     prompts = sdxl_prompts(sizes.unet, predictor.device, predictor.dtype, rows)
     return lambda: predictor.outputs(x, timestep, prompts, EXACT)
 
