@@ -109,7 +109,8 @@ def test_what_a_section_leaves_of_its_time_is_the_next_ones(planted: list[Sectio
 
 def test_all_limits_together_are_below_nine_and_a_half_minutes() -> None:
     assert sum(section.limit for section in SECTIONS) < 9.5 * 60
-    assert all(section.estimate < section.limit for section in SECTIONS)
+    assert all(section.estimate < section.limit for section in SECTIONS[:-1])
+    assert sum(section.estimate for section in SECTIONS) < 9.5 * 60, "the last one has time that the others leave"
 
 
 def test_figures_are_short() -> None:
