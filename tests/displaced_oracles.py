@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from local_network import local_network
+from local_network import CPU, local_network
 from served import NEGATIVE, POSITIVE
 from torch import Tensor
 
@@ -78,12 +78,15 @@ def played_by_one(path: Path, shape: tuple[int, ...], warmup: int, patches: int)
 
 
 @torch.inference_mode()
-def one_process(path: Path, latent: Tensor, warmup: int, patches: int, **changes: Any) -> Tensor:
+def one_process(
+    path: Path, latent: Tensor, warmup: int, patches: int, device: torch.device = CPU, **changes: Any
+) -> Tensor:
     settings = SETTINGS | changes
     mask = settings.pop("noise_mask", None)
-    network = local_network(path, build_mesh(MeshSpec()))
+    network = local_network(path, build_mesh(MeshSpec()), device)
     assert isinstance(network, TokenNetwork)
-    prompts = [POSITIVE] if settings["cfg_scale"] == 1.0 else [POSITIVE, NEGATIVE]
+    given = [POSITIVE] if settings["cfg_scale"] == 1.0 else [POSITIVE, NEGATIVE]
+    prompts = [Conditioning(prompt.context.to(device), prompt.pooled.to(device)) for prompt in given]
     oracle = OneAfterTheOther(network, prompts, latent, warmup, patches)
     out = sample_latent(
         oracle.outputs,

@@ -41,11 +41,30 @@ def groups() -> Groups:
     return Groups()
 
 
-class RankPool:
-    """`pool(2, function, *args)` gives the list of function(*args) over ranks 0 and 1."""
+def join_gloo(rank: int, world_size: int) -> None:
+    """This process is a rank on the CPU. Where to meet is in the environment."""
+    torch.set_num_threads(1)
+    never_preempt()
+    dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
 
-    def __init__(self) -> None:
+
+class RankPool:
+    """`pool(2, function, *args)` gives the list of function(*args) over ranks 0 and 1.
+
+    Args:
+        join: makes a process the rank of that number in a world of that size.
+        context: what starts processes; None is `forkserver`.
+        seconds: how long an answer may take; None is for ever.
+    """
+
+    def __init__(
+        self,
+        join: Callable[[int, int], None] = join_gloo,
+        context: mp.context.BaseContext | None = None,
+        seconds: float | None = None,
+    ) -> None:
         self._worlds: dict[int, tuple[list[mp.Process], list[Connection]]] = {}
+        self._join, self._context, self._seconds = join, context, seconds
 
     def __call__(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         if world_size == 1:
@@ -55,20 +74,27 @@ class RankPool:
         _, lines = self._worlds[world_size]
         for line in lines:
             line.send((function, args))
-        answers = [line.recv() for line in lines]
+        answers = [self._answer(rank, line) for rank, line in enumerate(lines)]
         failed = [text for ok, text in answers if not ok]
         if failed:
             self._end(world_size)
             raise AssertionError(f"{len(failed)} of {world_size} ranks failed:\n{failed[0]}")
         return [value for _, value in answers]
 
-    @staticmethod
-    def _start(world_size: int) -> tuple[list[mp.Process], list[Connection]]:
-        context, port = forkserver(), free_port()
+    def _answer(self, rank: int, line: Connection) -> tuple[bool, Any]:
+        if self._seconds is not None and not line.poll(self._seconds):
+            return False, f"rank {rank} gave no answer within {self._seconds:.0f} s"
+        try:
+            return line.recv()
+        except EOFError:
+            return False, f"rank {rank} is gone"
+
+    def _start(self, world_size: int) -> tuple[list[mp.Process], list[Connection]]:
+        context, port = self._context or forkserver(), free_port()
         processes, lines = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, port, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(self._join, rank, world_size, port, theirs), daemon=True)
             process.start()
             processes.append(process)
             lines.append(ours)
@@ -84,14 +110,18 @@ class RankPool:
             self._end(world_size)
 
 
-def _serve(rank: int, world_size: int, port: int, line: Connection) -> None:
-    torch.set_num_threads(1)
-    never_preempt()
+def _serve(join: Callable[[int, int], None], rank: int, world_size: int, port: int, line: Connection) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+    answer = _outcome(rank, join, rank, world_size)
     while True:
         function, args = line.recv()
-        try:
-            line.send((True, function(*args)))
-        except BaseException:  # noqa: BLE001 - the test process must hear of every failure
-            line.send((False, f"rank {rank}:\n{traceback.format_exc()}"))
+        if answer[0]:
+            answer = _outcome(rank, function, *args)
+        line.send(answer)
+
+
+def _outcome(rank: int, function: Callable[..., Any], *args: Any) -> tuple[bool, Any]:
+    try:
+        return True, function(*args)
+    except BaseException:  # noqa: BLE001 - the test process must hear of every failure
+        return False, f"rank {rank}:\n{traceback.format_exc()}"

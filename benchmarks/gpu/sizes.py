@@ -1,0 +1,77 @@
+"""What is measured: models at their real sizes, or small ones that a CPU runs in a moment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from parallel_backend.models.mmdit import MMDiTConfig
+from parallel_backend.models.unet import UNetConfig
+from parallel_backend.small_checkpoints.mmdit import small_config
+from parallel_backend.small_checkpoints.unet import CONFIGS
+
+from .options import Options
+
+CELL = 8  # pixels
+
+SD35_LARGE = MMDiTConfig(
+    family="sd3.5-large",
+    depth=38,
+    heads=38,
+    dual_blocks=(),
+    qk_norm=True,
+    channels=16,
+    patch_size=2,
+    pos_embed_size=192,
+    context_width=4096,
+    pooled_width=2048,
+    mlp_width=9728,
+)
+SDXL = UNetConfig(
+    family="sdxl",
+    channels=4,
+    block_channels=(320, 640, 1280),
+    layers_per_block=2,
+    down_depths=((0, 0), (2, 2), (10, 10)),
+    up_depths=((10, 10, 10), (2, 2, 2), (0, 0, 0)),
+    mid_depth=10,
+    context_width=2048,
+    pooled_width=2816,
+)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sides are in pixels, `repeats` of the median that a figure is."""
+
+    mmdit: MMDiTConfig
+    unet: UNetConfig
+    side: int
+    text: int
+    vae_side: int
+    vae_width: int
+    dtypes: tuple[torch.dtype, ...]
+    warm_up: int
+    repeats: int
+
+    @property
+    def cells(self) -> int:
+        return self.side // CELL
+
+    @property
+    def tokens(self) -> int:
+        """Of an evaluation of the MMDiT: image and text."""
+        return (self.cells // self.mmdit.patch_size) ** 2 + self.text
+
+
+REAL = Sizes(SD35_LARGE, SDXL, 1024, 154, 2048, 128, (torch.bfloat16, torch.float16), 2, 5)
+TINY = Sizes(small_config("sd3.5-large", depth=2), CONFIGS["tiny"], 128, 10, 64, 32, (torch.float32,), 1, 2)
+
+
+def sizes_of(options: Options) -> Sizes:
+    return TINY if options.tiny else REAL
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
