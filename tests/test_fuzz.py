@@ -1,6 +1,6 @@
 """The wire under messages that nobody would send: each is refused or answered, and the backend serves on.
 
-The long run: PARALLEL_MMDIT_FUZZ_MESSAGES=1000000 pytest tests/test_fuzz.py
+The long run: PARALLEL_MMDIT_FUZZ_MESSAGES=1000000 pytest -o faulthandler_timeout=0 tests/test_fuzz.py
 """
 
 from __future__ import annotations
