@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import re
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.distributed as dist
 from rank_pool import RankPool
+from served import wait_until
+from unet_inputs import inputs as unet_inputs
 
-from parallel_backend import Backend
+from parallel_backend import Backend, MeshSpec
+from parallel_backend.checkpoint_files.safetensors_file import content_key
 from parallel_backend.client import launcher
 from parallel_backend.config import BackendSpec
+from parallel_backend.distributed.control import Control
 from parallel_backend.distributed.links import prove_links
 from parallel_backend.doctor import links
 from parallel_backend.errors import RankError, StartError
 from parallel_backend.rank import world
+from parallel_backend.rank.engine import Engine
+from parallel_backend.rank.jobs import Job
 from parallel_backend.rank.pulse import COMPILING_SECONDS, STILL_SECONDS, Pulse
 from parallel_backend.rank.watch import CANCEL_SECONDS, Beat, Watch
 from parallel_backend.rpc import runtime_dir as files
-from parallel_backend.rpc.messages import RankState
+from parallel_backend.rpc.messages import Forward, Loaded, LoadModel, RankState, RequestHeader
+from parallel_backend.rpc.wire import tensor_meta
+from parallel_backend.small_checkpoints.prompts import random_prompt
 
 # Runs in each process as it starts: rank 1 never gets to its first message to the next rank.
 ASLEEP_AT_THE_START = """
@@ -199,23 +208,57 @@ def test_a_rank_on_a_cpu_moves_while_it_computes_and_not_while_it_waits(monkeypa
     assert pulse.moves() > before
 
 
+class FakeEvent:
+    """The device comes past it when the test says so."""
+
+    made: ClassVar[list[FakeEvent]] = []
+
+    def __init__(self, blocking: bool) -> None:
+        self.recorded, self.passed = 0, threading.Event()
+        FakeEvent.made.append(self)
+
+    def record(self) -> None:
+        self.recorded += 1
+        self.passed.clear()
+
+    def synchronize(self) -> None:
+        self.passed.wait()
+
+
 def test_a_rank_on_a_gpu_moves_when_its_device_comes_past_a_mark(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Event:
-        passed = False
-
-        def record(self) -> None:
-            pass
-
-        def query(self) -> bool:
-            return Event.passed
-
-    monkeypatch.setattr("torch.cuda.Event", Event)
+    """The host has launched all blocks of an evaluation long before: only the device tells that it goes on."""
+    FakeEvent.made.clear()
+    monkeypatch.setattr("torch.cuda.Event", FakeEvent)
     pulse = Pulse(torch.device("cuda"), lambda: 0)
-    pulse.beat()
+    for _ in range(3 * len(FakeEvent.made)):  # more than may be under way
+        pulse.beat()
+    assert all(event.recorded == 1 for event in FakeEvent.made)
     before = pulse.moves()
     assert pulse.moves() == before
-    Event.passed = True
-    assert pulse.moves() > before
+    FakeEvent.made[0].passed.set()
+    wait_until(lambda: pulse.moves() == before + 1, 5)
+    pulse.beat()
+    assert FakeEvent.made[0].recorded == 2
+
+
+@pytest.mark.parametrize("file", ["sd3.5-large", "unet-tiny"])
+def test_a_job_moves_at_every_block_of_a_model(file: str, models: Path, unets: Path) -> None:
+    """An evaluation may take minutes in which no rank sends anything."""
+    path, beats = models / "diffusion_models" / f"{file}.safetensors", [0]
+
+    def beat() -> None:
+        beats[0] += 1
+
+    engine, job = Engine(torch.device("cpu"), beat=beat), Job(Control(), lambda body, tensors: None, lambda: False)
+    loaded, _ = engine.handle(RequestHeader(1, LoadModel(str(path), content_key(path), "float32", MeshSpec())), [], job)
+    assert isinstance(loaded, Loaded)
+    given = [torch.zeros(1, 16, 8, 8), torch.ones(1), *random_prompt(1, 7)]
+    if file == "unet-tiny":
+        given = list(unet_inputs("tiny", (1, 8, 8)))
+    before = beats[0]
+    body = Forward(loaded.model, 0, 1, 2, 3)
+    engine.handle(RequestHeader(2, body, [tensor_meta(tensor) for tensor in given]), given, job)
+    assert beats[0] - before >= 2
 
 
 def test_torchrun_and_ranks_that_answer_nothing_are_killed(runtime_folder: Path) -> None:

@@ -19,13 +19,14 @@ _NAMES = frozenset((
     "PATH", "HOME", "USER", "LOGNAME", "SHELL", "TERM", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TMP", "TEMP", "VIRTUAL_ENV",
     "CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CPATH", "LIBRARY_PATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH",
     "http_proxy", "https_proxy", "no_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY",
-    "REQUESTS_CA_BUNDLE", "DO_NOT_TRACK",
+    "REQUESTS_CA_BUNDLE", "DO_NOT_TRACK", "DBUS_SESSION_BUS_ADDRESS", "MAX_JOBS",
 ))
 _PREFIXES = (
     "LC_", "LD_", "NIX_", "DYLD_", "XDG_", "SSL_", "CURL_CA_", "PYTHON", "CONDA_", "COVERAGE_", "COV_CORE_",
     "PARALLEL_MMDIT_", "TORCH", "PYTORCH_", "TRITON_", "HF_", "HUGGINGFACE_", "DIFFUSERS_", "SAFETENSORS_",
     "CUDA_", "CUBLAS", "CUDNN_", "NVIDIA_", "NVTX_", "HIP_", "HSA_", "ROCM_", "ROCR_", "AMD_", "MIOPEN_", "GPU_",
-    "NCCL_", "RCCL_", "GLOO_", "UCX_", "FI_",
+    "ROCBLAS_", "HIPBLASLT_", "TENSILE_", "AMDGPU_", "FLASH_ATTENTION_", "NVCC_", "NVSHMEM_",
+    "NCCL_", "RCCL_", "GLOO_", "UCX_", "FI_", "OFI_", "RDMAV_", "IBV_", "MLX5_",
     "OMP_", "GOMP_", "KMP_", "MKL_", "DNNL_", "ONEDNN_", "OPENBLAS_", "MALLOC_", "MIMALLOC_", "GLIBC_TUNABLES",
 )
 # fmt: on
@@ -33,7 +34,9 @@ _PREFIXES = (
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 # NCCL says why it fails, and what each rank waited for is written when it has waited too long.
 NCCL_TELLS = {"NCCL_DEBUG": "WARN", "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
-_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+# Connections are made with a communicator, not at its first large message: what is free once a model is loaded stays so.
+NCCL_CONNECTS = {"NCCL_RUNTIME_CONNECT": "0"}
+_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
@@ -48,7 +51,7 @@ def environment(spec: BackendSpec, hosts: Hosts = Hosts()) -> dict[str, str]:  #
     if spec.device == "cpu":
         chosen |= KEEP_FREED_MEMORY
     else:
-        chosen |= NCCL_TELLS
+        chosen |= NCCL_TELLS | NCCL_CONNECTS
         env |= _allocator(env)
     if hosts.interface:
         env |= dict.fromkeys(_INTERFACES, hosts.interface)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from ..errors import BackendError
+
 
 @dataclass(frozen=True)
 class DeviceFault:
@@ -18,11 +20,22 @@ class DeviceFault:
     lasting: bool = False
 
 
+# torch 2.8 has given CUDA's errors a class of their own.
+_OF_DEVICES = (getattr(torch, "AcceleratorError", dist.DistBackendError), dist.DistBackendError)
+# A library of CUDA's that lacks memory or doesn't know a shape: what comes after it is as good as what came before.
+_HARMLESS = re.compile(r"CUDA error: out of memory|CU(BLAS|DNN)_STATUS_(ALLOC_FAILED|NOT_SUPPORTED|INVALID_VALUE)")
+
 FAULTS = (
     DeviceFault(
         re.compile("no kernel image is available"),
         "This torch, or the kernel's package, was not built for this card: install a build for its compute capability, or "
         "choose attention 'native' in Mesh Config.",
+        lasting=True,
+    ),
+    DeviceFault(
+        re.compile("CUDA error: operation not supported"),
+        "Where the driver has no growing segments (some virtual GPUs), set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False where "
+        "ComfyUI or `parallel-mmdit serve` starts, and stop the backend.",
         lasting=True,
     ),
     DeviceFault(
@@ -55,9 +68,8 @@ def known_fault(error: BaseException) -> DeviceFault | None:
 
 def breaks_rank(error: BaseException) -> bool:
     """Whether a rank can't go on after it, even where all ranks fail alike: its CUDA context or a communicator is lost."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, (BackendError, torch.OutOfMemoryError)) or _HARMLESS.search(str(error)):
         return False
     if (fault := known_fault(error)) is not None and fault.lasting:
         return False
-    of_device = isinstance(error, (torch.AcceleratorError, dist.DistBackendError))
-    return of_device or "CUDA error:" in str(error)
+    return isinstance(error, _OF_DEVICES) or "CUDA error:" in str(error)

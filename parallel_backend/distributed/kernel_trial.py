@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from .device_faults import breaks_rank
 from .kernels import HALF, KERNELS, Use, attend, resolve_kernel
 
 log = logging.getLogger("parallel_backend")
@@ -64,7 +65,9 @@ def tried(kernel: str, use: Use) -> str | None:
         results = [(found.cpu().float(), wanted) for found, wanted in results]
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # noqa: BLE001 - kernels of other packages raise what they like
+    except Exception as error:
+        if breaks_rank(error):  # after it every kernel fails here
+            raise
         return f"failed ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''})"[
             :_WORDS
         ]

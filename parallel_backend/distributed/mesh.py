@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,9 @@ import torch.distributed as dist
 from ..config import AXES, MeshSpec
 from ..errors import ConfigError
 from .traffic import Traffic
+
+# Of a collective, after which torch itself ends the rank. The ranks' watch is faster, unless its own process stands still.
+COLLECTIVE_TIMEOUT = timedelta(seconds=900)
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ class Groups:
         if key not in self._groups:
             world = dist.group.WORLD
             whole = key == ("", tuple(range(self.world_size))) and world is not None
-            self._groups[key] = world if whole else dist.new_group(list(ranks))  # type: ignore[assignment]
+            self._groups[key] = world if whole else dist.new_group(list(ranks), timeout=COLLECTIVE_TIMEOUT)  # type: ignore[assignment]
         return self._groups[key]
 
     def keep_only(self, meshes: Sequence[Mesh], bands: bool) -> None:

@@ -213,9 +213,9 @@ class BandGroupNorm(nn.Module):
 def moments(x_BCYX: Tensor, groups: int) -> Tensor:
     """Mean and biased variance (2, B, G), in fp32.
 
-    A GPU adds half precision up in fp32 as it reads it, without a copy. There the squares may be those of x: where the
-    mean is so large that they lose the variance, x's own rounding has lost it before. In fp32 they are those of the
-    distances from the mean, which take the room of x for a while.
+    A GPU adds half precision up in fp32 as it reads it, without a copy. There the squares are those of x, which is good to a
+    percent of the variance where the mean is a hundred times the deviation, and far better for what models have. In fp32 they
+    are those of the distances from the mean, which take the room of x for a while.
     """
     x, half = x_BCYX.unflatten(1, (groups, -1)), x_BCYX.dtype != torch.float32
     mean = x.mean((2, 3, 4), keepdim=True, dtype=torch.float32)

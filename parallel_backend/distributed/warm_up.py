@@ -10,17 +10,33 @@ from __future__ import annotations
 
 import torch
 
-from .collectives import Handle, start_all_reduce, start_receive, start_send
+from .collectives import (
+    Handle,
+    all_to_all,
+    start_all_reduce,
+    start_neighbour_exchange,
+    start_receive,
+    start_ring_exchange,
+    start_send,
+)
 from .mesh import Mesh, MeshAxis
 
 
 def warm_up(mesh: Mesh, device: torch.device) -> None:
     """Every communicator that this rank uses in a job on `mesh` is there.
 
-    Comm: an all-reduce of one element over each axis; over pp, a byte to the next stage, and from the last to the first.
+    Comm: an all-reduce of one element over each axis, and where ranks send each other messages, one of those; over pp, a byte to
+    the next stage, and from the last to the first.
     """
+    one = torch.ones(1, device=device)
     for axis in mesh.axes:  # not first_stage, which sends flags on the CPU alone
-        start_all_reduce(torch.ones(1, device=device), axis).wait()
+        start_all_reduce(one.clone(), axis).wait()
+    # Ranks that send each other messages are connected pair by pair, at the first one.
+    all_to_all([one] * mesh.ulysses.degree, [(1,)] * mesh.ulysses.degree, mesh.ulysses)
+    if mesh.ring.degree > 1:
+        start_ring_exchange(one, (1,), mesh.ring).wait()
+    if mesh.patch.degree > 1:
+        start_neighbour_exchange(one, one, (1, 1), mesh.patch).wait()
     if mesh.pp.degree > 1:
         _meet_neighbours(mesh.pp, device)
         _meet_over_the_way_back(mesh.way_back, device)

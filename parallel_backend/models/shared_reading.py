@@ -35,4 +35,5 @@ def pass_on(model: nn.Module, axis: MeshAxis) -> None:
     """
     chosen = readers(sizes_of(model), axis.degree)
     for name, parameter in model.named_parameters():
+        assert parameter.is_contiguous(), f"{name} would be filled in a copy"
         broadcast(parameter.data, chosen[name], axis)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -50,6 +50,8 @@ from .residents import Resident, Residents
 from .sample import run_sample
 
 COMPILED = "/compiled"
+# Of a mesh's communicators on a GPU, about.
+COMMUNICATOR_BYTES = 512 * 2**20
 
 
 def is_compiled(body: Request) -> bool:
@@ -72,6 +74,7 @@ class Engine:
 
     Args:
         memory_budget, sharers: as `Residents` takes them.
+        beat: called at every block of a model, which can take a GPU seconds.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class Engine:
         memory_budget: int = 0,
         files: AllowedFiles = AllowedFiles(),  # noqa: B008 - frozen
         sharers: int = 1,
+        beat: Callable[[], object] = lambda: None,
     ) -> None:
         self.device = device
         self.files = files
@@ -89,6 +93,7 @@ class Engine:
         self._groups = Groups()
         self._bands = BandAxes(self._groups)
         self._joining: MeshSpec | None = None
+        self._beat = beat
         self._handlers: dict[type, Any] = {
             LoadModel: self._load_model,
             LoadVAE: self._load_vae,
@@ -119,10 +124,14 @@ class Engine:
         try:
             return handler(header.body, full, job)
         except BackendError:
+            self._joining = None
             if isinstance(header.body, (LoadModel, LoadVAE)):
-                self._joining = None
                 self.residents.clear_up()
+            elif isinstance(header.body, (Decode, Encode)):
+                give_back(self.device)
             raise
+        finally:
+            self._joining = None
 
     # -- loading ------------------------------------------------------------------------------------------------
 
@@ -147,6 +156,7 @@ class Engine:
             return self._loaded(name, _Sizes(0, 0), [], start, job), []
         opened = opened or job.control.agreed(find)
         dtype, path = getattr(torch, body.dtype), opened.source.path
+        evicted = self._room_for_communicators(spec, path.name, opened.kind.name, job)
         mesh = self._mesh(spec)
 
         def build() -> tuple[nn.Module, str, int, str]:
@@ -160,7 +170,7 @@ class Engine:
             return model, kernel, sum(p.numel() for p in model.parameters()) * dtype.itemsize, note
 
         model, kernel, needed, note = job.control.agreed(build)
-        evicted = self.residents.make_room(needed, path.name, opened.kind.name, spec, job.control)
+        evicted += self.residents.make_room(needed, path.name, opened.kind.name, spec, job.control)
         job.emit(Progress(f"Loading {path.name}", 0, 1), [])
 
         shared = self._readers(spec, job)
@@ -178,6 +188,8 @@ class Engine:
 
         def finish() -> Network:
             network = opened.network(model, mesh, kernel, self.device, dtype)
+            for block in filter(lambda module: isinstance(module, opened.repeated), model.modules()):
+                block.register_forward_pre_hook(lambda *_: self._tell_block())
             if body.compile:
                 compile_blocks(model, opened.repeated)
             return network
@@ -215,12 +227,22 @@ class Engine:
         choose(body.dtype, DTYPES, "dtype")
         choose(body.kernel, KERNELS, "Attention kernel")
 
+    def _tell_block(self) -> None:
+        self._beat()
+
     def _readers(self, spec: MeshSpec, job: Job) -> MeshAxis | None:
         """The ranks that share the reading of a model out, where all hold the same and that is faster; else None."""
         alike = job.control.world_size > 1 and not spec.sliced and spec.tp * spec.pp == 1
         if not alike or not cards_reach_each_other(self.device, job.control):
             return None
         return self._bands.first(job.control.world_size)
+
+    def _room_for_communicators(self, spec: MeshSpec, name: str, kind: str, job: Job) -> list[str]:
+        """On GPUs, for those of a mesh that is new: NCCL can't take what torch keeps for itself. The models that left for it."""
+        if self.device.type != "cuda" or spec in self._meshes or spec.world_size == 1:
+            return []
+        self.residents.give_back_memory()
+        return self.residents.make_room(COMMUNICATOR_BYTES, f"The mesh of {name}", kind, spec, job.control)
 
     def _mesh(self, spec: MeshSpec) -> Mesh:
         """It is kept while a model of it is loaded or resident.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import queue
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,13 +14,15 @@ import torch
 STILL_SECONDS, COMPILING_SECONDS = 40.0, 300.0
 # Of a processor, in which a rank on the CPU has computed something: threads that only wait take less in minutes.
 _COMPUTED_SECONDS = 1.0
+# Under way at once: a host runs a few hundred kernels ahead of its GPU, which is a few blocks.
+_MOST_MARKS = 64
 
 
 class Pulse:
     """What runs on this rank, and a number that grows while it moves.
 
-    Moved has who starts a collective, a step or a tensor of a file; whose device has come past a mark that was left at a
-    step; and, on a CPU, who has used the processor.
+    Moved has who starts a collective, a step, a block or a tensor of a file; whose device has come past a mark that was left
+    there; and, on a CPU, who has used the processor.
 
     Args:
         collectives: how many this rank has started so far.
@@ -28,9 +32,9 @@ class Pulse:
         self._device, self._collectives = device, collectives
         self.job, self.patience = "", STILL_SECONDS
         self.cancelled: Callable[[], bool] = lambda: False
-        self._beats = self._device_moves = self._before = 0
+        self._beats = self._computations = self._before = 0
         self._computed = 0.0
-        self._mark: torch.cuda.Event | None = None
+        self._marks = _Marks() if device.type == "cuda" else None
 
     def begin(self, job: str, cancelled: Callable[[], bool], patience: float = STILL_SECONDS) -> None:
         """`job` runs from now on; `patience` is how many seconds it may stand still."""
@@ -43,10 +47,8 @@ class Pulse:
     def beat(self) -> None:
         """The job is at its next step, block or tensor."""
         self._beats += 1
-        if self._device.type == "cuda" and self._mark is None:
-            mark = torch.cuda.Event()
-            mark.record()
-            self._mark = mark
+        if self._marks is not None:
+            self._marks.leave()
 
     @property
     def started(self) -> int:
@@ -55,10 +57,39 @@ class Pulse:
 
     def moves(self) -> int:
         """Another number than at the last call where this rank has moved since; for one thread."""
-        if (mark := self._mark) is not None:
-            with suppress(RuntimeError):  # of the device: the thread that computes meets it too
-                if mark.query():
-                    self._mark, self._device_moves = None, self._device_moves + 1
         if self._device.type == "cpu" and (now := time.process_time()) - self._computed > _COMPUTED_SECONDS:
-            self._computed, self._device_moves = now, self._device_moves + 1
-        return self._beats + self._device_moves + self._collectives()
+            self._computed, self._computations = now, self._computations + 1
+        passed = self._marks.passed if self._marks is not None else 0
+        return self._beats + self._computations + passed + self._collectives()
+
+
+class _Marks(threading.Thread):
+    """Counts the marks that the device has come past.
+
+    It alone waits for the device: a call of CUDA may hold its thread, and with it whoever needs Python's lock, for as long as
+    the device hangs. Waiting for an event lets go of that lock.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(name="marks", daemon=True)
+        self.passed = 0
+        self._idle: queue.SimpleQueue[torch.cuda.Event] = queue.SimpleQueue()
+        self._under_way: queue.SimpleQueue[torch.cuda.Event] = queue.SimpleQueue()
+        for _ in range(_MOST_MARKS):
+            self._idle.put(torch.cuda.Event(blocking=True))
+        self.start()
+
+    def leave(self) -> None:
+        """A mark behind all that the computing stream has been given; none where enough are under way."""
+        with suppress(queue.Empty):
+            mark = self._idle.get_nowait()
+            mark.record()
+            self._under_way.put(mark)
+
+    def run(self) -> None:
+        with suppress(RuntimeError):  # the device is lost: the thread that computes meets it too
+            while True:
+                mark = self._under_way.get()
+                mark.synchronize()
+                self.passed += 1
+                self._idle.put(mark)

@@ -75,7 +75,8 @@ class Rank:
             self.control = meet(self.device, self._give_up)
         except StartError as error:
             self._give_up(error)
-        self.engine = Engine(self.device, args.memory_budget, AllowedFiles(tuple(args.models)), sharers)
+        files_of = AllowedFiles(tuple(args.models))
+        self.engine = Engine(self.device, args.memory_budget, files_of, sharers, lambda: self.pulse.beat())
         self.pulse = Pulse(self.device, lambda: self.control.calls + sum(self.engine.place))
         self.server: SocketServer | None = None
         self.board: StateBoard | None = None

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from ..distributed.control import Control
 from ..distributed.links import REMEDY, prove_links
+from ..distributed.mesh import COLLECTIVE_TIMEOUT
 from ..errors import StartError
 
 log = logging.getLogger("parallel_backend")
@@ -21,8 +22,6 @@ log = logging.getLogger("parallel_backend")
 # From the first rank's arrival to the last one's: each has imported torch by then, one after the other on a slow disk.
 ARRIVE_SECONDS = 150.0
 MEET_SECONDS = 60.0
-# Of a collective, after which torch itself ends the rank. The watch is faster, unless its own process stands still.
-COLLECTIVE_SECONDS = 900.0
 
 
 def restart_count() -> int:
@@ -57,7 +56,7 @@ def meet(device: torch.device, give_up: Callable[[StartError], object]) -> Contr
             store=store,
             rank=rank,
             world_size=world,
-            timeout=timedelta(seconds=COLLECTIVE_SECONDS),
+            timeout=COLLECTIVE_TIMEOUT,
         )
         control = Control(store, device)
         prove_links(device, trying)
