@@ -149,7 +149,7 @@ class MeshConfig(io.ComfyNode):
                     min=1,
                     max=10**6,
                     tooltip="After so long without work the models leave; the next prompt brings them back. The backend ends itself "
-                    "after eight times as long.",
+                    "after eight times as long, or four hours.",
                     advanced=True,
                 ),
                 io.Int.Input(

@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         "--idle-seconds",
         type=float,
         default=DEFAULT_IDLE_SECONDS,
-        help="let the models go after so long without a job, and end after 8 times as long",
+        help="let the models go after so long without a job, and end after 8 times as long or 4 hours",
     )
     serve.add_argument("--memory-budget-mib", type=int, default=0, help="for models, per rank; 0 is no limit")
     serve.add_argument("--detach", action="store_true", help="return as soon as it is ready")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -65,7 +66,7 @@ class OneRank:
     def get_global_rank(self, group: Group, rank: int) -> int:
         return group.ranks[rank]
 
-    def new_group(self, ranks: Sequence[int]) -> Group:
+    def new_group(self, ranks: Sequence[int], timeout: timedelta) -> Group:
         """Without a backend of its own: the group inherits both, and a tensor's device decides."""
         self.made.append(tuple(ranks))
         return Group(tuple(ranks))
@@ -73,6 +74,11 @@ class OneRank:
     def all_reduce(self, x: Tensor, group: Group, async_op: bool) -> SimpleNamespace:
         self.communicators.add((group,))
         return SimpleNamespace(wait=lambda: None)
+
+    def all_to_all_single(
+        self, into: Tensor, x: Tensor, arriving: Sequence[int], leaving: Sequence[int], group: Group
+    ) -> None:
+        self.communicators.add((group,))
 
     def isend(self, x: Tensor, peer: int, group: Group) -> SimpleNamespace:
         self.communicators.add((group, peer))

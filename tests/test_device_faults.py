@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ from rank_pool import RankPool
 
 from parallel_backend.checkpoint_files.safetensors_file import content_key
 from parallel_backend.config import MeshSpec, SamplerSpec
+from parallel_backend.distributed import device_faults
 from parallel_backend.distributed.control import Control
 from parallel_backend.distributed.device_faults import breaks_rank, known_fault
 from parallel_backend.distributed.device_memory import as_out_of_memory
-from parallel_backend.errors import BackendError, OutOfMemoryError, RankError
+from parallel_backend.errors import BackendError, InputError, OutOfMemoryError, RankError
 from parallel_backend.rank.engine import Engine
 from parallel_backend.rank.jobs import Job
 from parallel_backend.rank.place import own_device
@@ -63,6 +65,9 @@ def test_a_communicator_without_memory_is_out_of_memory_and_ends_the_rank(words:
         (dist.DistBackendError(UNHANDLED), True),
         (torch.AcceleratorError(NO_KERNEL), False),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB."), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling cublasLtMatmul"), False),
+        (InputError("A latent came that says CUDA error: in its name.", ""), False),
         (ValueError("shape mismatch"), False),
     ],
     ids=str,
@@ -73,6 +78,24 @@ def test_a_lost_context_ends_the_rank_and_what_the_next_try_would_meet_again_doe
     assert breaks_rank(error) == broken
     kept = Control().verdict(error, [])
     assert (kept is None) == broken
+
+
+def test_torch_before_2_8_has_no_class_of_its_own_for_errors_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch, "AcceleratorError")
+    older = importlib.reload(device_faults)
+    try:
+        assert older.breaks_rank(RuntimeError("CUDA error: device-side assert triggered"))
+        assert not older.breaks_rank(ValueError("shape mismatch"))
+    finally:
+        monkeypatch.undo()
+        importlib.reload(device_faults)
+
+
+@pytest.mark.parametrize(
+    "words", ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling x"]
+)
+def test_what_cudas_libraries_lack_is_memory_too(words: str) -> None:
+    assert isinstance(as_out_of_memory(RuntimeError(words), torch.device("cpu"), 1), OutOfMemoryError)
 
 
 def lost_on_one(folder: str) -> str:

@@ -28,7 +28,7 @@ from parallel_backend.errors import (
     ConfigError,
     StartError,
 )
-from parallel_backend.rank.server import pause_before
+from parallel_backend.rank.server import ends_after, pause_before
 from parallel_backend.rpc import runtime_dir as files
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +90,11 @@ def test_an_idle_backend_lets_its_models_go_and_then_ends_by_itself(runtime_fold
     assert files.wait_until_gone(backend.record.agent_pid, 40)
     assert files.read_record("idle") is None
     backend.close()
+
+
+@pytest.mark.parametrize(("idle", "end"), [(0.5, 4.0), (1800, 14400), (14400, 14400), (36000, 36000)])
+def test_processes_outlive_their_models_for_hours_and_not_for_days(idle: float, end: float) -> None:
+    assert ends_after(idle) == end
 
 
 def test_other_ranks_than_those_that_run_are_refused_with_the_remedy(backend2: Backend) -> None:

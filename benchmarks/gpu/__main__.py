@@ -32,7 +32,7 @@ SECTIONS = (
     Section("loading", _HERE + "loading", 40, 50),
     Section("allocators", _HERE + "allocators", 40, 50),
     Section("beside others", _HERE + "beside", 50, 60),
-    Section("faults", _HERE + "faults", 150, 55),
+    Section("faults", _HERE + "faults", 150, 45),
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -27,6 +27,13 @@ class Report:
 
     def note(self, text: str) -> None:
         self._say({"note": text})
+
+    def attempt(self, what: str, measure: Callable[[], object]) -> None:
+        """What fails is noted, and costs the rest of the section nothing."""
+        try:
+            measure()
+        except Exception as error:  # noqa: BLE001 - on a machine that it meets for the first time it may be anything
+            self.note(f"{what}: fails, {type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}")
 
     def done(self) -> None:
         """The section has come to its end, and what it leaves running may be killed."""

@@ -45,9 +45,9 @@ def as_out_of_memory(error: BaseException, device: torch.device, rank: int) -> O
     """The error of an allocation that failed, of torch or NCCL, with what was asked for and free; None where it is another."""
     asked = _ASKED.search(str(error))
     text = str(error)
-    of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (asked and "alloc" in text)
-    of_memory = of_memory or _CUDA_LACKS.search(text)
-    if not of_memory and not (isinstance(error, dist.DistBackendError) and _NCCL_LACKS.search(text)):
+    of_torch = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (asked and "alloc" in text)
+    of_nccl = isinstance(error, dist.DistBackendError) and _NCCL_LACKS.search(text)
+    if not (of_torch or of_nccl or _CUDA_LACKS.search(text)):
         return None
     free, total, _ = memory_of(device)
     wanted = f"{float(asked[1]) * _UNITS[asked[2]] / 2**20:.0f} MiB more" if asked else "More"

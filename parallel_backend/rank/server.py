@@ -52,14 +52,19 @@ _STOP = b"stop"
 LOG_BYTES, LOG_FILES = 8 * 2**20, 3
 # Before ranks that fell without having finished a job are tried again: at once, then after so many seconds.
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
-# After the idle time the models leave; after so many times as long, the processes end.
-LINGERS = 8
+# After the idle time the models leave; after so many times as long, or so many seconds, the processes end.
+LINGERS, LONGEST_LINGER = 8, 4 * 3600.0
 
 
 def pause_before(restarts: int, last_good: int) -> float:
     """Seconds to wait before start number `restarts`, when the last one that finished a job was `last_good`."""
     in_vain = restarts - last_good - 1
     return min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(in_vain - 1, 10)) if in_vain > 0 else 0.0
+
+
+def ends_after(idle: float) -> float:
+    """Seconds without a job after which the processes end, where the models leave after `idle`."""
+    return max(idle, min(LINGERS * idle, LONGEST_LINGER))
 
 
 class Rank:
@@ -140,12 +145,14 @@ class Rank:
         """On rank 0: the next job; after the idle time, that all models leave; None where it is time to end."""
         assert self.server is not None
         idle = self.args.idle_seconds
+        last = ends_after(idle)
         try:
-            queued = self.server.jobs.get(idle * (LINGERS - 1) if self._emptied else idle)
+            queued = self.server.jobs.get(last - idle if self._emptied else idle)
         except queue.Empty:
-            log.info("idle for %.0f s", idle * LINGERS if self._emptied else idle)
-            if self._emptied:
+            if self._emptied or last <= idle:
+                log.info("idle for %.0f s", last)
                 return None
+            log.info("idle for %.0f s: the models leave", idle)
             self._emptied = True
             return own_job(Unload())
         self._emptied = False
