@@ -178,8 +178,12 @@ def test_the_entry_script_tells_its_sections_and_leaves_files(tmp_path: Path) ->
 def test_every_kernel_has_a_row_and_agrees_with_fp64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[object] = []
     monkeypatch.setattr(sd35, "compile_blocks", lambda model, kind: compiled.append(kind))  # tried in test_compiled
-    steps, waits, busy, _, alone, *_ = told(sd35.run, tmp_path).tables
-    assert len(compiled) == 1
+    seen = told(sd35.run, tmp_path)
+    steps, waits, busy, alone = (
+        next(table for table in seen.tables if words in table.title)
+        for words in ("one GPU, eager", "wait for the GPU", "One evaluation", "ttention")
+    )
+    assert len(compiled) == 1 and not [note for note in seen.notes if "fails" in note]
     assert [row[1] for row in steps.rows] == ["native", "flash", "flash3", "cudnn", "efficient"]
     assert steps.rows[0][2] > 0 and "needs a GPU" in steps.rows[1][2]
     assert waits.rows == [["all", NO_GPU, None]] and busy.rows[0][3] == NO_GPU
@@ -196,9 +200,19 @@ def no_group_stays() -> Iterator[None]:
 
 @pytest.mark.usefixtures("no_group_stays")
 def test_sdxl_is_measured_whole_and_as_one_band(tmp_path: Path) -> None:
-    rows = told(sdxl.run, tmp_path).tables[0].rows
-    assert [row[0].split(", ")[-1] for row in rows] == ["float32", "float32", "exact", "displaced"]
-    assert all(row[1] > 0 and row[3] == NO_GPU for row in rows)
+    whole, _, bands, _ = told(sdxl.run, tmp_path).tables
+    assert [row[0].split(", ")[-1] for row in whole.rows] == ["float32", "float32"]
+    assert [row[0].split(", ")[-1] for row in bands.rows] == ["exact", "displaced"]
+    assert all(row[1] > 0 and row[3] == NO_GPU for row in whole.rows + bands.rows)
+
+
+def test_what_fails_in_a_section_costs_the_rest_nothing() -> None:
+    stream = io.StringIO()
+    report = Report(stream)
+    report.attempt("this", lambda: 1 // 0)
+    report.attempt("that", lambda: report.note("done"))
+    notes = [json.loads(line)["note"] for line in stream.getvalue().splitlines()]
+    assert notes == ["this: fails, ZeroDivisionError: integer division or modulo by zero", "done"]
 
 
 @pytest.mark.usefixtures("no_group_stays")
