@@ -55,13 +55,7 @@ class ProtocolError(BackendError):
 
 
 class MissingTensorsError(BackendError):
-    """`keys` names the tensors to send again."""
-
     code = "missing_tensors"
-
-    @property
-    def keys(self) -> list[str]:
-        return self.remedy.split()
 
 
 class UnknownModelError(BackendError):

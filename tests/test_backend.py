@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from parallel_backend import Backend, Conditioning, MeshSpec, RemoteModel
 from parallel_backend.client import connection
+from parallel_backend.client.connection import Connection
 from parallel_backend.client.remote import Step
 from parallel_backend.client.sent_tensors import Attachment
 from parallel_backend.errors import (
@@ -21,9 +23,10 @@ from parallel_backend.errors import (
     BackendLostError,
     CancelledError,
     ConfigError,
+    MissingTensorsError,
 )
 from parallel_backend.rpc import runtime_dir as files
-from parallel_backend.rpc.messages import Forward, RequestHeader
+from parallel_backend.rpc.messages import Forget, Forward, RequestHeader
 from parallel_backend.rpc.wire import pack
 from parallel_backend.serving.turns import QueuedJob, Turns
 from parallel_backend.small_checkpoints.mmdit import small_config, write_mmdit
@@ -75,6 +78,26 @@ def pack_size(model: RemoteModel, conditioning: Conditioning) -> bytes:
 
 
 # -- progress and cancel ----------------------------------------------------------------------------------------
+
+
+def test_a_prompt_that_others_free_between_two_tries_is_sent_whole(
+    backend2: Backend, model: RemoteModel, expected: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample(model)
+    keys, other, exchange, tries = sorted(backend2._sent._sent), Backend.attach("test2"), Connection._exchange, [0]
+
+    def exchanged(line: Connection, *args: Any) -> Any:
+        tries[0] += line is backend2
+        try:
+            return exchange(line, *args)
+        except MissingTensorsError:
+            other.request(Forget(keys))
+            raise
+
+    other.request(Forget(keys[:1]))
+    monkeypatch.setattr(Connection, "_exchange", exchanged)
+    assert torch.equal(sample(model), expected) and tries[0] == 2
+    other.close()
 
 
 def test_prompts_leave_with_the_connection_that_sent_them(backend2: Backend, model: RemoteModel) -> None:

@@ -111,3 +111,14 @@ def test_tensors_of_connections_that_never_said_goodbye_are_freed_in_the_end() -
     assert sent.note(b"newer", ["m"]) == ["1-1", "1-2"]
     sent.note(b"newer", map(str, range(10 * MOST_KEYS)))
     assert len(sent.forget(b"newer")) == MOST_KEYS
+
+
+def test_tensors_that_a_backend_misses_all_travel_again() -> None:
+    """Those that it still had may be gone before the second try comes to its turn: another client has freed all."""
+    sent, prompt = SentTensors(), [Attachment(torch.full((3,), float(i)), kept=True) for i in range(2)]
+    _, _, keys = sent.prepare(prompt)
+    sent.note_sent(keys)
+    assert sent.prepare(prompt)[1] == []
+    sent.forget()
+    metas, travelling, _ = sent.prepare(prompt)
+    assert len(travelling) == 2 and all(meta.sent for meta in metas)

@@ -131,8 +131,9 @@ class Connection:
             self.asking = True
             try:
                 return self._exchange(body, attachments, on_event, should_cancel)
-            except MissingTensorsError as missing:
-                self._sent.forget(missing.keys)
+            except MissingTensorsError:
+                # Another client may push out, or free, the others too before this is there again: all travel with it now.
+                self._sent.forget()
                 return self._exchange(body, attachments, on_event, should_cancel)
             finally:
                 self.asking = False

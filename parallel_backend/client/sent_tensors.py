@@ -54,9 +54,9 @@ class SentTensors:
         """The backend has answered a request that brought these."""
         self._sent.update(keys)
 
-    def forget(self, keys: Iterable[str] | None = None) -> None:
-        """The backend does not hold these, or, without keys, any."""
-        self._sent.difference_update(self._sent.copy() if keys is None else keys)
+    def forget(self) -> None:
+        """The backend may hold none of them."""
+        self._sent.clear()
 
     def _key_of(self, tensor: Tensor) -> str:
         # In numpy: torch would wake its threads, which then spin for a while on the ranks' cores.

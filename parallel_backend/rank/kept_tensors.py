@@ -37,7 +37,9 @@ class KeptTensors:
         unsent = [meta.key for meta, tensor in zip(metas, tensors, strict=True) if tensor is None]
         missing = [name for name in unsent if name not in self._tensors]
         if missing:
-            raise MissingTensorsError("The backend no longer holds these tensors.", " ".join(map(str, missing)))
+            raise MissingTensorsError(
+                f"The backend no longer holds {len(missing)} tensors that were named by key.", "Send all of them again."
+            )
         full = []
         for meta, tensor in zip(metas, tensors, strict=True):
             if meta.key is not None:
