@@ -44,9 +44,9 @@ class PatchParallelVAE(io.ComfyNode):
     def execute(cls, vae_name: str, mesh: ParallelMesh) -> io.NodeOutput:
         paths = vae_paths(vae_name)
         backend = mesh.backend()
-        room = make_room(backend, VAE_BYTES, paths[0].name)
         dtype = vae_dtype(backend, mesh.dtype, overflows=len(paths) == 1)  # TAESD, of two files, doesn't
-        remote = interruptible(backend.load_vae, paths, dtype, names=names_elsewhere(vae_name))
+        room = make_room(backend, VAE_BYTES, f"{backend.key(*paths)}/{dtype}/")
+        remote = interruptible(backend, backend.load_vae, paths, dtype, names=names_elsewhere(vae_name))
         state = "already resident" if not any(remote.loaded.bytes_read) else f"read in {remote.loaded.seconds:.1f} s"
         report = "\n".join(
             filter(

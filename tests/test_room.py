@@ -35,13 +35,30 @@ def test_comfyuis_own_models_leave_when_a_rank_lacks_room_and_only_then(outcomes
 
 def test_a_request_without_memory_is_made_again_once_comfyuis_own_models_have_left(outcomes: dict[str, Any]) -> None:
     assert outcomes["again"] == {"said": "done", "held": [2, 1]}
-    assert outcomes["in vain"] == {"held": [1]}, "nothing was left to make room with"
+    assert outcomes["in vain"] == {"said": "no memory", "held": [1]}, "nothing was left to make room with"
+    assert outcomes["of others"] == {"said": "no memory", "held": [2]}, "no rank is on ComfyUI's device"
 
 
 def test_comfyui_counts_weights_in_a_backend_once_and_asks_them_to_leave_once(outcomes: dict[str, Any]) -> None:
     assert outcomes["counted"] == [1, 100] and outcomes["beside"]
     assert outcomes["loads"] == [], "a backend that has just loaded them is not asked to"
     assert outcomes["events"] == ["a leaves", "a is back"]
+
+
+def test_a_backend_that_cant_let_go_raises_nothing_into_comfyui_and_its_weights_still_count(
+    outcomes: dict[str, Any],
+) -> None:
+    assert outcomes["ends"] == {"interrupted": [True, 2**30, 0], "closed": [False, 2**30, 0]}
+
+
+def test_weights_that_left_without_comfyuis_doing_are_loaded_again_for_the_next_use(outcomes: dict[str, Any]) -> None:
+    assert outcomes["gone"] == {"kept": [2**30], "lost": ["a is back", 2**30], "silent": [2**30]}
+
+
+def test_a_model_of_a_backend_leaves_room_to_another_of_the_same_by_the_ranks_choice_alone(
+    outcomes: dict[str, Any],
+) -> None:
+    assert outcomes["neighbours"] == {"same": [], "another": ["a leaves"], "activations": True}
 
 
 def rank_on(name: str, capability: tuple[int, int]) -> RankState:
