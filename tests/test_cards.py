@@ -203,6 +203,37 @@ def test_variables_that_a_backend_was_started_without_are_said() -> None:
     assert gpu_environment(started | {"GLOO_SOCKET_IFNAME": "lo"}, "cpu") == {"GLOO_SOCKET_IFNAME": "lo"}
 
 
+def test_variables_that_chose_the_same_cards_are_not_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = {"NCCL_DEBUG": "WARN", "CUDA_VISIBLE_DEVICES": "1,0"}
+    record = files.BackendRecord("", "", 0, 0, "", 1, "cuda", cards=["a"], environment=started)
+    here = {"NCCL_DEBUG": "WARN", "CUDA_VISIBLE_DEVICES": "0", "HIP_VISIBLE_DEVICES": "0"}
+    assert difference("mine", record, here, ["a", "b"]) is None
+    assert difference("mine", record, here | {"NCCL_DEBUG": "INFO"}, ["a"]) is not None
+    others = difference("mine", record, here, ["b"]) or ("", "")
+    assert "CUDA_VISIBLE_DEVICES=1,0" in others[0] and "HIP" not in others[0], "HIP's is nothing to NVIDIA's"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "HIP_VISIBLE_DEVICES=0" in (difference("mine", record, here, ["b"]) or ("", ""))[0]
+    assert difference("mine", record, here, ["a"]) is None
+
+
+def test_amds_gpus_are_counted_and_what_hides_them_is_named(
+    two_gpus: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for node, simds in enumerate((0, 256, 256, 256)):
+        (tmp_path / str(node)).mkdir()
+        (tmp_path / str(node) / "properties").write_text(f"cpu_cores_count 0\nsimd_count {simds}\n")
+    for name in cards.HIDING:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cards, "_AMD_NODES", tmp_path)
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "0,1")
+    cards._present.cache_clear()
+    assert not cards.seen().narrowed, "NVIDIA's heed it not"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    cards._present.cache_clear()
+    assert cards.seen().hidden().startswith("2 of 3 GPUs are visible here: HIP_VISIBLE_DEVICES=0,1")
+    cards._present.cache_clear()
+
+
 def test_where_ranks_cant_run_it_is_said_and_the_pack_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr(files.platform, "system", lambda: "Windows")

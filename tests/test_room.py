@@ -61,6 +61,10 @@ def test_a_model_of_a_backend_leaves_room_to_another_of_the_same_by_the_ranks_ch
     assert outcomes["neighbours"] == {"same": [], "another": ["a leaves"], "activations": True}
 
 
+def test_comfyuis_free_empties_its_own_backends_alone(outcomes: dict[str, Any]) -> None:
+    assert outcomes["own backends"] == ["mine"]
+
+
 def rank_on(name: str, capability: tuple[int, int]) -> RankState:
     return RankState(0, "", "", 0, "cuda:0", name, 0, 0, 0, "", capability)
 

@@ -40,6 +40,7 @@ def main(comfy_folder, pack, model_path):
     outcomes["gone"] = gone(mm, core_memory, errors)
     mm.unload_all_models()
     outcomes["neighbours"] = neighbours(mm, core_memory)
+    outcomes["own backends"] = own_backends(importlib.import_module("pack.nodes.routes"))
     outcomes["told"] = told(importlib.import_module("pack.nodes.core_dtype"))
     outcomes["dtypes"] = core_dtypes.choices(mm, importlib.import_module("comfy.supported_models"))
     print(json.dumps(outcomes))
@@ -174,6 +175,20 @@ def neighbours(mm, core_memory):
         outcomes[how] = list(events)
         mm.unload_all_models()
     return outcomes | {"activations": asked[0] - mm.extra_reserved_memory() == core_memory.ACTIVATION_BYTES}
+
+
+def own_backends(routes):
+    """Which backends ComfyUI's /free empties: of two connections to one, one to another machine, and one that is gone."""
+
+    class Attached:
+        def __init__(self, name, address=""):
+            self.spec = SimpleNamespace(name=name, address=address)
+
+    kept = [Attached("mine"), Attached("mine"), Attached("remote", "tcp://elsewhere:1")]
+    for backend in [*kept, Attached("left")]:
+        routes.ParallelMesh.attached.add(backend)
+    del backend
+    return routes.own_names()
 
 
 def told(core_dtype):
