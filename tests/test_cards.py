@@ -117,6 +117,26 @@ def test_a_rank_tells_its_cards_uuid_and_capability(two_gpus: None) -> None:
     assert (plain.uuid, plain.capability) == ("", (0, 0))
 
 
+@pytest.mark.parametrize(
+    ("arch", "has"),
+    [
+        ("gfx1030", False),
+        ("gfx1010:xnack-", False),
+        ("gfx906:sramecc+:xnack-", False),
+        ("gfx90a", True),
+        ("gfx1100", True),
+    ],
+)
+def test_a_rank_tells_whether_its_amd_card_has_bfloat16(
+    arch: str, has: bool, two_gpus: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = SimpleNamespace(**vars(torch.cuda.get_device_properties(0)), gcnArchName=arch)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    assert rank_state(torch.device("cuda", 0), 0).bfloat16, "CUDA's capability tells"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert rank_state(torch.device("cuda", 0), 0).bfloat16 is has
+
+
 def test_asking_for_a_gpu_that_is_hidden_names_what_hides_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "seen", lambda: machine(RTX4090, visible="0", present=8))
     with pytest.raises(ConfigError) as raised:

@@ -7,9 +7,11 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from comfyui.installation import HERE, ComfyInstallation
 
+from parallel_backend.checkpoint_files.vae_part import overflows_in_float16
 from parallel_backend.client import dtypes
 from parallel_backend.rpc.messages import RankState
 
@@ -85,6 +87,8 @@ def test_the_weakest_rank_decides_the_dtype() -> None:
     found = [dtypes.model_dtype(ranks) for ranks in ([hopper, turing], [hopper, pascal], [cpu, cpu])]
     assert found == ["float16", "float32", "float32"]
     assert [dtypes.vae_dtype(ranks) for ranks in ([hopper], [hopper, turing])] == ["bfloat16", "float32"]
+    navi = msgspec.structs.replace(rank_on("AMD Radeon RX 6800", (10, 3)), bfloat16=False)
+    assert (dtypes.model_dtype([navi]), dtypes.vae_dtype([navi])) == ("float16", "float32")
     scratch = [dtypes.model_dtype(ranks, from_scratch=True) for ranks in ([hopper], [hopper, turing])]
     assert scratch == ["bfloat16", "float32"]
 
@@ -94,8 +98,23 @@ def test_a_dtype_that_comfyui_was_started_with_goes_before_the_cards(outcomes: d
         "None": ["for model", "for vae"],
         "bf16_unet": ["bfloat16", "for vae"],
         "fp32_vae": ["for model", "float32"],
-        "fp16_vae": ["for model", "float32"],  # it would overflow
+        "fp16_vae": ["for model", "for vae"],  # it would overflow
         "force_fp32": ["float32", "float32"],
         "force_fp16": ["float16", "for vae"],
-        "asked": ["float16", "float16", "float32"],
+        "asked": ["float16", "float16", "for vae"],
+        "told": [
+            "float16",
+            "",
+            "ComfyUI's --fp16-vae is not heeded: this VAE overflows in float16.",
+            "",
+            "ComfyUI's --fp8_e4m3fn-unet is not heeded: ranks hold float16, bfloat16 or float32.",
+        ],
     }
+
+
+def test_sdxls_vae_alone_overflows_in_float16(models: Path) -> None:
+    files = {
+        file: overflows_in_float16([models / "vae" / file]) for file in ("sd3_vae.safetensors", "sdxl_vae.safetensors")
+    }
+    assert files == {"sd3_vae.safetensors": False, "sdxl_vae.safetensors": True}
+    assert not overflows_in_float16([models / "vae" / "sdxl_vae.safetensors"] * 2), "TAESD's files"

@@ -200,6 +200,10 @@ def told(core_dtype):
         vae = core_dtype.vae_dtype(backend, "auto", overflows=True)
         outcomes[str(flag)] = [core_dtype.model_dtype(backend, None, "auto"), vae]
     named = [core_dtype.vae_dtype(backend, "float16", overflows=overflows) for overflows in (False, True)]
+    core_dtype.args = SimpleNamespace(fp16_vae=True, fp8_e4m3fn_unet=True)
+    outcomes["told"] = [core_dtype.vae_dtype(backend, "auto", overflows=False)]
+    outcomes["told"] += [core_dtype.unheeded("vae", "auto", overflows=overflows) for overflows in (False, True)]
+    outcomes["told"] += [core_dtype.unheeded("unet", asked) for asked in ("float16", "auto")]
     return outcomes | {"asked": [core_dtype.model_dtype(backend, None, "float16"), *named]}
 
 
