@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
+import torch
 from comfyui.installation import HERE, ComfyInstallation
 
 from parallel_backend.checkpoint_files.vae_part import overflows_in_float16
 from parallel_backend.client import dtypes
+from parallel_backend.rank import place
 from parallel_backend.rpc.messages import RankState
 
 BOTH = {"said": "", "loaded": ["Held", "ModelPatcher"]}
@@ -60,7 +63,11 @@ def test_weights_that_left_without_comfyuis_doing_are_loaded_again_for_the_next_
 def test_a_model_of_a_backend_leaves_room_to_another_of_the_same_by_the_ranks_choice_alone(
     outcomes: dict[str, Any],
 ) -> None:
-    assert outcomes["neighbours"] == {"same": [], "another": ["a leaves"], "activations": True}
+    assert {how: outcomes["neighbours"][how] for how in ("same", "another")} == {"same": [], "another": ["a leaves"]}
+
+
+def test_comfyui_makes_room_for_what_ranks_compute_on_its_own_gpu(outcomes: dict[str, Any]) -> None:
+    assert outcomes["neighbours"]["activations"]
 
 
 def test_comfyuis_free_empties_its_own_backends_alone(outcomes: dict[str, Any]) -> None:
@@ -79,6 +86,14 @@ def test_dtype_auto_is_what_comfyui_computes_in_on_the_same_card(outcomes: dict[
         assert card["vae"] == dtypes.vae_dtype(ranks), card
         taken |= {dtypes.model_dtype(ranks), card["vae"]}
     assert taken == {"float16", "bfloat16", "float32"} and len(outcomes["dtypes"]) == 14
+
+
+def test_no_amd_card_that_comfyui_spares_bfloat16_takes_it_here(
+    outcomes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    cards = [SimpleNamespace(gcnArchName=arch) for arch in outcomes["without bfloat16"]]
+    assert len(cards) > 5 and not any(map(place.has_bfloat16, cards))
 
 
 def test_the_weakest_rank_decides_the_dtype() -> None:

@@ -40,11 +40,12 @@ def rank_state(device: torch.device, rank: int) -> RankState:
     name = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} threads"
     card = torch.cuda.get_device_properties(device) if cuda else None
     known = (
-        (str(getattr(card, "uuid", "")), (card.major, card.minor), _has_bfloat16(card)) if card else ("", (0, 0), True)
+        (str(getattr(card, "uuid", "")), (card.major, card.minor), has_bfloat16(card)) if card else ("", (0, 0), True)
     )
     place = (rank, socket.gethostname(), files.machine(), os.getpid(), str(device), name)
     return RankState(*place, free, total, used, *known)
 
 
-def _has_bfloat16(card: Any) -> bool:
+def has_bfloat16(card: Any) -> bool:
+    """Of a GPU's properties; CUDA's capability tells it otherwise."""
     return not (torch.version.hip and card.gcnArchName.startswith(_AMD_WITHOUT_BFLOAT16))

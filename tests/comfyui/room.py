@@ -42,6 +42,7 @@ def main(comfy_folder, pack, model_path):
     outcomes["neighbours"] = neighbours(mm, core_memory)
     outcomes["own backends"] = own_backends(importlib.import_module("pack.nodes.routes"))
     outcomes["told"] = told(importlib.import_module("pack.nodes.core_dtype"))
+    outcomes["without bfloat16"] = mm.AMD_RDNA2_AND_OLDER_ARCH
     outcomes["dtypes"] = core_dtypes.choices(mm, importlib.import_module("comfy.supported_models"))
     print(json.dumps(outcomes))
 
