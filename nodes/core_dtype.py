@@ -10,6 +10,8 @@ from ..parallel_backend import Backend
 from ..parallel_backend.config import AUTO
 
 _FLAGS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_NOT_HELD = ("fp64", "fp8_e4m3fn", "fp8_e5m2", "fp8_e8m0fnu")
+_WHY = {"unet": "ranks hold float16, bfloat16 or float32", "vae": "this VAE overflows in float16"}
 
 
 def model_dtype(backend: Backend, path: Path, asked: str) -> str:
@@ -18,9 +20,20 @@ def model_dtype(backend: Backend, path: Path, asked: str) -> str:
 
 
 def vae_dtype(backend: Backend, asked: str, *, overflows: bool) -> str:
-    """As `model_dtype`, of a VAE; float32 in place of a float16 that one of SDXL's kind `overflows` in."""
+    """As `model_dtype`, of a VAE; what suits the cards in place of a float16 that one of SDXL's kind `overflows` in."""
     dtype = asked if asked != AUTO else _told("vae") or backend.vae_dtype()
-    return "float32" if overflows and dtype == "float16" else dtype
+    return backend.vae_dtype() if overflows and dtype == "float16" else dtype
+
+
+def unheeded(part: str, asked: str, *, overflows: bool = False) -> str:
+    """A line on the dtype that ComfyUI was started with and ranks can't take; empty where there is none, or another was asked for."""
+    if asked != AUTO:
+        return ""
+    flags = [f"{dtype}_{part}" for dtype in _NOT_HELD if getattr(args, f"{dtype}_{part}", False)]
+    flags += ["fp16_vae"] if overflows and part == "vae" and getattr(args, "fp16_vae", False) else []
+    return " ".join(
+        f"ComfyUI's --{flag.replace(f'_{part}', f'-{part}')} is not heeded: {_WHY[part]}." for flag in flags
+    )
 
 
 def _told(part: str) -> str | None:

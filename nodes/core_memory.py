@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -12,8 +13,9 @@ import comfy.patcher_extension
 import torch
 
 from ..parallel_backend import Backend, RemoteModel, RemoteVAE
-from ..parallel_backend.errors import CancelledError, OutOfMemoryError
-from ..parallel_backend.rpc.messages import RankState
+from ..parallel_backend.client.connection import Connection
+from ..parallel_backend.errors import BackendError, CancelledError, OutOfMemoryError
+from ..parallel_backend.rpc.messages import BackendState, Progress, RankState, Status, StepDone
 from ..parallel_backend.rpc.runtime_dir import machine
 from .node_text import say
 
@@ -26,7 +28,7 @@ class WeightsElsewhere(comfy.model_patcher.ModelPatcher):
     """What ComfyUI's memory manager holds in its list for weights in a backend.
 
     Its size is the bytes that ranks on ComfyUI's own device hold of them, and 1 where none does. Asked to leave, they leave all
-    ranks; loaded by ComfyUI, they are back. No room is asked for what they compute: that is the ranks'.
+    ranks; loaded by ComfyUI, they are back. On its own GPU, room is asked for what the ranks compute there too.
     """
 
     @property
@@ -40,8 +42,14 @@ class WeightsElsewhere(comfy.model_patcher.ModelPatcher):
         """Also where another MODEL has the same weights: ComfyUI's list then has them once."""
         return super().is_clone(other) or (isinstance(other, WeightsElsewhere) and _same(self.remote, other.remote))
 
-    def memory_required(self, input_shape: Any) -> int:
-        return 0
+    def memory_required(self, input_shape: Any = None) -> int:
+        return ACTIVATION_BYTES if self._is_here() and self.load_device.type == "cuda" else 0
+
+    def current_loaded_device(self) -> Any:
+        """Asked by ComfyUI before it makes room: weights that left without its doing do not count as loaded."""
+        if self._is_here() and self.loaded_size() > 0 and not self._is_held():
+            self._note_gone()
+        return super().current_loaded_device()
 
     def get_free_memory(self, device: Any) -> float:
         return ALL  # cond and uncond always go out as one batch
@@ -67,18 +75,32 @@ class WeightsElsewhere(comfy.model_patcher.ModelPatcher):
     ) -> None:
         """Called by ComfyUI where it believes that they are not loaded, after it has made room."""
         if self._is_here():
-            interruptible(self.remote.ensure_loaded)
+            say(f"loading {self.remote.file} again on the ranks", log=True)
+            interruptible(self.remote.backend, self.remote.ensure_loaded, on_event=_say_progress)
         self._note_loaded(device_to)
         for callback in self.get_all_callbacks(comfy.patcher_extension.CallbacksMP.ON_LOAD):
             callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
 
     def detach(self, unpatch_all: bool = True) -> Any:
-        """Called with `unpatch_all` by ComfyUI where it wants the room."""
-        leaves = unpatch_all and self._is_here() and self.loaded_size() > 0
-        model = super().detach(unpatch_all)
-        if leaves:
-            interruptible(self.remote.leave)
-        return model
+        """Called with `unpatch_all` by ComfyUI where it wants the room.
+
+        Raises nothing: ComfyUI calls it between prompts, where an error would end the thread that runs them. Weights that
+        could not leave still count as loaded.
+        """
+        stays = unpatch_all and self._is_here() and self.loaded_size() > 0 and not self._leave()
+        return super().detach(unpatch_all and not stays)
+
+    def _leave(self) -> bool:
+        """Whether the backend has let them go; where it hasn't, the reason is in the log."""
+        say(f"{self.remote.file} leaves the ranks: ComfyUI wants the room", log=True)
+        try:
+            self.remote.leave(mm.processing_interrupted)
+        except CancelledError:
+            return False
+        except BackendError as error:
+            say(f"{self.remote.file} did not leave the ranks: {error}", log=True)
+            return False
+        return True
 
     def pre_run(self) -> None:
         """Called before each sampling, when ComfyUI has put this into its list."""
@@ -87,8 +109,19 @@ class WeightsElsewhere(comfy.model_patcher.ModelPatcher):
 
     def register(self) -> None:
         """In ComfyUI's list of loaded models, and loaded; there until ComfyUI wants the room."""
-        mm.load_models_gpu([self])
+        mm.load_models_gpu([self, *self._beside()], memory_required=self.memory_required())
         _hold_on(self)
+
+    def _beside(self) -> list[WeightsElsewhere]:
+        """What else is loaded in the same backend. ComfyUI lets nothing go that is named with this: the ranks do, where they
+        lack room themselves."""
+        listed = [loaded.model for loaded in list(mm.current_loaded_models)]
+        others = [p for p in listed if isinstance(p, WeightsElsewhere) and not self.is_clone(p)]
+        return [p for p in others if _place(p.remote) == _place(self.remote) and p.is_loaded()]
+
+    def is_loaded(self) -> bool:
+        """As far as ComfyUI knows, which asks the backend for that."""
+        return self.current_loaded_device() == self.load_device and self.loaded_size() > 0
 
     def note_held(self) -> None:
         """A backend has just loaded them: ComfyUI need not make room."""
@@ -100,13 +133,32 @@ class WeightsElsewhere(comfy.model_patcher.ModelPatcher):
         self.model.model_lowvram = False
         self.model.current_weight_patches_uuid = self.patches_uuid
 
+    def _note_gone(self) -> None:
+        self.model.device = self.offload_device
+        self.model.model_loaded_weight_memory = 0
+        self.model.current_weight_patches_uuid = None
+
     def _is_here(self) -> bool:
         return self.model_size() > 1
 
+    def _is_held(self) -> bool:
+        """By the backend; what it doesn't answer changes nothing."""
+        with contextlib.suppress(BackendError):
+            return self.remote.is_held(mm.processing_interrupted)
+        return True
+
+
+def _place(remote: RemoteModel | RemoteVAE) -> tuple[str, str]:
+    return remote.backend.spec.name, remote.backend.spec.address
+
 
 def _same(one: RemoteModel | RemoteVAE, other: RemoteModel | RemoteVAE) -> bool:
-    places = [(remote.backend.spec.name, remote.backend.spec.address, remote.name) for remote in (one, other)]
-    return places[0] == places[1]
+    return (_place(one), one.name) == (_place(other), other.name)
+
+
+def _say_progress(event: Progress | StepDone, _: Sequence[torch.Tensor]) -> None:
+    if isinstance(event, Progress):
+        say(event.what)
 
 
 def _hold_on(patcher: comfy.model_patcher.ModelPatcher) -> None:
@@ -148,17 +200,17 @@ def bytes_here(backend: Backend, remote: RemoteModel | RemoteVAE) -> int:
     return max(1, sum(remote.loaded.resident_bytes[rank.rank] for rank in ranks_here(backend.status().ranks)))
 
 
-def make_room(backend: Backend, rank_bytes: int, name: str) -> str:
+def make_room(backend: Backend, rank_bytes: int, held_as: str) -> str:
     """ComfyUI's own models leave the GPU that they share with ranks, as far as those lack room for `rank_bytes` each.
 
     Args:
-        name: of the file; what the backend holds already needs no room.
+        held_as: how the backend's name of it begins; what is held already needs no room.
     Returns: what was done, for the node to show; empty where nothing was needed.
     """
     state = backend.status()
     here = [rank for rank in ranks_here(state.ranks) if rank.uuid]
     needed = (rank_bytes + ACTIVATION_BYTES) * len(here)
-    if not here or name in [model.name for model in state.models] or free_here() >= needed:
+    if not here or any(model.model.startswith(held_as) for model in state.models) or free_here() >= needed:
         return ""
     mm.soft_empty_cache()
     free = free_here()
@@ -168,35 +220,50 @@ def make_room(backend: Backend, rank_bytes: int, name: str) -> str:
     return f"unloaded models of ComfyUI's own: {needed / 2**20:.0f} MiB are needed for {places} ({free / 2**20:.0f} MiB free)"
 
 
-def interruptible(request: Any, *args: Any, **kwargs: Any) -> Any:
-    """request(*args, **kwargs), given up when ComfyUI is interrupted; then ComfyUI's own exception is raised.
+def interruptible(backend: Connection, request: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """request(*args, **kwargs) of that backend, given up when ComfyUI is interrupted; then ComfyUI's own exception is raised.
 
-    Where a rank lacks memory while ComfyUI's own models (a text encoder, perhaps on the same GPU) hold some, these leave and
+    Where a rank lacks memory while ComfyUI's own models (a text encoder, perhaps) hold some of the same device, these leave and
     the request is made once more.
     """
     asked = partial(request, *args, should_cancel=mm.processing_interrupted, **kwargs)
     try:
-        return _with_room(asked)
+        return _with_room(backend, asked)
     except CancelledError:
         mm.throw_exception_if_processing_interrupted()
         raise
 
 
-def _with_room(request: Callable[[], Any]) -> Any:
+def _with_room(backend: Connection, request: Callable[[], Any]) -> Any:
     try:
         return request()
     except OutOfMemoryError as error:
-        if not _let_own_models_leave(ALL):
+        if not _has_ranks_here(backend) or not _let_own_models_leave(ALL):
             raise
         say(f"unloaded ComfyUI's own models, and once more: {error.message}", log=True)
         return request()
 
 
+def _has_ranks_here(backend: Connection) -> bool:
+    """False also where the backend does not answer any more."""
+    try:
+        state, _ = backend.request(Status(), should_cancel=mm.processing_interrupted)
+    except BackendError:
+        return False
+    assert isinstance(state, BackendState)
+    return bool(ranks_here(state.ranks))
+
+
 def _let_own_models_leave(needed: float) -> bool:
-    """ComfyUI frees `needed` bytes of each device that its own models are on; those in backends stay. Whether any left."""
+    """ComfyUI frees `needed` bytes of its device of its own models; those in backends stay. Whether it freed any."""
     elsewhere = [loaded for loaded in mm.current_loaded_models if isinstance(loaded.model, WeightsElsewhere)]
-    own = [loaded for loaded in mm.current_loaded_models if loaded not in elsewhere]
-    for device in {loaded.device for loaded in own}:
-        mm.free_memory(needed, device, keep_loaded=elsewhere)
+    before = _own_loaded_bytes()
+    mm.free_memory(needed, mm.get_torch_device(), keep_loaded=elsewhere)
     mm.soft_empty_cache()
-    return len(mm.current_loaded_models) < len(own) + len(elsewhere)
+    return _own_loaded_bytes() < before
+
+
+def _own_loaded_bytes() -> int:
+    """What ComfyUI's own models hold of its device, as it counts it."""
+    patchers = [loaded.model for loaded in mm.current_loaded_models if loaded.device == mm.get_torch_device()]
+    return sum(p.loaded_size() for p in patchers if p is not None and not isinstance(p, WeightsElsewhere))

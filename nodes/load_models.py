@@ -14,7 +14,7 @@ from ..parallel_backend import MeshSpec, RemoteModel
 from ..parallel_backend.checkpoint_files.diffusion_part import diffusion_elements
 from ..parallel_backend.demo.files import MMDIT_FILE, UNET_FILE, DemoFile
 from ..parallel_backend.rpc.messages import ModelKind, Progress, StepDone
-from .core_dtype import model_dtype
+from .core_dtype import model_dtype, unheeded
 from .core_memory import bytes_here, interruptible, make_room
 from .model_files import fingerprint, names_elsewhere, names_in, path_of
 from .node_text import say
@@ -31,7 +31,8 @@ def load_remote_model(mesh: ParallelMesh, kind: ModelKind, path: Path, name: str
     """
     backend, degrees = mesh.backend(), mesh.unet if kind == "unet" else mesh.mmdit
     dtype = model_dtype(backend, path, mesh.dtype)
-    room = make_room(backend, _most_bytes(path, degrees, dtype), path.name)
+    held_as = f"{backend.key(path)}/{dtype}/{mesh.kernel}/{degrees.describe()}/"
+    room = make_room(backend, _most_bytes(path, degrees, dtype), held_as)
     bar = comfy.utils.ProgressBar(1)
 
     def on_event(event: Progress | StepDone, _: Sequence[Tensor]) -> None:
@@ -40,9 +41,9 @@ def load_remote_model(mesh: ParallelMesh, kind: ModelKind, path: Path, name: str
             bar.update_absolute(event.done, event.total)
 
     settings = {"kind": kind, "compile": mesh.compile, "name": name, "on_event": on_event}
-    remote = interruptible(backend.load_model, path, degrees, dtype, mesh.kernel, **settings)
+    remote = interruptible(backend, backend.load_model, path, degrees, dtype, mesh.kernel, **settings)
     bar.update_absolute(1, 1)
-    return remote, "\n".join(filter(None, [load_report(remote), room, mesh.differs()]))
+    return remote, "\n".join(filter(None, [load_report(remote), unheeded("unet", mesh.dtype), room, mesh.differs()]))
 
 
 def _most_bytes(path: Path, degrees: MeshSpec, dtype: str) -> int:

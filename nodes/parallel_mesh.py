@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import ClassVar
+from weakref import WeakSet
 
 import comfy.model_management as mm
 from comfy_api.latest import io
 
 from ..parallel_backend import Backend, MeshSpec
+from ..parallel_backend.client.cards import seen
 from ..parallel_backend.client.gpu_environment import difference
 from ..parallel_backend.config import AUTO, MMDIT_REST, UNET_REST, BackendSpec
 from .node_text import say
@@ -18,7 +21,12 @@ MeshSocket = io.Custom("PARALLEL_MESH")
 
 
 class ParallelMesh:
-    """Immutable but for the connection, which is made at first use and kept as long as ComfyUI keeps this."""
+    """Immutable but for the connection, which is made at first use and kept as long as ComfyUI keeps this.
+
+    `attached` are the connections that ComfyUI, or what it keeps of their models, still has.
+    """
+
+    attached: ClassVar[WeakSet[Backend]] = WeakSet()
 
     def __init__(
         self,
@@ -62,6 +70,7 @@ class ParallelMesh:
                 memory_budget=self.spec.memory_budget,
                 waiting=waiting,
             )
+        self.attached.add(self._backend)
         return self._backend
 
     def describe(self) -> str:
@@ -76,5 +85,8 @@ class ParallelMesh:
 
     def differs(self) -> str:
         """What the backend on this machine was started with otherwise than ComfyUI; empty where nothing."""
-        other = None if self.spec.address else difference(self.spec.name, self.backend().record, os.environ)
-        return " ".join(other or ())
+        if self.spec.address:
+            return ""
+        record = self.backend().record
+        cards = [card.uuid for card in seen(self.spec.device).cards]
+        return " ".join(difference(self.spec.name, record, os.environ, cards) or ())

@@ -72,6 +72,7 @@ def sample(
         callback(step.index, step.denoised, step.x, step.total)
 
     out = interruptible(
+        model.remote.backend,
         model.remote.sample,
         full,
         prompts[0],

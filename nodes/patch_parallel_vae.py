@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from .core_dtype import vae_dtype
+from ..parallel_backend.checkpoint_files.vae_part import overflows_in_float16
+from .core_dtype import unheeded, vae_dtype
 from .core_memory import bytes_here, interruptible, make_room
 from .model_files import names_elsewhere, vae_fingerprint, vae_names, vae_paths
 from .node_text import say
@@ -44,14 +45,16 @@ class PatchParallelVAE(io.ComfyNode):
     def execute(cls, vae_name: str, mesh: ParallelMesh) -> io.NodeOutput:
         paths = vae_paths(vae_name)
         backend = mesh.backend()
-        room = make_room(backend, VAE_BYTES, paths[0].name)
-        dtype = vae_dtype(backend, mesh.dtype, overflows=len(paths) == 1)  # TAESD, of two files, doesn't
-        remote = interruptible(backend.load_vae, paths, dtype, names=names_elsewhere(vae_name))
+        dtype = vae_dtype(backend, mesh.dtype, overflows=(overflows := overflows_in_float16(paths)))
+        room = make_room(backend, VAE_BYTES, f"{backend.key(*paths)}/{dtype}/")
+        remote = interruptible(backend, backend.load_vae, paths, dtype, names=names_elsewhere(vae_name))
         state = "already resident" if not any(remote.loaded.bytes_read) else f"read in {remote.loaded.seconds:.1f} s"
-        report = "\n".join(
-            filter(
-                None, [f"{remote.loaded.family}: {state}, {backend.world_size} bands, {dtype}", room, mesh.differs()]
-            )
-        )
+        lines = [
+            f"{remote.loaded.family}: {state}, {backend.world_size} bands, {dtype}",
+            unheeded("vae", mesh.dtype, overflows=overflows),
+            room,
+            mesh.differs(),
+        ]
+        report = "\n".join(filter(None, lines))
         say(report, log=True)
         return io.NodeOutput(ParallelVAE(remote, bytes_here(backend, remote)))

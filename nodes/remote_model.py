@@ -80,7 +80,7 @@ class RemoteDiffusionModel(torch.nn.Module):
         return executor.execute(x, timesteps, context, y, control, options)
 
     def _remote_forward(self, x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor, *_: Any, **__: Any) -> Tensor:
-        out = interruptible(self.remote.forward, x, timesteps, context, y)
+        out = interruptible(self.remote.backend, self.remote.forward, x, timesteps, context, y)
         return out.to(device=x.device, dtype=x.dtype)
 
 
@@ -162,9 +162,10 @@ def remote_patcher(remote: RemoteModel, path: Path, held_here: int) -> RemotePat
     config.unet_config["disable_unet_model_creation"] = True
     model = config.get_model(meta, "")
     model.diffusion_model = RemoteDiffusionModel(remote, meta, dtype)
-    model.memory_required = lambda input_shape, cond_shapes=None: 0
     devices = {"load_device": mm.get_torch_device(), "offload_device": mm.unet_offload_device()}
     patcher = RemotePatcher(model, size=held_here, **devices)
+    activations = patcher.memory_required()
+    model.memory_required = lambda input_shape, cond_shapes=None: activations
     patcher.note_held()
     patcher.register()
     return patcher

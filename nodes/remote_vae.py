@@ -22,10 +22,10 @@ class RemoteFirstStage(torch.nn.Module):
         self.remote = remote
 
     def decode(self, latent_BCYX: Tensor) -> Tensor:
-        return interruptible(self.remote.decode, latent_BCYX, raw=True)
+        return interruptible(self.remote.backend, self.remote.decode, latent_BCYX, raw=True)
 
     def encode(self, pixels_BCYX: Tensor) -> Tensor:
-        return interruptible(self.remote.encode, ((pixels_BCYX + 1) / 2).movedim(1, -1))
+        return interruptible(self.remote.backend, self.remote.encode, ((pixels_BCYX + 1) / 2).movedim(1, -1))
 
 
 class VAEWeights(WeightsElsewhere):
@@ -72,11 +72,12 @@ class ParallelVAE(comfy.sd.VAE):
             raise UnsupportedError(f"A parallel VAE has no options {list(vae_options)}.", "Decode without them.")
         samples = samples_in[:, :, 0] if samples_in.ndim == 5 else samples_in
         self.patcher.register()
-        return interruptible(self.remote.decode, samples).to(self.output_device)
+        return interruptible(self.remote.backend, self.remote.decode, samples).to(self.output_device)
 
     def encode(self, pixel_samples: Tensor) -> Tensor:
         self.patcher.register()
-        return interruptible(self.remote.encode, self.vae_encode_crop_pixels(pixel_samples)).to(self.output_device)
+        pixels = self.vae_encode_crop_pixels(pixel_samples)
+        return interruptible(self.remote.backend, self.remote.encode, pixels).to(self.output_device)
 
     def decode_tiled(  # type: ignore[override]
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -14,6 +14,7 @@ from server import PromptServer
 from ..parallel_backend import Backend
 from ..parallel_backend.errors import BackendError
 from ..parallel_backend.rpc.runtime_dir import running_names
+from .parallel_mesh import ParallelMesh
 
 STATUS = "/parallel_mmdit/status"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -50,17 +51,25 @@ def _state(name: str) -> dict[str, Any]:
 
 @web.middleware
 async def free_with_comfyui(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """POST /free, with unload_models or free_memory, frees the backends' models too, after the jobs that wait."""
+    """POST /free, with unload_models or free_memory, frees the models of this ComfyUI's backends too, after the jobs that wait."""
+    if request.method != "POST" or request.path not in ("/free", "/api/free"):
+        return await handler(request)
+    ours = own_names()  # ComfyUI may forget what holds them as soon as it has been asked
     response = await handler(request)
-    if request.method == "POST" and request.path in ("/free", "/api/free"):
-        asked = await request.json()  # kept by aiohttp, which has read it for ComfyUI already
-        if asked.get("unload_models") or asked.get("free_memory"):
-            asyncio.get_running_loop().run_in_executor(None, unload_all)
+    asked = await request.json()  # kept by aiohttp, which has read it for ComfyUI already
+    if asked.get("unload_models") or asked.get("free_memory"):
+        asyncio.get_running_loop().run_in_executor(None, unload, ours)
     return response
 
 
-def unload_all() -> None:
-    for name in running_names():
+def own_names() -> list[str]:
+    """Of this machine's backends those that this ComfyUI works with; the others serve other processes."""
+    return sorted({backend.spec.name for backend in ParallelMesh.attached if not backend.spec.address})
+
+
+def unload(names: Sequence[str]) -> None:
+    """All that these backends hold; one that has ended holds nothing."""
+    for name in sorted(set(names).intersection(running_names())):
         try:
             backend = Backend.attach(name)
             backend.unload()

@@ -175,7 +175,7 @@ def backends() -> Iterator[Finding]:
         except BackendError as error:
             yield Finding("wrong", f"backend {name!r} doesn't answer: {error.message}", error.remedy)
             continue
-        if record is not None and (other := difference(name, record, os.environ)):
+        if record is not None and (other := difference(name, record, os.environ, [card.uuid for card in seen().cards])):
             yield Finding("note", *other)
         line = f"backend {name!r}: {len(state.ranks)} ranks, {state.jobs_done} jobs, {state.restarts} restarts"
         yield Finding("note" if state.restarts else "ok", line, "Its log says why." if state.restarts else "")

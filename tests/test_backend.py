@@ -229,6 +229,7 @@ def test_who_waits_when_a_backend_is_stopped_is_told(large: Path) -> None:
         thread.join(30)
     assert sorted(told) == ["backend_lost", "cancelled"]
     first.leave()  # of a backend that has ended: nothing, and none is started for it
+    assert not first.is_held()
     assert files.living_names().count("leaving") == 0
 
 
@@ -236,9 +237,15 @@ def test_a_model_leaves_when_asked_but_not_by_a_callback_of_its_own_job(
     backend2: Backend, model: RemoteModel, expected: Tensor
 ) -> None:
     def resident() -> bool:
-        return model.name in {held.model for held in backend2.status().models}
+        listed = model.name in {held.model for held in backend2.status().models}
+        assert model.is_held() is listed
+        return listed
 
-    assert torch.equal(sample(model, on_step=lambda _: model.leave()), expected) and resident()
+    def on_step(_: Step) -> None:
+        model.leave()
+        assert model.is_held()  # not asked, since a request is under way
+
+    assert torch.equal(sample(model, on_step=on_step), expected) and resident()
     model.leave()
     assert not resident()
     assert torch.equal(sample(model), expected) and resident()

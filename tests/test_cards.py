@@ -117,6 +117,26 @@ def test_a_rank_tells_its_cards_uuid_and_capability(two_gpus: None) -> None:
     assert (plain.uuid, plain.capability) == ("", (0, 0))
 
 
+@pytest.mark.parametrize(
+    ("arch", "has"),
+    [
+        ("gfx1030", False),
+        ("gfx1010:xnack-", False),
+        ("gfx906:sramecc+:xnack-", False),
+        ("gfx90a", True),
+        ("gfx1100", True),
+    ],
+)
+def test_a_rank_tells_whether_its_amd_card_has_bfloat16(
+    arch: str, has: bool, two_gpus: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = SimpleNamespace(**vars(torch.cuda.get_device_properties(0)), gcnArchName=arch)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    assert rank_state(torch.device("cuda", 0), 0).bfloat16, "CUDA's capability tells"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert rank_state(torch.device("cuda", 0), 0).bfloat16 is has
+
+
 def test_asking_for_a_gpu_that_is_hidden_names_what_hides_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "seen", lambda: machine(RTX4090, visible="0", present=8))
     with pytest.raises(ConfigError) as raised:
@@ -201,6 +221,37 @@ def test_variables_that_a_backend_was_started_without_are_said() -> None:
     assert there == "Backend 'mine' was started with CUDA_VISIBLE_DEVICES=0, NCCL_P2P_DISABLE unset"
     assert here == "CUDA_VISIBLE_DEVICES unset, NCCL_P2P_DISABLE=1." and "stop --name mine" in remedy
     assert gpu_environment(started | {"GLOO_SOCKET_IFNAME": "lo"}, "cpu") == {"GLOO_SOCKET_IFNAME": "lo"}
+
+
+def test_variables_that_chose_the_same_cards_are_not_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = {"NCCL_DEBUG": "WARN", "CUDA_VISIBLE_DEVICES": "1,0"}
+    record = files.BackendRecord("", "", 0, 0, "", 1, "cuda", cards=["a"], environment=started)
+    here = {"NCCL_DEBUG": "WARN", "CUDA_VISIBLE_DEVICES": "0", "HIP_VISIBLE_DEVICES": "0"}
+    assert difference("mine", record, here, ["a", "b"]) is None
+    assert difference("mine", record, here | {"NCCL_DEBUG": "INFO"}, ["a"]) is not None
+    others = difference("mine", record, here, ["b"]) or ("", "")
+    assert "CUDA_VISIBLE_DEVICES=1,0" in others[0] and "HIP" not in others[0], "HIP's is nothing to NVIDIA's"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "HIP_VISIBLE_DEVICES=0" in (difference("mine", record, here, ["b"]) or ("", ""))[0]
+    assert difference("mine", record, here, ["a"]) is None
+
+
+def test_amds_gpus_are_counted_and_what_hides_them_is_named(
+    two_gpus: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for node, simds in enumerate((0, 256, 256, 256)):
+        (tmp_path / str(node)).mkdir()
+        (tmp_path / str(node) / "properties").write_text(f"cpu_cores_count 0\nsimd_count {simds}\n")
+    for name in cards.HIDING:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cards, "_AMD_NODES", tmp_path)
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "0,1")
+    cards._present.cache_clear()
+    assert not cards.seen().narrowed, "NVIDIA's heed it not"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    cards._present.cache_clear()
+    assert cards.seen().hidden().startswith("2 of 3 GPUs are visible here: HIP_VISIBLE_DEVICES=0,1")
+    cards._present.cache_clear()
 
 
 def test_where_ranks_cant_run_it_is_said_and_the_pack_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
+import torch
 from comfyui.installation import HERE, ComfyInstallation
 
+from parallel_backend.checkpoint_files.vae_part import overflows_in_float16
 from parallel_backend.client import dtypes
+from parallel_backend.rank import place
 from parallel_backend.rpc.messages import RankState
 
 BOTH = {"said": "", "loaded": ["Held", "ModelPatcher"]}
@@ -35,13 +40,38 @@ def test_comfyuis_own_models_leave_when_a_rank_lacks_room_and_only_then(outcomes
 
 def test_a_request_without_memory_is_made_again_once_comfyuis_own_models_have_left(outcomes: dict[str, Any]) -> None:
     assert outcomes["again"] == {"said": "done", "held": [2, 1]}
-    assert outcomes["in vain"] == {"held": [1]}, "nothing was left to make room with"
+    assert outcomes["in vain"] == {"said": "no memory", "held": [1]}, "nothing was left to make room with"
+    assert outcomes["of others"] == {"said": "no memory", "held": [2]}, "no rank is on ComfyUI's device"
 
 
 def test_comfyui_counts_weights_in_a_backend_once_and_asks_them_to_leave_once(outcomes: dict[str, Any]) -> None:
     assert outcomes["counted"] == [1, 100] and outcomes["beside"]
     assert outcomes["loads"] == [], "a backend that has just loaded them is not asked to"
     assert outcomes["events"] == ["a leaves", "a is back"]
+
+
+def test_a_backend_that_cant_let_go_raises_nothing_into_comfyui_and_its_weights_still_count(
+    outcomes: dict[str, Any],
+) -> None:
+    assert outcomes["ends"] == {"interrupted": [True, 2**30, 0], "closed": [False, 2**30, 0]}
+
+
+def test_weights_that_left_without_comfyuis_doing_are_loaded_again_for_the_next_use(outcomes: dict[str, Any]) -> None:
+    assert outcomes["gone"] == {"kept": [2**30], "lost": ["a is back", 2**30], "silent": [2**30]}
+
+
+def test_a_model_of_a_backend_leaves_room_to_another_of_the_same_by_the_ranks_choice_alone(
+    outcomes: dict[str, Any],
+) -> None:
+    assert {how: outcomes["neighbours"][how] for how in ("same", "another")} == {"same": [], "another": ["a leaves"]}
+
+
+def test_comfyui_makes_room_for_what_ranks_compute_on_its_own_gpu(outcomes: dict[str, Any]) -> None:
+    assert outcomes["neighbours"]["activations"]
+
+
+def test_comfyuis_free_empties_its_own_backends_alone(outcomes: dict[str, Any]) -> None:
+    assert outcomes["own backends"] == ["mine"]
 
 
 def rank_on(name: str, capability: tuple[int, int]) -> RankState:
@@ -58,12 +88,22 @@ def test_dtype_auto_is_what_comfyui_computes_in_on_the_same_card(outcomes: dict[
     assert taken == {"float16", "bfloat16", "float32"} and len(outcomes["dtypes"]) == 14
 
 
+def test_no_amd_card_that_comfyui_spares_bfloat16_takes_it_here(
+    outcomes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    cards = [SimpleNamespace(gcnArchName=arch) for arch in outcomes["without bfloat16"]]
+    assert len(cards) > 5 and not any(map(place.has_bfloat16, cards))
+
+
 def test_the_weakest_rank_decides_the_dtype() -> None:
     pascal, turing, hopper = (rank_on("", capability) for capability in ((6, 1), (7, 5), (9, 0)))
     cpu = RankState(0, "", "", 0, "cpu", "2 threads", 0, 0, 0)
     found = [dtypes.model_dtype(ranks) for ranks in ([hopper, turing], [hopper, pascal], [cpu, cpu])]
     assert found == ["float16", "float32", "float32"]
     assert [dtypes.vae_dtype(ranks) for ranks in ([hopper], [hopper, turing])] == ["bfloat16", "float32"]
+    navi = msgspec.structs.replace(rank_on("AMD Radeon RX 6800", (10, 3)), bfloat16=False)
+    assert (dtypes.model_dtype([navi]), dtypes.vae_dtype([navi])) == ("float16", "float32")
     scratch = [dtypes.model_dtype(ranks, from_scratch=True) for ranks in ([hopper], [hopper, turing])]
     assert scratch == ["bfloat16", "float32"]
 
@@ -73,8 +113,23 @@ def test_a_dtype_that_comfyui_was_started_with_goes_before_the_cards(outcomes: d
         "None": ["for model", "for vae"],
         "bf16_unet": ["bfloat16", "for vae"],
         "fp32_vae": ["for model", "float32"],
-        "fp16_vae": ["for model", "float32"],  # it would overflow
+        "fp16_vae": ["for model", "for vae"],  # it would overflow
         "force_fp32": ["float32", "float32"],
         "force_fp16": ["float16", "for vae"],
-        "asked": ["float16", "float16", "float32"],
+        "asked": ["float16", "float16", "for vae"],
+        "told": [
+            "float16",
+            "",
+            "ComfyUI's --fp16-vae is not heeded: this VAE overflows in float16.",
+            "",
+            "ComfyUI's --fp8_e4m3fn-unet is not heeded: ranks hold float16, bfloat16 or float32.",
+        ],
     }
+
+
+def test_sdxls_vae_alone_overflows_in_float16(models: Path) -> None:
+    files = {
+        file: overflows_in_float16([models / "vae" / file]) for file in ("sd3_vae.safetensors", "sdxl_vae.safetensors")
+    }
+    assert files == {"sd3_vae.safetensors": False, "sdxl_vae.safetensors": True}
+    assert not overflows_in_float16([models / "vae" / "sdxl_vae.safetensors"] * 2), "TAESD's files"

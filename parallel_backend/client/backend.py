@@ -117,7 +117,7 @@ class Backend(Connection):
         Raises: CheckpointError, ConfigError.
         """
         resolved = Path(path).resolve()
-        key = self._key(resolved)
+        key = self.key(resolved)
         dtype = self.model_dtype(resolved) if dtype == AUTO else dtype
         load = LoadModel(self._named(resolved, name), key, dtype, mesh, kernel, kind, compile)
         return RemoteModel(self, load, self.load(load, on_event, should_cancel))
@@ -137,7 +137,7 @@ class Backend(Connection):
         """
         paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
         resolved = [Path(p).resolve() for p in paths]
-        key = "-".join(self._key(p) for p in resolved)
+        key = self.key(*resolved)
         dtype = self.vae_dtype() if dtype == AUTO else dtype
         chosen = names or [""] * len(resolved)
         load = LoadVAE([self._named(p, n) for p, n in zip(resolved, chosen, strict=True)], key, dtype)
@@ -155,8 +155,9 @@ class Backend(Connection):
         """How the backend finds the file: here by its path, on another machine below that one's model folders."""
         return (name or path.name) if self.spec.address else str(path)
 
-    def _key(self, path: Path) -> str:
-        return content_key(path, timed=not self.spec.address)
+    def key(self, *paths: Path) -> str:
+        """With it begins the name of all that the backend has loaded from these files. Raises: CheckpointError."""
+        return "-".join(content_key(path.resolve(), timed=not self.spec.address) for path in paths)
 
     def status(self) -> BackendState:
         reply, _ = self.request(Status())

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,9 +16,11 @@ import torch
 from ..config import DeviceType
 from ..errors import ConfigError
 
-VISIBLE = "CUDA_VISIBLE_DEVICES"
+# The variables that hide GPUs from a process; AMD's heed all, the first that is set is told.
+HIDING = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 CPU_RANKS = 2
 _DRIVER = Path("/proc/driver/nvidia/gpus")
+_AMD_NODES = Path("/sys/class/kfd/kfd/topology/nodes")
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,15 @@ class Card:
 class Seen:
     """What a process sees: its `cards` by number, and another kind of accelerator, if any.
 
-    `visible` is its CUDA_VISIBLE_DEVICES, and `present` how many GPUs the machine has; None where it has none, or isn't known.
+    `visible` is the value of the variable `by`, which hides others, and `present` how many GPUs the machine has; None where
+    there is none, or it isn't known.
     """
 
     cards: tuple[Card, ...] = ()
     visible: str | None = None
     present: int | None = None
     other: str = ""
+    by: str = HIDING[0]
 
     @property
     def narrowed(self) -> bool:
@@ -67,7 +72,7 @@ class Seen:
             return ""
         number = len(self.cards)
         return (
-            f"{number} of {self.present} GPUs {'is' if number == 1 else 'are'} visible here: {VISIBLE}={self.visible} "
+            f"{number} of {self.present} GPUs {'is' if number == 1 else 'are'} visible here: {self.by}={self.visible} "
             "(ComfyUI's --cuda-device sets it)."
         )
 
@@ -93,8 +98,14 @@ def seen(device: DeviceType | None = None) -> Seen:
         return Seen()
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     cards = tuple(_card(number) for number in range(count))
-    visible = os.environ.get(VISIBLE)
-    return Seen(cards, visible, None if visible is None else _present(), "" if cards else _other())
+    by = next((name for name in hiding() if name in os.environ), HIDING[0])
+    visible = os.environ.get(by)
+    return Seen(cards, visible, None if visible is None else _present(), "" if cards else _other(), by)
+
+
+def hiding() -> tuple[str, ...]:
+    """The variables that this torch's GPUs are hidden by."""
+    return HIDING if torch.version.hip else HIDING[:1]
 
 
 def choose_ranks(
@@ -148,13 +159,24 @@ def _other() -> str:
 @cache
 def _present() -> int | None:
     """GPUs of the machine, or of the container; None where the driver doesn't tell."""
+    if torch.version.hip:
+        return _amd_present() or None
     if _DRIVER.is_dir():
         return len(list(_DRIVER.iterdir())) or None
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
     try:
-        done = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=20, check=True)
+        done = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=3, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return sum(line.startswith("GPU ") for line in done.stdout.splitlines()) or None
+
+
+def _amd_present() -> int:
+    """Nodes of the driver that have SIMD units; the others are CPUs. A container may be kept from reading some."""
+    counts = []
+    for node in _AMD_NODES.glob("*/properties"):
+        with suppress(OSError):
+            counts += [line.split()[1] for line in node.read_text().splitlines() if line.startswith("simd_count ")]
+    return sum(count != "0" for count in counts)

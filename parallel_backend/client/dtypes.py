@@ -33,4 +33,4 @@ def _float16(rank: RankState) -> bool:
 
 
 def _all_bfloat16(ranks: Sequence[RankState]) -> bool:
-    return all(rank.capability >= (8, 0) for rank in ranks)
+    return all(rank.capability >= (8, 0) and rank.bfloat16 for rank in ranks)

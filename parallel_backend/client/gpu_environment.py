@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from ..rpc.runtime_dir import STARTED_WITH, BackendRecord
+from .cards import hiding
 
-_OF_GPUS = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+_ORDER = "CUDA_DEVICE_ORDER"
 
 
 def gpu_environment(env: Mapping[str, str], device: str) -> dict[str, str]:
     """Those of `env` that ranks on `device` heed."""
     prefixes = ("GLOO_",) if device == "cpu" else ("GLOO_", "NCCL_")
-    chosen = _OF_GPUS if device == "cuda" else ()
+    chosen = (_ORDER, *hiding()) if device == "cuda" else ()
     return {name: value for name, value in env.items() if name.startswith(prefixes) or name in chosen}
 
 
@@ -22,15 +23,20 @@ def handed_on(env: Mapping[str, str], device: str) -> dict[str, str]:
     return {STARTED_WITH: json.dumps(gpu_environment(env, device))}
 
 
-def difference(name: str, record: BackendRecord, env: Mapping[str, str]) -> tuple[str, str] | None:
-    """What a running backend was started with otherwise than this process is, and how to change it; None where nothing."""
-    here = gpu_environment(env, record.device)
-    other = sorted(
-        key for key in here.keys() | record.environment.keys() if here.get(key) != record.environment.get(key)
-    )
+def difference(
+    name: str, record: BackendRecord, env: Mapping[str, str], cards: Collection[str] = ()
+) -> tuple[str, str] | None:
+    """What a running backend was started with otherwise than this process is, and how to change it; None where nothing.
+
+    Args:
+        cards: this process's GPUs by uuid. Where the ranks' are among them, it is no matter which variable chose them.
+    """
+    here, started = gpu_environment(env, record.device), gpu_environment(record.environment, record.device)
+    same = (_ORDER, *hiding()) if any(record.cards) and set(record.cards) <= set(cards) else ()
+    other = sorted(key for key in here.keys() | started.keys() if here.get(key) != started.get(key) and key not in same)
     if not other:
         return None
-    there = ", ".join(_said(key, record.environment) for key in other)
+    there = ", ".join(_said(key, started) for key in other)
     return (
         f"Backend {name!r} was started with {there}; here: {', '.join(_said(key, here) for key in other)}.",
         f"It keeps to its own until it is started anew: run `python -m parallel_backend stop --name {name}`, then queue again.",

@@ -17,7 +17,7 @@ from ..rpc import runtime_dir as files
 from ..rpc.keys import Keys
 from ..rpc.runtime_dir import BackendRecord
 from ..version import __version__
-from .cards import VISIBLE, seen
+from .cards import seen
 from .environment import environment
 from .gpu_environment import handed_on
 from .own_scope import scope_command, service_of
@@ -203,11 +203,11 @@ def check_here(spec: BackendSpec, serve: ServeSpec) -> None:
     here = seen()
     wanted = spec.devices or tuple(range(spec.world_size))
     if absent := [ordinal for ordinal in wanted if not 0 <= ordinal < len(here.cards)]:
-        hidden = f" {here.hidden() or f'{VISIBLE}={here.visible}.'}" if here.narrowed else ""
+        hidden = f" {here.hidden() or f'{here.by}={here.visible}.'}" if here.narrowed else ""
         raise ConfigError(
             f"GPUs {', '.join(map(str, absent))} were asked for; torch sees {len(here.cards)} here.{hidden}",
             "Use fewer ranks, other devices, or device 'cpu'"
-            + (f"; or start ComfyUI without --cuda-device, and with {VISIBLE} unset." if here.narrowed else "."),
+            + (f"; or start ComfyUI without --cuda-device, and with {here.by} unset." if here.narrowed else "."),
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from ..config import SamplerSpec
 from ..errors import BackendLostError, StartError, UnknownModelError
 from ..rpc.conditioning import Conditioning
 from ..rpc.messages import (
+    BackendState,
     Decode,
     Encode,
     Forward,
@@ -24,10 +26,11 @@ from ..rpc.messages import (
     Request,
     Result,
     Sample,
+    Status,
     StepDone,
     Unload,
 )
-from .connection import Connection
+from .connection import Connection, OnEvent
 from .sent_tensors import Attachment
 
 RELOADS = 10
@@ -64,9 +67,14 @@ class _Remote:
         """The name under which the backend holds it."""
         return self.loaded.model
 
-    def ensure_loaded(self, should_cancel: Callable[[], bool] | None = None) -> Loaded:
+    @property
+    def file(self) -> str:
+        """The name of the file that it was loaded from."""
+        return PurePath(self.load.paths[0] if isinstance(self.load, LoadVAE) else self.load.path).name
+
+    def ensure_loaded(self, should_cancel: Callable[[], bool] | None = None, on_event: OnEvent | None = None) -> Loaded:
         """Resident now; reads nothing where it was."""
-        self.loaded = self.backend.load(self.load, None, should_cancel)
+        self.loaded = self.backend.load(self.load, on_event, should_cancel)
         self._generation = self.backend.generation
         return self.loaded
 
@@ -78,6 +86,19 @@ class _Remote:
         with self.backend.lock, suppress(BackendLostError, StartError):  # a backend that has ended holds nothing
             if not self.backend.asking:
                 self.backend.request(Unload([self.name]), should_cancel=should_cancel)
+
+    def is_held(self, should_cancel: Callable[[], bool] | None = None) -> bool:
+        """Whether the backend holds it now; one that has ended holds nothing, and is not started.
+
+        Asked by a callback of a request that is under way, it is taken to be.
+        """
+        with self.backend.lock, suppress(BackendLostError, StartError):
+            if self.backend.asking:
+                return True
+            state, _ = self.backend.request(Status(), should_cancel=should_cancel)
+            assert isinstance(state, BackendState)
+            return self.name in [model.model for model in state.models]
+        return False
 
     def _request(self, body: Request, attachments: Sequence[Attachment], **callbacks: Any) -> list[Tensor]:
         should_cancel = callbacks.get("should_cancel")

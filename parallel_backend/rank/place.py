@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from typing import Any
 
 import torch
 
@@ -11,6 +12,9 @@ from ..distributed.device_memory import memory_of
 from ..distributed.shared_cores import never_preempt
 from ..rpc import runtime_dir as files
 from ..rpc.messages import RankState
+
+# RDNA 2 and older, and GCN. Source: ComfyUI, model_management.should_use_bf16, which names most of them one by one.
+_AMD_WITHOUT_BFLOAT16 = ("gfx8", "gfx900", "gfx906", "gfx10")
 
 
 def own_device(kind: str, ordinals: str) -> tuple[torch.device, int]:
@@ -35,6 +39,13 @@ def rank_state(device: torch.device, rank: int) -> RankState:
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} threads"
     card = torch.cuda.get_device_properties(device) if cuda else None
-    known = (str(getattr(card, "uuid", "")), (card.major, card.minor)) if card else ("", (0, 0))
+    known = (
+        (str(getattr(card, "uuid", "")), (card.major, card.minor), has_bfloat16(card)) if card else ("", (0, 0), True)
+    )
     place = (rank, socket.gethostname(), files.machine(), os.getpid(), str(device), name)
     return RankState(*place, free, total, used, *known)
+
+
+def has_bfloat16(card: Any) -> bool:
+    """Of a GPU's properties; CUDA's capability tells it otherwise."""
+    return not (torch.version.hip and card.gcnArchName.startswith(_AMD_WITHOUT_BFLOAT16))

@@ -219,7 +219,10 @@ class Failed(Message, frozen=True):
 
 
 class RankState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`machine` tells hosts of one name apart, `uuid` GPUs of one number; a CPU has no uuid and no capability."""
+    """`machine` tells hosts of one name apart, `uuid` GPUs of one number; a CPU has no uuid and no capability.
+
+    `bfloat16`: False for GPUs of AMD's that lack it, whose capability doesn't tell.
+    """
 
     rank: int
     host: str
@@ -232,6 +235,7 @@ class RankState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     used_bytes: int
     uuid: str = ""
     capability: tuple[int, int] = (0, 0)
+    bfloat16: bool = True
 
 
 class ModelState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

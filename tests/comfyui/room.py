@@ -29,12 +29,20 @@ def main(comfy_folder, pack, model_path):
     core_memory = importlib.import_module("pack.nodes.core_memory")
     runtime_dir = importlib.import_module("pack.parallel_backend.rpc.runtime_dir")
 
+    errors, messages = (importlib.import_module(f"pack.parallel_backend.{part}") for part in ("errors", "rpc.messages"))
     model = comfy.sd.load_diffusion_model(model_path)  # held: ComfyUI forgets models that nobody holds
     outcomes = {"rooms": rooms(mm, core_memory, runtime_dir.machine(), model)}
-    outcomes |= twice(mm, core_memory, importlib.import_module("pack.parallel_backend.errors"), model)
+    outcomes |= twice(mm, core_memory, errors, messages, model)
     mm.unload_all_models()
     outcomes |= listed(mm, core_memory, model)
+    mm.unload_all_models()
+    outcomes["ends"] = ends(mm, core_memory, errors)
+    outcomes["gone"] = gone(mm, core_memory, errors)
+    mm.unload_all_models()
+    outcomes["neighbours"] = neighbours(mm, core_memory)
+    outcomes["own backends"] = own_backends(importlib.import_module("pack.nodes.routes"))
     outcomes["told"] = told(importlib.import_module("pack.nodes.core_dtype"))
+    outcomes["without bfloat16"] = mm.AMD_RDNA2_AND_OLDER_ARCH
     outcomes["dtypes"] = core_dtypes.choices(mm, importlib.import_module("comfy.supported_models"))
     print(json.dumps(outcomes))
 
@@ -49,26 +57,27 @@ def rooms(mm, core_memory, here, model):
         "roomy": ("cuda:1", "GPU-own", here, 20 * gib, ()),
         "another GPU": ("cuda:0", "GPU-other", here, 2 * gib, ()),
         "another machine": ("cuda:1", "GPU-own", "elsewhere", 2 * gib, ()),
-        "resident": ("cuda:1", "GPU-own", here, 2 * gib, ("model",)),
-        "short": ("cuda:0", "GPU-own", here, 2 * gib, ("another",)),
+        "resident": ("cuda:1", "GPU-own", here, 2 * gib, ("key/float16/auto",)),
+        "short": ("cuda:0", "GPU-own", here, 2 * gib, ("another key/float16/auto", "key/float32/auto")),
     }
     outcomes = {}
     for name, (device, uuid, machine, free, models) in cases.items():
         mm.load_models_gpu([model])
         parallel.register()
         rank = SimpleNamespace(rank=3, device=device, uuid=uuid, machine=machine)
-        state = SimpleNamespace(ranks=[rank], models=[SimpleNamespace(name=held) for held in models])
+        state = SimpleNamespace(ranks=[rank], models=[SimpleNamespace(name="model", model=held) for held in models])
         core_memory.free_here = lambda free=free: free
         mm.get_free_memory = lambda device, torch_free_too=False, free=free: (free, 0) if torch_free_too else free
-        said = core_memory.make_room(SimpleNamespace(status=lambda state=state: state), 10 * gib, "model")
+        said = core_memory.make_room(SimpleNamespace(status=lambda state=state: state), 10 * gib, "key/float16/")
         outcomes[name] = {"said": said, "loaded": sorted(type(loaded).__name__ for loaded in mm.loaded_models())}
     return outcomes
 
 
-def twice(mm, core_memory, errors, model):
-    """A request that a rank has no memory for is made again once ComfyUI's models are gone, and no third time."""
-    mm.load_models_gpu([model])
+def twice(mm, core_memory, errors, messages, model):
+    """A request that a rank of ComfyUI's own device has no memory for is made again once ComfyUI's models are gone, and no third time."""
     counted = []
+    state = messages.BackendState("", "", "", ranks=[messages.RankState(0, "", "", 0, "cuda:0", "", 0, 0, 0)])
+    backend = SimpleNamespace(request=lambda *_, **__: (state, []))
 
     def request(should_cancel, enough=1):
         counted.append(len(mm.loaded_models()))
@@ -76,12 +85,17 @@ def twice(mm, core_memory, errors, model):
             raise errors.OutOfMemoryError("Rank 0 is out of memory.", "")
         return "done"
 
-    outcomes = {"again": {"said": core_memory.interruptible(request), "held": list(counted)}}
-    counted.clear()
-    try:
-        core_memory.interruptible(request, enough=-1)
-    except errors.OutOfMemoryError:
-        outcomes["in vain"] = {"held": counted}
+    outcomes = {}
+    for how, ranks, enough in (("of others", [], 1), ("again", state.ranks, 1), ("in vain", state.ranks, -1)):
+        core_memory.ranks_here = lambda _, ranks=ranks: ranks
+        if how != "in vain":
+            mm.load_models_gpu([model])
+        counted.clear()
+        try:
+            said = core_memory.interruptible(backend, request, enough=enough)
+        except errors.OutOfMemoryError:
+            said = "no memory"
+        outcomes[how] = {"said": said, "held": list(counted)}
     return outcomes
 
 
@@ -98,7 +112,84 @@ def listed(mm, core_memory, model):
     outcomes = {"counted": sorted(counts), "beside": model in mm.loaded_models(), "loads": list(events)}
     mm.unload_all_models()
     same.register()
-    return outcomes | {"events": events}
+    return outcomes | {"events": list(events)}
+
+
+def ends(mm, core_memory, errors):
+    """What ComfyUI's thread of prompts meets where a backend can't let go: what it was told, and what counts as loaded then."""
+
+    def cancelled(should_cancel):
+        raise errors.CancelledError("") if should_cancel() else AssertionError("not interrupted")
+
+    def closed(should_cancel):
+        raise errors.ConfigError("closed", "")
+
+    outcomes = {}
+    for how, leave in (("interrupted", cancelled), ("closed", closed)):
+        patcher = held(core_memory, mm, how, [])
+        patcher.register()
+        patcher.remote.leave = leave
+        mm.interrupt_current_processing(how == "interrupted")
+        mm.unload_all_models()
+        outcomes[how] = [mm.processing_interrupted(), patcher.loaded_size(), len(mm.loaded_models())]
+        mm.interrupt_current_processing(False)
+    return outcomes
+
+
+def gone(mm, core_memory, errors):
+    """Whether weights are loaded again for the next use, where the backend has kept, lost, or doesn't tell of them."""
+
+    def silent(should_cancel):
+        raise errors.RankError("no answer", "")
+
+    outcomes = {}
+    for how, is_held in (("kept", lambda _: True), ("lost", lambda _: False), ("silent", silent)):
+        events = []
+        patcher = held(core_memory, mm, "a", events)
+        patcher.register()
+        patcher.remote.is_held = is_held
+        patcher.register()
+        outcomes[how] = [*events, patcher.loaded_size()]
+        mm.unload_all_models()
+    return outcomes
+
+
+def neighbours(mm, core_memory):
+    """What leaves a full GPU when another MODEL of a backend, or of another backend, is registered; what room is asked for."""
+    gib, gpu = 2**30, torch.device("cuda", 0)
+    outcomes, asked, free_memory = {}, [], mm.free_memory
+    mm.get_free_memory = lambda device, torch_free_too=False: (0, 0) if torch_free_too else 0
+    mm.soft_empty_cache = lambda force=False: None
+    mm.get_all_torch_devices = lambda *_, **__: [gpu]
+
+    def free(required, *args, **kwargs):
+        asked.append(required)
+        return free_memory(required, *args, **kwargs)
+
+    mm.free_memory = free
+    for how, backend in (("same", "default"), ("another", "mine")):
+        events = []
+        one, two = (held(core_memory, mm, name, events, gib, gpu) for name in "ab")
+        two.remote.backend.spec.name = backend
+        one.register()
+        two.register()
+        outcomes[how] = list(events)
+        mm.unload_all_models()
+    return outcomes | {"activations": asked[0] - mm.extra_reserved_memory() == core_memory.ACTIVATION_BYTES}
+
+
+def own_backends(routes):
+    """Which backends ComfyUI's /free empties: of two connections to one, one to another machine, and one that is gone."""
+
+    class Attached:
+        def __init__(self, name, address=""):
+            self.spec = SimpleNamespace(name=name, address=address)
+
+    kept = [Attached("mine"), Attached("mine"), Attached("remote", "tcp://elsewhere:1")]
+    for backend in [*kept, Attached("left")]:
+        routes.ParallelMesh.attached.add(backend)
+    del backend
+    return routes.own_names()
 
 
 def told(core_dtype):
@@ -110,10 +201,14 @@ def told(core_dtype):
         vae = core_dtype.vae_dtype(backend, "auto", overflows=True)
         outcomes[str(flag)] = [core_dtype.model_dtype(backend, None, "auto"), vae]
     named = [core_dtype.vae_dtype(backend, "float16", overflows=overflows) for overflows in (False, True)]
+    core_dtype.args = SimpleNamespace(fp16_vae=True, fp8_e4m3fn_unet=True)
+    outcomes["told"] = [core_dtype.vae_dtype(backend, "auto", overflows=False)]
+    outcomes["told"] += [core_dtype.unheeded("vae", "auto", overflows=overflows) for overflows in (False, True)]
+    outcomes["told"] += [core_dtype.unheeded("unet", asked) for asked in ("float16", "auto")]
     return outcomes | {"asked": [core_dtype.model_dtype(backend, None, "float16"), *named]}
 
 
-def held(core_memory, mm, name, events, size=2**30):
+def held(core_memory, mm, name, events, size=2**30, device=None):
     """A parallel MODEL without a backend."""
 
     class Held(core_memory.WeightsElsewhere):
@@ -125,11 +220,14 @@ def held(core_memory, mm, name, events, size=2**30):
     spec = SimpleNamespace(name="default", address="")
     module.remote = SimpleNamespace(
         name=name,
+        file=f"{name}.safetensors",
         backend=SimpleNamespace(spec=spec),
         leave=lambda should_cancel: events.append(f"{name} leaves"),
-        ensure_loaded=lambda should_cancel: events.append(f"{name} is back"),
+        is_held=lambda should_cancel: True,
+        ensure_loaded=lambda should_cancel, on_event: events.append(f"{name} is back"),
     )
-    patcher = Held(module, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device(), size=size)
+    device = device or mm.get_torch_device()
+    patcher = Held(module, load_device=device, offload_device=mm.unet_offload_device(), size=size)
     patcher.note_held()
     return patcher
 
