@@ -1,7 +1,11 @@
-"""The CUDA path without CUDA: on every mesh no operation mixes devices, and in no model does the host wait for the GPU."""
+"""The CUDA path without CUDA: on every mesh no operation mixes devices, and in no model does the host wait for the GPU.
+
+All meshes of up to eight ranks, both ends of each: PARALLEL_MMDIT_ALL_MESHES=1 pytest tests/test_fake_cuda.py
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -27,19 +31,22 @@ from parallel_backend.models.pipeline import Pipeline
 from parallel_backend.models.vae import BandVAE
 
 
+ALL = os.environ.get("PARALLEL_MMDIT_ALL_MESHES") == "1"
+
+
 def meshes(axes: tuple[str, ...], worlds: tuple[int, ...] = (1, 2, 3, 4, 8)) -> list[MeshSpec]:
     """Those of axes of 1, 2 or 3 ranks.
 
     An axis of more ranks runs the same lines more often: two have a first and a last rank, three have one between them, and
     shares that don't divide.
     """
-    found = [mesh for world in worlds for mesh in MeshSpec.all_of(world, axes)]
-    return [mesh for mesh in found if max(mesh.degrees.values()) <= 3]
+    found = [mesh for world in (range(1, 9) if ALL else worlds) for mesh in MeshSpec.all_of(world, axes)]
+    return [mesh for mesh in found if ALL or max(mesh.degrees.values()) <= 3]
 
 
 def ends(mesh: MeshSpec) -> list[int]:
     """The first and the last rank of an axis; where several meet, the last of all."""
-    return sorted({0, mesh.world_size - 1} if mesh.world_size <= 3 else {mesh.world_size - 1})
+    return sorted({0, mesh.world_size - 1} if ALL or mesh.world_size <= 3 else {mesh.world_size - 1})
 
 
 # Two blocks, or one a stage: the first (with two attentions, in SD3.5-medium), and the last, which ends the text's half.
