@@ -30,7 +30,6 @@ from parallel_backend.config import MMDIT_AXES, MeshSpec
 from parallel_backend.models.pipeline import Pipeline
 from parallel_backend.models.vae import BandVAE
 
-
 ALL = os.environ.get("PARALLEL_MMDIT_ALL_MESHES") == "1"
 
 
