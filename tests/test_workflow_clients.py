@@ -75,7 +75,7 @@ def test_the_editor_that_queued_gets_each_nodes_text_and_nobody_else_does(
     for line in (editor, *others):
         line.until_idle()
     assert editor.texts.keys() == {MESH, LOADER, SAMPLER, VAE}
-    assert editor.texts[MESH] == ["2 ranks on cpu: cfg=2, float32"]
+    assert editor.texts[MESH] == ["2 ranks on cpu: cfg=2, dtype auto"]
     assert "0 bytes read" in editor.texts[LOADER][-1] and "2 bands" in editor.texts[VAE][-1]
     assert editor.texts[SAMPLER][-1].startswith("3 steps, ")
     assert [line.frames for line in others] == [[], [], []]

@@ -250,7 +250,7 @@ class Rank:
         named = self.control.named(error)
         log.error("this rank ends: %s", named)
         with suppress(OSError, BackendError):
-            files.note_last_words(self.args.name, self.control.rank, named.message)
+            files.note_last_words(self.args.name, self.control.rank, str(named))
         if self.server is not None:
             time.sleep(0.5)  # the rank that failed first may be another one, and its words are the better ones
             first = files.last_words(self.args.name, time.time() - 5)
@@ -258,11 +258,7 @@ class Rank:
             if self.server.jobs.ended:
                 remedy = "The backend was stopped; run the prompt again to start it anew."
             code = named.code if isinstance(named, OutOfMemoryError) else RankError.code
-            self.server.close(
-                Failed(
-                    code, f"A rank failed: {(first or named.message).rstrip('.')}.", f"{named.remedy} {remedy}".strip()
-                )
-            )
+            self.server.close(Failed(code, f"A rank failed: {(first or str(named)).rstrip('.')}.", remedy))
 
 
 def _agent_pid() -> int:
