@@ -82,7 +82,10 @@ class Watch(threading.Thread):
             if now - last > 3 * LOOK_SECONDS:  # this process itself stood still: what it knows of the others is old
                 self._stopped_since.clear()
                 self._heard.clear()
-                self._seen = self._seen[0], self._seen[1] + now - last  # a busy machine's pauses add up to no standstill
+                self._seen = (
+                    self._seen[0],
+                    self._seen[1] + now - last,
+                )  # a busy machine's pauses add up to no standstill
             last = now
             if os.getppid() != self._agent:
                 self._on_fault(RankError(f"torchrun (process {self._agent}) is gone"))
