@@ -172,8 +172,18 @@ class Engine:
         model, kernel, needed, note = job.control.agreed(build)
         evicted += self.residents.make_room(needed, path.name, opened.kind.name, spec, job.control)
         job.emit(Progress(f"Loading {path.name}", 0, 1), [])
+        network, config = self._read(opened, model, mesh, kernel, body, job), opened.config
+        predictor = Predictor(network, mesh, dtype, self.device, opened.kind)
+        state = ModelState(name, path.name, config.family, spec.describe(), body.dtype, needed)
+        self.residents[name], self._joining = Resident(predictor, state, config.channels), None
+        sizes = _Sizes(opened.source.bytes_read, needed, note)
+        return self._loaded(name, sizes, evicted, start, job), []
 
-        shared = self._readers(spec, job)
+    def _read(
+        self, opened: OpenedModel, model: nn.Module, mesh: Mesh, kernel: str, body: LoadModel, job: Job
+    ) -> Network:
+        """The model with its weights, read by this rank or shared out. Comm: `pass_on`'s."""
+        shared, dtype = self._readers(mesh.spec, job), getattr(torch, body.dtype)
 
         def read() -> None:
             load_parameters(
@@ -197,12 +207,7 @@ class Engine:
         job.control.agreed(read)
         if shared is not None:
             pass_on(model, shared)
-        network, config = job.control.agreed(finish), opened.config
-        predictor = Predictor(network, mesh, dtype, self.device, opened.kind)
-        state = ModelState(name, path.name, config.family, spec.describe(), body.dtype, needed)
-        self.residents[name], self._joining = Resident(predictor, state, config.channels), None
-        sizes = _Sizes(opened.source.bytes_read, needed, note)
-        return self._loaded(name, sizes, evicted, start, job), []
+        return job.control.agreed(finish)
 
     def _load_vae(self, body: LoadVAE, _: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         start = time.perf_counter()
@@ -228,6 +233,7 @@ class Engine:
         choose(body.kernel, KERNELS, "Attention kernel")
 
     def _tell_block(self) -> None:
+        """A hook: what it returned would be taken for the block's inputs."""
         self._beat()
 
     def _readers(self, spec: MeshSpec, job: Job) -> MeshAxis | None:
