@@ -15,7 +15,7 @@ import torch
 from ..parallel_backend import Backend, RemoteModel, RemoteVAE
 from ..parallel_backend.client.connection import Connection
 from ..parallel_backend.errors import BackendError, CancelledError, OutOfMemoryError
-from ..parallel_backend.rpc.messages import BackendState, Progress, RankState, Status, StepDone
+from ..parallel_backend.rpc.messages import Progress, RankState, StepDone
 from ..parallel_backend.rpc.runtime_dir import machine
 from .node_text import say
 
@@ -247,11 +247,9 @@ def _with_room(backend: Connection, request: Callable[[], Any]) -> Any:
 def _has_ranks_here(backend: Connection) -> bool:
     """False also where the backend does not answer any more."""
     try:
-        state, _ = backend.request(Status(), should_cancel=mm.processing_interrupted)
+        return bool(ranks_here(backend.status(mm.processing_interrupted).ranks))
     except BackendError:
         return False
-    assert isinstance(state, BackendState)
-    return bool(ranks_here(state.ranks))
 
 
 def _let_own_models_leave(needed: float) -> bool:

@@ -101,9 +101,9 @@ def proof(plant: str) -> str:
 def _planted(plant: str) -> Iterator[None]:
     real: Any = getattr(dist, plant or "all_reduce")
 
-    def changed(sent: Any) -> Any:
+    def changed(sent: Any, **settings: Any) -> Any:
         (sent[0].tensor if isinstance(sent, list) else sent)[7] += 1
-        return real(sent)
+        return real(sent, **settings)
 
     if plant:
         setattr(dist, plant, changed)

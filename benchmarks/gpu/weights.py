@@ -66,18 +66,11 @@ def mmdit_tensors(config: MMDiTConfig, device: torch.device, dtype: torch.dtype)
     return {name: random_tensor(name, shape, device, dtype) for name, shape in shapes.items()}
 
 
-def mmdit_predictor(
-    tensors: Tensors,
-    config: MMDiTConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    kernel: str = "native",
-    mesh: Mesh | None = None,
-) -> Predictor:
+def mmdit_predictor(tensors: Tensors, config: MMDiTConfig, device: torch.device, dtype: torch.dtype) -> Predictor:
     """Our MMDiT on these tensors, which it shares where a rank has them whole."""
-    mesh, source = mesh or build_mesh(MeshSpec()), OnDevice(tensors)
+    mesh, source = build_mesh(MeshSpec()), OnDevice(tensors)
     with torch.device("meta"):
-        model = MMDiT(config, mesh, kernel)
+        model = MMDiT(config, mesh, "native")
     fill(model, source.read)
     network = TokenNetwork(model, PositionTable(source, config.pos_embed_size, device, dtype))
     return Predictor(network, mesh, dtype, device, SD3)
@@ -104,7 +97,6 @@ def unet_predictor(
     config: UNetConfig,
     device: torch.device,
     dtype: torch.dtype,
-    kernel: str = "native",
     mesh: Mesh | None = None,
 ) -> Predictor:
     """Our UNet in bands on these tensors; convolutions and joined projections are copies."""
@@ -113,7 +105,7 @@ def unet_predictor(
         model = loadable_unet(config, mesh)
     fill(model, source.read)
     model.requires_grad_(False).eval()
-    return Predictor(BandUNet(model, config, mesh, kernel), mesh, dtype, device, SDXL)
+    return Predictor(BandUNet(model, config, mesh, "native"), mesh, dtype, device, SDXL)
 
 
 def joined(tensors: Tensors) -> Tensors:

@@ -16,11 +16,9 @@ from ..errors import (
 )
 from ..rpc import runtime_dir as files
 from ..rpc.messages import (
-    BackendState,
     LoadModel,
     LoadVAE,
     ModelKind,
-    Status,
     Stop,
     Unload,
 )
@@ -158,11 +156,6 @@ class Backend(Connection):
     def key(self, *paths: Path) -> str:
         """With it begins the name of all that the backend has loaded from these files. Raises: CheckpointError."""
         return "-".join(content_key(path.resolve(), timed=not self.spec.address) for path in paths)
-
-    def status(self) -> BackendState:
-        reply, _ = self.request(Status())
-        assert isinstance(reply, BackendState)
-        return reply
 
     def unload(self, models: Sequence[str] = ()) -> None:
         """Free these models of the backend; all where none is named. One that has ended holds none."""

@@ -26,6 +26,7 @@ from ..errors import (
 from ..rpc import runtime_dir as files
 from ..rpc.messages import (
     FINAL_REPLIES,
+    BackendState,
     Cancel,
     Failed,
     Goodbye,
@@ -101,6 +102,11 @@ class Connection:
                 self._send(Goodbye())
                 self._socket.close(linger=GOODBYE_MS)
                 self._socket = None
+
+    def status(self, should_cancel: Callable[[], bool] | None = None) -> BackendState:
+        reply, _ = self.request(Status(), should_cancel=should_cancel)
+        assert isinstance(reply, BackendState)
+        return reply
 
     def load(
         self, load: LoadModel | LoadVAE, on_event: OnEvent | None, should_cancel: Callable[[], bool] | None

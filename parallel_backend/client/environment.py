@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..config import BackendSpec, Hosts
 from ..rpc import runtime_dir as files
+from .gpu_environment import handed_on
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,6 +46,7 @@ def environment(spec: BackendSpec, hosts: Hosts = Hosts()) -> dict[str, str]:  #
     env = passed(os.environ)
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), env.get("PYTHONPATH", "")]))
     env["PARALLEL_MMDIT_RUNTIME_DIR"] = str(files.runtime_root())
+    env |= handed_on(os.environ, spec.device)
     share = str(max(1, len(os.sched_getaffinity(0)) // spec.world_size))
     # Every rank compiles at once; left alone, each would start as many compilers as there are cores, half a GB apiece.
     chosen = {"TORCHINDUCTOR_COMPILE_THREADS": share, "OMP_NUM_THREADS": share}

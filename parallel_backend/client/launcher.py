@@ -19,7 +19,6 @@ from ..rpc.runtime_dir import BackendRecord
 from ..version import __version__
 from .cards import seen
 from .environment import environment
-from .gpu_environment import handed_on
 from .own_scope import scope_command, service_of
 from .requirements import check_installed
 
@@ -181,7 +180,7 @@ def start(spec: BackendSpec, serve: ServeSpec = LOCAL, stays: bool = False) -> s
             output.flush()
         return subprocess.Popen(
             [*apart, *command(spec, serve)],
-            env=environment(spec, serve.hosts) | handed_on(os.environ, spec.device),
+            env=environment(spec, serve.hosts),
             cwd="/",
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -239,7 +238,7 @@ def supervise(spec: BackendSpec, serve: ServeSpec) -> int:
     Hosts meet again in their own time: each waits at the rendezvous, and a start in vain makes the next pause longer.
     """
     check_here(spec, serve)
-    env = environment(spec, serve.hosts) | handed_on(os.environ, spec.device)
+    env = environment(spec, serve.hosts)
     env["PARALLEL_MMDIT_AGENT_PID"] = str(os.getpid())
     path, in_vain = files.runtime_dir(spec.name) / "backend.log", 0
     path.unlink(missing_ok=True)

@@ -14,7 +14,6 @@ from ..config import SamplerSpec
 from ..errors import BackendLostError, StartError, UnknownModelError
 from ..rpc.conditioning import Conditioning
 from ..rpc.messages import (
-    BackendState,
     Decode,
     Encode,
     Forward,
@@ -26,7 +25,6 @@ from ..rpc.messages import (
     Request,
     Result,
     Sample,
-    Status,
     StepDone,
     Unload,
 )
@@ -95,9 +93,7 @@ class _Remote:
         with self.backend.lock, suppress(BackendLostError, StartError):
             if self.backend.asking:
                 return True
-            state, _ = self.backend.request(Status(), should_cancel=should_cancel)
-            assert isinstance(state, BackendState)
-            return self.name in [model.model for model in state.models]
+            return self.name in [model.model for model in self.backend.status(should_cancel).models]
         return False
 
     def _request(self, body: Request, attachments: Sequence[Attachment], **callbacks: Any) -> list[Tensor]:

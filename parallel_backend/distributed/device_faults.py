@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import BackendError
+from .device_memory import CUDA_LACKS
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class DeviceFault:
 
 # torch 2.8 has given CUDA's errors a class of their own.
 _OF_DEVICES = (getattr(torch, "AcceleratorError", dist.DistBackendError), dist.DistBackendError)
-# A library of CUDA's that lacks memory or doesn't know a shape: what comes after it is as good as what came before.
-_HARMLESS = re.compile(r"CUDA error: out of memory|CU(BLAS|DNN)_STATUS_(ALLOC_FAILED|NOT_SUPPORTED|INVALID_VALUE)")
+# A library of CUDA's that doesn't know a shape: what comes after it is as good as what came before.
+_HARMLESS = re.compile(r"CU(BLAS|DNN)_STATUS_(NOT_SUPPORTED|INVALID_VALUE)")
 
 FAULTS = (
     DeviceFault(
@@ -68,8 +69,9 @@ def known_fault(error: BaseException) -> DeviceFault | None:
 
 def breaks_rank(error: BaseException) -> bool:
     """Whether a rank can't go on after it, even where all ranks fail alike: its CUDA context or a communicator is lost."""
-    if isinstance(error, (BackendError, torch.OutOfMemoryError)) or _HARMLESS.search(str(error)):
+    text = str(error)
+    if isinstance(error, (BackendError, torch.OutOfMemoryError)) or CUDA_LACKS.search(text) or _HARMLESS.search(text):
         return False
     if (fault := known_fault(error)) is not None and fault.lasting:
         return False
-    return isinstance(error, _OF_DEVICES) or "CUDA error:" in str(error)
+    return isinstance(error, _OF_DEVICES) or "CUDA error:" in text

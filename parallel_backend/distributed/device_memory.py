@@ -12,7 +12,7 @@ from ..errors import OutOfMemoryError
 
 _ASKED = re.compile(r"(?:[Tt]ried to allocate) ([\d.]+) (bytes|KiB|MiB|GiB)")
 # CUDA's own allocations and those of its libraries are not torch's, and fail in words of their own.
-_CUDA_LACKS = re.compile(r"CUDA error: out of memory|CU(?:BLAS|DNN)_STATUS_ALLOC_FAILED")
+CUDA_LACKS = re.compile(r"CUDA error: out of memory|CU(?:BLAS|DNN)_STATUS_ALLOC_FAILED")
 # NCCL's fail by an error of its own, whose words depend on its version and on NCCL_DEBUG.
 _NCCL_LACKS = re.compile(r"out of memory|Cuda failure 2\b|Failed to CUDA (?:m|c)alloc", re.IGNORECASE)
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -43,11 +43,11 @@ def give_back(device: torch.device) -> None:
 
 def as_out_of_memory(error: BaseException, device: torch.device, rank: int) -> OutOfMemoryError | None:
     """The error of an allocation that failed, of torch or NCCL, with what was asked for and free; None where it is another."""
-    asked = _ASKED.search(str(error))
     text = str(error)
+    asked = _ASKED.search(text)
     of_torch = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (asked and "alloc" in text)
     of_nccl = isinstance(error, dist.DistBackendError) and _NCCL_LACKS.search(text)
-    if not (of_torch or of_nccl or _CUDA_LACKS.search(text)):
+    if not (of_torch or of_nccl or CUDA_LACKS.search(text)):
         return None
     free, total, _ = memory_of(device)
     wanted = f"{float(asked[1]) * _UNITS[asked[2]] / 2**20:.0f} MiB more" if asked else "More"

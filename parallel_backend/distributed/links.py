@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import StartError
+from .collectives import Handle, start_all_reduce, start_ring_exchange
+from .mesh import MeshAxis
 
 log = logging.getLogger("parallel_backend")
 
@@ -33,14 +35,20 @@ def prove_links(device: torch.device, trying: Callable[[str], None]) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     if world == 1:
         return
-    for what, send, expected in (
-        ("an all-reduce over all ranks", _all_reduce, world * (world + 1) / 2),
-        ("a message from each rank to the next", _ring, (rank - 1) % world + 1),
-    ):
+    axis = MeshAxis("world", world, rank, dist.group.WORLD)
+    sends: tuple[tuple[str, Callable[[Tensor], Handle], float], ...] = (
+        ("an all-reduce over all ranks", lambda x: start_all_reduce(x, axis), world * (world + 1) / 2),
+        (
+            "a message from each rank to the next",
+            lambda x: start_ring_exchange(x, x.shape, axis),
+            (rank - 1) % world + 1,
+        ),
+    )
+    for what, send, expected in sends:
         trying(what)
         for _ in range(2):  # the first one opens the connections, the second has a speed
             start = time.perf_counter()
-            received = send(torch.full((_ELEMENTS,), rank + 1.0, device=device), rank, world)
+            received = send(torch.full((_ELEMENTS,), rank + 1.0, device=device)).wait()
             wrong = int(torch.count_nonzero(received != expected))
             seconds = time.perf_counter() - start
         if wrong:
@@ -50,16 +58,3 @@ def prove_links(device: torch.device, trying: Callable[[str], None]) -> None:
                 REMEDY,
             )
         log.info("%s, 1 MiB: %.1f ms, %.2f GB/s", what, seconds * 1000, received.nbytes / seconds / 1e9)
-
-
-def _all_reduce(x: Tensor, rank: int, world: int) -> Tensor:
-    dist.all_reduce(x)
-    return x
-
-
-def _ring(x: Tensor, rank: int, world: int) -> Tensor:
-    received = torch.empty_like(x)
-    ops = [dist.P2POp(dist.isend, x, (rank + 1) % world), dist.P2POp(dist.irecv, received, (rank - 1) % world)]
-    for work in dist.batch_isend_irecv(ops):
-        work.wait()
-    return received

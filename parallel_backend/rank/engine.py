@@ -175,7 +175,7 @@ class Engine:
         network, config = self._read(opened, model, mesh, kernel, body, job), opened.config
         predictor = Predictor(network, mesh, dtype, self.device, opened.kind)
         state = ModelState(name, path.name, config.family, spec.describe(), body.dtype, needed)
-        self.residents[name], self._joining = Resident(predictor, state, config.channels), None
+        self.residents[name] = Resident(predictor, state, config.channels)
         sizes = _Sizes(opened.source.bytes_read, needed, note)
         return self._loaded(name, sizes, evicted, start, job), []
 

@@ -13,7 +13,7 @@ import torch
 
 from ..config import MeshSpec
 from ..distributed.control import Control
-from ..distributed.device_memory import memory_of
+from ..distributed.device_memory import give_back, memory_of
 from ..errors import ConfigError
 from ..models.prediction import Predictor
 from ..models.vae import BandVAE
@@ -109,9 +109,8 @@ class Residents(OrderedDict[str, Resident]):
     def give_back_memory(self) -> None:
         """What was freed can be had by other programs; models with hooks or compiled blocks are cycles until collected."""
         gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-        else:
+        give_back(self._device)
+        if self._device.type == "cpu":
             trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; the launcher has it keep what is freed
             if trim is not None:
                 trim(0)
