@@ -9,8 +9,18 @@ A `Backend` is a set of torchrun ranks that outlives its clients:
 
 from .client.backend import Backend
 from .client.remote import RemoteModel, RemoteVAE
+from .client.weight_patches import WeightPatches
 from .config import MeshSpec, SamplerSpec
 from .rpc.conditioning import Conditioning
 from .version import __version__
 
-__all__ = ["Backend", "Conditioning", "MeshSpec", "RemoteModel", "RemoteVAE", "SamplerSpec", "__version__"]
+__all__ = [
+    "Backend",
+    "Conditioning",
+    "MeshSpec",
+    "RemoteModel",
+    "RemoteVAE",
+    "SamplerSpec",
+    "WeightPatches",
+    "__version__",
+]

@@ -8,6 +8,7 @@ BackendError
 ├── ProtocolError        a message of another version or of a wrong form
 ├── MissingTensorsError  tensors named by key that the backend no longer holds
 ├── UnknownModelError    a model id that the backend doesn't hold (any more)
+├── UnknownPatchesError  a file of patches on weights that a rank doesn't find
 ├── OutOfMemoryError     a rank has no room for a model or a job; what is resident stays
 ├── CancelledError       the job was cancelled by its client
 ├── StartError           a backend could not be started or reached
@@ -60,6 +61,10 @@ class MissingTensorsError(BackendError):
 
 class UnknownModelError(BackendError):
     code = "unknown_model"
+
+
+class UnknownPatchesError(BackendError):
+    code = "unknown_patches"
 
 
 class CancelledError(BackendError):

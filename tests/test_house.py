@@ -31,8 +31,12 @@ ALLOWED = {
     "sampling": {"config", "errors"},
     "models": {"distributed", "checkpoint_files", "config", "errors"},
     "client": {"rpc", "checkpoint_files", "config", "errors", "version"},
+    "extras": {"models", "distributed", "checkpoint_files", "rpc", "errors"},
     "serving": {"rpc", "errors", "version"},
-    "rank": {"serving", "sampling", "models", "distributed", "rpc", "checkpoint_files", "config", "errors", "version"},
+    "rank": {
+        *("extras", "serving", "sampling", "models", "distributed"),
+        *("rpc", "checkpoint_files", "config", "errors", "version"),
+    },
     "small_checkpoints": {"models", "distributed.mesh", "checkpoint_files", "config"},
     "demo": {"rank.one_process", "client", "rpc.conditioning", "checkpoint_files", "config", "errors", "version"},
     "bench": {

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
+import msgspec
+import torch
 from torch import Tensor
 
 from ..config import SamplerSpec
-from ..errors import BackendLostError, StartError, UnknownModelError
+from ..errors import BackendLostError, StartError, UnknownModelError, UnknownPatchesError
 from ..rpc.conditioning import Conditioning
 from ..rpc.messages import (
     Decode,
@@ -20,6 +22,7 @@ from ..rpc.messages import (
     Loaded,
     LoadModel,
     LoadVAE,
+    PatchFilePart,
     Progress,
     Prompt,
     Request,
@@ -30,6 +33,7 @@ from ..rpc.messages import (
 )
 from .connection import Connection, OnEvent
 from .sent_tensors import Attachment
+from .weight_patches import WeightPatches, parts_of
 
 RELOADS = 10
 
@@ -97,6 +101,7 @@ class _Remote:
         return False
 
     def _request(self, body: Request, attachments: Sequence[Attachment], **callbacks: Any) -> list[Tensor]:
+        """Its tensors, once what it needs is loaded: where another client has freed that, it is loaded again."""
         should_cancel = callbacks.get("should_cancel")
         with self.backend.lock:
             self.backend.follow_restarts(should_cancel)
@@ -119,6 +124,32 @@ class RemoteModel(_Remote):
     """A diffusion model in a backend."""
 
     timeline: Tensor | None = None
+
+    def _patched_request(
+        self,
+        body: Sample | Forward,
+        attachments: Sequence[Attachment],
+        patches: WeightPatches | None,
+        **callbacks: Any,
+    ) -> list[Tensor]:
+        """As `_request`, with these patches on the model's weights; ranks that don't find them are sent them."""
+        if not patches:
+            return self._request(body, attachments, **callbacks)
+        named = msgspec.structs.replace(body, patches=patches.named())
+        try:
+            return self._request(named, attachments, **callbacks)
+        except UnknownPatchesError:  # its files were removed, or the ranks are on another machine
+            elsewhere = patches.is_written
+            named = msgspec.structs.replace(body, patches=patches.named())
+            for name in named.patches.files if elsewhere else ():
+                self._bring(name, callbacks.get("should_cancel"))
+            return self._request(named, attachments, **callbacks)
+
+    def _bring(self, name: str, should_cancel: Callable[[], bool] | None) -> None:
+        for part, (data, last) in enumerate(parts_of(name)):
+            body = PatchFilePart(name, part, last, 0)
+            data_tensor = torch.frombuffer(data, dtype=torch.uint8)
+            self.backend.request(body, [Attachment(data_tensor)], should_cancel=should_cancel)
 
     @property
     def family(self) -> str:
@@ -145,6 +176,7 @@ class RemoteModel(_Remote):
         batch_index: Sequence[int] | None = None,
         preview: bool = False,
         trace: bool = False,
+        patches: WeightPatches | None = None,
         on_step: Callable[[Step], None] | None = None,
         should_cancel: Callable[[], bool] | None = None,
     ) -> Tensor:
@@ -161,6 +193,7 @@ class RemoteModel(_Remote):
             noise, sigmas: in place of those that seed and scheduler give.
             noise_mask: 1 where the latent may change, (B, 1, Y, X) of any Y and X.
             trace: keep what each rank did when, in `timeline`: rank, and the columns of distributed/traffic.py.
+            patches: on the model's weights, for this job.
             on_step: told after each step. What it raises cancels the job and is raised again.
         Returns: (B, C, Y, X), fp32, on the CPU.
         Raises: InputError, ConfigError, CancelledError, BackendLostError, RankError.
@@ -194,7 +227,7 @@ class RemoteModel(_Remote):
                 x, denoised = tensors if tensors else (None, None)
                 on_step(Step(event.index, event.total, x, denoised))
 
-        tensors = self._request(body, attachments, on_event=on_event, should_cancel=should_cancel)
+        tensors = self._patched_request(body, attachments, patches, on_event=on_event, should_cancel=should_cancel)
         self.timeline = tensors[1].clone() if trace else None
         return tensors[0].clone()
 
@@ -205,6 +238,7 @@ class RemoteModel(_Remote):
         context: Tensor,
         pooled: Tensor,
         *,
+        patches: WeightPatches | None = None,
         should_cancel: Callable[[], bool] | None = None,
     ) -> Tensor:
         """One exact evaluation: the output, fp32, at the model's own input; rows spread over cfg and dp.
@@ -218,7 +252,8 @@ class RemoteModel(_Remote):
             Attachment(context, True),
             Attachment(pooled, True),
         ]
-        tensors = self._request(Forward(self.name, 0, 1, 2, 3), attachments, should_cancel=should_cancel)
+        body = Forward(self.name, 0, 1, 2, 3)
+        tensors = self._patched_request(body, attachments, patches, should_cancel=should_cancel)
         return tensors[0].clone()
 
 

@@ -6,10 +6,10 @@ file's own layout is, and counts the bytes that it reads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,6 +37,9 @@ class TensorSource(Protocol):
     def names(self) -> list[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
     def read(self, name: str, shard: Shard | None = None) -> Tensor: ...
+    def check_unchanged(self) -> None:
+        """Raises: CheckpointError: the file is not the one any more that was opened."""
+        ...
 
 
 class SafetensorsSource:
@@ -54,6 +57,7 @@ class SafetensorsSource:
                     self._file_of[name[len(prefix) :]] = file
                     self._entries[name[len(prefix) :]] = entry
         self._open: dict[Path, Any] = {}
+        self._stamps = {file: stamp(file) for file in files_of(path)}
 
     def names(self) -> list[str]:
         return list(self._entries)
@@ -86,10 +90,34 @@ class SafetensorsSource:
         self.bytes_read += sum(part.numel() * part.element_size() for part in parts)
         return parts[0] if len(parts) == 1 else torch.cat(parts, shard.dim if shard else 0)
 
+    def check_unchanged(self) -> None:
+        for file, opened in self._stamps.items():
+            check_stamp(file, opened)
+
     def _handle(self, file: Path) -> Any:
         if file not in self._open:
             self._open[file] = safe_open(file, framework="pt", device="cpu")
         return self._open[file]
+
+
+Stamp: TypeAlias = tuple[int, int, int]
+
+
+def stamp(file: Path) -> Stamp:
+    """What changes when the file is replaced or written to."""
+    found = file.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def check_stamp(file: Path, opened: Stamp) -> None:
+    """Raises: CheckpointError: the file is not the one any more that was opened."""
+    if not file.is_file():
+        raise CheckpointError(f"{file} is not there (any more).", "Put it back, or load another.")
+    if stamp(file) != opened:
+        raise CheckpointError(
+            f"{file.name} has changed since it was loaded, and its weights are needed again.",
+            "Run the loader again (in ComfyUI: queue the prompt again).",
+        )
 
 
 @dataclass(frozen=True)
@@ -118,6 +146,9 @@ class RenamedSource:
 
     def names(self) -> list[str]:
         return list(self.pieces)
+
+    def check_unchanged(self) -> None:
+        self.inner.check_unchanged()
 
     def _rows(self, piece: Piece) -> tuple[int, int]:
         return piece.start, piece.stop if piece.stop is not None else self.inner.shape(piece.name)[0]
@@ -149,6 +180,33 @@ class RenamedSource:
             offset += last - first
 
 
+@dataclass(frozen=True)
+class HeldWeight:
+    """A parameter with its values, and which part it is of the tensor of its name; `shard` None is all of it."""
+
+    parameter: nn.Parameter
+    full_shape: tuple[int, ...]
+    shard: Shard | None
+
+    @property
+    def columns(self) -> Tensor | slice:
+        """Those of the full matrix that it has."""
+        if self.shard is None or self.shard.dim == 0:
+            return slice(None)
+        assert self.shard.dim == 1 and len(self.full_shape) == 2
+        return torch.cat([torch.arange(*kept, device=self.parameter.device) for kept in self.shard.ranges])
+
+    def rows_of(self, first: int, count: int) -> Iterator[tuple[slice, slice]]:
+        """Where it has some of the full tensor's rows `first` to `first + count`: among its own, and among these."""
+        rows = self.shard.ranges if self.shard is not None and self.shard.dim == 0 else ((0, self.full_shape[0]),)
+        own = 0
+        for start, stop in rows:
+            a, b = max(start, first), min(stop, first + count)
+            if a < b:
+                yield slice(own + a - start, own + b - start), slice(a - first, b - first)
+            own += stop - start
+
+
 def load_parameters(
     model: nn.Module,
     source: TensorSource,
@@ -158,7 +216,7 @@ def load_parameters(
     unread: frozenset[str] = frozenset(),
     should_stop: Callable[[], bool] = lambda: False,
     shared: MeshAxis | None = None,
-) -> None:
+) -> dict[str, HeldWeight]:
     """Every parameter of `model` holds this rank's part of the tensor of its name, on `device` in `dtype`.
 
     Args:
@@ -166,6 +224,7 @@ def load_parameters(
         should_stop: asked before each tensor.
         shared: ranks that hold the same parts. This one reads its share of them; the others have room, and are filled by
             `pass_on`.
+    Returns: by name what is held.
     Raises:
         CheckpointError: names missing from the file or left over in it, or a tensor of another shape.
         CancelledError: `should_stop` said so.
@@ -181,6 +240,7 @@ def load_parameters(
             )
     place = placing(device)
     read_by = readers(sizes_of(model), shared.degree) if shared is not None else {}
+    held = {}
     for name, parameter in wanted.items():
         if should_stop():
             raise CancelledError(f"Loading {source.path.name} was cancelled.")
@@ -192,7 +252,10 @@ def load_parameters(
         else:
             tensor = place(source.read(name, shard), kept_dtype)
         module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
+        loaded = nn.Parameter(tensor, requires_grad=False)
+        setattr(model.get_submodule(module), leaf, loaded)
+        held[name] = HeldWeight(loaded, source.shape(name), shard)
+    return held
 
 
 def check_names(wanted: set[str], found: set[str], file_name: str) -> None:

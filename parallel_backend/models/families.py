@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
-from torch import nn
+from torch import Tensor, nn
 
 from ..checkpoint_files.safetensors_file import PICKLED
 from ..config import MMDIT_AXES, MMDIT_REST, UNET_AXES, UNET_REST
@@ -22,7 +22,7 @@ from .mmdit import JointBlock, MMDiT
 from .mmdit_checkpoint import POS_EMBED, PositionTable, mmdit_config, open_mmdit
 from .network import Network, TokenNetwork
 from .unet import BandUNet, loadable_unet
-from .unet_checkpoint import is_unet, open_unet
+from .unet_checkpoint import is_unet, open_unet, unet_places
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,9 @@ class OpenedModel:
         unread: (that module) -> names in the file of tensors that its rank doesn't read when it loads: those of other
             stages, and those that are read when they are needed.
         repeated: the block that most of the model is made of; see models/compiled.py.
+        place: a single-file name -> the tensor of `source` that holds it, and its first row there.
+        later: (network) -> names of `unread` that this rank reads when they are needed, and what is told of another
+            tensor in their place, or of None for the file's own.
     """
 
     source: TensorSource
@@ -94,6 +97,8 @@ class OpenedModel:
     network: Callable[[Any, Mesh, str, torch.device, torch.dtype], Network]
     repeated: type[nn.Module]
     unread: Callable[[Any], frozenset[str]] = lambda module: frozenset()
+    place: Callable[[str], tuple[str, int]] = lambda name: (name, 0)
+    later: Callable[[Any], Mapping[str, Callable[[Tensor | None], None]]] = lambda network: {}
 
 
 def open_model(path: Path, kind: str = "any") -> OpenedModel:
@@ -128,6 +133,7 @@ def _open_mmdit(path: Path) -> OpenedModel:
         ),
         JointBlock,
         lambda model: frozenset({POS_EMBED, *filter(model.is_elsewhere, source.names())}),
+        later=lambda network: {POS_EMBED: network.positions.replace},
     )
 
 
@@ -140,6 +146,7 @@ def _open_unet(path: Path) -> OpenedModel:
         lambda mesh, kernel: loadable_unet(config, mesh),
         lambda model, mesh, kernel, device, dtype: BandUNet(model, config, mesh, kernel),
         BasicTransformerBlock,
+        place=unet_places(source, config),
     )
 
 

@@ -19,7 +19,7 @@ from ..checkpoint_files.diffusion_part import FROM_SCRATCH_MARK
 from ..checkpoint_files.safetensors_file import PICKLED, safetensors_header
 from ..distributed.tensor_parallel import Shard
 from ..errors import CheckpointError, UnsupportedError
-from .checkpoint import SafetensorsSource, TensorSource
+from .checkpoint import SafetensorsSource, TensorSource, check_stamp, stamp
 from .from_scratch import FromScratchConfig
 
 PARAMS = "model_params"
@@ -40,7 +40,7 @@ class PickleSource:
 
     def __init__(self, path: Path) -> None:
         """Raises: CheckpointError: damaged, or a pickle that wants to run code."""
-        self.path = path
+        self.path, self._stamp = path, stamp(path)
         self.bytes_read = 0
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -56,6 +56,9 @@ class PickleSource:
             raise CheckpointError(f"{path.name} holds no table of tensors.", "Use model_ema_*.pkl.")
         # Files of a distributed run have its wrapper's name in front.
         self._tensors: dict[str, Tensor] = {name.removeprefix("module."): t for name, t in loaded.items()}
+
+    def check_unchanged(self) -> None:
+        check_stamp(self.path, self._stamp)
 
     def names(self) -> list[str]:
         return list(self._tensors)

@@ -106,6 +106,12 @@ class PositionTable:
 
     def __post_init__(self) -> None:
         self._crops: OrderedDict[tuple[int, int, tuple[tuple[int, int], ...]], Tensor] = OrderedDict()
+        self._other: Tensor | None = None
+
+    def replace(self, table: Tensor | None) -> None:
+        """Another table (1, L, D) of the same size takes the place of the file's, which None brings back."""
+        self._crops.clear()
+        self._other = table
 
     def rows(self, rows: int, columns: int, ranges: Sequence[tuple[int, int]]) -> Tensor:
         """(L, D) for tokens (first, one past last) of an image of rows x columns tokens; the crop is centred."""
@@ -118,7 +124,10 @@ class PositionTable:
                     start, stop = max(first, row * columns), min(last, (row + 1) * columns)
                     offset = (top + row) * self.size + left - row * columns
                     wanted.append((offset + start, offset + stop))
-            crop = self.source.read(POS_EMBED, Shard(1, tuple(wanted)))[0]
+            if self._other is None:
+                crop = self.source.read(POS_EMBED, Shard(1, tuple(wanted)))[0]
+            else:
+                crop = torch.cat([self._other[0, start:stop] for start, stop in wanted])
             self._crops[key] = crop.to(device=self.device, dtype=self.dtype, copy=True)
         self._crops.move_to_end(key)
         while len(self._crops) > 1 and sum(kept.nbytes for kept in self._crops.values()) > KEPT_BYTES:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import CheckpointError, UnsupportedError
+from ..errors import CheckpointError, InputError, UnsupportedError
 from .checkpoint import DIFFUSION_PREFIX, Piece, RenamedSource, SafetensorsSource
 from .unet import HEAD_DIM, UNetConfig
 
@@ -59,6 +59,27 @@ def open_unet(path: Path) -> tuple[RenamedSource, UNetConfig]:
     pieces = _joined({theirs: [Piece(ours)] for theirs, ours in by_theirs.items()})
     config = _config(by_theirs, source, V_PREDICTION in flags, ZERO_SNR in flags)
     return RenamedSource(source, pieces), config
+
+
+def unet_places(source: RenamedSource, config: UNetConfig) -> Callable[[str], tuple[str, int]]:
+    """Tells where the tensor of a single-file name lies: in which of the joined ones, and from which of its rows on.
+
+    What it gives raises InputError where the model has no tensor of that name.
+    """
+    layers, places = config.layers_per_block, {}
+    for joined, pieces in source.pieces.items():
+        row = 0
+        for piece in pieces:
+            places[_diffusers_name(piece.name, layers)] = joined, row
+            row += source.inner.shape(piece.name)[0]
+
+    def place(name: str) -> tuple[str, int]:
+        found = places.get(_diffusers_name(name, layers))
+        if found is None:
+            raise InputError(f"{source.path.name} has no weight {name}.", "Remove the node that patches it.")
+        return found
+
+    return place
 
 
 def _diffusers_name(name: str, layers: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -18,7 +19,8 @@ from ..distributed.mesh import BandAxes, Groups, Mesh, MeshAxis, build_mesh
 from ..distributed.peer_access import cards_reach_each_other
 from ..distributed.warm_up import warm_up
 from ..errors import BackendError, InputError, ProtocolError, UnknownModelError
-from ..models.checkpoint import load_parameters
+from ..extras.weights import PatchedWeights, PatchFiles
+from ..models.checkpoint import HeldWeight, load_parameters
 from ..models.compiled import check_compiler, compile_blocks
 from ..models.families import OpenedModel, open_model
 from ..models.network import Network
@@ -35,12 +37,15 @@ from ..rpc.messages import (
     LoadModel,
     LoadVAE,
     ModelState,
+    Patches,
+    PatchFilePart,
     Progress,
     Reply,
     Request,
     RequestHeader,
     Result,
     Sample,
+    Swap,
     Unload,
 )
 from .allowed_files import AllowedFiles
@@ -74,7 +79,8 @@ class Engine:
 
     Args:
         memory_budget, sharers: as `Residents` takes them.
-        beat: called at every block of a model, which can take a GPU seconds.
+        beat: called at every block of a model, which can take a GPU seconds, and at every weight that is patched.
+        patches_folder: where clients leave patches on weights.
     """
 
     def __init__(
@@ -84,11 +90,13 @@ class Engine:
         files: AllowedFiles = AllowedFiles(),  # noqa: B008 - frozen
         sharers: int = 1,
         beat: Callable[[], object] = lambda: None,
+        patches_folder: Path = Path(),
     ) -> None:
         self.device = device
         self.files = files
         self.residents = Residents(device, memory_budget, sharers, self._let_go_of_groups)
         self.kept_tensors = KeptTensors()
+        self.patch_files = PatchFiles(patches_folder)
         self._meshes: dict[MeshSpec, Mesh] = {}
         self._groups = Groups()
         self._bands = BandAxes(self._groups)
@@ -99,6 +107,7 @@ class Engine:
             LoadVAE: self._load_vae,
             Sample: self._sample,
             Forward: self._forward,
+            PatchFilePart: self._keep_patches,
             Decode: self._decode,
             Encode: self._encode,
             Unload: self._unload,
@@ -172,21 +181,22 @@ class Engine:
         model, kernel, needed, note = job.control.agreed(build)
         evicted += self.residents.make_room(needed, path.name, opened.kind.name, spec, job.control)
         job.emit(Progress(f"Loading {path.name}", 0, 1), [])
-        network, config = self._read(opened, model, mesh, kernel, body, job), opened.config
+        network, weights = self._read(opened, model, mesh, kernel, body, job)
+        config = opened.config
         predictor = Predictor(network, mesh, dtype, self.device, opened.kind)
         state = ModelState(name, path.name, config.family, spec.describe(), body.dtype, needed)
-        self.residents[name] = Resident(predictor, state, config.channels)
+        self.residents[name] = Resident(predictor, state, config.channels, weights)
         sizes = _Sizes(opened.source.bytes_read, needed, note)
         return self._loaded(name, sizes, evicted, start, job), []
 
     def _read(
         self, opened: OpenedModel, model: nn.Module, mesh: Mesh, kernel: str, body: LoadModel, job: Job
-    ) -> Network:
+    ) -> tuple[Network, PatchedWeights]:
         """The model with its weights, read by this rank or shared out. Comm: `pass_on`'s."""
         shared, dtype = self._readers(mesh.spec, job), getattr(torch, body.dtype)
 
-        def read() -> None:
-            load_parameters(
+        def read() -> dict[str, HeldWeight]:
+            return load_parameters(
                 model,
                 opened.source,
                 device=self.device,
@@ -204,10 +214,11 @@ class Engine:
                 compile_blocks(model, opened.repeated)
             return network
 
-        job.control.agreed(read)
+        held = job.control.agreed(read)
         if shared is not None:
             pass_on(model, shared)
-        return job.control.agreed(finish)
+        network = job.control.agreed(finish)
+        return network, PatchedWeights(held, opened.source, opened.place, opened.later(network))
 
     def _load_vae(self, body: LoadVAE, _: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         start = time.perf_counter()
@@ -307,24 +318,36 @@ class Engine:
             )
         return model
 
+    def _patched(self, name: str, patches: Patches) -> tuple[Predictor, Swap]:
+        """The model of that name with these patches, and no others, on its weights."""
+        predictor: Predictor = self._resident(name, Predictor)
+        weights = self.residents[name].weights
+        assert weights is not None
+        return predictor, weights.wear(patches, self.patch_files, self._beat)
+
     def _sample(self, body: Sample, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
-        return run_sample(body, tensors, job, lambda: self._resident(body.model, Predictor))
+        return run_sample(body, tensors, job, lambda: self._patched(body.model, body.patches))
 
     def _forward(self, body: Forward, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         start = time.perf_counter()
 
-        def prepare() -> tuple[Predictor, Rows]:
-            predictor: Predictor = self._resident(body.model, Predictor)
+        def prepare() -> tuple[Predictor, Rows, Swap]:
+            predictor, swap = self._patched(body.model, body.patches)
             x, timesteps = tensors[body.x].to(self.device), tensors[body.timesteps].to(self.device)
             context = tensors[body.context]
             predictor.check_latent(x, context.shape[1] if context.ndim == 3 else 0)
             if timesteps.shape != x.shape[:1]:
                 raise InputError(f"{list(timesteps.shape)} timesteps for {x.shape[0]} latents.", "Give one per latent.")
-            return predictor, Rows(x, timesteps, predictor.prompt(context, tensors[body.pooled], x.shape[0]))
+            prompt = predictor.prompt(context, tensors[body.pooled], x.shape[0])
+            return predictor, Rows(x, timesteps, prompt), swap
 
-        predictor, rows = job.control.agreed(prepare)
+        predictor, rows, swap = job.control.agreed(prepare)
         output = predictor.output(rows).cpu()  # which waits for the device
-        return Result(time.perf_counter() - start, 1), [output]
+        return Result(time.perf_counter() - start, 1, swap=swap), [output]
+
+    def _keep_patches(self, body: PatchFilePart, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
+        job.control.agreed(lambda: self.patch_files.add(body.file, body.part, tensors[body.data], last=body.last))
+        return Done(), []
 
     def _decode(self, body: Decode, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         start = time.perf_counter()

@@ -15,6 +15,7 @@ from ..config import MeshSpec
 from ..distributed.control import Control
 from ..distributed.device_memory import give_back, memory_of
 from ..errors import ConfigError
+from ..extras.weights import PatchedWeights
 from ..models.prediction import Predictor
 from ..models.vae import BandVAE
 from ..rpc.messages import ModelState
@@ -23,11 +24,12 @@ from .room import check_fits, fits
 
 @dataclass
 class Resident:
-    """A model that is held, and what is said of it."""
+    """A model that is held, and what is said of it; `weights` of what can be patched."""
 
     model: Predictor | BandVAE
     state: ModelState
     channels: int
+    weights: PatchedWeights | None = None
 
 
 class _Sizes(msgspec.Struct):

@@ -16,7 +16,7 @@ from ..distributed.traffic import Timeline, with_ranks
 from ..errors import BackendError, ConfigError, InputError, UnsupportedError
 from ..models.pipeline import Pipeline
 from ..models.prediction import Predictor, Prompt
-from ..rpc.messages import AxisCost, RankCost, Result, Sample, StepDone
+from ..rpc.messages import AxisCost, RankCost, Result, Sample, StepDone, Swap
 from ..sampling.driver import StepReport
 from ..sampling.image import sample_latent
 from ..sampling.parameterization import Discrete, Flow, Parameterization
@@ -34,6 +34,7 @@ class SampleJob:
     latent: Tensor
     kept: Kept
     pipeline: Pipeline | None
+    swap: Swap
     steps: int = field(init=False, default=0)
 
     def outputs(self, x: Tensor, timestep: Tensor, index: int) -> list[Tensor]:
@@ -54,16 +55,16 @@ class SampleJob:
 
 
 def run_sample(
-    body: Sample, tensors: list[Tensor], job: Job, resident: Callable[[], Predictor]
+    body: Sample, tensors: list[Tensor], job: Job, resident: Callable[[], tuple[Predictor, Swap]]
 ) -> tuple[Result, list[Tensor]]:
     """The sampled latent and what it cost; with `trace`, all ranks' timeline after it.
 
     Args:
-        resident: the model, or the error that it isn't held.
+        resident: the model with this job's patches on its weights, or the error that it isn't held.
     Raises: BackendError: on every rank alike.
     """
     start = time.perf_counter()
-    run = job.control.agreed(lambda: _prepare(body, tensors, job, resident()))
+    run = job.control.agreed(lambda: _prepare(body, tensors, job, *resident()))
     predictor, kept, device = run.predictor, run.kept, run.latent.device
     traffic = [axis.traffic for axis in predictor.mesh.axes]
     kept.timeline = Timeline(traffic, device) if body.trace else None
@@ -103,10 +104,10 @@ def run_sample(
     peak = torch.cuda.max_memory_allocated(device) - held if device.type == "cuda" else None
     ranks = job.control.gather(RankCost(costs, kept_bytes, peak))
     timeline = [] if kept.timeline is None else [with_ranks(job.control.gather_rows(kept.timeline.table()))]
-    return Result(time.perf_counter() - start, run.steps, ranks), [out, *timeline]
+    return Result(time.perf_counter() - start, run.steps, ranks, run.swap), [out, *timeline]
 
 
-def _prepare(body: Sample, tensors: list[Tensor], job: Job, predictor: Predictor) -> SampleJob:
+def _prepare(body: Sample, tensors: list[Tensor], job: Job, predictor: Predictor, swap: Swap) -> SampleJob:
     """Raises: BackendError: an input that can't be honoured."""
     spec, latent = body.spec, tensors[body.latent].float()
     if body.mask is not None and not torch.isfinite(tensors[body.mask]).all():
@@ -124,7 +125,7 @@ def _prepare(body: Sample, tensors: list[Tensor], job: Job, predictor: Predictor
     latent = latent.to(predictor.device)
     if torch.count_nonzero(latent) > 0:
         latent = (latent - predictor.kind.shift) * predictor.kind.scale
-    return SampleJob(body, job, predictor, prompts, latent, kept, pipeline)
+    return SampleJob(body, job, predictor, prompts, latent, kept, pipeline, swap)
 
 
 def _kept(predictor: Predictor, spec: SamplerSpec, steps: int) -> Kept:

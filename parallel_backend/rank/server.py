@@ -81,7 +81,8 @@ class Rank:
         except StartError as error:
             self._give_up(error)
         files_of = AllowedFiles(tuple(args.models))
-        self.engine = Engine(self.device, args.memory_budget, files_of, sharers, lambda: self.pulse.beat())
+        patches = files.patches_folder()
+        self.engine = Engine(self.device, args.memory_budget, files_of, sharers, lambda: self.pulse.beat(), patches)
         self.pulse = Pulse(self.device, lambda: self.control.calls + sum(self.engine.place))
         self.server: SocketServer | None = None
         self.board: StateBoard | None = None

@@ -56,6 +56,21 @@ class Prompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sizes: list[float] | None = None
 
 
+class Patches(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What lies on the model's weights, in files of the runtime folder: see checkpoint_files/patch_file.py.
+
+    The products of the file `low_rank` count `scales`, one each; what the file `whole` has takes the weights' place.
+    """
+
+    low_rank: str = ""
+    scales: list[float] = []
+    whole: str = ""
+
+    @property
+    def files(self) -> list[str]:
+        return [name for name in (self.low_rank, self.whole) if name]
+
+
 class Sample(Message, frozen=True):
     """Run the whole loop. Without `uncond` there is no guidance, whatever cfg_scale says.
 
@@ -73,6 +88,7 @@ class Sample(Message, frozen=True):
     batch_index: list[int] | None = None
     preview: bool = False
     trace: bool = False
+    patches: Patches = Patches()
 
 
 class Forward(Message, frozen=True):
@@ -83,6 +99,16 @@ class Forward(Message, frozen=True):
     timesteps: TensorIndex
     context: TensorIndex
     pooled: TensorIndex
+    patches: Patches = Patches()
+
+
+class PatchFilePart(Message, frozen=True):
+    """Bytes of a patch file, for hosts that don't see the client's runtime folder; the last part makes it whole there."""
+
+    file: str
+    part: int
+    last: bool
+    data: TensorIndex
 
 
 class Decode(Message, frozen=True):
@@ -195,12 +221,21 @@ class RankCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     peak_bytes: int | None = None
 
 
+class Swap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What it took rank 0 to lay a job's patches on its weights: how many changed, bytes read of the checkpoint."""
+
+    weights: int = 0
+    bytes_read: int = 0
+    seconds: float = 0.0
+
+
 class Result(Message, frozen=True):
     """The job is done; its tensors follow. `seconds` are rank 0's, from start to end; `ranks` has what a sampling cost."""
 
     seconds: float
     steps: int = 0
     ranks: list[RankCost] = []
+    swap: Swap = Swap()
 
     @property
     def costs(self) -> list[AxisCost]:
@@ -275,6 +310,7 @@ Request: TypeAlias = (
     | LoadVAE
     | Sample
     | Forward
+    | PatchFilePart
     | Decode
     | Encode
     | Unload
@@ -299,6 +335,8 @@ def tensor_indices(body: Request | Reply) -> list[TensorIndex]:
         return [body.x, body.timesteps, body.context, body.pooled]
     if isinstance(body, Decode):
         return [body.latent]
+    if isinstance(body, PatchFilePart):
+        return [body.data]
     return [body.image] if isinstance(body, Encode) else []
 
 

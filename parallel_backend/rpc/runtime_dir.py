@@ -88,6 +88,11 @@ def runtime_dir(name: str) -> Path:
     return folder
 
 
+def patches_folder() -> Path:
+    """Where clients leave patches on weights for the ranks of this machine: beside the backends' own folders."""
+    return runtime_root() / ".patches"
+
+
 def read_record(name: str) -> BackendRecord | None:
     """The record of a backend that lives; None where there is none or its rank 0 is gone."""
     record = _written_record(name)

@@ -1,0 +1,178 @@
+"""Patches on weights, as a rank lays them on the parts that it holds.
+
+The base comes from the checkpoint each time, bit for bit: nothing is subtracted, and no second copy is kept. Low-rank products are
+added in fp32, each rank its own rows or columns. Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..checkpoint_files.patch_file import DOWN, UP, PatchEntry, append_part, entries_of, is_patch_file
+from ..errors import InputError, UnknownPatchesError
+from ..models.checkpoint import HeldWeight, TensorSource
+from ..models.staging import placing
+from ..rpc.messages import Patches, Swap
+
+OPEN_FILES = 4
+# The rows of a parameter that hold the tensor of a single-file name: the parameter's name, and its first such row.
+Place = Callable[[str], tuple[str, int]]
+
+
+class PatchFiles:
+    """The patch files that this rank has open. They are mapped, so that a rank reads its own parts alone."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._open: OrderedDict[str, tuple[list[PatchEntry], Any]] = OrderedDict()
+
+    def opened(self, name: str) -> tuple[list[PatchEntry], Any]:
+        """Raises: InputError, CheckpointError: not a patch file. UnknownPatchesError: it isn't there."""
+        if not is_patch_file(name):
+            raise InputError(f"{name!r} is no name of a patch file.", "Name one that a client has written.")
+        if name not in self._open:
+            path = self._folder / name
+            if not path.is_file():
+                raise UnknownPatchesError(f"The patch file {name} is not there.", "Run the prompt again.")
+            self._open[name] = entries_of(path), safe_open(path, framework="pt", device="cpu")
+        self._open.move_to_end(name)
+        while len(self._open) > OPEN_FILES:
+            self._open.popitem(last=False)
+        return self._open[name]
+
+    def add(self, name: str, part: int, data: Tensor, *, last: bool) -> None:
+        """Part by part, a file that this host doesn't have. One rank of a host writes it.
+
+        Raises: InputError: no name of a patch file. CheckpointError: it can't be written.
+        """
+        if not is_patch_file(name):
+            raise InputError(f"{name!r} is no name of a patch file.", "Name one that a client has written.")
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            append_part(self._folder / name, part, data, last=last)
+
+    def by_parameter(self, patches: Patches, place: Place) -> dict[str, list[Patch]]:
+        """In their order. Raises: as `opened`; InputError: not a scale for each product."""
+        found: dict[str, list[Patch]] = defaultdict(list)
+        for name in patches.files:
+            is_whole = name == patches.whole
+            entries, file = self.opened(name)
+            factors = [1.0] * len(entries) if is_whole else patches.scales
+            if len(factors) != len(entries):
+                raise InputError(f"{len(factors)} scales for {len(entries)} patches.", "Give one for each.")
+            for number, (entry, scale) in enumerate(zip(entries, factors, strict=True)):
+                parameter, first = place(entry.weight)
+                tensors = (f"{number}",) if is_whole else (f"{number}{UP}", f"{number}{DOWN}")
+                mark = (entry.digest, first + entry.row, scale)
+                found[parameter].append(Patch(file, tensors, first + entry.row, scale, mark, entry.weight))
+        return found
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One on rows of a parameter, from `first` on: a product of two tensors of the file, or one tensor in their place."""
+
+    file: Any
+    tensors: tuple[str, ...]
+    first: int
+    scale: float
+    mark: tuple[str, int, float]
+    weight: str
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self.tensors) == 1
+
+    def whole(self) -> Tensor:
+        """Mapped, not read."""
+        return self.file.get_tensor(self.tensors[0])
+
+    def onto(self, local: Tensor, held: HeldWeight) -> None:
+        """Lies on this rank's part of the weight, which changes in place.
+
+        Args:
+            local: (kept rows, kept columns), fp32: a kernel is a matrix, all dims after the first are one.
+        Raises: InputError: of another size than the weight.
+        """
+        left, right = self.file.get_slice(self.tensors[0]), self.file.get_slice(self.tensors[-1])
+        rows, columns = left.get_shape()[0], torch.Size(right.get_shape()[1:]).numel()
+        full_rows, full_columns = held.full_shape[0], torch.Size(held.full_shape[1:]).numel()
+        if self.first + rows > full_rows or columns != full_columns:
+            raise InputError(
+                f"A patch on {self.weight} has {rows} x {columns} values, and lies on {full_rows} x {full_columns}.",
+                "It was made for another model: remove its node.",
+            )
+        wanted_columns = held.columns
+        down = None if self.is_whole else _matrix(right[:], local.device)[:, wanted_columns]
+        for here, there in held.rows_of(self.first, rows):
+            if down is None:
+                local[here] = _matrix(left[there], local.device)[:, wanted_columns]
+            else:
+                local[here].addmm_(_matrix(left[there], local.device), down, alpha=self.scale)
+
+
+class PatchedWeights:
+    """A loaded model's parameters, and what lies on them now.
+
+    Args:
+        source: of the base.
+        later: parts that are read when they are needed: told what takes their place, or None for the file's own.
+    """
+
+    def __init__(
+        self,
+        held: Mapping[str, HeldWeight],
+        source: TensorSource,
+        place: Place,
+        later: Mapping[str, Callable[[Tensor | None], None]],
+    ) -> None:
+        self._held, self._source, self._place, self._later = held, source, place, later
+        self._lying: dict[str, tuple[Any, ...]] = {}
+
+    def wear(self, patches: Patches, files: PatchFiles, beat: Callable[[], object] = lambda: None) -> Swap:
+        """These patches, and no others, lie on the weights; only those weights change that must.
+
+        Raises: InputError: a patch of another size. UnknownPatchesError: a file that isn't there. CheckpointError: the
+            checkpoint has changed or is gone. Then each weight is whole, with its former patches or the new ones.
+        """
+        start, read = time.perf_counter(), self._source.bytes_read
+        wanted = files.by_parameter(patches, self._place)
+        marks = {name: tuple(patch.mark for patch in on_it) for name, on_it in wanted.items()}
+        changed = [name for name in {**self._lying, **marks} if self._lying.get(name) != marks.get(name)]
+        here = [name for name in changed if name in self._held or name in self._later]
+        if here:
+            self._source.check_unchanged()
+        for name in here:
+            beat()
+            self._change(name, wanted.get(name, []))
+            self._lying[name] = marks.get(name, ())
+        self._lying = {name: mark for name, mark in self._lying.items() if mark}
+        return Swap(len(here), self._source.bytes_read - read, time.perf_counter() - start)
+
+    def _change(self, name: str, patches: Sequence[Patch]) -> None:
+        if name in self._later:
+            self._later[name](patches[-1].whole() if patches else None)
+            return
+        held = self._held[name]
+        parameter = held.parameter
+        base = placing(parameter.device)(self._source.read(name, held.shard), parameter.dtype)
+        if patches:
+            local = base.float().reshape(base.shape[0], -1)
+            for patch in patches:
+                patch.onto(local, held)
+            base = local.reshape(base.shape).to(parameter.dtype)
+        parameter.data.copy_(base)
+
+
+def _matrix(part: Tensor, device: torch.device) -> Tensor:
+    """In fp32, all dims after the first as one."""
+    return part.to(device, torch.float32).reshape(part.shape[0], -1)
