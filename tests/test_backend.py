@@ -116,7 +116,7 @@ def test_prompts_leave_with_the_connection_that_sent_them(backend2: Backend, mod
 
 def test_every_step_is_reported_with_a_preview(model: RemoteModel, expected: Tensor) -> None:
     steps: list[Step] = []
-    out = sample(model, preview=True, on_step=steps.append)
+    out = sample(model, preview="all", on_step=steps.append)
     assert [(s.index, s.total) for s in steps] == [(0, 3), (1, 3), (2, 3)]
     assert all(s.denoised is not None and s.denoised.shape == EMPTY.shape for s in steps)
     assert torch.equal(out, expected)

@@ -197,7 +197,7 @@ def test_previews_are_those_of_whole_steps(backend2: Backend, models: Path) -> N
         warmup_steps=2,
         num_patches=3,
         on_step=seen.append,
-        preview=True,
+        preview="all",
     )
     assert [step.index for step in seen] == [0, 1, 2, 3]
     assert all(step.x.shape == latent.shape and step.denoised.shape == latent.shape for step in seen)

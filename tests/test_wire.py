@@ -25,7 +25,7 @@ TENSORS = [
 
 
 def test_tensors_come_back_bit_for_bit() -> None:
-    body = Sample("m", SamplerSpec(seed=2**64 - 1), 0, Prompt(1, 2), mask=3, batch_index=[1, 2], preview=True)
+    body = Sample("m", SamplerSpec(seed=2**64 - 1), 0, Prompt(1, 2), mask=3, batch_index=[1, 2], preview="all")
     header = RequestHeader(7, body, [tensor_meta(t) for t in TENSORS])
     decoded, tensors = unpack([bytes(f) for f in pack(header, TENSORS)], RequestHeader)
     assert decoded == header

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from comfy.model_patcher import ModelPatcher
 
+# The wrapper by which a parallel MODEL's own loop is entered.
+OWN = "parallel_mmdit"
+# What ComfyUI's guiders put together of the other options.
+_OF_GUIDERS = ("transformer_options", "to_load_options")
 
-def loop_patches(model: ModelPatcher) -> Iterator[str]:
-    """What hangs on the MODEL and acts between model calls: it can run only where ComfyUI runs the loop."""
-    for key, value in model.model_options.items():
-        if key != "transformer_options" and value:
+
+def loop_patches(model: ModelPatcher, options: Mapping[str, Any]) -> Iterator[str]:
+    """What acts between model calls, of the MODEL and of a guider's options: only ComfyUI's own loop can heed it."""
+    for key, value in options.items():
+        if key not in _OF_GUIDERS and value:
             yield f"model option {key!r}"
-    for kinds, what in ((model.wrappers, "wrapper"), (model.callbacks, "callback")):
-        for kind, by_key in kinds.items():
-            for key, entries in by_key.items():
-                if entries:
-                    yield f"{what} {kind} of {key or 'another node'}"
+    transformer_options = options.get("transformer_options", {})
     for kind in ("wrappers", "callbacks"):
-        for name, by_key in model.model_options.get("transformer_options", {}).get(kind, {}).items():
-            if any(by_key.values()):
-                yield f"{kind[:-1]} {name}"
+        of_options = transformer_options.get(kind, {})
+        for name in dict.fromkeys([*getattr(model, kind), *of_options]):
+            by_key = {**getattr(model, kind).get(name, {}), **of_options.get(name, {})}
+            yield from (f"{kind[:-1]} {name} of {key or 'another node'}" for key in by_key if by_key[key] and key != OWN)

@@ -1,25 +1,110 @@
-"""Patches of a MODEL's weights, and of its layers as objects."""
+"""Patches of a MODEL's weights: low-rank ones as their tensors, all others as what ComfyUI's own code makes of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from math import prod
+from typing import Any
 
+import comfy.float
+import comfy.lora
+import comfy.model_management as mm
+import comfy.utils
+import torch
+from comfy.hooks import HookGroup
 from comfy.model_patcher import ModelPatcher
+from comfy.weight_adapter.lora import LoRAAdapter
+from torch import Tensor
 
-from .attention_patches import transformer_patches
+from ...parallel_backend import WeightPatches
+from ...parallel_backend.checkpoint_files.patch_file import LowRank, Whole
+from ...parallel_backend.errors import UnsupportedError
+
+PREFIX = "diffusion_model."
+# As ComfyUI keeps a patch: strength, value, strength of the model's own weight, rows that it concerns, function of it.
+Entry = tuple[float, Any, float, Any, Any]
 
 
-def weight_patches(model: ModelPatcher) -> Iterator[str]:
-    """What hangs on the MODEL and would change its weights or its layers, each by its name."""
-    if model.patches:
-        yield f"a LoRA or weight patch on {len(model.patches)} weights"
+def unsendable_weights(model: ModelPatcher) -> Iterator[str]:
+    """What hangs on the MODEL and would change its weights or layers otherwise than by patches, each by its name."""
     if getattr(model, "weight_wrapper_patches", None):
         yield "weight wrappers"
     if getattr(model, "injections", None):
         yield f"injections ({', '.join(model.injections)})"
-    if getattr(model, "hook_patches", None):
-        yield "weight hooks"
+    for key in model.patches:
+        if not key.startswith(PREFIX):
+            yield f"a patch on {key}, which is outside the diffusion model"
     for key in model.object_patches:
         if key.split(".")[0] == "diffusion_model":
             yield f"the object patch {key!r}"
-    yield from transformer_patches(model.model_options.get("transformer_options", {}))
+
+
+def all_patches(model: ModelPatcher, hooks: HookGroup | None) -> dict[str, list[Entry]]:
+    """By weight, in the order in which ComfyUI lays them on: those of the MODEL, then those of the hooks."""
+    found = {key: list(entries) for key, entries in model.patches.items()}
+    if hooks is not None:
+        for key, entries in model.get_combined_hook_patches(hooks).items():
+            found[key] = [*found.get(key, []), *entries]
+    return found
+
+
+def weight_patches(
+    patches: Mapping[str, Sequence[Entry]],
+    shapes: Mapping[str, torch.Size],
+    base: Mapping[str, Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> WeightPatches:
+    """Those patches as a backend takes them.
+
+    Args:
+        shapes, base: of the model's tensors, by their names in it; `base` is read where ComfyUI computes.
+        device: where ComfyUI computes. dtype: of the results.
+    Raises: UnsupportedError: a patch that would change a weight's shape.
+    """
+    low_rank: list[tuple[LowRank, float]] = []
+    whole: list[Whole] = []
+    for key, entries in patches.items():
+        name = key.removeprefix(PREFIX)
+        shape = shapes[name]
+        wanted = comfy.lora.calculate_shape(entries, torch.empty(shape, device="meta"), key)
+        if tuple(wanted) != tuple(shape):
+            raise UnsupportedError(
+                f"A patch gives {name} the shape {list(wanted)} in place of {list(shape)}.",
+                "A model of another shape can't run on these ranks: remove the node that loads it.",
+            )
+        products = [_low_rank(name, entry, shape) for entry in entries]
+        if all(product is not None for product in products):
+            low_rank += [product for product in products if product is not None and product[1] != 0.0]
+        else:
+            make = partial(patched_weight, entries, base, name, device, dtype)
+            whole.append(Whole(name, tuple(shape), dtype, make))
+    return WeightPatches(low_rank, whole)
+
+
+def patched_weight(
+    entries: Sequence[Entry], base: Mapping[str, Tensor], name: str, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """The weight as ComfyUI's own code patches it, on the CPU."""
+    key, weight = PREFIX + name, base[name]
+    start = mm.cast_to_device(weight, device, mm.lora_compute_dtype(device), copy=True)
+    out = comfy.lora.calculate_weight(entries, start, key, original_weights={key: [(weight,)]})
+    return comfy.float.stochastic_rounding(out, dtype, seed=comfy.utils.string_to_seed(key)).cpu()
+
+
+def _low_rank(name: str, entry: Entry, shape: torch.Size) -> tuple[LowRank, float] | None:
+    """The product that the entry adds, and its factor; None where it is more than that, or doesn't fit."""
+    strength, value, strength_model, offset, function = entry
+    plain = type(value) is LoRAAdapter and strength_model == 1.0 and function is None
+    if not plain or (offset is not None and offset[0] != 0):
+        return None
+    up, down, alpha, mid, dora_scale, reshape = value.weights
+    if mid is not None or dora_scale is not None or reshape is not None:
+        return None
+    row, rows = (0, shape[0]) if offset is None else offset[1:]
+    rank = down.shape[0]
+    fits = up.shape[0] == rows and prod(up.shape[1:]) == rank and prod(down.shape[1:]) == prod(shape[1:])
+    if not fits:  # ComfyUI's code says so in the log, and leaves the weight as it was
+        return None
+    return LowRank(name, up, down, row), strength * (1.0 if alpha is None else alpha / rank)

@@ -103,7 +103,7 @@ def _run(model: RemoteModel, prompt: Conditioning, steps: int, size: int, warmup
         seen.append((step.x.clone(), step.denoised.clone()))
 
     latent, spec = torch.zeros(1, 4, size // 8, size // 8), _spec(steps, warmup)
-    latent = model.sample(latent, prompt, None, **msgspec.structs.asdict(spec), preview=True, on_step=on_step)
+    latent = model.sample(latent, prompt, None, **msgspec.structs.asdict(spec), preview="all", on_step=on_step)
     return Run(seen, latent)
 
 

@@ -23,6 +23,7 @@ from ..rpc.messages import (
     LoadModel,
     LoadVAE,
     PatchFilePart,
+    Preview,
     Progress,
     Prompt,
     Request,
@@ -174,7 +175,7 @@ class RemoteModel(_Remote):
         sigmas: Tensor | None = None,
         noise_mask: Tensor | None = None,
         batch_index: Sequence[int] | None = None,
-        preview: bool = False,
+        preview: Preview = "none",
         trace: bool = False,
         patches: WeightPatches | None = None,
         on_step: Callable[[Step], None] | None = None,
@@ -192,6 +193,7 @@ class RemoteModel(_Remote):
             num_patches: that flow through the pipeline of pp ranks; 0 is as many as stages.
             noise, sigmas: in place of those that seed and scheduler give.
             noise_mask: 1 where the latent may change, (B, 1, Y, X) of any Y and X.
+            preview: of which steps `on_step` gets the latents.
             trace: keep what each rank did when, in `timeline`: rank, and the columns of distributed/traffic.py.
             patches: on the model's weights, for this job.
             on_step: told after each step. What it raises cancels the job and is raised again.

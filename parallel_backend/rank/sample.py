@@ -48,7 +48,8 @@ class SampleJob:
 
     def on_step(self, report: StepReport) -> None:
         self.steps += 1
-        tensors = [report.x, report.denoised] if self.body.preview else []
+        shown = self.body.preview == "all" or (self.body.preview == "last" and report.index == report.total - 1)
+        tensors = [report.x, report.denoised] if shown else []
         self.job.emit(StepDone(report.index, report.total), tensors)
         if self.pipeline is None or report.index < self.pipeline.first_step:  # after that, it asks by itself
             self.job.check_cancelled()

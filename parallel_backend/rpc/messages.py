@@ -15,6 +15,8 @@ from ..version import __version__
 
 TensorIndex: TypeAlias = int
 ModelKind: TypeAlias = Literal["any", "mmdit", "unet"]
+# Of which steps x and denoised are sent along.
+Preview: TypeAlias = Literal["none", "last", "all"]
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
@@ -86,7 +88,7 @@ class Sample(Message, frozen=True):
     noise: TensorIndex | None = None
     sigmas: TensorIndex | None = None
     batch_index: list[int] | None = None
-    preview: bool = False
+    preview: Preview = "none"
     trace: bool = False
     patches: Patches = Patches()
 

@@ -1,0 +1,51 @@
+"""The weights of a checkpoint under ComfyUI's names, mapped: what ComfyUI's own patching code starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import comfy.model_detection
+import comfy.utils
+from safetensors import safe_open
+from torch import Tensor
+
+from ..parallel_backend.checkpoint_files.diffusion_part import PREFIX
+from ..parallel_backend.checkpoint_files.safetensors_file import safetensors_header
+
+
+class BaseWeights(Mapping[str, Tensor]):
+    """The diffusion model's tensors in a safetensors file. Its pages are read as they are used, and none is kept.
+
+    Args:
+        unet_config: ComfyUI's, which tells its names of a UNet in diffusers' layout.
+    """
+
+    def __init__(self, path: Path, unet_config: Mapping[str, Any]) -> None:
+        self.path = path
+        names = [name for name in safetensors_header(path) if name != "__metadata__"]
+        prefix = PREFIX if any(name.startswith(PREFIX) for name in names) else ""
+        self._in_file = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
+        self._converted: dict[str, Tensor] = {}
+        if "down_blocks.0.resnets.0.conv1.weight" in self._in_file:
+            ours = comfy.utils.unet_to_diffusers(unet_config)
+            self._in_file = {ours[name]: name for name in self._in_file if name in ours}
+        elif "transformer_blocks.0.attn.add_q_proj.weight" in self._in_file:
+            self._converted = comfy.model_detection.convert_diffusers_mmdit(comfy.utils.load_torch_file(str(path)), "")
+            self._in_file = dict.fromkeys(self._converted, "")
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._converted:
+            return self._converted[name]
+        with safe_open(self.path, framework="pt", device="cpu") as file:
+            return file.get_tensor(self._in_file[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._in_file)
+
+    def __len__(self) -> int:
+        return len(self._in_file)
+
+    def __deepcopy__(self, memo: Any) -> BaseWeights:
+        return self

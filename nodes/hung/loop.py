@@ -1,0 +1,138 @@
+"""A sampling as one request: recognised in what a guider and a sampler object carry, or why it can't be one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import comfy.k_diffusion.sampling as core_samplers
+import comfy.samplers
+import torch
+from comfy.extra_samplers import uni_pc
+from comfy.samplers import KSAMPLER, CFGGuider
+from comfy_extras.nodes_custom_sampler import Guider_Basic
+from torch import Tensor
+
+from ...parallel_backend import Conditioning
+from ...parallel_backend.config import SAMPLERS
+from ...parallel_backend.errors import UnsupportedError
+from .loop_patches import loop_patches
+from .model_sampling import flow_shift, sampling_patches
+
+# Of a processed prompt: what ComfyUI's loop reads beside the model's own inputs, and the value that changes nothing.
+_NEUTRAL: Mapping[str, Any] = {"strength": 1.0}
+_READ = ("area", "mask", "strength", "timestep_start", "timestep_end", "control", "gligen", "hooks", "default")
+_INPUTS = {"c_crossattn", "y"}
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What one request needs of a sampling; latents and noise as ComfyUI's guider is given them."""
+
+    latent: Tensor
+    noise: Tensor
+    sigmas: Tensor
+    sampler: str
+    cfg_scale: float
+    seed: int
+    positive: Conditioning
+    negative: Conditioning | None
+    mask: Tensor | None
+    shift: float
+
+
+def read_loop(
+    guider: CFGGuider,
+    noise: Tensor,
+    latent: Tensor,
+    sampler: Any,
+    sigmas: Tensor,
+    mask: Tensor | None,
+    seed: int | None,
+) -> Loop | list[str]:
+    """The sampling that this guider is about to make; or, each by its name, what only ComfyUI's own loop can do."""
+    model = guider.model_patcher
+    name = sampler_name(sampler)
+    found = list(loop_patches(model, guider.model_options))
+    if type(guider) not in (CFGGuider, Guider_Basic):
+        found.append(f"the guider {type(guider).__name__}")
+    if name is None:
+        found.append(f"the sampler {_described(sampler)}")
+    if getattr(latent, "is_nested", False) or latent.ndim != 4:
+        found.append("a latent of several parts or dims")
+    if mask is not None and not torch.equal(mask, mask[:, :1].expand_as(mask)):
+        found.append("a noise mask that differs by channel")
+    conds = {kind: [dict(entry) for entry in entries] for kind, entries in guider.conds.items()}
+    for kind, entries in conds.items():
+        found += _odd_entries(kind, entries)
+    if found:
+        return found
+    processed = comfy.samplers.process_conds(
+        model.model, noise, conds, model.load_device, latent, mask, seed, **_shapes(latent)
+    )
+    prompts = {}
+    for kind, (entry,) in processed.items():
+        inputs = {key: value.cond for key, value in entry["model_conds"].items()}
+        if set(inputs) != _INPUTS:
+            return [f"model inputs {', '.join(sorted(set(inputs) ^ _INPUTS))} of the {kind} conditioning"]
+        prompts[kind] = Conditioning(inputs["c_crossattn"], inputs["y"])
+    assert name is not None
+    mask = None if mask is None else mask[:, :1]
+    shift = 1.0 if model.remote.family.startswith("sdxl") else flow_shift(model)
+    settings = (sigmas, name, float(guider.cfg), 0 if seed is None else seed)
+    return Loop(latent, noise, *settings, prompts["positive"], prompts.get("negative"), mask, shift)
+
+
+def sampler_name(sampler: Any) -> str | None:
+    """The backend's name of it; None where it has none, or the sampler was given other settings than its own."""
+    if type(sampler) is not KSAMPLER:
+        return None
+    function, options = sampler.sampler_function, sampler.inpaint_options
+    name = getattr(function, "backend_name", None) or _names().get(function)
+    if name is None or any(value for key, value in options.items() if key != "random"):
+        return None
+    defaults = {key: p.default for key, p in inspect.signature(function).parameters.items()}
+    if any(defaults.get(key) != value for key, value in sampler.extra_options.items()):
+        return None
+    if options.get("random"):
+        return "ddim" if name == "euler" else None
+    return name
+
+
+def _names() -> dict[Any, str]:
+    """By ComfyUI's functions, those samplers that the backend has."""
+    named = {getattr(core_samplers, f"sample_{name}", None): name for name in SAMPLERS}
+    del named[None]
+    return named | {uni_pc.sample_unipc: "uni_pc"}
+
+
+def in_backend_alone(name: str) -> KSAMPLER:
+    """A sampler that ComfyUI hasn't, for its guiders: they hand it to the backend, or refuse it."""
+
+    def sample(*_: Any, **__: Any) -> NoReturn:
+        raise UnsupportedError(f"The sampler {name} runs in the backend alone.", "Choose another, or remove what is named.")
+
+    sample.backend_name = name  # type: ignore[attr-defined]
+    return KSAMPLER(sample)
+
+
+def _described(sampler: Any) -> str:
+    function = getattr(sampler, "sampler_function", None)
+    return getattr(function, "__name__", type(sampler).__name__).removeprefix("sample_")
+
+
+def _odd_entries(kind: str, entries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What a prompt carries beside one entry for the whole picture and all steps."""
+    if len(entries) != 1:
+        yield f"{len(entries)} entries in the {kind} conditioning"
+    for key in _READ:
+        if any(key in entry and entry[key] is not None and entry[key] != _NEUTRAL.get(key) for entry in entries):
+            yield f"{key!r} in the {kind} conditioning"
+
+
+def _shapes(latent: Tensor) -> dict[str, Any]:
+    """Of the latent's parts, which later cores want to be told."""
+    known = inspect.signature(comfy.samplers.process_conds).parameters
+    return {"latent_shapes": [latent.shape]} if "latent_shapes" in known else {}
