@@ -8,6 +8,9 @@ from ...parallel_backend.errors import UnsupportedError
 
 ON_KSAMPLER = "Use KSampler or SamplerCustomAdvanced on the same MODEL; they sample on the backend step by step."
 ELSEWHERE = "The weights live in the backend. Remove that node, or load the model with ComfyUI's own loader."
+RELOAD = (
+    "The weights live in the backend. Remove that node and free the models and node cache, or use ComfyUI's own loader."
+)
 
 
 def refuse(found: Iterator[str], where: str, remedy: str) -> None:

@@ -65,6 +65,10 @@ class _Remote:
     def __post_init__(self) -> None:
         self._generation = self.backend.generation
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Remote:
+        """Itself: what copies of a MODEL or VAE share."""
+        return self
+
     @property
     def name(self) -> str:
         """The name under which the backend holds it."""

@@ -1,0 +1,123 @@
+"""What nodes change on the network itself: forwards, hooks, classes, settings and parameters of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from types import FunctionType, MethodType
+from typing import Any
+
+from comfy.model_base import BaseModel
+from torch import Tensor
+from torch.nn import Module
+
+NAMED = 4
+# What a layer holds its parts in, and what its output doesn't depend on.
+_PARTS = ("_parameters", "_buffers", "_modules")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_NO_MATTER = frozenset(
+    {
+        *(*_PARTS, *_HOOKS, "_non_persistent_buffers_set", "training", "as_made"),
+        *("_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook"),
+        *("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"),
+        *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+    }
+)
+# Where ComfyUI's patcher notes how a layer's weights are to be cast and patched.
+_CORES_OWN = ("comfy_", "prev_comfy")
+_EMPTY_AT_FIRST = ("weight_function", "bias_function")
+
+
+class AsMade:
+    """A network's layers as they were, to be compared with what nodes have made of them.
+
+    Copied with its network, it compares the copy. `unseen`: a sampling has begun since the layers were last compared.
+    """
+
+    def __init__(self, network: Module) -> None:
+        self.network, self.unseen = network, True
+        self.layers = {name: (layer, type(layer), _state(layer)) for name, layer in network.named_modules()}
+        self.classes = {kind: _functions(kind) for _, kind, _ in self.layers.values()}
+
+    def changes(self) -> Iterator[str]:
+        """What has been changed since, of its name: a few, and how many others."""
+        found = self._changes()
+        yield from islice(found, NAMED)
+        others = sum(1 for _ in found)
+        if others:
+            yield f"{others} more changes of its layers"
+
+    def _changes(self) -> Iterator[str]:
+        for kind, functions in self.classes.items():
+            for name in _differing(functions, _functions(kind)):
+                yield f"the replaced {name} of all {kind.__name__} layers"
+        for name, (layer, kind, state) in self.layers.items():
+            if type(layer) is not kind:
+                yield f"the replaced class of {name or 'the network'} ({type(layer).__name__})"
+            now = _state(layer)
+            for attribute in _differing(state, now):
+                yield _told(name, attribute, state.get(attribute, now.get(attribute)))
+
+
+def network_changes(model: BaseModel) -> Iterator[str]:
+    """What nodes have changed on a MODEL's network, or on what calls it."""
+    as_made = model.as_made
+    if model.diffusion_model is not as_made.network:
+        yield f"the replaced diffusion_model ({type(model.diffusion_model).__name__})"
+    for name in ("apply_model", "_apply_model"):
+        if name in vars(model) and not _is_own(model, name, vars(model)[name]):
+            yield f"the replaced {name} of the model"
+    yield from as_made.changes()
+
+
+def _state(layer: Module) -> dict[str, Any]:
+    """What a layer's output depends on beside its class; of lists, what they hold."""
+    state = {}
+    for name, value in vars(layer).items():
+        if name in _NO_MATTER or name.startswith(_CORES_OWN) or (name in _EMPTY_AT_FIRST and not value):
+            continue
+        if type(value) is list:
+            value = tuple(value)
+        if type(value) is not MethodType or not _is_own(layer, name, value):
+            state[name] = value
+    for part in _PARTS:
+        state |= getattr(layer, part)
+    for hooks in _HOOKS:
+        state[hooks] = tuple(getattr(layer, hooks).values())
+    return state
+
+
+def _functions(kind: type) -> dict[str, Any]:
+    """The functions of a class, as its layers run them: only those below torch's base of all layers."""
+    own = [ancestor for ancestor in reversed(kind.__mro__) if ancestor not in (object, Module)]
+    return {n: f for ancestor in own for n, f in vars(ancestor).items() if isinstance(f, FunctionType)}
+
+
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    for name in before.keys() | now.keys() if before.keys() != now.keys() else before:
+        old, new = before.get(name), now.get(name)
+        if old is not new and not _equal(old, new):
+            yield name
+
+
+def _equal(old: Any, new: Any) -> bool:
+    """Of tensors and layers, only the very same are: those have no values to compare."""
+    if type(old) is not type(new) or isinstance(old, Tensor | Module):
+        return False
+    return bool(old == new)
+
+
+def _is_own(owner: object, name: str, value: Any) -> bool:
+    """Whether an attribute is its class's own method: ComfyUI leaves it so where an object patch was taken back."""
+    own = getattr(type(owner), name, None)
+    return isinstance(value, MethodType) and value.__self__ is owner and value.__func__ is own
+
+
+def _told(layer: str, attribute: str, value: Any) -> str:
+    of = layer or "the network"
+    if attribute in _HOOKS:
+        return f"a forward {'pre-' if 'pre' in attribute else ''}hook of {of}"
+    if isinstance(value, Module):
+        return f"the replaced layer {layer}.{attribute}".replace(" .", " ")
+    what = "replaced" if callable(value) or isinstance(value, Tensor) else "changed"
+    return f"the {what} {attribute} of {of}"

@@ -1,0 +1,90 @@
+"""ComfyUI's own network without weights: its layers on the meta device, and a request where it would compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache, partial
+from typing import Any, NoReturn
+
+import comfy.patcher_extension
+import torch
+from torch import Tensor
+
+from ..parallel_backend import RemoteModel
+from ..parallel_backend.errors import UnsupportedError
+from .core_memory import interruptible
+from .hung.attention_patches import transformer_patches
+from .hung.layers import AsMade
+from .hung.refusal import ELSEWHERE, RELOAD, refuse
+
+
+class RemoteNetwork(torch.nn.Module):
+    """What a network of ComfyUI's becomes: an evaluation of it is a request, and its layers compute nothing."""
+
+    remote: RemoteModel
+    dtype: torch.dtype
+    as_made: AsMade
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if "forward" in vars(self):  # put there while sampling: it would compute with layers that have no weights
+            refuse(self.as_made.changes(), "A parallel MODEL", RELOAD)
+        return super().__call__(*args, **kwargs)
+
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor | None = None,
+        y: Tensor | None = None,
+        control: Any = None,
+        transformer_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        options = transformer_options or {}
+        # Checked here too: some guiders add their patches while they sample.
+        refuse(_unsendable(control, options, kwargs), "A parallel MODEL", ELSEWHERE)
+        executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(
+            self._remote_forward,
+            self,
+            comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options),
+        )
+        return executor.execute(x, timesteps, context, y, control, options)
+
+    def _remote_forward(self, x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor, *_: Any, **__: Any) -> Tensor:
+        if self.as_made.unseen:
+            refuse(self.as_made.changes(), "A parallel MODEL", RELOAD)
+            self.as_made.unseen = False
+        out = interruptible(self.remote.backend, self.remote.forward, x, timesteps, context, y)
+        return out.to(device=x.device, dtype=x.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RemoteNetwork:
+        """Unchanged: ComfyUI moves its models between devices, and what has no values can't be moved."""
+        return self
+
+
+def _unsendable(control: Any, options: dict[str, Any], kwargs: dict[str, Any]) -> Iterator[str]:
+    if control is not None:
+        yield "a ControlNet"
+    yield from transformer_patches(options)
+    yield from (f"the model argument {name!r}" for name, value in kwargs.items() if value is not None)
+
+
+def make_remote(network: torch.nn.Module, remote: RemoteModel, dtype: torch.dtype) -> None:
+    """The network's evaluations are requests from now on; it stays an instance of its own class, with all that this one has."""
+    network.to("meta").requires_grad_(False)
+    for name, layer in network.named_modules():
+        if layer is not network:
+            layer.register_forward_pre_hook(partial(_refuse_layer, name))
+    network.__class__ = _remote_class(type(network))
+    network.remote, network.dtype = remote, dtype  # type: ignore[assignment]
+    network.as_made = AsMade(network)  # type: ignore[assignment]
+
+
+@cache
+def _remote_class(of: type) -> type[torch.nn.Module]:
+    """Known by the same name: nodes ask for it."""
+    return type(of.__name__, (RemoteNetwork, of), {"__module__": of.__module__, "__qualname__": of.__qualname__})
+
+
+def _refuse_layer(name: str, *_: Any) -> NoReturn:
+    raise UnsupportedError(f"A node computes with the layer {name} of a parallel MODEL.", ELSEWHERE)
