@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..parallel_backend.checkpoint_files.diffusion_part import PREFIX
-from ..parallel_backend.checkpoint_files.safetensors_file import safetensors_header
+from ..parallel_backend.checkpoint_files.safetensors_file import PICKLED, safetensors_header
 
 
 class BaseWeights(Mapping[str, Tensor]):
@@ -24,7 +25,7 @@ class BaseWeights(Mapping[str, Tensor]):
 
     def __init__(self, path: Path, unet_config: Mapping[str, Any]) -> None:
         self.path = path
-        names = [name for name in safetensors_header(path) if name != "__metadata__"]
+        names = [] if path.suffix in PICKLED else [n for n in safetensors_header(path) if n != "__metadata__"]
         prefix = PREFIX if any(name.startswith(PREFIX) for name in names) else ""
         self._in_file = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
         self._converted: dict[str, Tensor] = {}
@@ -38,8 +39,11 @@ class BaseWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name in self._converted:
             return self._converted[name]
-        with safe_open(self.path, framework="pt", device="cpu") as file:
-            return file.get_tensor(self._in_file[name])
+        return self._file.get_tensor(self._in_file[name])
+
+    @cached_property
+    def _file(self) -> Any:
+        return safe_open(self.path, framework="pt", device="cpu")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._in_file)

@@ -53,7 +53,9 @@ def sample(
         out = comfy.sample.sample(model, noise, *named, *prompts, denoise=settings.denoise, **given)
     else:
         # ComfyUI's own function takes another sampler for a name that it doesn't know.
-        like = comfy.samplers.KSampler(model, settings.steps, model.load_device, "euler", settings.scheduler, settings.denoise)
+        like = comfy.samplers.KSampler(
+            model, settings.steps, model.load_device, "euler", settings.scheduler, settings.denoise
+        )
         sampler = in_backend_alone(settings.sampler_name)
         out = comfy.sample.sample_custom(model, noise, settings.cfg, sampler, like.sigmas, *prompts, **given)
     rest = {k: v for k, v in latent.items() if k not in ("downscale_ratio_spacial", "downscale_ratio_temporal")}
@@ -96,7 +98,9 @@ class ParallelSampler(io.ComfyNode):
                     default="euler",
                     tooltip="As KSampler's. Those that the backend doesn't have run step by step.",
                 ),
-                io.Combo.Input("scheduler", options=comfy.samplers.SCHEDULER_NAMES, default="simple", tooltip="As KSampler's."),
+                io.Combo.Input(
+                    "scheduler", options=comfy.samplers.SCHEDULER_NAMES, default="simple", tooltip="As KSampler's."
+                ),
                 io.Conditioning.Input("positive", tooltip="What the picture should show."),
                 io.Conditioning.Input("negative", tooltip="What it should not show."),
                 io.Latent.Input("latent_image", tooltip="The latent to denoise."),
@@ -148,7 +152,9 @@ class ParallelSampler(io.ComfyNode):
         **settings: Any,
     ) -> io.NodeOutput:
         if not isinstance(model, RemotePatcher):
-            raise UnsupportedError("ParallelSampler needs a parallel MODEL.", "Use KSampler for this one, or Parallelize Model.")
+            raise UnsupportedError(
+                "ParallelSampler needs a parallel MODEL.", "Use KSampler for this one, or Parallelize Model."
+            )
         asked = Displaced(warmup_steps, num_patches) if displaced else None
         parallel = model if asked is None else with_displaced(model, asked)
         return io.NodeOutput(sample(parallel, Settings(**settings), positive, negative, latent_image))

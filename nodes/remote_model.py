@@ -1,81 +1,140 @@
-"""A ComfyUI MODEL whose weights live in a backend: one request per model evaluation.
+"""A ComfyUI MODEL whose weights live in a backend: one request a sampling, or one an evaluation.
 
 Stock samplers and guiders run on it as on any MODEL. What can't be sent is refused by its name.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NoReturn
 
 import comfy.model_management as mm
+import comfy.utils
+from comfy.hooks import HookGroup
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
 
-from ..parallel_backend import RemoteModel
+from ..parallel_backend import RemoteModel, WeightPatches
 from ..parallel_backend.errors import UnsupportedError
+from .base_weights import BaseWeights
 from .core_memory import WeightsElsewhere
 from .core_model import base_model
+from .hung.attention_patches import transformer_patches
 from .hung.layers import network_changes
+from .hung.loop_patches import OWN
 from .hung.refusal import ELSEWHERE, RELOAD, refuse
-from .hung.weights import weight_patches
+from .hung.weights import PREFIX, all_patches, patched_weight, unsendable_weights, weight_patches
+from .whole_loop import sample_in_backend
+
+# Sets of weight patches that are kept ready: those of hooks take turns within a sampling.
+KEPT_SETS = 8
 
 
 class RemotePatcher(WeightsElsewhere):
-    """Refuses what would change weights."""
+    """Its patches of weights go to the backend; what would change its network otherwise is refused."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._sets: OrderedDict[Any, WeightPatches] = OrderedDict()
+        self.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, OWN, sample_in_backend)
+
+    def clone(self, *args: Any, **kwargs: Any) -> Any:
+        copy = super().clone(*args, **kwargs)
+        copy._sets = self._sets
+        return copy
 
     @property
     def remote(self) -> RemoteModel:
         return self.model.diffusion_model.remote
 
+    @property
+    def base(self) -> BaseWeights:
+        return self.model.base_weights
+
+    def check(self) -> None:
+        """Raises: UnsupportedError: what no path to the backend can honour hangs on it."""
+        refuse(unsendable_weights(self), "A parallel MODEL", ELSEWHERE)
+        refuse(transformer_patches(self.model_options.get("transformer_options", {})), "A parallel MODEL", ELSEWHERE)
+        refuse(network_changes(self.model), "A parallel MODEL", RELOAD)
+
     def partially_load(self, device_to: Any, extra_memory: int = 0, force_patch_weights: bool = False) -> Any:
         # Runs before every sampling, where `load` runs only after a change.
-        refuse(weight_patches(self), "A parallel MODEL", ELSEWHERE)
-        self._refuse_changes()
+        self.check()
+        self._wear(self.current_hooks)
         return super().partially_load(device_to, extra_memory, force_patch_weights)
 
     def pre_run(self) -> None:
         # Later than `partially_load`: wrappers of a sampling have begun by now.
-        self._refuse_changes()
+        refuse(network_changes(self.model), "A parallel MODEL", RELOAD)
         self.model.as_made.unseen = True
+        self._wear(self.current_hooks)
         super().pre_run()
 
-    def _refuse_changes(self) -> None:
-        refuse(network_changes(self.model), "A parallel MODEL", RELOAD)
+    def patch_hooks(self, hooks: HookGroup | None) -> None:
+        self.current_hooks = hooks
+        self._wear(hooks)
 
-    def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> NoReturn:
-        self._refuse(f"a LoRA or weight patch on {len(patches)} weights")
+    def unpatch_hooks(self, whitelist_keys_set: Any = None) -> None:
+        self.patch_hooks(None)
 
-    def get_key_patches(self, filter_prefix: str | None = None) -> NoReturn:
-        self._refuse("merging models")
+    def _wear(self, hooks: HookGroup | None) -> None:
+        """The evaluations that follow are of weights with these hooks' patches on them."""
+        self.model.diffusion_model.worn = self.patches_with(hooks)
 
-    def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> NoReturn:
-        self._refuse("saving the model")
+    def patches_with(self, hooks: HookGroup | None) -> WeightPatches:
+        """What lies on the weights: the MODEL's own patches, and those of the hooks at their present strengths."""
+        of_hooks = [(hook.hook_ref, hook.strength) for hook in hooks.hooks] if hooks is not None else []
+        key = (self.patches_uuid, *(held for held in of_hooks if held[0] in self.hook_patches))
+        if key not in self._sets:
+            shapes = {name: tensor.shape for name, tensor in self.model.diffusion_model.state_dict().items()}
+            place = (mm.get_torch_device(), self.model.diffusion_model.dtype)
+            self._sets[key] = weight_patches(all_patches(self, hooks), shapes, self.base, *place)
+        self._sets.move_to_end(key)
+        while len(self._sets) > KEPT_SETS:
+            self._sets.popitem(last=False)
+        return self._sets[key]
 
-    def model_state_dict_for_saving(self, *args: Any, **kwargs: Any) -> NoReturn:
-        self._refuse("saving the model")
+    def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, list[Any]]:
+        """Of each weight the checkpoint's own, mapped, and the patches on it: what merges start from."""
+        keys = [key for key in self.model_state_dict() if filter_prefix is None or key.startswith(filter_prefix)]
+        return {key: [(self._weight(key), _as_it_is), *self.patches.get(key, [])] for key in keys}
+
+    def _weight(self, key: str) -> Tensor:
+        return self.base[key.removeprefix(PREFIX)] if key.startswith(PREFIX) else comfy.utils.get_attr(self.model, key)
+
+    def model_state_dict_for_saving(self, model: Any = None, prefix: str = "") -> dict[str, Tensor]:
+        """The patched weights, in the dtype in which ComfyUI would hold them itself."""
+        dtype, device = self._own_dtype(), mm.get_torch_device()
+        patched = {key.removeprefix(PREFIX): entries for key, entries in self.patches.items()}
+        saved = {}
+        for name in self.model.diffusion_model.state_dict():
+            if name in patched:
+                saved[name] = patched_weight(patched[name], self.base, name, device, dtype)
+            else:
+                saved[name] = self.base[name].to(dtype)
+        return saved if prefix else {PREFIX + name: tensor for name, tensor in saved.items()}
+
+    def _own_dtype(self) -> Any:
+        return mm.unet_dtype(
+            model_params=sum(tensor.numel() for tensor in self.model.diffusion_model.state_dict().values()),
+            supported_dtypes=list(self.model.model_config.supported_inference_dtypes),
+            weight_dtype=comfy.utils.weight_dtype(self.base),
+        )
 
     def deepclone_multigpu(self, *args: Any, **kwargs: Any) -> NoReturn:
         self._refuse("ComfyUI's own MultiGPU")
 
-    def set_injections(self, key: str, injections: Any) -> NoReturn:
-        self._refuse(f"injections ({key})")
-
     def patch_weight_to_device(self, *args: Any, **kwargs: Any) -> NoReturn:
-        self._refuse("patching a weight")
-
-    def add_hook_patches(self, *args: Any, **kwargs: Any) -> NoReturn:
-        self._refuse("weight hooks")
-
-    def patch_hooks(self, hooks: Any) -> None:
-        if hooks is not None:
-            self._refuse("hooks in the conditioning")
-        self.current_hooks = None
-
-    def unpatch_hooks(self, whitelist_keys_set: Any = None) -> None:
-        self.current_hooks = None
+        self._refuse("patching a weight in place")
 
     @staticmethod
     def _refuse(what: str) -> NoReturn:
         raise UnsupportedError(f"A parallel MODEL can't honour {what}.", ELSEWHERE)
+
+
+def _as_it_is(weight: Tensor, **_: Any) -> Tensor:
+    return weight
 
 
 def remote_patcher(remote: RemoteModel, path: Path, held_here: int) -> RemotePatcher:
@@ -86,6 +145,7 @@ def remote_patcher(remote: RemoteModel, path: Path, held_here: int) -> RemotePat
     Raises: CheckpointError: ComfyUI doesn't recognise the file.
     """
     model = base_model(remote, path)
+    model.base_weights = BaseWeights(path, model.model_config.unet_config)
     devices = {"load_device": mm.get_torch_device(), "offload_device": mm.unet_offload_device()}
     patcher = RemotePatcher(model, size=held_here, **devices)
     activations = patcher.memory_required()

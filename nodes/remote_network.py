@@ -10,7 +10,7 @@ import comfy.patcher_extension
 import torch
 from torch import Tensor
 
-from ..parallel_backend import RemoteModel
+from ..parallel_backend import RemoteModel, WeightPatches
 from ..parallel_backend.errors import UnsupportedError
 from .core_memory import interruptible
 from .hung.attention_patches import transformer_patches
@@ -24,6 +24,7 @@ class RemoteNetwork(torch.nn.Module):
     remote: RemoteModel
     dtype: torch.dtype
     as_made: AsMade
+    worn: WeightPatches
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if "forward" in vars(self):  # put there while sampling: it would compute with layers that have no weights
@@ -54,7 +55,7 @@ class RemoteNetwork(torch.nn.Module):
         if self.as_made.unseen:
             refuse(self.as_made.changes(), "A parallel MODEL", RELOAD)
             self.as_made.unseen = False
-        out = interruptible(self.remote.backend, self.remote.forward, x, timesteps, context, y)
+        out = interruptible(self.remote.backend, self.remote.forward, x, timesteps, context, y, patches=self.worn)
         return out.to(device=x.device, dtype=x.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> RemoteNetwork:
@@ -75,8 +76,8 @@ def make_remote(network: torch.nn.Module, remote: RemoteModel, dtype: torch.dtyp
     for name, layer in network.named_modules():
         if layer is not network:
             layer.register_forward_pre_hook(partial(_refuse_layer, name))
-    network.__class__ = _remote_class(type(network))
-    network.remote, network.dtype = remote, dtype  # type: ignore[assignment]
+    network.__class__ = _remote_class(type(network))  # type: ignore[arg-type]
+    network.remote, network.dtype, network.worn = remote, dtype, WeightPatches()  # type: ignore[assignment]
     network.as_made = AsMade(network)  # type: ignore[assignment]
 
 

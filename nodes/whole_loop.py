@@ -17,13 +17,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..parallel_backend.client.remote import Step
-from ..parallel_backend.errors import UnsupportedError
 from ..parallel_backend.rpc.messages import Preview, Result
 from .core_memory import interruptible
 from .hung.displaced_steps import Displaced, displaced_of
 from .hung.loop import Loop, read_loop
 from .hung.refusal import refuse
 from .node_text import say
+
 
 def sample_in_backend(
     executor: WrapperExecutor,

@@ -19,7 +19,7 @@ from ...parallel_backend import Conditioning
 from ...parallel_backend.config import SAMPLERS
 from ...parallel_backend.errors import UnsupportedError
 from .loop_patches import loop_patches
-from .model_sampling import flow_shift, sampling_patches
+from .model_sampling import read_sampling
 
 # Of a processed prompt: what ComfyUI's loop reads beside the model's own inputs, and the value that changes nothing.
 _NEUTRAL: Mapping[str, Any] = {"strength": 1.0}
@@ -64,10 +64,13 @@ def read_loop(
         found.append("a latent of several parts or dims")
     if mask is not None and not torch.equal(mask, mask[:, :1].expand_as(mask)):
         found.append("a noise mask that differs by channel")
+    shift = read_sampling(model, flow=not model.remote.family.startswith("sdxl"))
+    if isinstance(shift, str):
+        found.append(shift)
     conds = {kind: [dict(entry) for entry in entries] for kind, entries in guider.conds.items()}
     for kind, entries in conds.items():
         found += _odd_entries(kind, entries)
-    if found:
+    if found or name is None or isinstance(shift, str):
         return found
     processed = comfy.samplers.process_conds(
         model.model, noise, conds, model.load_device, latent, mask, seed, **_shapes(latent)
@@ -78,9 +81,7 @@ def read_loop(
         if set(inputs) != _INPUTS:
             return [f"model inputs {', '.join(sorted(set(inputs) ^ _INPUTS))} of the {kind} conditioning"]
         prompts[kind] = Conditioning(inputs["c_crossattn"], inputs["y"])
-    assert name is not None
     mask = None if mask is None else mask[:, :1]
-    shift = 1.0 if model.remote.family.startswith("sdxl") else flow_shift(model)
     settings = (sigmas, name, float(guider.cfg), 0 if seed is None else seed)
     return Loop(latent, noise, *settings, prompts["positive"], prompts.get("negative"), mask, shift)
 
@@ -112,7 +113,9 @@ def in_backend_alone(name: str) -> KSAMPLER:
     """A sampler that ComfyUI hasn't, for its guiders: they hand it to the backend, or refuse it."""
 
     def sample(*_: Any, **__: Any) -> NoReturn:
-        raise UnsupportedError(f"The sampler {name} runs in the backend alone.", "Choose another, or remove what is named.")
+        raise UnsupportedError(
+            f"The sampler {name} runs in the backend alone.", "Choose another, or remove what is named."
+        )
 
     sample.backend_name = name  # type: ignore[attr-defined]
     return KSAMPLER(sample)

@@ -23,4 +23,6 @@ def loop_patches(model: ModelPatcher, options: Mapping[str, Any]) -> Iterator[st
         of_options = transformer_options.get(kind, {})
         for name in dict.fromkeys([*getattr(model, kind), *of_options]):
             by_key = {**getattr(model, kind).get(name, {}), **of_options.get(name, {})}
-            yield from (f"{kind[:-1]} {name} of {key or 'another node'}" for key in by_key if by_key[key] and key != OWN)
+            yield from (
+                f"{kind[:-1]} {name} of {key or 'another node'}" for key in by_key if by_key[key] and key != OWN
+            )

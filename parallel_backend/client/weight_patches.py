@@ -32,6 +32,9 @@ class WeightPatches:
     def __bool__(self) -> bool:
         return bool(self._low_rank or self._whole)
 
+    def __deepcopy__(self, memo: object) -> WeightPatches:
+        return self
+
     @property
     def is_written(self) -> bool:
         """Whether its files are there."""

@@ -1,0 +1,222 @@
+"""Patches of weights of every kind that ComfyUI's core knows, for twins.py."""
+
+import functools
+
+import torch
+from twins import call
+
+MODELS = {
+    "sd3": ("sd3-medium.safetensors", {"tp": 2}),
+    "sd3.5-medium": ("sd3.5-medium.safetensors", {"pp": 2}),
+    "sd3.5-large": ("sd3.5-large.safetensors", {"cfg": 2}),
+    "sdxl": ("koala.safetensors", {"patch": 2, "sliced": True}),
+}
+RANK = 3
+
+
+def noise(*shape, seed=0, scale=0.1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def weights(model):
+    """Shapes of the model's weights by ComfyUI's names."""
+    return {name: tuple(t.shape) for name, t in model.model.diffusion_model.state_dict().items()}
+
+
+def chosen(model, dims):
+    """Some layers' weights of so many dims, spread over the model: their names without the ending."""
+    names = [n for n, shape in weights(model).items() if len(shape) == dims and n.endswith(".weight") and min(shape) > 0]
+    return [name.removesuffix(".weight") for name in names[:: max(1, len(names) // 6)]]
+
+
+def kohya(name):
+    return "lora_unet_" + name.replace(".", "_")
+
+
+def lora_file(model, kind, seed=0, scale=0.3):
+    """A file's tensors of that kind for some of the model's layers."""
+    shapes, tensors = weights(model), {}
+    for number, name in enumerate(chosen(model, 2) + (chosen(model, 4) if kind in ("lora", "locon", "dora") else [])):
+        rows, columns, *kernel = shapes[name + ".weight"]
+        key, make = kohya(name), functools.partial(noise, seed=seed + number, scale=scale)
+        tensors |= KINDS[kind](key, rows, columns, kernel, make)
+    return tensors
+
+
+def lora(key, rows, columns, kernel, make):
+    ones = [1] * len(kernel)
+    up, down = make(rows, RANK, *ones), make(RANK, columns, *kernel)
+    return {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down, f"{key}.alpha": torch.tensor(2.0)}
+
+
+def locon(key, rows, columns, kernel, make):
+    if not kernel:
+        return lora(key, rows, columns, kernel, make)
+    return {
+        f"{key}.lora_up.weight": make(rows, RANK, 1, 1),
+        f"{key}.lora_down.weight": make(RANK, columns, 1, 1),
+        f"{key}.lora_mid.weight": make(RANK, RANK, *kernel),
+        f"{key}.alpha": torch.tensor(1.0),
+    }
+
+
+def dora(key, rows, columns, kernel, make):
+    return lora(key, rows, columns, kernel, make) | {f"{key}.dora_scale": 1 + make(rows, 1, *[1] * len(kernel)).abs()}
+
+
+def loha(key, rows, columns, kernel, make):
+    names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    shapes = ((rows, RANK), (RANK, columns)) * 2
+    return {f"{key}.{n}": make(*shape) for n, shape in zip(names, shapes, strict=True)} | {
+        f"{key}.alpha": torch.tensor(3.0)
+    }
+
+
+def lokr(key, rows, columns, kernel, make):
+    return {f"{key}.lokr_w1": make(2, 2), f"{key}.lokr_w2": make(rows // 2, columns // 2)}
+
+
+def glora(key, rows, columns, kernel, make):
+    # By its rank ComfyUI tells the two orders of these four apart.
+    return {
+        f"{key}.a1.weight": make(RANK, columns),
+        f"{key}.a2.weight": make(columns, RANK),
+        f"{key}.b1.weight": make(RANK, columns),
+        f"{key}.b2.weight": make(rows, RANK),
+        f"{key}.alpha": torch.tensor(float(RANK)),
+    }
+
+
+def oft(key, rows, columns, kernel, make):
+    return {f"{key}.oft_blocks": make(4, rows // 4, rows // 4), f"{key}.alpha": torch.tensor(1.0)}
+
+
+def boft(key, rows, columns, kernel, make):
+    return {f"{key}.oft_blocks": make(2, rows // 4, 4, 4), f"{key}.alpha": torch.tensor(1.0)}
+
+
+def diff(key, rows, columns, kernel, make):
+    return {f"{key}.diff": make(rows, columns), f"{key}.diff_b": make(rows)}
+
+
+def set_weight(key, rows, columns, kernel, make):
+    return {f"{key}.set_weight": make(rows, columns)}
+
+
+KINDS = {
+    "lora": lora,
+    "locon": locon,
+    "dora": dora,
+    "loha": loha,
+    "lokr": lokr,
+    "glora": glora,
+    "oft": oft,
+    "boft": boft,
+    "diff": diff,
+    "set_weight": set_weight,
+}
+
+
+def diffusers_lora(model, seed=0):
+    """SD3's and SDXL's LoRAs under diffusers' names: q, k and v of SD3 each on a third of a joined weight."""
+    shapes, tensors = weights(model), {}
+    if "joint_blocks.0.x_block.attn.qkv.weight" in shapes:
+        width = shapes["joint_blocks.0.x_block.attn.proj.weight"][0]
+        names = [f"transformer.transformer_blocks.{block}.attn.{part}" for block in (0, 2) for part in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj")]
+        sizes = dict.fromkeys(names, (width, width))
+    else:
+        found = [n for n in shapes if n.endswith("attn1.to_q.weight")][:2]
+        to_diffusers = {"input_blocks.4.1": "down_blocks.1.attentions.0", "input_blocks.7.1": "down_blocks.2.attentions.0"}
+        sizes = {}
+        for name in found:
+            for ours, theirs in to_diffusers.items():
+                if name.startswith(ours):
+                    sizes["unet." + name.replace(ours, theirs).removesuffix(".weight")] = shapes[name]
+    for number, (name, (rows, columns)) in enumerate(sizes.items()):
+        tensors[f"{name}.lora_A.weight"] = noise(RANK, columns, seed=seed + number, scale=0.3)
+        tensors[f"{name}.lora_B.weight"] = noise(rows, RANK, seed=seed + 70 + number, scale=0.3)
+    return tensors
+
+
+def with_lora(twins, *files_and_strengths):
+    def change(model):
+        for make, strength in files_and_strengths:
+            model = twins.comfy.sd.load_lora_for_models(model, None, make(model), strength, 0)[0]
+        return model
+
+    return change
+
+
+def custom_function(model):
+    """As Fooocus's inpainting and others do: a patch with a function of its own, on a part of a weight."""
+    model, name = model.clone(), chosen(model, 2)[0] + ".weight"
+    rows, columns = weights(model)[name]
+    key = ("diffusion_model." + name, (0, 1, rows // 2), lambda change: change * 0.5)
+    model.add_patches({key: ("diff", (noise(rows // 2, columns, seed=3),))}, 0.9, 0.8)
+    return model
+
+
+def merged(twins, node, other_seed, **inputs):
+    import comfy_extras.nodes_model_merging as merging
+
+    def change(model):
+        other = model.clone()
+        other.add_patches({f"diffusion_model.{n}.weight": ("diff", (noise(*weights(model)[n + ".weight"], seed=other_seed),)) for n in chosen(model, 2)})
+        return call(getattr(merging, node), model, other, **inputs)
+
+    return change
+
+
+def blocks_merged(twins):
+    from comfy_extras.nodes_model_merging import ModelMergeBlocks
+
+    def change(model):
+        other = with_lora(twins, (functools.partial(lora_file, kind="lora", seed=40), 1.0))(model)
+        return call(ModelMergeBlocks, model, other, input=0.3, middle=0.5, out=0.9)
+
+    return change
+
+
+def hooked(twins, keyframes=False, both=False):
+    """KSampler's latent where LoRAs hang on the prompts as hooks, with a strength that changes by step."""
+    import comfy.hooks
+    from comfy_extras.nodes_hooks import PairConditioningSetProperties
+
+    def run(model, **settings):
+        hooks = comfy.hooks.create_hook_lora(lora=lora_file(model, "lora", seed=7), strength_model=0.8, strength_clip=0)
+        if keyframes:
+            frames = comfy.hooks.HookKeyframeGroup()
+            for strength, start in ((1.0, 0.0), (0.2, 0.4)):
+                frames.add(comfy.hooks.HookKeyframe(strength=strength, start_percent=start))
+            hooks.set_keyframes_on_hooks(frames)
+        positive, negative = twins.prompt(model, 1), twins.prompt(model, 2)
+        if both:
+            positive, negative = PairConditioningSetProperties().set_properties(positive, negative, 1.0, "default", hooks=hooks)
+        else:
+            positive, _ = PairConditioningSetProperties().set_properties(positive, negative, 1.0, "default", hooks=hooks)
+        return twins.sample(model, positive=positive, negative=negative, **settings)
+
+    return run
+
+
+def cases(twins):
+    of = functools.partial(functools.partial, lora_file)
+    for name in MODELS:
+        for kind in KINDS:
+            yield name, kind, with_lora(twins, (of(kind=kind), 0.8)), {}
+        yield name, "diffusers' names", with_lora(twins, (diffusers_lora, 1.1)), {}
+        two = with_lora(twins, (of(kind="lora"), 0.7), (diffusers_lora, -0.6), (of(kind="loha", seed=4), 0.5))
+        yield name, "three at once", two, {}
+        yield name, "strength 2, taken back", with_lora(twins, (of(kind="lora"), 2.0)), {}
+    for name in ("sd3", "sdxl"):
+        yield name, "strength 0", with_lora(twins, (of(kind="lora"), 0.0)), {}
+        yield name, "no key fits", with_lora(twins, (lambda model: {"lora_unet_nothing.lora_up.weight": noise(4, 4)}, 1.0)), {}
+        yield name, "a function of its own", custom_function, {}
+        yield name, "ModelMergeSimple", merged(twins, "ModelMergeSimple", 1, ratio=0.3), {}
+        yield name, "ModelMergeAdd", merged(twins, "ModelAdd", 2), {}
+        yield name, "ModelMergeSubtract", merged(twins, "ModelSubtract", 3, multiplier=0.5), {}
+        yield name, "ModelMergeBlocks", blocks_merged(twins), {}
+        yield name, "hook on one prompt", lambda model: model, {"of": hooked(twins)}
+        yield name, "hook with keyframes", lambda model: model, {"of": hooked(twins, keyframes=True, both=True), "steps": 4}
+        lora_and_hook = with_lora(twins, (of(kind="lora", seed=30), 0.4))
+        yield name, "LoRA and hook", lora_and_hook, {"of": hooked(twins, both=True)}

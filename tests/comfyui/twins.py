@@ -1,0 +1,113 @@
+"""A MODEL of a real ComfyUI and its parallel twin, side by side: twins.py COMFYUI PACK CASES BACKEND FOLDER.
+
+CASES is the name of a module beside this file with `MODELS`, files and meshes by name, and `cases(twins)`, which yields (name of the
+model, name of the case, what to do to a MODEL, settings of the sampling). Prints as JSON, by model and case: how far the parallel
+latent is from the local one, how far that is from the plain model's, and what the node said.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import sys
+import traceback
+
+import shims
+import torch
+
+
+class Twins:
+    """The two MODELs of each file, and what is made of them."""
+
+    def __init__(self, comfy_folder, pack, backend, folder):
+        shims.install()
+        sys.path.insert(0, os.path.abspath(comfy_folder))
+        sys.argv = ["main.py", "--cpu"]
+        import comfy.options
+
+        comfy.options.enable_args_parsing()
+        import comfy.sample
+        import comfy.samplers
+        import comfy.sd
+
+        self.comfy, self.folder = comfy, folder
+        spec = importlib.util.spec_from_file_location("pack", f"{pack}/__init__.py", submodule_search_locations=[pack])
+        sys.modules["pack"] = importlib.util.module_from_spec(spec)
+        self.core_memory, self.remote_model, self.whole_loop, backends = (
+            importlib.import_module(f"pack.{part}")
+            for part in ("nodes.core_memory", "nodes.remote_model", "nodes.whole_loop", "parallel_backend")
+        )
+        self.backend, self.mesh = backends.Backend.attach(backend), backends.MeshSpec
+        self.said = []
+        self.whole_loop.say = lambda text, **_: self.said.append(text)
+        self._models = {}
+
+    def pair(self, name, file, mesh):
+        """(local, parallel), loaded once."""
+        if name not in self._models:
+            path = os.path.join(self.folder, file)
+            local = self.comfy.sd.load_diffusion_model(path, model_options={"dtype": torch.float32})
+            remote = self.backend.load_model(path, self.mesh(**mesh), "float32")
+            pathlike = importlib.import_module("pathlib").Path(path)
+            self._models[name] = local, self.remote_model.remote_patcher(remote, pathlike, 1)
+        return self._models[name]
+
+    def prompt(self, model, seed, tokens=77, **options):
+        """Random CONDITIONING of the widths that the model takes."""
+        context, pooled = (4096, 2048) if "SD3" in type(model.model).__name__ else (2048, 1280)
+        if type(model.model).__name__ == "SDXLRefiner":
+            context = 1280
+        generator = torch.Generator().manual_seed(seed)
+        tensor = torch.randn(1, tokens, context, generator=generator)
+        return [[tensor, {"pooled_output": torch.randn(1, pooled, generator=generator), **options}]]
+
+    def latent(self, model, rows=8, columns=6):
+        channels = model.model.latent_format.latent_channels
+        return torch.randn(1, channels, rows, columns, generator=torch.Generator().manual_seed(9))
+
+    def sample(self, model, *, steps=2, cfg=3.0, sampler="euler", scheduler="simple", seed=5, **more):
+        """KSampler's latent; `positive`, `negative`, `latent` and sample's own settings may be given."""
+        latent = more.pop("latent", None)
+        latent = self.latent(model) if latent is None else latent
+        positive, negative = more.pop("positive", None), more.pop("negative", None)
+        prompts = positive or self.prompt(model, 1), negative or self.prompt(model, 2)
+        noise = self.comfy.sample.prepare_noise(latent, seed)
+        more = {"denoise": 0.8, "seed": seed, "disable_pbar": True} | more
+        return self.comfy.sample.sample(model, noise, steps, cfg, sampler, scheduler, *prompts, latent, **more)
+
+
+def call(node, *args, **inputs):
+    """A node's first output, of either of ComfyUI's kinds of node."""
+    if hasattr(node, "define_schema"):
+        return node.execute(*args, **inputs).result[0]
+    return getattr(node(), node.FUNCTION)(*args, **inputs)[0]
+
+
+def main(comfy_folder, pack, cases, backend, folder):
+    logging.disable(logging.WARNING)
+    twins, module, outcomes, plain = Twins(comfy_folder, pack, backend, folder), importlib.import_module(cases), {}, {}
+    with torch.inference_mode():
+        for name, case, change, settings in module.cases(twins):
+            models = twins.pair(name, *module.MODELS[name])
+            key = name, str({k: v for k, v in settings.items() if k != "of"})
+            outcome = outcomes.setdefault(name, {})[case] = {}
+            twins.said.clear()
+            try:
+                run = settings.pop("of", twins.sample)
+                local, parallel = (run(change(model), **settings) for model in models)
+            except Exception as error:  # noqa: BLE001 - told to the test, by case
+                outcome["error"] = f"{type(error).__name__}: {error}\n{traceback.format_exc()[-1500:]}"
+                continue
+            if key not in plain:
+                plain[key] = run(models[0], **settings)
+            outcome["far"] = float((parallel - local).abs().max())
+            outcome["effect"] = float((local - plain[key]).abs().max())
+            outcome["said"] = twins.said[-1] if twins.said else ""
+    twins.backend.close()
+    print(json.dumps(outcomes))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
