@@ -21,7 +21,6 @@ from .hung.conditioning import sd3_conditioning, sdxl_conditioning
 from .hung.loop_patches import loop_patches
 from .hung.model_sampling import flow_shift, sampling_patches
 from .hung.refusal import ON_KSAMPLER, refuse
-from .hung.weights import weight_patches
 from .node_text import say
 from .remote_model import RemotePatcher
 
@@ -50,7 +49,7 @@ def sample(
     """
     if not isinstance(model, RemotePatcher):
         raise UnsupportedError("ParallelSampler needs a MODEL from a parallel loader.", "Use KSampler for this one.")
-    refuse(weight_patches(model), "ParallelSampler", "Remove those nodes.")
+    model.refuse_patches()
     refuse(loop_patches(model), "ParallelSampler", ON_KSAMPLER)
     full = comfy.sample.fix_empty_latent_channels(model, latent["samples"], latent.get("downscale_ratio_spacial"))
     named = ((positive, "positive"), (negative, "negative"))

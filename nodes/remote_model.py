@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import comfy.model_management as mm
+import torch
 
 from ..parallel_backend import RemoteModel
 from ..parallel_backend.errors import UnsupportedError
 from .core_memory import WeightsElsewhere
 from .core_model import base_model
+from .hung.compute import compute_patches
+from .hung.guidance import patching_functions
 from .hung.layers import network_changes
-from .hung.refusal import ELSEWHERE, RELOAD, refuse
+from .hung.refusal import ELSEWHERE, IN_MESH_CONFIG, RELOAD, refuse
 from .hung.weights import weight_patches
 
 
@@ -24,21 +27,26 @@ class RemotePatcher(WeightsElsewhere):
 
     @property
     def remote(self) -> RemoteModel:
-        return self.model.diffusion_model.remote
+        return self.model.as_made.network.remote  # also where a node has put something else in its place
+
+    def model_dtype(self) -> torch.dtype:
+        return self.model.as_made.network.dtype
 
     def partially_load(self, device_to: Any, extra_memory: int = 0, force_patch_weights: bool = False) -> Any:
         # Runs before every sampling, where `load` runs only after a change.
-        refuse(weight_patches(self), "A parallel MODEL", ELSEWHERE)
-        self._refuse_changes()
+        self.refuse_patches()
         return super().partially_load(device_to, extra_memory, force_patch_weights)
 
     def pre_run(self) -> None:
-        # Later than `partially_load`: wrappers of a sampling have begun by now.
-        self._refuse_changes()
+        self.refuse_patches()  # once more: what wraps the sampling has begun by now
         self.model.as_made.unseen = True
         super().pre_run()
 
-    def _refuse_changes(self) -> None:
+    def refuse_patches(self) -> None:
+        """Raises UnsupportedError that names what hangs on this MODEL, or was done to its network, and ranks can't honour."""
+        refuse(compute_patches(self), "A parallel MODEL", IN_MESH_CONFIG)
+        refuse(weight_patches(self), "A parallel MODEL", ELSEWHERE)
+        refuse(patching_functions(self), "A parallel MODEL", ELSEWHERE)
         refuse(network_changes(self.model), "A parallel MODEL", RELOAD)
 
     def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> NoReturn:

@@ -17,7 +17,7 @@ _PARTS = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _NO_MATTER = frozenset(
     {
-        *(*_PARTS, *_HOOKS, "_non_persistent_buffers_set", "training", "as_made"),
+        *(*_PARTS, *_HOOKS, "_non_persistent_buffers_set", "training", "as_made", "_is_torch_compile"),
         *("_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook"),
         *("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"),
         *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
@@ -88,9 +88,10 @@ def _state(layer: Module) -> dict[str, Any]:
 
 
 def _functions(kind: type) -> dict[str, Any]:
-    """The functions of a class, as its layers run them: only those below torch's base of all layers."""
+    """The functions that layers of a class run, without those of torch's base of all layers."""
     own = [ancestor for ancestor in reversed(kind.__mro__) if ancestor not in (object, Module)]
-    return {n: f for ancestor in own for n, f in vars(ancestor).items() if isinstance(f, FunctionType)}
+    functions = ((n, f) for ancestor in own for n, f in vars(ancestor).items() if isinstance(f, FunctionType))
+    return {name: function for name, function in functions if not name.startswith("__") or name == "__call__"}
 
 
 def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

@@ -20,6 +20,6 @@ def weight_patches(model: ModelPatcher) -> Iterator[str]:
     if getattr(model, "hook_patches", None):
         yield "weight hooks"
     for key in model.object_patches:
-        if key.split(".")[0] == "diffusion_model":
+        if key.split(".")[0] in ("diffusion_model", "apply_model", "_apply_model"):
             yield f"the object patch {key!r}"
     yield from transformer_patches(model.model_options.get("transformer_options", {}))
