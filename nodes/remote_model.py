@@ -6,11 +6,13 @@ Stock samplers and guiders run on it as on any MODEL. What can't be sent is refu
 from __future__ import annotations
 
 from collections import OrderedDict
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
 import comfy.model_management as mm
 import comfy.utils
+import torch
 from comfy.hooks import HookGroup
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
@@ -21,9 +23,11 @@ from .base_weights import BaseWeights
 from .core_memory import WeightsElsewhere
 from .core_model import base_model
 from .hung.attention_patches import transformer_patches
+from .hung.compute import compute_patches
+from .hung.guidance import patching_functions
 from .hung.layers import network_changes
 from .hung.loop_patches import OWN
-from .hung.refusal import ELSEWHERE, RELOAD, refuse
+from .hung.refusal import ELSEWHERE, IN_MESH_CONFIG, RELOAD, refuse
 from .hung.weights import PREFIX, all_patches, patched_weight, unsendable_weights, weight_patches
 from .whole_loop import sample_in_backend
 
@@ -45,8 +49,16 @@ class RemotePatcher(WeightsElsewhere):
         return copy
 
     @property
+    def network(self) -> Any:
+        """The one that it was made with, also where a node has put another in its place."""
+        return self.model.as_made.network
+
+    @property
     def remote(self) -> RemoteModel:
-        return self.model.diffusion_model.remote
+        return self.network.remote
+
+    def model_dtype(self) -> torch.dtype:
+        return self.network.dtype
 
     @property
     def base(self) -> BaseWeights:
@@ -54,8 +66,10 @@ class RemotePatcher(WeightsElsewhere):
 
     def check(self) -> None:
         """Raises: UnsupportedError: what no path to the backend can honour hangs on it."""
-        refuse(unsendable_weights(self), "A parallel MODEL", ELSEWHERE)
-        refuse(transformer_patches(self.model_options.get("transformer_options", {})), "A parallel MODEL", ELSEWHERE)
+        refuse(compute_patches(self), "A parallel MODEL", IN_MESH_CONFIG)
+        options = self.model_options.get("transformer_options", {})
+        inside = chain(unsendable_weights(self), transformer_patches(options), patching_functions(self))
+        refuse(inside, "A parallel MODEL", ELSEWHERE)
         refuse(network_changes(self.model), "A parallel MODEL", RELOAD)
 
     def partially_load(self, device_to: Any, extra_memory: int = 0, force_patch_weights: bool = False) -> Any:
@@ -65,8 +79,7 @@ class RemotePatcher(WeightsElsewhere):
         return super().partially_load(device_to, extra_memory, force_patch_weights)
 
     def pre_run(self) -> None:
-        # Later than `partially_load`: wrappers of a sampling have begun by now.
-        refuse(network_changes(self.model), "A parallel MODEL", RELOAD)
+        self.check()  # once more: what wraps the sampling has begun by now
         self.model.as_made.unseen = True
         self._wear(self.current_hooks)
         super().pre_run()
@@ -80,15 +93,15 @@ class RemotePatcher(WeightsElsewhere):
 
     def _wear(self, hooks: HookGroup | None) -> None:
         """The evaluations that follow are of weights with these hooks' patches on them."""
-        self.model.diffusion_model.worn = self.patches_with(hooks)
+        self.network.worn = self.patches_with(hooks)
 
     def patches_with(self, hooks: HookGroup | None) -> WeightPatches:
         """What lies on the weights: the MODEL's own patches, and those of the hooks at their present strengths."""
         of_hooks = [(hook.hook_ref, hook.strength) for hook in hooks.hooks] if hooks is not None else []
         key = (self.patches_uuid, *(held for held in of_hooks if held[0] in self.hook_patches))
         if key not in self._sets:
-            shapes = {name: tensor.shape for name, tensor in self.model.diffusion_model.state_dict().items()}
-            place = (mm.get_torch_device(), self.model.diffusion_model.dtype)
+            shapes = {name: tensor.shape for name, tensor in self.network.state_dict().items()}
+            place = (mm.get_torch_device(), self.network.dtype)
             self._sets[key] = weight_patches(all_patches(self, hooks), shapes, self.base, *place)
         self._sets.move_to_end(key)
         while len(self._sets) > KEPT_SETS:
@@ -108,7 +121,7 @@ class RemotePatcher(WeightsElsewhere):
         dtype, device = self._own_dtype(), mm.get_torch_device()
         patched = {key.removeprefix(PREFIX): entries for key, entries in self.patches.items()}
         saved = {}
-        for name in self.model.diffusion_model.state_dict():
+        for name in self.network.state_dict():
             if name in patched:
                 saved[name] = patched_weight(patched[name], self.base, name, device, dtype)
             else:
@@ -117,7 +130,7 @@ class RemotePatcher(WeightsElsewhere):
 
     def _own_dtype(self) -> Any:
         return mm.unet_dtype(
-            model_params=sum(tensor.numel() for tensor in self.model.diffusion_model.state_dict().values()),
+            model_params=sum(tensor.numel() for tensor in self.network.state_dict().values()),
             supported_dtypes=list(self.model.model_config.supported_inference_dtypes),
             weight_dtype=comfy.utils.weight_dtype(self.base),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import partial
 from typing import Any, NoReturn
 
 import comfy.patcher_extension
@@ -81,7 +81,6 @@ def make_remote(network: torch.nn.Module, remote: RemoteModel, dtype: torch.dtyp
     network.as_made = AsMade(network)  # type: ignore[assignment]
 
 
-@cache
 def _remote_class(of: type) -> type[torch.nn.Module]:
     """Known by the same name: nodes ask for it."""
     return type(of.__name__, (RemoteNetwork, of), {"__module__": of.__module__, "__qualname__": of.__qualname__})

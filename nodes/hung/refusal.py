@@ -8,6 +8,7 @@ from ...parallel_backend.errors import UnsupportedError
 
 ON_KSAMPLER = "Use KSampler or SamplerCustomAdvanced on the same MODEL; they sample on the backend step by step."
 ELSEWHERE = "The weights live in the backend. Remove that node, or load the model with ComfyUI's own loader."
+IN_MESH_CONFIG = "Remove that node; Mesh Config has the ranks' dtype, and compiles on the ranks."
 RELOAD = (
     "The weights live in the backend. Remove that node and free the models and node cache, or use ComfyUI's own loader."
 )

@@ -36,7 +36,7 @@ def unsendable_weights(model: ModelPatcher) -> Iterator[str]:
         if not key.startswith(PREFIX):
             yield f"a patch on {key}, which is outside the diffusion model"
     for key in model.object_patches:
-        if key.split(".")[0] == "diffusion_model":
+        if key.split(".")[0] in ("diffusion_model", "apply_model", "_apply_model"):
             yield f"the object patch {key!r}"
 
 
