@@ -24,33 +24,45 @@ DeviceType = Literal["cuda", "cpu"]
 DEFAULT_IDLE_SECONDS = 1800
 LONGEST_IDLE_SECONDS = 1e8
 
-SAMPLERS = (
+# Those whose step takes one evaluation and computes every value of the latent from its own alone: parts of an image can
+# be at different steps. One that draws noise does so from its first step on.
+SAMPLERS_OF_PATCHES = (
     "euler",
     "euler_ancestral",
     "euler_stochastic",
-    "heun",
-    "dpm_2",
-    "dpm_2_ancestral",
     "lms",
-    "dpmpp_2s_ancestral",
-    "dpmpp_sde",
     "dpmpp_2m",
     "dpmpp_2m_sde",
+    "dpmpp_2m_sde_heun",
     "dpmpp_3m_sde",
     "ddim",
     "lcm",
     "ddpm",
     "deis",
     "ipndm",
-    "uni_pc",
     "res_multistep",
+    "res_multistep_ancestral",
+    "gradient_estimation",
+    "er_sde",
 )
-# Those whose step takes one evaluation and computes every value of the latent from its own alone: parts of an image can
-# be at different steps.
-SAMPLERS_OF_PATCHES = tuple(
-    name
-    for name in SAMPLERS
-    if name not in ("heun", "dpm_2", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "uni_pc")
+SAMPLERS = (
+    *SAMPLERS_OF_PATCHES,
+    "heun",
+    "heunpp2",
+    "exp_heun_2_x0",
+    "exp_heun_2_x0_sde",
+    "dpm_2",
+    "dpm_2_ancestral",
+    "dpm_fast",
+    "dpm_adaptive",
+    "dpmpp_2s_ancestral",
+    "dpmpp_sde",
+    "seeds_2",
+    "seeds_3",
+    "sa_solver",
+    "sa_solver_pece",
+    "uni_pc",
+    "uni_pc_bh2",
 )
 SCHEDULERS = (
     "simple",

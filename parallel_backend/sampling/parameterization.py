@@ -25,6 +25,10 @@ class Parameterization(Protocol):
     def sigmas(self) -> Tensor: ...
     def sigma(self, timestep: Tensor) -> Tensor: ...
     def timestep(self, sigma: Tensor) -> Tensor: ...
+    def sigma_at(self, share: float) -> float:
+        """The sigma after so much of the model's time, 0 at the start of sampling and 1 at the end."""
+        ...
+
     def model_input(self, x: Tensor, sigma: Tensor) -> Tensor: ...
     def denoised(self, x: Tensor, sigma: Tensor, output: Tensor) -> Tensor: ...
     def start(self, latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor: ...
@@ -53,6 +57,9 @@ class Flow:
 
     def timestep(self, sigma: Tensor) -> Tensor:
         return sigma * self.steps
+
+    def sigma_at(self, share: float) -> float:
+        return self.shifted(1 - share)
 
     def model_input(self, x: Tensor, sigma: Tensor) -> Tensor:
         return x
@@ -115,6 +122,9 @@ class Discrete:
         """The nearest in log sigma."""
         distances = sigma.log().reshape(-1, 1) - self.log_sigmas
         return distances.abs().argmin(1).view(sigma.shape)
+
+    def sigma_at(self, share: float) -> float:
+        return float(self.sigma(torch.tensor((1 - share) * (self.steps - 1))))
 
     def model_input(self, x: Tensor, sigma: Tensor) -> Tensor:
         return x / (sigma**2 + 1).sqrt()
