@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import SamplerSpec
+from ..config import ModelSampling, SamplerSpec
 from ..errors import BackendLostError, StartError, UnknownModelError
 from ..rpc.conditioning import Conditioning
 from ..rpc.messages import (
@@ -145,6 +145,7 @@ class RemoteModel(_Remote):
         batch_index: Sequence[int] | None = None,
         preview: bool = False,
         trace: bool = False,
+        model_sampling: ModelSampling | None = None,
         on_step: Callable[[Step], None] | None = None,
         should_cancel: Callable[[], bool] | None = None,
     ) -> Tensor:
@@ -160,12 +161,15 @@ class RemoteModel(_Remote):
             num_patches: that flow through the pipeline of pp ranks; 0 is as many as stages.
             noise, sigmas: in place of those that seed and scheduler give.
             noise_mask: 1 where the latent may change, (B, 1, Y, X) of any Y and X.
+            model_sampling: what the model's output means, and its sigmas, in place of what its file and `shift` say.
             trace: keep what each rank did when, in `timeline`: rank, and the columns of distributed/traffic.py.
             on_step: told after each step. What it raises cancels the job and is raised again.
         Returns: (B, C, Y, X), fp32, on the CPU.
         Raises: InputError, ConfigError, CancelledError, BackendLostError, RankError.
         """
-        spec = SamplerSpec(sampler, scheduler, steps, cfg_scale, denoise, seed, shift, warmup_steps, num_patches)
+        spec = SamplerSpec(
+            sampler, scheduler, steps, cfg_scale, denoise, seed, shift, warmup_steps, num_patches, model_sampling
+        )
         attachments = [Attachment(latent.float())]
 
         def attach(tensor: Tensor, kept: bool = False) -> int:

@@ -23,29 +23,35 @@ ACCEPTED = 0.81
 
 
 class _Step(NamedTuple):
-    """A step in lambda, from x and its slope d at `start`."""
+    """A step in lambda, from x and its slope d at `start`.
+
+    Rounding must be k-diffusion's: at high sigmas it is all that an error consists of, and sizes the steps.
+    """
 
     x: Tensor
     d: Tensor
     start: Tensor
-    h: Tensor
+    end: Tensor
+
+    def h(self, share: float) -> Tensor:
+        return share * (self.end - self.start)
 
     def sigma(self, share: float) -> Tensor:
-        return (-(self.start + share * self.h)).exp()
+        return (-(self.end if share == 1 else self.start + self.h(share))).exp()
 
     def first_order(self, share: float) -> Tensor:
         """x after a share of the step."""
-        return self.x - self.sigma(share) * torch.expm1(share * self.h) * self.d
+        return self.x - self.sigma(share) * torch.expm1(self.h(share)) * self.d
 
     def second_order(self, d: Tensor, at: float) -> Tensor:
         """x at the end; `d` is the slope after the share `at`."""
-        return self.first_order(1) - self.sigma(1) / (2 * at) * torch.expm1(self.h) * (d - self.d)
+        return self.first_order(1) - self.sigma(1) / (2 * at) * torch.expm1(self.h(1)) * (d - self.d)
 
     def bent(self, share: float, d: Tensor, at: float) -> Tensor:
         """x after a share of the step, where the slope changes linearly and is `d` after the share `at`."""
-        h = share * self.h
-        change = (share / at) * (d - self.d)
-        return self.first_order(share) - self.sigma(share) * (torch.expm1(h) / h - 1) * change
+        h = self.h(share)
+        weight = self.sigma(share) / (at / share) * (torch.expm1(h) / h - 1)
+        return self.first_order(share) - weight * (d - self.d)
 
     def slope_at(self, share: float, x: Tensor, step: int | None = None) -> Generator[Evaluation, Tensor, Tensor]:
         sigma = self.sigma(share)
@@ -69,7 +75,7 @@ def dpm_fast(x: Tensor, run: Run) -> Sampler:
     for i, order in enumerate(orders):
         sigma = (-times[i]).exp()
         denoised = yield Evaluation(x, sigma, i)
-        step = _Step(x, slope(x, sigma, denoised), times[i], times[i + 1] - times[i])
+        step = _Step(x, slope(x, sigma, denoised), times[i], times[i + 1])
         if order == 1:
             x = step.first_order(1)
         elif order == 2:
@@ -95,7 +101,7 @@ def dpm_adaptive(x: Tensor, run: Run) -> Sampler:
         if d is None:
             denoised = yield Evaluation(x, (-at).exp(), tries)
             d = slope(x, (-at).exp(), denoised)
-        step = _Step(x, d, at, following - at)
+        step = _Step(x, d, at, following)
         low, high = yield from step.third_order(tries if known else None)
         allowed = (RELATIVE_ERROR * torch.maximum(low.abs(), last_low.abs())).clamp(min=ABSOLUTE_ERROR)
         error = run.agreed(torch.linalg.vector_norm((low - high) / allowed) / x.numel() ** 0.5)
