@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from itertools import product
 from math import isfinite, prod
-from typing import Literal, get_args
+from typing import Literal, TypeAlias, get_args
 
 import msgspec
 
@@ -24,33 +24,45 @@ DeviceType = Literal["cuda", "cpu"]
 DEFAULT_IDLE_SECONDS = 1800
 LONGEST_IDLE_SECONDS = 1e8
 
-SAMPLERS = (
+# Those whose step takes one evaluation and computes every value of the latent from its own alone: parts of an image can
+# be at different steps. One that draws noise does so from its first step on.
+SAMPLERS_OF_PATCHES = (
     "euler",
     "euler_ancestral",
     "euler_stochastic",
-    "heun",
-    "dpm_2",
-    "dpm_2_ancestral",
     "lms",
-    "dpmpp_2s_ancestral",
-    "dpmpp_sde",
     "dpmpp_2m",
     "dpmpp_2m_sde",
+    "dpmpp_2m_sde_heun",
     "dpmpp_3m_sde",
     "ddim",
     "lcm",
     "ddpm",
     "deis",
     "ipndm",
-    "uni_pc",
     "res_multistep",
+    "res_multistep_ancestral",
+    "gradient_estimation",
+    "er_sde",
 )
-# Those whose step takes one evaluation and computes every value of the latent from its own alone: parts of an image can
-# be at different steps.
-SAMPLERS_OF_PATCHES = tuple(
-    name
-    for name in SAMPLERS
-    if name not in ("heun", "dpm_2", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "uni_pc")
+SAMPLERS = (
+    *SAMPLERS_OF_PATCHES,
+    "heun",
+    "heunpp2",
+    "exp_heun_2_x0",
+    "exp_heun_2_x0_sde",
+    "dpm_2",
+    "dpm_2_ancestral",
+    "dpm_fast",
+    "dpm_adaptive",
+    "dpmpp_2s_ancestral",
+    "dpmpp_sde",
+    "seeds_2",
+    "seeds_3",
+    "sa_solver",
+    "sa_solver_pece",
+    "uni_pc",
+    "uni_pc_bh2",
 )
 SCHEDULERS = (
     "simple",
@@ -64,12 +76,22 @@ SCHEDULERS = (
     "kl_optimal",
 )
 
+# What a model's output is, on the schedules of Stable Diffusion's 1000 timesteps and of a range of sigmas.
+DISCRETE_PREDICTIONS = ("eps", "v_prediction", "lcm", "x0", "img_to_img")
+CONTINUOUS_PREDICTIONS = ("eps", "v_prediction", "edm")
+
 
 def choose(value: str, allowed: tuple[str, ...], what: str) -> str:
     """`value`, which is one of `allowed`, or a ConfigError that lists them."""
     if value not in allowed:
         raise ConfigError(f"{what} {value!r} is not known.", f"Choose one of: {', '.join(allowed)}.")
     return value
+
+
+def check_positive(name: str, value: float, usual: str) -> None:
+    """Raises ConfigError unless it is a finite number above 0."""
+    if not (isfinite(value) and value > 0):
+        raise ConfigError(f"{name}={value} is not possible.", f"Use a positive number; {usual}.")
 
 
 class MeshSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -217,11 +239,64 @@ class MeshSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return [cls(**c) for c in combos if prod(c.values()) == world_size and c["cfg"] <= 2]  # type: ignore[arg-type]
 
 
+class FlowSampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """The model gives noise - latent; its times are shifted by `shift` and told to it times `multiplier`.
+
+    `sigmas`: how many the discrete schedules choose from.
+    """
+
+    shift: float = 3.0
+    multiplier: float = 1000.0
+    sigmas: int = 1000
+
+    def __post_init__(self) -> None:
+        check_positive("shift", self.shift, "SD3.5 uses 3")
+        check_positive("multiplier", self.multiplier, "SD3.5 uses 1000")
+        if not 2 <= self.sigmas <= 100_000:
+            raise ConfigError(f"A flow of {self.sigmas} sigmas is not possible.", "Use 1000, or 10000 as Flux does.")
+
+
+class DiscreteSampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """Stable Diffusion's 1000 timesteps, of which `lcm` knows every 20th. See DISCRETE_PREDICTIONS."""
+
+    prediction: str = "eps"
+    zero_snr: bool = False
+
+    def __post_init__(self) -> None:
+        choose(self.prediction, DISCRETE_PREDICTIONS, "Prediction")
+
+
+class ContinuousSampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """Any sigma of a range; `times` says how the model is told it: a quarter of its logarithm, or its arc tangent."""
+
+    prediction: str = "eps"
+    times: Literal["log", "arctan"] = "log"
+    sigma_min: float = 0.002
+    sigma_max: float = 120.0
+    sigma_data: float = 1.0
+
+    def __post_init__(self) -> None:
+        choose(self.prediction, CONTINUOUS_PREDICTIONS, "Prediction")
+        check_positive("sigma_min", self.sigma_min, "0.002 is usual")
+        check_positive("sigma_data", self.sigma_data, "1 is usual")
+        if not (isfinite(self.sigma_max) and self.sigma_max > self.sigma_min):
+            raise ConfigError(
+                f"sigma_max={self.sigma_max} is not possible with sigma_min={self.sigma_min}.",
+                "Use a larger sigma_max.",
+            )
+
+
+ModelSampling: TypeAlias = FlowSampling | DiscreteSampling | ContinuousSampling
+
+
 class SamplerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What KSampler's widgets say. `denoise` below 1 keeps the end of a longer schedule.
 
     With `warmup_steps`, ranks compute the steps after so many on what the others had a step ago; None is exact. On pp
     ranks, `num_patches` parts of the image then flow through the stages; 0 is as many as stages.
+
+    `model_sampling`: what nodes that change it say of the model's output and its sigmas; None is as the file says, with
+    `shift` where that is a flow.
     """
 
     sampler: str = "euler"
@@ -233,6 +308,7 @@ class SamplerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shift: float = 3.0
     warmup_steps: int | None = None
     num_patches: int = 0
+    model_sampling: ModelSampling | None = None
 
     def __post_init__(self) -> None:
         choose(self.sampler, SAMPLERS, "Sampler")
@@ -245,8 +321,7 @@ class SamplerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(f"cfg_scale={self.cfg_scale} is not a number.", "Use a finite number; 1 is no guidance.")
         if not 0 <= self.seed < 2**64:
             raise ConfigError(f"seed={self.seed} does not fit in 64 bits.", "Use 0 to 18446744073709551615.")
-        if not (isfinite(self.shift) and self.shift > 0):
-            raise ConfigError(f"shift={self.shift} is not possible.", "Use a positive number; SD3.5 uses 3.")
+        check_positive("shift", self.shift, "SD3.5 uses 3")
         if self.warmup_steps is not None and self.warmup_steps < 0:
             raise ConfigError(f"warmup_steps={self.warmup_steps} is not possible.", "Use 0 or more; 4 is usual.")
         if self.num_patches < 0:

@@ -24,7 +24,7 @@ from parallel_backend.sampling.parameterization import Discrete, Flow, Parameter
 
 SHAPE = (1, 4, 8, 8)
 BROWNIAN = ("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde")
-MODELS = {"flow": Flow(3.0), "noise": Discrete(), "v": Discrete(v_prediction=True)}
+MODELS = {"flow": Flow(3.0), "noise": Discrete(), "v": Discrete("v_prediction")}
 CASES = [(s, m) for m in MODELS for s in SAMPLERS if m == "flow" or s != "euler_stochastic"]
 
 

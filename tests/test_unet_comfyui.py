@@ -113,7 +113,7 @@ def test_v_prediction_and_zero_snr_are_read_from_the_file(
     reference: dict[str, Tensor], v_prediction: Path, backend2: Backend
 ) -> None:
     assert_latents_equal(picture_of(backend2, v_prediction, V_CASE, MeshSpec(cfg=2)), reference["v"])
-    sigmas = sigmas_for(SamplerSpec(scheduler="normal", steps=20), Discrete(v_prediction=True, zero_snr=True))
+    sigmas = sigmas_for(SamplerSpec(scheduler="normal", steps=20), Discrete("v_prediction", zero_snr=True))
     expected = reference[f"{v_prediction.name}/sigmas/normal/20"]
     torch.testing.assert_close(sigmas, expected, rtol=1e-4, atol=1e-7)
 

@@ -16,7 +16,7 @@ from comfy_extras.nodes_custom_sampler import Guider_Basic
 from torch import Tensor
 
 from ...parallel_backend import Conditioning
-from ...parallel_backend.config import SAMPLERS
+from ...parallel_backend.config import SAMPLERS, ModelSampling
 from ...parallel_backend.errors import UnsupportedError
 from .loop_patches import loop_patches
 from .model_sampling import read_sampling
@@ -40,7 +40,7 @@ class Loop:
     positive: Conditioning
     negative: Conditioning | None
     mask: Tensor | None
-    shift: float
+    model_sampling: ModelSampling
 
 
 def read_loop(
@@ -64,13 +64,13 @@ def read_loop(
         found.append("a latent of several parts or dims")
     if mask is not None and not torch.equal(mask, mask[:, :1].expand_as(mask)):
         found.append("a noise mask that differs by channel")
-    shift = read_sampling(model, flow=not model.remote.family.startswith("sdxl"))
-    if isinstance(shift, str):
-        found.append(shift)
+    sampling = read_sampling(model)
+    if isinstance(sampling, str):
+        found.append(sampling)
     conds = {kind: [dict(entry) for entry in entries] for kind, entries in guider.conds.items()}
     for kind, entries in conds.items():
         found += _odd_entries(kind, entries)
-    if found or name is None or isinstance(shift, str):
+    if found or name is None or isinstance(sampling, str):
         return found
     processed = comfy.samplers.process_conds(
         model.model, noise, conds, model.load_device, latent, mask, seed, **_shapes(latent)
@@ -83,7 +83,7 @@ def read_loop(
         prompts[kind] = Conditioning(inputs["c_crossattn"], inputs["y"])
     mask = None if mask is None else mask[:, :1]
     settings = (sigmas, name, float(guider.cfg), 0 if seed is None else seed)
-    return Loop(latent, noise, *settings, prompts["positive"], prompts.get("negative"), mask, shift)
+    return Loop(latent, noise, *settings, prompts["positive"], prompts.get("negative"), mask, sampling)
 
 
 def sampler_name(sampler: Any) -> str | None:
@@ -91,7 +91,7 @@ def sampler_name(sampler: Any) -> str | None:
     if type(sampler) is not KSAMPLER:
         return None
     function, options = sampler.sampler_function, sampler.inpaint_options
-    name = getattr(function, "backend_name", None) or _names().get(function)
+    name = getattr(function, "backend_name", None) or _names().get(function) or _made_anew(function)
     if name is None or any(value for key, value in options.items() if key != "random"):
         return None
     defaults = {key: p.default for key, p in inspect.signature(function).parameters.items()}
@@ -106,7 +106,13 @@ def _names() -> dict[Any, str]:
     """By ComfyUI's functions, those samplers that the backend has."""
     named = {getattr(core_samplers, f"sample_{name}", None): name for name in SAMPLERS}
     del named[None]
-    return named | {uni_pc.sample_unipc: "uni_pc"}
+    return named | {uni_pc.sample_unipc: "uni_pc", uni_pc.sample_unipc_bh2: "uni_pc_bh2"}
+
+
+def _made_anew(function: Any) -> str | None:
+    """Of the two that ComfyUI makes anew each time."""
+    name = getattr(function, "__name__", "").removesuffix("_function")
+    return name if name in ("dpm_fast", "dpm_adaptive") and function.__module__ == comfy.samplers.__name__ else None
 
 
 def in_backend_alone(name: str) -> KSAMPLER:

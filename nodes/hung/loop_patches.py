@@ -10,7 +10,7 @@ from comfy.model_patcher import ModelPatcher
 # The wrapper by which a parallel MODEL's own loop is entered.
 OWN = "parallel_mmdit"
 # What ComfyUI's guiders put together of the other options.
-_OF_GUIDERS = ("transformer_options", "to_load_options")
+_OF_GUIDERS = ("transformer_options", "to_load_options", "registered_hooks")
 
 
 def loop_patches(model: ModelPatcher, options: Mapping[str, Any]) -> Iterator[str]:

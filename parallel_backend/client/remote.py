@@ -12,7 +12,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ..config import SamplerSpec
+from ..config import ModelSampling, SamplerSpec
 from ..errors import BackendLostError, StartError, UnknownModelError, UnknownPatchesError
 from ..rpc.conditioning import Conditioning
 from ..rpc.messages import (
@@ -182,6 +182,7 @@ class RemoteModel(_Remote):
         preview: Preview = "none",
         trace: bool = False,
         patches: WeightPatches | None = None,
+        model_sampling: ModelSampling | None = None,
         on_step: Callable[[Step], None] | None = None,
         should_cancel: Callable[[], bool] | None = None,
     ) -> Tensor:
@@ -198,13 +199,16 @@ class RemoteModel(_Remote):
             noise, sigmas: in place of those that seed and scheduler give.
             noise_mask: 1 where the latent may change, (B, 1, Y, X) of any Y and X.
             preview: of which steps `on_step` gets the latents.
+            model_sampling: what the model's output means, and its sigmas, in place of what its file and `shift` say.
             trace: keep what each rank did when, in `timeline`: rank, and the columns of distributed/traffic.py.
             patches: on the model's weights, for this job.
             on_step: told after each step. What it raises cancels the job and is raised again.
         Returns: (B, C, Y, X), fp32, on the CPU.
         Raises: InputError, ConfigError, CancelledError, BackendLostError, RankError.
         """
-        spec = SamplerSpec(sampler, scheduler, steps, cfg_scale, denoise, seed, shift, warmup_steps, num_patches)
+        spec = SamplerSpec(
+            sampler, scheduler, steps, cfg_scale, denoise, seed, shift, warmup_steps, num_patches, model_sampling
+        )
         attachments = [Attachment(latent.float())]
 
         def attach(tensor: Tensor, kept: bool = False) -> int:

@@ -19,7 +19,7 @@ from ..models.prediction import Predictor, Prompt
 from ..rpc.messages import AxisCost, RankCost, Result, Sample, StepDone, Swap
 from ..sampling.driver import StepReport
 from ..sampling.image import sample_latent
-from ..sampling.parameterization import Discrete, Flow, Parameterization
+from ..sampling.parameterization import Discrete, Flow, Parameterization, parameterization_of
 from .jobs import Job
 
 
@@ -154,6 +154,9 @@ def _step(spec: SamplerSpec, index: int, kept: Kept) -> Step:
 
 
 def _parameterization(predictor: Predictor, spec: SamplerSpec) -> Parameterization:
+    if spec.model_sampling is not None:
+        return parameterization_of(spec.model_sampling)
     if predictor.kind.prediction == "flow":
         return Flow(spec.shift)
-    return Discrete(predictor.network.config.v_prediction, predictor.network.config.zero_snr)
+    config = predictor.network.config
+    return Discrete("v_prediction" if config.v_prediction else "eps", zero_snr=config.zero_snr)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import SamplerSpec
-from . import multistep, samplers
+from . import dpm_solver, exponential, multistep, samplers, stochastic_adams
 from .guidance import Inpaint, guide
 from .noise import SharedNoise, StepNoise
 from .parameterization import Parameterization
@@ -22,13 +22,19 @@ SAMPLERS_BY_NAME: dict[str, Callable[[Tensor, Run], Sampler]] = {
     "euler_ancestral": samplers.euler_ancestral,
     "euler_stochastic": samplers.euler_stochastic,
     "heun": samplers.heun,
+    "heunpp2": samplers.heunpp2,
+    "exp_heun_2_x0": exponential.exp_heun_2_x0,
+    "exp_heun_2_x0_sde": exponential.exp_heun_2_x0_sde,
     "dpm_2": samplers.dpm_2,
     "dpm_2_ancestral": samplers.dpm_2_ancestral,
+    "dpm_fast": dpm_solver.dpm_fast,
+    "dpm_adaptive": dpm_solver.dpm_adaptive,
     "lms": multistep.lms,
     "dpmpp_2s_ancestral": samplers.dpmpp_2s_ancestral,
     "dpmpp_sde": samplers.dpmpp_sde,
     "dpmpp_2m": samplers.dpmpp_2m,
     "dpmpp_2m_sde": samplers.dpmpp_2m_sde,
+    "dpmpp_2m_sde_heun": samplers.dpmpp_2m_sde_heun,
     "dpmpp_3m_sde": samplers.dpmpp_3m_sde,
     # DDIM (eta 0) is Euler in these variables; ComfyUI keeps the name, and draws its own noise under a mask.
     "ddim": samplers.euler,
@@ -37,7 +43,15 @@ SAMPLERS_BY_NAME: dict[str, Callable[[Tensor, Run], Sampler]] = {
     "deis": multistep.deis,
     "ipndm": multistep.ipndm,
     "uni_pc": multistep.uni_pc,
-    "res_multistep": samplers.res_multistep,
+    "uni_pc_bh2": multistep.uni_pc_bh2,
+    "gradient_estimation": multistep.gradient_estimation,
+    "res_multistep": exponential.res_multistep,
+    "res_multistep_ancestral": exponential.res_multistep_ancestral,
+    "er_sde": exponential.er_sde,
+    "seeds_2": exponential.seeds_2,
+    "seeds_3": exponential.seeds_3,
+    "sa_solver": stochastic_adams.sa_solver,
+    "sa_solver_pece": stochastic_adams.sa_solver_pece,
 }
 
 
@@ -71,8 +85,9 @@ class Patch:
 
     def __init__(self, sampler: Sampler, keep: Inpaint | None) -> None:
         self._sampler, self._keep = sampler, keep
-        self.wanted: Evaluation = next(sampler)
+        self.wanted: Evaluation
         self.result: Tensor | None = None
+        self._go_on(None)
 
     def input(self) -> Tensor:
         """What the model is to see."""
@@ -82,11 +97,14 @@ class Patch:
     def take(self, denoised: Tensor) -> Tensor:
         """Goes on with what the model has made of the input; returns it, the mask heeded."""
         denoised = denoised if self._keep is None else self._keep.after(denoised)
+        self._go_on(denoised)
+        return denoised
+
+    def _go_on(self, denoised: Tensor | None) -> None:
         try:
-            self.wanted = self._sampler.send(denoised)
+            self.wanted = next(self._sampler) if denoised is None else self._sampler.send(denoised)
         except StopIteration as end:
             self.result = end.value
-        return denoised
 
 
 def drive(
@@ -100,6 +118,7 @@ def drive(
     mask: Tensor | None,
     mask_noise: Tensor,
     noise_of_steps: StepNoise,
+    agreed: Callable[[Tensor], float],
     on_step: Callable[[StepReport], None],
     pipeline: Pipeline | None = None,
 ) -> Tensor:
@@ -111,12 +130,13 @@ def drive(
         latent: what is noised to the first sigma, in the model's scale.
         mask: 1 where the latent may change; None everywhere.
         noise_of_steps: what samplers add between steps.
+        agreed: a number of the latent's device as every rank is to see it.
         on_step: called once a step; what it raises ends the run.
         pipeline: takes over from its first step on. The steps before it are those of one patch.
     """
     if len(sigmas) < 2:
         return latent
-    if spec.sampler == "uni_pc" and sigmas[-1] == 0:
+    if spec.sampler in ("uni_pc", "uni_pc_bh2") and sigmas[-1] == 0:
         sigmas = torch.cat([sigmas[:-1], sigmas.new_tensor([multistep.UNI_PC_END])])
     x = model.start(latent, noise, sigmas[0])
     steps = len(sigmas) - 1
@@ -126,7 +146,7 @@ def drive(
     for rows in rows_of:
         keep = None if mask is None else Inpaint(mask[:, :, rows], latent[:, :, rows], mask_noise[:, :, rows], model)
         own_noise = noise_of_steps if pipeline is None else draws.of(rows)
-        sampler = SAMPLERS_BY_NAME[spec.sampler](x[:, :, rows], Run(sigmas, own_noise, model))
+        sampler = SAMPLERS_BY_NAME[spec.sampler](x[:, :, rows], Run(sigmas, own_noise, model, agreed))
         patches.append(Patch(sampler, keep))
 
     guided = partial(_guided, model, spec.cfg_scale)

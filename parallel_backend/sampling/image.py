@@ -71,6 +71,7 @@ def sample_latent(
             mask=None if mask is None else mask_for(mask, latent),
             mask_noise=mask_noise,
             noise_of_steps=noise_of_steps,
+            agreed=lambda number: float(share(number)),
             on_step=on_step,
             pipeline=pipeline,
         )

@@ -1,12 +1,14 @@
 """Samplers that extrapolate from the evaluations of earlier steps.
 
 Sources: lms: Adams-Bashforth on uneven steps, as k-diffusion has it. ipndm and deis: Zhang and Chen 2022
-(arXiv 2204.13902), the second in its "tAB" form. uni_pc: Zhao et al. 2023 (arXiv 2302.04867), data prediction, B1(h).
+(arXiv 2204.13902), the second in its "tAB" form. uni_pc: Zhao et al. 2023 (arXiv 2302.04867), data prediction, B1(h) and
+B2(h). gradient_estimation: Permenter and Yuan 2024 (arXiv 2306.04848), algorithm 2.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -98,10 +100,27 @@ def _deis_weights(nodes: list[float], start: float, stop: float, points: int = 1
     return [float((dsigma_dt * _lagrange(t, nodes, j)).sum()) * dt for j in range(len(nodes))]
 
 
-def uni_pc(x: Tensor, run: Run) -> Sampler:
+def gradient_estimation(x: Tensor, run: Run, gamma: float = 2.0) -> Sampler:
+    previous: Tensor | None = None
+    for i, sigma, following in run.pairs:
+        denoised = yield Evaluation(x, sigma, i)
+        d = slope(x, sigma, denoised)
+        if following == 0:
+            x = denoised
+        else:
+            estimate = d if previous is None else gamma * d + (1 - gamma) * previous
+            x = x + estimate * (following - sigma)
+        previous = d
+    return x
+
+
+def uni_pc(x: Tensor, run: Run, scale_of: Callable[[Tensor], Tensor] = torch.neg) -> Sampler:
     """Predict with the last evaluations, evaluate there, correct; orders rise to 3 and fall to 1 at the end.
 
     `run.sigmas` ends at UNI_PC_END or higher: the log-SNR must be finite. Works in the variance-preserving x.
+
+    Args:
+        scale_of: the paper's B(h), negative here as h is that of data prediction.
     """
     steps = len(run.sigmas) - 1
     if steps < 2:
@@ -116,11 +135,15 @@ def uni_pc(x: Tensor, run: Run) -> Sampler:
             past = [(0, (yield Evaluation(x * scales[0], run.sigmas[0], 0)))]
             continue
         order = min(highest, steps + 1 - i) if i >= highest else i
-        step = _UniPcStep.plan(x, past[:order], times, i)
+        step = _UniPcStep.plan(x, past[:order], times, i, scale_of)
         denoised = yield Evaluation(step.predicted * scales[i], run.sigmas[i], i)
         x = step.corrected(denoised)
         past = [(i, denoised), *past[: highest - 1]]
-    return _UniPcStep.plan(x, past[:1], times, steps).predicted / times.alpha[-1]
+    return _UniPcStep.plan(x, past[:1], times, steps, scale_of).predicted / times.alpha[-1]
+
+
+def uni_pc_bh2(x: Tensor, run: Run) -> Sampler:
+    return uni_pc(x, run, lambda h: torch.expm1(-h))
 
 
 class _VpTimes(NamedTuple):
@@ -151,23 +174,30 @@ class _UniPcStep(NamedTuple):
     scale: Tensor
 
     @classmethod
-    def plan(cls, x: Tensor, past: list[tuple[int, Tensor]], times: _VpTimes, i: int) -> _UniPcStep:
+    def plan(
+        cls,
+        x: Tensor,
+        past: list[tuple[int, Tensor]],
+        times: _VpTimes,
+        i: int,
+        scale_of: Callable[[Tensor], Tensor],
+    ) -> _UniPcStep:
         """`past`: (index of sigma, evaluation there), newest first; as many as the step's order."""
         order, (at, newest) = len(past), past[0]
         h = times.log_snr[i] - times.log_snr[at]
         ratios = torch.stack([(times.log_snr[j] - times.log_snr[at]) / h for j, _ in past[1:]] + [torch.ones_like(h)])
         differences = [(m - newest) / r for (_, m), r in zip(past[1:], ratios, strict=False)]
         powers = torch.stack([ratios**k for k in range(order)])
-        targets, phi = [], torch.expm1(-h) / -h - 1
+        targets, phi, b = [], torch.expm1(-h) / -h - 1, scale_of(h)
         for k in range(1, order + 1):
-            targets.append(phi * math.factorial(k) / -h)
+            targets.append(phi * math.factorial(k) / b)
             phi = phi / -h - 1 / math.factorial(k + 1)
         target = torch.stack(targets)
         # For these low orders the paper takes 1/2 in place of the solution.
         half = torch.full_like(target[:1], 0.5)
         predictor = half if order == 2 else torch.linalg.solve(powers[:-1, :-1], target[:-1])
         corrector = half if order == 1 else torch.linalg.solve(powers, target)
-        scale = times.alpha[i] * -h
+        scale = times.alpha[i] * b
         base = times.std[i] / times.std[at] * x - times.alpha[i] * torch.expm1(-h) * newest
         predicted = base - scale * _weighted(predictor, differences, x)
         return cls(base, predicted, newest, differences, corrector, scale)

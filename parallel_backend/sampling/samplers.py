@@ -10,8 +10,8 @@ Ancestral steps on flow models renoise so that the signal's share is kept: see `
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -35,11 +35,15 @@ Sampler = Generator[Evaluation, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Run:
-    """What a sampler is given beside x: its sigmas (on the CPU), its noise and the meaning of sigma."""
+    """What a sampler is given beside x: its sigmas (on the CPU), its noise and the meaning of sigma.
+
+    `agreed`: a number of the latent's device as every rank is to see it; reading one waits for the device.
+    """
 
     sigmas: Tensor
     noise: Noise
     model: Parameterization
+    agreed: Callable[[Tensor], float] = float
 
     @property
     def pairs(self) -> list[tuple[int, Tensor, Tensor]]:
@@ -65,7 +69,7 @@ class Run:
         """The same run with a first sigma whose log-SNR is finite: on a flow model sigma 1 is pure noise."""
         if isinstance(self.model, Flow) and self.sigmas[0] >= 1:
             first = self.model.shifted(torch.tensor(1.0 - 1e-4, dtype=torch.float64)).to(self.sigmas)
-            return Run(torch.cat([first.view(1), self.sigmas[1:]]), self.noise, self.model)
+            return replace(self, sigmas=torch.cat([first.view(1), self.sigmas[1:]]))
         return self
 
 
@@ -145,6 +149,28 @@ def heun(x: Tensor, run: Run) -> Sampler:
             denoised = yield Evaluation(ahead, following)
             ahead = x + (d + slope(ahead, following, denoised)) / 2 * (following - sigma)
         x = ahead
+    return x
+
+
+def heunpp2(x: Tensor, run: Run) -> Sampler:
+    """Heun's step with a look at up to three sigmas, whose slopes weigh as their sigmas do.
+
+    Source: Heun++ of Carzit/sd-webui-samplers-scheduler; there is no paper.
+    """
+    steps, largest = len(run.sigmas) - 1, run.sigmas[0]
+    for i, sigma, following in run.pairs:
+        count = min(3, steps - i)
+        slopes: list[Tensor] = []
+        ahead = x
+        for j in range(i, i + count):
+            denoised = yield Evaluation(ahead, run.sigmas[j], i if j == i else None)
+            slopes.append(slope(ahead, run.sigmas[j], denoised))
+            ahead = ahead + slopes[-1] * (run.sigmas[j + 1] - run.sigmas[j])
+        weights = run.sigmas[i + 1 : i + count] / (count * largest)
+        mean = (1 - weights.sum()) * slopes[0]
+        for weight, d in zip(weights, slopes[1:], strict=True):
+            mean = mean + weight * d
+        x = x + mean * (following - sigma)
     return x
 
 
@@ -249,7 +275,9 @@ def dpmpp_2m(x: Tensor, run: Run) -> Sampler:
     return x
 
 
-def dpmpp_2m_sde(x: Tensor, run: Run) -> Sampler:
+def dpmpp_2m_sde(x: Tensor, run: Run, second_order: Callable[[Tensor], Tensor] | None = None) -> Sampler:
+    """`second_order`: the weight of the denoised latent's change, of the step in log-SNR; None is the midpoint rule's."""
+    weight = second_order or (lambda h: -0.5 * torch.expm1(-2 * h))
     run = run.below_infinite_noise()
     run.noise.foresee(run.noisy_pairs)
     previous = last_h = None
@@ -261,10 +289,14 @@ def dpmpp_2m_sde(x: Tensor, run: Run) -> Sampler:
         h, alpha, start = _sde_multistep(x, sigma, following, denoised, run)
         x = start
         if previous is not None and last_h is not None:
-            x = x - 0.5 * alpha * (-2 * h).expm1() * (h / last_h) * (denoised - previous)
+            x = x + alpha * weight(h) * (h / last_h) * (denoised - previous)
         x = x + _sde_noise(sigma, following, h, run)
         previous, last_h = denoised, h
     return x
+
+
+def dpmpp_2m_sde_heun(x: Tensor, run: Run) -> Sampler:
+    return dpmpp_2m_sde(x, run, lambda h: torch.expm1(-2 * h) / (2 * h) + 1)
 
 
 def dpmpp_3m_sde(x: Tensor, run: Run) -> Sampler:
@@ -324,20 +356,4 @@ def ddpm(x: Tensor, run: Run) -> Sampler:
         if following > 0:
             x = x + ((1 - alpha) * (1 - kept_next) / (1 - kept)).sqrt() * run.noise.gaussian()
             x = x / kept_next.sqrt()
-    return x
-
-
-def res_multistep(x: Tensor, run: Run) -> Sampler:
-    """Source: Zhang et al. 2023 (arXiv 2308.02157), the two-step exponential integrator, without noise."""
-    previous = last_h = None
-    for i, sigma, following in run.pairs:
-        denoised = yield Evaluation(x, sigma, i)
-        h = sigma.log() - following.log()
-        if previous is None or last_h is None or following == 0:
-            x = x + slope(x, sigma, denoised) * (following - sigma)
-        else:
-            phi_1 = torch.expm1(-h) / -h
-            weight = (phi_1 - 1) / -h * (h / -last_h)
-            x = (-h).exp() * x + h * ((phi_1 - weight) * denoised + weight * previous)
-        previous, last_h = denoised, h
     return x

@@ -17,7 +17,7 @@ from ..config import SCHEDULERS, SamplerSpec, choose
 from .parameterization import Parameterization
 
 # These drop the last but one sigma of a schedule that is one step longer.
-_DROP_PENULTIMATE = frozenset({"dpm_2", "dpm_2_ancestral", "uni_pc"})
+_DROP_PENULTIMATE = frozenset({"dpm_2", "dpm_2_ancestral", "uni_pc", "uni_pc_bh2"})
 
 
 def sigmas_for(spec: SamplerSpec, model: Parameterization) -> Tensor:

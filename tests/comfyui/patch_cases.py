@@ -25,7 +25,9 @@ def weights(model):
 
 def chosen(model, dims):
     """Some layers' weights of so many dims, spread over the model: their names without the ending."""
-    names = [n for n, shape in weights(model).items() if len(shape) == dims and n.endswith(".weight") and min(shape) > 0]
+    names = [
+        n for n, shape in weights(model).items() if len(shape) == dims and n.endswith(".weight") and min(shape) > 0
+    ]
     return [name.removesuffix(".weight") for name in names[:: max(1, len(names) // 6)]]
 
 
@@ -122,11 +124,18 @@ def diffusers_lora(model, seed=0):
     shapes, tensors = weights(model), {}
     if "joint_blocks.0.x_block.attn.qkv.weight" in shapes:
         width = shapes["joint_blocks.0.x_block.attn.proj.weight"][0]
-        names = [f"transformer.transformer_blocks.{block}.attn.{part}" for block in (0, 2) for part in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj")]
+        names = [
+            f"transformer.transformer_blocks.{block}.attn.{part}"
+            for block in (0, 2)
+            for part in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj")
+        ]
         sizes = dict.fromkeys(names, (width, width))
     else:
         found = [n for n in shapes if n.endswith("attn1.to_q.weight")][:2]
-        to_diffusers = {"input_blocks.4.1": "down_blocks.1.attentions.0", "input_blocks.7.1": "down_blocks.2.attentions.0"}
+        to_diffusers = {
+            "input_blocks.4.1": "down_blocks.1.attentions.0",
+            "input_blocks.7.1": "down_blocks.2.attentions.0",
+        }
         sizes = {}
         for name in found:
             for ours, theirs in to_diffusers.items():
@@ -161,7 +170,12 @@ def merged(twins, node, other_seed, **inputs):
 
     def change(model):
         other = model.clone()
-        other.add_patches({f"diffusion_model.{n}.weight": ("diff", (noise(*weights(model)[n + ".weight"], seed=other_seed),)) for n in chosen(model, 2)})
+        other.add_patches(
+            {
+                f"diffusion_model.{n}.weight": ("diff", (noise(*weights(model)[n + ".weight"], seed=other_seed),))
+                for n in chosen(model, 2)
+            }
+        )
         return call(getattr(merging, node), model, other, **inputs)
 
     return change
@@ -191,9 +205,13 @@ def hooked(twins, keyframes=False, both=False):
             hooks.set_keyframes_on_hooks(frames)
         positive, negative = twins.prompt(model, 1), twins.prompt(model, 2)
         if both:
-            positive, negative = PairConditioningSetProperties().set_properties(positive, negative, 1.0, "default", hooks=hooks)
+            positive, negative = PairConditioningSetProperties().set_properties(
+                positive, negative, 1.0, "default", hooks=hooks
+            )
         else:
-            positive, _ = PairConditioningSetProperties().set_properties(positive, negative, 1.0, "default", hooks=hooks)
+            positive, _ = PairConditioningSetProperties().set_properties(
+                positive, negative, 1.0, "default", hooks=hooks
+            )
         return twins.sample(model, positive=positive, negative=negative, **settings)
 
     return run
@@ -210,13 +228,23 @@ def cases(twins):
         yield name, "strength 2, taken back", with_lora(twins, (of(kind="lora"), 2.0)), {}
     for name in ("sd3", "sdxl"):
         yield name, "strength 0", with_lora(twins, (of(kind="lora"), 0.0)), {}
-        yield name, "no key fits", with_lora(twins, (lambda model: {"lora_unet_nothing.lora_up.weight": noise(4, 4)}, 1.0)), {}
+        yield (
+            name,
+            "no key fits",
+            with_lora(twins, (lambda model: {"lora_unet_nothing.lora_up.weight": noise(4, 4)}, 1.0)),
+            {},
+        )
         yield name, "a function of its own", custom_function, {}
         yield name, "ModelMergeSimple", merged(twins, "ModelMergeSimple", 1, ratio=0.3), {}
         yield name, "ModelMergeAdd", merged(twins, "ModelAdd", 2), {}
         yield name, "ModelMergeSubtract", merged(twins, "ModelSubtract", 3, multiplier=0.5), {}
         yield name, "ModelMergeBlocks", blocks_merged(twins), {}
         yield name, "hook on one prompt", lambda model: model, {"of": hooked(twins)}
-        yield name, "hook with keyframes", lambda model: model, {"of": hooked(twins, keyframes=True, both=True), "steps": 4}
+        yield (
+            name,
+            "hook with keyframes",
+            lambda model: model,
+            {"of": hooked(twins, keyframes=True, both=True), "steps": 4},
+        )
         lora_and_hook = with_lora(twins, (of(kind="lora", seed=30), 0.4))
         yield name, "LoRA and hook", lora_and_hook, {"of": hooked(twins, both=True)}
