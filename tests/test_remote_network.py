@@ -38,7 +38,7 @@ REFUSED = {
     "SLG": "SkipLayerGuidanceDiT.execute.<locals>.post_cfg_function of comfy_extras.nodes_slg",
     "SLG of DiT": "SkipLayerGuidanceDiTSimple.execute.<locals>.calc_cond_batch_function of comfy_extras.nodes_slg",
     "PAG": "PerturbedAttentionGuidance.execute.<locals>.post_cfg_function of comfy_extras.nodes_pag",
-    "a pack's": "patches_at_a_step.<locals>.guided of __main__ (sampler_post_cfg_function), which patches blocks",
+    "a pack's": "Guided of __main__ (sampler_post_cfg_function), which patches blocks",
 }
 
 

@@ -279,16 +279,15 @@ def scaled(model):
     layer.weight = torch.nn.Parameter(layer.weight * 2)
 
 
-def patches_at_a_step(scale):
-    def with_patch(options):
-        return {**options, "transformer_options": {"patches_replace": {"attn1": {}}}}
+class Guided:
+    """A pack's function: what patches is a method of its object, and is called from some step on."""
 
-    def guided(args):
-        if args["sigma"][0] < 0.01:
-            with_patch(args["model_options"])
-        return args["denoised"] * scale
+    def __call__(self, args):
+        return self.perturbed(args) if args["sigma"][0] < 0.01 else args["denoised"]
 
-    return guided
+    def perturbed(self, args):
+        options = {**args["model_options"], "transformer_options": {"patches_replace": {"attn1": {}}}}
+        return args["model"](args["input"], args["sigma"], **options)
 
 
 def by_wrapper(kind):
@@ -326,7 +325,7 @@ CHANGES = {
     "SLG": (MMDIT, lambda model: patched("nodes_sd3.SkipLayerGuidanceSD3", model, start_percent=0.9)),
     "SLG of DiT": (MMDIT, lambda model: patched("nodes_slg.SkipLayerGuidanceDiTSimple", model, start_percent=0.9)),
     "PAG": (UNET, lambda model: patched("nodes_pag.PerturbedAttentionGuidance", model)),
-    "a pack's": (MMDIT, lambda model: model.set_model_sampler_post_cfg_function(patches_at_a_step(1.0))),
+    "a pack's": (MMDIT, lambda model: model.set_model_sampler_post_cfg_function(Guided())),
 }
 
 
