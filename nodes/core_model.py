@@ -55,6 +55,7 @@ def base_model(remote: RemoteModel, path: Path) -> BaseModel:
     config.__deepcopy__ = lambda memo: config  # copies of a MODEL share it: ComfyUI's class has no way to be copied
     if tensors is None:
         model.diffusion_model = torch.nn.Module()
+        model.diffusion_model.in_channels = config.unet_config["in_channels"]
     else:
         typed = {name: tensor.to(dtype) for name, tensor in tensors.items()}
         try:

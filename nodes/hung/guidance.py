@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import PurePath
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
@@ -30,7 +30,8 @@ def patching_functions(model: ModelPatcher) -> Iterator[str]:
     Read from their code, before anything calls them, and from that of what they call in their own package.
     """
     hung: list[tuple[str, Any]] = [(key, value) for key, value in model.model_options.items()]
-    hung += [(kind, fs) for kind, by_key in model.wrappers.items() for key, fs in by_key.items() if key != OWN]
+    for wrappers in (model.wrappers, model.model_options["transformer_options"].get("wrappers", {})):
+        hung += [(kind, fs) for kind, by_key in wrappers.items() for key, fs in by_key.items() if key != OWN]
     for kind, value in hung:
         for function in value if isinstance(value, list | tuple) else [value]:
             if callable(function) and any(_PATCHING & names(code) for code in _codes(function, set())):
@@ -44,15 +45,10 @@ def names(code: CodeType) -> set[str]:
     return {*code.co_names, *(const for const in code.co_consts if isinstance(const, str))}
 
 
-def _codes(function: Any, seen: set[CodeType]) -> Iterator[CodeType]:
+def _codes(hung: Any, seen: set[CodeType]) -> Iterator[CodeType]:
     """The code of a function and of what it calls, as far as that is of its own package."""
-    while isinstance(function, partial):
-        function = function.func
-    if not isinstance(function, FunctionType | MethodType):
-        function = getattr(function, "__call__", None)  # noqa: B004 - of an object, its method
-    owner = getattr(function, "__self__", None)
-    function = getattr(function, "__func__", function)
-    if not isinstance(function, FunctionType) or function.__code__ in seen:
+    function, owner = _plain(hung)
+    if function is None or function.__code__ in seen:
         return
     used: set[str] = set()
     inner = [function.__code__]
@@ -62,21 +58,33 @@ def _codes(function: Any, seen: set[CodeType]) -> Iterator[CodeType]:
         used |= names(code)
         inner += [const for const in code.co_consts if isinstance(const, CodeType)]
         yield code
-    for called in _reachable(function, owner, used):
+    for called in _called(function, owner, used):
         yield from _codes(called, seen)
 
 
-def _reachable(function: FunctionType, owner: Any, used: set[str]) -> Iterator[Callable[..., Any]]:
-    """Functions that `function` may call by the names that it uses: its closure's, its module's and package's, its object's."""
+def _called(function: FunctionType, owner: Any, used: set[str]) -> Iterator[Any]:
+    """What `function` may call by the names that it uses: of its closure, of its module and package, of its object."""
     package = _package(function)
     cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+    # Whatever else a closure holds is followed too, but not into ComfyUI's sampling, which all of them lead to.
+    yield from (value for value in cells if isinstance(value, _FUNCTIONS) and _package(value) != "comfy")
     found = [function.__globals__.get(name) for name in used]
     modules = [value for value in found if isinstance(value, ModuleType) and value.__name__.split(".")[0] == package]
+    found += [vars(module).get(name) for module in modules for name in used]
     objects = [type(value) for value in (owner, *cells) if _package(type(value)) == package]
-    found += [getattr(holder, name, None) for holder in (*modules, *objects) for name in used]
-    yield from (value for value in cells if isinstance(value, _FUNCTIONS))
+    found += [getattr(kind, name, None) for kind in objects for name in used]
     yield from (value for value in found if isinstance(value, _FUNCTIONS) and _package(value) == package)
 
 
+def _plain(hung: Any) -> tuple[FunctionType | None, Any]:
+    """The function that a callable comes down to, None where it isn't Python; and the object whose method it is."""
+    while isinstance(hung, partial):
+        hung = hung.func
+    method = hung if isinstance(hung, FunctionType | MethodType) else getattr(hung, "__call__", None)  # noqa: B004
+    function = getattr(method, "__func__", method)
+    return function if isinstance(function, FunctionType) else None, getattr(method, "__self__", None)
+
+
 def _package(of: Any) -> str:
-    return str(getattr(of, "__module__", "")).split(".")[0]
+    named = of if isinstance(of, type) else _plain(of)[0]
+    return str(getattr(named, "__module__", "")).split(".")[0]

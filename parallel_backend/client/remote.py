@@ -65,10 +65,6 @@ class _Remote:
     def __post_init__(self) -> None:
         self._generation = self.backend.generation
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Remote:
-        """Itself: what copies of a MODEL or VAE share."""
-        return self
-
     @property
     def name(self) -> str:
         """The name under which the backend holds it."""
@@ -129,6 +125,10 @@ class RemoteModel(_Remote):
     """A diffusion model in a backend."""
 
     timeline: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteModel:
+        """Itself: copies of a MODEL share it."""
+        return self
 
     def _patched_request(
         self,

@@ -2,14 +2,18 @@
 
 import functools
 
+import comfy.hooks
+import comfy.utils
+import comfy_extras.nodes_model_merging as merging
 import torch
+from comfy_extras.nodes_hooks import PairConditioningSetProperties
 from twins import call
 
 MODELS = {
     "sd3": ("sd3-medium.safetensors", {"tp": 2}),
     "sd3.5-medium": ("sd3.5-medium.safetensors", {"pp": 2}),
     "sd3.5-large": ("sd3.5-large.safetensors", {"cfg": 2}),
-    "sdxl": ("koala.safetensors", {"patch": 2, "sliced": True}),
+    "sdxl": ("unet-tiny.safetensors", {"patch": 2, "sliced": True}),
 }
 RANK = 3
 
@@ -90,7 +94,7 @@ def glora(key, rows, columns, kernel, make):
 
 
 def oft(key, rows, columns, kernel, make):
-    return {f"{key}.oft_blocks": make(4, rows // 4, rows // 4), f"{key}.alpha": torch.tensor(1.0)}
+    return {f"{key}.oft_blocks": make(4, rows // 4, rows // 4) * 0.05, f"{key}.alpha": torch.tensor(1.0)}
 
 
 def boft(key, rows, columns, kernel, make):
@@ -120,27 +124,20 @@ KINDS = {
 
 
 def diffusers_lora(model, seed=0):
-    """SD3's and SDXL's LoRAs under diffusers' names: q, k and v of SD3 each on a third of a joined weight."""
+    """A LoRA under diffusers' names: q, k and v of SD3 each on a third of a joined weight."""
     shapes, tensors = weights(model), {}
     if "joint_blocks.0.x_block.attn.qkv.weight" in shapes:
         width = shapes["joint_blocks.0.x_block.attn.proj.weight"][0]
-        names = [
-            f"transformer.transformer_blocks.{block}.attn.{part}"
-            for block in (0, 2)
-            for part in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj")
-        ]
-        sizes = dict.fromkeys(names, (width, width))
-    else:
-        found = [n for n in shapes if n.endswith("attn1.to_q.weight")][:2]
-        to_diffusers = {
-            "input_blocks.4.1": "down_blocks.1.attentions.0",
-            "input_blocks.7.1": "down_blocks.2.attentions.0",
+        parts = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj")
+        sizes = {
+            f"transformer.transformer_blocks.{block}.attn.{part}": (width, width) for block in (0, 2) for part in parts
         }
-        sizes = {}
-        for name in found:
-            for ours, theirs in to_diffusers.items():
-                if name.startswith(ours):
-                    sizes["unet." + name.replace(ours, theirs).removesuffix(".weight")] = shapes[name]
+    else:
+        names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
+        attentions = [
+            name for name in names if ".attn" in name and name.endswith("to_k.weight") and names[name] in shapes
+        ]
+        sizes = {"unet." + name.removesuffix(".weight"): shapes[names[name]] for name in attentions[:6]}
     for number, (name, (rows, columns)) in enumerate(sizes.items()):
         tensors[f"{name}.lora_A.weight"] = noise(RANK, columns, seed=seed + number, scale=0.3)
         tensors[f"{name}.lora_B.weight"] = noise(rows, RANK, seed=seed + 70 + number, scale=0.3)
@@ -165,36 +162,32 @@ def custom_function(model):
     return model
 
 
-def merged(twins, node, other_seed, **inputs):
-    import comfy_extras.nodes_model_merging as merging
+def merged(model, seed):
+    """Another model: this one with some of its weights moved."""
+    other = model.clone()
+    moved = {f"diffusion_model.{name}.weight": weights(model)[name + ".weight"] for name in chosen(model, 2)}
+    other.add_patches({key: ("diff", (noise(*shape, seed=seed),)) for key, shape in moved.items()})
+    return other
 
-    def change(model):
-        other = model.clone()
-        other.add_patches(
-            {
-                f"diffusion_model.{n}.weight": ("diff", (noise(*weights(model)[n + ".weight"], seed=other_seed),))
-                for n in chosen(model, 2)
-            }
-        )
-        return call(getattr(merging, node), model, other, **inputs)
 
-    return change
+def half_merged(model):
+    return call(merging.ModelMergeSimple, model, merged(model, 1), ratio=0.3)
+
+
+def difference_added(model):
+    return call(merging.ModelAdd, model, call(merging.ModelSubtract, merged(model, 2), model, multiplier=1.0))
 
 
 def blocks_merged(twins):
-    from comfy_extras.nodes_model_merging import ModelMergeBlocks
-
     def change(model):
         other = with_lora(twins, (functools.partial(lora_file, kind="lora", seed=40), 1.0))(model)
-        return call(ModelMergeBlocks, model, other, input=0.3, middle=0.5, out=0.9)
+        return call(merging.ModelMergeBlocks, model, other, input=0.3, middle=0.5, out=0.9)
 
     return change
 
 
 def hooked(twins, keyframes=False, both=False):
     """KSampler's latent where LoRAs hang on the prompts as hooks, with a strength that changes by step."""
-    import comfy.hooks
-    from comfy_extras.nodes_hooks import PairConditioningSetProperties
 
     def run(model, **settings):
         hooks = comfy.hooks.create_hook_lora(lora=lora_file(model, "lora", seed=7), strength_model=0.8, strength_clip=0)
@@ -220,31 +213,22 @@ def hooked(twins, keyframes=False, both=False):
 def cases(twins):
     of = functools.partial(functools.partial, lora_file)
     for name in MODELS:
-        for kind in KINDS:
-            yield name, kind, with_lora(twins, (of(kind=kind), 0.8)), {}
+        whole = name in ("sd3.5-large", "sdxl")  # what is not sliced by rows is the same on every mesh
+        for kind in KINDS if whole else ("lora", "dora", "diff"):
+            yield name, kind, with_lora(twins, (of(kind=kind, scale=0.15), 0.8)), {}
         yield name, "diffusers' names", with_lora(twins, (diffusers_lora, 1.1)), {}
         two = with_lora(twins, (of(kind="lora"), 0.7), (diffusers_lora, -0.6), (of(kind="loha", seed=4), 0.5))
         yield name, "three at once", two, {}
-        yield name, "strength 2, taken back", with_lora(twins, (of(kind="lora"), 2.0)), {}
-    for name in ("sd3", "sdxl"):
-        yield name, "strength 0", with_lora(twins, (of(kind="lora"), 0.0)), {}
-        yield (
-            name,
-            "no key fits",
-            with_lora(twins, (lambda model: {"lora_unet_nothing.lora_up.weight": noise(4, 4)}, 1.0)),
-            {},
-        )
-        yield name, "a function of its own", custom_function, {}
-        yield name, "ModelMergeSimple", merged(twins, "ModelMergeSimple", 1, ratio=0.3), {}
-        yield name, "ModelMergeAdd", merged(twins, "ModelAdd", 2), {}
-        yield name, "ModelMergeSubtract", merged(twins, "ModelSubtract", 3, multiplier=0.5), {}
-        yield name, "ModelMergeBlocks", blocks_merged(twins), {}
-        yield name, "hook on one prompt", lambda model: model, {"of": hooked(twins)}
-        yield (
-            name,
-            "hook with keyframes",
-            lambda model: model,
-            {"of": hooked(twins, keyframes=True, both=True), "steps": 4},
-        )
-        lora_and_hook = with_lora(twins, (of(kind="lora", seed=30), 0.4))
-        yield name, "LoRA and hook", lora_and_hook, {"of": hooked(twins, both=True)}
+        if whole:
+            yield name, "strength 0", with_lora(twins, (of(kind="lora"), 0.0)), {}
+            none = {"lora_unet_nothing.lora_up.weight": noise(4, 4)}
+            yield name, "no key fits", with_lora(twins, (lambda model, none=none: none, 1.0)), {}
+            yield name, "a function of its own", custom_function, {}
+            yield name, "ModelMergeSimple", half_merged, {}
+            yield name, "ModelMergeSubtract, ModelMergeAdd", difference_added, {}
+            yield name, "ModelMergeBlocks", blocks_merged(twins), {}
+            yield name, "hook on one prompt", lambda model: model, {"of": hooked(twins)}
+            keyframes = {"of": hooked(twins, keyframes=True, both=True), "steps": 4}
+            yield name, "hook with keyframes", lambda model: model, keyframes
+            lora_and_hook = with_lora(twins, (of(kind="lora", seed=30), 0.4))
+            yield name, "LoRA and hook", lora_and_hook, {"of": hooked(twins, both=True)}

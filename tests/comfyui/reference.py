@@ -27,12 +27,7 @@ def main(comfy_folder, model_path, cases_path, out_path):
     import comfy.supported_models
     from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 
-    class NarrowSDXL(comfy.supported_models.SDXL):
-        """Asked last: SDXL at widths that ComfyUI's loaders know no name for, which its code computes all the same."""
-
-        unet_config = {"context_dim": 2048, "adm_in_channels": 2816, "use_temporal_attention": False}  # noqa: RUF012
-
-    comfy.supported_models.models.append(NarrowSDXL)
+    comfy.supported_models.models.append(shims.narrow_sdxl(comfy.supported_models.SDXL))
     torch.set_num_threads(2)
     models, results = {}, {}
     with safe_open(cases_path, framework="pt") as file, torch.inference_mode():

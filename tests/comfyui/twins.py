@@ -2,7 +2,7 @@
 
 CASES is the name of a module beside this file with `MODELS`, files and meshes by name, and `cases(twins)`, which yields (name of the
 model, name of the case, what to do to a MODEL, settings of the sampling). Prints as JSON, by model and case: how far the parallel
-latent is from the local one, how far that is from the plain model's, and what the node said.
+latent is from the local one, in units of 1 + its values; how far that is from the plain model's; and what the node said.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 
 import shims
@@ -31,7 +32,10 @@ class Twins:
         import comfy.sample
         import comfy.samplers
         import comfy.sd
+        import comfy.supported_models
 
+        comfy.supported_models.models.append(shims.narrow_sdxl(comfy.supported_models.SDXL))
+        torch.set_num_threads(2)
         self.comfy, self.folder = comfy, folder
         spec = importlib.util.spec_from_file_location("pack", f"{pack}/__init__.py", submodule_search_locations=[pack])
         sys.modules["pack"] = importlib.util.module_from_spec(spec)
@@ -56,9 +60,7 @@ class Twins:
 
     def prompt(self, model, seed, tokens=77, **options):
         """Random CONDITIONING of the widths that the model takes."""
-        context, pooled = (4096, 2048) if "SD3" in type(model.model).__name__ else (2048, 1280)
-        if type(model.model).__name__ == "SDXLRefiner":
-            context = 1280
+        context, pooled = (4096, 2048) if type(model.model).__name__ == "SD3" else (2048, 1280)
         generator = torch.Generator().manual_seed(seed)
         tensor = torch.randn(1, tokens, context, generator=generator)
         return [[tensor, {"pooled_output": torch.randn(1, pooled, generator=generator), **options}]]
@@ -91,18 +93,20 @@ def main(comfy_folder, pack, cases, backend, folder):
     with torch.inference_mode():
         for name, case, change, settings in module.cases(twins):
             models = twins.pair(name, *module.MODELS[name])
-            key = name, str({k: v for k, v in settings.items() if k != "of"})
+            started = time.process_time()
             outcome = outcomes.setdefault(name, {})[case] = {}
             twins.said.clear()
+            run = settings.pop("of", twins.sample)
+            key = name, str(sorted(settings.items()))
             try:
-                run = settings.pop("of", twins.sample)
                 local, parallel = (run(change(model), **settings) for model in models)
             except Exception as error:  # noqa: BLE001 - told to the test, by case
                 outcome["error"] = f"{type(error).__name__}: {error}\n{traceback.format_exc()[-1500:]}"
                 continue
             if key not in plain:
-                plain[key] = run(models[0], **settings)
-            outcome["far"] = float((parallel - local).abs().max())
+                plain[key] = twins.sample(models[0], **settings)
+            print(f"{time.process_time() - started:6.2f} s {name} {case}", file=sys.stderr, flush=True)
+            outcome["far"] = float(((parallel - local).abs() / (1 + local.abs())).max())
             outcome["effect"] = float((local - plain[key]).abs().max())
             outcome["said"] = twins.said[-1] if twins.said else ""
     twins.backend.close()

@@ -1,0 +1,333 @@
+"""What ComfyUI and its nodes find in a parallel MODEL: network.py COMFYUI PACK FOLDER; prints what happened, as JSON.
+
+FOLDER has small checkpoints. The backend is invented: it answers with what a local MODEL of the same file computes, so that a
+sampling is ComfyUI's own on both sides.
+"""
+
+import copy
+import importlib.util
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from types import MethodType, SimpleNamespace
+
+import shims
+import torch
+
+MMDIT, UNET, NARROW = "sd3.5-medium", "sdxl-koala", "unet-tiny"
+FAMILIES = {"sd3-medium": "sd3", MMDIT: "sd3", "sd3.5-large": "sd3", UNET: "sdxl", NARROW: "sdxl"}
+
+
+def main(comfy_folder, pack, folder):
+    shims.install()
+    sys.path.insert(0, os.path.abspath(comfy_folder))
+    sys.argv = ["main.py", "--cpu"]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import comfy.memory_management
+    import comfy.model_management as mm
+
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    spec = importlib.util.spec_from_file_location("pack", f"{pack}/__init__.py", submodule_search_locations=[pack])
+    sys.modules["pack"] = importlib.util.module_from_spec(spec)
+    ours = SimpleNamespace(
+        remote=importlib.import_module("pack.parallel_backend").RemoteModel,
+        errors=importlib.import_module("pack.parallel_backend.errors"),
+        patcher=importlib.import_module("pack.nodes.remote_model").remote_patcher,
+        core=importlib.import_module("pack.nodes.core_model"),
+        layers=importlib.import_module("pack.nodes.hung.layers"),
+        folder=Path(folder),
+    )
+    own = {name: local_model(ours, name) for name in FAMILIES}
+    sides = {name: (local, parallel_model(ours, name, local)) for name, local in own.items()}
+    outcomes = {"alike": {name: alike(*sides[name]) for name in FAMILIES}}
+    outcomes["diffusers"] = {name: from_diffusers(ours, name) for name in FAMILIES}
+    outcomes["kept"] = kept(mm, ours, sides[MMDIT][1])
+    outcomes["differences"] = {name: difference(ours, sides[MMDIT], name) for name in GUIDANCE}
+    outcomes["refused"] = {name: refused(ours, sides, name) for name in CHANGES}
+    comfy.memory_management.aimdo_enabled = True  # as on most GPUs: ComfyUI's layers then start without weights
+    outcomes["lazy"] = alike(own[MMDIT], parallel_model(ours, MMDIT, None))
+    print(json.dumps(outcomes))
+
+
+def local_model(ours, name):
+    """ComfyUI's own MODEL of a file; None at widths that it has no name for."""
+    import comfy.sd
+
+    path = str(ours.folder / f"{name}.safetensors")
+    return None if name == NARROW else comfy.sd.load_diffusion_model(path, model_options={"dtype": torch.float32})
+
+
+def parallel_model(ours, name, local):
+    """A parallel MODEL of the same file, whose requests are counted."""
+    path = ours.folder / f"{name}.safetensors"
+    backend = SimpleNamespace(generation="", spec=SimpleNamespace(name="default", address=""))
+    load, loaded = SimpleNamespace(dtype="float32", path=str(path)), SimpleNamespace(model=name, family=FAMILIES[name])
+    remote = ours.remote(backend, load, loaded)
+    remote.requests = 0
+
+    def forward(x, timesteps, context, pooled, should_cancel):
+        remote.requests += 1
+        return local.model.diffusion_model(x, timesteps, context=context, y=pooled, transformer_options={})
+
+    remote.forward, remote.ensure_loaded, remote.is_held = forward, lambda *_, **__: None, lambda *_: True
+    return ours.patcher(remote, path, 1)
+
+
+def alike(local, parallel):
+    """What nodes may ask a MODEL's network for, and how much memory it takes."""
+    network = parallel.model.diffusion_model
+    tensors = [*network.parameters(), *network.buffers()]
+    found = {
+        "class": next(kind.__name__ for kind in type(network).__mro__ if kind.__module__.startswith("comfy.")),
+        "in_channels": network.in_channels,
+        "has": [hasattr(network, name) for name in ("input_blocks", "joint_blocks", "nothing")],
+        "default": getattr(network, "nothing", "default"),
+        "devices": sorted({tensor.device.type for tensor in tensors}),
+        "size": parallel.model_size(),
+    }
+    if local is not None:
+        core = local.model.diffusion_model
+        found["instance"] = isinstance(network, type(core))
+        found["names and shapes"] = shapes(network.state_dict()) == shapes(core.state_dict())
+        found["modules"] = [name for name, _ in network.named_modules()] == [name for name, _ in core.named_modules()]
+    return found
+
+
+def shapes(tensors):
+    return {name: (tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors.items()}
+
+
+def from_diffusers(ours, name):
+    """Whether the same model under diffusers' names is known as the same, and has the same names and shapes."""
+    import comfy.utils
+
+    meta = ours.core.meta_state_dict(ours.folder / f"{name}.safetensors")
+    config, _ = ours.core.detected(meta, sdxl=True)
+    sizes = config.unet_config
+    if FAMILIES[name] == "sd3":
+        names = comfy.utils.mmdit_to_diffusers({"depth": sizes["depth"], "num_blocks": sizes["depth"]})
+    else:
+        names = {k: v for k, v in comfy.utils.unet_to_diffusers(sizes).items() if "class_embedding" not in k}
+    theirs = {}
+    for diffusers, core in names.items():
+        core, part = (core, None) if isinstance(core, str) else core[:2]
+        if core in meta:
+            theirs[diffusers] = meta[core] if part is None else meta[core].narrow(*part)
+    known, tensors = ours.core.detected(theirs, sdxl=True)
+    return [type(known) is type(config), shapes(tensors) == shapes(meta), theirs.keys() != meta.keys()]
+
+
+def kept(mm, ours, parallel):
+    """What is held to be changed after all that ComfyUI does by itself to a MODEL that nobody has changed."""
+    found = {}
+
+    def look(what, patcher=parallel):
+        found[what] = list(ours.layers.network_changes(patcher.model))
+
+    clone = parallel.clone()
+    clone.add_object_patch("extra_conds", clone.model.extra_conds)
+    sample(clone)
+    sample(parallel)
+    look("sampled")
+    clone.patch_model()
+    clone.unpatch_model(torch.device("cpu"))
+    look("patched and unpatched")
+    parallel.model.to("cpu").half()
+    look("moved")
+    mm.unload_all_models()
+    parallel.detach()
+    look("unloaded")
+    twin = copy.deepcopy(parallel)
+    look("copied", twin)
+    found["shared"] = [] if twin.remote is parallel.remote and twin.model is not parallel.model else ["not shared"]
+    return found
+
+
+# -- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def sample(model, width=4096, pooled=2048, channels=16):
+    """KSampler's latent, of two steps."""
+    import comfy.sample
+
+    generator = torch.Generator().manual_seed(1)
+    prompts = [
+        [
+            [
+                torch.randn(1, 7, width, generator=generator),
+                {"pooled_output": torch.randn(1, pooled, generator=generator)},
+            ]
+        ]
+        for _ in range(2)
+    ]
+    noise = torch.randn(1, channels, 8, 8, generator=generator)
+    empty = torch.zeros_like(noise)
+    with torch.inference_mode():
+        return comfy.sample.sample(model, noise, 2, 3.0, "euler", "simple", *prompts, empty, disable_pbar=True, seed=1)
+
+
+def patched(node, model, **settings):
+    """What a node of ComfyUI's own makes of a MODEL; settings that are not given are its defaults."""
+    module, _, name = node.partition(".")
+    node = getattr(importlib.import_module(f"comfy_extras.{module}"), name)
+    if hasattr(node, "define_schema"):
+        given = {entry.id: getattr(entry, "default", None) for entry in node.define_schema().inputs}
+        return node.execute(
+            **{name: value for name, value in given.items() if value is not None} | settings, model=model
+        )[0]
+    given = {name: spec[1].get("default") for name, spec in node.INPUT_TYPES()["required"].items() if len(spec) > 1}
+    return getattr(node(), node.FUNCTION)(**given | settings | {"model": model})[0]
+
+
+EMPTY = [[torch.zeros(1, 7, 4096), {"pooled_output": torch.ones(1, 2048)}]]
+# Nodes whose functions leave the model's blocks alone.
+GUIDANCE = {
+    "nodes_apg.APG": {"norm_threshold": 5.0, "eta": 0.5, "momentum": 0.2},
+    "nodes_cfg.CFGNorm": {},
+    "nodes_cfg.CFGZeroStar": {},
+    "nodes_eps.TemporalScoreRescaling": {},
+    "nodes_fresca.FreSca": {},
+    "nodes_lumina2.RenormCFG": {"cfg_trunc": 100.0, "renorm_cfg": 1.0},
+    "nodes_mahiro.Mahiro": {},
+    "nodes_model_advanced.ModelComputeDtype": {"dtype": "fp32"},
+    "nodes_model_advanced.ModelSamplingSD3": {"shift": 5.0},
+    "nodes_model_advanced.RescaleCFG": {},
+    "nodes_perpneg.PerpNeg": {"empty_conditioning": EMPTY},
+    "nodes_tcfg.TCFG": {},
+}
+
+
+def difference(ours, sides, node):
+    """Of the latent of a local MODEL and of a parallel one, with the same node on both."""
+    local, parallel = (sample(patched(node, side, **GUIDANCE[node])) for side in sides)
+    return float((local - parallel).abs().max() / local.abs().max())
+
+
+# -- changes ------------------------------------------------------------------------------------------------------------
+
+
+def refused(ours, sides, name):
+    """What is said of a changed MODEL when it is sampled, and how many requests have been made by then."""
+    kind, change = CHANGES[name]
+    model = copy.deepcopy(sides[kind][1])
+    before = model.remote.requests
+    sizes = {} if kind == MMDIT else {"width": 2048, "pooled": 1280, "channels": 4}
+    try:
+        sample(change(model) or model, **sizes)
+    except ours.errors.UnsupportedError as error:
+        return [str(error), model.remote.requests - before]
+    finally:
+        for owner, function in PUT_BACK:
+            owner.forward = function
+        PUT_BACK.clear()
+    return ["nothing", model.remote.requests - before]
+
+
+PUT_BACK = []
+
+
+def seamless_tile(model):
+    for layer in model.model.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.padding_mode = "circular"
+
+
+def asymmetric_tiling(model):
+    def conv_forward(self, x, weight, bias):
+        return torch.nn.functional.conv2d(x, weight, bias)
+
+    for layer in model.model.diffusion_model.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer._conv_forward = MethodType(conv_forward, layer)
+
+
+def gated(model):
+    for name, layers in model.model.named_modules():
+        if name.endswith("transformer_blocks"):
+            for layer in layers:
+                layer._forward = MethodType(lambda self, x, **_: x, layer)
+
+
+def negative_keys(model):
+    for name, layer in model.model.named_modules():
+        if name.endswith("attn2.to_k"):
+            layer(torch.zeros(1, 7, 2048))
+
+
+def whole_class(model):
+    kind = type(block(model))
+    PUT_BACK.append((kind, kind.forward))
+    kind.forward = lambda self, x, *_: x
+
+
+def block(model):
+    return model.model.diffusion_model.input_blocks[1][0]
+
+
+def new_class(model):
+    layer = block(model)
+    layer.__class__ = type("Other", (type(layer),), {})
+
+
+def scaled(model):
+    layer = model.model.diffusion_model.out[2]
+    layer.weight = torch.nn.Parameter(layer.weight * 2)
+
+
+class Guided:
+    """A pack's function: what patches is a method of its object, and is called from some step on."""
+
+    def __call__(self, args):
+        return self.perturbed(args) if args["sigma"][0] < 0.01 else args["denoised"]
+
+    def perturbed(self, args):
+        options = {**args["model_options"], "transformer_options": {"patches_replace": {"attn1": {}}}}
+        return args["model"](args["input"], args["sigma"], **options)
+
+
+def by_wrapper(kind):
+    """The padding is changed by a wrapper of the sampling."""
+
+    def change(model):
+        def wrapper(executor, *args, **kwargs):
+            seamless_tile(model)
+            return executor(*args, **kwargs)
+
+        model.add_wrapper_with_key(kind, "test", wrapper)
+
+    return change
+
+
+CHANGES = {
+    "SeamlessTile": (UNET, seamless_tile),
+    "Asymmetric Tiled KSampler": (UNET, asymmetric_tiling),
+    "TGate": (UNET, gated),
+    "NAG": (UNET, negative_keys),
+    "forward": (UNET, lambda model: setattr(model.model.diffusion_model, "forward", lambda *_, **__: 0)),
+    "layer's forward": (UNET, lambda model: setattr(block(model), "forward", lambda *_, **__: 0)),
+    "hook": (UNET, lambda model: block(model).register_forward_hook(print) and None),
+    "pre-hook": (MMDIT, lambda model: model.model.diffusion_model.register_forward_pre_hook(print) and None),
+    "class": (UNET, new_class),
+    "all of a class": (UNET, whole_class),
+    "layer": (UNET, lambda model: model.model.diffusion_model.input_blocks.__setitem__(1, torch.nn.Identity())),
+    "weight": (UNET, scaled),
+    "network": (UNET, lambda model: setattr(model.model, "diffusion_model", torch.nn.Identity())),
+    "apply_model": (MMDIT, lambda model: setattr(model.model, "apply_model", lambda x, *_, **__: x)),
+    "object patch": (MMDIT, lambda model: model.add_object_patch("apply_model", lambda x, *_, **__: x)),
+    **{f"by {kind}": (MMDIT, by_wrapper(kind)) for kind in ("outer_sample", "sampler_sample", "diffusion_model")},
+    "compute dtype": (MMDIT, lambda model: patched("nodes_model_advanced.ModelComputeDtype", model, dtype="bf16")),
+    "compiled": (MMDIT, lambda model: patched("nodes_torch_compile.TorchCompileModel", model, backend="inductor")),
+    "SLG": (MMDIT, lambda model: patched("nodes_sd3.SkipLayerGuidanceSD3", model, start_percent=0.9)),
+    "SLG of DiT": (MMDIT, lambda model: patched("nodes_slg.SkipLayerGuidanceDiTSimple", model, start_percent=0.9)),
+    "PAG": (UNET, lambda model: patched("nodes_pag.PerturbedAttentionGuidance", model)),
+    "a pack's": (MMDIT, lambda model: model.set_model_sampler_post_cfg_function(Guided())),
+}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,232 @@
+"""ComfyUI's own nodes that people hang on a MODEL and on CONDITIONING, and its samplers, for twins.py."""
+
+import comfy.samplers
+import comfy_extras.nodes_apg as apg
+import comfy_extras.nodes_cfg as cfg_nodes
+import comfy_extras.nodes_context_windows as windows
+import comfy_extras.nodes_custom_sampler as custom
+import comfy_extras.nodes_differential_diffusion as differential
+import comfy_extras.nodes_edit_model as edit
+import comfy_extras.nodes_eps as eps
+import comfy_extras.nodes_fresca as fresca
+import comfy_extras.nodes_post_processing  # noqa: F401 - which the next one's import goes round to
+
+import comfy_extras.nodes_latent as latents  # isort: skip
+import comfy_extras.nodes_lumina2 as lumina
+import comfy_extras.nodes_mahiro as mahiro
+import comfy_extras.nodes_model_advanced as advanced
+import comfy_extras.nodes_perpneg as perpneg
+import comfy_extras.nodes_tcfg as tcfg
+import torch
+from twins import call
+
+import nodes
+
+MODELS = {
+    "sd3.5-large": ("sd3.5-large.safetensors", {"cfg": 2}),
+    "sdxl": ("unet-tiny.safetensors", {"patch": 2}),
+}
+
+
+def hung(node, **inputs):
+    """The node on the MODEL."""
+    return lambda model: call(node, model=model, **inputs)
+
+
+def model_nodes(twins, name):
+    """By what they are called: MODEL -> MODEL."""
+    found = {
+        "RescaleCFG": hung(advanced.RescaleCFG, multiplier=0.6),
+        "Mahiro": hung(mahiro.Mahiro),
+        "FreSca": hung(fresca.FreSca, scale_low=1.0, scale_high=1.25, freq_cutoff=3),
+        "APG": hung(apg.APG, eta=0.8, norm_threshold=5.0, momentum=0.2),
+        "CFGZeroStar": hung(cfg_nodes.CFGZeroStar),
+        "CFGNorm": hung(cfg_nodes.CFGNorm, strength=0.9),
+        "TCFG": hung(tcfg.TCFG),
+        "RenormCFG": hung(lumina.RenormCFG, cfg_trunc=100.0, renorm_cfg=1.0),
+        "TemporalScoreRescaling": hung(eps.TemporalScoreRescaling, tsr_k=0.9, tsr_sigma=1.0),
+        "LatentApplyOperationCFG": hung(
+            latents.LatentApplyOperationCFG, operation=call(latents.LatentOperationTonemapReinhard, multiplier=0.8)
+        ),
+        "PerpNeg": lambda model: call(
+            perpneg.PerpNeg, model=model, empty_conditioning=twins.prompt(model, 3), neg_scale=0.7
+        ),
+        "DifferentialDiffusion": hung(differential.DifferentialDiffusion, strength=0.8),
+        "ContextWindowsManual": hung(
+            windows.ContextWindowsManualNode,
+            context_length=4,
+            context_overlap=2,
+            context_schedule="standard_static",
+            context_stride=1,
+            closed_loop=False,
+            fuse_method="pyramid",
+            dim=3,
+            freenoise=False,
+        ),
+    }
+    if name == "sdxl":
+        for kind in ("eps", "v_prediction", "lcm", "x0"):
+            node = hung(advanced.ModelSamplingDiscrete, sampling=kind, zsnr=kind == "v_prediction")
+            found[f"ModelSamplingDiscrete {kind}"] = node
+        for kind in ("v_prediction", "eps", "edm"):
+            node = hung(advanced.ModelSamplingContinuousEDM, sampling=kind, sigma_max=80.0, sigma_min=0.01)
+            found[f"ModelSamplingContinuousEDM {kind}"] = node
+        continuous = hung(advanced.ModelSamplingContinuousV, sampling="v_prediction", sigma_max=100.0, sigma_min=0.03)
+        found["ModelSamplingContinuousV"] = continuous
+    else:
+        found["ModelSamplingSD3"] = lambda model: advanced.ModelSamplingSD3().patch(model, 5.0)[0]
+        found["ModelSamplingAuraFlow"] = lambda model: advanced.ModelSamplingAuraFlow().patch_aura(model, 1.7)[0]
+        sizes = {"max_shift": 1.15, "base_shift": 0.5, "width": 64, "height": 64}
+        found["ModelSamplingFlux"] = hung(advanced.ModelSamplingFlux, **sizes)
+    return found
+
+
+def prompts(twins, name, model):
+    """By what they are called: (positive, negative)."""
+    plain, other, third = (twins.prompt(model, seed) for seed in (1, 2, 3))
+    mask = torch.zeros(1, 64, 48)
+    mask[:, :30, :20] = 1.0
+    area = call(nodes.ConditioningSetArea, conditioning=plain, width=32, height=32, x=8, y=16, strength=0.8)
+    ranged = call(nodes.ConditioningSetTimestepRange, conditioning=other, start=0.0, end=0.3)
+    zero = call(nodes.ConditioningZeroOut, conditioning=other)
+    combine = nodes.ConditioningCombine
+    found = {
+        "ConditioningSetArea": (call(combine, conditioning_1=area, conditioning_2=third), other),
+        "ConditioningSetMask": (
+            call(nodes.ConditioningSetMask, conditioning=plain, mask=mask, set_cond_area="default", strength=0.7),
+            other,
+        ),
+        "ConditioningCombine": (call(combine, conditioning_1=plain, conditioning_2=third), other),
+        "ConditioningConcat": (call(nodes.ConditioningConcat, conditioning_to=plain, conditioning_from=third), other),
+        "ConditioningAverage": (
+            nodes.ConditioningAverage().addWeighted(plain, third, 0.4)[0],
+            other,
+        ),
+        "ConditioningZeroOut": (plain, zero),
+        # As in the official SD3 workflow.
+        "the official SD3 negative": (
+            plain,
+            call(
+                combine,
+                conditioning_1=call(nodes.ConditioningSetTimestepRange, conditioning=zero, start=0.3, end=1.0),
+                conditioning_2=ranged,
+            ),
+        ),
+        "ReferenceLatent": (
+            call(edit.ReferenceLatent, conditioning=plain, latent={"samples": twins.latent(model)}),
+            other,
+        ),
+    }
+    if name == "sdxl":
+        sizes = {"width": 512, "height": 448, "crop_w": 8, "crop_h": 0, "target_width": 640, "target_height": 640}
+        found["CLIPTextEncodeSDXL's sizes"] = (
+            [[plain[0][0], plain[0][1] | sizes]],
+            [[other[0][0], other[0][1] | sizes | {"width": 100}]],
+        )
+    return found
+
+
+def advanced_sampler(twins, sampler, sigmas_of, noise_seed=3, basic=False):
+    """SamplerCustomAdvanced's latent."""
+
+    def run(model, **_):
+        positive, negative = twins.prompt(model, 1), twins.prompt(model, 2)
+        if basic:
+            guider = call(custom.BasicGuider, model=model, conditioning=positive)
+        else:
+            guider = call(custom.CFGGuider, model=model, positive=positive, negative=negative, cfg=3.0)
+        noise = call(custom.RandomNoise, noise_seed=noise_seed) if noise_seed else call(custom.DisableNoise)
+        out = custom.SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas_of(model), twins_latent(twins, model))
+        return torch.cat([out.result[0]["samples"], out.result[1]["samples"]])
+
+    return run
+
+
+def twins_latent(twins, model):
+    return {"samples": twins.latent(model)}
+
+
+def masked(twins, model):
+    mask = torch.zeros(1, 1, 8, 6)
+    mask[..., 2:6, 1:4] = torch.rand(4, 3, generator=torch.Generator().manual_seed(2))
+    return mask
+
+
+def inpainted(twins):
+    """KSampler's latent on InpaintModelConditioning's prompts, for models that were not trained for them."""
+
+    def run(model, **settings):
+        prompts = []
+        for seed in (1, 2):
+            (tensor, options) = twins.prompt(model, seed)[0]
+            more = {"concat_latent_image": twins.latent(model), "concat_mask": torch.ones(1, 1, 64, 48)}
+            prompts.append([[tensor, options | more]])
+        mask = masked(twins, model)
+        return twins.sample(model, positive=prompts[0], negative=prompts[1], noise_mask=mask, **settings)
+
+    return run
+
+
+def same(model):
+    return model
+
+
+def cases(twins):
+    for name, files in MODELS.items():
+        local, _ = twins.pair(name, *files)
+        for case, change in model_nodes(twins, name).items():
+            yield name, case, change, {}
+        for case, (positive, negative) in prompts(twins, name, local).items():
+            yield name, case, same, {"positive": positive, "negative": negative}
+        yield name, "InpaintModelConditioning", same, {"of": inpainted(twins)}
+        yield name, "SetLatentNoiseMask", same, {"noise_mask": masked(twins, local)}
+        yield (
+            name,
+            "mask and DifferentialDiffusion",
+            model_nodes(twins, name)["DifferentialDiffusion"],
+            {"noise_mask": masked(twins, local)},
+        )
+        yield (
+            name,
+            "KSamplerAdvanced, start and end",
+            same,
+            {"start_step": 1, "last_step": 3, "steps": 5, "denoise": 1.0},
+        )
+        yield (
+            name,
+            "KSamplerAdvanced, no noise",
+            same,
+            {
+                "disable_noise": True,
+                "start_step": 1,
+                "steps": 3,
+                "denoise": 1.0,
+                "force_full_denoise": True,
+                "last_step": 2,
+            },
+        )
+        yield name, "denoise 0", same, {"denoise": 0.0}
+        yield name, "cfg 1", same, {"cfg": 1.0}
+        for sampler in comfy.samplers.SAMPLER_NAMES:
+            yield name, f"sampler {sampler}", same, {"sampler": sampler, "steps": 3}
+        basic = lambda model: call(custom.BasicScheduler, model=model, scheduler="karras", steps=3, denoise=0.7)  # noqa: E731
+        select = call(custom.KSamplerSelect, sampler_name="dpmpp_2m")
+        ancestral = call(custom.SamplerEulerAncestral, eta=1.0, s_noise=1.0)
+        damped = call(custom.SamplerEulerAncestral, eta=0.5, s_noise=1.0)
+        yield name, "SamplerCustomAdvanced", same, {"of": advanced_sampler(twins, select, basic)}
+        yield (
+            name,
+            "SamplerCustomAdvanced, BasicGuider",
+            same,
+            {"of": advanced_sampler(twins, select, basic, basic=True)},
+        )
+        yield (
+            name,
+            "SamplerCustomAdvanced, DisableNoise",
+            same,
+            {"of": advanced_sampler(twins, select, basic, noise_seed=0)},
+        )
+        yield name, "SamplerEulerAncestral", same, {"of": advanced_sampler(twins, ancestral, basic)}
+        yield name, "SamplerEulerAncestral, eta 0.5", same, {"of": advanced_sampler(twins, damped, basic)}
+        flipped = lambda model, basic=basic: call(custom.FlipSigmas, sigmas=basic(model))  # noqa: E731
+        yield name, "FlipSigmas", same, {"of": advanced_sampler(twins, select, flipped)}

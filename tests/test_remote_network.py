@@ -1,0 +1,95 @@
+"""A parallel MODEL as ComfyUI and its nodes see it: the network is of core's own class, and what they change on it is named."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from comfyui.installation import HERE, ComfyInstallation
+
+from parallel_backend.small_checkpoints.unet import CONFIGS, write_unet
+
+MMDIT, UNET = "OpenAISignatureMMDITWrapper", "UNetModel"
+CLASSES = {"sd3-medium": MMDIT, "sd3.5-medium": MMDIT, "sd3.5-large": MMDIT, "sdxl-koala": UNET, "unet-tiny": UNET}
+REFUSED = {
+    "SeamlessTile": "the changed padding_mode of input_blocks.0.0; the changed padding_mode of",
+    "Asymmetric Tiled KSampler": "the replaced _conv_forward of input_blocks.0.0",
+    "TGate": "the replaced _forward of input_blocks.3.1.transformer_blocks.0",
+    "NAG": "computes with the layer input_blocks.3.1.transformer_blocks.0.attn2.to_k",
+    "forward": "the replaced forward of the network",
+    "layer's forward": "the replaced forward of input_blocks.1.0.",
+    "hook": "a forward hook of input_blocks.1.0.",
+    "pre-hook": "a forward pre-hook of the network",
+    "class": "the replaced class of input_blocks.1.0 (Other)",
+    "all of a class": "the replaced forward of all ResBlock layers",
+    "layer": "the replaced layer input_blocks.1.",
+    "weight": "the replaced weight of out.2",
+    "network": "the replaced diffusion_model (Identity)",
+    "apply_model": "the replaced apply_model of the model",
+    "object patch": "the object patch 'apply_model'",
+    "by outer_sample": "the changed padding_mode of x_embedder.proj",
+    "by sampler_sample": "the changed padding_mode of x_embedder.proj",
+    "by diffusion_model": "the changed padding_mode of x_embedder.proj",
+    "compute dtype": "computing in bfloat16 (ModelComputeDtype), where its ranks compute in float32",
+    "compiled": "torch.compile of the network (TorchCompileModel). Remove that node; Mesh Config",
+    "SLG": "SkipLayerGuidanceDiT.execute.<locals>.post_cfg_function of comfy_extras.nodes_slg",
+    "SLG of DiT": "SkipLayerGuidanceDiTSimple.execute.<locals>.calc_cond_batch_function of comfy_extras.nodes_slg",
+    "PAG": "PerturbedAttentionGuidance.execute.<locals>.post_cfg_function of comfy_extras.nodes_pag",
+    "a pack's": "Guided of __main__ (sampler_post_cfg_function), which patches blocks",
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes(comfy: ComfyInstallation, unets: Path) -> dict[str, Any]:
+    if not (koala := unets / "sdxl-koala.safetensors").exists():
+        write_unet(koala, CONFIGS["koala"], "single file")
+    command = [comfy.python, HERE / "network.py", comfy.folder, HERE.parents[1], unets]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_network_is_of_comfyuis_class_with_its_names_and_shapes_and_takes_no_memory(
+    name: str, outcomes: dict[str, Any]
+) -> None:
+    mmdit = CLASSES[name] == MMDIT
+    expected = {
+        "class": CLASSES[name],
+        "in_channels": 16 if mmdit else 4,
+        "has": [not mmdit, mmdit, False],
+        "default": "default",
+        "devices": ["meta"],
+        "size": 1,
+    }
+    if name != "unet-tiny":  # at widths that ComfyUI's own loaders have no name for
+        expected |= {"instance": True, "names and shapes": True, "modules": True}
+    assert outcomes["alike"][name] == expected
+    if name == "sd3.5-medium":
+        assert outcomes["lazy"] == expected, "where ComfyUI's layers start without weights"
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_file_under_diffusers_names_gives_comfyuis_own(name: str, outcomes: dict[str, Any]) -> None:
+    assert outcomes["diffusers"][name] == [True, True, True]
+
+
+def test_a_model_that_nobody_changed_is_never_held_to_be_and_copies_share_the_backends(
+    outcomes: dict[str, Any],
+) -> None:
+    assert len(outcomes["kept"]) == 6 and not any(outcomes["kept"].values()), outcomes["kept"]
+
+
+def test_nodes_that_leave_the_blocks_alone_give_a_local_models_latent(outcomes: dict[str, Any]) -> None:
+    assert len(outcomes["differences"]) == 12
+    assert max(outcomes["differences"].values()) < 1e-5, outcomes["differences"]
+
+
+def test_what_nodes_change_is_named_before_the_first_request(outcomes: dict[str, Any]) -> None:
+    refused = outcomes["refused"]
+    assert refused.keys() == REFUSED.keys()
+    assert {name: words for name, words in REFUSED.items() if words not in refused[name][0]} == {}, refused
+    assert {name: requests for name, (_, requests) in refused.items() if requests} == {}
