@@ -66,7 +66,7 @@ class Scope:
     ) -> None:
         self.graph, self.definitions, self.groups = graph, definitions, groups
         self.parent, self.instance = parent, instance
-        self.path = "" if parent is None or instance is None else f"{parent.path}{instance['id']}:"
+        self.path: str = "" if parent is None or instance is None else f"{parent.path}{instance['id']}:"
         self.nodes: dict[str, JSON] = {str(node["id"]): node for node in graph["nodes"]}
         self.links = links_of(graph)
 

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .check import Findings, Remark, check
+from .graph import Node
 from .insert import SWAPPED, SWAPPED_FOR, insert, swap
+from .known import PARALLELIZE
 from .reading import Workflow
 
 NOTHING_TO_DO = "Not an SD3 or SDXL workflow: nothing to do."
@@ -14,17 +16,16 @@ NOTHING_TO_DO = "Not an SD3 or SDXL workflow: nothing to do."
 
 @dataclass(frozen=True)
 class Report:
-    """`changed` has a line for each MODEL that was, or would be, made parallel."""
+    """`changed` has each loader whose MODEL was, or would be, made parallel."""
 
     found: Findings
-    changed: tuple[str, ...]
+    changed: tuple[Remark, ...]
 
     def lines(self) -> Iterator[str]:
         if not self.found.concerns_us:
             yield NOTHING_TO_DO
-        yield from self.changed
-        yield from map(str, self.found.parallel)
-        yield from map(str, self.found.local)
+        for remarks in (self.changed, self.found.parallel, self.found.local):
+            yield from map(str, remarks)
         yield from (f"Refused: {remark}" for remark in self.found.refused)
         yield from map(str, self.found.unknown)
         yield from self.found.notes
@@ -39,20 +40,20 @@ def make_parallel(workflow: Workflow, *, swapped: bool = False, only_check: bool
         swapped: CheckpointLoaderSimple gives way to LoadParallelCheckpoint, in place of a node behind it.
     """
     found = check(workflow)
-    changed = []
-    for loader, slot in found.wanted:
-        file = f" ({loader.file})" if loader.file else ""
-        if swapped and loader.class_type == SWAPPED:
-            if not only_check:
-                swap(loader)
-            what = f"{SWAPPED_FOR} in place of {loader.label}{file}"
-        elif only_check:
-            what = f"ParallelizeModel behind {loader.label}{file}"
-        else:
-            what = f"ParallelizeModel, node {insert(workflow, loader, slot)}, behind {loader.label}{file}"
-        changed.append(f"{'Would put' if only_check else 'Put'} {what}.")
+    changed = (
+        Remark.of(loader, _change(workflow, loader, slot, swapped=swapped, only_check=only_check))
+        for loader, slot in found.wanted
+    )
     return Report(found, tuple(changed))
 
 
-def as_json(remarks: list[Remark]) -> list[dict[str, str]]:
-    return [{"id": r.key, "title": r.title, "class_type": r.class_type, "why": r.why} for r in remarks]
+def _change(workflow: Workflow, loader: Node, slot: int, *, swapped: bool, only_check: bool) -> str:
+    """What is done, or would be, in words."""
+    file = f" ({loader.file})" if loader.file else ""
+    if swapped and loader.class_type == SWAPPED:
+        if not only_check:
+            swap(loader)
+        return f"{'would become' if only_check else 'became'} {SWAPPED_FOR}{file}"
+    if only_check:
+        return f"{PARALLELIZE} would be put behind it{file}"
+    return f"{PARALLELIZE} put behind it as node {insert(workflow, loader, slot)}{file}"

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from ..errors import InputError
 
@@ -51,10 +51,10 @@ def workflow_in(content: Any, name: str) -> Workflow:
         return _editor(content, content, name)
     if _is_prompt(content):
         return _prompt(content, content, name)
-    if _is_prompt(content.get("prompt")):
+    if _is_prompt(inside := content.get("prompt")):
         beside = "workflow" in content or "extra_data" in content
         note = "The editor's workflow that is kept beside the prompt, for the pictures, is left as it was."
-        return _prompt(content, content["prompt"], name, (note,) if beside else ())
+        return _prompt(content, inside, name, (note,) if beside else ())
     inside = content.get("workflow")
     if isinstance(inside, dict) and isinstance(inside.get("nodes"), list):
         return _editor(content, inside, name)
@@ -77,7 +77,7 @@ def _kind(content: Any) -> str:
     )
 
 
-def _is_prompt(content: Any) -> bool:
+def _is_prompt(content: Any) -> TypeGuard[JSON]:
     return (
         isinstance(content, dict)
         and bool(content)
