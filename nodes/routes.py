@@ -1,12 +1,10 @@
-"""What ComfyUI's server tells and does for this pack: backends' status and their part in /free, workflows made parallel."""
+"""What ComfyUI's server tells and does for the backends of this machine: a status page, and their part in /free."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import msgspec
@@ -14,13 +12,12 @@ from aiohttp import web
 from server import PromptServer
 
 from ..parallel_backend import Backend
-from ..parallel_backend.errors import BackendError, InputError
+from ..parallel_backend.errors import BackendError
 from ..parallel_backend.rpc.runtime_dir import running_names
-from ..parallel_backend.workflow_files.make_parallel import make_parallel
-from ..parallel_backend.workflow_files.reading import workflow_in
 from .parallel_mesh import ParallelMesh
+from .workflow_route import add_workflow_route
 
-STATUS, WORKFLOW = "/parallel_mmdit/status", "/parallel_mmdit/workflow"
+STATUS = "/parallel_mmdit/status"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -34,16 +31,7 @@ def add_routes() -> None:
     async def status(_: web.Request) -> web.Response:
         return web.json_response({"backends": await asyncio.to_thread(states)})
 
-    @server.routes.post(WORKFLOW)
-    async def workflow(request: web.Request) -> web.Response:
-        try:
-            return web.json_response(made_parallel(await request.json()))
-        except json.JSONDecodeError as error:
-            said = _said(InputError(f"What was sent is not JSON: {error}."))
-        except InputError as error:
-            said = _said(error)
-        return web.json_response({"error": said}, status=400)
-
+    add_workflow_route(server.routes)
     server.app.middlewares.append(free_with_comfyui)
 
 
@@ -60,29 +48,7 @@ def _state(name: str) -> dict[str, Any]:
         finally:
             backend.close()
     except BackendError as error:
-        return {"name": name, "error": _said(error)}
-
-
-def _said(error: BackendError) -> dict[str, str]:
-    return {"code": error.code, "message": error.message, "remedy": error.remedy}
-
-
-def made_parallel(asked: Any) -> dict[str, Any]:
-    """The workflow that was sent, made parallel, and the report of `parallel-mmdit workflow`.
-
-    Args:
-        asked: {"workflow": of the editor's or the API's form, "check": only tell, "swap": replace loaders}.
-    Raises: InputError: no workflow.
-    """
-    if not isinstance(asked, dict) or "workflow" not in asked:
-        raise InputError("What was sent has no workflow.", 'Send {"workflow": ...}.')
-    workflow = workflow_in(asked["workflow"], "The workflow")
-    report = make_parallel(workflow, swapped=bool(asked.get("swap")), only_check=bool(asked.get("check")))
-    found = report.found
-    kinds = {"changed": report.changed, "parallel": found.parallel, "local": found.local, "refused": found.refused}
-    remarks = {kind: list(map(asdict, entries)) for kind, entries in (kinds | {"unknown": found.unknown}).items()}
-    told = {"runs": found.runs, "concerns_us": found.concerns_us, "notes": found.notes, "lines": list(report.lines())}
-    return {"workflow": workflow.content, "report": remarks | told}
+        return {"name": name, "error": {"code": error.code, "message": error.message, "remedy": error.remedy}}
 
 
 @web.middleware
