@@ -27,7 +27,7 @@ async function makeParallel() {
     await app.loadGraphData(workflow, true, true, `${name}-parallel`);
   }
   const severity = report.runs ? "success" : report.concerns_us ? "warn" : "info";
-  tell(severity, report.changed.length > 0 ? "This workflow is parallel now" : LABEL, report.lines);
+  tell(severity, report.changed.length > 0 ? "A parallel copy of this workflow" : LABEL, report.lines);
 }
 
 app.registerExtension({

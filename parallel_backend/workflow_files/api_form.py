@@ -36,7 +36,8 @@ def api_graph(prompt: JSON) -> Graph:
 
 
 def _node(key: str, node: JSON, inputs: tuple[Input, ...], outputs: dict[int, str], prompt: JSON) -> Node:
-    title = (node.get("_meta") or {}).get("title") or node["class_type"]
+    meta = node.get("_meta")
+    title = (meta.get("title") if isinstance(meta, dict) else None) or node["class_type"]
     linked = (_texts(prompt[entry.source[0]]) for entry in inputs if not entry.kind)
     texts = (*_texts(node), *(text for texts in linked for text in texts))
     return Node(key, node["class_type"], title, texts, inputs, outputs, prompt, node)

@@ -28,12 +28,12 @@ def swap(loader: Node) -> None:
     node = loader.raw
     if "class_type" in node:
         node["class_type"] = SWAPPED_FOR
-        node["inputs"]["parallel_vae"] = False
+        node.setdefault("inputs", {})["parallel_vae"] = False
         return
     node["type"] = SWAPPED_FOR
-    node.setdefault("properties", {})["Node name for S&R"] = SWAPPED_FOR
+    node["properties"] = {**(node.get("properties") or {}), "Node name for S&R": SWAPPED_FOR}
     node["inputs"] = [*(node.get("inputs") or []), dict(MESH_SOCKET)]
-    node["widgets_values"] = [*(node.get("widgets_values") or [])[:1], False]
+    node["widgets_values"] = [loader.file, False]
     if node.get("title") == "Load Checkpoint":
         del node["title"]
 
@@ -102,7 +102,8 @@ def _link_ids(workflow: JSON) -> Iterator[int]:
     yield workflow.get("last_link_id") or 0
     for graph in all_graphs(workflow):
         yield (graph.get("state") or {}).get("lastLinkId") or 0
-        yield from (link["id"] if isinstance(link, dict) else link[0] for link in graph["links"] if link is not None)
+        found = (link["id"] if isinstance(link, dict) else link[0] for link in graph["links"] if link is not None)
+        yield from (number for number in found if isinstance(number, int))
 
 
 def _note_last(workflow: JSON, graph: JSON, node_id: int, link_id: int) -> None:
@@ -126,9 +127,9 @@ def _set_origin(link: Any, node_id: int, slot: int) -> None:
 
 
 def _free_place(graph: JSON, node: JSON) -> list[float]:
-    """Beside the node if there is room, else above or below it, as near as there is."""
+    """Beside the node if there is room, else above or below it, as near as there is; titles of groups stay to be read."""
     x, y, width, height = _box(node)
-    taken = [_box(other) for other in graph["nodes"]]
+    taken = [*map(_box, graph["nodes"]), *_titles(graph)]
     row = HEIGHT + TITLE_BAR + GAP / 2
     near = [(x + width + GAP, y), *((x, y - row * n) for n in (1, 2, 3)), (x, y + height + TITLE_BAR + GAP / 2)]
     further = ((x, y - row * n) for n in range(4, 4 + len(taken)))
@@ -139,6 +140,14 @@ def _free_place(graph: JSON, node: JSON) -> list[float]:
 def _box(node: JSON) -> tuple[float, float, float, float]:
     (x, y), (width, height) = _pair(node.get("pos"), (0, 0)), _pair(node.get("size"), (WIDTH, HEIGHT))
     return x, y, width, height
+
+
+def _titles(graph: JSON) -> Iterator[tuple[float, float, float, float]]:
+    """The strips in which groups have their titles, as boxes below title bars."""
+    for group in graph.get("groups") or []:
+        bounding = group.get("bounding") if isinstance(group, dict) else None
+        if isinstance(bounding, list) and len(bounding) == 4 and all(isinstance(n, (int, float)) for n in bounding):
+            yield bounding[0], bounding[1] + TITLE_BAR, bounding[2], 0
 
 
 def _pair(value: Any, default: tuple[float, float]) -> tuple[float, float]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
 from ..errors import InputError
+from .editor_shape import damage
 
 SAVE_IT = "Give a file of the editor's Save, or of its Export (API)."
 JSON = dict[str, Any]
@@ -66,9 +66,7 @@ def workflow_in(content: Any, name: str) -> Workflow:
 
 def all_graphs(workflow: JSON) -> list[JSON]:
     """The graph of an editor's workflow, then its subgraphs' definitions."""
-    definitions = workflow.get("definitions") or {}
-    found = definitions.get("subgraphs", []) if isinstance(definitions, dict) else definitions
-    return [workflow, *(found or [])]
+    return [workflow, *((workflow.get("definitions") or {}).get("subgraphs") or [])]
 
 
 def _kind(content: Any) -> str:
@@ -94,32 +92,7 @@ def _prompt(content: JSON, prompt: JSON, name: str, notes: tuple[str, ...] = ())
 
 
 def _editor(content: JSON, workflow: JSON, name: str) -> Workflow:
-    try:
-        graphs = all_graphs(workflow)
-        damaged = next((what for graph in graphs for what in _damaged(graph)), "")
-    except (AttributeError, TypeError, KeyError, IndexError) as error:
-        raise InputError(f"{name} is damaged: {type(error).__name__} {error}.", SAVE_IT) from error
-    if damaged:
-        raise InputError(f"{name} is damaged: {damaged}.", SAVE_IT)
+    workflow.setdefault("links", [])
+    if what := damage(workflow):
+        raise InputError(f"{name} is damaged: {what}.", SAVE_IT)
     return Workflow("editor", content, workflow)
-
-
-def _damaged(graph: JSON) -> Iterator[str]:
-    if not isinstance(graph.get("nodes"), list) or not isinstance(graph.get("links", []), list):
-        yield "a graph without a list of nodes and one of links"
-        return
-    seen = set()
-    for node in graph["nodes"]:
-        if not isinstance(node, dict) or not isinstance(node.get("type"), str) or "id" not in node:
-            yield f"the node {str(node)[:60]} has no id and type"
-            return
-        sockets = [*(node.get("inputs") or []), *(node.get("outputs") or [])]
-        if not all(isinstance(socket, dict) for socket in sockets):
-            yield f"the sockets of node {node['id']} are no objects"
-        if str(node["id"]) in seen:
-            yield f"two nodes have the id {node['id']}"
-        seen.add(str(node["id"]))
-    for link in graph.get("links", []):
-        whole = (isinstance(link, list) and len(link) >= 5) or (isinstance(link, dict) and "origin_id" in link)
-        if link is not None and not whole:
-            yield f"the link {str(link)[:60]} doesn't say from where to where it goes"
