@@ -40,7 +40,8 @@ def made_parallel(asked: Any) -> dict[str, Any]:
     workflow = workflow_in(asked["workflow"], "The workflow")
     report = make_parallel(workflow, swapped=bool(asked.get("swap")), only_check=bool(asked.get("check")))
     found = report.found
-    kinds = {"changed": report.changed, "parallel": found.parallel, "local": found.local, "refused": found.refused}
-    remarks = {kind: list(map(asdict, entries)) for kind, entries in (kinds | {"unknown": found.unknown}).items()}
+    kinds = {"changed": report.changed, "parallel": found.parallel, "hidden": found.hidden, "local": found.local}
+    kinds |= {"refused": found.refused, "unknown": found.unknown}
+    remarks = {kind: list(map(asdict, entries)) for kind, entries in kinds.items()}
     told = {"runs": found.runs, "concerns_us": found.concerns_us, "notes": found.notes, "lines": list(report.lines())}
     return {"workflow": workflow.content, "report": remarks | told}

@@ -287,8 +287,12 @@ def test_a_model_in_a_pipe_is_said_with_the_setting_that_reaches_it() -> None:
     pipe = sheet.add("ttN pipeLoader", ["PIPE_LINE", MODEL], ["sdxl.safetensors"])
     sheet.add("ttN pipeKSampler", ["PIPE_LINE"], pipe=(pipe, 0, "PIPE_LINE"))
     same, report = made(sheet.whole())
-    assert same == sheet.whole() and not report.found.runs
-    assert "PARALLEL_MMDIT_EVERYWHERE=1" in report.found.refused[0].why
+    assert same == sheet.whole() and not report.found.runs and report.found.runs_with_setting
+    assert "PARALLEL_MMDIT_EVERYWHERE=1" in report.found.hidden[0].why
+    wire = sheet.add("CLIPTextEncode", [COND])
+    sheet.add("KSampler", [LATENT], model=(pipe, 1, MODEL), positive=(wire, 0, COND))
+    report = made(sheet.whole())[1]
+    assert [len(entries) for entries in (report.changed, report.found.hidden)] == [1, 1]
 
 
 def test_an_old_group_node_that_keeps_its_model_is_said_so() -> None:
@@ -297,7 +301,8 @@ def test_an_old_group_node_that_keeps_its_model_is_said_so() -> None:
     sheet.add("SaveLatent", samples=(group, 0, LATENT))
     members = {"nodes": [{"type": "CheckpointLoaderSimple"}, {"type": "KSampler"}, {"type": "FreeU"}]}
     report = made(sheet.whole() | {"extra": {"groupNodes": {"Draw": members}}})[1]
-    assert "turn the group into nodes first" in report.found.refused[0].why
+    assert "turn the group into nodes first" in report.found.hidden[0].why
+    assert ["attention and blocks" in remark.why for remark in report.found.refused] == [True]
 
 
 @pytest.mark.parametrize(
@@ -468,7 +473,7 @@ def test_the_commands_status_and_last_line_say_how_many_run(tmp_path: Path, caps
     for name, content in contents.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     assert main(["workflow", "--check", str(tmp_path)]) == 1
-    assert capsys.readouterr().out.splitlines()[-1] == "1 of 2 run; 1 others have no model of SD3 or SDXL."
+    assert capsys.readouterr().out.splitlines()[-1] == "1 of 2 run; files without a model of SD3 or SDXL: 1."
     (tmp_path / "broken.json").write_text('{"nodes": [')
     assert main(["workflow", str(tmp_path / "broken.json")]) == 2
     assert main(["workflow", str(tmp_path / "missing.json")]) == 2

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from .api_form import api_graph
 from .editor_form import editor_graph
 from .families import family_of
-from .graph import Graph, Node, is_pipe
+from .graph import Graph, Node, carries_model, is_pipe
 from .known import LOADERS, OURS, PARALLELIZE, RUN
 from .reading import Workflow
 from .refusals import why_file_refused, why_refused
 
-IN_A_PIPE = (
-    'its MODEL goes on inside a pipe, where no node can be put. The setting "Make every SD3 / SDXL model parallel", or '
-    "PARALLEL_MMDIT_EVERYWHERE=1 for a headless server, makes it parallel"
-)
-IN_A_GROUP = "its MODEL stays inside the group: turn the group into nodes first, or " + IN_A_PIPE.split(". The ")[1]
+THE_SETTING = 'the setting "Make every SD3 / SDXL model parallel" (PARALLEL_MMDIT_EVERYWHERE=1 for a headless server)'
+IN_A_PIPE = f"its MODEL goes on inside a pipe, where no node can be put; {THE_SETTING} makes it parallel"
+IN_A_GROUP = f"its MODEL stays inside the group: turn the group into nodes first, or use {THE_SETTING}"
+# What brings prompts to a sampler, and what a loader of a pack hangs on them.
+_PROMPTS = ("CONDITIONING", "CONTROL_NET_STACK")
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,11 @@ class Remark:
 
 @dataclass
 class Findings:
-    """`wanted` are the outputs behind which a ParallelizeModel belongs."""
+    """`wanted` are the outputs behind which a ParallelizeModel belongs; `hidden` are loaders whose MODEL no node can reach."""
 
     wanted: list[tuple[Node, int]] = field(default_factory=list)
     parallel: list[Remark] = field(default_factory=list)
+    hidden: list[Remark] = field(default_factory=list)
     local: list[Remark] = field(default_factory=list)
     refused: list[Remark] = field(default_factory=list)
     unknown: list[Remark] = field(default_factory=list)
@@ -52,11 +53,15 @@ class Findings:
     @property
     def concerns_us(self) -> bool:
         """Whether a model of SD3 or SDXL, or one that can be, is sampled at all."""
-        return bool(self.wanted or self.parallel or self.refused)
+        return bool(self.wanted or self.parallel or self.hidden)
+
+    @property
+    def runs_with_setting(self) -> bool:
+        return self.concerns_us and not self.refused
 
     @property
     def runs(self) -> bool:
-        return self.concerns_us and not self.refused
+        return self.runs_with_setting and not self.hidden
 
 
 def graph_of(workflow: Workflow) -> Graph:
@@ -66,17 +71,24 @@ def graph_of(workflow: Workflow) -> Graph:
 def check(workflow: Workflow) -> Findings:
     """Without a change to it."""
     graph, found = graph_of(workflow), Findings(notes=list(workflow.notes))
+    loaders: dict[str, Node] = {}
     on_the_way: dict[str, Node] = {}
     for loader, slot in graph.model_sources():
         path = _sampling_path(graph, loader, graph.reached(loader, slot))
         if path and _is_ours(graph, loader, path, found):
             _place(found, loader, slot, path)
+            loaders[loader.key] = loader
             on_the_way |= {node.key: node for node in path}
     for loader, why in _hidden(graph):
-        path = [node for slot in graph.taken(loader) for node in graph.reached(loader, slot)]
-        if _is_ours(graph, loader, path, found):
-            found.refused.append(Remark.of(loader, why))
-            on_the_way |= {node.key: node for node in graph.behind(path, ("CONDITIONING",))}
+        wires = (slot for slot in graph.taken(loader) if carries_model(loader.outputs[slot]))
+        path = graph.behind([loader, *(node for slot in wires for node in graph.reached(loader, slot))], _PROMPTS)
+        if loader.key in loaders or _is_ours(graph, loader, path, found):
+            found.hidden.append(Remark.of(loader, why))
+            loaders[loader.key] = loader
+            on_the_way |= {node.key: node for node in path}
+    for loader in loaders.values():
+        if why := why_file_refused(loader):
+            found.refused.append(Remark.of(loader, f"{why} ({loader.file})" if loader.file else why))
     for node in on_the_way.values():
         if why := why_refused(node):
             found.refused.append(Remark.of(node, why))
@@ -89,7 +101,7 @@ def _sampling_path(graph: Graph, loader: Node, reached: Sequence[Node]) -> list[
     """The loader, all that its MODEL gets to, and all that gives these their prompts; nothing if none of them samples."""
     if not any(entry.kind == "CONDITIONING" or is_pipe(entry.kind) for node in reached for entry in node.inputs):
         return []
-    return graph.behind([loader, *reached], ("CONDITIONING", "CONTROL_NET_STACK"))
+    return graph.behind([loader, *reached], _PROMPTS)
 
 
 def _is_ours(graph: Graph, loader: Node, path: Sequence[Node], found: Findings) -> bool:
@@ -108,15 +120,13 @@ def _is_ours(graph: Graph, loader: Node, path: Sequence[Node], found: Findings) 
 
 
 def _place(found: Findings, loader: Node, slot: int, path: Sequence[Node]) -> None:
-    """Whether its MODEL is to be made parallel or is so already, and whether its file can be."""
+    """Whether its MODEL is to be made parallel, or is so already."""
     if loader.class_type in OURS:
         found.parallel.append(Remark.of(loader, "gives a parallel MODEL already"))
     elif any(node.class_type == PARALLELIZE for node in path):
         found.parallel.append(Remark.of(loader, "its MODEL is made parallel already"))
     elif not any(kept[0].raw is loader.raw and kept[1] == slot for kept in found.wanted):
         found.wanted.append((loader, slot))
-    if loader.class_type not in OURS and (why := why_file_refused(loader)):
-        found.refused.append(Remark.of(loader, f"{why} ({loader.file})" if loader.file else why))
 
 
 def _hidden(graph: Graph) -> Iterator[tuple[Node, str]]:

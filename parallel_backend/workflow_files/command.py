@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status: 0 all run, 1 something would be refused, 2 a file that is no workflow."""
+    """Exit status: 0 all run, 1 something would be refused or can't be reached by a node, 2 a file that is no workflow."""
     try:
         files = list(_files(args.files))
         if args.output is not None and len(files) != 1:
@@ -47,9 +47,11 @@ def run(args: argparse.Namespace) -> int:
                 print(f"parallel-mmdit: {error}", file=sys.stderr)
                 seen["bad"] += 1
     if len(files) > 1:
-        others = f"; {seen['others']} others have no model of SD3 or SDXL" if seen["others"] else ""
-        print(f"{seen['runs']} of {seen['runs'] + seen['refused']} run{others}.")
-    return BAD_INPUT if seen["bad"] else REFUSED if seen["refused"] else RUNS
+        parts = [f"{seen['runs']} of {seen['runs'] + seen['hidden'] + seen['refused']} run"]
+        parts += [f"{seen['hidden']} more with the setting"] if seen["hidden"] else []
+        parts += [f"files without a model of SD3 or SDXL: {seen['others']}"] if seen["others"] else []
+        print("; ".join(parts) + ".")
+    return BAD_INPUT if seen["bad"] else REFUSED if seen["refused"] or seen["hidden"] else RUNS
 
 
 def _files(paths: list[Path]) -> Iterator[tuple[Path, bool]]:
@@ -69,7 +71,7 @@ def _files(paths: list[Path]) -> Iterator[tuple[Path, bool]]:
 def _one(path: Path, args: argparse.Namespace) -> str:
     """Prints what was found in the file, and writes its parallel copy if there is one to write.
 
-    Returns: "runs", "refused" or "others".
+    Returns: "runs", "hidden", "refused" or "others".
     Raises: InputError: not a workflow, or the copy would take its place.
     """
     workflow, over_lines = read_workflow(path)
@@ -89,4 +91,4 @@ def _one(path: Path, args: argparse.Namespace) -> str:
         print(f"  Written: {target}")
     if not report.found.concerns_us:
         return "others"
-    return "runs" if report.found.runs else "refused"
+    return "runs" if report.found.runs else "hidden" if report.found.runs_with_setting else "refused"

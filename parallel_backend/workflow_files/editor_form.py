@@ -12,8 +12,8 @@ from .reading import JSON, SAVE_IT, all_graphs
 
 MUTED, BYPASSED = 2, 4
 INPUTS_OF_SUBGRAPH, OUTPUTS_OF_SUBGRAPH = -10, -20
-_REROUTES = ("Reroute", "Reroute (rgthree)", "SetNode")
-_GET = ("GetNode",)
+_SET, _GET = ("SetNode", "easy setNode"), ("GetNode", "easy getNode")
+_REROUTES = ("Reroute", "Reroute (rgthree)", *_SET)
 _EVERYWHERE = (
     "Anything Everywhere",
     "Anything Everywhere3",
@@ -142,9 +142,9 @@ class Scope:
         return next((entry for entry in sockets if entry.get("name") == declared[slot].get("name")), None)
 
     def _set_link(self, names: tuple[str, ...]) -> Any:
-        """The link into the SetNode of that name."""
+        """The link into the Set node of that name."""
         for node in self.graph["nodes"]:
-            if node["type"] == "SetNode" and names and texts_of(node)[:1] == names[:1]:
+            if node["type"] in _SET and names and texts_of(node)[:1] == names[:1]:
                 return next((entry.get("link") for entry in node.get("inputs") or []), None)
         return None
 

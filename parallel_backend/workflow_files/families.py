@@ -21,9 +21,12 @@ _NAMES_OF_OURS = re.compile(
     r"XL|(?i:sd[-_. ]?xl|xl(?![a-z])|sd[-_. ]?3|stable[-_. ]?diffusion[-_. ]?3|pony|illustrious|noob[-_]?ai|animagine|segmind|"
     r"ssd[-_]?1b|koala|playground|proteus)"
 )
-# Asked last: versions of SDXL models look like those of SD1 and SD2.
+# Asked last: versions and names of SDXL models look like those of SD1 and SD2, and have an XL.
 _NAMES_OF_SD1_AND_SD2 = re.compile(
-    r"sd[-_. ]?v?[12]([-_. ]?[0-9]|\b)|\bv[12]-[0-9]|stable[-_. ]?diffusion[-_. ]?v?[12]|\bmm_", re.I
+    r"sd[-_. ]?v?[12]([-_. ]?[0-9]|\b)|\bv1[-_.]?5|\bv[12]-[0-9]|stable[-_. ]?diffusion[-_. ]?v?[12]|\bmm_|sdxs|dreamshaper_?[1-8]|"
+    r"absolute[-_]?reality|realistic[-_ ]?vision|epicrealism|deliberate|rev[-_]?animated|majicmix|counterfeit|meinamix|chilloutmix|"
+    r"anything[-_ ]?v|juggernaut_(reborn|final)",
+    re.I,
 )
 _CLASSES_OF_OTHERS = re.compile(
     r"Flux|Wan|LTX|Hunyuan|HyVideo|Qwen|Cosmos|Mochi|AceStep|Audio|SVD_|SV3D|Zero123|Cascade|PixArt|HiDream|Lumina|Kandinsky|"

@@ -9,7 +9,7 @@ from typing import Any
 
 Output = tuple[str, int]
 _FILE = re.compile(r"\.(safetensors|sft|ckpt|pt|pth|bin|gguf)$", re.I)
-_PIPE = re.compile(r"PIPE|TUPLE|(^|_)CONTEXT$|^BUS$")
+_PIPE = re.compile(r"(?<!SAM_)(?<!SEGM_)PIPE|TUPLE|(^|_)CONTEXT$|^BUS$")
 ANY = "*"
 
 

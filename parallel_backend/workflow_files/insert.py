@@ -11,6 +11,7 @@ from .graph import Node
 from .known import PARALLELIZE
 from .reading import JSON, Workflow, all_graphs
 
+PACK = "parallel-mmdit"
 SWAPPED, SWAPPED_FOR = "CheckpointLoaderSimple", "LoadParallelCheckpoint"
 WIDTH, HEIGHT, TITLE_BAR, GAP = 270, 46, 30, 40
 MESH_SOCKET = {"name": "mesh", "type": "PARALLEL_MESH", "link": None, "shape": 7}
@@ -31,9 +32,11 @@ def swap(loader: Node) -> None:
         node.setdefault("inputs", {})["parallel_vae"] = False
         return
     node["type"] = SWAPPED_FOR
-    node["properties"] = {**(node.get("properties") or {}), "Node name for S&R": SWAPPED_FOR}
+    kept = {name: value for name, value in (node.get("properties") or {}).items() if name not in ("ver", "aux_id")}
+    node["properties"] = {**kept, **_properties(SWAPPED_FOR)}
     node["inputs"] = [*(node.get("inputs") or []), dict(MESH_SOCKET)]
     node["widgets_values"] = [loader.file, False]
+    node.pop("widgets_values_named", None)
     if node.get("title") == "Load Checkpoint":
         del node["title"]
 
@@ -74,7 +77,7 @@ def _insert_in_graph(workflow: JSON, loader: Node, slot: int) -> int:
         "mode": 0,
         "inputs": [{"name": "model", "type": "MODEL", "link": new_link}, dict(MESH_SOCKET)],
         "outputs": [{"name": "model", "type": "MODEL", "links": moved}],
-        "properties": {"Node name for S&R": PARALLELIZE},
+        "properties": _properties(PARALLELIZE),
         "widgets_values": [],
     }
     graph["nodes"].append(made)
@@ -88,6 +91,11 @@ def _insert_in_graph(workflow: JSON, loader: Node, slot: int) -> int:
     graph["links"].append(dict(zip(names, ends, strict=True)) if as_objects else list(ends))
     _note_last(workflow, graph, new_id, new_link)
     return new_id
+
+
+def _properties(node_type: str) -> JSON:
+    """By these ComfyUI's manager knows which pack to offer to somebody who hasn't this node."""
+    return {"cnr_id": PACK, "Node name for S&R": node_type}
 
 
 def _node_ids(workflow: JSON) -> Iterator[int]:

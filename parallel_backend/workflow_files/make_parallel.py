@@ -24,13 +24,15 @@ class Report:
     def lines(self) -> Iterator[str]:
         if not self.found.concerns_us:
             yield NOTHING_TO_DO
-        for remarks in (self.changed, self.found.parallel, self.found.local):
+        for remarks in (self.changed, self.found.parallel, self.found.hidden, self.found.local):
             yield from map(str, remarks)
         yield from (f"Refused: {remark}" for remark in self.found.refused)
         yield from map(str, self.found.unknown)
         yield from self.found.notes
-        if self.found.concerns_us:
-            yield "Runs." if self.found.runs else "Something in it would be refused."
+        if self.found.runs:
+            yield "Runs."
+        elif self.found.concerns_us:
+            yield "Runs with that setting." if self.found.runs_with_setting else "Something in it would be refused."
 
 
 def make_parallel(workflow: Workflow, *, swapped: bool = False, only_check: bool = False) -> Report:
