@@ -163,6 +163,16 @@ def test_a_prompt_of_the_api_is_rewired_alone_or_inside_the_body_of_a_request() 
         assert (report.found.runs and "client_id" in changed) or changed is inside
 
 
+def test_in_a_prompt_a_model_is_followed_through_inputs_of_any_name() -> None:
+    switch = {"class_type": "ComfySwitchNode", "inputs": {"on_true": ["4", 0], "switch": True}}
+    content = prompt() | {"8": switch}
+    content["3"]["inputs"]["model"] = ["8", 0]
+    content["5"]["inputs"] = {"model": ["4", 0]}
+    changed, report = made(content)
+    assert [remark.key for remark in report.changed] == ["4"] and not report.found.unknown
+    assert changed["8"]["inputs"]["on_true"] == changed["5"]["inputs"]["model"] == ["9", 0]
+
+
 def test_a_workflow_may_lie_below_its_name() -> None:
     changed, _ = made({"workflow": plain(), "other": 1})
     assert len(added(changed["workflow"])) == 1
@@ -233,6 +243,20 @@ def test_reroutes_and_set_and_get_and_bypassed_nodes_are_passed_through() -> Non
     assert added(workflow)[0]["outputs"][0]["links"] == [1]
 
 
+def test_what_is_sent_everywhere_is_sent_by_the_new_node() -> None:
+    sheet = Sheet()
+    loader = sheet.checkpoint("sdxl.safetensors")
+    sheet.add("Anything Everywhere", anything=(loader, 0, MODEL))
+    prompts = sheet.add("CLIPTextEncode", [COND], clip=(loader, 1, CLIP))
+    sampler = sheet.add("KSampler", [LATENT], positive=(prompts, 0, COND))
+    sheet.nodes[sampler - 1]["inputs"].append({"name": "model", "type": MODEL, "link": None})
+    wire = {"downstream": sampler, "downstream_slot": 1, "upstream": str(loader), "upstream_slot": 0, "type": MODEL}
+    workflow, report = made(sheet.whole() | {"extra": {"ue_links": [wire]}})
+    (node,) = added(workflow)
+    assert workflow["extra"]["ue_links"] == [wire | {"upstream": node["id"]}] and report.found.runs
+    assert made(workflow)[0] == workflow
+
+
 def subgraph(file: str) -> JSON:
     """A loader and a sampler inside; the file's name and the latent come in, the latent goes out."""
     inner = Sheet()
@@ -259,16 +283,24 @@ def subgraph(file: str) -> JSON:
     node = outer.add("11111111-2222", [LATENT], [file])
     outer.nodes[0]["inputs"] = [{"name": "ckpt_name", "type": "COMBO", "widget": {"name": "ckpt_name"}, "link": None}]
     outer.add("SaveLatent", samples=(node, 0, LATENT))
-    return outer.whole() | {"definitions": {"subgraphs": [definition]}}
+    outer.nodes[1]["id"] = outer.links[0][3] = 40
+    return outer.whole() | {"last_node_id": 40, "definitions": {"subgraphs": [definition]}}
 
 
 def test_a_loader_inside_a_subgraph_gets_its_node_there_under_an_id_that_no_graph_has() -> None:
     workflow, report = made(subgraph("sdxl.safetensors"))
     (node,) = added(workflow)
     inside = workflow["definitions"]["subgraphs"][0]
-    assert node in inside["nodes"] and node["id"] == 14 and inside["state"] == {"lastNodeId": 14, "lastLinkId": 10}
-    assert [remark.key for remark in report.changed] == ["1:11"] and workflow["last_node_id"] == 14
+    assert node in inside["nodes"] and node["id"] == 41 and inside["state"] == {"lastNodeId": 41, "lastLinkId": 10}
+    assert [remark.key for remark in report.changed] == ["1:11"] and workflow["last_node_id"] == 41
     assert made(workflow)[0] == workflow
+
+
+def test_a_subgraph_that_is_used_twice_gets_its_node_once() -> None:
+    content = subgraph("sdxl.safetensors")
+    content["nodes"].append(deepcopy(content["nodes"][0]) | {"id": 39, "outputs": []})
+    workflow, report = made(content)
+    assert len(added(workflow)) == len(report.changed) == 1 and made(workflow)[0] == workflow
 
 
 def test_the_file_that_a_subgraphs_node_names_counts() -> None:
@@ -284,10 +316,14 @@ def test_a_subgraph_that_contains_itself_is_named() -> None:
 
 def test_a_model_in_a_pipe_is_said_with_the_setting_that_reaches_it() -> None:
     sheet = Sheet()
-    pipe = sheet.add("ttN pipeLoader", ["PIPE_LINE", MODEL], ["sdxl.safetensors"])
-    sheet.add("ttN pipeKSampler", ["PIPE_LINE"], pipe=(pipe, 0, "PIPE_LINE"))
+    pipe = sheet.add("ttN pipeLoader", ["PIPE_LINE", MODEL, VAE], ["sdxl.safetensors"])
+    masks = sheet.add("SamLoaderOfAPack", ["SAM_PIPE"], ["sam_vit_b.pth"])
+    decoded = sheet.add("DecoderOfAPack", [LATENT], vae=(pipe, 2, VAE))
+    others = {"sam": (masks, 0, "SAM_PIPE"), "latent": (decoded, 0, LATENT)}
+    sheet.add("ttN pipeKSampler", ["PIPE_LINE"], pipe=(pipe, 0, "PIPE_LINE"), **others)
     same, report = made(sheet.whole())
     assert same == sheet.whole() and not report.found.runs and report.found.runs_with_setting
+    assert [remark.key for remark in report.found.hidden] == [str(pipe)] and not report.found.unknown
     assert "PARALLEL_MMDIT_EVERYWHERE=1" in report.found.hidden[0].why
     wire = sheet.add("CLIPTextEncode", [COND])
     sheet.add("KSampler", [LATENT], model=(pipe, 1, MODEL), positive=(wire, 0, COND))
