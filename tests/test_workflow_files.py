@@ -186,6 +186,17 @@ def test_twice_is_as_once(content: JSON) -> None:
     assert report.found.parallel and report.found.runs
 
 
+def test_what_is_parallel_by_hand_stays_and_a_sampler_beside_it_is_named() -> None:
+    sheet = Sheet()
+    loader = sheet.checkpoint("sdxl.safetensors")
+    parallel = sheet.add("ParallelizeModel", [MODEL], model=(loader, 0, MODEL))
+    sheet.sampler(parallel, loader)
+    assert not made(sheet.whole())[1].found.local
+    beside = sheet.sampler(loader, loader)
+    same, report = made(sheet.whole())
+    assert same == sheet.whole() and [remark.key for remark in report.found.local] == [str(beside)]
+
+
 @pytest.mark.parametrize("content", [plain(), prompt()], ids=["editor", "API"])
 def test_a_check_changes_nothing(content: JSON) -> None:
     same, report = made(content, only_check=True)

@@ -76,7 +76,7 @@ def check(workflow: Workflow) -> Findings:
     for loader, slot in graph.model_sources():
         path = _sampling_path(graph, loader, graph.reached(loader, slot))
         if path and _is_ours(graph, loader, path, found):
-            _place(found, loader, slot, path)
+            _place(found, loader, slot, path, list(filter(_samples, graph.reached(loader, slot, not_past=PARALLELIZE))))
             loaders[loader.key] = loader
             on_the_way |= {node.key: node for node in path}
     for loader, why in _hidden(graph):
@@ -99,9 +99,11 @@ def check(workflow: Workflow) -> Findings:
 
 def _sampling_path(graph: Graph, loader: Node, reached: Sequence[Node]) -> list[Node]:
     """The loader, all that its MODEL gets to, and all that gives these their prompts; nothing if none of them samples."""
-    if not any(entry.kind == "CONDITIONING" or is_pipe(entry.kind) for node in reached for entry in node.inputs):
-        return []
-    return graph.behind([loader, *reached], _PROMPTS)
+    return graph.behind([loader, *reached], _PROMPTS) if any(map(_samples, reached)) else []
+
+
+def _samples(node: Node) -> bool:
+    return any(entry.kind == "CONDITIONING" or is_pipe(entry.kind) for entry in node.inputs)
 
 
 def _is_ours(graph: Graph, loader: Node, path: Sequence[Node], found: Findings) -> bool:
@@ -119,12 +121,13 @@ def _is_ours(graph: Graph, loader: Node, path: Sequence[Node], found: Findings) 
     return family != "another"
 
 
-def _place(found: Findings, loader: Node, slot: int, path: Sequence[Node]) -> None:
-    """Whether its MODEL is to be made parallel, or is so already."""
+def _place(found: Findings, loader: Node, slot: int, path: Sequence[Node], aside: Sequence[Node]) -> None:
+    """Whether its MODEL is to be made parallel, or is so already; `aside` samples what a ParallelizeModel doesn't reach."""
     if loader.class_type in OURS:
         found.parallel.append(Remark.of(loader, "gives a parallel MODEL already"))
     elif any(node.class_type == PARALLELIZE for node in path):
         found.parallel.append(Remark.of(loader, "its MODEL is made parallel already"))
+        found.local += [Remark.of(node, f"samples the MODEL of {loader.label} beside {PARALLELIZE}") for node in aside]
     elif not any(kept[0].raw is loader.raw and kept[1] == slot for kept in found.wanted):
         found.wanted.append((loader, slot))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InputError
+from .editor_shape import ENDS, Id
 from .graph import ANY, Graph, Input, Node, Output
 from .reading import JSON, SAVE_IT, all_graphs
 
@@ -27,10 +28,10 @@ LONGEST_WAY, DEEPEST = 200, 30
 
 @dataclass(frozen=True)
 class Link:
-    id: Any
-    origin: str
+    id: Id
+    origin: Id
     origin_slot: int
-    target: str
+    target: Id
     target_slot: int
 
 
@@ -39,7 +40,7 @@ def links_of(graph: JSON) -> dict[Any, Link]:
     found = (
         Link(*(link[key] for key in ("id", "origin_id", "origin_slot", "target_id", "target_slot")))
         if isinstance(link, dict)
-        else Link(*link[:5])
+        else Link(*link[:ENDS])
         for link in graph.get("links", [])
         if link is not None
     )
@@ -152,8 +153,8 @@ class Scope:
         """What "Use Everywhere" sends to an input without a link: it lists its wires in the workflow's extra."""
         for wire in (self.graph.get("extra") or {}).get("ue_links") or []:
             if str(wire.get("downstream")) == str(node["id"]) and wire.get("downstream_slot") == slot:
-                upstream = str(wire.get("upstream"))
-                return (self.path + upstream, int(wire["upstream_slot"])) if upstream in self.nodes else None
+                upstream, number = str(wire.get("upstream")), wire.get("upstream_slot")
+                return (self.path + upstream, number) if upstream in self.nodes and number is not None else None
         return None
 
     def _linked_texts(self, node: JSON) -> Iterator[str]:

@@ -70,13 +70,13 @@ class Graph:
     def taken(self, node: Node) -> list[int]:
         return [slot for slot in node.outputs if (node.key, slot) in self.consumers]
 
-    def reached(self, node: Node, slot: int) -> list[Node]:
-        """All that the MODEL of this output gets to, also as a guider or in a pipe."""
+    def reached(self, node: Node, slot: int, not_past: str = "") -> list[Node]:
+        """All that the MODEL of this output gets to, also as a guider or in a pipe; not through nodes of the class `not_past`."""
         found: dict[str, Node] = {}
         ahead = [(node.key, slot)]
         while ahead:
             for consumer, _ in self.consumers.get(ahead.pop(), ()):
-                if consumer.key not in found:
+                if consumer.key not in found and consumer.class_type != not_past:
                     found[consumer.key] = consumer
                     ahead += [(consumer.key, n) for n, kind in consumer.outputs.items() if carries_model(kind)]
         return list(found.values())

@@ -35,7 +35,8 @@ def swap(loader: Node) -> None:
     kept = {name: value for name, value in (node.get("properties") or {}).items() if name not in ("ver", "aux_id")}
     node["properties"] = {**kept, **_properties(SWAPPED_FOR)}
     node["inputs"] = [*(node.get("inputs") or []), dict(MESH_SOCKET)]
-    node["widgets_values"] = [loader.file, False]
+    values = node.get("widgets_values")
+    node["widgets_values"] = [*(values[:1] if isinstance(values, list) else [loader.file]), False]
     node.pop("widgets_values_named", None)
     if node.get("title") == "Load Checkpoint":
         del node["title"]
