@@ -15,6 +15,7 @@ from ..parallel_backend import Backend
 from ..parallel_backend.errors import BackendError
 from ..parallel_backend.rpc.runtime_dir import running_names
 from .parallel_mesh import ParallelMesh
+from .workflow_route import add_workflow_route
 
 STATUS = "/parallel_mmdit/status"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -30,6 +31,7 @@ def add_routes() -> None:
     async def status(_: web.Request) -> web.Response:
         return web.json_response({"backends": await asyncio.to_thread(states)})
 
+    add_workflow_route(server.routes)
     server.app.middlewares.append(free_with_comfyui)
 
 

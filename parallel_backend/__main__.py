@@ -1,4 +1,4 @@
-"""The command line: serve, status, stop, doctor, keys, convert, train, bench, demo."""
+"""The command line: serve, status, stop, doctor, workflow, keys, convert, train, bench, demo."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from .errors import BackendError, ConfigError, StartError
 from .rpc import runtime_dir
 from .rpc.messages import BackendState
 from .version import __version__
+from .workflow_files import command as workflow_command
 
 CLEAR = "\x1b[2J\x1b[H"
 
@@ -75,6 +76,11 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="what is wrong with this installation, and what to do")
     doctor.set_defaults(run=_doctor)
+
+    flow = commands.add_parser(
+        "workflow", help="a parallel copy of a workflow's JSON file, and what in it would be refused"
+    )
+    workflow_command.add_arguments(flow)
 
     stop = commands.add_parser("stop", help="end a running backend")
     _named(stop)

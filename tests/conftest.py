@@ -45,7 +45,7 @@ QUICK = frozenset(
     f"test_{name}"
     for name in (
         "allowed_files", "backend", "cards", "checkpoint", "config", "demo_files", "house", "memory", "methods",
-        "published", "scenes", "scripts", "vae", "wire",
+        "published", "scenes", "scripts", "vae", "wire", "workflow_files",
     )
 )  # fmt: skip
 

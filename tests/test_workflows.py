@@ -164,3 +164,16 @@ def test_a_graph_from_before_demo_caption_had_a_model_is_the_graph_that_it_was(e
 def caption_of(prompt: dict[str, Any]) -> str:
     (caption,) = (node["inputs"]["caption"] for node in prompt.values() if node["inputs"].get("caption"))
     return caption
+
+
+def test_the_editors_command_sends_the_workflow_and_gets_it_back_parallel(editor: ComfyServer) -> None:
+    assert "/parallel_mmdit/workflow" in editor.get_text("/extensions/parallel-mmdit/make_parallel.js")
+    prompt = {
+        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "sd_xl_base_1.0.safetensors"}},
+        "2": {"class_type": "KSampler", "inputs": {"model": ["1", 0], "positive": ["3", 0]}},
+        "3": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": "a fox"}},
+    }
+    answer = editor.post("/parallel_mmdit/workflow", {"workflow": prompt})
+    assert answer["workflow"]["2"]["inputs"]["model"] == ["4", 0] and answer["report"]["runs"]
+    assert [remark["key"] for remark in answer["report"]["changed"]] == ["1"]
+    assert editor.post("/parallel_mmdit/workflow", {"workflow": []})["error"]["code"] == "input"

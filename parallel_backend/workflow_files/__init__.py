@@ -1,0 +1,1 @@
+"""Workflow files as people share them: read, made parallel, and what in them a parallel MODEL can't honour."""

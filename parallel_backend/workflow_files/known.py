@@ -1,0 +1,60 @@
+"""Node classes that a parallel MODEL is known to run with: of ComfyUI's core, of this pack, and the most shared of others."""
+
+from __future__ import annotations
+
+LOADERS = frozenset(
+    [
+        "CheckpointLoaderSimple",
+        "CheckpointLoader",
+        "unCLIPCheckpointLoader",
+        "UNETLoader",
+        "DiffusersLoader",
+        "ImageOnlyCheckpointLoader",
+    ]
+)
+OURS = frozenset(["LoadParallelMMDiT", "LoadParallelUNet", "LoadParallelCheckpoint"])
+PARALLELIZE = "ParallelizeModel"
+
+_SAMPLERS = (
+    "KSampler KSamplerAdvanced SamplerCustom SamplerCustomAdvanced ParallelSampler CFGGuider BasicGuider DualCFGGuider "
+    "DualModelGuider PerpNegGuider BasicScheduler BetaSamplingScheduler SDTurboScheduler SamplingPercentToSigma AddNoise SamplerSASolver "
+    "CheckpointSave ModelSave LoraSave"
+)
+_ON_A_MODEL = (
+    "LoraLoader LoraLoaderModelOnly LoraModelLoader ModelMergeSimple ModelMergeBlocks ModelMergeSubtract ModelMergeAdd ModelMergeSDXL "
+    "ModelMergeSD3_2B ModelMergeSD35_Large ModelSamplingDiscrete ModelSamplingContinuousEDM ModelSamplingContinuousV ModelSamplingSD3 "
+    "ModelSamplingAuraFlow ModelSamplingFlux RescaleCFG PerpNeg DifferentialDiffusion Mahiro CFGZeroStar CFGNorm FreSca APG TCFG "
+    "CFGOverride RenormCFG TemporalScoreRescaling ContextWindowsManual LatentApplyOperationCFG ComfySwitchNode LazySwitchKJ"
+)
+_ON_CONDITIONING = (
+    "CLIPTextEncode CLIPTextEncodeSDXL CLIPTextEncodeSDXLRefiner CLIPTextEncodeSD3 CLIPTextEncodeControlnet ConditioningAverage "
+    "ConditioningCombine ConditioningConcat ConditioningMultiply ConditioningSetArea ConditioningSetAreaPercentage "
+    "ConditioningSetAreaStrength ConditioningSetMask ConditioningZeroOut ConditioningSetTimestepRange unCLIPConditioning "
+    "InpaintModelConditioning ReferenceLatent PhotoMakerEncode ConditioningSetProperties ConditioningSetPropertiesAndCombine "
+    "PairConditioningSetProperties PairConditioningSetPropertiesAndCombine ConditioningSetDefaultCombine PairConditioningSetDefaultCombine "
+    "PairConditioningCombine LoadConditioning DemoCaption SaveConditioning"
+)
+# Of packs: they call core's samplers, hang LoRA, or only hand on what they are given.
+_OF_PACKS = (
+    "FaceDetailer FaceDetailerPipe DetailerForEach DetailerForEachPipe UltimateSDUpscale UltimateSDUpscaleNoUpscale ToBasicPipe "
+    "FromBasicPipe FromBasicPipe_v2 ToDetailerPipe ToDetailerPipeSDXL KSamplerAdvancedProvider KSamplerProvider LayeredDiffusionApply "
+    "BNK_CLIPTextEncodeAdvanced IPAdapterUnifiedLoader IPAdapterUnifiedLoaderFaceID IPAdapterUnifiedLoaderCommunity "
+    "SDXLPromptStyler smZ_CLIPTextEncode"
+)
+_WITH_SPACES = (
+    "KSampler (Efficient); KSampler Adv. (Efficient); KSampler SDXL (Eff.); KSampler //Inspire; KSamplerAdvanced //Inspire; "
+    "Efficient Loader; Eff. Loader SDXL; Power Lora Loader (rgthree); Lora Loader Stack (rgthree); Lora Loader (pysssss); "
+    "LoraLoader|pysssss; CR Apply LoRA Stack; CR LoRA Stack; LoRA Stacker; Context (rgthree); Context Big (rgthree); "
+    "Context Switch (rgthree); Any Switch (rgthree); Checkpoint Loader with Name (Image Saver); ConditioningAverage ; "
+    "easy a1111Loader; easy comfyLoader; easy fullLoader; easy pipeIn; easy pipeOut; easy pipeEdit; easy preSampling; "
+    "easy preSamplingAdvanced; easy preSamplingNoiseIn; easy preSamplingCustom; easy kSampler; easy fullkSampler; easy hiresFix; "
+    "easy preDetailerFix; easy detailerFix; ttN pipeLoader; ttN pipeLoader_v2; ttN pipeLoaderSDXL; ttN pipeKSampler; ttN pipeKSampler_v2; "
+    "ttN pipeKSamplerAdvanced; ttN pipeKSamplerSDXL; ttN pipeLoraStack; ttN pipeIN; ttN pipeOUT; ttN pipeEDIT"
+)
+RUN = (
+    LOADERS
+    | OURS
+    | {PARALLELIZE}.union(
+        _WITH_SPACES.split("; "), *(names.split() for names in (_SAMPLERS, _ON_A_MODEL, _ON_CONDITIONING, _OF_PACKS))
+    )
+)

@@ -1,0 +1,93 @@
+"""What a parallel MODEL can't honour, by node class and by file name: one table, in the words that a user is told."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from .graph import Node
+from .known import RUN
+
+CONTROL = "ControlNet isn't honoured on a parallel MODEL yet"
+IMAGE_PROMPT = "image prompts (IP-Adapter, InstantID, PuLID) aren't honoured on a parallel MODEL yet"
+ATTENTION = "patches of attention and blocks aren't honoured on a parallel MODEL yet"
+CACHE = "caches of steps live inside the model, and aren't honoured on a parallel MODEL yet"
+LAYERS = "it changes the network's own layers, and those of a parallel MODEL live in the backend"
+CHANNELS = "models with more input channels than a picture has aren't taken yet"
+COMPILE = "the weights live in the backend: set `compile` of Mesh Config instead"
+DEVICES = "it copies the weights to other GPUs; a parallel MODEL has them there already"
+TRAINING = "a parallel MODEL can't be trained"
+
+_CLASSES = {
+    ATTENTION: (
+        "FreeU FreeU_V2 HyperTile TomePatchModel PatchModelAddDownscale SelfAttentionGuidance PerturbedAttentionGuidance "
+        "UNetSelfAttentionMultiply UNetCrossAttentionMultiply UNetTemporalAttentionMultiply NAGuidance SkipLayerGuidanceSD3 "
+        "SkipLayerGuidanceDiT SkipLayerGuidanceDiTSimple HypernetworkLoader GLIGENTextBoxApply ModelAttentionBackend ScaleROPE "
+        "ReferenceOnlySimple TGateApply TGateApplySimple TGateApplyAdvanced CLIPNegPip NegPip ApplyRAUNet ApplyRAUNetSimple "
+        "ApplyMSWMSAAttention ApplyMSWMSAAttentionSimple SmoothedEnergyGuidanceAdvanced PerturbedAttention SlidingWindowGuidanceAdvanced "
+        "INPAINT_ApplyFooocusInpaint"
+    ),
+    CACHE: "EasyCache LazyCache TeaCache DeepCache ApplyFBCacheOnModel ApplyTeaCachePatch ApplyTeaCachePatchAdvanced",
+    LAYERS: "SeamlessTile LoraLoaderBypass LoraLoaderBypassModelOnly LoadAndApplyICLightUnet BrushNet PowerPaint",
+    COMPILE: "TorchCompileModel",
+    DEVICES: "MultiGPU_WorkUnits SelectModelDevice",
+    TRAINING: "TrainLoraNode",
+    CHANNELS: "InstructPixToPixConditioning",
+    CONTROL: "SUPIRApply",
+}  # fmt: skip
+_BY_CLASS = {name: why for why, names in _CLASSES.items() for name in names.split()}
+# Packs name their nodes in families; the first that fits tells.
+_BY_PATTERN = tuple(
+    (re.compile(pattern), why)
+    for pattern, why in (
+        (r"(?i)ip[-_ ]?adapter(?!.*(Loader|Load)\b)|instant[-_ ]?id|pulid|faceid", IMAGE_PROMPT),
+        (r"(?i)(?<!Encode)control[-_ ]?net|^ACN_|T2I[-_ ]?Adapter|(?i:LLLite)", CONTROL),
+        (r"^ADE_|AnimateDiff", LAYERS),
+        (r"(?i)brushnet|powerpaint", LAYERS),
+        (r"LayeredDiffusion.*(Cond|Joint|Diff)", CHANNELS),
+        (r"^SUPIR|(?i:ic[-_]?light)", LAYERS),
+        (r"(?i)fooocus.?inpaint", ATTENTION),
+        (r"(?i)seamless|asymmetric.*tiled|circular.*(vae|pad)", LAYERS),
+        (r"(?i)style[-_ ]?align|reference.*attention|prompt[-_ ]?to[-_ ]?prompt|attention[-_ ]?couple|cross.?attention", ATTENTION),
+        (r"(?i)perturbed|self.?attention.?guid|free[-_ ]?u\b|hyper[-_ ]?tile|\bNAG|t-?gate|automatic[-_ ]?cfg|skip.?layer", ATTENTION),
+    )
+)  # fmt: skip
+# A text encoder's type stands in names of whole checkpoints: it says nothing of the diffusion weights.
+_TEXT_ENCODER = re.compile(r"(t5[-_]?(xxl)?|clip)[-_.]?(fp8|e4m3fn|e5m2)\w*", re.I)
+_BY_FILE = tuple(
+    (re.compile(pattern, re.I), why)
+    for pattern, why in (
+        (r"\.gguf$", "GGUF files aren't taken yet: take the fp16 or bf16 one"),
+        (r"nf4|bnb", "NF4 files aren't taken yet: take the fp16 or bf16 one"),
+        (r"fp8|float8|e4m3|e5m2", "fp8 files aren't taken yet: take the fp16 or bf16 one"),
+        (r"int8|nvfp4|fp4|svdq|int4", "quantised files aren't taken yet: take the fp16 or bf16 one"),
+        (r"\.(ckpt|pt|pth|bin)$", "only .safetensors files are opened, no pickles"),
+        (r"cosxl|playground[-_.]?v?2[-_.]?5", "EDM files (CosXL, Playground 2.5) aren't taken yet"),
+        (r"in[-_]?paint|ip2p|pix2pix|ic[-_]?light", CHANNELS),
+    )
+)
+_BY_LOADER = (
+    (re.compile(r"GGUF", re.I), "GGUF files aren't taken yet: take the fp16 or bf16 one"),
+    (re.compile(r"NF4|bnb", re.I), "NF4 files aren't taken yet: take the fp16 or bf16 one"),
+    (re.compile(r"^DiffusersLoader$"), "folders of diffusers aren't taken yet: take a single file"),
+    (re.compile(r"Nunchaku|SVDQ"), "quantised files aren't taken yet: take the fp16 or bf16 one"),
+)
+
+
+def why_refused(node: Node) -> str:
+    """Why a parallel MODEL would refuse what this node hangs on it, "" if it isn't known to."""
+    return next(filter(None, map(_why_class, (node.class_type, *node.members))), "")
+
+
+def why_file_refused(loader: Node) -> str:
+    """Why the model that this loader loads can't be made parallel, "" if it is not known that it can't."""
+    name = _TEXT_ENCODER.sub("", loader.file)
+    return _first(_BY_LOADER, loader.class_type) or _first(_BY_FILE, name)
+
+
+def _why_class(name: str) -> str:
+    return _BY_CLASS.get(name) or ("" if name in RUN else _first(_BY_PATTERN, name))
+
+
+def _first(table: Sequence[tuple[re.Pattern[str], str]], name: str) -> str:
+    return next((why for pattern, why in table if pattern.search(name)), "")
