@@ -74,7 +74,7 @@ class WeightsElsewhere(comfy.model_patcher.ModelPatcher):
         full_load: bool = False,
     ) -> None:
         """Called by ComfyUI where it believes that they are not loaded, after it has made room."""
-        if self._is_here():
+        if self._is_here() and not self._is_held():
             say(f"loading {self.remote.file} again on the ranks", log=True)
             interruptible(self.remote.backend, self.remote.ensure_loaded, on_event=_say_progress)
         self._note_loaded(device_to)

@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .conditioning_file import LoadConditioning, SaveConditioning
 from .demo_caption import DemoCaption
+from .displaced_steps import DisplacedSteps
 from .load_models import LoadParallelMMDiT, LoadParallelUNet
 from .mesh_config import MeshConfig
 from .parallel_sampler import ParallelSampler
@@ -20,6 +21,7 @@ class ParallelMMDiTExtension(ComfyExtension):
             LoadParallelMMDiT,
             LoadParallelUNet,
             ParallelSampler,
+            DisplacedSteps,
             PatchParallelVAE,
             SaveConditioning,
             LoadConditioning,

@@ -41,7 +41,11 @@ class RemotePatcher(WeightsElsewhere):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._sets: OrderedDict[Any, WeightPatches] = OrderedDict()
-        self.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, OWN, sample_in_backend)
+        self.sample_in_backend()
+
+    def sample_in_backend(self) -> None:
+        """Stock samplers hand their whole loop over where the backend knows all of it."""
+        self.wrappers.setdefault(WrappersMP.OUTER_SAMPLE, {})[OWN] = [sample_in_backend]
 
     def clone(self, *args: Any, **kwargs: Any) -> Any:
         copy = super().clone(*args, **kwargs)

@@ -232,43 +232,49 @@ def test_degrees_that_dont_fit_are_said_on_the_node_before_anything_runs(server:
     assert "dp=1 * cfg=1 * pp=1 * patch=1 * ring=1 * ulysses=1 * tp=3 = 3, but the backend has 2 ranks" in text
 
 
-@pytest.mark.parametrize(
-    ("probe", "words"),
-    [("ProbeAttentionPatch", "patches 'attn1_patch'"), ("ProbeWeightPatch", "weight patch on 1 weights")],
-)
 @pytest.mark.parametrize("node", ["ParallelSampler", "KSampler"])
-def test_patches_that_cant_be_sent_are_refused_by_name(node: str, probe: str, words: str, server: ComfyServer) -> None:
+def test_patches_that_cant_be_sent_are_refused_by_name(node: str, server: ComfyServer) -> None:
     prompt = Prompt()
-    patched = out(prompt.add(probe, model=parallel_model(prompt)))
+    patched = out(prompt.add("ProbeAttentionPatch", model=parallel_model(prompt)))
     picture(prompt, node, patched, "never")
-    assert words in refused(server, prompt)
+    assert "patches 'attn1_patch'" in refused(server, prompt)
 
 
-def test_a_loop_patch_is_refused_by_the_sampler_and_runs_on_ksampler(server: ComfyServer) -> None:
+def last_words(outcome: Outcome) -> str:
+    return "\n".join(text for texts in outcome.texts.values() for text in texts)
+
+
+@pytest.mark.parametrize("node", ["ParallelSampler", "KSampler"])
+def test_the_node_says_whether_the_backend_runs_the_loop_and_what_keeps_it_from_that(
+    node: str, server: ComfyServer
+) -> None:
+    prompt = Prompt()
+    picture(prompt, node, parallel_model(prompt), "whole", seed=41)
+    assert "whole loop in the backend: 3 steps" in last_words(server.run(prompt.nodes))
     prompt = Prompt()
     rescaled = out(prompt.add("RescaleCFG", model=parallel_model(prompt), multiplier=0.7))
-    picture(prompt, "ParallelSampler", rescaled, "never")
-    assert "sampler_cfg_function" in refused(server, prompt)
-    latents = []
-    for load in (local_model, parallel_model):
+    picture(prompt, node, rescaled, "rescaled", seed=41)
+    assert "step by step: model option 'sampler_cfg_function'" in last_words(server.run(prompt.nodes))
+
+
+def test_displaced_steps_are_made_under_any_sampler_whose_loop_the_backend_runs(server: ComfyServer) -> None:
+    latents, settings = [], {"cfg": 1, "ring": 2}
+    for asked, node in ((False, "KSampler"), (True, "KSampler"), (True, "ParallelSampler")):
         prompt = Prompt()
-        node = picture(
-            prompt, "KSampler", out(prompt.add("RescaleCFG", model=load(prompt), multiplier=0.7)), "rescaled"
-        )
-        latents.append(latent_of(server, server.run(prompt.nodes), node))
-    torch.testing.assert_close(latents[1], latents[0], rtol=1e-4, atol=1e-4)
+        model = parallel_model(prompt, **settings)
+        if asked and node == "KSampler":
+            model = out(prompt.add("DisplacedSteps", model=model, warmup_steps=2))
+        more = {"displaced": True, "warmup_steps": 2} if node == "ParallelSampler" else {}
+        saved = picture(prompt, node, model, "displaced", steps=5, **more)
+        latents.append(latent_of(server, server.run(prompt.nodes), saved))
+    assert (latents[1] - latents[0]).abs().max() > 1e-4
+    torch.testing.assert_close(latents[2], latents[1], rtol=1e-4, atol=1e-4)
 
-
-def test_conditioning_that_cant_be_honoured_is_refused_by_name(server: ComfyServer) -> None:
     prompt = Prompt()
-    area = prompt.add(
-        "ConditioningSetArea", conditioning=conditioning(prompt, 1), width=64, height=64, x=0, y=0, strength=1.0
-    )
-    empty = out(prompt.add("EmptySD3LatentImage", width=160, height=96, batch_size=1))
-    done = sampler(prompt, "ParallelSampler", parallel_model(prompt), out(area), conditioning(prompt, 2), empty)
-    save_latent(prompt, done, "never")
-    text = refused(server, prompt)
-    assert "positive conditioning carries 'area'" in text and "KSampler" in text
+    displaced = out(prompt.add("DisplacedSteps", model=parallel_model(prompt, **settings), warmup_steps=2))
+    rescaled = out(prompt.add("RescaleCFG", model=displaced, multiplier=0.7))
+    picture(prompt, "KSampler", rescaled, "never")
+    assert "Displaced steps can't honour model option 'sampler_cfg_function'" in refused(server, prompt)
 
 
 def test_nan_in_conditioning_is_named(server: ComfyServer) -> None:
@@ -293,7 +299,7 @@ def test_a_latent_of_other_channels_is_named(server: ComfyServer) -> None:
 
 def test_an_unknown_sampler_is_refused(server: ComfyServer) -> None:
     prompt = Prompt()
-    picture(prompt, "ParallelSampler", parallel_model(prompt), "never", sampler_name="dpm_fast")
+    picture(prompt, "ParallelSampler", parallel_model(prompt), "never", sampler_name="dpm_slow")
     assert "sampler_name" in refused(server, prompt)
 
 

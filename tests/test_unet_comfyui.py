@@ -176,17 +176,6 @@ def test_displaced_steps_are_a_widget_and_their_price_is_shown(editor: ComfyServ
     assert 1e-4 < difference < 0.5
 
 
-def test_changed_sampling_is_refused_by_name_and_runs_on_ksampler(editor: ComfyServer) -> None:
-    for node, works in (("ParallelSampler", False), ("KSampler", True)):
-        prompt = Prompt()
-        changed = prompt.add("ModelSamplingDiscrete", model=unet(prompt), sampling="v_prediction", zsnr=False)
-        outcome = editor.run((saved := picture(prompt, node, out(changed))) and prompt.nodes)
-        if works:
-            assert latent_of(editor, outcome, saved).std() > 0
-        else:
-            assert "V_PREDICTION" in str(outcome.error)
-
-
 @pytest.mark.parametrize(
     ("loader", "name", "words"),
     [

@@ -43,6 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     soak.add_argument("--minutes", type=float, default=2.0)
     soak.add_argument("--clients", type=int, default=3)
     soak.set_defaults(run=_soak)
+
+    swap = benches.add_parser("swap", help="a LoRA on, changed, off: seconds, and bytes read of the model's file")
+    swap.add_argument("--model", type=Path, help="SD3 or SD3.5; a small one with random weights where left out")
+    swap.add_argument("--tp", type=int, nargs="+", default=[1, 2])
+    swap.add_argument("--rank", type=int, default=32, help="of the LoRA")
+    swap.add_argument("--rounds", type=int, default=5)
+    swap.add_argument("--depth", type=int, default=12, help="blocks of the small model")
+    swap.set_defaults(run=_swap)
     _trace_arguments(benches.add_parser("trace", help="a job rank by rank: a picture, a Chrome trace, waits and bytes"))
 
 
@@ -93,6 +101,13 @@ def _soak(args: argparse.Namespace) -> int:
     from .soak import print_soak
 
     return 0 if print_soak(args.minutes, args.clients) else 1
+
+
+def _swap(args: argparse.Namespace) -> int:
+    from .swap import run_swap
+
+    run_swap(args.model, args.tp, args.rank, args.rounds, args.depth)
+    return 0
 
 
 def _trace(args: argparse.Namespace) -> int:

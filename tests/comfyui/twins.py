@@ -1,6 +1,6 @@
-"""A MODEL of a real ComfyUI and its parallel twin, side by side: twins.py COMFYUI PACK CASES BACKEND FOLDER.
+"""A MODEL of a real ComfyUI and its parallel twin, side by side: twins.py COMFYUI PACK BACKEND FOLDER CASES...
 
-CASES is the name of a module beside this file with `MODELS`, files and meshes by name, and `cases(twins)`, which yields (name of the
+Each of CASES is the name of a module beside this file with `MODELS`, files and meshes by name, and `cases(twins)`, which yields (name of the
 model, name of the case, what to do to a MODEL, settings of the sampling). Prints as JSON, by model and case: how far the parallel
 latent is from the local one, in units of 1 + its values; how far that is from the plain model's; and what the node said.
 """
@@ -87,11 +87,12 @@ def call(node, *args, **inputs):
     return getattr(node(), node.FUNCTION)(*args, **inputs)[0]
 
 
-def main(comfy_folder, pack, cases, backend, folder):
+def main(comfy_folder, pack, backend, folder, *names):
     logging.disable(logging.WARNING)
-    twins, module, outcomes, plain = Twins(comfy_folder, pack, backend, folder), importlib.import_module(cases), {}, {}
+    twins, outcomes, plain = Twins(comfy_folder, pack, backend, folder), {}, {}
     with torch.inference_mode():
-        for name, case, change, settings in module.cases(twins):
+        modules = [importlib.import_module(name) for name in names]
+        for module, name, case, change, settings in ((m, *found) for m in modules for found in m.cases(twins)):
             models = twins.pair(name, *module.MODELS[name])
             started = time.process_time()
             outcome = outcomes.setdefault(name, {})[case] = {}

@@ -87,14 +87,6 @@ class AttentionPatch:
         return (patched,)
 
 
-class WeightPatch(AttentionPatch):
-    def patch(self, model):
-        patched = model.clone()
-        key = "diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"
-        patched.add_patches({key: ("diff", (torch.zeros(768, 256),))}, 1.0)
-        return (patched,)
-
-
 class CoreMemory:
     """What ComfyUI's memory manager believes to be loaded of parallel models, in MiB, before and after it wants all room."""
 
@@ -126,6 +118,5 @@ class CoreMemory:
 
 
 NODE_CLASS_MAPPINGS = {
-    f"Probe{cls.__name__}": cls
-    for cls in (RandomConditioning, RandomLatent, RandomImage, AttentionPatch, WeightPatch, CoreMemory)
+    f"Probe{cls.__name__}": cls for cls in (RandomConditioning, RandomLatent, RandomImage, AttentionPatch, CoreMemory)
 }
