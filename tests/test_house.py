@@ -41,6 +41,7 @@ ALLOWED = {
     "small_checkpoints": {"models", "distributed.mesh", "checkpoint_files", "config"},
     "demo": {"rank.one_process", "client", "rpc.conditioning", "checkpoint_files", "config", "errors", "version"},
     "bench": {
+        "checkpoint_files",
         "demo",
         "small_checkpoints",
         "client",
