@@ -6,9 +6,12 @@ from comfy_api.latest import ComfyExtension, io
 
 from .conditioning_file import LoadConditioning, SaveConditioning
 from .demo_caption import DemoCaption
+from .everywhere import Everywhere
+from .load_checkpoint import LoadParallelCheckpoint
 from .load_models import LoadParallelMMDiT, LoadParallelUNet
 from .mesh_config import MeshConfig
 from .parallel_sampler import ParallelSampler
+from .parallelize import ParallelizeModel, ParallelizeVAE
 from .patch_parallel_vae import PatchParallelVAE
 from .routes import add_routes
 
@@ -17,6 +20,9 @@ class ParallelMMDiTExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             MeshConfig,
+            ParallelizeModel,
+            ParallelizeVAE,
+            LoadParallelCheckpoint,
             LoadParallelMMDiT,
             LoadParallelUNet,
             ParallelSampler,
@@ -28,5 +34,7 @@ class ParallelMMDiTExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> ParallelMMDiTExtension:
-    add_routes()
+    everywhere = Everywhere()
+    everywhere.install()
+    add_routes(everywhere)
     return ParallelMMDiTExtension()

@@ -115,6 +115,11 @@ class RemotePatcher(WeightsElsewhere):
     def model_state_dict_for_saving(self, *args: Any, **kwargs: Any) -> NoReturn:
         self._refuse("saving the model")
 
+    def clone(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("force_deepcopy"):
+            self._refuse("training: a copy with weights of its own")
+        return super().clone(*args, **kwargs)
+
     def deepclone_multigpu(self, *args: Any, **kwargs: Any) -> NoReturn:
         self._refuse("ComfyUI's own MultiGPU")
 
