@@ -160,6 +160,6 @@ class LoadParallelUNet(io.ComfyNode):
 def load(kind: ModelKind, model_name: str, mesh: ParallelMesh) -> io.NodeOutput:
     """A loader's output: the MODEL, and how it came to be there."""
     path = path_of(model_name, FOLDER)
-    patcher, report = parallel_model(mesh, kind, path, *names_elsewhere(model_name))
+    patcher, report = parallel_model(mesh, kind, path, names_elsewhere(model_name)[0])
     say(report, log=True)
     return io.NodeOutput(patcher)

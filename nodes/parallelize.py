@@ -120,11 +120,13 @@ def parallelized(model: ModelPatcher, mesh: ParallelMesh) -> tuple[ModelPatcher,
     return parallel, report
 
 
-def take_along(source: ModelPatcher, parallel: ModelPatcher) -> None:
+def take_along(source: ModelPatcher, parallel: RemotePatcher) -> None:
     """What hangs on `source` hangs on `parallel` too, as on a clone: patches, options, wrappers, hooks, and where it came from."""
     hung = vars(source.clone())
     for name in vars(parallel).keys() & hung.keys() - _OF_THE_NETWORK:
         setattr(parallel, name, hung[name])
+    if not parallel.patches:
+        parallel.note_held()  # else ComfyUI takes another patches_uuid for other weights, and asks to load them
 
 
 def _unseen_by_ranks(model: ModelPatcher) -> Iterator[str]:
@@ -146,6 +148,5 @@ def _changes(layer: torch.nn.Module) -> Iterator[str]:
     yield from (f"a replaced {name}" for name in ("forward", "_conv_forward") if name in vars(layer))
     if layer._forward_hooks or layer._forward_pre_hooks:
         yield "a hook on a layer"
-    padding = getattr(layer, "padding_mode", "zeros")
-    if padding != "zeros":
-        yield f"the padding {padding!r}"
+    if isinstance(layer, torch.nn.Conv2d) and layer.padding_mode != "zeros":
+        yield f"the padding {layer.padding_mode!r}"
