@@ -38,7 +38,9 @@ def checkpoints(workflow_models: Path) -> Path:
         "text_encoders.clip_l.transformer.": clip,
         "first_stage_model.": {name: tensor.half() for name, tensor in vae.items()},
     }
-    save_file({prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.items()}, folder / WHOLE)
+    save_file(
+        {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.items()}, folder / WHOLE
+    )
     unet = {
         name: entry["shape"]
         for name, entry in safetensors_header(folder / "sd_xl_base_1.0.safetensors").items()
@@ -61,7 +63,9 @@ def write_hollow(path: Path, shapes: dict[str, list[int]]) -> None:
         file.truncate(8 + len(text) + end)
 
 
-def load_checkpoint(prompt: Prompt, node: str = "CheckpointLoaderSimple", **inputs: Any) -> tuple[str, Link, Link, Link]:
+def load_checkpoint(
+    prompt: Prompt, node: str = "CheckpointLoaderSimple", **inputs: Any
+) -> tuple[str, Link, Link, Link]:
     loader = prompt.add(node, ckpt_name=WHOLE, **inputs)
     return loader, out(loader), out(loader, 1), out(loader, 2)
 
