@@ -15,8 +15,7 @@ from .loader_file import leave
 from .mesh_config import default_mesh
 from .model_files import file_fingerprint
 from .node_text import say
-from .parallel_mesh import ParallelMesh
-from .parallelize import optional_mesh
+from .parallel_mesh import ParallelMesh, optional_mesh
 from .patch_parallel_vae import parallel_vae as load_parallel_vae
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import comfy.sd
 import torch
@@ -19,7 +18,7 @@ from .loader_file import leave, model_file, vae_file
 from .mesh_config import default_mesh
 from .model_files import name_elsewhere
 from .node_text import say
-from .parallel_mesh import MeshSocket, ParallelMesh
+from .parallel_mesh import ParallelMesh, optional_mesh
 from .patch_parallel_vae import parallel_vae
 from .remote_model import RemotePatcher
 from .remote_vae import ParallelVAE
@@ -86,18 +85,11 @@ class ParallelizeVAE(io.ComfyNode):
         if mesh is None and isinstance(vae, ParallelVAE):
             return io.NodeOutput(vae)
         file = vae_file(vae.patcher)
-        refuse(changed_layers(vae.first_stage_model), "A parallel VAE", _CHANGED_LAYERS)
+        refuse(_unseen_of_vae(vae), "A parallel VAE", _CHANGED_LAYERS)
         parallel, report = parallel_vae(mesh or default_mesh(), [file.path], [name_elsewhere(file.path)])
         leave(parallel.patcher, file.load, file.args)
         say(report, log=True)
         return io.NodeOutput(parallel)
-
-
-def optional_mesh(what: str) -> Any:
-    """The input `mesh` of nodes that need none."""
-    return MeshSocket.Input(
-        "mesh", optional=True, tooltip=f"{what} From Mesh Config; left open, its defaults: all GPUs, an exact split."
-    )
 
 
 def parallelized(model: ModelPatcher, mesh: ParallelMesh) -> tuple[ModelPatcher, str]:
@@ -133,6 +125,12 @@ def _unseen_by_ranks(model: ModelPatcher) -> Iterator[str]:
     if model.additional_models.get("multigpu"):
         yield "ComfyUI's own MultiGPU"
     yield from changed_layers(model.model.diffusion_model)
+
+
+def _unseen_of_vae(vae: comfy.sd.VAE) -> Iterator[str]:
+    if vae.patcher.patches:
+        yield f"a patch on {len(vae.patcher.patches)} weights"
+    yield from changed_layers(vae.first_stage_model)
 
 
 def changed_layers(network: torch.nn.Module) -> Iterator[str]:
