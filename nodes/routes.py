@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 from aiohttp import web
+from execution import PromptQueue
 from server import PromptServer
 
 from ..parallel_backend import Backend
@@ -47,11 +48,18 @@ def add_routes(everywhere: Everywhere) -> None:
         if not isinstance(on, bool):
             return web.json_response({"error": 'The body is {"on": true} or {"on": false}.'}, status=400)
         if everywhere.switch(on, "request"):
-            # What ComfyUI keeps of earlier prompts was loaded the other way; the next prompt loads anew.
-            server.prompt_queue.set_flag("free_memory", True)
+            await forget_outputs(server.prompt_queue)
         return web.json_response(told(everywhere))
 
     server.app.middlewares.append(free_with_comfyui)
+
+
+async def forget_outputs(queue: PromptQueue) -> None:
+    """What ComfyUI keeps of earlier prompts was loaded the other way; a prompt that is queued after this loads anew."""
+    queue.set_flag("free_memory", True)
+    # Heeded after each prompt; a queue that rests might take the next prompt before it sees this.
+    while "free_memory" in queue.get_flags(reset=False) and not queue.get_tasks_remaining():
+        await asyncio.sleep(0.01)
 
 
 def states() -> list[dict[str, Any]]:
