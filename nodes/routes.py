@@ -57,8 +57,13 @@ def add_routes(everywhere: Everywhere) -> None:
 async def forget_outputs(queue: PromptQueue) -> None:
     """What ComfyUI keeps of earlier prompts was loaded the other way; a prompt that is queued after this loads anew."""
     queue.set_flag("free_memory", True)
-    # Heeded after each prompt; a queue that rests might take the next prompt before it sees this.
-    while "free_memory" in queue.get_flags(reset=False) and not queue.get_tasks_remaining():
+    # A queue at work heeds it after its prompt. One at rest may take the next prompt first, or not have been woken at all where
+    # it was about to rest: it is told until it has seen it.
+    while not queue.get_tasks_remaining():
+        with queue.mutex:
+            if "free_memory" not in queue.get_flags(reset=False):
+                return
+            queue.set_flag("free_memory", True)
         await asyncio.sleep(0.01)
 
 

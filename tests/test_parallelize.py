@@ -183,34 +183,33 @@ def test_taesd_is_refused_with_the_node_that_has_it(server: ComfyServer, models:
     assert "Patch Parallel VAE" in server.run(prompt.nodes).message
 
 
+def model_classes(server: ComfyServer, *checkpoints: str) -> list[str]:
+    """Of the MODELs that Load Checkpoint gives for these, and of one from Load Diffusion Model."""
+    prompt = Prompt()
+    models = [out(prompt.add("CheckpointLoaderSimple", ckpt_name=name)) for name in checkpoints]
+    nodes = [prompt.add("ProbeModelClass", model=model) for model in (*models, local_model(prompt))]
+    outputs = server.run(prompt.nodes).outputs
+    return [outputs[node]["text"][0] for node in nodes]
+
+
 def test_the_setting_makes_unchanged_prompts_parallel_and_off_again_local(
     server: ComfyServer, local: tuple[Tensor, Tensor]
 ) -> None:
-    def model_classes() -> list[str]:
-        prompt = Prompt()
-        loaders = [prompt.add("CheckpointLoaderSimple", ckpt_name=name) for name in (WHOLE, SDXL, EDM)]
-        models = [*map(out, loaders), local_model(prompt)]
-        nodes = [prompt.add("ProbeModelClass", model=model) for model in models]
-        outputs = server.run(prompt.nodes).outputs
-        return [outputs[node]["text"][0] for node in nodes]
-
     assert server.get(STATUS)["everywhere"] == {"on": False, "said_by": "setting", "parallel": [], "local": {}}
-    drawn(server, load_checkpoint)  # its outputs are kept from now on
+    assert model_classes(server) == ["ModelPatcher"]
     assert server.post(EVERYWHERE, {"on": "yes"})["error"].startswith("The body is")
     assert server.post(EVERYWHERE, {"on": True})["on"] is True
     try:
         outcome, loader, *latents = drawn(server, load_checkpoint)
         assert_equal((latents[0], latents[1]), local)
         assert "MiB held, in float32" in outcome.texts[loader][-1]
-        assert model_classes() == ["RemotePatcher", "RemotePatcher", "ModelPatcher", "RemotePatcher"]
+        assert model_classes(server, SDXL, EDM) == ["RemotePatcher", "ModelPatcher", "RemotePatcher"]
         told = server.get(STATUS)["everywhere"]
         assert told["on"] and told["parallel"] == sorted([SDXL, "sd3.5-medium.safetensors", WHOLE])
         assert "EDM form" in told["local"][EDM]
     finally:
         server.post(EVERYWHERE, {"on": False})
-    outcome, loader, *latents = drawn(server, load_checkpoint)
-    assert loader in outcome.executed and loader not in outcome.texts
-    assert torch.equal(latents[0], local[0])
+    assert model_classes(server) == ["ModelPatcher"], "the very same prompt as before: nothing of it was kept"
     assert server.get(STATUS)["everywhere"] == {"on": False, "said_by": "request", "parallel": [], "local": {}}
 
 
