@@ -32,7 +32,8 @@ Load = Callable[..., Any]
 class Everywhere:
     """Whether it is on, who said so, and which files became parallel or stayed local since, and why.
 
-    `install` puts it around core's loading functions; while it is off they do what they always did.
+    `install` puts it around core's loading functions; while it is off they do what they always did. What a pack keeps of its own
+    accord (a loader with its own cache) stays what it was until it is loaded again.
     """
 
     def __init__(self) -> None:
@@ -135,7 +136,7 @@ class Everywhere:
 
 
 def _remember(out: Any, load: Load, args: Sequence[Any]) -> None:
-    """Leaves the file on what a core before 0.30 gave; newer ones do that themselves."""
+    """Leaves the file on what an older core gave; newer ones do that themselves."""
     model, _, vae, *_ = out if isinstance(out, tuple) else (out, None, None)
     for patcher in (model, getattr(vae, "patcher", None)):
         if patcher is not None and left(patcher) is None:

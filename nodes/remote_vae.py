@@ -33,9 +33,6 @@ class VAEWeights(WeightsElsewhere):
     def remote(self) -> RemoteVAE:
         return self.model.remote
 
-    def deepclone_multigpu(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise UnsupportedError("A parallel VAE is on all ranks, not on one device.", "Remove Select VAE Device.")
-
 
 class ParallelVAE(comfy.sd.VAE):
     """What VAEDecode, VAEDecodeTiled, VAEEncode and their kin use of a VAE. Holds no weights."""
