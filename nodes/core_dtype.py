@@ -1,13 +1,15 @@
-"""The dtype `auto` where ComfyUI was told one for its own models."""
+"""The dtype `auto` where ComfyUI, or one of its loaders, was told one for its own models."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from comfy.cli_args import args
 
 from ..parallel_backend import Backend
-from ..parallel_backend.config import AUTO
+from ..parallel_backend.config import AUTO, DTYPES
 
 _FLAGS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _NOT_HELD = ("fp64", "fp8_e4m3fn", "fp8_e5m2", "fp8_e8m0fnu")
@@ -34,6 +36,25 @@ def unheeded(part: str, asked: str, *, overflows: bool = False) -> str:
     return " ".join(
         f"ComfyUI's --{flag.replace(f'_{part}', f'-{part}')} is not heeded: {_WHY[part]}." for flag in flags
     )
+
+
+def told_by_loader(options: Mapping[str, Any]) -> str:
+    """The dtype in a loader's options, if ranks can hold it; else auto."""
+    dtype = _of_loader(options)
+    return dtype if dtype in DTYPES else AUTO
+
+
+def unheeded_of_loader(options: Mapping[str, Any], asked: str) -> str:
+    """As `unheeded`, of what a loader was told: the fp8 of Load Diffusion Model's weight_dtype."""
+    dtype = _of_loader(options)
+    if asked != AUTO or not dtype:
+        return ""
+    return f"The loader's dtype {dtype} is not heeded: {_WHY['unet']}."
+
+
+def _of_loader(options: Mapping[str, Any]) -> str:
+    dtype = options.get("dtype") or options.get("weight_dtype")
+    return str(dtype).removeprefix("torch.") if dtype else ""
 
 
 def _told(part: str) -> str | None:

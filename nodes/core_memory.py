@@ -40,7 +40,9 @@ class WeightsElsewhere(comfy.model_patcher.ModelPatcher):
 
     def is_clone(self, other: Any) -> bool:
         """Also where another MODEL has the same weights: ComfyUI's list then has them once."""
-        return super().is_clone(other) or (isinstance(other, WeightsElsewhere) and _same(self.remote, other.remote))
+        return super().is_clone(other) or (
+            isinstance(other, WeightsElsewhere) and same_weights(self.remote, other.remote)
+        )
 
     def memory_required(self, input_shape: Any = None) -> int:
         return ACTIVATION_BYTES if self._is_here() and self.load_device.type == "cuda" else 0
@@ -152,7 +154,8 @@ def _place(remote: RemoteModel | RemoteVAE) -> tuple[str, str]:
     return remote.backend.spec.name, remote.backend.spec.address
 
 
-def _same(one: RemoteModel | RemoteVAE, other: RemoteModel | RemoteVAE) -> bool:
+def same_weights(one: RemoteModel | RemoteVAE, other: RemoteModel | RemoteVAE) -> bool:
+    """Whether a backend holds them once for both."""
     return (_place(one), one.name) == (_place(other), other.name)
 
 

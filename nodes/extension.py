@@ -7,9 +7,12 @@ from comfy_api.latest import ComfyExtension, io
 from .conditioning_file import LoadConditioning, SaveConditioning
 from .demo_caption import DemoCaption
 from .displaced_steps import DisplacedSteps
+from .everywhere import Everywhere
+from .load_checkpoint import LoadParallelCheckpoint
 from .load_models import LoadParallelMMDiT, LoadParallelUNet
 from .mesh_config import MeshConfig
 from .parallel_sampler import ParallelSampler
+from .parallelize import ParallelizeModel, ParallelizeVAE
 from .patch_parallel_vae import PatchParallelVAE
 from .routes import add_routes
 
@@ -18,6 +21,9 @@ class ParallelMMDiTExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             MeshConfig,
+            ParallelizeModel,
+            ParallelizeVAE,
+            LoadParallelCheckpoint,
             LoadParallelMMDiT,
             LoadParallelUNet,
             ParallelSampler,
@@ -30,5 +36,7 @@ class ParallelMMDiTExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> ParallelMMDiTExtension:
-    add_routes()
+    everywhere = Everywhere()
+    everywhere.install()
+    add_routes(everywhere)
     return ParallelMMDiTExtension()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import comfy.sd
 import comfy.utils
 import torch
 from comfy_api.latest import io
@@ -12,25 +14,43 @@ from torch import Tensor
 
 from ..parallel_backend import MeshSpec, RemoteModel
 from ..parallel_backend.checkpoint_files.diffusion_part import diffusion_elements
+from ..parallel_backend.config import AUTO
 from ..parallel_backend.demo.files import MMDIT_FILE, UNET_FILE, DemoFile
 from ..parallel_backend.rpc.messages import ModelKind, Progress, StepDone
-from .core_dtype import model_dtype, unheeded
+from .core_dtype import model_dtype, told_by_loader, unheeded, unheeded_of_loader
 from .core_memory import bytes_here, interruptible, make_room
+from .loader_file import leave
 from .model_files import fingerprint, names_elsewhere, names_in, path_of
 from .node_text import say
 from .parallel_mesh import MeshSocket, ParallelMesh
-from .remote_model import remote_patcher
+from .remote_model import RemotePatcher, remote_patcher
 
 FOLDER = "diffusion_models"
 
 
-def load_remote_model(mesh: ParallelMesh, kind: ModelKind, path: Path, name: str = "") -> tuple[RemoteModel, str]:
-    """The model in the backend, and lines about how it came there; `name` is what a backend elsewhere calls it.
+def parallel_model(
+    mesh: ParallelMesh, kind: ModelKind, path: Path, name: str = "", options: Mapping[str, Any] | None = None
+) -> tuple[RemotePatcher, str]:
+    """A MODEL of that file in the backend, and lines about how it came there.
 
+    Args:
+        name: what a backend elsewhere calls the file.
+        options: what a loader of ComfyUI's was told: its dtype is taken where the mesh leaves that open.
     Raises: CheckpointError: not a model of that kind.
     """
+    remote, report = load_remote_model(mesh, kind, path, name, options or {})
+    patcher = remote_patcher(remote, path, bytes_here(mesh.backend(), remote))
+    leave(patcher, comfy.sd.load_diffusion_model, (str(path), dict(options or {})))
+    return patcher, report
+
+
+def load_remote_model(
+    mesh: ParallelMesh, kind: ModelKind, path: Path, name: str, options: Mapping[str, Any]
+) -> tuple[RemoteModel, str]:
+    """The model in the backend, and lines about how it came there; the rest as for `parallel_model`."""
     backend, degrees = mesh.backend(), mesh.unet if kind == "unet" else mesh.mmdit
-    dtype = model_dtype(backend, path, mesh.dtype)
+    asked = told_by_loader(options) if mesh.dtype == AUTO else mesh.dtype
+    dtype = model_dtype(backend, path, asked)
     held_as = f"{backend.key(path)}/{dtype}/{mesh.kernel}/{degrees.describe()}/"
     room = make_room(backend, _most_bytes(path, degrees, dtype), held_as)
     bar = comfy.utils.ProgressBar(1)
@@ -43,7 +63,8 @@ def load_remote_model(mesh: ParallelMesh, kind: ModelKind, path: Path, name: str
     settings = {"kind": kind, "compile": mesh.compile, "name": name, "on_event": on_event}
     remote = interruptible(backend, backend.load_model, path, degrees, dtype, mesh.kernel, **settings)
     bar.update_absolute(1, 1)
-    return remote, "\n".join(filter(None, [load_report(remote), unheeded("unet", mesh.dtype), room, mesh.differs()]))
+    heeded = [unheeded("unet", asked), unheeded_of_loader(options, asked)]
+    return remote, "\n".join(filter(None, [load_report(remote), *heeded, room, mesh.differs()]))
 
 
 def _most_bytes(path: Path, degrees: MeshSpec, dtype: str) -> int:
@@ -139,6 +160,6 @@ class LoadParallelUNet(io.ComfyNode):
 def load(kind: ModelKind, model_name: str, mesh: ParallelMesh) -> io.NodeOutput:
     """A loader's output: the MODEL, and how it came to be there."""
     path = path_of(model_name, FOLDER)
-    remote, report = load_remote_model(mesh, kind, path, *names_elsewhere(model_name))
+    patcher, report = parallel_model(mesh, kind, path, names_elsewhere(model_name)[0])
     say(report, log=True)
-    return io.NodeOutput(remote_patcher(remote, path, bytes_here(mesh.backend(), remote)))
+    return io.NodeOutput(patcher)

@@ -59,6 +59,11 @@ def parallel_mesh(
     return ParallelMesh(spec, degrees, dtype, attention, sliced, compile, chosen.note)
 
 
+def default_mesh() -> ParallelMesh:
+    """Mesh Config as it is when it is put down: all GPUs, an exact split. Raises: as `parallel_mesh`."""
+    return parallel_mesh(**{setting.id: setting.default for setting in MeshConfig.define_schema().inputs})
+
+
 class MeshConfig(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

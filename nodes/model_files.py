@@ -76,6 +76,15 @@ def fetching(file: DemoFile, done: int) -> None:
     say(f"fetching {file.name}: {done / 2**20:.0f} of {file.size / 2**20:.0f} MiB from {file.url}")
 
 
+def name_elsewhere(path: Path) -> str:
+    """As `names_elsewhere`, of a file that one of ComfyUI's loaders found; its own name where no model folder has it."""
+    folders = [
+        Path(f) for kind in ("checkpoints", "diffusion_models", "vae") for f in folder_paths.get_folder_paths(kind)
+    ]
+    inside = (path.relative_to(folder) for folder in folders if path.is_relative_to(folder))
+    return next(inside, Path(path.name)).as_posix()
+
+
 def names_elsewhere(name: str) -> list[str]:
     """How another machine's backend finds the files of a name, below its own model folders."""
     return [name + part for part in (ENCODER, DECODER)] if _is_taesd(name) else [name.removeprefix(CHECKPOINTS)]

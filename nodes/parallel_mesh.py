@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 from weakref import WeakSet
 
 import comfy.model_management as mm
@@ -18,6 +18,13 @@ from .node_text import say
 
 # Core has a socket named MESH, for 3D shapes.
 MeshSocket = io.Custom("PARALLEL_MESH")
+
+
+def optional_mesh(what: str) -> Any:
+    """The input of a node that works without one too; `what` the mesh decides there."""
+    return MeshSocket.Input(
+        "mesh", optional=True, tooltip=f"{what} From Mesh Config; left open, its defaults: all GPUs, an exact split."
+    )
 
 
 class ParallelMesh:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from comfy_api.latest import io
 
 from ..parallel_backend.checkpoint_files.vae_part import overflows_in_float16
@@ -43,18 +46,27 @@ class PatchParallelVAE(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae_name: str, mesh: ParallelMesh) -> io.NodeOutput:
-        paths = vae_paths(vae_name)
-        backend = mesh.backend()
-        dtype = vae_dtype(backend, mesh.dtype, overflows=(overflows := overflows_in_float16(paths)))
-        room = make_room(backend, VAE_BYTES, f"{backend.key(*paths)}/{dtype}/")
-        remote = interruptible(backend, backend.load_vae, paths, dtype, names=names_elsewhere(vae_name))
-        state = "already resident" if not any(remote.loaded.bytes_read) else f"read in {remote.loaded.seconds:.1f} s"
-        lines = [
-            f"{remote.loaded.family}: {state}, {backend.world_size} bands, {dtype}",
-            unheeded("vae", mesh.dtype, overflows=overflows),
-            room,
-            mesh.differs(),
-        ]
-        report = "\n".join(filter(None, lines))
+        vae, report = parallel_vae(mesh, vae_paths(vae_name), names_elsewhere(vae_name))
         say(report, log=True)
-        return io.NodeOutput(ParallelVAE(remote, bytes_here(backend, remote)))
+        return io.NodeOutput(vae)
+
+
+def parallel_vae(mesh: ParallelMesh, paths: Sequence[Path], names: Sequence[str]) -> tuple[ParallelVAE, str]:
+    """The VAE of one file, or of TAESD's two, in the backend, and lines about how it came there.
+
+    Args:
+        names: what a backend elsewhere calls them.
+    Raises: CheckpointError: no VAE of SD3's or SDXL's.
+    """
+    backend = mesh.backend()
+    dtype = vae_dtype(backend, mesh.dtype, overflows=(overflows := overflows_in_float16(paths)))
+    room = make_room(backend, VAE_BYTES, f"{backend.key(*paths)}/{dtype}/")
+    remote = interruptible(backend, backend.load_vae, paths, dtype, names=names)
+    state = "already resident" if not any(remote.loaded.bytes_read) else f"read in {remote.loaded.seconds:.1f} s"
+    lines = [
+        f"{remote.loaded.family}: {state}, {backend.world_size} bands, {dtype}",
+        unheeded("vae", mesh.dtype, overflows=overflows),
+        room,
+        mesh.differs(),
+    ]
+    return ParallelVAE(remote, bytes_here(backend, remote)), "\n".join(filter(None, lines))

@@ -48,6 +48,8 @@ class RemotePatcher(WeightsElsewhere):
         self.wrappers.setdefault(WrappersMP.OUTER_SAMPLE, {})[OWN] = [sample_in_backend]
 
     def clone(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("force_deepcopy"):
+            self._refuse("training: a copy with weights of its own")
         copy = super().clone(*args, **kwargs)
         copy._sets = self._sets
         return copy

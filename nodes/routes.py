@@ -1,4 +1,5 @@
-"""What ComfyUI's server tells and does for the backends of this machine: a status page, and their part in /free."""
+"""What ComfyUI's server tells and does for the backends of this machine: a status page, their part in /free, the setting
+that makes every MODEL parallel."""
 
 from __future__ import annotations
 
@@ -9,19 +10,22 @@ from typing import Any
 
 import msgspec
 from aiohttp import web
+from execution import PromptQueue
 from server import PromptServer
 
 from ..parallel_backend import Backend
-from ..parallel_backend.errors import BackendError
+from ..parallel_backend.errors import BackendError, ConfigError
 from ..parallel_backend.rpc.runtime_dir import running_names
+from .everywhere import Everywhere
 from .parallel_mesh import ParallelMesh
 from .workflow_route import add_workflow_route
 
 STATUS = "/parallel_mmdit/status"
+EVERYWHERE = "/parallel_mmdit/everywhere"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def add_routes() -> None:
+def add_routes(everywhere: Everywhere) -> None:
     """Once, when ComfyUI loads the pack."""
     server = PromptServer.instance
     if server is None:  # nodes are imported without a server, by a script
@@ -29,10 +33,40 @@ def add_routes() -> None:
 
     @server.routes.get(STATUS)
     async def status(_: web.Request) -> web.Response:
-        return web.json_response({"backends": await asyncio.to_thread(states)})
+        backends = await asyncio.to_thread(states)
+        return web.json_response({"backends": backends, "everywhere": told(everywhere)})
+
+    @server.routes.get(EVERYWHERE)
+    async def is_everywhere(_: web.Request) -> web.Response:
+        return web.json_response(told(everywhere))
+
+    @server.routes.post(EVERYWHERE)
+    async def switch(request: web.Request) -> web.Response:
+        try:
+            on = (await request.json())["on"]
+        except (ValueError, KeyError, TypeError):
+            on = None
+        if not isinstance(on, bool):
+            return web.json_response({"error": 'The body is {"on": true} or {"on": false}.'}, status=400)
+        if everywhere.switch(on, "request"):
+            await forget_outputs(server.prompt_queue)
+        return web.json_response(told(everywhere))
 
     add_workflow_route(server.routes)
     server.app.middlewares.append(free_with_comfyui)
+
+
+async def forget_outputs(queue: PromptQueue) -> None:
+    """What ComfyUI keeps of earlier prompts was loaded the other way; a prompt that is queued after this loads anew."""
+    queue.set_flag("free_memory", True)
+    # A queue at work heeds it after its prompt. One at rest may take the next prompt first, or not have been woken at all where
+    # it was about to rest: it is told until it has seen it.
+    while not queue.get_tasks_remaining():
+        with queue.mutex:
+            if "free_memory" not in queue.get_flags(reset=False):
+                return
+            queue.set_flag("free_memory", True)
+        await asyncio.sleep(0.01)
 
 
 def states() -> list[dict[str, Any]]:
@@ -48,7 +82,19 @@ def _state(name: str) -> dict[str, Any]:
         finally:
             backend.close()
     except BackendError as error:
-        return {"name": name, "error": {"code": error.code, "message": error.message, "remedy": error.remedy}}
+        return {"name": name, "error": _said(error)}
+
+
+def told(everywhere: Everywhere) -> dict[str, Any]:
+    """What it says of itself, or the error in its environment variable."""
+    try:
+        return everywhere.told()
+    except ConfigError as error:
+        return {"error": _said(error)}
+
+
+def _said(error: BackendError) -> dict[str, str]:
+    return {"code": error.code, "message": error.message, "remedy": error.remedy}
 
 
 @web.middleware

@@ -360,7 +360,8 @@ def test_taesd_equals_the_stock_loaders(server: ComfyServer) -> None:
 
 
 def test_help_pages_and_tooltips_are_there(server: ComfyServer) -> None:
-    for node in ("MeshConfig", "LoadParallelMMDiT", "ParallelSampler", "PatchParallelVAE"):
+    loaders = ("LoadParallelMMDiT", "LoadParallelCheckpoint", "ParallelizeModel", "ParallelizeVAE")
+    for node in (*loaders, "MeshConfig", "ParallelSampler", "PatchParallelVAE"):
         info = server.get(f"/object_info/{node}")[node]
         inputs = [spec for group in info["input"].values() for spec in group.values()]
         assert inputs and all(len(spec) > 1 and spec[1].get("tooltip") for spec in inputs), node

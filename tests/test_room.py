@@ -133,3 +133,14 @@ def test_sdxls_vae_alone_overflows_in_float16(models: Path) -> None:
     }
     assert files == {"sd3_vae.safetensors": False, "sdxl_vae.safetensors": True}
     assert not overflows_in_float16([models / "vae" / "sdxl_vae.safetensors"] * 2), "TAESD's files"
+
+
+def test_every_model_is_parallel_from_the_start_where_the_variable_or_the_stored_setting_says_so(
+    outcomes: dict[str, Any],
+) -> None:
+    said = outcomes["everywhere"]
+    refused = {key: text for key, text in said.items() if key.startswith("yes")}
+    assert len(refused) == 4 and all("='yes' means nothing" in text for text in refused.values())
+    on = {key for key in said.keys() - refused.keys() if said[key]}
+    assert on == {'{"ParallelMMDiT.Everywhere": true}', *(key for key in said if key.startswith("1"))}
+    assert len(said) == 16

@@ -7,6 +7,8 @@ import importlib.util
 import json
 import os
 import sys
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import core_dtypes
@@ -41,10 +43,31 @@ def main(comfy_folder, pack, model_path):
     mm.unload_all_models()
     outcomes["neighbours"] = neighbours(mm, core_memory)
     outcomes["own backends"] = own_backends(importlib.import_module("pack.nodes.routes"))
+    outcomes["everywhere"] = everywhere_at_start(importlib.import_module("pack.nodes.everywhere"), errors)
     outcomes["told"] = told(importlib.import_module("pack.nodes.core_dtype"))
     outcomes["without bfloat16"] = mm.AMD_RDNA2_AND_OLDER_ARCH
     outcomes["dtypes"] = core_dtypes.choices(mm, importlib.import_module("comfy.supported_models"))
     print(json.dumps(outcomes))
+
+
+def everywhere_at_start(everywhere, errors):
+    """Whether every MODEL is made parallel when ComfyUI starts: by its environment variable and the stored setting."""
+    outcomes = {}
+    with tempfile.TemporaryDirectory() as folder:
+        everywhere.folder_paths.set_user_directory(folder)
+        settings = Path(folder, "default", "comfy.settings.json")
+        settings.parent.mkdir()
+        for stored in ("", "{", '{"ParallelMMDiT.Everywhere": false}', '{"ParallelMMDiT.Everywhere": true}'):
+            if stored:
+                settings.write_text(stored)
+            for variable in ("", "0", "1", "yes"):
+                os.environ["PARALLEL_MMDIT_EVERYWHERE"] = variable
+                try:
+                    outcomes[f"{variable} {stored}".strip()] = everywhere.Everywhere().on
+                except errors.ConfigError as error:
+                    outcomes[f"{variable} {stored}".strip()] = str(error)
+    del os.environ["PARALLEL_MMDIT_EVERYWHERE"]
+    return outcomes
 
 
 def rooms(mm, core_memory, here, model):

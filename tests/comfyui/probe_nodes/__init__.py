@@ -1,9 +1,12 @@
 """Nodes that tests of workflows use in place of text encoders, and to hang refused things on conditioning."""
 
+import copy
 import json
 
 import comfy.clip_model
+import comfy.model_base
 import comfy.model_management as mm
+import comfy.ops
 import torch
 
 # As the tests' files of text encoders have: true widths, and few layers.
@@ -87,6 +90,50 @@ class AttentionPatch:
         return (patched,)
 
 
+class ChangedModel(AttentionPatch):
+    """A MODEL that ParallelizeModel can't take, of the named kind; the one that came in stays as it is."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        kinds = ["no file", "another loader", "own operations", "another family", "a replaced forward"]
+        return {"required": {"model": ("MODEL",), "how": (kinds,)}}
+
+    def patch(self, model, how):
+        changed = model.clone()
+        load, (path, _) = model.cached_patcher_init
+        if how == "no file":
+            changed.cached_patcher_init = None
+        elif how == "another loader":
+            changed.cached_patcher_init = (json.loads, (path,))
+        elif how == "own operations":
+            changed.cached_patcher_init = (load, (path, {"custom_operations": comfy.ops.manual_cast}))
+        else:
+            changed.model = copy.copy(model.model)
+        if how == "another family":
+            changed.model.__class__ = comfy.model_base.Flux
+        elif how == "a replaced forward":
+            # The attribute alone: the module's own __setattr__ would reach the MODEL that came in.
+            changed.model._modules = {**model.model._modules, "diffusion_model": copy.copy(model.model.diffusion_model)}
+            changed.model.diffusion_model.forward = lambda *args: args
+        return (changed,)
+
+
+class ModelClass:
+    """What kind of MODEL came in."""
+
+    RETURN_TYPES = ()
+    FUNCTION = "ask"
+    CATEGORY = "probe"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    def ask(self, model):
+        return {"ui": {"text": [type(model).__name__]}}
+
+
 class CoreMemory:
     """What ComfyUI's memory manager believes to be loaded of parallel models, in MiB, before and after it wants all room."""
 
@@ -118,5 +165,9 @@ class CoreMemory:
 
 
 NODE_CLASS_MAPPINGS = {
-    f"Probe{cls.__name__}": cls for cls in (RandomConditioning, RandomLatent, RandomImage, AttentionPatch, CoreMemory)
+    f"Probe{cls.__name__}": cls
+    for cls in (
+        *(RandomConditioning, RandomLatent, RandomImage, AttentionPatch, CoreMemory),
+        *(ChangedModel, ModelClass),
+    )
 }

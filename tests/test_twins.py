@@ -1,0 +1,66 @@
+"""What people hang on a MODEL and on CONDITIONING gives one latent on a local MODEL and on its parallel twin: the table."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from comfyui.installation import HERE, ComfyInstallation
+
+from parallel_backend import Backend
+
+Outcomes = dict[str, dict[str, dict[str, Any]]]
+# What says so in the log of ComfyUI, and changes nothing.
+WITHOUT_EFFECT = {"strength 0", "no key fits", "denoise 0", "ReferenceLatent", "SetLatentNoiseMask"}
+# What only ComfyUI's own loop can do; all else is one request.
+STEP_BY_STEP = {
+    *("RescaleCFG", "Mahiro", "FreSca", "APG", "CFGZeroStar", "CFGNorm", "TCFG", "RenormCFG", "TemporalScoreRescaling"),
+    *(
+        "LatentApplyOperationCFG",
+        "PerpNeg",
+        "DifferentialDiffusion",
+        "mask and DifferentialDiffusion",
+        "ContextWindowsManual",
+    ),
+    *("ConditioningSetArea", "ConditioningSetMask", "ConditioningCombine", "the official SD3 negative"),
+    *("sampler dpmpp_2m_sde_gpu", "sampler euler_cfg_pp", "SamplerEulerAncestral, eta 0.5"),
+    *("hook on one prompt", "hook with keyframes", "LoRA and hook"),
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes(comfy: ComfyInstallation, unets: Path, backend2: Backend) -> Outcomes:
+    command = [comfy.python, HERE / "twins.py", comfy.folder, HERE.parents[1], backend2.spec.name, unets]
+    command += ["patch_cases", "node_cases"]
+    environment = os.environ | {"PYTHONPATH": str(HERE)}
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=500, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def named(outcomes: Outcomes) -> dict[str, dict[str, Any]]:
+    return {f"{model}, {case}": outcome for model, cases in outcomes.items() for case, outcome in cases.items()}
+
+
+def test_each_gives_one_latent_on_both(outcomes: Outcomes) -> None:
+    wrong = {name: o.get("error", o.get("far")) for name, o in named(outcomes).items() if not o.get("far", 1) <= 1e-4}
+    assert len(named(outcomes)) > 100 and not wrong, wrong
+
+
+def test_each_changes_the_latent_or_is_known_not_to(outcomes: Outcomes) -> None:
+    still = {name.split(", ", 1)[1] for name, o in named(outcomes).items() if o["effect"] < 1e-3}
+    assert still <= WITHOUT_EFFECT, still
+
+
+def test_the_backend_runs_the_loop_of_all_that_it_knows(outcomes: Outcomes) -> None:
+    said = {name.split(", ", 1)[1] for name, o in named(outcomes).items() if o["said"].startswith("step by step: ")}
+    whole = {
+        name.split(", ", 1)[1] for name, o in named(outcomes).items() if o["said"].startswith("whole loop in the ")
+    }
+    assert said == STEP_BY_STEP and len(whole) > 30 and not said & whole
