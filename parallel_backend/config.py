@@ -290,7 +290,7 @@ ModelSampling: TypeAlias = FlowSampling | DiscreteSampling | ContinuousSampling
 
 
 class SamplerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What KSampler's widgets say. `denoise` below 1 keeps the end of a longer schedule.
+    """What KSampler's widgets say. `denoise` below 1 keeps the end of a longer schedule, at 0 no step of it.
 
     With `warmup_steps`, ranks compute the steps after so many on what the others had a step ago; None is exact. On pp
     ranks, `num_patches` parts of the image then flow through the stages; 0 is as many as stages.
@@ -315,8 +315,8 @@ class SamplerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         choose(self.scheduler, SCHEDULERS, "Scheduler")
         if not 1 <= self.steps <= 10_000:
             raise ConfigError(f"steps={self.steps} is not possible.", "Use 1 to 10000 steps.")
-        if not 0.0 < self.denoise <= 1.0:
-            raise ConfigError(f"denoise={self.denoise} is not possible.", "Use more than 0 and at most 1.")
+        if not 0.0 <= self.denoise <= 1.0:
+            raise ConfigError(f"denoise={self.denoise} is not possible.", "Use 0 to 1; 0 leaves the latent as it is.")
         if not isfinite(self.cfg_scale):
             raise ConfigError(f"cfg_scale={self.cfg_scale} is not a number.", "Use a finite number; 1 is no guidance.")
         if not 0 <= self.seed < 2**64:

@@ -91,7 +91,7 @@ def test_meshes_that_cant_be(bad: dict[str, object]) -> None:
         ({"sampler": "dpmpp_2m_sde_gpu"}, "euler_ancestral"),
         ({"scheduler": "turbo"}, "kl_optimal"),
         ({"steps": 0}, "steps=0"),
-        ({"denoise": 0.0}, "denoise=0.0"),
+        ({"denoise": -0.1}, "denoise=-0.1"),
         ({"denoise": 1.5}, "denoise=1.5"),
         ({"cfg_scale": float("nan")}, "cfg_scale=nan"),
         ({"seed": -1}, "seed=-1"),

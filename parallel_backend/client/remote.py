@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..config import ModelSampling, SamplerSpec
@@ -160,6 +161,8 @@ class RemoteModel(_Remote):
                 a UNet's other bands, the other ranks of a ring, the other patches in a pipeline. None: all are exact.
             num_patches: that flow through the pipeline of pp ranks; 0 is as many as stages.
             noise, sigmas: in place of those that seed and scheduler give.
+            batch_index: which draws of the seed's the rows get. One latent becomes as many as are named; one draw goes to
+                all rows.
             noise_mask: 1 where the latent may change, (B, 1, Y, X) of any Y and X.
             model_sampling: what the model's output means, and its sigmas, in place of what its file and `shift` say.
             trace: keep what each rank did when, in `timeline`: rank, and the columns of distributed/traffic.py.
@@ -170,7 +173,8 @@ class RemoteModel(_Remote):
         spec = SamplerSpec(
             sampler, scheduler, steps, cfg_scale, denoise, seed, shift, warmup_steps, num_patches, model_sampling
         )
-        attachments = [Attachment(latent.float())]
+        halves = (torch.float16, torch.bfloat16)  # KSampler rounds its noise to them
+        attachments = [Attachment(latent if latent.dtype in halves else latent.float())]
 
         def attach(tensor: Tensor, kept: bool = False) -> int:
             attachments.append(Attachment(tensor, kept))

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..config import SamplerSpec
 from . import dpm_solver, exponential, multistep, samplers, stochastic_adams
 from .guidance import Inpaint, guide
-from .noise import SharedNoise, StepNoise
+from .noise import Noise, SharedNoise
 from .parameterization import Parameterization
 from .samplers import Evaluation, Run, Sampler
 
@@ -117,7 +117,7 @@ def drive(
     noise: Tensor,
     mask: Tensor | None,
     mask_noise: Tensor,
-    noise_of_steps: StepNoise,
+    noise_of_steps: Noise,
     agreed: Callable[[Tensor], float],
     on_step: Callable[[StepReport], None],
     pipeline: Pipeline | None = None,
@@ -126,7 +126,7 @@ def drive(
 
     Args:
         outputs: (model's input, timestep, step) -> the model's output for cond and, with guidance, uncond.
-        sigmas: descending, on the CPU whatever the latent's device: no step waits to read them.
+        sigmas: one or more, on the CPU whatever the latent's device: no step waits to read them.
         latent: what is noised to the first sigma, in the model's scale.
         mask: 1 where the latent may change; None everywhere.
         noise_of_steps: what samplers add between steps.
@@ -134,8 +134,8 @@ def drive(
         on_step: called once a step; what it raises ends the run.
         pipeline: takes over from its first step on. The steps before it are those of one patch.
     """
-    if len(sigmas) < 2:
-        return latent
+    if len(sigmas) == 1:
+        return model.finish(model.start(latent, noise, sigmas[0]), sigmas[0])
     if spec.sampler in ("uni_pc", "uni_pc_bh2") and sigmas[-1] == 0:
         sigmas = torch.cat([sigmas[:-1], sigmas.new_tensor([multistep.UNI_PC_END])])
     x = model.start(latent, noise, sigmas[0])
