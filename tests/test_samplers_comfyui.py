@@ -17,6 +17,8 @@ from parallel_backend.small_checkpoints.mmdit import small_config, write_mmdit
 from parallel_backend.small_checkpoints.prompts import random_prompt
 
 BASE = {"latent": "empty", "positive": "long", "negative": "short", "seed": 7, "steps": 5, "cfg": 4.5}
+AURA = {"node": "ModelSamplingAuraFlow", "shift": 1.73}
+FLUX = {"node": "ModelSamplingFlux", "max_shift": 1.15, "base_shift": 0.5, "width": 1280, "height": 768}
 # euler_stochastic is the from-scratch repository's; ComfyUI has none.
 COMFYUI_SAMPLERS = [name for name in SAMPLERS if name != "euler_stochastic"]
 
@@ -36,6 +38,18 @@ CASES = {
     "mask": {"sampler": "euler_ancestral", "scheduler": "simple", "latent": "image", "mask": "mask", "denoise": 0.8},
     "mask, ddim": {"sampler": "ddim", "scheduler": "ddim_uniform", "latent": "image", "mask": "mask"},
     "batch": {"sampler": "euler", "scheduler": "normal", "latent": "batch", "batch_index": [3, 5, 4]},
+    "one draw for all": {"sampler": "euler", "scheduler": "normal", "latent": "batch", "batch_index": [4]},
+    "one latent for all draws": {"sampler": "euler", "scheduler": "normal", "latent": "image", "batch_index": [1, 0]},
+    "half precision": {"sampler": "euler", "scheduler": "simple", "latent": "half", "denoise": 0.7},
+    "no denoise": {"sampler": "euler", "scheduler": "simple", "latent": "image", "denoise": 0.0},
+    "no denoise of nothing": {"sampler": "euler", "scheduler": "simple", "latent": "batch", "sigmas": []},
+    "leftover noise": {"sampler": "dpmpp_2m", "sigmas": [1.0, 0.8, 0.55, 0.3]},
+    "leftover noise, mask": {"sampler": "res_multistep", "sigmas": [0.9, 0.6, 0.2], "latent": "image", "mask": "mask"},
+    "rest without noise": {"sampler": "dpmpp_2m_sde", "sigmas": [0.6, 0.3, 0.0], "latent": "image", "add_noise": False},
+    "back to noise": {"sampler": "euler", "sigmas": [1e-4, 0.2, 0.2, 0.6], "latent": "image", "add_noise": False},
+    "one sigma": {"sampler": "euler", "sigmas": [0.4], "latent": "image"},
+    "aura flow": {"sampler": "sa_solver", "scheduler": "simple", "sampling": AURA},
+    "flux": {"sampler": "dpmpp_sde", "scheduler": "sgm_uniform", "sampling": FLUX},
     "one step": {"sampler": "euler", "scheduler": "simple", "steps": 1},
     "seed 0, sde": {"sampler": "dpmpp_2m_sde", "scheduler": "exponential", "seed": 0},
 }
@@ -47,6 +61,7 @@ def inputs() -> dict[str, Tensor]:
     tensors = {
         "empty": torch.zeros(1, 16, 12, 20),
         "image": image,
+        "half": image.half(),
         "batch": torch.randn(3, 16, 10, 14, generator=generator),
         "mask": (torch.rand(1, 1, 96, 160, generator=generator) > 0.4).float(),
     }

@@ -119,7 +119,7 @@ def _prepare(body: Sample, tensors: list[Tensor], job: Job, predictor: Predictor
     wanted = [body.cond] if body.uncond is None or spec.cfg_scale == 1.0 else [body.cond, body.uncond]
     for prompt in wanted:
         predictor.check_latent(latent, tensors[prompt.context].shape[1])
-    if body.batch_index and latent.shape[0] == 1:
+    if body.batch_index and body.noise is None and latent.shape[0] == 1:
         latent = latent.repeat(len(body.batch_index), 1, 1, 1)
     rows = latent.shape[0]
     prompts = [predictor.prompt(tensors[p.context], tensors[p.pooled], rows, p.sizes) for p in wanted]
