@@ -21,9 +21,11 @@ AURA = {"node": "ModelSamplingAuraFlow", "shift": 1.73}
 FLUX = {"node": "ModelSamplingFlux", "max_shift": 1.15, "base_shift": 0.5, "width": 1280, "height": 768}
 # euler_stochastic is the from-scratch repository's; ComfyUI has none.
 COMFYUI_SAMPLERS = [name for name in SAMPLERS if name != "euler_stochastic"]
+# With many evaluations, or in all but a number another one: the case on an image is enough.
+ONCE = ("dpm_adaptive", "exp_heun_2_x0", "exp_heun_2_x0_sde", "dpmpp_2m_sde_heun", "sa_solver_pece")
 
 CASES = {
-    **{f"{s}-simple": {"sampler": s, "scheduler": "simple"} for s in COMFYUI_SAMPLERS},
+    **{f"{s}-simple": {"sampler": s, "scheduler": "simple"} for s in COMFYUI_SAMPLERS if s not in ONCE},
     **{
         f"{s}-karras-image": {"sampler": s, "scheduler": "karras", "latent": "image", "denoise": 0.6}
         for s in COMFYUI_SAMPLERS
