@@ -147,6 +147,8 @@ class RemoteModel(_Remote):
         preview: bool = False,
         trace: bool = False,
         model_sampling: ModelSampling | None = None,
+        rescale_cfg: float = 0.0,
+        differential: float | None = None,
         on_step: Callable[[Step], None] | None = None,
         should_cancel: Callable[[], bool] | None = None,
     ) -> Tensor:
@@ -165,13 +167,26 @@ class RemoteModel(_Remote):
                 all rows.
             noise_mask: 1 where the latent may change, (B, 1, Y, X) of any Y and X.
             model_sampling: what the model's output means, and its sigmas, in place of what its file and `shift` say.
+            rescale_cfg: how far guidance is brought back to the spread of cond, 0 to 1: RescaleCFG's multiplier.
+            differential: makes the mask's values say when they begin to change: DifferentialDiffusion's strength.
             trace: keep what each rank did when, in `timeline`: rank, and the columns of distributed/traffic.py.
             on_step: told after each step. What it raises cancels the job and is raised again.
         Returns: (B, C, Y, X), fp32, on the CPU.
         Raises: InputError, ConfigError, CancelledError, BackendLostError, RankError.
         """
         spec = SamplerSpec(
-            sampler, scheduler, steps, cfg_scale, denoise, seed, shift, warmup_steps, num_patches, model_sampling
+            sampler,
+            scheduler,
+            steps,
+            cfg_scale,
+            denoise,
+            seed,
+            shift,
+            warmup_steps,
+            num_patches,
+            model_sampling,
+            rescale_cfg,
+            differential,
         )
         halves = (torch.float16, torch.bfloat16)  # KSampler rounds its noise to them
         attachments = [Attachment(latent if latent.dtype in halves else latent.float())]

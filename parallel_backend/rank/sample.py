@@ -156,6 +156,11 @@ def _kept(predictor: Predictor, spec: SamplerSpec, steps: int) -> Kept:
             f"Sampler {spec.sampler} can't run on patches of an image that are at different steps.",
             f"Leave displaced off, or use one of: {', '.join(SAMPLERS_OF_PATCHES)}.",
         )
+    if displaced and stages > 1 and spec.rescale_cfg:
+        raise UnsupportedError(
+            "rescale_cfg needs the spread of the whole image, whose patches are at different steps.",
+            "Leave displaced off, or RescaleCFG out.",
+        )
     return predictor.network.new_job(displaced, spec.num_patches or stages)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..config import SamplerSpec
 from . import dpm_solver, exponential, multistep, samplers, stochastic_adams
-from .guidance import Inpaint, guide
+from .guidance import Gradual, Inpaint, guide, rescaled
 from .noise import Noise, SharedNoise
 from .parameterization import Parameterization
 from .samplers import Evaluation, Run, Sampler
@@ -96,7 +96,7 @@ class Patch:
 
     def take(self, denoised: Tensor) -> Tensor:
         """Goes on with what the model has made of the input; returns it, the mask heeded."""
-        denoised = denoised if self._keep is None else self._keep.after(denoised)
+        denoised = denoised if self._keep is None else self._keep.after(denoised, self.wanted.sigma)
         self._go_on(denoised)
         return denoised
 
@@ -136,6 +136,7 @@ def drive(
     """
     if len(sigmas) == 1:
         return model.finish(model.start(latent, noise, sigmas[0]), sigmas[0])
+    gradual = None if spec.differential is None else Gradual(sigmas, spec.differential, model)
     if spec.sampler in ("uni_pc", "uni_pc_bh2") and sigmas[-1] == 0:
         sigmas = torch.cat([sigmas[:-1], sigmas.new_tensor([multistep.UNI_PC_END])])
     x = model.start(latent, noise, sigmas[0])
@@ -144,12 +145,14 @@ def drive(
     rows_of = [slice(None)] if pipeline is None else pipeline.rows
     patches = []
     for rows in rows_of:
-        keep = None if mask is None else Inpaint(mask[:, :, rows], latent[:, :, rows], mask_noise[:, :, rows], model)
+        keep = None
+        if mask is not None:
+            keep = Inpaint(mask[:, :, rows], latent[:, :, rows], mask_noise[:, :, rows], model, gradual)
         own_noise = noise_of_steps if pipeline is None else draws.of(rows)
         sampler = SAMPLERS_BY_NAME[spec.sampler](x[:, :, rows], Run(sigmas, own_noise, model, agreed))
         patches.append(Patch(sampler, keep))
 
-    guided = partial(_guided, model, spec.cfg_scale)
+    guided = partial(_guided, model, spec)
     step = 0
     while patches[0].result is None:
         wanted = patches[0].wanted
@@ -175,10 +178,15 @@ def drive(
     return model.finish(x if pipeline is None else pipeline.finish(x), sigmas[-1])
 
 
-def _guided(model: Parameterization, cfg_scale: float, x: Tensor, sigma: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+def _guided(model: Parameterization, spec: SamplerSpec, x: Tensor, sigma: Tensor, outputs: Sequence[Tensor]) -> Tensor:
     """The denoised latent, of the model's outputs for cond and, with guidance, uncond."""
-    denoised = [model.denoised(x, sigma, out) for out in outputs]
-    return guide(denoised[0], denoised[1], cfg_scale) if len(denoised) == 2 else denoised[0]
+    cond, *rest = (model.denoised(x, sigma, out) for out in outputs)
+    if not rest:
+        return cond
+    guided = guide(cond, rest[0], spec.cfg_scale)
+    if spec.rescale_cfg == 0:
+        return guided
+    return rescaled(guided, cond, x, sigma, spec.rescale_cfg, is_flow=model.is_flow)
 
 
 def _flow(
