@@ -108,6 +108,8 @@ def test_meshes_that_cant_be(bad: dict[str, object]) -> None:
         ({"cfg_scale": float("nan")}, "cfg_scale=nan"),
         ({"seed": -1}, "seed=-1"),
         ({"shift": 0.0}, "shift=0.0"),
+        ({"rescale_cfg": 1.5}, "rescale_cfg=1.5"),
+        ({"differential": float("nan")}, "differential=nan"),
     ],
 )
 def test_sampler_settings_that_cant_be_name_value_and_remedy(bad: dict[str, object], word: str) -> None:

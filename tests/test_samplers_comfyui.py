@@ -29,7 +29,10 @@ CASES = {
     **{
         f"{s}-karras-image": {"sampler": s, "scheduler": "karras", "latent": "image", "denoise": 0.6}
         for s in COMFYUI_SAMPLERS
+        if s != "dpm_adaptive"
     },
+    # Of the schedule it takes the ends alone: between these it needs few evaluations.
+    "dpm_adaptive": {"sampler": "dpm_adaptive", "scheduler": "sgm_uniform", "latent": "image", "denoise": 0.6},
     **{f"euler-{s}": {"sampler": "euler", "scheduler": s} for s in SCHEDULERS if s != "simple"},
     **{
         f"dpmpp_2m-{s}": {"sampler": "dpmpp_2m", "scheduler": s, "denoise": 0.45, "latent": "image"} for s in SCHEDULERS
@@ -39,6 +42,15 @@ CASES = {
     "shift 5": {"sampler": "dpmpp_2m", "scheduler": "sgm_uniform", "shift": 5.0},
     "mask": {"sampler": "euler_ancestral", "scheduler": "simple", "latent": "image", "mask": "mask", "denoise": 0.8},
     "mask, ddim": {"sampler": "ddim", "scheduler": "ddim_uniform", "latent": "image", "mask": "mask"},
+    "mask of degrees, rescaled": {
+        "sampler": "dpmpp_2m",
+        "scheduler": "simple",
+        "latent": "image",
+        "mask": "ramp",
+        "differential": 0.8,
+        "rescale_cfg": 0.7,
+        "cfg": 4.5,
+    },
     "batch": {"sampler": "euler", "scheduler": "normal", "latent": "batch", "batch_index": [3, 5, 4]},
     "one draw for all": {"sampler": "euler", "scheduler": "normal", "latent": "batch", "batch_index": [4]},
     "one latent for all draws": {"sampler": "euler", "scheduler": "normal", "latent": "image", "batch_index": [1, 0]},
@@ -67,6 +79,7 @@ def inputs() -> dict[str, Tensor]:
         "batch": torch.randn(3, 16, 10, 14, generator=generator),
         "mask": (torch.rand(1, 1, 96, 160, generator=generator) > 0.4).float(),
     }
+    tensors["ramp"] = torch.rand(1, 1, 12, 20, generator=generator)
     for seed, (name, tokens) in enumerate({"long": 154, "short": 77, "long2": 154}.items()):
         tensors[name], tensors[f"{name}.pooled"] = random_prompt(seed, tokens)
     return tensors

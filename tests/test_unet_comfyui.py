@@ -39,11 +39,26 @@ SAMPLINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "a flow": ("er_sde", {"node": "ModelSamplingSD3", "shift": 2.0}),
 }
 CASES: dict[str, dict[str, Any]] = {
-    **{f"{s}-normal": {"sampler": s, "scheduler": "normal"} for s in SAMPLERS if s != "euler_stochastic"},
+    **{
+        f"{s}-normal": {"sampler": s, "scheduler": "normal"}
+        for s in SAMPLERS
+        if s not in ("euler_stochastic", "dpm_adaptive")
+    },
+    # Of the schedule it takes the ends alone: between these it needs few evaluations.
+    "dpm_adaptive": {"sampler": "dpm_adaptive", "scheduler": "sgm_uniform", "latent": "image", "denoise": 0.6},
     **{f"euler-{s}": {"sampler": "euler", "scheduler": s} for s in SCHEDULERS if s != "normal"},
     "guidance": {"sampler": "dpmpp_2m", "scheduler": "karras", "cfg": 4.5},
     "image": {"sampler": "dpmpp_2m_sde", "scheduler": "karras", "latent": "image", "denoise": 0.6},
     "mask": {"sampler": "euler_ancestral", "scheduler": "simple", "latent": "image", "mask": "mask", "denoise": 0.8},
+    "mask of degrees, rescaled": {
+        "sampler": "dpmpp_2m",
+        "scheduler": "simple",
+        "latent": "image",
+        "mask": "ramp",
+        "differential": 0.8,
+        "rescale_cfg": 0.7,
+        "cfg": 4.5,
+    },
     "batch": {"sampler": "euler", "scheduler": "normal", "latent": "batch", "batch_index": [3, 5]},
     "sizes": {"sampler": "euler", "scheduler": "normal", "options": SIZES, "cfg": 3.0},
     **{
@@ -72,6 +87,7 @@ def inputs() -> dict[str, Tensor]:
         "odd": torch.randn(1, 4, 13, 9, generator=generator),
         "mask": (torch.rand(1, 1, 64, 64, generator=generator) > 0.4).float(),
     }
+    tensors["ramp"] = torch.rand(1, 1, 8, 8, generator=generator)
     for name, tokens in {"long": 154, "short": 77}.items():
         tensors[name] = torch.randn(1, tokens, 2048, generator=generator)
         tensors[f"{name}.pooled"] = torch.randn(1, 1280, generator=generator)

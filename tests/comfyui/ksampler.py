@@ -54,6 +54,8 @@ def sampled(model: RemoteModel, tensors: Mapping[str, Tensor], case: Mapping[str
         noise=None if case.get("add_noise", True) else torch.zeros_like(tensors[case["latent"]]),
         noise_mask=tensors[case["mask"]] if "mask" in case else None,
         batch_index=case.get("batch_index"),
+        rescale_cfg=case.get("rescale_cfg", 0.0),
+        differential=case.get("differential"),
     )
 
 

@@ -26,7 +26,8 @@ def main(comfy_folder, model_path, cases_path, out_path):
     import comfy.samplers
     import comfy.sd
     import comfy.supported_models
-    import comfy_extras.nodes_model_advanced as sampling_nodes
+    import comfy_extras.nodes_differential_diffusion
+    import comfy_extras.nodes_model_advanced
 
     class NarrowSDXL(comfy.supported_models.SDXL):
         """Asked last: SDXL at widths that ComfyUI's loaders know no name for, which its code computes all the same."""
@@ -42,7 +43,7 @@ def main(comfy_folder, model_path, cases_path, out_path):
             path = case.get("file", model_path)
             if path not in models:
                 models[path] = comfy.sd.load_diffusion_model(path, model_options={"dtype": torch.float32})
-            results[name] = latent_of(comfy, case, patched(sampling_nodes, models[path], case), tensors).contiguous()
+            results[name] = latent_of(comfy, case, patched(comfy_extras, models[path], case), tensors).contiguous()
         for path, model in models.items():
             below = "" if path == model_path else f"{os.path.basename(path)}/"
             for scheduler in comfy.samplers.SCHEDULER_NAMES:
@@ -52,15 +53,21 @@ def main(comfy_folder, model_path, cases_path, out_path):
     save_file(results, out_path)
 
 
-def patched(sampling_nodes, model, case):
-    """The MODEL after the case's model sampling node."""
+def patched(comfy_extras, model, case):
+    """The MODEL after the nodes that the case names."""
+    nodes = comfy_extras.nodes_model_advanced
     settings = dict(
         case.get("sampling", {"node": "ModelSamplingSD3", "shift": case["shift"]} if "shift" in case else {})
     )
-    if not settings:
-        return model
-    node = getattr(sampling_nodes, settings.pop("node"))()
-    return getattr(node, node.FUNCTION)(model, **settings)[0]
+    if settings:
+        node = getattr(nodes, settings.pop("node"))()
+        model = getattr(node, node.FUNCTION)(model, **settings)[0]
+    if "rescale_cfg" in case:
+        model = nodes.RescaleCFG().patch(model, case["rescale_cfg"])[0]
+    if "differential" in case:
+        node = comfy_extras.nodes_differential_diffusion.DifferentialDiffusion
+        model = node.execute(model, case["differential"]).args[0]
+    return model
 
 
 def latent_of(comfy, case, model, tensors):
