@@ -293,7 +293,7 @@ def test_a_latent_of_other_channels_is_named(server: ComfyServer) -> None:
 
 def test_an_unknown_sampler_is_refused(server: ComfyServer) -> None:
     prompt = Prompt()
-    picture(prompt, "ParallelSampler", parallel_model(prompt), "never", sampler_name="dpm_fast")
+    picture(prompt, "ParallelSampler", parallel_model(prompt), "never", sampler_name="never")
     assert "sampler_name" in refused(server, prompt)
 
 
