@@ -137,6 +137,7 @@ def drive(
     if len(sigmas) == 1:
         return model.finish(model.start(latent, noise, sigmas[0]), sigmas[0])
     gradual = None if spec.differential is None else Gradual(sigmas, spec.differential, model)
+    keep = None if mask is None else Inpaint(mask, latent, mask_noise, model, gradual)
     if spec.sampler in ("uni_pc", "uni_pc_bh2") and sigmas[-1] == 0:
         sigmas = torch.cat([sigmas[:-1], sigmas.new_tensor([multistep.UNI_PC_END])])
     x = model.start(latent, noise, sigmas[0])
@@ -145,12 +146,9 @@ def drive(
     rows_of = [slice(None)] if pipeline is None else pipeline.rows
     patches = []
     for rows in rows_of:
-        keep = None
-        if mask is not None:
-            keep = Inpaint(mask[:, :, rows], latent[:, :, rows], mask_noise[:, :, rows], model, gradual)
         own_noise = noise_of_steps if pipeline is None else draws.of(rows)
         sampler = SAMPLERS_BY_NAME[spec.sampler](x[:, :, rows], Run(sigmas, own_noise, model, agreed))
-        patches.append(Patch(sampler, keep))
+        patches.append(Patch(sampler, None if keep is None else keep.of(rows)))
 
     guided = partial(_guided, model, spec)
     step = 0

@@ -6,7 +6,7 @@ Sources: Ho and Salimans 2022 (arXiv 2207.12598), equation 6. Its rescaling: Lin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,11 @@ class Inpaint:
     noise: Tensor
     parameterization: Parameterization
     gradual: Gradual | None = None
+
+    def of(self, rows: slice) -> Inpaint:
+        """For a sampler of these rows of latent."""
+        mask, latent, noise = (x[:, :, rows] for x in (self.mask, self.latent, self.noise))
+        return replace(self, mask=mask, latent=latent, noise=noise)
 
     def before(self, x: Tensor, sigma: Tensor) -> Tensor:
         kept, mask = self.parameterization.add_noise(self.latent, self.noise, sigma), self._mask(sigma)

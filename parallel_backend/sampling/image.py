@@ -92,7 +92,8 @@ def check_sigmas(sigmas: Tensor, spec: SamplerSpec, model: Parameterization) -> 
     sigmas = sigmas.float().cpu()
     if sigmas.ndim != 1 or not torch.isfinite(sigmas).all() or (sigmas < 0).any():
         raise InputError(f"Sigmas {sigmas.tolist()[:6]} can't be used.", "Give a list of finite numbers, 0 or more.")
-    if not (sigmas.diff() < 0).all() and not _goes_through(sigmas, spec, model):
+    falls = len(sigmas) > 1 and bool((sigmas.diff() < 0).all())
+    if len(sigmas) > 0 and not falls and not _goes_through(sigmas, spec, model):
         raise InputError(
             f"Sampler {spec.sampler} can't go through sigmas {sigmas.tolist()[:6]}, which don't fall all the way.",
             "Let them fall, or use euler; a flow model's can't end at 1, where there is noise alone.",
