@@ -21,8 +21,11 @@ AURA = {"node": "ModelSamplingAuraFlow", "shift": 1.73}
 FLUX = {"node": "ModelSamplingFlux", "max_shift": 1.15, "base_shift": 0.5, "width": 1280, "height": 768}
 # euler_stochastic is the from-scratch repository's; ComfyUI has none.
 COMFYUI_SAMPLERS = [name for name in SAMPLERS if name != "euler_stochastic"]
-# With many evaluations, or in all but a number another one: the case on an image is enough.
-ONCE = ("dpm_adaptive", "exp_heun_2_x0", "exp_heun_2_x0_sde", "dpmpp_2m_sde_heun", "sa_solver_pece")
+# Where the case on an image is enough: many evaluations, or what starts at sigma 1 as another of these does.
+ONCE = (
+    *("dpm_adaptive", "exp_heun_2_x0", "exp_heun_2_x0_sde", "dpmpp_2m_sde_heun", "sa_solver_pece"),
+    *("heunpp2", "dpm_fast", "gradient_estimation", "res_multistep_ancestral", "uni_pc_bh2"),
+)
 
 CASES = {
     **{f"{s}-simple": {"sampler": s, "scheduler": "simple"} for s in COMFYUI_SAMPLERS if s not in ONCE},
