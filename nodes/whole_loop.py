@@ -82,6 +82,7 @@ def _run(model: Any, loop: Loop, displaced: Displaced | None, preview: Preview, 
         warmup_steps=None if displaced is None else displaced.warmup_steps,
         num_patches=0 if displaced is None else displaced.num_patches,
         patches=model.patches_with(None),
+        **loop.functions,
         preview=preview,
         on_step=on_step,
     )

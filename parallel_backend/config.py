@@ -24,45 +24,47 @@ DeviceType = Literal["cuda", "cpu"]
 DEFAULT_IDLE_SECONDS = 1800
 LONGEST_IDLE_SECONDS = 1e8
 
-# Those whose step takes one evaluation and computes every value of the latent from its own alone: parts of an image can
-# be at different steps. One that draws noise does so from its first step on.
-SAMPLERS_OF_PATCHES = (
+SAMPLERS = (
     "euler",
     "euler_ancestral",
     "euler_stochastic",
-    "lms",
-    "dpmpp_2m",
-    "dpmpp_2m_sde",
-    "dpmpp_2m_sde_heun",
-    "dpmpp_3m_sde",
-    "ddim",
-    "lcm",
-    "ddpm",
-    "deis",
-    "ipndm",
-    "res_multistep",
-    "res_multistep_ancestral",
-    "gradient_estimation",
-    "er_sde",
-)
-SAMPLERS = (
-    *SAMPLERS_OF_PATCHES,
     "heun",
     "heunpp2",
     "exp_heun_2_x0",
     "exp_heun_2_x0_sde",
     "dpm_2",
     "dpm_2_ancestral",
+    "lms",
     "dpm_fast",
     "dpm_adaptive",
     "dpmpp_2s_ancestral",
     "dpmpp_sde",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "dpmpp_2m_sde_heun",
+    "dpmpp_3m_sde",
+    "ddpm",
+    "lcm",
+    "ipndm",
+    "deis",
+    "res_multistep",
+    "res_multistep_ancestral",
+    "gradient_estimation",
+    "er_sde",
     "seeds_2",
     "seeds_3",
     "sa_solver",
     "sa_solver_pece",
+    "ddim",
     "uni_pc",
     "uni_pc_bh2",
+)
+# Those whose step takes one evaluation and computes every value of the latent from its own alone: parts of an image can
+# be at different steps. If they draw noise, they do from the first step on; sa_solver doesn't.
+SAMPLERS_OF_PATCHES = (
+    *("euler", "euler_ancestral", "euler_stochastic", "lms", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2m_sde_heun"),
+    *("dpmpp_3m_sde", "ddpm", "lcm", "ipndm", "deis", "res_multistep", "res_multistep_ancestral"),
+    *("gradient_estimation", "er_sde", "ddim"),
 )
 SCHEDULERS = (
     "simple",
@@ -290,10 +292,13 @@ ModelSampling: TypeAlias = FlowSampling | DiscreteSampling | ContinuousSampling
 
 
 class SamplerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What KSampler's widgets say. `denoise` below 1 keeps the end of a longer schedule.
+    """What KSampler's widgets say. `denoise` below 1 keeps the end of a longer schedule, at 0 no step of it.
 
     With `warmup_steps`, ranks compute the steps after so many on what the others had a step ago; None is exact. On pp
     ranks, `num_patches` parts of the image then flow through the stages; 0 is as many as stages.
+
+    `rescale_cfg`: how far guidance is brought back to the spread of cond, 0 to 1. `differential`: a mask's values say when
+    they begin to change, at this strength; None leaves the mask as it is.
 
     `model_sampling`: what nodes that change it say of the model's output and its sigmas; None is as the file says, with
     `shift` where that is a flow.
@@ -309,19 +314,24 @@ class SamplerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     warmup_steps: int | None = None
     num_patches: int = 0
     model_sampling: ModelSampling | None = None
+    rescale_cfg: float = 0.0
+    differential: float | None = None
 
     def __post_init__(self) -> None:
         choose(self.sampler, SAMPLERS, "Sampler")
         choose(self.scheduler, SCHEDULERS, "Scheduler")
         if not 1 <= self.steps <= 10_000:
             raise ConfigError(f"steps={self.steps} is not possible.", "Use 1 to 10000 steps.")
-        if not 0.0 < self.denoise <= 1.0:
-            raise ConfigError(f"denoise={self.denoise} is not possible.", "Use more than 0 and at most 1.")
+        if not 0.0 <= self.denoise <= 1.0:
+            raise ConfigError(f"denoise={self.denoise} is not possible.", "Use 0 to 1; 0 leaves the latent as it is.")
         if not isfinite(self.cfg_scale):
             raise ConfigError(f"cfg_scale={self.cfg_scale} is not a number.", "Use a finite number; 1 is no guidance.")
         if not 0 <= self.seed < 2**64:
             raise ConfigError(f"seed={self.seed} does not fit in 64 bits.", "Use 0 to 18446744073709551615.")
         check_positive("shift", self.shift, "SD3.5 uses 3")
+        for name, share in (("rescale_cfg", self.rescale_cfg), ("differential", self.differential or 0.0)):
+            if not 0.0 <= share <= 1.0:
+                raise ConfigError(f"{name}={share} is not possible.", "Use 0 to 1.")
         if self.warmup_steps is not None and self.warmup_steps < 0:
             raise ConfigError(f"warmup_steps={self.warmup_steps} is not possible.", "Use 0 or more; 4 is usual.")
         if self.num_patches < 0:

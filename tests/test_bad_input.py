@@ -44,13 +44,24 @@ BAD = {
     "nan conditioning": (InputError, "conditioning holds NaN", {"positive": with_nan(POSITIVE)}),
     "width": (InputError, "the last of 4096", {"positive": Conditioning(torch.zeros(1, 77, 2048), POSITIVE.pooled)}),
     "pooled": (InputError, "the last of 2048", {"negative": Conditioning(NEGATIVE.context, torch.zeros(1, 1280))}),
-    "sampler": (ConfigError, "'dpm_fast' is not known", {"sampler": "dpm_fast"}),
+    "sampler": (ConfigError, "'euler_cfg_pp' is not known", {"sampler": "euler_cfg_pp"}),
     "scheduler": (ConfigError, "'turbo' is not known", {"scheduler": "turbo"}),
     "steps": (ConfigError, "steps=0", {"steps": 0}),
     "uni_pc": (ConfigError, "single step", {"sampler": "uni_pc", "steps": 1}),
-    "sigmas": (InputError, "don't fall", {"sigmas": torch.tensor([0.1, 0.5])}),
+    "sigmas": (InputError, "can't be used", {"sigmas": torch.tensor([0.5, -0.1])}),
+    "sigmas that rise": (
+        InputError,
+        "euler_ancestral can't go through sigmas .*which don't fall",
+        {"sigmas": torch.tensor([0.1, 0.5]), "sampler": "euler_ancestral"},
+    ),
+    "sigmas up to noise alone": (InputError, "can't end at 1", {"sigmas": torch.tensor([0.5, 1.0])}),
+    "sigma 0 first": (
+        InputError,
+        "can't start at sigma 0",
+        {"sigmas": torch.tensor([0.0, 0.5]), "sampler": "dpm_adaptive"},
+    ),
     "noise": (InputError, "Noise of", {"noise": torch.zeros(1, 16, 8, 8)}),
-    "batch_index": (InputError, "batch_index", {"batch_index": [1, 2]}),
+    "batch_index": (InputError, "batch_index", {"batch_index": [1, -2]}),
 }
 
 

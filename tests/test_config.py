@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import msgspec
 import pytest
 
 from parallel_backend import MeshSpec, SamplerSpec
 from parallel_backend.__main__ import main
-from parallel_backend.config import AXES, BackendSpec, ServeSpec, gpu_numbers
+from parallel_backend.config import (
+    AXES,
+    BackendSpec,
+    ContinuousSampling,
+    DiscreteSampling,
+    FlowSampling,
+    ModelSampling,
+    ServeSpec,
+    gpu_numbers,
+)
 from parallel_backend.errors import BackendError, ConfigError, error_from_code
 
 
@@ -91,11 +103,13 @@ def test_meshes_that_cant_be(bad: dict[str, object]) -> None:
         ({"sampler": "dpmpp_2m_sde_gpu"}, "euler_ancestral"),
         ({"scheduler": "turbo"}, "kl_optimal"),
         ({"steps": 0}, "steps=0"),
-        ({"denoise": 0.0}, "denoise=0.0"),
+        ({"denoise": -0.1}, "denoise=-0.1"),
         ({"denoise": 1.5}, "denoise=1.5"),
         ({"cfg_scale": float("nan")}, "cfg_scale=nan"),
         ({"seed": -1}, "seed=-1"),
         ({"shift": 0.0}, "shift=0.0"),
+        ({"rescale_cfg": 1.5}, "rescale_cfg=1.5"),
+        ({"differential": float("nan")}, "differential=nan"),
     ],
 )
 def test_sampler_settings_that_cant_be_name_value_and_remedy(bad: dict[str, object], word: str) -> None:
@@ -103,6 +117,36 @@ def test_sampler_settings_that_cant_be_name_value_and_remedy(bad: dict[str, obje
         SamplerSpec(**bad)  # type: ignore[arg-type]
     assert word in str(caught.value)
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("kind", "bad", "word"),
+    [
+        (FlowSampling, {"shift": 0.0}, "shift=0.0"),
+        (FlowSampling, {"multiplier": float("inf")}, "multiplier=inf"),
+        (FlowSampling, {"sigmas": 1}, "1 sigmas"),
+        (DiscreteSampling, {"prediction": "edm"}, "'edm' is not known"),
+        (ContinuousSampling, {"prediction": "lcm"}, "'lcm' is not known"),
+        (ContinuousSampling, {"sigma_min": 0.0}, "sigma_min=0.0"),
+        (ContinuousSampling, {"sigma_min": 5.0, "sigma_max": 5.0}, "sigma_max=5.0"),
+        (ContinuousSampling, {"sigma_data": -1.0}, "sigma_data=-1.0"),
+    ],
+)
+def test_model_samplings_that_cant_be_name_value_and_remedy(
+    kind: type[ModelSampling], bad: dict[str, Any], word: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        kind(**bad)
+    assert word in str(caught.value) and caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [None, FlowSampling(1.7, 1.0, 10_000), DiscreteSampling("lcm", True), ContinuousSampling("edm", "arctan")],
+)
+def test_a_sampler_spec_with_each_model_sampling_travels(sampling: ModelSampling | None) -> None:
+    spec = SamplerSpec(sampler="er_sde", model_sampling=sampling)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(spec), type=SamplerSpec) == spec
 
 
 @pytest.mark.parametrize(

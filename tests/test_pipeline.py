@@ -16,7 +16,7 @@ from torch import Tensor
 from parallel_backend import Backend, MeshSpec
 from parallel_backend.bench.communication import METHODS, Method, Sizes, count
 from parallel_backend.bench.trace import BYTES, END, KIND, RANK, START, chrome_trace, mesh_of, picture, table
-from parallel_backend.config import SAMPLERS, SAMPLERS_OF_PATCHES
+from parallel_backend.config import SAMPLERS_OF_PATCHES
 from parallel_backend.distributed.mesh import Mesh, build_mesh
 from parallel_backend.distributed.stale import TokenKV
 from parallel_backend.distributed.traffic import COMPUTE
@@ -275,12 +275,17 @@ def test_a_mesh_that_is_none_is_refused(words: list[str]) -> None:
             ConfigError,
             "num_patches=2 is for displaced steps on pp",
         ),
+        (
+            MeshSpec(pp=2),
+            {"warmup_steps": 1, "rescale_cfg": 0.7},
+            UnsupportedError,
+            "rescale_cfg needs the spread of the whole image",
+        ),
         (MeshSpec(pp=2), {"num_patches": 2}, ConfigError, "num_patches=2 is for displaced steps"),
         (MeshSpec(pp=2), {"warmup_steps": 1, "num_patches": 9}, InputError, "8 rows of 8 image tokens, in 9 patches"),
         *(
             (MeshSpec(pp=2), {"warmup_steps": 1, "sampler": sampler}, UnsupportedError, f"Sampler {sampler} can't run")
-            for sampler in SAMPLERS
-            if sampler not in SAMPLERS_OF_PATCHES
+            for sampler in ("heun", "dpm_adaptive", "sa_solver")
         ),
     ],
     ids=str,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -23,12 +23,17 @@ from parallel_backend.sampling.noise import StepNoise
 from parallel_backend.sampling.parameterization import Discrete, Flow, Parameterization
 
 SHAPE = (1, 4, 8, 8)
-BROWNIAN = ("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde")
+BROWNIAN = ("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde")
 MODELS = {"flow": Flow(3.0), "noise": Discrete(), "v": Discrete("v_prediction")}
-CASES = [(s, m) for m in MODELS for s in SAMPLERS if m == "flow" or s != "euler_stochastic"]
+CASES = [(s, m) for m in MODELS for s in SAMPLERS if s != "dpm_adaptive" and (m == "flow" or s != "euler_stochastic")]
 
 
-def watched(sampler: str, model: Parameterization, mask: Tensor | None = None) -> None:
+def watched(
+    sampler: str,
+    model: Parameterization,
+    mask: Tensor | None = None,
+    share: Callable[[Tensor], Tensor] = lambda x: x,
+) -> None:
     """A run on the fake device; from the first evaluation on, waiting is an error."""
 
     def outputs(x: Tensor, timestep: Tensor, step: int) -> Sequence[Tensor]:
@@ -38,13 +43,37 @@ def watched(sampler: str, model: Parameterization, mask: Tensor | None = None) -
 
     spec = SamplerSpec(sampler=sampler, scheduler="normal", steps=5, cfg_scale=4.0)
     with fake_cuda(), torch.inference_mode(), Watch(armed=False) as watch:
-        out = sample_latent(outputs, spec, model, latent=on_cuda(*SHAPE), mask=mask)
+        out = sample_latent(outputs, spec, model, latent=on_cuda(*SHAPE), mask=mask, share=share)
     assert watch.armed and out.shape == SHAPE and out.device == DEVICE
 
 
 @pytest.mark.parametrize(("sampler", "model"), CASES)
 def test_no_step_of_a_sampler_waits_for_the_gpu(sampler: str, model: str) -> None:
     watched(sampler, MODELS[model])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_dpm_adaptive_waits_for_the_error_of_each_try_and_for_nothing_else(model: str) -> None:
+    with pytest.raises(HostSyncError, match=r"_local_scalar_dense"):
+        watched("dpm_adaptive", MODELS[model])
+    watched("dpm_adaptive", MODELS[model], share=lambda error: torch.zeros(()))
+
+
+def test_dpm_adaptive_goes_by_the_error_that_all_ranks_share() -> None:
+    latent = torch.randn(*SHAPE, generator=torch.Generator().manual_seed(1))
+    tries = []
+    for error in (0.0, 0.9):
+        seen: list[StepReport] = []
+        sample_latent(
+            lambda x, t, i: [x.sin()],
+            SamplerSpec(sampler="dpm_adaptive", cfg_scale=1.0),
+            Flow(),
+            latent=latent,
+            share=lambda _, error=error: torch.tensor(error),  # type: ignore[misc]
+            on_step=seen.append,
+        )
+        tries.append(len(seen))
+    assert tries[0] < tries[1] < 200
 
 
 def test_a_mask_waits_in_no_step_either() -> None:

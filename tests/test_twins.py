@@ -14,16 +14,17 @@ from comfyui.installation import HERE, ComfyInstallation
 from parallel_backend import Backend
 
 Outcomes = dict[str, dict[str, dict[str, Any]]]
-# What says so in the log of ComfyUI, and changes nothing.
-WITHOUT_EFFECT = {"strength 0", "no key fits", "denoise 0", "ReferenceLatent", "SetLatentNoiseMask"}
+# What changes nothing, here as on a local MODEL.
+WITHOUT_EFFECT = {
+    *("strength 0", "no key fits", "denoise 0", "ReferenceLatent", "DifferentialDiffusion"),
+    *("ModelSamplingDiscrete eps", "ModelSamplingDiscrete lcm"),  # its sigmas, at these steps
+}
 # What only ComfyUI's own loop can do; all else is one request.
 STEP_BY_STEP = {
-    *("RescaleCFG", "Mahiro", "FreSca", "APG", "CFGZeroStar", "CFGNorm", "TCFG", "RenormCFG", "TemporalScoreRescaling"),
+    *("Mahiro", "FreSca", "APG", "CFGZeroStar", "CFGNorm", "TCFG", "RenormCFG", "TemporalScoreRescaling"),
     *(
         "LatentApplyOperationCFG",
         "PerpNeg",
-        "DifferentialDiffusion",
-        "mask and DifferentialDiffusion",
         "ContextWindowsManual",
     ),
     *("ConditioningSetArea", "ConditioningSetMask", "ConditioningCombine", "the official SD3 negative"),

@@ -24,14 +24,54 @@ from parallel_training.unet import DEPTHS, WIDTHS
 NAME = "sdxl-koala.safetensors"
 BASE = {"latent": "empty", "positive": "long", "negative": "short", "seed": 7, "steps": 3, "cfg": 1.0}
 SIZES = {"width": 832, "height": 1216, "crop_w": 8, "crop_h": 16, "target_width": 768, "target_height": 1152}
+DISCRETE, EDM = "ModelSamplingDiscrete", "ModelSamplingContinuousEDM"
+SAMPLINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "zero SNR": ("sa_solver", {"node": DISCRETE, "sampling": "v_prediction", "zsnr": True}),
+    "LCM": ("lcm", {"node": DISCRETE, "sampling": "lcm", "zsnr": False}),
+    "x0": ("euler", {"node": DISCRETE, "sampling": "x0", "zsnr": False}),
+    "image to image": ("euler", {"node": DISCRETE, "sampling": "img_to_img", "zsnr": False}),
+    "EDM": ("dpmpp_2m", {"node": EDM, "sampling": "edm", "sigma_min": 0.002, "sigma_max": 80.0}),
+    "continuous noise": ("heunpp2", {"node": EDM, "sampling": "eps", "sigma_min": 0.01, "sigma_max": 20.0}),
+    "arc tangent": (
+        "euler_ancestral",
+        {"node": "ModelSamplingContinuousV", "sampling": "v_prediction", "sigma_min": 0.03, "sigma_max": 500.0},
+    ),
+    "a flow": ("er_sde", {"node": "ModelSamplingSD3", "shift": 2.0}),
+}
 CASES: dict[str, dict[str, Any]] = {
-    **{f"{s}-normal": {"sampler": s, "scheduler": "normal"} for s in SAMPLERS if s != "euler_stochastic"},
+    **{
+        f"{s}-normal": {"sampler": s, "scheduler": "normal"}
+        for s in SAMPLERS
+        if s not in ("euler_stochastic", "dpm_adaptive")
+    },
+    # Of the schedule it takes the ends alone: between these it needs few evaluations.
+    "dpm_adaptive": {"sampler": "dpm_adaptive", "scheduler": "sgm_uniform", "latent": "image", "denoise": 0.6},
     **{f"euler-{s}": {"sampler": "euler", "scheduler": s} for s in SCHEDULERS if s != "normal"},
     "guidance": {"sampler": "dpmpp_2m", "scheduler": "karras", "cfg": 4.5},
     "image": {"sampler": "dpmpp_2m_sde", "scheduler": "karras", "latent": "image", "denoise": 0.6},
     "mask": {"sampler": "euler_ancestral", "scheduler": "simple", "latent": "image", "mask": "mask", "denoise": 0.8},
+    "mask of degrees, rescaled": {
+        "sampler": "dpmpp_2m",
+        "scheduler": "simple",
+        "latent": "image",
+        "mask": "ramp",
+        "differential": 0.8,
+        "rescale_cfg": 0.7,
+        "cfg": 4.5,
+    },
     "batch": {"sampler": "euler", "scheduler": "normal", "latent": "batch", "batch_index": [3, 5]},
     "sizes": {"sampler": "euler", "scheduler": "normal", "options": SIZES, "cfg": 3.0},
+    **{
+        f"{name} with {sampler}": {"sampler": sampler, "scheduler": "sgm_uniform", "sampling": node, "latent": "image"}
+        for name, (sampler, node) in SAMPLINGS.items()
+    },
+    "continuous, denoised less": {
+        "sampler": "dpm_2",
+        "scheduler": "normal",
+        "sampling": SAMPLINGS["arc tangent"][1],
+        "latent": "image",
+        "denoise": 0.5,
+    },
     "odd size": {"sampler": "dpmpp_2m", "scheduler": "karras", "latent": "odd"},
 }
 
@@ -47,6 +87,7 @@ def inputs() -> dict[str, Tensor]:
         "odd": torch.randn(1, 4, 13, 9, generator=generator),
         "mask": (torch.rand(1, 1, 64, 64, generator=generator) > 0.4).float(),
     }
+    tensors["ramp"] = torch.rand(1, 1, 8, 8, generator=generator)
     for name, tokens in {"long": 154, "short": 77}.items():
         tensors[name] = torch.randn(1, tokens, 2048, generator=generator)
         tensors[f"{name}.pooled"] = torch.randn(1, 1280, generator=generator)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-# What stock sampling passes to a model's forward by itself.
+# What stock sampling passes to a model's forward by itself, or says of the part of a latent that it passes.
 FORWARD_OPTIONS = frozenset(
-    {"cond_or_uncond", "uuids", "sigmas", "sample_sigmas", "wrappers", "callbacks", "prefetch_dynamic_vbars"}
+    {
+        *("cond_or_uncond", "uuids", "sigmas", "sample_sigmas", "wrappers", "callbacks", "prefetch_dynamic_vbars"),
+        "context_window",
+    }
 )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from ...parallel_backend import Conditioning
 from ...parallel_backend.config import SAMPLERS, ModelSampling
 from ...parallel_backend.errors import UnsupportedError
+from .known_functions import known_functions
 from .loop_patches import loop_patches
 from .model_sampling import read_sampling
 
@@ -41,6 +42,7 @@ class Loop:
     negative: Conditioning | None
     mask: Tensor | None
     model_sampling: ModelSampling
+    functions: Mapping[str, float]
 
 
 def read_loop(
@@ -55,7 +57,8 @@ def read_loop(
     """The sampling that this guider is about to make; or, each by its name, what only ComfyUI's own loop can do."""
     model = guider.model_patcher
     name = sampler_name(sampler)
-    found = list(loop_patches(model, guider.model_options))
+    settings, options = known_functions(guider.model_options)
+    found = list(loop_patches(model, options))
     if type(guider) not in (CFGGuider, Guider_Basic):
         found.append(f"the guider {type(guider).__name__}")
     if name is None:
@@ -82,8 +85,8 @@ def read_loop(
             return [f"model inputs {', '.join(sorted(set(inputs) ^ _INPUTS))} of the {kind} conditioning"]
         prompts[kind] = Conditioning(inputs["c_crossattn"], inputs["y"])
     mask = None if mask is None else mask[:, :1]
-    settings = (sigmas, name, float(guider.cfg), 0 if seed is None else seed)
-    return Loop(latent, noise, *settings, prompts["positive"], prompts.get("negative"), mask, sampling)
+    named = (sigmas, name, float(guider.cfg), 0 if seed is None else seed)
+    return Loop(latent, noise, *named, prompts["positive"], prompts.get("negative"), mask, sampling, settings)
 
 
 def sampler_name(sampler: Any) -> str | None:

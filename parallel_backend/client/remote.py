@@ -183,6 +183,8 @@ class RemoteModel(_Remote):
         trace: bool = False,
         patches: WeightPatches | None = None,
         model_sampling: ModelSampling | None = None,
+        rescale_cfg: float = 0.0,
+        differential: float | None = None,
         on_step: Callable[[Step], None] | None = None,
         should_cancel: Callable[[], bool] | None = None,
     ) -> Tensor:
@@ -197,9 +199,13 @@ class RemoteModel(_Remote):
                 a UNet's other bands, the other ranks of a ring, the other patches in a pipeline. None: all are exact.
             num_patches: that flow through the pipeline of pp ranks; 0 is as many as stages.
             noise, sigmas: in place of those that seed and scheduler give.
+            batch_index: which draws of the seed's the rows get. One latent becomes as many as are named; one draw goes to
+                all rows.
             noise_mask: 1 where the latent may change, (B, 1, Y, X) of any Y and X.
             preview: of which steps `on_step` gets the latents.
             model_sampling: what the model's output means, and its sigmas, in place of what its file and `shift` say.
+            rescale_cfg: how far guidance is brought back to the spread of cond, 0 to 1: RescaleCFG's multiplier.
+            differential: makes the mask's values say when they begin to change: DifferentialDiffusion's strength.
             trace: keep what each rank did when, in `timeline`: rank, and the columns of distributed/traffic.py.
             patches: on the model's weights, for this job.
             on_step: told after each step. What it raises cancels the job and is raised again.
@@ -207,9 +213,21 @@ class RemoteModel(_Remote):
         Raises: InputError, ConfigError, CancelledError, BackendLostError, RankError.
         """
         spec = SamplerSpec(
-            sampler, scheduler, steps, cfg_scale, denoise, seed, shift, warmup_steps, num_patches, model_sampling
+            sampler,
+            scheduler,
+            steps,
+            cfg_scale,
+            denoise,
+            seed,
+            shift,
+            warmup_steps,
+            num_patches,
+            model_sampling,
+            rescale_cfg,
+            differential,
         )
-        attachments = [Attachment(latent.float())]
+        halves = (torch.float16, torch.bfloat16)  # KSampler rounds its noise to them
+        attachments = [Attachment(latent if latent.dtype in halves else latent.float())]
 
         def attach(tensor: Tensor, kept: bool = False) -> int:
             attachments.append(Attachment(tensor, kept))

@@ -88,6 +88,7 @@ def run_sample(
                 noise=None if body.noise is None else tensors[body.noise].float(),
                 sigmas=None if body.sigmas is None else tensors[body.sigmas],
                 batch_index=body.batch_index,
+                noise_dtype=tensors[body.latent].dtype,
                 share=job.control.share,
                 on_step=run.on_step,
                 pipeline=run.pipeline,
@@ -97,7 +98,10 @@ def run_sample(
         raise
     kept_bytes = kept.nbytes()
     kept.close()
-    out = (out / predictor.kind.scale + predictor.kind.shift).cpu()  # which waits for the device
+    if _sigma_count(body, tensors) == 0:
+        out = tensors[body.latent].float()
+    else:
+        out = (out / predictor.kind.scale + predictor.kind.shift).cpu()  # which waits for the device
     costs = [
         AxisCost(axis.name, axis.traffic.sent_bytes - sent, axis.traffic.waited - waited if timed else None)
         for axis, (sent, waited) in zip(axes, before, strict=True)
@@ -117,9 +121,11 @@ def _prepare(body: Sample, tensors: list[Tensor], job: Job, predictor: Predictor
     wanted = [body.cond] if body.uncond is None or spec.cfg_scale == 1.0 else [body.cond, body.uncond]
     for prompt in wanted:
         predictor.check_latent(latent, tensors[prompt.context].shape[1])
+    if body.batch_index and body.noise is None and latent.shape[0] == 1:
+        latent = latent.repeat(len(body.batch_index), 1, 1, 1)
     rows = latent.shape[0]
     prompts = [predictor.prompt(tensors[p.context], tensors[p.pooled], rows, p.sizes) for p in wanted]
-    kept = _kept(predictor, spec, spec.steps if body.sigmas is None else len(tensors[body.sigmas]) - 1)
+    kept = _kept(predictor, spec, _sigma_count(body, tensors) - 1)
     pipeline = None
     if kept.token_kv is not None and spec.first_displaced is not None:
         pipeline = Pipeline(predictor, prompts, latent.shape, kept, spec.first_displaced, job.cancelled)
@@ -127,6 +133,13 @@ def _prepare(body: Sample, tensors: list[Tensor], job: Job, predictor: Predictor
     if torch.count_nonzero(latent) > 0:
         latent = (latent - predictor.kind.shift) * predictor.kind.scale
     return SampleJob(body, job, predictor, prompts, latent, kept, pipeline, swap)
+
+
+def _sigma_count(body: Sample, tensors: list[Tensor]) -> int:
+    """How many the run goes through, or a few less; 0 leaves the latent as it is."""
+    if body.sigmas is not None:
+        return tensors[body.sigmas].numel()
+    return 0 if body.spec.denoise == 0 else body.spec.steps + 1
 
 
 def _kept(predictor: Predictor, spec: SamplerSpec, steps: int) -> Kept:
@@ -144,6 +157,11 @@ def _kept(predictor: Predictor, spec: SamplerSpec, steps: int) -> Kept:
         raise UnsupportedError(
             f"Sampler {spec.sampler} can't run on patches of an image that are at different steps.",
             f"Leave displaced off, or use one of: {', '.join(SAMPLERS_OF_PATCHES)}.",
+        )
+    if displaced and stages > 1 and spec.rescale_cfg:
+        raise UnsupportedError(
+            "rescale_cfg needs the spread of the whole image, whose patches are at different steps.",
+            "Leave displaced off, or RescaleCFG out.",
         )
     return predictor.network.new_job(displaced, spec.num_patches or stages)
 

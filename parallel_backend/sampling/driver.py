@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..config import SamplerSpec
 from . import dpm_solver, exponential, multistep, samplers, stochastic_adams
-from .guidance import Inpaint, guide
-from .noise import SharedNoise, StepNoise
+from .guidance import Gradual, Inpaint, guide, rescaled
+from .noise import Noise, SharedNoise
 from .parameterization import Parameterization
 from .samplers import Evaluation, Run, Sampler
 
@@ -96,7 +96,7 @@ class Patch:
 
     def take(self, denoised: Tensor) -> Tensor:
         """Goes on with what the model has made of the input; returns it, the mask heeded."""
-        denoised = denoised if self._keep is None else self._keep.after(denoised)
+        denoised = denoised if self._keep is None else self._keep.after(denoised, self.wanted.sigma)
         self._go_on(denoised)
         return denoised
 
@@ -117,7 +117,7 @@ def drive(
     noise: Tensor,
     mask: Tensor | None,
     mask_noise: Tensor,
-    noise_of_steps: StepNoise,
+    noise_of_steps: Noise,
     agreed: Callable[[Tensor], float],
     on_step: Callable[[StepReport], None],
     pipeline: Pipeline | None = None,
@@ -126,7 +126,7 @@ def drive(
 
     Args:
         outputs: (model's input, timestep, step) -> the model's output for cond and, with guidance, uncond.
-        sigmas: descending, on the CPU whatever the latent's device: no step waits to read them.
+        sigmas: one or more, on the CPU whatever the latent's device: no step waits to read them.
         latent: what is noised to the first sigma, in the model's scale.
         mask: 1 where the latent may change; None everywhere.
         noise_of_steps: what samplers add between steps.
@@ -134,8 +134,10 @@ def drive(
         on_step: called once a step; what it raises ends the run.
         pipeline: takes over from its first step on. The steps before it are those of one patch.
     """
-    if len(sigmas) < 2:
-        return latent
+    if len(sigmas) == 1:
+        return model.finish(model.start(latent, noise, sigmas[0]), sigmas[0])
+    gradual = None if spec.differential is None else Gradual(sigmas, spec.differential, model)
+    keep = None if mask is None else Inpaint(mask, latent, mask_noise, model, gradual)
     if spec.sampler in ("uni_pc", "uni_pc_bh2") and sigmas[-1] == 0:
         sigmas = torch.cat([sigmas[:-1], sigmas.new_tensor([multistep.UNI_PC_END])])
     x = model.start(latent, noise, sigmas[0])
@@ -144,12 +146,11 @@ def drive(
     rows_of = [slice(None)] if pipeline is None else pipeline.rows
     patches = []
     for rows in rows_of:
-        keep = None if mask is None else Inpaint(mask[:, :, rows], latent[:, :, rows], mask_noise[:, :, rows], model)
         own_noise = noise_of_steps if pipeline is None else draws.of(rows)
         sampler = SAMPLERS_BY_NAME[spec.sampler](x[:, :, rows], Run(sigmas, own_noise, model, agreed))
-        patches.append(Patch(sampler, keep))
+        patches.append(Patch(sampler, None if keep is None else keep.of(rows)))
 
-    guided = partial(_guided, model, spec.cfg_scale)
+    guided = partial(_guided, model, spec)
     step = 0
     while patches[0].result is None:
         wanted = patches[0].wanted
@@ -175,10 +176,15 @@ def drive(
     return model.finish(x if pipeline is None else pipeline.finish(x), sigmas[-1])
 
 
-def _guided(model: Parameterization, cfg_scale: float, x: Tensor, sigma: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+def _guided(model: Parameterization, spec: SamplerSpec, x: Tensor, sigma: Tensor, outputs: Sequence[Tensor]) -> Tensor:
     """The denoised latent, of the model's outputs for cond and, with guidance, uncond."""
-    denoised = [model.denoised(x, sigma, out) for out in outputs]
-    return guide(denoised[0], denoised[1], cfg_scale) if len(denoised) == 2 else denoised[0]
+    cond, *rest = (model.denoised(x, sigma, out) for out in outputs)
+    if not rest:
+        return cond
+    guided = guide(cond, rest[0], spec.cfg_scale)
+    if spec.rescale_cfg == 0:
+        return guided
+    return rescaled(guided, cond, x, sigma, spec.rescale_cfg, is_flow=model.is_flow)
 
 
 def _flow(

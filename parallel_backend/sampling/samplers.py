@@ -176,7 +176,7 @@ def heunpp2(x: Tensor, run: Run) -> Sampler:
 
 def _midpoint(x: Tensor, sigma: Tensor, target: Tensor, denoised: Tensor) -> Sampler:
     """The rest of a DPM-Solver-2 step to `target`, through the geometric mean of the two sigmas."""
-    middle = (sigma.log() + 0.5 * (target.log() - sigma.log())).exp()
+    middle = torch.lerp(sigma.log(), target.log(), 0.5).exp()
     x_middle = x + slope(x, sigma, denoised) * (middle - sigma)
     denoised = yield Evaluation(x_middle, middle)
     return x + slope(x_middle, middle, denoised) * (target - sigma)

@@ -23,8 +23,10 @@ _DROP_PENULTIMATE = frozenset({"dpm_2", "dpm_2_ancestral", "uni_pc", "uni_pc_bh2
 def sigmas_for(spec: SamplerSpec, model: Parameterization) -> Tensor:
     """The sigmas of `spec`, fp32: steps + 1 of them, fewer where the scheduler has fewer to give.
 
-    With denoise below 1, the schedule is made for int(steps / denoise) steps, and its end is kept.
+    With denoise below 1, the schedule is made for int(steps / denoise) steps, and its end is kept: none of it at 0.
     """
+    if spec.denoise == 0:
+        return torch.empty(0)
     if spec.denoise > 0.9999:
         return _full_schedule(spec, spec.steps, model)
     return _full_schedule(spec, int(spec.steps / spec.denoise), model)[-(spec.steps + 1) :]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from parallel_backend import Conditioning, RemoteModel, SamplerSpec
+from parallel_backend.config import ContinuousSampling, DiscreteSampling, FlowSampling, ModelSampling
 from parallel_backend.sampling.parameterization import Parameterization
 from parallel_backend.sampling.schedules import sigmas_for
 
@@ -44,12 +46,37 @@ def sampled(model: RemoteModel, tensors: Mapping[str, Tensor], case: Mapping[str
         steps=case["steps"],
         cfg_scale=case["cfg"],
         sampler=case["sampler"],
-        scheduler=case["scheduler"],
+        scheduler=case.get("scheduler", "simple"),
         denoise=case.get("denoise", 1.0),
         shift=case.get("shift", 3.0),
+        model_sampling=said_by(case["sampling"]) if "sampling" in case else None,
+        sigmas=torch.tensor(case["sigmas"]) if "sigmas" in case else None,
+        noise=None if case.get("add_noise", True) else torch.zeros_like(tensors[case["latent"]]),
         noise_mask=tensors[case["mask"]] if "mask" in case else None,
         batch_index=case.get("batch_index"),
+        rescale_cfg=case.get("rescale_cfg", 0.0),
+        differential=case.get("differential"),
     )
+
+
+def said_by(node: Mapping[str, Any]) -> ModelSampling:
+    """What a model sampling node with these inputs says."""
+    match node:
+        case {"node": "ModelSamplingSD3", "shift": shift}:
+            return FlowSampling(shift)
+        case {"node": "ModelSamplingAuraFlow", "shift": shift}:
+            return FlowSampling(shift, 1.0)
+        case {"node": "ModelSamplingFlux", "max_shift": top, "base_shift": base, "width": width, "height": height}:
+            mu = base + (top - base) * (width * height / 256 - 256) / (4096 - 256)
+            return FlowSampling(math.exp(mu), 1.0, 10_000)
+        case {"node": "ModelSamplingDiscrete", "sampling": prediction, "zsnr": zero_snr}:
+            return DiscreteSampling(prediction, zero_snr)
+        case {"node": "ModelSamplingContinuousEDM", "sampling": prediction, "sigma_min": low, "sigma_max": high}:
+            data = 0.5 if prediction == "edm" else 1.0
+            return ContinuousSampling(prediction, "log", low, high, data)
+        case {"node": "ModelSamplingContinuousV", "sampling": prediction, "sigma_min": low, "sigma_max": high}:
+            return ContinuousSampling(prediction, "arctan", low, high)
+    raise AssertionError(f"{node} is not known to the tests")
 
 
 def assert_latents_equal(latent: Tensor, expected: Tensor) -> None:

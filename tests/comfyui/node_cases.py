@@ -51,7 +51,15 @@ def model_nodes(twins, name):
             perpneg.PerpNeg, model=model, empty_conditioning=twins.prompt(model, 3), neg_scale=0.7
         ),
         "DifferentialDiffusion": hung(differential.DifferentialDiffusion, strength=0.8),
-        "ContextWindowsManual": hung(
+    }
+    if name == "sdxl":
+        for kind in ("eps", "v_prediction", "lcm", "x0"):
+            node = hung(advanced.ModelSamplingDiscrete, sampling=kind, zsnr=kind == "v_prediction")
+            found[f"ModelSamplingDiscrete {kind}"] = node
+        for kind in ("v_prediction", "eps", "edm"):
+            node = hung(advanced.ModelSamplingContinuousEDM, sampling=kind, sigma_max=80.0, sigma_min=0.01)
+            found[f"ModelSamplingContinuousEDM {kind}"] = node
+        found["ContextWindowsManual"] = hung(
             windows.ContextWindowsManualNode,
             context_length=4,
             context_overlap=2,
@@ -61,15 +69,7 @@ def model_nodes(twins, name):
             fuse_method="pyramid",
             dim=3,
             freenoise=False,
-        ),
-    }
-    if name == "sdxl":
-        for kind in ("eps", "v_prediction", "lcm", "x0"):
-            node = hung(advanced.ModelSamplingDiscrete, sampling=kind, zsnr=kind == "v_prediction")
-            found[f"ModelSamplingDiscrete {kind}"] = node
-        for kind in ("v_prediction", "eps", "edm"):
-            node = hung(advanced.ModelSamplingContinuousEDM, sampling=kind, sigma_max=80.0, sigma_min=0.01)
-            found[f"ModelSamplingContinuousEDM {kind}"] = node
+        )
         continuous = hung(advanced.ModelSamplingContinuousV, sampling="v_prediction", sigma_max=100.0, sigma_min=0.03)
         found["ModelSamplingContinuousV"] = continuous
     else:
@@ -85,7 +85,7 @@ def prompts(twins, name, model):
     plain, other, third = (twins.prompt(model, seed) for seed in (1, 2, 3))
     mask = torch.zeros(1, 64, 48)
     mask[:, :30, :20] = 1.0
-    area = call(nodes.ConditioningSetArea, conditioning=plain, width=32, height=32, x=8, y=16, strength=0.8)
+    area = call(nodes.ConditioningSetArea, conditioning=plain, width=32, height=48, x=8, y=8, strength=0.8)
     ranged = call(nodes.ConditioningSetTimestepRange, conditioning=other, start=0.0, end=0.3)
     zero = call(nodes.ConditioningZeroOut, conditioning=other)
     combine = nodes.ConditioningCombine

@@ -94,7 +94,7 @@ def glora(key, rows, columns, kernel, make):
 
 
 def oft(key, rows, columns, kernel, make):
-    return {f"{key}.oft_blocks": make(4, rows // 4, rows // 4) * 0.05, f"{key}.alpha": torch.tensor(1.0)}
+    return {f"{key}.oft_blocks": make(rows // 16, 16, 16), f"{key}.alpha": torch.tensor(1.0)}
 
 
 def boft(key, rows, columns, kernel, make):
@@ -129,18 +129,16 @@ def diffusers_lora(model, seed=0):
     if "joint_blocks.0.x_block.attn.qkv.weight" in shapes:
         width = shapes["joint_blocks.0.x_block.attn.proj.weight"][0]
         parts = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj")
-        sizes = {
-            f"transformer.transformer_blocks.{block}.attn.{part}": (width, width) for block in (0, 2) for part in parts
-        }
+        found = [f"transformer.transformer_blocks.{block}.attn.{part}" for block in (0, 2) for part in parts]
+        sizes, up, down = dict.fromkeys(found, (width, width)), ".lora_B.weight", ".lora_A.weight"
     else:
         names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
-        attentions = [
-            name for name in names if ".attn" in name and name.endswith("to_k.weight") and names[name] in shapes
-        ]
-        sizes = {"unet." + name.removesuffix(".weight"): shapes[names[name]] for name in attentions[:6]}
+        found = [name for name in names if name.endswith("to_k.weight") and names[name] in shapes][:6]
+        sizes = {f"unet.{name[:-7].replace('.to_', '.processor.to_')}": shapes[names[name]] for name in found}
+        up, down = "_lora.up.weight", "_lora.down.weight"
     for number, (name, (rows, columns)) in enumerate(sizes.items()):
-        tensors[f"{name}.lora_A.weight"] = noise(RANK, columns, seed=seed + number, scale=0.3)
-        tensors[f"{name}.lora_B.weight"] = noise(rows, RANK, seed=seed + 70 + number, scale=0.3)
+        tensors[name + down] = noise(RANK, columns, seed=seed + number, scale=0.3)
+        tensors[name + up] = noise(rows, RANK, seed=seed + 70 + number, scale=0.3)
     return tensors
 
 

@@ -1,7 +1,8 @@
 """KSampler's latents for a list of cases, on local MODELs of a real ComfyUI: reference.py COMFYUI MODEL CASES OUT.
 
 CASES is a safetensors file of inputs whose metadata holds the cases as JSON, of which each may name another model file; OUT
-gets one latent per case, and the sigmas of each schedule of each file, below its name where it isn't MODEL.
+gets one latent per case, and the sigmas of each schedule of each file, below its name where it isn't MODEL. `sampling` in a
+case names a node for its model and its inputs; `sigmas` are in place of the scheduler's, and with `add_noise` False none is.
 """
 
 import json
@@ -25,7 +26,8 @@ def main(comfy_folder, model_path, cases_path, out_path):
     import comfy.samplers
     import comfy.sd
     import comfy.supported_models
-    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+    import comfy_extras.nodes_differential_diffusion
+    import comfy_extras.nodes_model_advanced
 
     comfy.supported_models.models.append(shims.narrow_sdxl(comfy.supported_models.SDXL))
     torch.set_num_threads(2)
@@ -36,27 +38,7 @@ def main(comfy_folder, model_path, cases_path, out_path):
             path = case.get("file", model_path)
             if path not in models:
                 models[path] = comfy.sd.load_diffusion_model(path, model_options={"dtype": torch.float32})
-            model = models[path]
-            patched = ModelSamplingSD3().patch(model, case["shift"])[0] if "shift" in case else model
-            latent = tensors[case["latent"]]
-            prompts = [
-                [[tensors[case[which]], {"pooled_output": tensors[case[which] + ".pooled"], **case.get("options", {})}]]
-                for which in ("positive", "negative")
-            ]
-            results[name] = comfy.sample.sample(
-                patched,
-                comfy.sample.prepare_noise(latent, case["seed"], case.get("batch_index")),
-                case["steps"],
-                case["cfg"],
-                case["sampler"],
-                case["scheduler"],
-                *prompts,
-                latent,
-                denoise=case.get("denoise", 1.0),
-                noise_mask=tensors[case["mask"]] if "mask" in case else None,
-                disable_pbar=True,
-                seed=case["seed"],
-            ).contiguous()
+            results[name] = latent_of(comfy, case, patched(comfy_extras, models[path], case), tensors).contiguous()
         for path, model in models.items():
             below = "" if path == model_path else f"{os.path.basename(path)}/"
             for scheduler in comfy.samplers.SCHEDULER_NAMES:
@@ -64,6 +46,47 @@ def main(comfy_folder, model_path, cases_path, out_path):
                     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
                     results[f"{below}sigmas/{scheduler}/{steps}"] = sigmas.contiguous()
     save_file(results, out_path)
+
+
+def patched(comfy_extras, model, case):
+    """The MODEL after the nodes that the case names."""
+    nodes = comfy_extras.nodes_model_advanced
+    settings = dict(
+        case.get("sampling", {"node": "ModelSamplingSD3", "shift": case["shift"]} if "shift" in case else {})
+    )
+    if settings:
+        node = getattr(nodes, settings.pop("node"))()
+        model = getattr(node, node.FUNCTION)(model, **settings)[0]
+    if "rescale_cfg" in case:
+        model = nodes.RescaleCFG().patch(model, case["rescale_cfg"])[0]
+    if "differential" in case:
+        node = comfy_extras.nodes_differential_diffusion.DifferentialDiffusion
+        model = node.execute(model, case["differential"]).args[0]
+    return model
+
+
+def latent_of(comfy, case, model, tensors):
+    latent = tensors[case["latent"]]
+    noise = comfy.sample.prepare_noise(latent, case["seed"], case.get("batch_index"))
+    if not case.get("add_noise", True):
+        noise = comfy.sample.prepare_empty_noise(latent)
+    prompts = [
+        [[tensors[case[which]], {"pooled_output": tensors[case[which] + ".pooled"], **case.get("options", {})}]]
+        for which in ("positive", "negative")
+    ]
+    settings = {
+        "noise_mask": tensors[case["mask"]] if "mask" in case else None,
+        "disable_pbar": True,
+        "seed": case["seed"],
+    }
+    if "sigmas" in case:
+        sampler, sigmas = comfy.samplers.sampler_object(case["sampler"]), torch.tensor(case["sigmas"])
+        return comfy.sample.sample_custom(model, noise, case["cfg"], sampler, sigmas, *prompts, latent, **settings)
+    denoise = case.get("denoise", 1.0)
+    names = (case["sampler"], case["scheduler"])
+    return comfy.sample.sample(
+        model, noise, case["steps"], case["cfg"], *names, *prompts, latent, denoise=denoise, **settings
+    )
 
 
 if __name__ == "__main__":

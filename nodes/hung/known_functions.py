@@ -1,0 +1,38 @@
+"""Functions of ComfyUI's own nodes that act between evaluations, and that the backend's loop has: by their node, and its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from comfy_extras import nodes_differential_diffusion, nodes_model_advanced
+
+# By the option that the node sets: its module, and what `RemoteModel.sample` calls its setting, as the node's function has it.
+_KNOWN = {
+    "sampler_cfg_function": (nodes_model_advanced.__name__, "RescaleCFG.", {"rescale_cfg": "multiplier"}),
+    "denoise_mask_function": (
+        nodes_differential_diffusion.__name__,
+        "DifferentialDiffusion.",
+        {"differential": "strength"},
+    ),
+}
+
+
+def known_functions(options: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
+    """Settings of the backend's loop, and the options that these stand for no more."""
+    settings: dict[str, float] = {}
+    others = dict(options)
+    for option, (module, node, named) in _KNOWN.items():
+        function = options.get(option)
+        if getattr(function, "__module__", "") != module or not function.__qualname__.startswith(node):
+            continue
+        values = {name: _closed_over(function).get(theirs) for name, theirs in named.items()}
+        if all(isinstance(value, (int, float)) and 0 <= value <= 1 for value in values.values()):
+            settings |= {name: float(value) for name, value in values.items()}
+            del others[option]
+    return settings, others
+
+
+def _closed_over(function: Callable[..., Any]) -> dict[str, Any]:
+    cells = function.__closure__ or ()
+    return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True))
