@@ -23,11 +23,12 @@ def known_functions(options: Mapping[str, Any]) -> tuple[dict[str, float], dict[
     settings: dict[str, float] = {}
     others = dict(options)
     for option, (module, node, named) in _KNOWN.items():
-        function = options.get(option)
+        function: Any = options.get(option)
         if getattr(function, "__module__", "") != module or not function.__qualname__.startswith(node):
             continue
-        values = {name: _closed_over(function).get(theirs) for name, theirs in named.items()}
-        if all(isinstance(value, (int, float)) and 0 <= value <= 1 for value in values.values()):
+        closed_over = _closed_over(function)
+        values = {name: closed_over.get(theirs, -1.0) for name, theirs in named.items()}
+        if all(0 <= value <= 1 for value in values.values()):
             settings |= {name: float(value) for name, value in values.items()}
             del others[option]
     return settings, others
