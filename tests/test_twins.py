@@ -29,6 +29,7 @@ STEP_BY_STEP = {
     ),
     *("ConditioningSetArea", "ConditioningSetMask", "ConditioningCombine", "the official SD3 negative"),
     *("sampler dpmpp_2m_sde_gpu", "sampler euler_cfg_pp", "SamplerEulerAncestral, eta 0.5"),
+    "FlipSigmas",
     *("hook on one prompt", "hook with keyframes", "LoRA and hook"),
 }
 

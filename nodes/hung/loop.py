@@ -63,6 +63,10 @@ def read_loop(
         found.append(f"the guider {type(guider).__name__}")
     if name is None:
         found.append(f"the sampler {_described(sampler)}")
+    elif name.startswith("uni_pc") and len(sigmas) == 2:
+        found.append(f"the sampler {name} in one step")
+    if (sigmas.diff() >= 0).any():
+        found.append("sigmas that don't fall")
     if getattr(latent, "is_nested", False) or latent.ndim != 4:
         found.append("a latent of several parts or dims")
     if mask is not None and not torch.equal(mask, mask[:, :1].expand_as(mask)):
