@@ -153,7 +153,8 @@ class ParallelSampler(io.ComfyNode):
     ) -> io.NodeOutput:
         if not isinstance(model, RemotePatcher):
             raise UnsupportedError(
-                "ParallelSampler needs a parallel MODEL.", "Use KSampler for this one, or Parallelize Model."
+                "ParallelSampler needs a parallel MODEL.",
+                "Use KSampler for this one, or put Parallelize Model before it.",
             )
         asked = Displaced(warmup_steps, num_patches) if displaced else None
         parallel = model if asked is None else with_displaced(model, asked)

@@ -12,6 +12,7 @@ from comfy_api.latest import io
 from ..parallel_backend.errors import UnsupportedError
 from .core_memory import same_weights
 from .family import NAMES, kind_of_model
+from .hung.layers import network_changes
 from .hung.refusal import refuse
 from .load_models import parallel_model
 from .loader_file import leave, model_file, vae_file
@@ -125,7 +126,10 @@ def take_along(source: ModelPatcher, parallel: RemotePatcher) -> None:
 def _unseen_by_ranks(model: ModelPatcher) -> Iterator[str]:
     if model.additional_models.get("multigpu"):
         yield "ComfyUI's own MultiGPU"
-    yield from changed_layers(model.model.diffusion_model)
+    if isinstance(model, RemotePatcher):
+        yield from network_changes(model.model)
+    else:
+        yield from changed_layers(model.model.diffusion_model)
 
 
 def _unseen_of_vae(vae: comfy.sd.VAE) -> Iterator[str]:

@@ -60,8 +60,8 @@ def sample_in_backend(
             if callback is not None:
                 callback(step.index, step.denoised, step.x, step.total)
 
-        out = _run(model, loop, displaced, preview_for(callback, model), on_step)
-    say(f"whole loop in the backend: {clock.report()}{price(model.remote.last)}", log=True)
+        out = _run(model, loop, displaced, preview_for(callback), on_step)
+    say(f"{clock.report()}, the whole loop in the backend{price(model.remote.last)}", log=True)
     return out.to(model.load_device)
 
 
@@ -88,14 +88,14 @@ def _run(model: Any, loop: Loop, displaced: Displaced | None, preview: Preview, 
     )
 
 
-def preview_for(callback: Any, model: Any) -> Preview:
-    """Of which steps a callback needs the latents: ComfyUI's own of none where no preview is shown."""
+def preview_for(callback: Any) -> Preview:
+    """Of which steps a callback needs the latents: ComfyUI's own of none where no preview is shown, others of all."""
     if callback is None:
         return "none"
-    seen = dict(zip(callback.__code__.co_freevars, callback.__closure__ or (), strict=True))
-    if callback.__module__ != latent_preview.__name__ or not {"previewer", "x0_output_dict"} <= seen.keys():
-        return "all"
-    if seen["previewer"].cell_contents:
+    code, cells = getattr(callback, "__code__", None), getattr(callback, "__closure__", None)
+    seen = dict(zip(code.co_freevars, cells or (), strict=True)) if code is not None else {}
+    own = getattr(callback, "__module__", "") == latent_preview.__name__
+    if not own or not {"previewer", "x0_output_dict"} <= seen.keys() or seen["previewer"].cell_contents:
         return "all"
     return "last" if seen["x0_output_dict"].cell_contents is not None else "none"
 
