@@ -138,9 +138,9 @@ def _write(
     entries: Callable[[], Sequence[PatchEntry]],
 ) -> str:
     """Writes the tensors one after the other, and the header, whose digests are known only then, over its first form."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     unfinished = folder / f"{uuid.uuid4().hex}.unfinished"
     try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with unfinished.open("wb") as file:
             file.write(_header(shapes, entries()))
             for tensor in tensors:
@@ -152,7 +152,7 @@ def _write(
     except OSError as error:
         raise _cannot_write(folder, error) from None
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             unfinished.unlink()
     return name
 
