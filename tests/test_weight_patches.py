@@ -151,6 +151,9 @@ def test_patches_of_another_size_and_files_that_are_none_are_named_and_the_weigh
         weights.wear(Patches(wide, [1.0]), files)
     with pytest.raises(InputError, match="2 scales for 1 patches"):
         weights.wear(Patches(wide, [1.0, 1.0]), files)
+    other = write_low_rank(tmp_path, [low_rank("joint_blocks.9.nothing", (256, 256), 1)])
+    with pytest.raises(InputError, match=r"copy.safetensors has no weight joint_blocks\.9\.nothing"):
+        weights.wear(Patches(other, [1.0]), files)
     with pytest.raises(InputError, match="no name of a patch file"):
         weights.wear(Patches("../secret.safetensors", [1.0]), files)
     cut = tmp_path / write_low_rank(tmp_path, [low_rank(QKV, (768, 256), 1)])

@@ -141,11 +141,13 @@ class PatchedWeights:
     def wear(self, patches: Patches, files: PatchFiles, beat: Callable[[], object] = lambda: None) -> Swap:
         """These patches, and no others, lie on the weights; only those weights change that must.
 
-        Raises: InputError: a patch of another size. UnknownPatchesError: a file that isn't there. CheckpointError: the
+        Raises: InputError: a patch of another size, or of no weight of this model. UnknownPatchesError: a file that isn't there. CheckpointError: the
             checkpoint has changed or is gone. Then each weight is whole, with its former patches or the new ones.
         """
         start, read = time.perf_counter(), self._source.bytes_read
         wanted = files.by_parameter(patches, self._place)
+        for name in wanted.keys() - set(self._source.names()):
+            raise InputError(f"{self._source.path.name} has no weight {name}.", "Remove the node that patches it.")
         marks = {name: tuple(patch.mark for patch in on_it) for name, on_it in wanted.items()}
         changed = [name for name in {**self._lying, **marks} if self._lying.get(name) != marks.get(name)]
         here = [name for name in changed if name in self._held or name in self._later]
@@ -160,6 +162,8 @@ class PatchedWeights:
 
     def _change(self, name: str, patches: Sequence[Patch]) -> None:
         if name in self._later:
+            if not all(patch.is_whole for patch in patches):
+                raise InputError(f"A product can't be added to {name}.", "Give what takes its place.")
             self._later[name](patches[-1].whole() if patches else None)
             return
         held = self._held[name]
