@@ -222,7 +222,10 @@ def test_patch_files_that_ranks_do_not_find_are_written_again_or_sent(
     assert torch.equal(sample(model), expected)
     for file in patches_folder().iterdir():
         file.unlink()
+    half_written = patches_folder() / f"{2**30}-{'0' * 32}.unfinished"  # by a process that has ended
+    half_written.touch()
     assert torch.equal(sample(model, patches=patches), wanted)
+    assert not half_written.exists()
     sample(model)
     low = [low_rank(QKV, (768, 256), 7)]
     fresh, again = WeightPatches([(low[0], 1.0)]), WeightPatches([(low[0], 1.0)])
