@@ -25,6 +25,8 @@ from ..models.staging import placing
 from ..rpc.messages import Patches, Swap
 
 OPEN_FILES = 4
+# Of those that clients on other hosts sent, which can't remove them themselves.
+SENT_FILES = 4
 # The rows of a parameter that hold the tensor of a single-file name: the parameter's name, and its first such row.
 Place = Callable[[str], tuple[str, int]]
 
@@ -35,6 +37,7 @@ class PatchFiles:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._open: OrderedDict[str, tuple[list[PatchEntry], Any]] = OrderedDict()
+        self._sent: list[str] = []
 
     def opened(self, name: str) -> tuple[list[PatchEntry], Any]:
         """Raises: InputError, CheckpointError: not a patch file. UnknownPatchesError: it isn't there."""
@@ -51,14 +54,20 @@ class PatchFiles:
         return self._open[name]
 
     def add(self, name: str, part: int, data: Tensor, *, last: bool) -> None:
-        """Part by part, a file that this host doesn't have. One rank of a host writes it.
+        """Part by part, a file that this host doesn't have. One rank of a host writes it, and removes the oldest of such.
 
         Raises: InputError: no name of a patch file. CheckpointError: it can't be written.
         """
         if not is_patch_file(name):
             raise InputError(f"{name!r} is no name of a patch file.", "Name one that a client has written.")
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            append_part(self._folder / name, part, data, last=last)
+        if int(os.environ.get("LOCAL_RANK", 0)) != 0:
+            return
+        append_part(self._folder / name, part, data, last=last)
+        if last:
+            self._sent = [*(sent for sent in self._sent if sent != name), name]
+            for old in self._sent[:-SENT_FILES]:
+                (self._folder / old).unlink(missing_ok=True)
+            self._sent = self._sent[-SENT_FILES:]
 
     def by_parameter(self, patches: Patches, place: Place) -> dict[str, list[Patch]]:
         """In their order. Raises: as `opened`; InputError: not a scale for each product."""
