@@ -2,6 +2,8 @@
 
 import functools
 
+import comfy.k_diffusion.sampling as core_samplers
+import comfy.samplers
 import comfy_extras.nodes_apg as apg
 import comfy_extras.nodes_cfg as cfg_nodes
 import comfy_extras.nodes_context_windows as windows
@@ -181,6 +183,24 @@ def told(twins):
     return run
 
 
+def replaced(twins, owner, name):
+    """KSampler's latent while a pack has its own function in ComfyUI's place."""
+
+    def run(model, **settings):
+        own = getattr(owner, name)
+
+        def other(*args, **kwargs):
+            return own(*args, **kwargs) * 0.95
+
+        setattr(owner, name, other)
+        try:
+            return twins.sample(model, **settings)
+        finally:
+            setattr(owner, name, own)
+
+    return run
+
+
 def same(model):
     return model
 
@@ -194,6 +214,8 @@ def cases(twins):
             yield name, case, same, {"positive": positive, "negative": negative}
         yield name, "InpaintModelConditioning", same, {"of": inpainted(twins)}
         yield name, "a pack's callback", same, {"of": told(twins)}
+        for owner, function in ((comfy.samplers, "sampling_function"), (core_samplers, "sample_euler")):
+            yield name, f"a pack's {function}", same, {"of": replaced(twins, owner, function)}
         yield name, "SetLatentNoiseMask", same, {"noise_mask": masked(twins, local)}
         yield (
             name,
