@@ -28,7 +28,7 @@ from .remote_vae import ParallelVAE
 _OF_THE_NETWORK = frozenset(
     {"model", "size", "load_device", "offload_device", "parent", "pinned", "weight_inplace_update", "clone_base_uuid"}
     | {"backup", "backup_buffers", "object_patches_backup", "is_injected"}
-    | {"hook_backup", "hook_patches_backup", "cached_hook_patches", "current_hooks"}
+    | {"hook_backup", "hook_patches_backup", "cached_hook_patches", "current_hooks", "_sets"}
 )
 _CHANGED_LAYERS = (
     "These act on the network that ComfyUI holds. Remove the node that makes them, or leave this node out of the wire."

@@ -7,6 +7,7 @@ one request for each evaluation.
 from __future__ import annotations
 
 import time
+from types import FunctionType
 from typing import Any
 
 import comfy.model_management as mm
@@ -89,13 +90,15 @@ def _run(model: Any, loop: Loop, displaced: Displaced | None, preview: Preview, 
 
 
 def preview_for(callback: Any) -> Preview:
-    """Of which steps a callback needs the latents: ComfyUI's own of none where no preview is shown, others of all."""
+    """Of which steps a callback needs the latents: ComfyUI's own of none where no preview is shown."""
     if callback is None:
         return "none"
-    code, cells = getattr(callback, "__code__", None), getattr(callback, "__closure__", None)
-    seen = dict(zip(code.co_freevars, cells or (), strict=True)) if code is not None else {}
-    own = getattr(callback, "__module__", "") == latent_preview.__name__
-    if not own or not {"previewer", "x0_output_dict"} <= seen.keys() or seen["previewer"].cell_contents:
+    if not isinstance(callback, FunctionType) or callback.__module__ != latent_preview.__name__:
+        return "all"  # a pack's own, of any kind
+    seen = dict(zip(callback.__code__.co_freevars, callback.__closure__ or (), strict=True))
+    if not {"previewer", "x0_output_dict"} <= seen.keys():
+        return "all"
+    if seen["previewer"].cell_contents:
         return "all"
     return "last" if seen["x0_output_dict"].cell_contents is not None else "none"
 
