@@ -17,6 +17,7 @@ from .model_files import file_fingerprint
 from .node_text import say
 from .parallel_mesh import ParallelMesh, optional_mesh
 from .patch_parallel_vae import parallel_vae as load_parallel_vae
+from .schema import search_aliases
 
 
 class LoadParallelCheckpoint(io.ComfyNode):
@@ -28,7 +29,7 @@ class LoadParallelCheckpoint(io.ComfyNode):
             category="parallel",
             description="Load Checkpoint with a parallel MODEL. CLIP and VAE are ComfyUI's own; "
             "ComfyUI does not read the diffusion weights.",
-            search_aliases=["checkpoint", "ckpt", "load checkpoint", "multi gpu", "sdxl", "sd3"],
+            **search_aliases("checkpoint", "ckpt", "load checkpoint", "multi gpu", "sdxl", "sd3"),
             inputs=[
                 io.Combo.Input(
                     "ckpt_name",

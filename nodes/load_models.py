@@ -24,6 +24,7 @@ from .model_files import fingerprint, names_elsewhere, names_in, path_of
 from .node_text import say
 from .parallel_mesh import MeshSocket, ParallelMesh
 from .remote_model import RemotePatcher, remote_patcher
+from .schema import search_aliases
 
 FOLDER = "diffusion_models"
 
@@ -99,7 +100,7 @@ def loader_schema(
         display_name=display_name,
         category="parallel",
         description=description,
-        search_aliases=[*aliases, "multi gpu", "load diffusion model"],
+        **search_aliases(*aliases, "multi gpu", "load diffusion model"),
         inputs=[
             io.Combo.Input(
                 "model_name",

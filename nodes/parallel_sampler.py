@@ -16,6 +16,7 @@ from ..parallel_backend.errors import UnsupportedError
 from .hung.displaced_steps import Displaced, with_displaced
 from .hung.loop import in_backend_alone
 from .remote_model import RemotePatcher
+from .schema import search_aliases
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class ParallelSampler(io.ComfyNode):
             category="parallel",
             description="KSampler on a parallel MODEL, with displaced steps as an option: the whole loop in the backend, one "
             "request per picture, where all that hangs on the MODEL is known there. KSampler itself does the same.",
-            search_aliases=["ksampler", "multi gpu", "sampler"],
+            **search_aliases("ksampler", "multi gpu", "sampler"),
             inputs=[
                 io.Model.Input("model", tooltip="A parallel MODEL."),
                 io.Int.Input(

@@ -22,6 +22,7 @@ from .parallel_mesh import ParallelMesh, optional_mesh
 from .patch_parallel_vae import parallel_vae
 from .remote_model import RemotePatcher
 from .remote_vae import ParallelVAE
+from .schema import search_aliases
 
 # Of a patcher's fields those that tell of its own network and where that lies; all others are what hangs on the MODEL.
 _OF_THE_NETWORK = frozenset(
@@ -43,7 +44,7 @@ class ParallelizeModel(io.ComfyNode):
             category="parallel",
             description="Makes the MODEL of any loader parallel: the ranks read its file, and what hangs on it already "
             "(model sampling, patches, options) is taken along. ComfyUI does not load the diffusion weights.",
-            search_aliases=["multi gpu", "parallel", "distrifusion", "tensor parallel"],
+            **search_aliases("multi gpu", "parallel", "distrifusion", "tensor parallel"),
             inputs=[
                 io.Model.Input(
                     "model",
@@ -72,7 +73,7 @@ class ParallelizeVAE(io.ComfyNode):
             category="parallel",
             description="Makes the VAE of Load Checkpoint or Load VAE parallel: it decodes and encodes in horizontal "
             "bands, one per rank, without seams.",
-            search_aliases=["vae", "multi gpu", "parallel"],
+            **search_aliases("vae", "multi gpu", "parallel"),
             inputs=[
                 io.Vae.Input("vae", tooltip="SD3's or SDXL's, from Load Checkpoint or Load VAE."),
                 optional_mesh("Its ranks take a band each."),

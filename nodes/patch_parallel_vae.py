@@ -14,6 +14,7 @@ from .model_files import names_elsewhere, vae_fingerprint, vae_names, vae_paths
 from .node_text import say
 from .parallel_mesh import MeshSocket, ParallelMesh
 from .remote_vae import ParallelVAE
+from .schema import search_aliases
 
 # The largest of the VAEs that this node takes, in fp32.
 VAE_BYTES = 384 * 2**20
@@ -28,7 +29,7 @@ class PatchParallelVAE(io.ComfyNode):
             category="parallel",
             description="A VAE that decodes and encodes in horizontal bands, one per rank: no seams, "
             "and activation memory per GPU falls with the number of ranks.",
-            search_aliases=["vae", "taesd", "multi gpu", "load vae"],
+            **search_aliases("vae", "taesd", "multi gpu", "load vae"),
             inputs=[
                 io.Combo.Input(
                     "vae_name",
