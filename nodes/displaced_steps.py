@@ -7,8 +7,8 @@ from comfy_api.latest import io
 
 from ..parallel_backend.errors import UnsupportedError
 from .hung.displaced_steps import Displaced, with_displaced
+from .known_to_core import search_aliases
 from .remote_model import RemotePatcher
-from .schema import search_aliases
 
 
 class DisplacedSteps(io.ComfyNode):

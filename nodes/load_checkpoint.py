@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 from ..parallel_backend.errors import CheckpointError
 from .family import NAMES, kind_of_file
+from .known_to_core import search_aliases
 from .load_models import parallel_model
 from .loader_file import leave
 from .mesh_config import default_mesh
@@ -17,7 +18,6 @@ from .model_files import file_fingerprint
 from .node_text import say
 from .parallel_mesh import ParallelMesh, optional_mesh
 from .patch_parallel_vae import parallel_vae as load_parallel_vae
-from .schema import search_aliases
 
 
 class LoadParallelCheckpoint(io.ComfyNode):

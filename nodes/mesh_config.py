@@ -10,9 +10,9 @@ from ..parallel_backend.client.cards import Ranks, choose_ranks, seen
 from ..parallel_backend.client.names import DEFAULT, backend_name
 from ..parallel_backend.config import AUTO, DEFAULT_IDLE_SECONDS, DTYPES, KERNELS, BackendSpec, gpu_numbers
 from ..parallel_backend.errors import ConfigError
+from .known_to_core import ADVANCED, search_aliases
 from .node_text import say
 from .parallel_mesh import MeshSocket, ParallelMesh
-from .schema import ADVANCED, search_aliases
 
 
 def parallel_mesh(

@@ -15,8 +15,8 @@ from ..parallel_backend.config import SAMPLERS
 from ..parallel_backend.errors import UnsupportedError
 from .hung.displaced_steps import Displaced, with_displaced
 from .hung.loop import in_backend_alone
+from .known_to_core import known_to, search_aliases
 from .remote_model import RemotePatcher
-from .schema import search_aliases
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ def sample(
     model: ModelPatcher, settings: Settings, positive: list[Any], negative: list[Any], latent: dict[str, Any]
 ) -> dict[str, Any]:
     """KSampler's result."""
-    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], latent.get("downscale_ratio_spacial"))
+    fix = comfy.sample.fix_empty_latent_channels
+    sizes = known_to(fix, downscale_ratio_spacial=latent.get("downscale_ratio_spacial"))
+    samples = fix(model, latent["samples"], **sizes)
     noise = comfy.sample.prepare_noise(samples, settings.seed, latent.get("batch_index"))
     given = {
         "noise_mask": latent.get("noise_mask"),

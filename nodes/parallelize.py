@@ -13,6 +13,7 @@ from ..parallel_backend.errors import UnsupportedError
 from .core_memory import same_weights
 from .family import NAMES, kind_of_model
 from .hung.refusal import refuse
+from .known_to_core import search_aliases
 from .load_models import parallel_model
 from .loader_file import leave, model_file, vae_file
 from .mesh_config import default_mesh
@@ -22,7 +23,6 @@ from .parallel_mesh import ParallelMesh, optional_mesh
 from .patch_parallel_vae import parallel_vae
 from .remote_model import RemotePatcher
 from .remote_vae import ParallelVAE
-from .schema import search_aliases
 
 # Of a patcher's fields those that tell of its own network and where that lies; all others are what hangs on the MODEL.
 _OF_THE_NETWORK = frozenset(

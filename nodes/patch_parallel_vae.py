@@ -10,11 +10,11 @@ from comfy_api.latest import io
 from ..parallel_backend.checkpoint_files.vae_part import overflows_in_float16
 from .core_dtype import unheeded, vae_dtype
 from .core_memory import bytes_here, interruptible, make_room
+from .known_to_core import search_aliases
 from .model_files import names_elsewhere, vae_fingerprint, vae_names, vae_paths
 from .node_text import say
 from .parallel_mesh import MeshSocket, ParallelMesh
 from .remote_vae import ParallelVAE
-from .schema import search_aliases
 
 # The largest of the VAEs that this node takes, in fp32.
 VAE_BYTES = 384 * 2**20

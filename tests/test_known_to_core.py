@@ -1,4 +1,4 @@
-"""Cores older than the newest: what they don't know of a node's schema is left out, in one place."""
+"""Cores older than the newest: what they do not take is left out, in one place."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ class Newer(Older):
         self.search_aliases, self.advanced = search_aliases, advanced
 
 
-@pytest.mark.parametrize(("core", "known"), [(Older, False), (Newer, True)])
-def test_a_core_is_told_what_it_knows(core: type, known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("core", "more"), [(Older, False), (Newer, True)])
+def test_a_core_is_told_what_it_knows(core: type, more: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     latest = ModuleType("comfy_api.latest")
     latest.io = SimpleNamespace(Schema=core, Int=SimpleNamespace(Input=core))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "comfy_api", ModuleType("comfy_api"))
     monkeypatch.setitem(sys.modules, "comfy_api.latest", latest)
-    schema = runpy.run_path(str(NODES / "schema.py"))
-    made = vars(core("node", **schema["search_aliases"]("one", "two"), **schema["ADVANCED"]))
-    told = {"search_aliases": ["one", "two"], "advanced": True} if known else {}
+    ours = runpy.run_path(str(NODES / "known_to_core.py"))
+    made = vars(core("node", **ours["search_aliases"]("one", "two"), **ours["ADVANCED"]))
+    told = {"search_aliases": ["one", "two"], "advanced": True} if more else {}
     assert made == {"name": "node", "tooltip": "", **told}
 
 
 def test_no_node_tells_a_core_of_them_itself() -> None:
     for file in NODES.glob("*.py"):
-        if file.name != "schema.py":
+        if file.name != "known_to_core.py":
             assert not re.search(r"\b(search_aliases|advanced)=", file.read_text()), file.name
