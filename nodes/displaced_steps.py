@@ -7,6 +7,7 @@ from comfy_api.latest import io
 
 from ..parallel_backend.errors import UnsupportedError
 from .hung.displaced_steps import Displaced, with_displaced
+from .known_to_core import search_aliases
 from .remote_model import RemotePatcher
 
 
@@ -41,7 +42,7 @@ class DisplacedSteps(io.ComfyNode):
             category="parallel",
             description="After some exact steps, ranks go on with what the others had a step ago, sent while they compute: "
             "faster on slow links, and not exact. For any sampler whose whole loop runs in the backend.",
-            search_aliases=["distrifusion", "pipefusion"],
+            **search_aliases("distrifusion", "pipefusion"),
             inputs=[
                 io.Model.Input("model", tooltip="A parallel MODEL."),
                 *displaced_inputs(),

@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 from ..parallel_backend.errors import CheckpointError
 from .family import NAMES, kind_of_file
+from .known_to_core import search_aliases
 from .load_models import parallel_model
 from .loader_file import leave
 from .mesh_config import default_mesh
@@ -28,7 +29,7 @@ class LoadParallelCheckpoint(io.ComfyNode):
             category="parallel",
             description="Load Checkpoint with a parallel MODEL. CLIP and VAE are ComfyUI's own; "
             "ComfyUI does not read the diffusion weights.",
-            search_aliases=["checkpoint", "ckpt", "load checkpoint", "multi gpu", "sdxl", "sd3"],
+            **search_aliases("checkpoint", "ckpt", "load checkpoint", "multi gpu", "sdxl", "sd3"),
             inputs=[
                 io.Combo.Input(
                     "ckpt_name",

@@ -19,6 +19,7 @@ from ..parallel_backend.demo.files import MMDIT_FILE, UNET_FILE, DemoFile
 from ..parallel_backend.rpc.messages import ModelKind, Progress, StepDone
 from .core_dtype import model_dtype, told_by_loader, unheeded, unheeded_of_loader
 from .core_memory import bytes_here, interruptible, make_room
+from .known_to_core import search_aliases
 from .loader_file import leave
 from .model_files import fingerprint, names_elsewhere, names_in, path_of
 from .node_text import say
@@ -99,7 +100,7 @@ def loader_schema(
         display_name=display_name,
         category="parallel",
         description=description,
-        search_aliases=[*aliases, "multi gpu", "load diffusion model"],
+        **search_aliases(*aliases, "multi gpu", "load diffusion model"),
         inputs=[
             io.Combo.Input(
                 "model_name",

@@ -10,6 +10,7 @@ from ..parallel_backend.client.cards import Ranks, choose_ranks, seen
 from ..parallel_backend.client.names import DEFAULT, backend_name
 from ..parallel_backend.config import AUTO, DEFAULT_IDLE_SECONDS, DTYPES, KERNELS, BackendSpec, gpu_numbers
 from ..parallel_backend.errors import ConfigError
+from .known_to_core import ADVANCED, search_aliases
 from .node_text import say
 from .parallel_mesh import MeshSocket, ParallelMesh
 
@@ -73,7 +74,7 @@ class MeshConfig(io.ComfyNode):
             category="parallel",
             description="Says how many GPUs work on one image and how they share it. "
             "Left as it is, it takes all GPUs and an exact split.",
-            search_aliases=["multi gpu", "parallel", "tensor parallel", "ulysses", "ring attention"],
+            **search_aliases("multi gpu", "parallel", "tensor parallel", "ulysses", "ring attention"),
             inputs=[
                 io.Int.Input(
                     "ranks",
@@ -138,7 +139,7 @@ class MeshConfig(io.ComfyNode):
                     default=DEFAULT,
                     tooltip="The backend's name. One of that name that runs already is used as it is. default: one for each "
                     "set of GPUs that a ComfyUI sees.",
-                    advanced=True,
+                    **ADVANCED,
                 ),
                 io.Int.Input(
                     "memory_budget_mib",
@@ -146,7 +147,7 @@ class MeshConfig(io.ComfyNode):
                     min=0,
                     max=2**24,
                     tooltip="Most MiB of models on a rank; the least recently used leave. 0: no limit.",
-                    advanced=True,
+                    **ADVANCED,
                 ),
                 io.Int.Input(
                     "idle_minutes",
@@ -155,7 +156,7 @@ class MeshConfig(io.ComfyNode):
                     max=10**6,
                     tooltip="After so long without work the models leave; the next prompt brings them back. The backend ends itself "
                     "after eight times as long, or four hours.",
-                    advanced=True,
+                    **ADVANCED,
                 ),
                 io.Int.Input(
                     "patch",
@@ -186,14 +187,14 @@ class MeshConfig(io.ComfyNode):
                     default="",
                     optional=True,
                     tooltip="tcp://host:port of a backend on another machine (parallel-mmdit serve --listen). Empty: this one.",
-                    advanced=True,
+                    **ADVANCED,
                 ),
                 io.String.Input(
                     "keys",
                     default="",
                     optional=True,
                     tooltip="Folder with client.key_secret and server.key, for an address (parallel-mmdit keys).",
-                    advanced=True,
+                    **ADVANCED,
                 ),
                 io.Boolean.Input(
                     "compile",
@@ -201,7 +202,7 @@ class MeshConfig(io.ComfyNode):
                     optional=True,
                     tooltip="torch.compile of the model's blocks: faster steps, but the first one of each kind of size takes a "
                     "minute longer. Needs a C++ compiler where the ranks run, and triton on GPUs.",
-                    advanced=True,
+                    **ADVANCED,
                 ),
             ],
             outputs=[MeshSocket.Output(display_name="mesh", tooltip="For the parallel loaders.")],

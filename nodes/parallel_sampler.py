@@ -16,6 +16,7 @@ from ..parallel_backend.errors import UnsupportedError
 from .displaced_steps import displaced_inputs
 from .hung.displaced_steps import Displaced, with_displaced
 from .hung.loop import in_backend_alone
+from .known_to_core import known_to, search_aliases
 from .remote_model import RemotePatcher
 
 
@@ -41,7 +42,9 @@ def sample(
     model: ModelPatcher, settings: Settings, positive: list[Any], negative: list[Any], latent: dict[str, Any]
 ) -> dict[str, Any]:
     """KSampler's result."""
-    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], latent.get("downscale_ratio_spacial"))
+    fix = comfy.sample.fix_empty_latent_channels
+    sizes = known_to(fix, downscale_ratio_spacial=latent.get("downscale_ratio_spacial"))
+    samples = fix(model, latent["samples"], **sizes)
     noise = comfy.sample.prepare_noise(samples, settings.seed, latent.get("batch_index"))
     given = {
         "noise_mask": latent.get("noise_mask"),
@@ -72,7 +75,7 @@ class ParallelSampler(io.ComfyNode):
             category="parallel",
             description="KSampler on a parallel MODEL, with displaced steps as an option: the whole loop in the backend, one "
             "request per picture, where all that hangs on the MODEL is known there. KSampler itself does the same.",
-            search_aliases=["ksampler", "multi gpu", "sampler"],
+            **search_aliases("ksampler", "multi gpu", "sampler"),
             inputs=[
                 io.Model.Input("model", tooltip="A parallel MODEL."),
                 io.Int.Input(

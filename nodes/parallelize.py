@@ -14,6 +14,7 @@ from .core_memory import same_weights
 from .family import NAMES, kind_of_model
 from .hung.layers import network_changes
 from .hung.refusal import refuse
+from .known_to_core import search_aliases
 from .load_models import parallel_model
 from .loader_file import leave, model_file, vae_file
 from .mesh_config import default_mesh
@@ -44,7 +45,7 @@ class ParallelizeModel(io.ComfyNode):
             category="parallel",
             description="Makes the MODEL of any loader parallel: the ranks read its file, and what hangs on it already "
             "(model sampling, patches, options) is taken along. ComfyUI does not load the diffusion weights.",
-            search_aliases=["multi gpu", "parallel", "distrifusion", "tensor parallel"],
+            **search_aliases("multi gpu", "parallel", "distrifusion", "tensor parallel"),
             inputs=[
                 io.Model.Input(
                     "model",
@@ -73,7 +74,7 @@ class ParallelizeVAE(io.ComfyNode):
             category="parallel",
             description="Makes the VAE of Load Checkpoint or Load VAE parallel: it decodes and encodes in horizontal "
             "bands, one per rank, without seams.",
-            search_aliases=["vae", "multi gpu", "parallel"],
+            **search_aliases("vae", "multi gpu", "parallel"),
             inputs=[
                 io.Vae.Input("vae", tooltip="SD3's or SDXL's, from Load Checkpoint or Load VAE."),
                 optional_mesh("Its ranks take a band each."),

@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from ..parallel_backend.checkpoint_files.vae_part import overflows_in_float16
 from .core_dtype import unheeded, vae_dtype
 from .core_memory import bytes_here, interruptible, make_room
+from .known_to_core import search_aliases
 from .model_files import names_elsewhere, vae_fingerprint, vae_names, vae_paths
 from .node_text import say
 from .parallel_mesh import MeshSocket, ParallelMesh
@@ -28,7 +29,7 @@ class PatchParallelVAE(io.ComfyNode):
             category="parallel",
             description="A VAE that decodes and encodes in horizontal bands, one per rank: no seams, "
             "and activation memory per GPU falls with the number of ranks.",
-            search_aliases=["vae", "taesd", "multi gpu", "load vae"],
+            **search_aliases("vae", "taesd", "multi gpu", "load vae"),
             inputs=[
                 io.Combo.Input(
                     "vae_name",

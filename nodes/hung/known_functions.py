@@ -18,8 +18,12 @@ _KNOWN = {
 }
 
 
-def known_functions(options: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
-    """Settings of the backend's loop, and the options that these stand for no more."""
+def known_functions(options: Mapping[str, Any], *, is_flow: bool) -> tuple[dict[str, float], dict[str, Any]]:
+    """Settings of the backend's loop, and the options that these stand for no more.
+
+    Args:
+        is_flow: of the model whose steps they act on.
+    """
     settings: dict[str, float] = {}
     others = dict(options)
     for option, (module, node, named) in _KNOWN.items():
@@ -27,6 +31,8 @@ def known_functions(options: Mapping[str, Any]) -> tuple[dict[str, float], dict[
         if getattr(function, "__module__", "") != module or not function.__qualname__.startswith(node):
             continue
         closed_over = _closed_over(function)
+        if option == "sampler_cfg_function" and closed_over.get("is_flow", False) != is_flow:
+            continue  # made for the other kind of models; older cores' is for all, and not the backend's on flow models
         values = {name: closed_over.get(theirs, -1.0) for name, theirs in named.items()}
         if all(0 <= value <= 1 for value in values.values()):
             settings |= {name: float(value) for name, value in values.items()}

@@ -16,8 +16,9 @@ from comfy_extras.nodes_custom_sampler import Guider_Basic
 from torch import Tensor
 
 from ...parallel_backend import Conditioning
-from ...parallel_backend.config import SAMPLERS, ModelSampling
+from ...parallel_backend.config import SAMPLERS, FlowSampling, ModelSampling
 from ...parallel_backend.errors import UnsupportedError
+from ..known_to_core import known_to
 from .known_functions import known_functions
 from .loop_patches import loop_patches, replaced_functions
 from .model_sampling import read_sampling
@@ -57,7 +58,8 @@ def read_loop(
     """The sampling that this guider is about to make; or, each by its name, what only ComfyUI's own loop can do."""
     model = guider.model_patcher
     name = sampler_name(sampler)
-    settings, options = known_functions(guider.model_options)
+    sampling = read_sampling(model)
+    settings, options = known_functions(guider.model_options, is_flow=isinstance(sampling, FlowSampling))
     found = [*replaced_functions(), *loop_patches(model, options)]
     if type(guider) not in (CFGGuider, Guider_Basic):
         found.append(f"the guider {type(guider).__name__}")
@@ -71,7 +73,6 @@ def read_loop(
         found.append("a latent of several parts or dims")
     if mask is not None and not torch.equal(mask, mask[:, :1].expand_as(mask)):
         found.append("a noise mask that differs by channel")
-    sampling = read_sampling(model)
     if isinstance(sampling, str):
         found.append(sampling)
     conds = {kind: [dict(entry) for entry in entries] for kind, entries in guider.conds.items()}
@@ -79,9 +80,8 @@ def read_loop(
         found += _odd_entries(kind, entries)
     if found or name is None or isinstance(sampling, str):
         return found
-    processed = comfy.samplers.process_conds(
-        model.model, noise, conds, model.load_device, latent, mask, seed, **_shapes(latent)
-    )
+    shapes = known_to(comfy.samplers.process_conds, latent_shapes=[latent.shape])
+    processed = comfy.samplers.process_conds(model.model, noise, conds, model.load_device, latent, mask, seed, **shapes)
     prompts = {}
     for kind, (entry,) in processed.items():
         inputs = {key: value.cond for key, value in entry["model_conds"].items()}
@@ -147,9 +147,3 @@ def _odd_entries(kind: str, entries: Sequence[Mapping[str, Any]]) -> Iterator[st
     for key in _READ:
         if any(key in entry and entry[key] is not None and entry[key] != _NEUTRAL.get(key) for entry in entries):
             yield f"{key!r} in the {kind} conditioning"
-
-
-def _shapes(latent: Tensor) -> dict[str, Any]:
-    """Of the latent's parts, which later cores want to be told."""
-    known = inspect.signature(comfy.samplers.process_conds).parameters
-    return {"latent_shapes": [latent.shape]} if "latent_shapes" in known else {}

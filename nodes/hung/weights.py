@@ -10,6 +10,7 @@ from typing import Any
 import comfy.float
 import comfy.lora
 import comfy.model_management as mm
+import comfy.model_patcher
 import comfy.utils
 import torch
 from comfy.hooks import HookGroup
@@ -19,9 +20,10 @@ from torch import Tensor
 
 from ...parallel_backend import WeightPatches
 from ...parallel_backend.checkpoint_files.patch_file import LowRank, Whole
-from ...parallel_backend.errors import UnsupportedError
 
 PREFIX = "diffusion_model."
+# Older cores have it beside their patcher.
+_seed_of = getattr(comfy.utils, "string_to_seed", None) or comfy.model_patcher.string_to_seed
 # As ComfyUI keeps a patch: strength, value, strength of the model's own weight, rows that it concerns, function of it.
 Entry = tuple[float, Any, float, Any, Any]
 
@@ -61,19 +63,12 @@ def weight_patches(
     Args:
         shapes, base: of the model's tensors, by their names in it; `base` is read where ComfyUI computes.
         device: where ComfyUI computes. dtype: of the results.
-    Raises: UnsupportedError: a patch that would change a weight's shape.
     """
     low_rank: list[tuple[LowRank, float]] = []
     whole: list[Whole] = []
     for key, entries in patches.items():
         name = key.removeprefix(PREFIX)
         shape = shapes[name]
-        wanted = comfy.lora.calculate_shape(entries, torch.empty(shape, device="meta"), key)
-        if tuple(wanted) != tuple(shape):
-            raise UnsupportedError(
-                f"A patch gives {name} the shape {list(wanted)} in place of {list(shape)}.",
-                "A model of another shape can't run on these ranks: remove the node that loads it.",
-            )
         products = [_low_rank(name, entry, shape) for entry in entries]
         if all(product is not None for product in products):
             low_rank += [product for product in products if product is not None and product[1] != 0.0]
@@ -90,7 +85,7 @@ def patched_weight(
     key, weight = PREFIX + name, base[name]
     start = mm.cast_to_device(weight, device, mm.lora_compute_dtype(device), copy=True)
     out = comfy.lora.calculate_weight(entries, start, key, original_weights={key: [(weight,)]})
-    return comfy.float.stochastic_rounding(out, dtype, seed=comfy.utils.string_to_seed(key)).cpu()
+    return comfy.float.stochastic_rounding(out, dtype, seed=_seed_of(key)).cpu()
 
 
 def _low_rank(name: str, entry: Entry, shape: torch.Size) -> tuple[LowRank, float] | None:

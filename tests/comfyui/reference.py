@@ -16,12 +16,7 @@ from safetensors.torch import save_file
 
 
 def main(comfy_folder, model_path, cases_path, out_path):
-    shims.install()
-    sys.path.insert(0, os.path.abspath(comfy_folder))
-    sys.argv = ["main.py", "--cpu"]
-    import comfy.options
-
-    comfy.options.enable_args_parsing()
+    shims.start_core(comfy_folder)
     import comfy.sample
     import comfy.samplers
     import comfy.sd

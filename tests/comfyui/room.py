@@ -17,12 +17,7 @@ import torch
 
 
 def main(comfy_folder, pack, model_path):
-    shims.install()
-    sys.path.insert(0, os.path.abspath(comfy_folder))
-    sys.argv = ["main.py", "--cpu"]
-    import comfy.options
-
-    comfy.options.enable_args_parsing()
+    shims.start_core(comfy_folder)
     import comfy.model_management as mm
     import comfy.sd
 

@@ -5,7 +5,9 @@ PyPI has no CPU build of either; the core imports them and, for what is tested h
 
 from __future__ import annotations
 
+import os
 import sys
+from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
@@ -19,6 +21,16 @@ def install() -> None:
     if not _importable("torchaudio"):
         for name in ("torchaudio", "torchaudio.functional", "torchaudio.transforms"):
             _stand_in(name)
+
+
+def start_core(folder: str) -> None:
+    """A core's modules can be imported from now on, as after the first lines of its main.py; it computes on the CPU."""
+    install()
+    sys.path.insert(0, os.path.abspath(folder))
+    sys.argv = ["main.py", "--cpu"]
+    import_module("comfy.options").enable_args_parsing()
+    # Before nodes.py of older cores, behind which `utils` is another module.
+    import_module("utils.extra_config")
 
 
 def narrow_sdxl(of: type) -> type:

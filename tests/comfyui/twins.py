@@ -23,12 +23,7 @@ class Twins:
     """The two MODELs of each file, and what is made of them."""
 
     def __init__(self, comfy_folder, pack, backend, folder):
-        shims.install()
-        sys.path.insert(0, os.path.abspath(comfy_folder))
-        sys.argv = ["main.py", "--cpu"]
-        import comfy.options
-
-        comfy.options.enable_args_parsing()
+        shims.start_core(comfy_folder)
         import comfy.sample
         import comfy.samplers
         import comfy.sd
