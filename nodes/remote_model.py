@@ -31,8 +31,8 @@ from .hung.refusal import ELSEWHERE, IN_MESH_CONFIG, RELOAD, refuse
 from .hung.weights import PREFIX, all_patches, patched_weight, unsendable_weights, weight_patches
 from .whole_loop import sample_in_backend
 
-# Sets of weight patches that are kept ready: those of hooks take turns within a sampling.
-KEPT_SETS = 8
+# Sets of weight patches that are kept ready, with the tensors that they are made of: those of hooks take turns in a sampling.
+KEPT_SETS = 4
 
 
 class RemotePatcher(WeightsElsewhere):
@@ -123,7 +123,12 @@ class RemotePatcher(WeightsElsewhere):
         return self.base[key.removeprefix(PREFIX)] if key.startswith(PREFIX) else comfy.utils.get_attr(self.model, key)
 
     def model_state_dict_for_saving(self, model: Any = None, prefix: str = "") -> dict[str, Tensor]:
-        """The patched weights, in the dtype in which ComfyUI would hold them itself."""
+        """The patched weights, in the dtype in which ComfyUI would hold them itself.
+
+        Raises: UnsupportedError: of a family that ComfyUI has no network for.
+        """
+        if not self.base:
+            self._refuse("saving: ComfyUI has no file layout for it")
         dtype, device = self._own_dtype(), mm.get_torch_device()
         patched = {key.removeprefix(PREFIX): entries for key, entries in self.patches.items()}
         saved = {}

@@ -30,7 +30,8 @@ STEP_BY_STEP = {
     *("ConditioningSetArea", "ConditioningSetMask", "ConditioningCombine", "the official SD3 negative"),
     *("sampler dpmpp_2m_sde_gpu", "sampler euler_cfg_pp", "SamplerEulerAncestral, eta 0.5"),
     "FlipSigmas",
-    *("hook on one prompt", "hook with keyframes", "LoRA and hook"),
+    *("a pack's sampling_function", "a pack's sample_euler"),
+    *("hook on one prompt", "hook with keyframes", "hook of a model", "LoRA and hook"),
 }
 
 

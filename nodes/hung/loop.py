@@ -67,6 +67,8 @@ def read_loop(
         found.append(f"the sampler {_described(sampler)}")
     elif name.startswith("uni_pc") and len(sigmas) == 2:
         found.append(f"the sampler {name} in one step")
+    if seed is None:
+        found.append("a sampling without a seed")
     if (sigmas.diff() >= 0).any():
         found.append("sigmas that don't fall")
     if getattr(latent, "is_nested", False) or latent.ndim != 4:
@@ -78,7 +80,7 @@ def read_loop(
     conds = {kind: [dict(entry) for entry in entries] for kind, entries in guider.conds.items()}
     for kind, entries in conds.items():
         found += _odd_entries(kind, entries)
-    if found or name is None or isinstance(sampling, str):
+    if found or name is None or seed is None or isinstance(sampling, str):
         return found
     shapes = known_to(comfy.samplers.process_conds, latent_shapes=[latent.shape])
     processed = comfy.samplers.process_conds(model.model, noise, conds, model.load_device, latent, mask, seed, **shapes)
@@ -89,7 +91,7 @@ def read_loop(
             return [f"model inputs {', '.join(sorted(set(inputs) ^ _INPUTS))} of the {kind} conditioning"]
         prompts[kind] = Conditioning(inputs["c_crossattn"], inputs["y"])
     mask = None if mask is None else mask[:, :1]
-    named = (sigmas, name, float(guider.cfg), 0 if seed is None else seed)
+    named = (sigmas, name, float(guider.cfg), seed)
     return Loop(latent, noise, *named, prompts["positive"], prompts.get("negative"), mask, sampling, settings)
 
 
@@ -137,7 +139,8 @@ def in_backend_alone(name: str) -> KSAMPLER:
 
 def _described(sampler: Any) -> str:
     function = getattr(sampler, "sampler_function", None)
-    return getattr(function, "__name__", type(sampler).__name__).removeprefix("sample_")
+    name = getattr(function, "__name__", type(sampler).__name__).removeprefix("sample_")
+    return f"{name} with other settings than its own" if function in _names() else name
 
 
 def _odd_entries(kind: str, entries: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from math import prod
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ...parallel_backend import WeightPatches
 from ...parallel_backend.checkpoint_files.patch_file import LowRank, Whole
+from ...parallel_backend.errors import UnsupportedError
 
 PREFIX = "diffusion_model."
 # Older cores have it beside their patcher.
@@ -34,7 +36,7 @@ def unsendable_weights(model: ModelPatcher) -> Iterator[str]:
         yield "weight wrappers"
     if getattr(model, "injections", None):
         yield f"injections ({', '.join(model.injections)})"
-    for key in model.patches:
+    for key in chain(model.patches, *model.hook_patches.values()):
         if not key.startswith(PREFIX):
             yield f"a patch on {key}, which is outside the diffusion model"
     for key in model.object_patches:
@@ -81,10 +83,19 @@ def weight_patches(
 def patched_weight(
     entries: Sequence[Entry], base: Mapping[str, Tensor], name: str, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """The weight as ComfyUI's own code patches it, on the CPU."""
+    """The weight as ComfyUI's own code patches it, on the CPU.
+
+    Raises: UnsupportedError: a patch of weights that are in a backend.
+    """
     key, weight = PREFIX + name, base[name]
     start = mm.cast_to_device(weight, device, mm.lora_compute_dtype(device), copy=True)
-    out = comfy.lora.calculate_weight(entries, start, key, original_weights={key: [(weight,)]})
+    try:
+        out = comfy.lora.calculate_weight(entries, start, key, original_weights={key: [(weight,)]})
+    except NotImplementedError as error:  # torch's, of what has no values
+        raise UnsupportedError(
+            f"The patch on {name} is made of a parallel MODEL's weights, which ComfyUI doesn't hold.",
+            "Let ComfyUI load the model that the patch is made of.",
+        ) from error
     return comfy.float.stochastic_rounding(out, dtype, seed=_seed_of(key)).cpu()
 
 

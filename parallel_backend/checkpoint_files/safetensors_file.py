@@ -63,7 +63,7 @@ def check_stamp(file: Path, opened: Stamp) -> None:
     if stamp(file) != opened:
         raise CheckpointError(
             f"{file.name} has changed since it was loaded, and its weights are needed again.",
-            "Run the loader again (in ComfyUI: queue the prompt again).",
+            "Load it again: in ComfyUI, free the models and node cache, then queue the prompt again.",
         )
 
 

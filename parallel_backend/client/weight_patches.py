@@ -12,8 +12,8 @@ from ..checkpoint_files.patch_file import LowRank, Whole, is_patch_file, write_l
 from ..rpc.messages import Patches
 from ..rpc.runtime_dir import is_alive, patches_folder
 
-# Of one process: sets that take turns find theirs again, and a set of whole models' weights takes gigabytes.
-KEPT_FILES = 4
+# Of one process, two a set: sets that take turns find theirs again; one of a whole model's weights takes gigabytes.
+KEPT_FILES = 8
 PART_BYTES = 2**26
 
 

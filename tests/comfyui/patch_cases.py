@@ -211,11 +211,18 @@ def blocks_merged(twins):
     return change
 
 
-def hooked(twins, keyframes=False, both=False):
-    """KSampler's latent where LoRAs hang on the prompts as hooks, with a strength that changes by step."""
+def hooked(twins, keyframes=False, both=False, other=None):
+    """KSampler's latent where LoRAs, or another model's weights, hang on the prompts as hooks.
+
+    Args:
+        keyframes: with a strength that changes by step.
+    """
 
     def run(model, **settings):
-        hooks = comfy.hooks.create_hook_lora(lora=lora_file(model, "lora", seed=7), strength_model=0.8, strength_clip=0)
+        if other is None:
+            hooks = comfy.hooks.create_hook_lora(lora_file(model, "lora", seed=7), strength_model=0.8, strength_clip=0)
+        else:
+            hooks = comfy.hooks.create_hook_model_as_lora(other, None, strength_model=0.8, strength_clip=0)
         if keyframes:
             frames = comfy.hooks.HookKeyframeGroup()
             for strength, start in ((1.0, 0.0), (0.2, 0.4)):
@@ -256,6 +263,9 @@ def cases(twins):
             yield name, "ModelMergeSubtract, ModelMergeAdd", difference_added, {}
             yield name, "ModelMergeBlocks", blocks_merged(twins), {}
             yield name, "hook on one prompt", lambda model: model, {"of": hooked(twins)}
+            local = twins.pair(name, *MODELS[name])[0].model.diffusion_model.state_dict()
+            other = {f"diffusion_model.{key}": tensor * 1.1 for key, tensor in local.items()}
+            yield name, "hook of a model", lambda model: model, {"of": hooked(twins, other=other)}
             keyframes = {"of": hooked(twins, keyframes=True, both=True), "steps": 4}
             yield name, "hook with keyframes", lambda model: model, keyframes
             lora_and_hook = with_lora(twins, (of(kind="lora", seed=30), 0.4))
