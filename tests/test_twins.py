@@ -31,6 +31,8 @@ STEP_BY_STEP = {
     *("sampler dpmpp_2m_sde_gpu", "sampler euler_cfg_pp", "SamplerEulerAncestral, eta 0.5"),
     *("hook on one prompt", "hook with keyframes", "LoRA and hook"),
 }
+# Cases of cores that are older than the newest.
+OLDER = {"RescaleCFG of older cores"}
 
 
 @pytest.fixture(scope="module")
@@ -64,4 +66,4 @@ def test_the_backend_runs_the_loop_of_all_that_it_knows(outcomes: Outcomes) -> N
     whole = {
         name.split(", ", 1)[1] for name, o in named(outcomes).items() if o["said"].startswith("whole loop in the ")
     }
-    assert said == STEP_BY_STEP and len(whole) > 30 and not said & whole
+    assert said - OLDER == STEP_BY_STEP and len(whole) > 30 and not said & whole
