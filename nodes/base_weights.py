@@ -13,43 +13,46 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..parallel_backend.checkpoint_files.diffusion_part import PREFIX
-from ..parallel_backend.checkpoint_files.safetensors_file import PICKLED, safetensors_header
+from ..parallel_backend.checkpoint_files.safetensors_file import PICKLED, check_stamp, safetensors_header, stamp
 
 
 class BaseWeights(Mapping[str, Tensor]):
     """The diffusion model's tensors in a safetensors file. Its pages are read as they are used, and none is kept.
+
+    Of an MMDiT in diffusers' layout, whose weights ComfyUI joins, all are kept once one was asked for.
 
     Args:
         unet_config: ComfyUI's, which tells its names of a UNet in diffusers' layout.
     """
 
     def __init__(self, path: Path, unet_config: Mapping[str, Any]) -> None:
-        self.path = path
+        self.path, self._stamp = path, stamp(path)
         names = [] if path.suffix in PICKLED else [n for n in safetensors_header(path) if n != "__metadata__"]
         prefix = PREFIX if any(name.startswith(PREFIX) for name in names) else ""
         self._in_file = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
-        self._converted: dict[str, Tensor] = {}
+        self._is_joined = "transformer_blocks.0.attn.add_q_proj.weight" in self._in_file
         if "down_blocks.0.resnets.0.conv1.weight" in self._in_file:
             ours = comfy.utils.unet_to_diffusers(unet_config)
             self._in_file = {ours[name]: name for name in self._in_file if name in ours}
-        elif "transformer_blocks.0.attn.add_q_proj.weight" in self._in_file:
-            self._converted = comfy.model_detection.convert_diffusers_mmdit(comfy.utils.load_torch_file(str(path)), "")
-            self._in_file = dict.fromkeys(self._converted, "")
 
     def __getitem__(self, name: str) -> Tensor:
-        if name in self._converted:
-            return self._converted[name]
-        return self._file.get_tensor(self._in_file[name])
+        """Raises: CheckpointError: the file is not the one any more that it was."""
+        check_stamp(self.path, self._stamp)
+        return self._joined[name] if self._is_joined else self._file.get_tensor(self._in_file[name])
+
+    @cached_property
+    def _joined(self) -> dict[str, Tensor]:
+        return comfy.model_detection.convert_diffusers_mmdit(comfy.utils.load_torch_file(str(self.path)), "")
 
     @cached_property
     def _file(self) -> Any:
         return safe_open(self.path, framework="pt", device="cpu")
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._in_file)
+        return iter(self._joined if self._is_joined else self._in_file)
 
     def __len__(self) -> int:
-        return len(self._in_file)
+        return len(self._joined if self._is_joined else self._in_file)
 
     def __deepcopy__(self, memo: Any) -> BaseWeights:
         return self

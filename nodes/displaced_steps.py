@@ -11,6 +11,28 @@ from .known_to_core import search_aliases
 from .remote_model import RemotePatcher
 
 
+def displaced_inputs(*, optional: bool = False) -> list[io.Int.Input]:
+    """How displaced steps are asked for; `optional` beside others."""
+    return [
+        io.Int.Input(
+            "warmup_steps",
+            default=4,
+            min=0,
+            max=10000,
+            optional=optional,
+            tooltip="Exact steps before displaced ones. More: nearer to exact, and slower.",
+        ),
+        io.Int.Input(
+            "num_patches",
+            default=0,
+            min=0,
+            max=64,
+            optional=True,
+            tooltip="Displaced steps on pp ranks: parts of the image that flow through the stages. 0: one a stage.",
+        ),
+    ]
+
+
 class DisplacedSteps(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -23,21 +45,7 @@ class DisplacedSteps(io.ComfyNode):
             **search_aliases("distrifusion", "pipefusion"),
             inputs=[
                 io.Model.Input("model", tooltip="A parallel MODEL."),
-                io.Int.Input(
-                    "warmup_steps",
-                    default=4,
-                    min=0,
-                    max=10000,
-                    tooltip="Exact steps before displaced ones. More: nearer to exact, and slower.",
-                ),
-                io.Int.Input(
-                    "num_patches",
-                    default=0,
-                    min=0,
-                    max=64,
-                    optional=True,
-                    tooltip="On pp ranks: parts of the image that flow through the stages. 0: one a stage.",
-                ),
+                *displaced_inputs(),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The MODEL that asks for displaced steps.")],
         )

@@ -120,7 +120,7 @@ class LoadParallelMMDiT(io.ComfyNode):
             "LoadParallelMMDiT",
             "Load Parallel MMDiT (SD3 / SD3.5)",
             "Loads SD3-medium, SD3.5-medium or SD3.5-large into the backend, each rank its own part. "
-            "The MODEL works with KSampler and guiders; ParallelSampler runs the whole loop in the backend.",
+            "The MODEL works with KSampler, guiders and LoRA loaders as any other.",
             ["sd3", "sd3.5"],
             "From Mesh Config.",
             MMDIT_FILE,
@@ -142,8 +142,7 @@ class LoadParallelUNet(io.ComfyNode):
             "LoadParallelUNet",
             "Load Parallel UNet (SDXL)",
             "Loads an SDXL UNet (base, refiner, turbo, lightning, SSD-1B, KOALA) into the backend, where each "
-            "rank computes a band of the image. The MODEL works with KSampler and guiders; ParallelSampler runs the "
-            "whole loop in the backend.",
+            "rank computes a band of the image. The MODEL works with KSampler, guiders and LoRA loaders as any other.",
             ["sdxl", "distrifusion"],
             "From Mesh Config; its patch ranks take a band each.",
             UNET_FILE,

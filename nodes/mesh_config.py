@@ -173,7 +173,7 @@ class MeshConfig(io.ComfyNode):
                     max=64,
                     optional=True,
                     tooltip="MMDiT: blocks over ranks, in stages: each holds 1/pp of the model and sends least of all. "
-                    "Faster than one GPU only with Parallel Sampler's displaced steps (PipeFusion).",
+                    "Faster than one GPU only with displaced steps (PipeFusion).",
                 ),
                 io.Boolean.Input(
                     "sliced",

@@ -13,6 +13,7 @@ from comfy_api.latest import io
 
 from ..parallel_backend.config import SAMPLERS
 from ..parallel_backend.errors import UnsupportedError
+from .displaced_steps import displaced_inputs
 from .hung.displaced_steps import Displaced, with_displaced
 from .hung.loop import in_backend_alone
 from .known_to_core import known_to, search_aliases
@@ -122,22 +123,7 @@ class ParallelSampler(io.ComfyNode):
                     tooltip="After the warm-up, ranks go on with what the others had a step ago: bands of a UNet (patch), "
                     "stages of an MMDiT (pp), or its ring. Faster, and not exact.",
                 ),
-                io.Int.Input(
-                    "warmup_steps",
-                    default=4,
-                    min=0,
-                    max=10000,
-                    optional=True,
-                    tooltip="Exact steps before displaced ones. More: nearer to exact, and slower.",
-                ),
-                io.Int.Input(
-                    "num_patches",
-                    default=0,
-                    min=0,
-                    max=64,
-                    optional=True,
-                    tooltip="Displaced steps on pp ranks: parts of the image that flow through the stages. 0: one a stage.",
-                ),
+                *displaced_inputs(optional=True),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="The denoised latent.")],
         )
@@ -156,7 +142,8 @@ class ParallelSampler(io.ComfyNode):
     ) -> io.NodeOutput:
         if not isinstance(model, RemotePatcher):
             raise UnsupportedError(
-                "ParallelSampler needs a parallel MODEL.", "Use KSampler for this one, or Parallelize Model."
+                "ParallelSampler needs a parallel MODEL.",
+                "Use KSampler for this one, or put Parallelize Model before it.",
             )
         asked = Displaced(warmup_steps, num_patches) if displaced else None
         parallel = model if asked is None else with_displaced(model, asked)

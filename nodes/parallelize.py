@@ -12,6 +12,7 @@ from comfy_api.latest import io
 from ..parallel_backend.errors import UnsupportedError
 from .core_memory import same_weights
 from .family import NAMES, kind_of_model
+from .hung.layers import network_changes
 from .hung.refusal import refuse
 from .known_to_core import search_aliases
 from .load_models import parallel_model
@@ -28,7 +29,7 @@ from .remote_vae import ParallelVAE
 _OF_THE_NETWORK = frozenset(
     {"model", "size", "load_device", "offload_device", "parent", "pinned", "weight_inplace_update", "clone_base_uuid"}
     | {"backup", "backup_buffers", "object_patches_backup", "is_injected"}
-    | {"hook_backup", "hook_patches_backup", "cached_hook_patches", "current_hooks"}
+    | {"hook_backup", "hook_patches_backup", "cached_hook_patches", "current_hooks", "_sets"}
 )
 _CHANGED_LAYERS = (
     "These act on the network that ComfyUI holds. Remove the node that makes them, or leave this node out of the wire."
@@ -126,7 +127,10 @@ def take_along(source: ModelPatcher, parallel: RemotePatcher) -> None:
 def _unseen_by_ranks(model: ModelPatcher) -> Iterator[str]:
     if model.additional_models.get("multigpu"):
         yield "ComfyUI's own MultiGPU"
-    yield from changed_layers(model.model.diffusion_model)
+    if isinstance(model, RemotePatcher):
+        yield from network_changes(model.model)
+    else:
+        yield from changed_layers(model.model.diffusion_model)
 
 
 def _unseen_of_vae(vae: comfy.sd.VAE) -> Iterator[str]:

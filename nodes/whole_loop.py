@@ -7,6 +7,7 @@ one request for each evaluation.
 from __future__ import annotations
 
 import time
+from types import FunctionType
 from typing import Any
 
 import comfy.model_management as mm
@@ -60,8 +61,8 @@ def sample_in_backend(
             if callback is not None:
                 callback(step.index, step.denoised, step.x, step.total)
 
-        out = _run(model, loop, displaced, preview_for(callback, model), on_step)
-    say(f"whole loop in the backend: {clock.report()}{price(model.remote.last)}", log=True)
+        out = _run(model, loop, displaced, preview_for(callback), on_step)
+    say(f"{clock.report()}, the whole loop in the backend{price(model.remote.last)}", log=True)
     return out.to(model.load_device)
 
 
@@ -88,12 +89,14 @@ def _run(model: Any, loop: Loop, displaced: Displaced | None, preview: Preview, 
     )
 
 
-def preview_for(callback: Any, model: Any) -> Preview:
+def preview_for(callback: Any) -> Preview:
     """Of which steps a callback needs the latents: ComfyUI's own of none where no preview is shown."""
     if callback is None:
         return "none"
+    if not isinstance(callback, FunctionType) or callback.__module__ != latent_preview.__name__:
+        return "all"  # a pack's own, of any kind
     seen = dict(zip(callback.__code__.co_freevars, callback.__closure__ or (), strict=True))
-    if callback.__module__ != latent_preview.__name__ or not {"previewer", "x0_output_dict"} <= seen.keys():
+    if not {"previewer", "x0_output_dict"} <= seen.keys():
         return "all"
     if seen["previewer"].cell_contents:
         return "all"

@@ -66,6 +66,8 @@ SAMPLERS_OF_PATCHES = (
     *("dpmpp_3m_sde", "ddpm", "lcm", "ipndm", "deis", "res_multistep", "res_multistep_ancestral"),
     *("gradient_estimation", "er_sde", "ddim"),
 )
+# Those that make other steps than their schedule has, so that none of them can be told to be the last.
+SAMPLERS_OF_OWN_STEPS = ("dpm_fast", "dpm_adaptive")
 SCHEDULERS = (
     "simple",
     "sgm_uniform",

@@ -145,7 +145,7 @@ def test_a_comfyui_that_is_killed_leaves_the_backend_in_order_and_the_next_reads
     picture(prompt, "ParallelSampler", parallel_model(prompt), "before", steps=1)
     server.run(prompt.nodes)  # the model is there, whatever was freed before
     prompt = Prompt()
-    picture(prompt, "ParallelSampler", parallel_model(prompt), "killed", steps=10000)
+    picture(prompt, "ParallelSampler", parallel_model(prompt), "killed", steps=1000)
     server.post("/prompt", {"prompt": prompt.nodes})
     backend = Backend.attach("comfy")
     wait_until(lambda: backend.status().running == "Sample", 30)
@@ -250,11 +250,11 @@ def test_the_node_says_whether_the_backend_runs_the_loop_and_what_keeps_it_from_
 ) -> None:
     prompt = Prompt()
     picture(prompt, node, parallel_model(prompt), "whole", seed=41)
-    assert "whole loop in the backend: 3 steps" in last_words(server.run(prompt.nodes))
+    assert "s a step, the whole loop in the backend" in last_words(server.run(prompt.nodes))
     prompt = Prompt()
-    rescaled = out(prompt.add("RescaleCFG", model=parallel_model(prompt), multiplier=0.7))
-    picture(prompt, node, rescaled, "rescaled", seed=41)
-    assert "step by step: model option 'sampler_cfg_function'" in last_words(server.run(prompt.nodes))
+    guided = out(prompt.add("Mahiro", model=parallel_model(prompt)))
+    picture(prompt, node, guided, "guided", seed=41)
+    assert "step by step: model option 'sampler_post_cfg_function'" in last_words(server.run(prompt.nodes))
 
 
 def test_displaced_steps_are_made_under_any_sampler_whose_loop_the_backend_runs(server: ComfyServer) -> None:
@@ -272,9 +272,8 @@ def test_displaced_steps_are_made_under_any_sampler_whose_loop_the_backend_runs(
 
     prompt = Prompt()
     displaced = out(prompt.add("DisplacedSteps", model=parallel_model(prompt, **settings), warmup_steps=2))
-    rescaled = out(prompt.add("RescaleCFG", model=displaced, multiplier=0.7))
-    picture(prompt, "KSampler", rescaled, "never")
-    assert "Displaced steps can't honour model option 'sampler_cfg_function'" in refused(server, prompt)
+    picture(prompt, "KSampler", out(prompt.add("Mahiro", model=displaced)), "never")
+    assert "Displaced steps can't honour model option 'sampler_post_cfg_function'" in refused(server, prompt)
 
 
 def test_nan_in_conditioning_is_named(server: ComfyServer) -> None:

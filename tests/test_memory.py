@@ -15,12 +15,14 @@ from parallel_backend.config import MeshSpec
 from parallel_backend.distributed.control import Control
 from parallel_backend.distributed.device_memory import as_out_of_memory, memory_of
 from parallel_backend.errors import CheckpointError, OutOfMemoryError
+from parallel_backend.models.prediction import KEPT_PROMPTS, Predictor
 from parallel_backend.rank.engine import Engine
 from parallel_backend.rank.jobs import Job
 from parallel_backend.rank.residents import Residents
 from parallel_backend.rank.room import check_fits
 from parallel_backend.rpc.messages import Decode, Encode, Loaded, LoadModel, LoadVAE, RequestHeader, Unload
 from parallel_backend.rpc.wire import tensor_meta
+from parallel_backend.small_checkpoints.prompts import random_prompt
 
 GIB = 2**30
 CUDA_WORDS = (
@@ -146,3 +148,23 @@ def test_what_a_decode_or_a_load_that_failed_took_is_given_back(models: Path, mo
     with pytest.raises(CheckpointError):
         engine.handle(RequestHeader(4, LoadModel(str(path), content_key(path), "float32", MeshSpec())), [], job)
     assert given[2:] == ["load"] and engine._joining is None
+
+
+def test_a_prompt_is_made_ready_once_for_all_evaluations_that_ask_with_it(models: Path) -> None:
+    engine = Engine(torch.device("cpu"))
+    name = _load(engine, models / "diffusion_models" / "sd3.5-large.safetensors").model
+    predictor = engine.residents[name].model
+    assert isinstance(predictor, Predictor)
+    context, pooled = random_prompt(1, 77)
+    ready = predictor.prompt(context, pooled, 2)
+    assert predictor.prompt(context, pooled, 2) is ready
+    assert predictor.prompt(context, pooled, 1) is not ready
+    other = context.clone()
+    assert predictor.prompt(other, pooled, 2) is not ready
+    for _ in range(3):  # of tensors that are gone at once: the next may have the same number
+        gone = predictor.prompt(torch.rand_like(context), pooled, 2)
+        assert predictor.prompt(torch.rand_like(context), pooled, 2) is not gone
+    for tensor in [context.clone() for _ in range(KEPT_PROMPTS)]:
+        predictor.prompt(tensor, pooled, 2)
+    assert predictor.prompt(context, pooled, 2) is not ready, "the oldest are let go"
+    assert len(predictor._prompts) == KEPT_PROMPTS

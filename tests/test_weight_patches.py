@@ -16,7 +16,7 @@ from parallel_backend import Backend, MeshSpec, RemoteModel, WeightPatches
 from parallel_backend.checkpoint_files.patch_file import LowRank, Whole, entries_of, write_low_rank, write_whole
 from parallel_backend.distributed.mesh import build_mesh
 from parallel_backend.errors import CheckpointError, InputError
-from parallel_backend.extras.weights import PatchedWeights, PatchFiles
+from parallel_backend.extras.weights import SENT_FILES, PatchedWeights, PatchFiles
 from parallel_backend.models.checkpoint import SafetensorsSource, load_parameters
 from parallel_backend.models.families import open_model
 from parallel_backend.rpc.messages import Patches
@@ -151,6 +151,9 @@ def test_patches_of_another_size_and_files_that_are_none_are_named_and_the_weigh
         weights.wear(Patches(wide, [1.0]), files)
     with pytest.raises(InputError, match="2 scales for 1 patches"):
         weights.wear(Patches(wide, [1.0, 1.0]), files)
+    other = write_low_rank(tmp_path, [low_rank("joint_blocks.9.nothing", (256, 256), 1)])
+    with pytest.raises(InputError, match=r"copy.safetensors has no weight joint_blocks\.9\.nothing"):
+        weights.wear(Patches(other, [1.0]), files)
     with pytest.raises(InputError, match="no name of a patch file"):
         weights.wear(Patches("../secret.safetensors", [1.0]), files)
     cut = tmp_path / write_low_rank(tmp_path, [low_rank(QKV, (768, 256), 1)])
@@ -172,6 +175,17 @@ def test_a_patch_file_is_named_by_its_content_and_holds_no_factor(tmp_path: Path
     (entry,) = entries_of(tmp_path / names[0])
     assert (entry.weight, entry.row) == (QKV, 0)
     assert [path.name for path in sorted(tmp_path.iterdir())] == sorted(set(names))
+
+
+def test_a_host_keeps_the_last_few_of_the_files_that_it_was_sent(tmp_path: Path) -> None:
+    names = [write_low_rank(tmp_path / "client", [low_rank(PROJ, (256, 256), seed)]) for seed in range(SENT_FILES + 2)]
+    files = PatchFiles(tmp_path / "host")
+    for name in [*names, names[-2]]:
+        data = torch.frombuffer(bytearray((tmp_path / "client" / name).read_bytes()), dtype=torch.uint8)
+        files.add(name, 0, data[:1000], last=False)
+        files.add(name, 1, data[1000:], last=True)
+    assert sorted(path.name for path in (tmp_path / "host").iterdir()) == sorted(names[-SENT_FILES:])
+    assert files.opened(names[-1])[0][0].weight == PROJ
 
 
 def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
@@ -219,7 +233,10 @@ def test_patch_files_that_ranks_do_not_find_are_written_again_or_sent(
     assert torch.equal(sample(model), expected)
     for file in patches_folder().iterdir():
         file.unlink()
+    half_written = patches_folder() / f"{2**30}-{'0' * 32}.unfinished"  # by a process that has ended
+    half_written.touch()
     assert torch.equal(sample(model, patches=patches), wanted)
+    assert not half_written.exists()
     sample(model)
     low = [low_rank(QKV, (768, 256), 7)]
     fresh, again = WeightPatches([(low[0], 1.0)]), WeightPatches([(low[0], 1.0)])

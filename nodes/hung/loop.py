@@ -20,7 +20,7 @@ from ...parallel_backend.config import SAMPLERS, FlowSampling, ModelSampling
 from ...parallel_backend.errors import UnsupportedError
 from ..known_to_core import known_to
 from .known_functions import known_functions
-from .loop_patches import loop_patches
+from .loop_patches import loop_patches, replaced_functions
 from .model_sampling import read_sampling
 
 # Of a processed prompt: what ComfyUI's loop reads beside the model's own inputs, and the value that changes nothing.
@@ -60,11 +60,15 @@ def read_loop(
     name = sampler_name(sampler)
     sampling = read_sampling(model)
     settings, options = known_functions(guider.model_options, is_flow=isinstance(sampling, FlowSampling))
-    found = list(loop_patches(model, options))
+    found = [*replaced_functions(), *loop_patches(model, options)]
     if type(guider) not in (CFGGuider, Guider_Basic):
         found.append(f"the guider {type(guider).__name__}")
     if name is None:
         found.append(f"the sampler {_described(sampler)}")
+    elif name.startswith("uni_pc") and len(sigmas) == 2:
+        found.append(f"the sampler {name} in one step")
+    if (sigmas.diff() >= 0).any():
+        found.append("sigmas that don't fall")
     if getattr(latent, "is_nested", False) or latent.ndim != 4:
         found.append("a latent of several parts or dims")
     if mask is not None and not torch.equal(mask, mask[:, :1].expand_as(mask)):
@@ -106,10 +110,11 @@ def sampler_name(sampler: Any) -> str | None:
 
 
 def _names() -> dict[Any, str]:
-    """By ComfyUI's functions, those samplers that the backend has."""
+    """By ComfyUI's functions, those samplers that the backend has; without those that a pack has replaced."""
     named = {getattr(core_samplers, f"sample_{name}", None): name for name in SAMPLERS}
-    del named[None]
-    return named | {uni_pc.sample_unipc: "uni_pc", uni_pc.sample_unipc_bh2: "uni_pc_bh2"}
+    named |= {uni_pc.sample_unipc: "uni_pc", uni_pc.sample_unipc_bh2: "uni_pc_bh2"}
+    own = (core_samplers.__name__, uni_pc.__name__)
+    return {function: name for function, name in named.items() if getattr(function, "__module__", "") in own}
 
 
 def _made_anew(function: Any) -> str | None:

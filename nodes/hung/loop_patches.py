@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from operator import attrgetter
 from typing import Any
 
+import comfy.samplers
 from comfy.model_patcher import ModelPatcher
 
 # The wrapper by which a parallel MODEL's own loop is entered.
 OWN = "parallel_mmdit"
 # What ComfyUI's guiders put together of the other options.
 _OF_GUIDERS = ("transformer_options", "to_load_options", "registered_hooks")
+# What ComfyUI's loop is made of, in comfy.samplers.
+_LOOP = (
+    *("sampling_function", "calc_cond_batch", "_calc_cond_batch", "cfg_function", "process_conds"),
+    *("KSAMPLER.sample", "KSamplerX0Inpaint.__call__"),
+    *(
+        f"CFGGuider.{name}"
+        for name in ("outer_sample", "inner_sample", "__call__", "outer_predict_noise", "predict_noise")
+    ),
+)
+
+
+def replaced_functions() -> Iterator[str]:
+    """Functions of ComfyUI's own loop in whose place a pack has put others, for all MODELs."""
+    for name in _LOOP:
+        module = attrgetter(name)(comfy.samplers).__module__
+        if module != comfy.samplers.__name__:
+            yield f"{name}, which {module} has replaced"
 
 
 def loop_patches(model: ModelPatcher, options: Mapping[str, Any]) -> Iterator[str]:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from ...parallel_backend.errors import UnsupportedError
 
-ON_KSAMPLER = "Use KSampler or SamplerCustomAdvanced on the same MODEL; they sample on the backend step by step."
 ELSEWHERE = "The weights live in the backend. Remove that node, or load the model with ComfyUI's own loader."
 IN_MESH_CONFIG = "Remove that node; Mesh Config has the ranks' dtype, and compiles on the ranks."
 RELOAD = (

@@ -26,7 +26,7 @@ from .safetensors_file import safetensors_header
 UP, DOWN = ".up", ".down"
 _ENTRIES = "entries"
 _DIGEST_BYTES = 16
-_NAME = re.compile(r"(\d+)-[0-9a-f]{32}\.safetensors")
+_NAME = re.compile(r"(\d+)-[0-9a-f]{32}\.(safetensors|unfinished)")
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -64,14 +64,14 @@ class Whole:
 
 
 def is_patch_file(name: str) -> bool:
-    return _NAME.fullmatch(name) is not None
-
-
-def writer_of(name: str) -> int:
-    """The process that wrote the file of that name."""
     match = _NAME.fullmatch(name)
-    assert match is not None
-    return int(match[1])
+    return match is not None and match[2] == "safetensors"
+
+
+def writer_of(name: str) -> int | None:
+    """The process that wrote the patch file of that name, or began to; None of another file."""
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match is not None else None
 
 
 def write_low_rank(folder: Path, patches: Sequence[LowRank]) -> str:
@@ -138,9 +138,9 @@ def _write(
     entries: Callable[[], Sequence[PatchEntry]],
 ) -> str:
     """Writes the tensors one after the other, and the header, whose digests are known only then, over its first form."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    unfinished = folder / f"{uuid.uuid4().hex}.unfinished"
+    unfinished = folder / f"{os.getpid()}-{uuid.uuid4().hex}.unfinished"
     try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with unfinished.open("wb") as file:
             file.write(_header(shapes, entries()))
             for tensor in tensors:
@@ -152,7 +152,7 @@ def _write(
     except OSError as error:
         raise _cannot_write(folder, error) from None
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             unfinished.unlink()
     return name
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..errors import CheckpointError
 
@@ -13,6 +13,7 @@ _SAMPLES = 256
 _SAMPLE_BYTES = 4096
 # Files that torch's weights-only reader opens: only from-scratch SD3 models come so.
 PICKLED = (".pkl",)
+Stamp: TypeAlias = tuple[int, int, int]
 
 
 def safetensors_header(path: Path) -> dict[str, Any]:
@@ -47,6 +48,23 @@ def _not_safetensors(path: Path, head: bytes) -> str:
     pickled = head[:2] in (b"PK", b"\x80\x02", b"\x80\x04")
     kind = "a pickle (a .ckpt or .pt file under another name), which can run code when opened" if pickled else "not one"
     return f"{path.name} should be a safetensors file, but it is {kind}."
+
+
+def stamp(file: Path) -> Stamp:
+    """What changes when the file is replaced or written to."""
+    found = file.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def check_stamp(file: Path, opened: Stamp) -> None:
+    """Raises: CheckpointError: the file is not the one any more that was opened."""
+    if not file.is_file():
+        raise CheckpointError(f"{file} is not there (any more).", "Put it back, or load another.")
+    if stamp(file) != opened:
+        raise CheckpointError(
+            f"{file.name} has changed since it was loaded, and its weights are needed again.",
+            "Run the loader again (in ComfyUI: queue the prompt again).",
+        )
 
 
 def content_key(path: Path, *, timed: bool = True) -> str:

@@ -70,19 +70,21 @@ def parts_of(name: str) -> Iterator[tuple[bytearray, bool]]:
 
 
 def _remove_old(folder: Path, keep: Sequence[str]) -> None:
-    """Files of processes that have ended, and the oldest of this one's."""
-    files = [path for path in folder.iterdir() if is_patch_file(path.name)]
-    own = [path for path in files if writer_of(path.name) == os.getpid() and path.name not in keep]
+    """What processes that have ended left, also half written; and the oldest files of this one."""
+    own = [path for path in _written_here(folder) if path.name not in keep]
     with suppress(FileNotFoundError):
         own.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    old = own[max(0, KEPT_FILES - len(keep)) :] + [path for path in files if not is_alive(writer_of(path.name))]
-    for path in old:
+    left = [path for path in folder.iterdir() if (pid := writer_of(path.name)) is not None and not is_alive(pid)]
+    for path in own[max(0, KEPT_FILES - len(keep)) :] + left:
         path.unlink(missing_ok=True)
+
+
+def _written_here(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if is_patch_file(path.name) and writer_of(path.name) == os.getpid()]
 
 
 @atexit.register
 def _remove_own() -> None:
     with suppress(OSError):
-        for path in patches_folder().iterdir():
-            if is_patch_file(path.name) and writer_of(path.name) == os.getpid():
-                path.unlink()
+        for path in _written_here(patches_folder()):
+            path.unlink()

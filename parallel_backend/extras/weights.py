@@ -25,6 +25,8 @@ from ..models.staging import placing
 from ..rpc.messages import Patches, Swap
 
 OPEN_FILES = 4
+# Of those that clients on other hosts sent, which can't remove them themselves.
+SENT_FILES = 4
 # The rows of a parameter that hold the tensor of a single-file name: the parameter's name, and its first such row.
 Place = Callable[[str], tuple[str, int]]
 
@@ -35,6 +37,7 @@ class PatchFiles:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._open: OrderedDict[str, tuple[list[PatchEntry], Any]] = OrderedDict()
+        self._sent: list[str] = []
 
     def opened(self, name: str) -> tuple[list[PatchEntry], Any]:
         """Raises: InputError, CheckpointError: not a patch file. UnknownPatchesError: it isn't there."""
@@ -51,14 +54,20 @@ class PatchFiles:
         return self._open[name]
 
     def add(self, name: str, part: int, data: Tensor, *, last: bool) -> None:
-        """Part by part, a file that this host doesn't have. One rank of a host writes it.
+        """Part by part, a file that this host doesn't have. One rank of a host writes it, and removes the oldest of such.
 
         Raises: InputError: no name of a patch file. CheckpointError: it can't be written.
         """
         if not is_patch_file(name):
             raise InputError(f"{name!r} is no name of a patch file.", "Name one that a client has written.")
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            append_part(self._folder / name, part, data, last=last)
+        if int(os.environ.get("LOCAL_RANK", 0)) != 0:
+            return
+        append_part(self._folder / name, part, data, last=last)
+        if last:
+            self._sent = [*(sent for sent in self._sent if sent != name), name]
+            for old in self._sent[:-SENT_FILES]:
+                (self._folder / old).unlink(missing_ok=True)
+            self._sent = self._sent[-SENT_FILES:]
 
     def by_parameter(self, patches: Patches, place: Place) -> dict[str, list[Patch]]:
         """In their order. Raises: as `opened`; InputError: not a scale for each product."""
@@ -141,11 +150,13 @@ class PatchedWeights:
     def wear(self, patches: Patches, files: PatchFiles, beat: Callable[[], object] = lambda: None) -> Swap:
         """These patches, and no others, lie on the weights; only those weights change that must.
 
-        Raises: InputError: a patch of another size. UnknownPatchesError: a file that isn't there. CheckpointError: the
+        Raises: InputError: a patch of another size, or of no weight of this model. UnknownPatchesError: a file that isn't there. CheckpointError: the
             checkpoint has changed or is gone. Then each weight is whole, with its former patches or the new ones.
         """
         start, read = time.perf_counter(), self._source.bytes_read
         wanted = files.by_parameter(patches, self._place)
+        for name in wanted.keys() - set(self._source.names()):
+            raise InputError(f"{self._source.path.name} has no weight {name}.", "Remove the node that patches it.")
         marks = {name: tuple(patch.mark for patch in on_it) for name, on_it in wanted.items()}
         changed = [name for name in {**self._lying, **marks} if self._lying.get(name) != marks.get(name)]
         here = [name for name in changed if name in self._held or name in self._later]
@@ -160,6 +171,8 @@ class PatchedWeights:
 
     def _change(self, name: str, patches: Sequence[Patch]) -> None:
         if name in self._later:
+            if not all(patch.is_whole for patch in patches):
+                raise InputError(f"A product can't be added to {name}.", "Give what takes its place.")
             self._later[name](patches[-1].whole() if patches else None)
             return
         held = self._held[name]

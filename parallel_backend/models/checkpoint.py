@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..checkpoint_files.safetensors_file import files_of, safetensors_header
+from ..checkpoint_files.safetensors_file import check_stamp, files_of, safetensors_header, stamp
 from ..distributed.mesh import MeshAxis
 from ..distributed.tensor_parallel import Shard, ShardedParameter
 from ..errors import CancelledError, CheckpointError, UnsupportedError
@@ -98,26 +98,6 @@ class SafetensorsSource:
         if file not in self._open:
             self._open[file] = safe_open(file, framework="pt", device="cpu")
         return self._open[file]
-
-
-Stamp: TypeAlias = tuple[int, int, int]
-
-
-def stamp(file: Path) -> Stamp:
-    """What changes when the file is replaced or written to."""
-    found = file.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def check_stamp(file: Path, opened: Stamp) -> None:
-    """Raises: CheckpointError: the file is not the one any more that was opened."""
-    if not file.is_file():
-        raise CheckpointError(f"{file} is not there (any more).", "Put it back, or load another.")
-    if stamp(file) != opened:
-        raise CheckpointError(
-            f"{file.name} has changed since it was loaded, and its weights are needed again.",
-            "Run the loader again (in ComfyUI: queue the prompt again).",
-        )
 
 
 @dataclass(frozen=True)

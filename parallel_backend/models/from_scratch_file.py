@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checkpoint_files.diffusion_part import FROM_SCRATCH_MARK
-from ..checkpoint_files.safetensors_file import PICKLED, safetensors_header
+from ..checkpoint_files.safetensors_file import PICKLED, check_stamp, safetensors_header, stamp
 from ..distributed.tensor_parallel import Shard
 from ..errors import CheckpointError, UnsupportedError
-from .checkpoint import SafetensorsSource, TensorSource, check_stamp, stamp
+from .checkpoint import SafetensorsSource, TensorSource
 from .from_scratch import FromScratchConfig
 
 PARAMS = "model_params"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -18,6 +20,9 @@ from .families import Kind
 from .network import Network
 from .unet import micro_conditioning
 
+# On the device: cond, uncond and what a few others take turns with.
+KEPT_PROMPTS = 8
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -25,6 +30,15 @@ class Prompt:
 
     context: Tensor
     pooled: Tensor
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A prompt as the model takes it, and the tensors that it was made of, as long as these are kept."""
+
+    context: ref[Tensor]
+    pooled: ref[Tensor]
+    prompt: Prompt
 
 
 @dataclass(frozen=True)
@@ -95,6 +109,7 @@ class Predictor:
     dtype: torch.dtype
     device: torch.device
     kind: Kind
+    _prompts: OrderedDict[tuple[object, ...], _Ready] = field(init=False, default_factory=OrderedDict)
 
     @property
     def spec(self) -> MeshSpec:
@@ -115,10 +130,22 @@ class Predictor:
     def prompt(self, context: Tensor, pooled: Tensor, rows: int, sizes: Sequence[float] | None = None) -> Prompt:
         """A prompt for `rows` latents: repeated where it has fewer rows, cut where it has more.
 
+        Of the same two tensors it is made once: a sampling step by step asks with them at every evaluation.
+
         Args:
             sizes: of micro-conditioning, where `pooled` doesn't hold them embedded already.
         Raises: InputError: widths of another model, or values that are not numbers.
         """
+        key = (id(context), id(pooled), rows, tuple(sizes or ()))
+        ready = self._prompts.pop(key, None)
+        if ready is None or ready.context() is not context or ready.pooled() is not pooled:
+            ready = _Ready(ref(context), ref(pooled), self._checked_prompt(context, pooled, rows, sizes))
+        self._prompts[key] = ready
+        while len(self._prompts) > KEPT_PROMPTS:
+            self._prompts.popitem(last=False)
+        return ready.prompt
+
+    def _checked_prompt(self, context: Tensor, pooled: Tensor, rows: int, sizes: Sequence[float] | None) -> Prompt:
         config = self.network.config
         if sizes is not None and pooled.ndim == 2:
             pooled = micro_conditioning(pooled, sizes)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..config import SAMPLERS_OF_PATCHES, SamplerSpec
+from ..config import SAMPLERS_OF_OWN_STEPS, SAMPLERS_OF_PATCHES, SamplerSpec
 from ..distributed.stale import Kept, Step
 from ..distributed.traffic import Timeline, with_ranks
 from ..errors import BackendError, ConfigError, InputError, UnsupportedError
@@ -48,7 +48,8 @@ class SampleJob:
 
     def on_step(self, report: StepReport) -> None:
         self.steps += 1
-        shown = self.body.preview == "all" or (self.body.preview == "last" and report.index == report.total - 1)
+        may_be_last = report.index == report.total - 1 or self.body.spec.sampler in SAMPLERS_OF_OWN_STEPS
+        shown = self.body.preview == "all" or (self.body.preview == "last" and may_be_last)
         tensors = [report.x, report.denoised] if shown else []
         self.job.emit(StepDone(report.index, report.total), tensors)
         if self.pipeline is None or report.index < self.pipeline.first_step:  # after that, it asks by itself

@@ -15,7 +15,7 @@ from ..version import __version__
 
 TensorIndex: TypeAlias = int
 ModelKind: TypeAlias = Literal["any", "mmdit", "unet"]
-# Of which steps x and denoised are sent along.
+# Of which steps x and denoised are sent along; "last" is every step of a sampler whose last one nobody knows.
 Preview: TypeAlias = Literal["none", "last", "all"]
 
 

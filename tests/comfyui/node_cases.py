@@ -1,5 +1,9 @@
 """ComfyUI's own nodes that people hang on a MODEL and on CONDITIONING, and its samplers, for twins.py."""
 
+import functools
+
+import comfy.k_diffusion.sampling as core_samplers
+import comfy.samplers
 import comfy_extras.nodes_apg as apg
 import comfy_extras.nodes_cfg as cfg_nodes
 import comfy_extras.nodes_context_windows as windows
@@ -169,6 +173,37 @@ def inpainted(twins):
     return run
 
 
+def told(twins):
+    """The latents that a pack's callback sees, which is no plain function."""
+
+    def run(model, **settings):
+        seen = []
+        twins.sample(
+            model, callback=functools.partial(lambda seen, _, x0, *rest: seen.append(x0.cpu()), seen), **settings
+        )
+        return torch.cat(seen)
+
+    return run
+
+
+def replaced(twins, owner, name):
+    """KSampler's latent while a pack has its own function in ComfyUI's place."""
+
+    def run(model, **settings):
+        own = getattr(owner, name)
+
+        def other(*args, **kwargs):
+            return own(*args, **kwargs) * 0.95
+
+        setattr(owner, name, other)
+        try:
+            return twins.sample(model, **settings)
+        finally:
+            setattr(owner, name, own)
+
+    return run
+
+
 def same(model):
     return model
 
@@ -181,6 +216,9 @@ def cases(twins):
         for case, (positive, negative) in prompts(twins, name, local).items():
             yield name, case, same, {"positive": positive, "negative": negative}
         yield name, "InpaintModelConditioning", same, {"of": inpainted(twins)}
+        yield name, "a pack's callback", same, {"of": told(twins)}
+        for owner, function in ((comfy.samplers, "sampling_function"), (core_samplers, "sample_euler")):
+            yield name, f"a pack's {function}", same, {"of": replaced(twins, owner, function)}
         yield name, "SetLatentNoiseMask", same, {"noise_mask": masked(twins, local)}
         yield (
             name,
@@ -213,6 +251,7 @@ def cases(twins):
             yield name, f"sampler {sampler}", same, {"sampler": sampler, "steps": 3}
         basic = lambda model: call(custom.BasicScheduler, model=model, scheduler="karras", steps=3, denoise=0.7)  # noqa: E731
         select = call(custom.KSamplerSelect, sampler_name="dpmpp_2m")
+        fast = call(custom.KSamplerSelect, sampler_name="dpm_fast")  # which step is its last nobody knows
         ancestral = call(custom.SamplerEulerAncestral, eta=1.0, s_noise=1.0)
         damped = call(custom.SamplerEulerAncestral, eta=0.5, s_noise=1.0)
         yield name, "SamplerCustomAdvanced", same, {"of": advanced_sampler(twins, select, basic)}
@@ -220,7 +259,7 @@ def cases(twins):
             name,
             "SamplerCustomAdvanced, BasicGuider",
             same,
-            {"of": advanced_sampler(twins, select, basic, basic=True)},
+            {"of": advanced_sampler(twins, fast, basic, basic=True)},
         )
         yield (
             name,

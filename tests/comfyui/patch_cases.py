@@ -4,6 +4,7 @@ import functools
 
 import comfy.hooks
 import comfy.utils
+import comfy_extras.nodes_model_advanced as advanced
 import comfy_extras.nodes_model_merging as merging
 import torch
 from comfy_extras.nodes_hooks import PairConditioningSetProperties
@@ -142,6 +143,32 @@ def diffusers_lora(model, seed=0):
     return tensors
 
 
+def speed_lora(model):
+    """As those are laid out that let SDXL draw in a few steps: kohya's keys of diffusers' names, kernels and embeddings too."""
+    shapes, tensors = weights(model), {}
+    names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
+    found = [n for n in names if n.endswith(".weight") and len(shapes.get(names[n], ())) in (2, 4)]
+    for number, name in enumerate(found[:: max(1, len(found) // 12)]):
+        rows, columns, *kernel = shapes[names[name]]
+        key = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+        tensors |= lora(key, rows, columns, kernel, functools.partial(noise, seed=number, scale=0.15))
+    return tensors
+
+
+# Of LoRAs for a few steps: what their authors say to sample with.
+FEW_STEPS = {
+    "Lightning": {"sampler": "euler", "scheduler": "sgm_uniform", "steps": 4, "cfg": 1.0},
+    "Hyper": {"sampler": "ddim", "scheduler": "sgm_uniform", "steps": 8, "cfg": 1.0},
+    "DMD2": {"sampler": "lcm", "scheduler": "simple", "steps": 4, "cfg": 1.0},
+    "LCM": {"sampler": "lcm", "scheduler": "sgm_uniform", "steps": 6, "cfg": 1.5},
+}
+
+
+def for_lcm(twins):
+    loaded = with_lora(twins, (speed_lora, 1.0))
+    return lambda model: call(advanced.ModelSamplingDiscrete, model=loaded(model), sampling="lcm", zsnr=False)
+
+
 def with_lora(twins, *files_and_strengths):
     def change(model):
         for make, strength in files_and_strengths:
@@ -209,6 +236,9 @@ def hooked(twins, keyframes=False, both=False):
 
 
 def cases(twins):
+    for kind, settings in FEW_STEPS.items():
+        change = for_lcm(twins) if kind == "LCM" else with_lora(twins, (speed_lora, 1.0))
+        yield "sdxl", f"{kind} LoRA", change, settings
     of = functools.partial(functools.partial, lora_file)
     for name in MODELS:
         whole = name in ("sd3.5-large", "sdxl")  # what is not sliced by rows is the same on every mesh
