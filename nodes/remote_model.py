@@ -6,14 +6,17 @@ Stock samplers and guiders run on it as on any MODEL. What can't be sent is refu
 from __future__ import annotations
 
 from collections import OrderedDict
+from functools import partial
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import comfy.model_management as mm
 import comfy.utils
 import torch
 from comfy.hooks import HookGroup
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
@@ -82,6 +85,9 @@ class RemotePatcher(WeightsElsewhere):
         # Runs before every sampling, where `load` runs only after a change.
         self.check()
         self._wear(self.current_hooks)
+        if force_patch_weights and not hasattr(ModelPatcher, "state_dict_for_saving"):
+            # Older cores load a MODEL so, and then ask not the patcher but its model what to save.
+            self.model.state_dict_for_saving = partial(_saved_by_older_cores, self)
         return super().partially_load(device_to, extra_memory, force_patch_weights)
 
     def pre_run(self) -> None:
@@ -155,6 +161,14 @@ class RemotePatcher(WeightsElsewhere):
     @staticmethod
     def _refuse(what: str) -> NoReturn:
         raise UnsupportedError(f"A parallel MODEL can't honour {what}.", ELSEWHERE)
+
+
+def _saved_by_older_cores(patcher: RemotePatcher, *parts: Any) -> dict[str, Tensor]:
+    """As their models give it, with the patched weights where those have their network's own."""
+    saved, model = patcher.model_state_dict_for_saving(prefix=PREFIX), patcher.model
+    network = SimpleNamespace(state_dict=lambda: saved)
+    like = SimpleNamespace(diffusion_model=network, model_config=model.model_config, model_type=model.model_type)
+    return type(model).state_dict_for_saving(like, *parts)
 
 
 def _as_it_is(weight: Tensor, **_: Any) -> Tensor:

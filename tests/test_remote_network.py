@@ -92,6 +92,10 @@ def test_a_model_that_nobody_changed_is_never_held_to_be_and_copies_share_the_ba
     assert len(outcomes["kept"]) == 6 and not any(outcomes["kept"].values()), outcomes["kept"]
 
 
+def test_a_saved_checkpoint_is_a_local_models(outcomes: dict[str, Any]) -> None:
+    assert all(names and far <= 1e-6 for names, far in outcomes["saved"].values()), outcomes["saved"]
+
+
 def test_nodes_that_leave_the_blocks_alone_give_a_local_models_latent(outcomes: dict[str, Any]) -> None:
     assert len(outcomes["differences"]) == 12
     assert max(outcomes["differences"].values()) < 1e-5, outcomes["differences"]

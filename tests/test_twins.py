@@ -33,6 +33,8 @@ STEP_BY_STEP = {
     *("a pack's sampling_function", "a pack's sample_euler"),
     *("hook on one prompt", "hook with keyframes", "hook of a model", "LoRA and hook"),
 }
+# Cases of cores that are older than the newest.
+OLDER = {"RescaleCFG of older cores"}
 
 
 @pytest.fixture(scope="module")
@@ -66,4 +68,4 @@ def test_the_backend_runs_the_loop_of_all_that_it_knows(outcomes: Outcomes) -> N
     whole = {
         name.split(", ", 1)[1] for name, o in named(outcomes).items() if "the whole loop in the backend" in o["said"]
     }
-    assert said == STEP_BY_STEP and len(whole) > 30 and not said & whole
+    assert said - OLDER == STEP_BY_STEP and len(whole) > 30 and not said & whole

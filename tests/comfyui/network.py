@@ -9,6 +9,7 @@ import importlib.util
 import json
 import logging
 import sys
+import tempfile
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 
@@ -42,6 +43,7 @@ def main(comfy_folder, pack, folder):
     outcomes["kept"] = kept(mm, ours, sides[MMDIT][1])
     outcomes["differences"] = {name: difference(ours, sides[MMDIT], name) for name in GUIDANCE}
     outcomes["refused"] = {name: refused(ours, sides, name) for name in CHANGES}
+    outcomes["saved"] = {name: saved(*sides[name]) for name in (MMDIT, UNET)}
     outcomes["lazy"] = lazy(ours, own[MMDIT])
     print(json.dumps(outcomes))
 
@@ -210,6 +212,24 @@ def difference(ours, sides, node):
     """Of the latent of a local MODEL and of a parallel one, with the same node on both."""
     local, parallel = (sample(patched(node, side, **GUIDANCE[node])) for side in sides)
     return float((local - parallel).abs().max() / local.abs().max())
+
+
+def saved(local, parallel):
+    """Names, and how far the weights of two saved checkpoints are apart, each of a MODEL with a patch on it."""
+    import comfy.sd
+    import comfy.utils
+
+    key = next(key for key in local.model_state_dict() if key.endswith(".weight"))
+    patch = torch.randn(local.model_state_dict()[key].shape, generator=torch.Generator().manual_seed(1))
+    files = []
+    for model in (local, parallel):
+        patched = model.clone()
+        assert patched.add_patches({key: (patch,)}, 0.5) == [key]
+        with tempfile.TemporaryDirectory() as folder:
+            comfy.sd.save_checkpoint(f"{folder}/saved.safetensors", patched)
+            files.append(comfy.utils.load_torch_file(f"{folder}/saved.safetensors"))
+    own, theirs = files
+    return [shapes(own) == shapes(theirs), max(float((own[name] - theirs[name]).abs().max()) for name in own)]
 
 
 # -- changes ------------------------------------------------------------------------------------------------------------

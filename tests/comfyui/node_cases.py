@@ -38,8 +38,11 @@ def hung(node, **inputs):
 
 def model_nodes(twins, name):
     """By what they are called: MODEL -> MODEL."""
+    # Older cores' has one formula for all models; that of flow models is not the backend's.
+    knows_flow = "is_flow" in advanced.RescaleCFG.patch.__code__.co_cellvars
+    rescale = "RescaleCFG" if knows_flow or name == "sdxl" else "RescaleCFG of older cores"
     found = {
-        "RescaleCFG": hung(advanced.RescaleCFG, multiplier=0.6),
+        rescale: hung(advanced.RescaleCFG, multiplier=0.6),
         "Mahiro": hung(mahiro.Mahiro),
         "FreSca": hung(fresca.FreSca, scale_low=1.0, scale_high=1.25, freq_cutoff=3),
         "APG": hung(apg.APG, eta=0.8, norm_threshold=5.0, momentum=0.2),

@@ -100,15 +100,20 @@ class ChangedModel(AttentionPatch):
 
     def patch(self, model, how):
         changed = model.clone()
-        load, (path, _) = model.cached_patcher_init
-        if how == "no file":
-            changed.cached_patcher_init = None
-        elif how == "another loader":
-            changed.cached_patcher_init = (json.loads, (path,))
-        elif how == "own operations":
-            changed.cached_patcher_init = (load, (path, {"custom_operations": comfy.ops.manual_cast}))
+        # Left by the core on the patcher; on older ones by this pack, on the network.
+        by_core = hasattr(model, "cached_patcher_init")
+        load, (path, _) = model.cached_patcher_init if by_core else model.model.parallel_mmdit_loaded_by
+        told = {
+            "no file": None,
+            "another loader": (json.loads, (path,)),
+            "own operations": (load, (path, {"custom_operations": comfy.ops.manual_cast})),
+        }
+        if how in told and by_core:
+            changed.cached_patcher_init = told[how]
         else:
             changed.model = copy.copy(model.model)
+        if how in told and not by_core:
+            changed.model.parallel_mmdit_loaded_by = told[how]
         if how == "another family":
             changed.model.__class__ = comfy.model_base.Flux
         elif how == "a replaced forward":
