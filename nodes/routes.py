@@ -82,7 +82,7 @@ def _state(name: str) -> dict[str, Any]:
         finally:
             backend.close()
     except BackendError as error:
-        return {"name": name, "error": _said(error)}
+        return {"name": name, "error": error.parts()}
 
 
 def told(everywhere: Everywhere) -> dict[str, Any]:
@@ -90,11 +90,7 @@ def told(everywhere: Everywhere) -> dict[str, Any]:
     try:
         return everywhere.told()
     except ConfigError as error:
-        return {"error": _said(error)}
-
-
-def _said(error: BackendError) -> dict[str, str]:
-    return {"code": error.code, "message": error.message, "remedy": error.remedy}
+        return {"error": error.parts()}
 
 
 @web.middleware

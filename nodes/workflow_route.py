@@ -24,8 +24,7 @@ def add_workflow_route(routes: web.RouteTableDef) -> None:
             refused = InputError(f"What was sent is not JSON: {error}.", 'Send {"workflow": ...}.')
         except InputError as error:
             refused = error
-        said = {"code": refused.code, "message": refused.message, "remedy": refused.remedy}
-        return web.json_response({"error": said}, status=400)
+        return web.json_response({"error": refused.parts()}, status=400)
 
 
 def made_parallel(asked: Any) -> dict[str, Any]:

@@ -34,6 +34,10 @@ class BackendError(Exception):
     def __str__(self) -> str:
         return f"{self.message} {self.remedy}".strip()
 
+    def parts(self) -> dict[str, str]:
+        """For programs, as JSON."""
+        return {"code": self.code, "message": self.message, "remedy": self.remedy}
+
 
 class ConfigError(BackendError):
     code = "config"
