@@ -128,7 +128,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--quick", action="store_true", help="only the modules that start neither a ComfyUI nor many ranks"
     )
-    parser.addoption("--reports", type=Path, help="a file that gets each test's report, for the run that began this one")
+    parser.addoption(
+        "--reports", type=Path, help="a file that gets each test's report, for the run that began this one"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
