@@ -16,7 +16,7 @@ import pytest
 # So many modules are a run of nearly all tests, in which there is always something to do meanwhile.
 MOST = 30
 Reports = dict[str, list[dict[str, Any]]]
-MODULES = ("test_links", "test_persistence", "test_remote_network", "test_room", "test_twins")
+MODULES = ("test_links", "test_persistence", "test_remote_network", "test_room", "test_samplers_comfyui", "test_twins")
 
 
 def apart(items: Sequence[pytest.Item]) -> list[pytest.Item]:
@@ -29,7 +29,7 @@ def run_apart(nodes: Sequence[str]) -> Reports:
     """The reports of these tests by node id."""
     with tempfile.TemporaryDirectory(prefix="pmr-") as folder:
         file = Path(folder, "reports")
-        command = [sys.executable, "-m", "pytest", "--durations=0", f"--reports={file}", *nodes]
+        command = [sys.executable, "-m", "pytest", f"--reports={file}", *nodes]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         lines = file.read_text().splitlines() if file.exists() else []
     reports: Reports = defaultdict(list)
