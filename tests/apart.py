@@ -29,7 +29,7 @@ def run_apart(nodes: Sequence[str]) -> Reports:
     """The reports of these tests by node id."""
     with tempfile.TemporaryDirectory(prefix="pmr-") as folder:
         file = Path(folder, "reports")
-        command = [sys.executable, "-m", "pytest", f"--reports={file}", *nodes]
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--reports={file}", *nodes]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         lines = file.read_text().splitlines() if file.exists() else []
     reports: Reports = defaultdict(list)
@@ -40,7 +40,7 @@ def run_apart(nodes: Sequence[str]) -> Reports:
 
 def _missing(node: str, said: str) -> dict[str, Any]:
     report = pytest.TestReport(node, (node, None, node), {}, "failed", f"no report came of it:\n{said}", "call")
-    return report._to_json()
+    return {"$report_type": "TestReport", **report._to_json()}
 
 
 class Writer:

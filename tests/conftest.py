@@ -135,9 +135,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[FOOTPRINT] = Footprint()
-    config.stash[FOOTPRINT].start()
     if (file := config.getoption("--reports")) is not None:
         config.pluginmanager.register(Writer(file, config))
+    else:  # who began this run looks at its processes too
+        config.stash[FOOTPRINT].start()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
