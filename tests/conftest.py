@@ -12,6 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+# Read when torch is imported: threads sleep while they wait for each other, here and in all that tests start; what goes on
+# beside needs the core.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
 import pytest
 import torch
 import torch._inductor.config
@@ -58,8 +62,6 @@ def runtime_folder() -> Iterator[Path]:
         os.environ["PARALLEL_MMDIT_RUNTIME_DIR"] = folder
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/compiled"
         os.environ |= GIVE_BACK_MEMORY
-        # Threads of the processes that tests start sleep while they wait for each other: what goes on beside needs the core.
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         # Compiled code is for what the processor says that it has; to try that out takes six seconds in each process.
         os.environ["TORCHINDUCTOR_VEC_ISA_OK"], torch._inductor.config.cpp.vec_isa_ok = "1", True
         yield Path(folder)
