@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+from apart import run_apart
 from compiled_pictures import run_compiled
 from rank_pool import forkserver
 from two_hosts import run_two_hosts
@@ -30,11 +31,12 @@ def looks_beside(item: pytest.Item) -> bool:
 
 
 @contextmanager
-def run_beside(items: Sequence[pytest.Item]) -> Iterator[dict[str, Future[Any]]]:
-    """The runs that these tests look at, one after the other in a process of their own."""
+def run_beside(items: Sequence[pytest.Item], apart: Sequence[pytest.Item]) -> Iterator[dict[str, Future[Any]]]:
+    """The runs that these tests look at, and the tests that run apart, one after the other in a process of their own."""
     wanted = {item.path.stem for item in items if looks_beside(item)}
     pool = ProcessPoolExecutor(1, mp_context=forkserver())
     try:
-        yield {module: pool.submit(run) for module, run in RUNS.items() if module in wanted}
+        runs = {module: pool.submit(run) for module, run in RUNS.items() if module in wanted}
+        yield runs | ({"apart": pool.submit(run_apart, [item.nodeid for item in apart])} if apart else {})
     finally:
         pool.shutdown(cancel_futures=True)

@@ -12,9 +12,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+# Read when torch is imported: threads sleep while they wait for each other, here and in all that tests start; what goes on
+# beside needs the core.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
 import pytest
 import torch
 import torch._inductor.config
+from apart import Writer, apart, show
 from beside import run_beside
 from comfyui.installation import ComfyInstallation, find_installation
 from comfyui.server import ComfyServer
@@ -64,7 +69,8 @@ def runtime_folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="session", autouse=True)
 def going_on(runtime_folder: Path, request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Any]]]:
-    with run_beside(request.session.items) as runs:
+    with run_beside(request.session.items, request.config.stash[APART]) as runs:
+        request.config.stash[GOING_ON] = runs
         yield runs
 
 
@@ -116,6 +122,9 @@ def workflow_models(models: Path) -> Path:
 
 
 SHARING = pytest.StashKey[Sharing]()
+# The tests that run in a pytest of their own, and all that goes on beside this one's.
+APART = pytest.StashKey[list[pytest.Item]]()
+GOING_ON = pytest.StashKey[dict[str, Future[Any]]]()
 FOOTPRINT = pytest.StashKey[Footprint]()
 
 
@@ -123,11 +132,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--quick", action="store_true", help="only the modules that start neither a ComfyUI nor many ranks"
     )
+    parser.addoption(
+        "--reports", type=Path, help="a file that gets each test's report, for the run that began this one"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[FOOTPRINT] = Footprint()
-    config.stash[FOOTPRINT].start()
+    if (file := config.getoption("--reports")) is not None:
+        config.pluginmanager.register(Writer(file, config))
+    else:  # who began this run looks at its processes too
+        config.stash[FOOTPRINT].start()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -139,9 +154,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--quick"):
         config.hook.pytest_deselected(items=[item for item in items if item.path.stem not in QUICK])
         items[:] = [item for item in items if item.path.stem in QUICK]
-    items[:] = in_order(items)
+    config.stash[APART] = elsewhere = apart(items)
+    items[:] = in_order(items, elsewhere)
     config.stash[SHARING] = Sharing()
-    config.stash[SHARING].plan(items)
+    config.stash[SHARING].plan([item for item in items if item not in elsewhere])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    if item not in item.config.stash[APART]:
+        return None
+    show(item, item.config.stash[GOING_ON]["apart"].result()[item.nodeid])
+    return True
 
 
 @pytest.hookimpl(trylast=True)

@@ -21,7 +21,7 @@ class Footprint(threading.Thread):
         super().__init__(name="footprint", daemon=True)
         self.peak_bytes, self.most_processes, self.peak_test = 0, 0, "no test"
         self._begun, self._done = time.monotonic(), threading.Event()
-        os.environ[_MARK] = str(os.getpid())
+        os.environ.setdefault(_MARK, str(os.getpid()))  # of the run that began this one, if any
 
     def run(self) -> None:
         while not self._done.wait(LOOK_SECONDS):
@@ -38,7 +38,7 @@ class Footprint(threading.Thread):
         return f"{minutes:.1f} minutes; {held}; up to {self.most_processes} processes"
 
     def _processes(self) -> list[Path]:
-        mark = f"{_MARK}={os.getpid()}\0".encode()
+        mark = f"{_MARK}={os.environ[_MARK]}\0".encode()
         others = [p for p in Path("/proc").iterdir() if p.name.isdigit() and mark in _read(p / "environ") + b"\0"]
         return [Path("/proc/self"), *others]
 

@@ -45,13 +45,14 @@ def used_by(item: pytest.Item) -> set[str]:
     return set(SHARED) & set(getattr(item, "fixturenames", ()))
 
 
-def in_order(items: Sequence[pytest.Item]) -> list[pytest.Item]:
+def in_order(items: Sequence[pytest.Item], apart: Sequence[pytest.Item] = ()) -> list[pytest.Item]:
     """Modules whole and by name, but so that few shared things live side by side, and both cores have work at any time.
 
     Those first that go well with what goes on beside, without a backend, then on backend2; those that look at what went on
-    beside; those that need both cores, without a backend, on backend2, on backend4; a ComfyUI with backend2, one alone.
+    beside; those that need both cores, without a backend, on backend2; those that have run apart meanwhile; those on backend4; a
+    ComfyUI with backend2, one alone.
     """
-    needs: dict[str, set[str]] = {}
+    elsewhere, needs = {item.path for item in apart}, dict[str, set[str]]()
     for item in items:
         needs.setdefault(item.path.name, set()).update(used_by(item), {"beside"} if looks_beside(item) else ())
         if item.get_closest_marker("busy"):
@@ -59,9 +60,11 @@ def in_order(items: Sequence[pytest.Item]) -> list[pytest.Item]:
 
     def place(item: pytest.Item) -> tuple[int, ...]:
         needed = needs[item.path.name]
+        if item.path in elsewhere:
+            return (3,)
         if "server" in needed:
-            return 3, "backend2" not in needed
-        when = 2 if needed & {"busy", "backend4"} else 1 if "beside" in needed else 0
-        return when, "backend4" in needed, "backend2" in needed
+            return 5, "backend2" not in needed
+        when = 4 if "backend4" in needed else 2 if "busy" in needed else 1 if "beside" in needed else 0
+        return when, "backend2" in needed
 
     return sorted(items, key=place)

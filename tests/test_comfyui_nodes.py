@@ -179,6 +179,9 @@ def test_a_backend_behind_an_address_gives_a_local_models_latent(
         prompt = Prompt()
         picture(prompt, "ParallelSampler", parallel_model(prompt, address=address), "no keys")
         assert "can't be used without keys" in server.run(prompt.nodes).message
+        prompt = Prompt()
+        prompt.add("ProbeCoreMemory", how="unload_all_models")
+        server.run(prompt.nodes)  # while somebody answers: later tests would wait for that
     finally:
         Backend.attach("far").stop()
 

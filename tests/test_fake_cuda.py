@@ -37,10 +37,10 @@ def meshes(axes: tuple[str, ...], worlds: tuple[int, ...] = (1, 2, 3, 4, 8)) -> 
     """Those of axes of 1, 2 or 3 ranks.
 
     An axis of more ranks runs the same lines more often: two have a first and a last rank, three have one between them, and
-    shares that don't divide.
+    shares that don't divide. dp leaves the others fewer pictures and nothing else: with cfg it is there, and alone.
     """
     found = [mesh for world in (range(1, 9) if ALL else worlds) for mesh in MeshSpec.all_of(world, axes)]
-    return [mesh for mesh in found if ALL or max(mesh.degrees.values()) <= 3]
+    return [m for m in found if ALL or (max(m.degrees.values()) <= 3 and (m.dp == 1 or m.world_size <= m.dp * m.cfg))]
 
 
 def ends(mesh: MeshSpec) -> list[int]:

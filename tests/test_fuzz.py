@@ -26,7 +26,7 @@ from parallel_backend.rpc.messages import Prompt as WirePrompt
 from parallel_backend.rpc.wire import pack, tensor_meta, unpack
 from parallel_backend.small_checkpoints.prompts import random_prompt
 
-MESSAGES = int(os.environ.get("PARALLEL_MMDIT_FUZZ_MESSAGES", "10000"))
+MESSAGES = int(os.environ.get("PARALLEL_MMDIT_FUZZ_MESSAGES", "5000"))
 FLAT_BYTES = 64 * 2**20
 
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20), st.binary(max_size=20))

@@ -317,12 +317,8 @@ def test_bands_of_a_vae_do_not_stand_still(world_size: int, kind: str, models: P
     assert_in_order(ranks(world_size, record_bands, paths, 16, [(2, 5, 2), (1, 3, 1)]))
 
 
-EIGHT = [
-    MeshSpec(cfg=2, ulysses=4),
-    MeshSpec(cfg=2, ring=2, tp=2),
-    MeshSpec(cfg=2, pp=2, ulysses=2),
-    MeshSpec(pp=4, ring=2),
-]
+# Three axes at once; any two are above, on four ranks.
+EIGHT = [MeshSpec(cfg=2, ring=2, tp=2), MeshSpec(cfg=2, pp=2, ulysses=2)]
 EIGHT_OF_UNETS = [MeshSpec(cfg=2, patch=4, sliced=True), MeshSpec(dp=2, cfg=2, patch=2)]
 
 

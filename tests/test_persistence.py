@@ -9,7 +9,8 @@ import socket
 import stat
 import subprocess
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
 
@@ -67,18 +68,35 @@ def test_a_closed_connection_says_so(backend2: Backend) -> None:
         other.status()
 
 
-def test_two_starts_at_once_make_one_backend_which_outlives_both(runtime_folder: Path) -> None:
-    code = "from parallel_backend import Backend; print(Backend.attach_or_start(1, 'cpu', 'race').generation)"
+@pytest.fixture(scope="module")
+def alone(runtime_folder: Path) -> Iterator[str]:
+    """The name of a backend of one rank: who needs it starts it, or finds what a test before has left."""
+    yield "alone"
+    with suppress(StartError):
+        Backend.attach("alone").stop()
+
+
+def test_two_starts_at_once_make_one_backend_which_outlives_both(alone: str) -> None:
+    code = f"from parallel_backend import Backend; print(Backend.attach_or_start(1, 'cpu', '{alone}').generation)"
     both = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)
     ]
     generations = {process.communicate(timeout=120)[0].strip() for process in both}
-    backend = Backend.attach("race")
+    backend = Backend.attach(alone)
     assert generations == {backend.generation}
-    backend.stop()
-    assert files.read_record("race") is None
-    with pytest.raises(StartError, match="No backend 'race' runs"):
-        Backend.attach("race")
+    backend.close()
+
+
+def test_a_stopped_backend_is_started_again_by_the_next_request(large: Path, alone: str) -> None:
+    backend = Backend.attach_or_start(1, "cpu", alone)
+    model = backend.load_model(large, MeshSpec(), "float32")
+    before = sample(model)
+    Backend.attach(alone).stop()
+    assert files.read_record(alone) is None
+    with pytest.raises(StartError, match=f"No backend '{alone}' runs"):
+        Backend.attach(alone)
+    assert torch.equal(sample(model), before)
+    backend.close()
 
 
 def test_an_idle_backend_lets_its_models_go_and_then_ends_by_itself(runtime_folder: Path, large: Path) -> None:
@@ -250,39 +268,35 @@ def test_ranks_that_fall_in_a_row_are_started_at_growing_intervals() -> None:
 
 
 def test_a_lonely_rank_that_is_stopped_is_ended_by_its_client(
-    large: Path, runtime_folder: Path, monkeypatch: pytest.MonkeyPatch
+    large: Path, alone: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "SILENT_SECONDS", 4.0)
-    backend = Backend.attach_or_start(1, "cpu", "lonely")
-    try:
-        model = backend.load_model(large, MeshSpec(), "float32")
-        before, pid = sample(model), backend.status().ranks[0].pid
-        with pytest.raises(
-            BackendLostError, match=r"has not answered for \d s; its rank 0 .* was stopped and is ended"
-        ):
-            sample(model, steps=5000, on_step=lambda step: os.kill(pid, signal.SIGSTOP) if step.index == 1 else None)
-        assert torch.equal(sample(model), before)
-    finally:
-        Backend.attach("lonely").stop()
+    backend = Backend.attach_or_start(1, "cpu", alone)
+    model = backend.load_model(large, MeshSpec(), "float32")
+    before, pid = sample(model), backend.status().ranks[0].pid
+    with pytest.raises(BackendLostError, match=r"has not answered for \d s; its rank 0 .* was stopped and is ended"):
+        sample(model, steps=5000, on_step=lambda step: os.kill(pid, signal.SIGSTOP) if step.index == 1 else None)
+    assert torch.equal(sample(model), before)
+    backend.close()
 
 
-def test_ranks_that_are_being_started_anew_are_waited_for_not_doubled(runtime_folder: Path) -> None:
-    backend = Backend.attach_or_start(1, "cpu", "anew")
+def test_ranks_that_are_being_started_anew_are_waited_for_not_doubled(alone: str) -> None:
+    backend = Backend.attach_or_start(1, "cpu", alone)
     os.kill(backend.record.pid, signal.SIGKILL)
-    wait_until(lambda: files.restarting("anew"))
-    other = Backend.attach_or_start(1, "cpu", "anew")
+    wait_until(lambda: files.restarting(alone))
+    other = Backend.attach_or_start(1, "cpu", alone)
     assert other.record.agent_pid == backend.record.agent_pid and other.generation != backend.generation
     # What is of another version doesn't understand a Stop, and is ended all the same.
-    files.write_record("anew", msgspec.structs.replace(other.record, version="0.0.1"))
-    with pytest.raises(ConfigError, match=r"runs version 0\.0\.1.*stop --name anew"):
-        Backend.attach_or_start(1, "cpu", "anew")
-    assert "wrong  backend 'anew' runs version 0.0.1" in doctor()
-    assert main(["stop", "--name", "anew"]) == 0
+    files.write_record(alone, msgspec.structs.replace(other.record, version="0.0.1"))
+    with pytest.raises(ConfigError, match=rf"runs version 0\.0\.1.*stop --name {alone}"):
+        Backend.attach_or_start(1, "cpu", alone)
+    assert f"wrong  backend '{alone}' runs version 0.0.1" in doctor()
+    assert main(["stop", "--name", alone]) == 0
     assert not files.is_alive(other.record.agent_pid) and not files.is_alive(other.record.pid)
-    with pytest.raises(StartError, match="'anew' has ended"):
+    with pytest.raises(StartError, match=f"'{alone}' has ended"):
         other.status()
     other.stop()  # nothing to do, and nothing is started for it
-    assert files.read_record("anew") is None
+    assert files.read_record(alone) is None
 
 
 def test_a_backend_in_the_foreground_ends_with_its_process_and_between_restarts(runtime_folder: Path) -> None:
@@ -376,14 +390,3 @@ def test_versions_are_compared_by_release(
 def test_a_package_that_is_not_there_is_named() -> None:
     short = requirements.shortfall("no-such-package-of-ours>=1")
     assert short is not None and short.what == "needs no-such-package-of-ours>=1, found none"
-
-
-def test_a_stopped_backend_is_started_again_by_the_next_request(large: Path, runtime_folder: Path) -> None:
-    backend = Backend.attach_or_start(1, "cpu", "again")
-    try:
-        model = backend.load_model(large, MeshSpec(), "float32")
-        before = sample(model)
-        Backend.attach("again").stop()
-        assert torch.equal(sample(model), before)
-    finally:
-        Backend.attach("again").stop()

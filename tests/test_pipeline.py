@@ -118,8 +118,12 @@ def test_two_stages_equal_one_process_that_plays_both(
     assert_close(out, played_by_one(checkpoint(models, family), tuple(latent.shape), 2, patches))
 
 
-@pytest.mark.parametrize("patches", [2, 5])
-@pytest.mark.parametrize("mesh", PP4, ids=MeshSpec.describe)
+# Two patches are fewer than four stages; two stages with each number of patches are above.
+@pytest.mark.parametrize(
+    ("mesh", "patches"),
+    [*((mesh, 5) for mesh in PP4), (MeshSpec(pp=4), 2), (MeshSpec(pp=2, ring=2), 2)],
+    ids=lambda value: value.describe() if isinstance(value, MeshSpec) else None,
+)
 def test_mixtures_of_four_equal_one_process_that_plays_all(
     mesh: MeshSpec, patches: int, backend4: Backend, models: Path
 ) -> None:
@@ -151,7 +155,11 @@ def exact(backend4: Backend, models: Path) -> Tensor:
     return sampled(backend4, checkpoint(models), MeshSpec(dp=4), torch.zeros(3, 16, 14, 18), steps=3)
 
 
-@pytest.mark.parametrize("mesh", [m for m in MeshSpec.all_of(4) if m.pp > 1 or m.ring > 1], ids=MeshSpec.describe)
+# What stands beside pp and ring is in the mixtures: here are those alone, together, and on shares of the pictures.
+EXACT = [mesh for mesh in MeshSpec.all_of(4) if mesh.pp * mesh.ring * mesh.dp == 4 and mesh.dp < 4]
+
+
+@pytest.mark.parametrize("mesh", EXACT, ids=MeshSpec.describe)
 def test_warm_up_over_all_steps_is_exact(mesh: MeshSpec, exact: Tensor, backend4: Backend, models: Path) -> None:
     for warmup in (3, 9) if mesh == MeshSpec(pp=4) else (3,):
         out = sampled(backend4, checkpoint(models), mesh, torch.zeros(3, 16, 14, 18), steps=3, warmup_steps=warmup)
@@ -176,7 +184,7 @@ def test_nothing_survives_a_request_a_cancel_or_another_size(mesh: MeshSpec, bac
     wanted = sampled(backend2, path, mesh, first, warmup_steps=1)
     sampled(backend2, path, mesh, other, warmup_steps=1, seed=4)
     assert torch.equal(sampled(backend2, path, mesh, first, warmup_steps=1), wanted)
-    for last in (0, 1, 2, 3):
+    for last in (0, 1, 3):  # in warm-up, in the first displaced step, and when all ranks are at different steps
 
         def stop(step: Any, last: int = last) -> None:
             if step.index == last:
@@ -295,7 +303,7 @@ def test_what_cannot_be_had_is_refused_by_name(
 ) -> None:
     with pytest.raises(kind, match=words.replace("(", r"\(")):
         sampled(backend2, checkpoint(models), mesh, torch.zeros(1, 16, 16, 16), **settings)
-    assert torch.isfinite(sampled(backend2, checkpoint(models), mesh, torch.zeros(1, 16, 16, 16))).all()
+    assert torch.isfinite(sampled(backend2, checkpoint(models), mesh, torch.zeros(1, 16, 8, 8), steps=1)).all()
 
 
 def test_slices_are_refused_for_transformers(backend2: Backend, models: Path) -> None:

@@ -54,8 +54,15 @@ def alone_by_tokens(backend4: Backend, unets: Path) -> dict[int, Tensor]:
     return {tokens: whole(backend4, unets, MeshSpec(dp=4), tokens) for tokens in (77, 154)}
 
 
-@pytest.mark.parametrize("mesh", MeshSpec.all_of(4, UNET_AXES), ids=MeshSpec.describe)
-@pytest.mark.parametrize("tokens", [77, 154], ids=["one batch", "two branches"])
+# Prompts of two lengths are two branches: on one rank and on two, in bands. Shares of the pictures know nothing of it.
+@pytest.mark.parametrize(
+    ("mesh", "tokens"),
+    [
+        *((mesh, 77) for mesh in MeshSpec.all_of(4, UNET_AXES)),
+        *((mesh, 154) for mesh in (MeshSpec(patch=4), MeshSpec(cfg=2, patch=2))),
+    ],
+    ids=lambda value: value.describe() if isinstance(value, MeshSpec) else None,
+)
 def test_whole_pictures_are_those_of_one_process(
     mesh: MeshSpec, tokens: int, backend4: Backend, unets: Path, alone_by_tokens: dict[int, Tensor]
 ) -> None:
@@ -83,17 +90,15 @@ def test_displaced_pictures_come_nearer_with_warm_up(sampler: str, backend2: Bac
 
 @pytest.mark.parametrize(
     "mesh",
-    [MeshSpec(patch=2), MeshSpec(cfg=2, patch=2), MeshSpec(dp=2, patch=2)],
+    [MeshSpec(cfg=2, patch=2), MeshSpec(dp=2, patch=2)],
     ids=MeshSpec.describe,
 )
-def test_sliced_weights_change_memory_and_nothing_else(
-    mesh: MeshSpec, backend2: Backend, backend4: Backend, unets: Path
-) -> None:
-    backend, path = (backend2 if mesh.world_size == 2 else backend4), unets / "unet-tiny.safetensors"
+def test_sliced_weights_change_memory_and_nothing_else(mesh: MeshSpec, backend4: Backend, unets: Path) -> None:
+    backend, path = backend4, unets / "unet-tiny.safetensors"
     sliced = msgspec.structs.replace(mesh, sliced=True)
     loads = [backend.load_model(path, spec, "float32").loaded for spec in (mesh, sliced)]
     whole, part = (max(loaded.resident_bytes) for loaded in loads)
-    assert part < (0.75 if mesh.world_size == 2 or mesh.dp == 2 else 0.6) * whole
+    assert part < (0.75 if mesh.dp == 2 else 0.6) * whole
     assert torch.equal(sample(backend, path, sliced, tokens=154), sample(backend, path, mesh, tokens=154))
     expected = sample(backend, path, mesh, warmup_steps=1)
     assert torch.equal(sample(backend, path, sliced, warmup_steps=1), expected)
@@ -259,7 +264,7 @@ def test_files_of_other_kinds_are_refused_by_name(
 ) -> None:
     with pytest.raises(error, match=words):
         backend2.load_model(changed(tmp_path / "bad.safetensors", **changes), MeshSpec(patch=2), "float32")
-    assert sample(backend2, unets / "unet-tiny.safetensors", MeshSpec(patch=2)).std() > 0
+    assert sample(backend2, unets / "unet-tiny.safetensors", MeshSpec(patch=2), steps=1).std() > 0
 
 
 def test_axes_of_the_other_kind_are_refused_by_name(backend2: Backend, models: Path, unets: Path) -> None:

@@ -91,13 +91,11 @@ def rank_case(path: Path, spec: MeshSpec, folder: Path, patches: Patches, other:
 @pytest.mark.parametrize(
     ("file", "spec"),
     [
-        ("sd3.5-medium", MeshSpec()),
         ("sd3.5-medium", MeshSpec(tp=2)),
         ("sd3.5-large", MeshSpec(pp=2)),
         ("sd3-medium", MeshSpec(tp=3)),
         ("sd3-medium", MeshSpec(tp=2, pp=2)),
         ("unet-tiny", MeshSpec()),
-        ("unet-tiny", MeshSpec(patch=2, sliced=True)),
         ("unet-refiner", MeshSpec(cfg=2, patch=2, sliced=True)),
         ("unet-tiny diffusers", MeshSpec(patch=3, sliced=True)),
     ],

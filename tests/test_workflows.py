@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ TWINS = sorted((WORKFLOWS / "api").glob("*.json"))
 SIZE, STEPS = 128, 3
 
 
+Picture = np.ndarray[Any, Any]
+
+
 @pytest.fixture(scope="module")
 def editor(server: ComfyServer, default_backend: str, workflow_models: Path) -> ComfyServer:
     """A ComfyUI with the files that the workflows name; a picture to load."""
@@ -31,13 +35,23 @@ def editor(server: ComfyServer, default_backend: str, workflow_models: Path) -> 
     return server
 
 
+@pytest.fixture(scope="module")
+def object_info(editor: ComfyServer) -> dict[str, Any]:
+    return editor.get("/object_info")
+
+
+@pytest.fixture(scope="module")
+def pictures(editor: ComfyServer) -> Callable[[Path], Picture]:
+    """`run`, once for each workflow."""
+    return cache(partial(run, editor))
+
+
 def test_each_workflow_has_its_twin() -> None:
     assert TWINS and [p.name for p in TWINS] == sorted(p.name for p in WORKFLOWS.glob("*.json"))
 
 
 @pytest.mark.parametrize("path", TWINS, ids=lambda p: p.stem)
-def test_the_editors_form_is_made_of_the_api_form(path: Path, editor: ComfyServer) -> None:
-    object_info = editor.get("/object_info")
+def test_the_editors_form_is_made_of_the_api_form(path: Path, object_info: dict[str, Any]) -> None:
     prompt, workflow = json.loads(path.read_text()), json.loads((WORKFLOWS / path.name).read_text())
     assert ui_workflow(prompt, object_info) == workflow, "run scripts/ui_workflow.py"
     assert api_prompt(workflow, object_info) == prompt
@@ -53,7 +67,7 @@ def small(prompt: dict[str, Any]) -> dict[str, Any]:
     return prompt
 
 
-def run(editor: ComfyServer, path: Path) -> np.ndarray[Any, Any]:
+def run(editor: ComfyServer, path: Path) -> Picture:
     """The picture that the workflow saves; those of the demo are small as they are. Models of the others leave after it."""
     prompt = json.loads(path.read_text())
     if is_demo(path):
@@ -67,7 +81,7 @@ def is_demo(path: Path) -> bool:
     return path.stem.startswith("demo")
 
 
-def picture_of(editor: ComfyServer, prompt: dict[str, Any]) -> np.ndarray[Any, Any]:
+def picture_of(editor: ComfyServer, prompt: dict[str, Any]) -> Picture:
     outcome = editor.run(prompt)
     assert outcome.error is None, outcome.error
     (save,) = (node_id for node_id, node in prompt.items() if node["class_type"] == "SaveImage")
@@ -76,25 +90,25 @@ def picture_of(editor: ComfyServer, prompt: dict[str, Any]) -> np.ndarray[Any, A
 
 
 @pytest.mark.parametrize("path", TWINS, ids=lambda p: p.stem)
-def test_workflow_saves_a_picture(path: Path, editor: ComfyServer) -> None:
-    picture = run(editor, path)
+def test_workflow_saves_a_picture(path: Path, pictures: Callable[[Path], Picture]) -> None:
+    picture = pictures(path)
     side = 128 if is_demo(path) else 3 * SIZE // 2 if "hires" in path.stem else SIZE
     assert picture.shape == (side, side, 3) and picture.std() > 0
 
 
 @pytest.mark.parametrize("name", ["sd35", "demo", "demo_sdxl"])
-def test_both_samplers_give_one_picture(name: str, editor: ComfyServer) -> None:
-    pictures = [run(editor, WORKFLOWS / "api" / f"{name}_text_to_image{end}.json") for end in ("", "_ksampler")]
-    difference = np.abs(pictures[0].astype(int) - pictures[1].astype(int))
+def test_both_samplers_give_one_picture(name: str, pictures: Callable[[Path], Picture]) -> None:
+    both = [pictures(WORKFLOWS / "api" / f"{name}_text_to_image{end}.json") for end in ("", "_ksampler")]
+    difference = np.abs(both[0].astype(int) - both[1].astype(int))
     assert difference.max() <= 1
 
 
 def test_the_demos_picture_shows_its_caption_on_our_ranks_and_in_stock_comfyui(
-    editor: ComfyServer, workflow_models: Path
+    editor: ComfyServer, workflow_models: Path, pictures: Callable[[Path], Picture]
 ) -> None:
     path = WORKFLOWS / "api" / "demo_text_to_image_ksampler.json"
     prompt = json.loads(path.read_text())
-    ours = run(editor, path)
+    ours = pictures(path)
     assert shows(Image.fromarray(ours), parse(caption_of(prompt)))
     (loader,) = (node for node in prompt.values() if node["class_type"] == "LoadParallelMMDiT")
     with lent(workflow_models / "diffusion_models" / "of_the_demo.safetensors", MMDIT.path.read_bytes()):
@@ -124,13 +138,13 @@ def listed(editor: ComfyServer, node: str, name: str) -> list[str]:
     return [choice for choice in choices if "parallel_demo" in choice]
 
 
-def test_the_demos_files_are_listed_by_this_packs_nodes_alone(editor: ComfyServer) -> None:
+def test_the_demos_files_are_listed_by_this_packs_nodes_alone(editor: ComfyServer, object_info: dict[str, Any]) -> None:
     assert listed(editor, "UNETLoader", "unet_name") == []
     assert listed(editor, "VAELoader", "vae_name") == []
     assert listed(editor, "LoadParallelMMDiT", "model_name") == ["parallel_demo/mmdit.safetensors"]
     assert listed(editor, "LoadParallelUNet", "model_name") == ["parallel_demo/unet.safetensors"]
     assert listed(editor, "PatchParallelVAE", "vae_name") == ["parallel_demo/taesd3", "parallel_demo/taesdxl"]
-    assert not any("parallel_demo" in str(node) for name, node in editor.get("/object_info").items() if is_core(node))
+    assert not any("parallel_demo" in str(node) for node in object_info.values() if is_core(node))
 
 
 def is_core(node: dict[str, Any]) -> bool:
@@ -147,18 +161,20 @@ def test_a_users_own_file_goes_before_the_demos(editor: ComfyServer, workflow_mo
 
 
 @pytest.mark.parametrize("name", ["text_to_image", "displaced"])
-def test_the_demos_unet_draws_its_caption(name: str, editor: ComfyServer) -> None:
+def test_the_demos_unet_draws_its_caption(name: str, pictures: Callable[[Path], Picture]) -> None:
     path = WORKFLOWS / "api" / f"demo_sdxl_{name}.json"
-    assert shows(Image.fromarray(run(editor, path)), parse(caption_of(json.loads(path.read_text()))))
+    assert shows(Image.fromarray(pictures(path)), parse(caption_of(json.loads(path.read_text()))))
 
 
-def test_a_graph_from_before_demo_caption_had_a_model_is_the_graph_that_it_was(editor: ComfyServer) -> None:
+def test_a_graph_from_before_demo_caption_had_a_model_is_the_graph_that_it_was(
+    editor: ComfyServer, pictures: Callable[[Path], Picture]
+) -> None:
     path = WORKFLOWS / "api" / "demo_text_to_image.json"
     prompt = json.loads(path.read_text())
     for node in prompt.values():
         if node["class_type"] == "DemoCaption":
             del node["inputs"]["model"]
-    assert (picture_of(editor, prompt) == run(editor, path)).all()
+    assert (picture_of(editor, prompt) == pictures(path)).all()
 
 
 def caption_of(prompt: dict[str, Any]) -> str:

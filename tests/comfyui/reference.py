@@ -25,7 +25,7 @@ def main(comfy_folder, model_path, cases_path, out_path):
     import comfy_extras.nodes_model_advanced
 
     comfy.supported_models.models.append(shims.narrow_sdxl(comfy.supported_models.SDXL))
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     models, results = {}, {}
     with safe_open(cases_path, framework="pt") as file, torch.inference_mode():
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict

@@ -30,7 +30,7 @@ class Twins:
         import comfy.supported_models
 
         comfy.supported_models.models.append(shims.narrow_sdxl(comfy.supported_models.SDXL))
-        torch.set_num_threads(2)
+        torch.set_num_threads(1)
         self.comfy, self.folder = comfy, folder
         spec = importlib.util.spec_from_file_location("pack", f"{pack}/__init__.py", submodule_search_locations=[pack])
         sys.modules["pack"] = importlib.util.module_from_spec(spec)
