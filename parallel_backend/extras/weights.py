@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -146,13 +147,20 @@ class PatchedWeights:
     ) -> None:
         self._held, self._source, self._place, self._later = held, source, place, later
         self._lying: dict[str, tuple[Any, ...]] = {}
+        self._worn: Patches | None = Patches()
 
     def wear(self, patches: Patches, files: PatchFiles, beat: Callable[[], object] = lambda: None) -> Swap:
         """These patches, and no others, lie on the weights; only those weights change that must.
 
-        Raises: InputError: a patch of another size, or of no weight of this model. UnknownPatchesError: a file that isn't there. CheckpointError: the
-            checkpoint has changed or is gone. Then each weight is whole, with its former patches or the new ones.
+        Raises:
+            InputError: a patch of another size, or of no weight of this model.
+            UnknownPatchesError: a file that isn't there.
+            CheckpointError: the checkpoint has changed or is gone.
+            Then each weight is whole, with its former patches or the new ones.
         """
+        if patches == self._worn:  # as at most evaluations
+            return Swap()
+        self._worn = None
         start, read = time.perf_counter(), self._source.bytes_read
         wanted = files.by_parameter(patches, self._place)
         for name in wanted.keys() - set(self._source.names()):
@@ -162,14 +170,18 @@ class PatchedWeights:
         here = [name for name in changed if name in self._held or name in self._later]
         if here:
             self._source.check_unchanged()
+        onto_device = cache(placing)  # its pinned buffers are made once for all weights
         for name in here:
             beat()
-            self._change(name, wanted.get(name, []))
+            self._change(name, wanted.get(name, []), onto_device)
             self._lying[name] = marks.get(name, ())
         self._lying = {name: mark for name, mark in self._lying.items() if mark}
+        self._worn = patches
         return Swap(len(here), self._source.bytes_read - read, time.perf_counter() - start)
 
-    def _change(self, name: str, patches: Sequence[Patch]) -> None:
+    def _change(
+        self, name: str, patches: Sequence[Patch], onto_device: Callable[[torch.device], Callable[..., Tensor]]
+    ) -> None:
         if name in self._later:
             if not all(patch.is_whole for patch in patches):
                 raise InputError(f"A product can't be added to {name}.", "Give what takes its place.")
@@ -177,7 +189,7 @@ class PatchedWeights:
             return
         held = self._held[name]
         parameter = held.parameter
-        base = placing(parameter.device)(self._source.read(name, held.shard), parameter.dtype)
+        base = onto_device(parameter.device)(self._source.read(name, held.shard), parameter.dtype)
         if patches:
             local = base.float().reshape(base.shape[0], -1)
             for patch in patches:
