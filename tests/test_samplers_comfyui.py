@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui.installation import ComfyInstallation
-from comfyui.ksampler import assert_latents_equal, assert_sigmas_equal, ksampler_latents, sampled
+from comfyui.ksampler import MASKED_BY_DEGREES, assert_latents_equal, assert_sigmas_equal, ksampler_latents, sampled
 from torch import Tensor
 
 from parallel_backend import Backend, MeshSpec
@@ -45,15 +45,7 @@ CASES = {
     "shift 5": {"sampler": "dpmpp_2m", "scheduler": "sgm_uniform", "shift": 5.0},
     "mask": {"sampler": "euler_ancestral", "scheduler": "simple", "latent": "image", "mask": "mask", "denoise": 0.8},
     "mask, ddim": {"sampler": "ddim", "scheduler": "ddim_uniform", "latent": "image", "mask": "mask"},
-    "mask of degrees, rescaled": {
-        "sampler": "dpmpp_2m",
-        "scheduler": "simple",
-        "latent": "image",
-        "mask": "ramp",
-        "differential": 0.8,
-        "rescale_cfg": 0.7,
-        "cfg": 4.5,
-    },
+    "mask of degrees, rescaled": MASKED_BY_DEGREES,
     "batch": {"sampler": "euler", "scheduler": "normal", "latent": "batch", "batch_index": [3, 5, 4]},
     "one draw for all": {"sampler": "euler", "scheduler": "normal", "latent": "batch", "batch_index": [4]},
     "one latent for all draws": {"sampler": "euler", "scheduler": "normal", "latent": "image", "batch_index": [1, 0]},

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from comfyui.installation import ComfyInstallation
-from comfyui.ksampler import assert_latents_equal, assert_sigmas_equal, ksampler_latents, sampled
+from comfyui.ksampler import MASKED_BY_DEGREES, assert_latents_equal, assert_sigmas_equal, ksampler_latents, sampled
 from comfyui.prompts import Prompt, conditioning, mesh, out, sampler, save_latent
 from comfyui.server import ComfyServer
 from test_comfyui_nodes import latent_of
@@ -50,15 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
     "guidance": {"sampler": "dpmpp_2m", "scheduler": "karras", "cfg": 4.5},
     "image": {"sampler": "dpmpp_2m_sde", "scheduler": "karras", "latent": "image", "denoise": 0.6},
     "mask": {"sampler": "euler_ancestral", "scheduler": "simple", "latent": "image", "mask": "mask", "denoise": 0.8},
-    "mask of degrees, rescaled": {
-        "sampler": "dpmpp_2m",
-        "scheduler": "simple",
-        "latent": "image",
-        "mask": "ramp",
-        "differential": 0.8,
-        "rescale_cfg": 0.7,
-        "cfg": 4.5,
-    },
+    "mask of degrees, rescaled": MASKED_BY_DEGREES,
     "batch": {"sampler": "euler", "scheduler": "normal", "latent": "batch", "batch_index": [3, 5]},
     "sizes": {"sampler": "euler", "scheduler": "normal", "options": SIZES, "cfg": 3.0},
     **{

@@ -20,6 +20,17 @@ from parallel_backend.sampling.schedules import sigmas_for
 
 from .installation import HERE, ComfyInstallation
 
+# A case of any model family: the loop's own DifferentialDiffusion and RescaleCFG.
+MASKED_BY_DEGREES = {
+    "sampler": "dpmpp_2m",
+    "scheduler": "simple",
+    "latent": "image",
+    "mask": "ramp",
+    "differential": 0.8,
+    "rescale_cfg": 0.7,
+    "cfg": 4.5,
+}
+
 
 def ksampler_latents(
     comfy: ComfyInstallation, model: Path, inputs: dict[str, Tensor], cases: Mapping[str, Any], folder: Path

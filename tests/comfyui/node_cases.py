@@ -211,63 +211,53 @@ def same(model):
 def cases(twins):
     for name, files in MODELS.items():
         local, _ = twins.pair(name, *files)
-        for case, change in model_nodes(twins, name).items():
-            yield name, case, change, {}
-        for case, (positive, negative) in prompts(twins, name, local).items():
-            yield name, case, same, {"positive": positive, "negative": negative}
-        yield name, "InpaintModelConditioning", same, {"of": inpainted(twins)}
-        yield name, "a pack's callback", same, {"of": told(twins)}
-        for owner, function in ((comfy.samplers, "sampling_function"), (core_samplers, "sample_euler")):
-            yield name, f"a pack's {function}", same, {"of": replaced(twins, owner, function)}
-        yield name, "SetLatentNoiseMask", same, {"noise_mask": masked(twins, local)}
-        yield (
-            name,
-            "mask and DifferentialDiffusion",
-            model_nodes(twins, name)["DifferentialDiffusion"],
-            {"noise_mask": masked(twins, local)},
-        )
-        yield (
-            name,
-            "KSamplerAdvanced, start and end",
-            same,
-            {"start_step": 1, "last_step": 3, "steps": 5, "denoise": 1.0},
-        )
-        yield (
-            name,
-            "KSamplerAdvanced, no noise",
-            same,
-            {
-                "disable_noise": True,
-                "start_step": 1,
-                "steps": 3,
-                "denoise": 1.0,
-                "force_full_denoise": True,
-                "last_step": 2,
-            },
-        )
-        yield name, "denoise 0", same, {"denoise": 0.0}
-        yield name, "cfg 1", same, {"cfg": 1.0}
-        for sampler in ("dpmpp_2m_sde", "dpmpp_2m_sde_gpu", "ddim", "uni_pc_bh2", "dpm_fast", "euler_cfg_pp"):
-            yield name, f"sampler {sampler}", same, {"sampler": sampler, "steps": 3}
-        basic = lambda model: call(custom.BasicScheduler, model=model, scheduler="karras", steps=3, denoise=0.7)  # noqa: E731
-        select = call(custom.KSamplerSelect, sampler_name="dpmpp_2m")
-        fast = call(custom.KSamplerSelect, sampler_name="dpm_fast")  # which step is its last nobody knows
-        ancestral = call(custom.SamplerEulerAncestral, eta=1.0, s_noise=1.0)
-        damped = call(custom.SamplerEulerAncestral, eta=0.5, s_noise=1.0)
-        yield name, "SamplerCustomAdvanced", same, {"of": advanced_sampler(twins, select, basic)}
-        yield (
-            name,
-            "SamplerCustomAdvanced, BasicGuider",
-            same,
-            {"of": advanced_sampler(twins, fast, basic, basic=True)},
-        )
-        yield (
-            name,
-            "SamplerCustomAdvanced, DisableNoise",
-            same,
-            {"of": advanced_sampler(twins, select, basic, noise_seed=0)},
-        )
-        yield name, "SamplerEulerAncestral", same, {"of": advanced_sampler(twins, ancestral, basic)}
-        yield name, "SamplerEulerAncestral, eta 0.5", same, {"of": advanced_sampler(twins, damped, basic)}
-        flipped = lambda model, basic=basic: call(custom.FlipSigmas, sigmas=basic(model))  # noqa: E731
-        yield name, "FlipSigmas", same, {"of": advanced_sampler(twins, select, flipped)}
+        for case in (*hung_cases(twins, name, local), *sampling_cases(twins, local), *custom_cases(twins)):
+            yield name, *case
+
+
+def hung_cases(twins, name, model):
+    """Nodes on the MODEL and on CONDITIONING, and what packs put in place of ComfyUI's own."""
+    changes = model_nodes(twins, name)
+    for case, change in changes.items():
+        yield case, change, {}
+    for case, (positive, negative) in prompts(twins, name, model).items():
+        yield case, same, {"positive": positive, "negative": negative}
+    yield "InpaintModelConditioning", same, {"of": inpainted(twins)}
+    yield "a pack's callback", same, {"of": told(twins)}
+    for owner, function in ((comfy.samplers, "sampling_function"), (core_samplers, "sample_euler")):
+        yield f"a pack's {function}", same, {"of": replaced(twins, owner, function)}
+    yield "mask and DifferentialDiffusion", changes["DifferentialDiffusion"], {"noise_mask": masked(twins, model)}
+
+
+def sampling_cases(twins, model):
+    """What KSampler and KSamplerAdvanced are told."""
+    yield "SetLatentNoiseMask", same, {"noise_mask": masked(twins, model)}
+    whole = {"denoise": 1.0}
+    yield "KSamplerAdvanced, start and end", same, {"start_step": 1, "last_step": 3, "steps": 5, **whole}
+    no_noise = {"disable_noise": True, "start_step": 1, "steps": 3, "force_full_denoise": True, "last_step": 2}
+    yield "KSamplerAdvanced, no noise", same, {**no_noise, **whole}
+    yield "denoise 0", same, {"denoise": 0.0}
+    yield "cfg 1", same, {"cfg": 1.0}
+    for sampler in ("dpmpp_2m_sde", "dpmpp_2m_sde_gpu", "ddim", "uni_pc_bh2", "dpm_fast", "euler_cfg_pp"):
+        yield f"sampler {sampler}", same, {"sampler": sampler, "steps": 3}
+
+
+def custom_cases(twins):
+    """Custom sampling."""
+
+    def basic(model):
+        return call(custom.BasicScheduler, model=model, scheduler="karras", steps=3, denoise=0.7)
+
+    def flipped(model):
+        return call(custom.FlipSigmas, sigmas=basic(model))
+
+    select = call(custom.KSamplerSelect, sampler_name="dpmpp_2m")
+    fast = call(custom.KSamplerSelect, sampler_name="dpm_fast")  # which step is its last nobody knows
+    ancestral = call(custom.SamplerEulerAncestral, eta=1.0, s_noise=1.0)
+    damped = call(custom.SamplerEulerAncestral, eta=0.5, s_noise=1.0)
+    yield "SamplerCustomAdvanced", same, {"of": advanced_sampler(twins, select, basic)}
+    yield "SamplerCustomAdvanced, BasicGuider", same, {"of": advanced_sampler(twins, fast, basic, basic=True)}
+    yield "SamplerCustomAdvanced, DisableNoise", same, {"of": advanced_sampler(twins, select, basic, noise_seed=0)}
+    yield "SamplerEulerAncestral", same, {"of": advanced_sampler(twins, ancestral, basic)}
+    yield "SamplerEulerAncestral, eta 0.5", same, {"of": advanced_sampler(twins, damped, basic)}
+    yield "FlipSigmas", same, {"of": advanced_sampler(twins, select, flipped)}
