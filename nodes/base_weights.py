@@ -12,7 +12,7 @@ import comfy.utils
 from safetensors import safe_open
 from torch import Tensor
 
-from ..parallel_backend.checkpoint_files.diffusion_part import PREFIX
+from ..parallel_backend.checkpoint_files.diffusion_part import DIFFUSION_PREFIX
 from ..parallel_backend.checkpoint_files.safetensors_file import PICKLED, check_stamp, safetensors_header, stamp
 
 
@@ -28,7 +28,7 @@ class BaseWeights(Mapping[str, Tensor]):
     def __init__(self, path: Path, unet_config: Mapping[str, Any]) -> None:
         self.path, self._stamp = path, stamp(path)
         names = [] if path.suffix in PICKLED else [n for n in safetensors_header(path) if n != "__metadata__"]
-        prefix = PREFIX if any(name.startswith(PREFIX) for name in names) else ""
+        prefix = DIFFUSION_PREFIX if any(name.startswith(DIFFUSION_PREFIX) for name in names) else ""
         self._in_file = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
         self._is_joined = "transformer_blocks.0.attn.add_q_proj.weight" in self._in_file
         if "down_blocks.0.resnets.0.conv1.weight" in self._in_file:

@@ -145,6 +145,5 @@ class ParallelSampler(io.ComfyNode):
                 "ParallelSampler needs a parallel MODEL.",
                 "Use KSampler for this one, or put Parallelize Model before it.",
             )
-        asked = Displaced(warmup_steps, num_patches) if displaced else None
-        parallel = model if asked is None else with_displaced(model, asked)
+        parallel = with_displaced(model, Displaced(warmup_steps, num_patches)) if displaced else model
         return io.NodeOutput(sample(parallel, Settings(**settings), positive, negative, latent_image))

@@ -21,6 +21,7 @@ from ..parallel_backend.client.remote import Step
 from ..parallel_backend.rpc.messages import Preview, Result
 from .core_memory import interruptible
 from .hung.displaced_steps import Displaced, displaced_of
+from .hung.known_functions import closed_over
 from .hung.loop import Loop, read_loop
 from .hung.refusal import refuse
 from .node_text import say
@@ -95,12 +96,12 @@ def preview_for(callback: Any) -> Preview:
         return "none"
     if not isinstance(callback, FunctionType) or callback.__module__ != latent_preview.__name__:
         return "all"  # a pack's own, of any kind
-    seen = dict(zip(callback.__code__.co_freevars, callback.__closure__ or (), strict=True))
+    seen = closed_over(callback)
     if not {"previewer", "x0_output_dict"} <= seen.keys():
         return "all"
-    if seen["previewer"].cell_contents:
+    if seen["previewer"]:
         return "all"
-    return "last" if seen["x0_output_dict"].cell_contents is not None else "none"
+    return "last" if seen["x0_output_dict"] is not None else "none"
 
 
 def price(result: Result | None) -> str:

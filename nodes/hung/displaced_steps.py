@@ -17,8 +17,8 @@ class Displaced:
     num_patches: int = 0
 
 
-def with_displaced(model: ModelPatcher, displaced: Displaced | None) -> ModelPatcher:
-    """A clone of the MODEL that asks for them; for None, one that asks for exact steps."""
+def with_displaced(model: ModelPatcher, displaced: Displaced) -> ModelPatcher:
+    """A clone of the MODEL that asks for them."""
     clone = model.clone()
     clone.set_attachments(_KEY, displaced)
     return clone

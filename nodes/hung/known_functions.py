@@ -30,16 +30,17 @@ def known_functions(options: Mapping[str, Any], *, is_flow: bool) -> tuple[dict[
         function: Any = options.get(option)
         if getattr(function, "__module__", "") != module or not function.__qualname__.startswith(node):
             continue
-        closed_over = _closed_over(function)
-        if option == "sampler_cfg_function" and closed_over.get("is_flow", False) != is_flow:
+        made_with = closed_over(function)
+        if option == "sampler_cfg_function" and made_with.get("is_flow", False) != is_flow:
             continue  # made for the other kind of models; older cores' is for all, and not the backend's on flow models
-        values = {name: closed_over.get(theirs, -1.0) for name, theirs in named.items()}
+        values = {name: made_with.get(theirs, -1.0) for name, theirs in named.items()}
         if all(0 <= value <= 1 for value in values.values()):
             settings |= {name: float(value) for name, value in values.items()}
             del others[option]
     return settings, others
 
 
-def _closed_over(function: Callable[..., Any]) -> dict[str, Any]:
+def closed_over(function: Callable[..., Any]) -> dict[str, Any]:
+    """What a function made inside another has of it, by name."""
     cells = function.__closure__ or ()
     return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True))

@@ -10,7 +10,7 @@ from typing import Any
 from .safetensors_file import PICKLED, files_of, safetensors_header
 
 # In a checkpoint that has text encoders and a VAE beside it.
-PREFIX = "model.diffusion_model."
+DIFFUSION_PREFIX = "model.diffusion_model."
 # Of SD3 from scratch: no other family has a tensor of this name.
 FROM_SCRATCH_MARK = "blocks.0.attn.query_proj_x.weight"
 
@@ -23,9 +23,9 @@ def diffusion_entries(path: Path, beside: Collection[str] = ()) -> dict[str, Any
         for name, entry in safetensors_header(file).items()
         if name != "__metadata__"
     }
-    if any(name.startswith(PREFIX) for name in entries):
-        kept = (name for name in entries if name.startswith(PREFIX) or name in beside)
-        entries = {name.removeprefix(PREFIX): entries[name] for name in kept}
+    if any(name.startswith(DIFFUSION_PREFIX) for name in entries):
+        kept = (name for name in entries if name.startswith(DIFFUSION_PREFIX) or name in beside)
+        entries = {name.removeprefix(DIFFUSION_PREFIX): entries[name] for name in kept}
     return entries
 
 

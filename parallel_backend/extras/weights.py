@@ -42,10 +42,8 @@ class PatchFiles:
 
     def opened(self, name: str) -> tuple[list[PatchEntry], Any]:
         """Raises: InputError, CheckpointError: not a patch file. UnknownPatchesError: it isn't there."""
-        if not is_patch_file(name):
-            raise InputError(f"{name!r} is no name of a patch file.", "Name one that a client has written.")
+        path = self._path(name)
         if name not in self._open:
-            path = self._folder / name
             if not path.is_file():
                 raise UnknownPatchesError(f"The patch file {name} is not there.", "Run the prompt again.")
             self._open[name] = entries_of(path), safe_open(path, framework="pt", device="cpu")
@@ -59,16 +57,21 @@ class PatchFiles:
 
         Raises: InputError: no name of a patch file. CheckpointError: it can't be written.
         """
-        if not is_patch_file(name):
-            raise InputError(f"{name!r} is no name of a patch file.", "Name one that a client has written.")
+        path = self._path(name)
         if int(os.environ.get("LOCAL_RANK", 0)) != 0:
             return
-        append_part(self._folder / name, part, data, last=last)
+        append_part(path, part, data, last=last)
         if last:
             self._sent = [*(sent for sent in self._sent if sent != name), name]
             for old in self._sent[:-SENT_FILES]:
                 (self._folder / old).unlink(missing_ok=True)
             self._sent = self._sent[-SENT_FILES:]
+
+    def _path(self, name: str) -> Path:
+        """Raises: InputError: no name of a patch file."""
+        if not is_patch_file(name):
+            raise InputError(f"{name!r} is no name of a patch file.", "Name one that a client has written.")
+        return self._folder / name
 
     def by_parameter(self, patches: Patches, place: Place) -> dict[str, list[Patch]]:
         """In their order. Raises: as `opened`; InputError: not a scale for each product."""

@@ -22,7 +22,6 @@ from ..errors import CancelledError, CheckpointError, UnsupportedError
 from .shared_reading import readers, sizes_of
 from .staging import placing
 
-DIFFUSION_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 _READABLE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..checkpoint_files.diffusion_part import DIFFUSION_PREFIX
 from ..distributed.tensor_parallel import Shard
 from ..errors import CheckpointError
-from .checkpoint import DIFFUSION_PREFIX, Piece, RenamedSource, SafetensorsSource, TensorSource
+from .checkpoint import Piece, RenamedSource, SafetensorsSource, TensorSource
 from .mmdit import HEAD_DIM, MMDiTConfig
 
 POS_EMBED = "pos_embed"

@@ -6,8 +6,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from ..checkpoint_files.diffusion_part import DIFFUSION_PREFIX
 from ..errors import CheckpointError, InputError, UnsupportedError
-from .checkpoint import DIFFUSION_PREFIX, Piece, RenamedSource, SafetensorsSource
+from .checkpoint import Piece, RenamedSource, SafetensorsSource
 from .unet import HEAD_DIM, UNetConfig
 
 # (context width, micro-conditioning width) of the families.
