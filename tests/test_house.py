@@ -30,9 +30,10 @@ ALLOWED = {
     "rpc": {"config", "errors", "version"},
     "distributed": {"config", "errors"},
     "sampling": {"config", "errors"},
-    "models": {"distributed", "checkpoint_files", "config", "errors"},
+    "quantized": {"checkpoint_files", "errors"},
+    "models": {"quantized", "distributed", "checkpoint_files", "config", "errors"},
     "client": {"rpc", "checkpoint_files", "config", "errors", "version"},
-    "extras": {"models", "distributed", "checkpoint_files", "rpc", "errors"},
+    "extras": {"models", "quantized", "distributed", "checkpoint_files", "rpc", "errors"},
     "serving": {"rpc", "errors", "version"},
     "rank": {
         *("extras", "serving", "sampling", "models", "distributed"),
@@ -65,7 +66,7 @@ RANK_ORDER = (
     *("lean_imports", "jobs", "room", "allowed_files", "pulse", "watch", "world", "place", "kept_tensors", "residents"),
     *("sample", "engine", "one_process", "server"),
 )
-KNOWN_TO_NODES = {"config", "errors", "client", "rpc", "checkpoint_files", "demo", "workflow_files"}
+KNOWN_TO_NODES = {"config", "errors", "client", "rpc", "checkpoint_files", "demo", "workflow_files", "quantized"}
 
 
 def imported_parts(file: Path, package: Path) -> set[str]:

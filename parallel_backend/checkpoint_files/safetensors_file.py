@@ -13,6 +13,7 @@ _SAMPLES = 256
 _SAMPLE_BYTES = 4096
 # Files that torch's weights-only reader opens: only from-scratch SD3 models come so.
 PICKLED = (".pkl",)
+_OTHER_HEADERS = (*PICKLED, ".gguf")
 Stamp: TypeAlias = tuple[int, int, int]
 
 
@@ -76,12 +77,12 @@ def content_key(path: Path, *, timed: bool = True) -> str:
     """
     digest = hashlib.sha256()
     for file in files_of(path):
-        if file.suffix not in PICKLED:
+        if file.suffix not in _OTHER_HEADERS:
             safetensors_header(file)
         stat = file.stat()
         digest.update(f"{stat.st_size} {stat.st_mtime_ns if timed else 0}".encode())
         with file.open("rb") as opened:
-            if file.suffix not in PICKLED:
+            if file.suffix not in _OTHER_HEADERS:
                 digest.update(opened.read(8 + int.from_bytes(opened.read(8), "little")))
             for sample in range(_SAMPLES):
                 opened.seek(stat.st_size * sample // _SAMPLES)

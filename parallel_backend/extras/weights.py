@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,6 +23,7 @@ from ..checkpoint_files.patch_file import DOWN, UP, PatchEntry, append_part, ent
 from ..errors import InputError, UnknownPatchesError
 from ..models.checkpoint import HeldWeight, TensorSource
 from ..models.staging import placing
+from ..quantized.weight import Product, QuantizedWeight
 from ..rpc.messages import Patches, Swap
 
 OPEN_FILES = 4
@@ -114,6 +115,23 @@ class Patch:
 
         Args:
             local: (kept rows, kept columns), fp32: a kernel is a matrix, all dims after the first are one.
+        Raises: as `_cut`.
+        """
+        for here, left, down in self._cut(held, torch.float32):
+            if down is None:
+                local[here] = left
+            else:
+                local[here].addmm_(left, down, alpha=self.scale)
+
+    def products(self, held: HeldWeight, dtype: torch.dtype) -> Iterator[Product]:
+        """Those that lie beside this rank's part of a quantised weight. Raises: as `_cut`."""
+        for here, left, down in self._cut(held, dtype):
+            assert down is not None
+            yield Product(here, left, down, self.scale)
+
+    def _cut(self, held: HeldWeight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """Where some of it lies on this rank's rows: those rows, and its two factors there, or its values and None.
+
         Raises: InputError: of another size than the weight.
         """
         left, right = self.file.get_slice(self.tensors[0]), self.file.get_slice(self.tensors[-1])
@@ -124,13 +142,11 @@ class Patch:
                 f"A patch on {self.weight} has {rows} x {columns} values, and lies on {full_rows} x {full_columns}.",
                 "It was made for another model: remove its node.",
             )
-        wanted_columns = held.columns
-        down = None if self.is_whole else _matrix(right[:], local.device)[:, wanted_columns]
+        device, wanted_columns = held.parameter.device, held.columns
+        down = None if self.is_whole else _matrix(right[:], device, dtype)[:, wanted_columns]
         for here, there in held.rows_of(self.first, rows):
-            if down is None:
-                local[here] = _matrix(left[there], local.device)[:, wanted_columns]
-            else:
-                local[here].addmm_(_matrix(left[there], local.device), down, alpha=self.scale)
+            found = _matrix(left[there], device, dtype)
+            yield here, found if down is not None else found[:, wanted_columns], down
 
 
 class PatchedWeights:
@@ -192,6 +208,9 @@ class PatchedWeights:
             return
         held = self._held[name]
         parameter = held.parameter
+        if isinstance(parameter, QuantizedWeight):
+            _lay_beside(parameter, held, patches)
+            return
         base = onto_device(parameter.device)(self._source.read(name, held.shard), parameter.dtype)
         if patches:
             local = base.float().reshape(base.shape[0], -1)
@@ -201,6 +220,18 @@ class PatchedWeights:
         parameter.data.copy_(base)
 
 
-def _matrix(part: Tensor, device: torch.device) -> Tensor:
-    """In fp32, all dims after the first as one."""
-    return part.to(device, torch.float32).reshape(part.shape[0], -1)
+def _lay_beside(weight: QuantizedWeight, held: HeldWeight, patches: Sequence[Patch]) -> None:
+    """These patches, and no others, lie on a weight that stays quantised: nothing of it is quantised again."""
+    weight.wear(())
+    if not any(patch.is_whole for patch in patches):
+        weight.wear(product for patch in patches for product in patch.products(held, weight.dtype))
+        return
+    local = weight.dequantized().float().reshape(weight.shape[0], -1)
+    for patch in patches:
+        patch.onto(local, held)
+    weight.wear((), local.reshape(weight.shape).to(weight.dtype))
+
+
+def _matrix(part: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """All dims after the first as one."""
+    return part.to(device, dtype).reshape(part.shape[0], -1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,8 +20,9 @@ from ..checkpoint_files.safetensors_file import check_stamp, files_of, safetenso
 from ..distributed.mesh import MeshAxis
 from ..distributed.tensor_parallel import Shard, ShardedParameter
 from ..errors import CancelledError, CheckpointError, UnsupportedError
+from ..quantized.weight import QuantizedWeight
 from .shared_reading import readers, sizes_of
-from .staging import placing
+from .staging import Place, placing
 
 VAE_PREFIX = "first_stage_model."
 _READABLE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -35,7 +37,14 @@ class TensorSource(Protocol):
     def bytes_read(self) -> int: ...
     def names(self) -> list[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
-    def read(self, name: str, shard: Shard | None = None) -> Tensor: ...
+    def read(self, name: str, shard: Shard | None = None) -> Tensor:
+        """That part of the tensor, in the file's dtype; a `QuantizedWeight` where the file has it quantised."""
+        ...
+
+    def held_bytes(self, name: str, shard: Shard | None) -> int | None:
+        """About what that part takes where it stays quantised; None where it isn't quantised."""
+        ...
+
     def check_unchanged(self) -> None:
         """Raises: CheckpointError: the file is not the one any more that was opened."""
         ...
@@ -72,13 +81,20 @@ class SafetensorsSource:
             )
         return _READABLE[kind]
 
+    def held_bytes(self, name: str, shard: Shard | None) -> int | None:
+        return None
+
     def read(self, name: str, shard: Shard | None = None) -> Tensor:
         self.dtype(name)
+        return self._stored(name, shard)
+
+    def _stored(self, name: str, shard: Shard | None = None) -> Tensor:
+        """That part of what the file has under the name, whatever it means."""
         opened = self._handle(self._file_of[name])
         try:
             view = opened.get_slice(self.prefix + name)
             if shard is None:
-                parts = [view[...] if not self.shape(name) else view[:]]
+                parts = [view[:] if view.get_shape() else view[...]]
             else:
                 index = (slice(None),) * shard.dim
                 parts = [view[(*index, slice(start, stop))] for start, stop in shard.ranges]
@@ -112,7 +128,7 @@ class Piece:
 class RenamedSource:
     """Another file layout under the single-file names: each tensor is pieces of the file's, joined along dim 0."""
 
-    inner: SafetensorsSource
+    inner: TensorSource
     pieces: Mapping[str, Sequence[Piece]]
     path: Path = field(init=False)
 
@@ -132,6 +148,19 @@ class RenamedSource:
     def _rows(self, piece: Piece) -> tuple[int, int]:
         return piece.start, piece.stop if piece.stop is not None else self.inner.shape(piece.name)[0]
 
+    def held_bytes(self, name: str, shard: Shard | None) -> int | None:
+        """Of those of its pieces that stay quantised; the others count as half precision."""
+        pieces = self.pieces[name]
+        if all(self.inner.held_bytes(piece.name, None) is None for piece in pieces):
+            return None
+        whole = sum(self._bytes_of(piece) for piece in pieces)
+        return whole if shard is None else round(whole * shard.size / self.shape(name)[shard.dim])
+
+    def _bytes_of(self, piece: Piece) -> int:
+        rows = Shard(0, (self._rows(piece),))
+        quantised = self.inner.held_bytes(piece.name, rows)
+        return quantised if quantised is not None else 2 * rows.size * prod(self.inner.shape(piece.name)[1:])
+
     def shape(self, name: str) -> tuple[int, ...]:
         pieces = self.pieces[name]
         rows = sum(stop - start for start, stop in map(self._rows, pieces))
@@ -142,12 +171,17 @@ class RenamedSource:
         pieces = self.pieces[name]
         if shard is not None and shard.dim == 0:
             return torch.cat([part for wanted in shard.ranges for part in self._read_rows(pieces, *wanted)])
-        if len(pieces) == 1 and pieces[0].start == 0 and pieces[0].stop is None:
+        if len(pieces) == 1 and self._is_whole(pieces[0]):
             return self.inner.read(pieces[0].name, shard)
+        if shard is not None and all(self._is_whole(piece) for piece in pieces):
+            return torch.cat([self.inner.read(piece.name, shard) for piece in pieces])
         whole = torch.cat(list(self._read_rows(pieces, 0, self.shape(name)[0])))
         if shard is None:
             return whole
         return torch.cat([whole.narrow(shard.dim, a, b - a) for a, b in shard.ranges], shard.dim)
+
+    def _is_whole(self, piece: Piece) -> bool:
+        return self._rows(piece) == (0, self.inner.shape(piece.name)[0])
 
     def _read_rows(self, pieces: Sequence[Piece], start: int, stop: int) -> Iterable[Tensor]:
         offset = 0
@@ -229,12 +263,35 @@ def load_parameters(
         if shared is not None and read_by[name] != shared.rank:
             tensor = torch.empty(parameter.shape, dtype=kept_dtype, device=device)
         else:
-            tensor = place(source.read(name, shard), kept_dtype)
+            tensor = _placed(source.read(name, shard), kept_dtype, place)
         module, _, leaf = name.rpartition(".")
-        loaded = nn.Parameter(tensor, requires_grad=False)
+        loaded: Any = tensor if isinstance(tensor, QuantizedWeight) else nn.Parameter(tensor, requires_grad=False)
         setattr(model.get_submodule(module), leaf, loaded)
         held[name] = HeldWeight(loaded, source.shape(name), shard)
     return held
+
+
+def _placed(tensor: Tensor, dtype: torch.dtype, place: Place) -> Tensor:
+    """On its device, still quantised; a vector's few values are not worth that."""
+    if not isinstance(tensor, QuantizedWeight):
+        return place(tensor, dtype)
+    moved = tensor.placed(place, dtype)
+    return moved if tensor.ndim > 1 else moved.dequantized()
+
+
+def is_quantised(source: TensorSource) -> bool:
+    """Whether any of its tensors stays so."""
+    return any(source.held_bytes(name, None) is not None for name in source.names())
+
+
+def bytes_held(model: nn.Module, source: TensorSource, dtype: torch.dtype) -> int:
+    """About what this rank's parameters take."""
+    total = 0
+    for name, parameter in model.named_parameters():
+        shard = parameter.shard if isinstance(parameter, ShardedParameter) else None
+        quantised = source.held_bytes(name, shard) if parameter.ndim > 1 else None
+        total += parameter.numel() * dtype.itemsize if quantised is None else quantised
+    return total
 
 
 def check_names(wanted: set[str], found: set[str], file_name: str) -> None:

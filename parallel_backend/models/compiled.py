@@ -11,6 +11,7 @@ from torch import nn
 from ..distributed import collectives, patch_layers
 from ..distributed.graph_breaks import keep_out_of_graphs
 from ..errors import ConfigError
+from .checkpoint import TensorSource, is_quantised
 from .transformer import Attend
 
 # A block's code is made again for each of: branch of the guidance, kind of step, shape; torch's own limit is 8.
@@ -29,6 +30,15 @@ def check_compiler(device: torch.device) -> None:
             f"torch.compile doesn't work here: {words[0] if words else type(error).__name__}",
             "Install a C++ compiler (on GPUs also triton), or turn compile off.",
         ) from error
+
+
+def refuse_quantised(source: TensorSource) -> None:
+    """Raises: ConfigError: its weights are quantised; their values are made in Python, which breaks every graph."""
+    if is_quantised(source):
+        raise ConfigError(
+            f"{source.path.name} is quantised, and compile is for weights of half precision or float32.",
+            "Turn compile off in Mesh Config, or use the half-precision file.",
+        )
 
 
 def compile_blocks(module: nn.Module, kind: type[nn.Module]) -> None:

@@ -15,12 +15,13 @@ from ..checkpoint_files.safetensors_file import PICKLED
 from ..config import MMDIT_AXES, MMDIT_REST, UNET_AXES, UNET_REST
 from ..distributed.mesh import Mesh
 from ..errors import CheckpointError
-from .checkpoint import SafetensorsSource, TensorSource
+from .checkpoint import TensorSource
 from .from_scratch import Block, FromScratch, GridPositions
 from .from_scratch_file import from_scratch_config, is_from_scratch, open_from_scratch
 from .mmdit import JointBlock, MMDiT
 from .mmdit_checkpoint import POS_EMBED, PositionTable, mmdit_config, open_mmdit
 from .network import Network, TokenNetwork
+from .packed_source import open_source
 from .unet import BandUNet, loadable_unet
 from .unet_checkpoint import is_unet, open_unet, unet_places
 
@@ -108,7 +109,7 @@ def open_model(path: Path, kind: str = "any") -> OpenedModel:
     """
     if path.suffix in PICKLED and kind != "unet":
         return _open_from_scratch(path)
-    source = SafetensorsSource(path)
+    source = open_source(path)
     if is_from_scratch(source) and kind != "unet":
         return _open_from_scratch(path)
     if is_unet(source) and kind != "mmdit":

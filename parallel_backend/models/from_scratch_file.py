@@ -66,6 +66,9 @@ class PickleSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
 
+    def held_bytes(self, name: str, shard: Shard | None) -> int | None:
+        return None
+
     def read(self, name: str, shard: Shard | None = None) -> Tensor:
         whole = self._tensors[name]
         parts = [whole] if shard is None else [whole.narrow(shard.dim, a, b - a) for a, b in shard.ranges]

@@ -14,8 +14,9 @@ from torch import Tensor
 from ..checkpoint_files.diffusion_part import DIFFUSION_PREFIX
 from ..distributed.tensor_parallel import Shard
 from ..errors import CheckpointError
-from .checkpoint import Piece, RenamedSource, SafetensorsSource, TensorSource
+from .checkpoint import Piece, RenamedSource, TensorSource
 from .mmdit import HEAD_DIM, MMDiTConfig
+from .packed_source import open_source
 
 POS_EMBED = "pos_embed"
 # Of positions of sizes and of their patches that are kept; a large one takes 40 MB, and its patches as much again.
@@ -35,10 +36,10 @@ def open_mmdit(path: Path) -> TensorSource:
 
     Raises: CheckpointError: it holds something else; the message says what.
     """
-    source = SafetensorsSource(path)
+    source = open_source(path)
     names = set(source.names())
     if any(name.startswith(DIFFUSION_PREFIX + "joint_blocks.") for name in names):
-        return SafetensorsSource(path, DIFFUSION_PREFIX)
+        return open_source(path, DIFFUSION_PREFIX)
     if any(name.startswith("joint_blocks.") for name in names):
         return source
     if (
@@ -136,7 +137,7 @@ class PositionTable:
         return self._crops[key]
 
 
-def _diffusers_pieces(source: SafetensorsSource) -> dict[str, list[Piece]]:
+def _diffusers_pieces(source: TensorSource) -> dict[str, list[Piece]]:
     """Single-file names of a diffusers SD3Transformer2DModel; q, k, v are joined, and adaLN halves swapped back."""
     names = set(source.names())
     depth = 1 + max(int(m[1]) for n in names if (m := re.match(r"transformer_blocks\.(\d+)\.", n)))

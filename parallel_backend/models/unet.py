@@ -25,6 +25,7 @@ from ..distributed.patch_layers import Band, CuttingConv2d, join_projections, pl
 from ..distributed.sliced_weights import SlicedWeights
 from ..distributed.stale import Kept, StaleExchange, Step
 from ..errors import ConfigError, InputError
+from ..quantized.weight import QuantizedWeight
 
 HEAD_DIM = 64
 NORM_GROUPS = 32
@@ -99,7 +100,9 @@ class BandUNet:
         first, model.conv_in = model.conv_in, nn.Identity()
         place_band_layers(model, self.band, kernel)
         model.conv_in = CuttingConv2d(first, self.band)
-        self.model = model.to(memory_format=torch.channels_last)
+        self.model = model
+        for kernel_OCYX in (p for p in model.parameters() if p.ndim == 4 and not isinstance(p, QuantizedWeight)):
+            kernel_OCYX.data = kernel_OCYX.data.contiguous(memory_format=torch.channels_last)
         self.slices: SlicedWeights | None = model.slices
         if self.slices is not None:
             self.slices.attach()

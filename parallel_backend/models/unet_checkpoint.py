@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ..checkpoint_files.diffusion_part import DIFFUSION_PREFIX
 from ..errors import CheckpointError, InputError, UnsupportedError
-from .checkpoint import Piece, RenamedSource, SafetensorsSource
+from .checkpoint import Piece, RenamedSource, TensorSource
+from .packed_source import open_source
 from .unet import HEAD_DIM, UNetConfig
 
 # (context width, micro-conditioning width) of the families.
@@ -36,7 +37,7 @@ _RESNET = {
 }
 
 
-def is_unet(source: SafetensorsSource) -> bool:
+def is_unet(source: TensorSource) -> bool:
     """Whether the file holds a UNet of the Stable Diffusion line, of whatever version."""
     marks = ("input_blocks.0.0.weight", "down_blocks.0.resnets.0.conv1.weight")
     return any(mark in source.names() or DIFFUSION_PREFIX + mark in source.names() for mark in marks)
@@ -47,9 +48,9 @@ def open_unet(path: Path) -> tuple[RenamedSource, UNetConfig]:
 
     Raises: CheckpointError: not a whole UNet. UnsupportedError: a UNet of another kind; the message says which.
     """
-    source = SafetensorsSource(path)
+    source: TensorSource = open_source(path)
     if DIFFUSION_PREFIX + "input_blocks.0.0.weight" in source.names():
-        whole, source = source, SafetensorsSource(path, DIFFUSION_PREFIX)
+        whole, source = source, open_source(path, DIFFUSION_PREFIX)
         flags = {name for name in (*_OTHER_OUTPUTS, V_PREDICTION, ZERO_SNR) if name in whole.names()}
     else:
         flags = {name for name in (*_OTHER_OUTPUTS, V_PREDICTION, ZERO_SNR) if name in source.names()}
@@ -113,7 +114,7 @@ def _inner(rest: str) -> str:
     return _RESNET.get(rest, rest)
 
 
-def _layers_per_block(source: SafetensorsSource) -> int:
+def _layers_per_block(source: TensorSource) -> int:
     """Residual blocks before the first downsampling."""
     names, number = set(source.names()), 1
     while f"input_blocks.{number}.0.in_layers.0.weight" in names:
@@ -138,7 +139,7 @@ def _joined(pieces: dict[str, list[Piece]]) -> dict[str, list[Piece]]:
     return joined
 
 
-def _config(names: dict[str, str], source: SafetensorsSource, v_prediction: bool, zero_snr: bool) -> UNetConfig:
+def _config(names: dict[str, str], source: TensorSource, v_prediction: bool, zero_snr: bool) -> UNetConfig:
     """Sizes, read from names and shapes alone."""
 
     def shape(name: str) -> tuple[int, ...]:

@@ -20,8 +20,8 @@ from ..distributed.peer_access import cards_reach_each_other
 from ..distributed.warm_up import warm_up
 from ..errors import BackendError, InputError, ProtocolError, UnknownModelError
 from ..extras.weights import PatchedWeights, PatchFiles
-from ..models.checkpoint import HeldWeight, load_parameters
-from ..models.compiled import check_compiler, compile_blocks
+from ..models.checkpoint import HeldWeight, TensorSource, bytes_held, is_quantised, load_parameters
+from ..models.compiled import check_compiler, compile_blocks, refuse_quantised
 from ..models.families import OpenedModel, open_model
 from ..models.network import Network
 from ..models.prediction import Predictor, Rows
@@ -173,10 +173,11 @@ class Engine:
             use = Use(self.device, dtype, mesh.ring.degree > 1, heads, opened.config.head_dim)
             kernel, note = choose_kernel(body.kernel, use)
             if body.compile:
+                refuse_quantised(opened.source)
                 check_compiler(self.device)
             with torch.device("meta"):
                 model = opened.build(mesh, kernel)
-            return model, kernel, sum(p.numel() for p in model.parameters()) * dtype.itemsize, note
+            return model, kernel, bytes_held(model, opened.source, dtype), note
 
         model, kernel, needed, note = job.control.agreed(build)
         evicted += self.residents.make_room(needed, path.name, opened.kind.name, spec, job.control)
@@ -193,7 +194,7 @@ class Engine:
         self, opened: OpenedModel, model: nn.Module, mesh: Mesh, kernel: str, body: LoadModel, job: Job
     ) -> tuple[Network, PatchedWeights]:
         """The model with its weights, read by this rank or shared out. Comm: `pass_on`'s."""
-        shared, dtype = self._readers(mesh.spec, job), getattr(torch, body.dtype)
+        shared, dtype = self._readers(opened.source, mesh.spec, job), getattr(torch, body.dtype)
 
         def read() -> dict[str, HeldWeight]:
             return load_parameters(
@@ -247,10 +248,10 @@ class Engine:
         """A hook: what it returned would be taken for the block's inputs."""
         self._beat()
 
-    def _readers(self, spec: MeshSpec, job: Job) -> MeshAxis | None:
+    def _readers(self, source: TensorSource, spec: MeshSpec, job: Job) -> MeshAxis | None:
         """The ranks that share the reading of a model out, where all hold the same and that is faster; else None."""
         alike = job.control.world_size > 1 and not spec.sliced and spec.tp * spec.pp == 1
-        if not alike or not cards_reach_each_other(self.device, job.control):
+        if not alike or is_quantised(source) or not cards_reach_each_other(self.device, job.control):
             return None
         return self._bands.first(job.control.world_size)
 

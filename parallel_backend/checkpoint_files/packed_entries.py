@@ -1,0 +1,186 @@
+"""Which tensors of a safetensors file are quantised, and how: told by its header and a few bytes beside it.
+
+Three generations of ComfyUI's files: bare fp8, whose values are the numbers; `scaled_fp8` files with `scale_weight`; and a JSON
+text `comfy_quant` beside each weight, or one for all of them in the metadata.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from ..errors import CheckpointError, UnsupportedError
+
+WEIGHT, MARK = ".weight", ".comfy_quant"
+_SCALED_FP8, _SCALE_WEIGHT, _SCALE_INPUT = "scaled_fp8", ".scale_weight", ".scale_input"
+_METADATA = "_quantization_metadata"
+_FP8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+# bitsandbytes leaves these beside a weight of 4 bits.
+_BITSANDBYTES = ("quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4")
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What a form of ComfyUI's keeps beside a weight, and what each byte of the weight holds.
+
+    Args:
+        scales: names of the tensors beside the weight that it needs.
+        packed: values in an element of the last dim.
+        unit: rows and columns that only come together: of what kernels take as tiles.
+    """
+
+    scales: tuple[str, ...]
+    packed: int = 1
+    unit: tuple[int, int] = (1, 1)
+
+
+# fp8 may lack its scale, which is 1 then. Scales by blocks lie in tiles of 128 rows and 4 blocks.
+FORMS = {
+    "float8_e4m3fn": _Form(("weight_scale",)),
+    "float8_e5m2": _Form(("weight_scale",)),
+    "int8_tensorwise": _Form(("weight_scale",)),
+    "nvfp4": _Form(("weight_scale", "weight_scale_2"), packed=2, unit=(128, 64)),
+    "mxfp8": _Form(("weight_scale",), unit=(128, 128)),
+}
+# Beside a weight in its file, for products of quantised activations. Ranks compute with the weight's values.
+_OF_ACTIVATIONS = ("input_scale",)
+
+
+@dataclass(frozen=True)
+class PackedEntry:
+    """A quantised tensor of a file.
+
+    Args:
+        shape: of its values.
+        parts: names in the file of its data, then of its scales, in the order of the form's.
+        options: as `comfy_quant` says them.
+    """
+
+    form: str
+    shape: tuple[int, ...]
+    parts: tuple[str, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def unit(self) -> tuple[int, int]:
+        """Rows and columns that can't be told apart in the file."""
+        group = self.options.get("convrot_groupsize", 256) if self.options.get("convrot") else 1
+        rows, columns = FORMS[self.form].unit
+        return rows, max(columns, group)
+
+
+def without_packing(
+    entries: Mapping[str, Any], metadata: Mapping[str, str], text: Callable[[str], bytes], file_name: str
+) -> tuple[dict[str, Any], dict[str, PackedEntry]]:
+    """The file's entries as if nothing were quantised, and which ones are.
+
+    Args:
+        entries: of the header, by name; all below the prefix of one model.
+        metadata: of the header. text: reads the bytes of a tensor.
+    Raises: UnsupportedError: a form that isn't known here. CheckpointError: a scale is missing or of another shape.
+    """
+    _refuse_bitsandbytes(entries, file_name)
+    told = _told(entries, metadata, text, file_name)
+    packed = dict(_packed(entries, told, file_name))
+    beside = {name for name in entries if _is_beside(name, told, packed)}
+    plain = {name: entry for name, entry in entries.items() if name not in beside}
+    for name, found in packed.items():
+        plain[name] = {**plain[name], "shape": list(found.shape)}
+    return plain, packed
+
+
+def _told(
+    entries: Mapping[str, Any], metadata: Mapping[str, str], text: Callable[[str], bytes], file_name: str
+) -> dict[str, Mapping[str, Any]]:
+    """By layer, what `comfy_quant` or its forerunner says of its weight."""
+    try:
+        if _METADATA in metadata:
+            return dict(json.loads(metadata[_METADATA])["layers"])
+        return {
+            name.removesuffix(MARK): dict(json.loads(text(name))) for name in entries if name.endswith(MARK)
+        } or _scaled(entries)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(
+            f"{file_name} says in no readable way how it is quantised ({MARK[1:]}).", "Download it again."
+        ) from None
+
+
+def _scaled(entries: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    if _SCALED_FP8 not in entries:
+        return {}
+    scaled = [name.removesuffix(_SCALE_WEIGHT) for name in entries if name.endswith(_SCALE_WEIGHT)]
+    return {layer: {"format": "float8_e4m3fn"} for layer in scaled}
+
+
+def _packed(
+    entries: Mapping[str, Any], told: Mapping[str, Mapping[str, Any]], file_name: str
+) -> Iterator[tuple[str, PackedEntry]]:
+    for name, entry in entries.items():
+        layer, is_weight = name.removesuffix(WEIGHT), name.endswith(WEIGHT)
+        if is_weight and layer in told:
+            yield name, _of_layer(layer, told[layer], entries, file_name)
+        elif entry["dtype"] in _FP8 and not _is_beside(name, told, {}):
+            yield name, PackedEntry(_FP8[entry["dtype"]], tuple(entry["shape"]), (name,))
+
+
+def _of_layer(layer: str, told: Mapping[str, Any], entries: Mapping[str, Any], file_name: str) -> PackedEntry:
+    kind = told.get("format")
+    if kind not in FORMS:
+        raise UnsupportedError(
+            f"{file_name}: {layer} is quantised as {kind!r}.", f"Use a file in one of {', '.join(FORMS)}, or as GGUF."
+        )
+    form, name = FORMS[kind], layer + WEIGHT
+    scales = [f"{layer}.{scale}" for scale in form.scales]
+    if f"{layer}{_SCALE_WEIGHT}" in entries:
+        scales = [f"{layer}{_SCALE_WEIGHT}"]
+    found = [scale for scale in scales if scale in entries]
+    if len(found) != len(scales) and kind not in _FP8.values():
+        raise CheckpointError(
+            f"{file_name} lacks {', '.join(set(scales) - set(found))}.", "The file is not whole; get it again."
+        )
+    *rest, last = entries[name]["shape"] or [1]
+    shape = (*rest, last * form.packed)
+    params = told.get("params")
+    options = {**(params if isinstance(params, dict) else {}), **told}
+    entry = PackedEntry(kind, shape, (name, *found), options)
+    _check_scales(entry, entries, file_name)
+    return entry
+
+
+def _check_scales(entry: PackedEntry, entries: Mapping[str, Any], file_name: str) -> None:
+    """Raises: CheckpointError: the first scale is not of the shape that the weight's needs."""
+    if len(entry.parts) == 1:
+        return
+    name, scale = entry.parts[0], list(entries[entry.parts[1]]["shape"])
+    rows, columns = entry.shape[0], prod(entry.shape[1:])
+    if entry.form in ("nvfp4", "mxfp8"):
+        block = 16 if entry.form == "nvfp4" else 32
+        fits = scale == [-(-rows // 128) * 128, -(-columns // (4 * block)) * 4]
+    else:
+        fits = prod(scale) == 1 or scale in ([rows], [rows, *[1] * (len(entry.shape) - 1)])
+    if not fits:
+        raise CheckpointError(
+            f"{file_name}: the scale of {name} has shape {scale}, its values {list(entry.shape)}.",
+            "The file is damaged, or quantised in a way that this version doesn't know.",
+        )
+
+
+def _is_beside(name: str, told: Mapping[str, Any], packed: Mapping[str, PackedEntry]) -> bool:
+    """Whether the tensor is no part of the model: it says how another one is quantised."""
+    if name == _SCALED_FP8 or name.endswith((MARK, _SCALE_WEIGHT, _SCALE_INPUT)):
+        return True
+    layer, _, leaf = name.rpartition(".")
+    if layer in told:
+        return leaf in _OF_ACTIVATIONS or leaf in FORMS[told[layer]["format"]].scales
+    return any(name in entry.parts[1:] for entry in packed.values()) if leaf.startswith("weight_scale") else False
+
+
+def _refuse_bitsandbytes(entries: Mapping[str, Any], file_name: str) -> None:
+    if any(name.endswith(_BITSANDBYTES) for name in entries):
+        raise UnsupportedError(
+            f"{file_name} is quantised by bitsandbytes (NF4 or FP4).",
+            "Use the fp8, GGUF or half-precision file of this model.",
+        )

@@ -1,0 +1,145 @@
+"""What the quantised forms' bytes mean: from a tensor's parts to its values.
+
+A part is a range of rows with some columns, whole units of both. Shapes: R rows, K columns of values, S bytes of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from math import prod
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..checkpoint_files.gguf_file import gguf_package
+from ..errors import UnsupportedError
+
+# Rows and blocks of a tile of scales, as kernels of tensor cores want them.
+TILE = (128, 4)
+_BLOCK = {"nvfp4": 16, "mxfp8": 32}
+
+
+class Form(Protocol):
+    """How values lie in tensors of a file. Two of the same kind are equal."""
+
+    def values(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """(R, ...) in that dtype, on the tensors' device."""
+        ...
+
+
+class Plain:
+    """Not quantised: for rows between quantised ones."""
+
+    def values(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        return tensors[0].to(dtype)
+
+
+class ScaledFP8:
+    """fp8 with a factor for all values, or one for each row; without one the numbers are the values."""
+
+    def values(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        values = tensors[0].to(dtype)
+        if len(tensors) == 1:
+            return values
+        scale = tensors[1].to(dtype)
+        return values * (scale.reshape(-1, *[1] * (values.ndim - 1)) if scale.numel() > 1 else scale.reshape(()))
+
+
+class Kitchen:
+    """A form of comfy-kitchen's, ComfyUI's own kernels.
+
+    Args:
+        kind: int8_tensorwise, nvfp4 or mxfp8. options: as `comfy_quant` says them.
+    Raises: UnsupportedError: the package is not there.
+    """
+
+    def __init__(self, kind: str, options: Mapping[str, Any]) -> None:
+        self.kind, self.options = kind, options
+        self._tensor = _kitchen()
+
+    def values(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        data, scale, *rest = tensors
+        shape = (data.shape[0], data.shape[1] * (2 if self.kind == "nvfp4" else 1))
+        common = {"orig_dtype": dtype, "orig_shape": shape}
+        if self.kind == "int8_tensorwise":
+            layout = self._tensor.TensorWiseINT8Layout
+            if self.options.get("convrot"):
+                size = int(self.options.get("convrot_groupsize", 256))
+                common |= {"convrot": True, "convrot_groupsize": size}
+            params = layout.Params(scale=scale, **common)
+        elif self.kind == "nvfp4":
+            layout = self._tensor.TensorCoreNVFP4Layout
+            params = layout.Params(scale=rest[0].reshape(()), block_scale=scale.view(torch.float8_e4m3fn), **common)
+        else:
+            layout = self._tensor.TensorCoreMXFP8Layout
+            params = layout.Params(scale=scale.view(torch.float8_e8m0fnu), **common)
+        return layout.dequantize(data, params)
+
+
+class GGUF:
+    """A type of llama.cpp's: blocks of 32 or 256 values, one after the other.
+
+    Dequantised by diffusers' functions in half precision, as these and ComfyUI-GGUF do.
+
+    Args:
+        kind: as gguf names it, such as Q4_K.
+        run: where rows of values begin and end inside of blocks: how many values of the first block come before them, and
+            the rows' shape. None where each row of the data is one of the values.
+    Raises: UnsupportedError: no gguf package.
+    """
+
+    def __init__(self, kind: str, run: tuple[int, tuple[int, ...]] | None = None) -> None:
+        self.kind, self.run = kind, run
+        self._function = _gguf_functions()[kind]
+        gguf = gguf_package()
+        self._block, self._bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+
+    def values(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        (data_RS,) = tensors
+        values = self._function(data_RS.reshape(-1, self._bytes), self._block, self._bytes)
+        if self.run is None:
+            return values.reshape(data_RS.shape[0], -1).to(dtype)
+        before, shape = self.run
+        return values.reshape(-1)[before : before + prod(shape)].reshape(shape).to(dtype)
+
+
+def form_of(kind: str, options: Mapping[str, Any]) -> Form:
+    """Of ComfyUI's. Raises: UnsupportedError: its package is not there."""
+    return ScaledFP8() if kind.startswith("float8") else Kitchen(kind, options)
+
+
+def scale_columns(kind: str, scale: Tensor, start: int, stop: int) -> Tensor:
+    """Of a tiled tensor of scales the tiles of the values' columns `start` to `stop`, tile borders both."""
+    rows, blocks = TILE
+    tiles = scale.contiguous().view(scale.shape[0] // rows, -1, rows * blocks)
+    width = blocks * _BLOCK[kind]
+    kept = tiles[:, start // width : -(-stop // width)]
+    return kept.reshape(scale.shape[0], kept.shape[1] * blocks)
+
+
+def is_known(kind: str) -> bool:
+    """Whether a type of GGUF's can stay quantised: a function for devices knows it."""
+    return kind in _gguf_functions()
+
+
+@cache
+def _kitchen() -> Any:
+    try:
+        import comfy_kitchen.tensor
+    except ImportError:
+        raise UnsupportedError(
+            "int8, nvfp4 and mxfp8 weights are read by the package comfy-kitchen, which is not installed.",
+            "Run pip install comfy-kitchen in ComfyUI's environment, or use the fp8 or half-precision file.",
+        ) from None
+    return comfy_kitchen.tensor
+
+
+@cache
+def _gguf_functions() -> dict[str, Any]:
+    """From blocks to values, by type."""
+    gguf_package()  # which the module below can't do without
+    from diffusers.quantizers.gguf.utils import dequantize_functions
+
+    return {quantisation.name: function for quantisation, function in dequantize_functions.items()}
