@@ -13,7 +13,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..parallel_backend import MeshSpec, RemoteModel
-from ..parallel_backend.checkpoint_files.diffusion_part import diffusion_elements
+from ..parallel_backend.checkpoint_files.diffusion_part import diffusion_bytes
 from ..parallel_backend.config import AUTO
 from ..parallel_backend.demo.files import MMDIT_FILE, UNET_FILE, DemoFile
 from ..parallel_backend.rpc.messages import ModelKind, Progress, StepDone
@@ -71,7 +71,7 @@ def load_remote_model(
 def _most_bytes(path: Path, degrees: MeshSpec, dtype: str) -> int:
     """About what a rank holds of it, or more."""
     shared = degrees.tp * degrees.pp * (degrees.cfg * degrees.patch if degrees.sliced else 1)
-    return diffusion_elements(path) * getattr(torch, dtype).itemsize // shared
+    return diffusion_bytes(path, getattr(torch, dtype).itemsize) // shared
 
 
 def load_report(remote: RemoteModel) -> str:
@@ -105,7 +105,7 @@ def loader_schema(
             io.Combo.Input(
                 "model_name",
                 options=names_in(FOLDER, demo),
-                tooltip="A .safetensors file of the diffusion_models or checkpoints folder.",
+                tooltip="A .safetensors or .gguf file of the diffusion_models or checkpoints folder.",
             ),
             MeshSocket.Input("mesh", tooltip=mesh_tooltip),
         ],

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import comfy.sd
 from comfy.model_patcher import ModelPatcher
 
 from ..parallel_backend.errors import UnsupportedError
+from .gguf_file import gguf_file
 
 _MODEL_LOADERS = frozenset(
     {"load_checkpoint_guess_config", "load_checkpoint_guess_config_model_only", "load_diffusion_model"}
@@ -18,7 +20,7 @@ _MODEL_LOADERS = frozenset(
 _VAE_LOADERS = frozenset({"load_checkpoint_guess_config", "load_checkpoint_vae_patcher", "load_vae_patcher"})
 _LOAD_MODEL = (
     "Load it with Load Checkpoint or Load Diffusion Model, or with Load Parallel Checkpoint, MMDiT or UNet. "
-    "GGUF and other quantised forms stay on their own loaders."
+    "Other packs' quantised forms than ComfyUI-GGUF's stay on their own loaders."
 )
 _LOAD_VAE = "Load it with Load Checkpoint or Load VAE, or with Patch Parallel VAE, which has taesd3 and taesdxl too."
 # Core leaves it on a patcher: of a MODEL since 0.16, of a VAE since 0.23. What this pack leaves is on the network, which all
@@ -51,7 +53,9 @@ def left(patcher: ModelPatcher) -> tuple[Any, Sequence[Any]] | None:
 
 
 def model_file(model: ModelPatcher) -> LoaderFile:
-    """Where the MODEL comes from. Raises: UnsupportedError: that isn't known, or the file holds no plain weights."""
+    """Where the MODEL comes from. Raises: UnsupportedError: that isn't known, or a pack computes with its weights in its own way."""
+    if (path := gguf_file(model)) is not None:
+        return LoaderFile(comfy.sd.load_diffusion_model, (path,), {})
     file = _file(model, _MODEL_LOADERS, "MODEL", _LOAD_MODEL)
     operations = file.options.get("custom_operations")
     if operations is not None:

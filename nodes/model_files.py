@@ -10,19 +10,30 @@ from pathlib import Path
 import comfy.model_management as mm
 import folder_paths
 
+from ..parallel_backend.checkpoint_files.gguf_file import SUFFIX
 from ..parallel_backend.checkpoint_files.taesd_files import DECODER, ENCODER, FAMILIES
 from ..parallel_backend.demo.files import FILES, OWN, DemoFile, present
 from ..parallel_backend.errors import CheckpointError
 from .node_text import say
 
 CHECKPOINTS = "checkpoints/"
+# ComfyUI's lists are of a folder and suffixes, under a name.
+_GGUF = "parallel_mmdit_gguf"
 
 
 def names_in(folder: str, demo: DemoFile | None = None) -> list[str]:
     """Files of the folder, those of the checkpoints folder with that folder's name before them, and the demo's, if any."""
-    own = folder_paths.get_filename_list(folder)
+    own = [*folder_paths.get_filename_list(folder), *_gguf_names(folder)]
     checkpoints = [CHECKPOINTS + name for name in folder_paths.get_filename_list("checkpoints")]
     return [*own, *checkpoints, *([demo.listed] if demo and demo.listed not in own else [])]
+
+
+def _gguf_names(folder: str) -> list[str]:
+    """GGUF files of the models' folder, which ComfyUI doesn't list."""
+    if folder != "diffusion_models":
+        return []
+    folder_paths.folder_names_and_paths[_GGUF] = (folder_paths.get_folder_paths(folder), {SUFFIX})
+    return folder_paths.get_filename_list(_GGUF)
 
 
 def path_of(name: str, folder: str) -> Path:

@@ -135,6 +135,8 @@ class RemotePatcher(WeightsElsewhere):
         """
         if not self.base:
             self._refuse("saving: ComfyUI has no file layout for it")
+        if self.base.is_quantised:
+            self._refuse("saving: its file is quantised, and saved weights are not")
         dtype, device = self._own_dtype(), mm.get_torch_device()
         patched = {key.removeprefix(PREFIX): entries for key, entries in self.patches.items()}
         saved = {}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from parallel_backend import MeshSpec
-from parallel_backend.checkpoint_files.diffusion_part import diffusion_elements, is_from_scratch
+from parallel_backend.checkpoint_files.diffusion_part import diffusion_bytes, is_from_scratch
 from parallel_backend.checkpoint_files.safetensors_file import content_key
 from parallel_backend.config import AXES
 from parallel_backend.distributed.mesh import Mesh, MeshAxis
@@ -250,7 +250,7 @@ def test_the_size_of_the_diffusion_model_is_known_without_the_encoders_beside_it
     parts = {"model.diffusion_model." + name: tensor.half() for name, tensor in load_file(plain).items()}
     save_file(parts | {"text_encoders.clip_l.weight": torch.zeros(1000, 1000)}, tmp_path / "whole.safetensors")
     expected = sum(tensor.numel() for tensor in load_file(plain).values())
-    assert diffusion_elements(plain) == diffusion_elements(tmp_path / "whole.safetensors") == expected
+    assert diffusion_bytes(plain, 2) == diffusion_bytes(tmp_path / "whole.safetensors", 2) == 2 * expected
     (tmp_path / "scratch.pkl").write_bytes(bytes(4000))
-    assert diffusion_elements(tmp_path / "scratch.pkl") == 1000 and is_from_scratch(tmp_path / "scratch.pkl")
+    assert diffusion_bytes(tmp_path / "scratch.pkl", 4) == 4000 and is_from_scratch(tmp_path / "scratch.pkl")
     assert not is_from_scratch(plain)

@@ -43,7 +43,15 @@ def gguf_tensors(path: Path) -> dict[str, GGUFTensor]:
         }
     except OSError as error:
         raise CheckpointError(f"{path} can't be opened: {error.strerror}.", "Check the name and the file.") from None
-    except Exception as error:  # the reader checks little: a header that lies ends in whatever it stumbles over
+    except (
+        ValueError,
+        IndexError,
+        KeyError,
+        TypeError,
+        OverflowError,
+        MemoryError,
+        AttributeError,
+    ) as error:  # the reader checks little: a header that lies ends in whatever it stumbles over
         raise CheckpointError(
             f"{path.name} is no whole GGUF file ({type(error).__name__}: {str(error)[:200]}).", "Download it again."
         ) from None

@@ -7,12 +7,14 @@ text `comfy_quant` beside each weight, or one for all of them in the metadata.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
+from .safetensors_file import files_of, safetensors_header, tensor_bytes
 
 WEIGHT, MARK = ".weight", ".comfy_quant"
 _SCALED_FP8, _SCALE_WEIGHT, _SCALE_INPUT = "scaled_fp8", ".scale_weight", ".scale_input"
@@ -72,18 +74,38 @@ class PackedEntry:
         return rows, max(columns, group)
 
 
+def packed_entries(
+    path: Path, prefix: str = "", beside: Collection[str] = ()
+) -> tuple[dict[str, Any], dict[str, PackedEntry]]:
+    """Of the file or folder at `path` the tensors below `prefix`, by their names without it: see `without_packing`.
+
+    Args:
+        beside: tensors outside the prefix that are wanted too.
+    """
+    files: dict[str, Path] = {}
+    entries: dict[str, Any] = {}
+    metadata: dict[str, str] = {}
+    for file in files_of(path):
+        header = safetensors_header(file)
+        metadata |= header.pop("__metadata__", None) or {}
+        kept = [name for name in header if name.startswith(prefix) or name in beside]
+        entries |= {name.removeprefix(prefix): header[name] for name in kept}
+        files |= {name.removeprefix(prefix): file for name in kept}
+    return without_packing(entries, metadata, prefix, lambda name: tensor_bytes(files[name], entries[name]), path.name)
+
+
 def without_packing(
-    entries: Mapping[str, Any], metadata: Mapping[str, str], text: Callable[[str], bytes], file_name: str
+    entries: Mapping[str, Any], metadata: Mapping[str, str], prefix: str, text: Callable[[str], bytes], file_name: str
 ) -> tuple[dict[str, Any], dict[str, PackedEntry]]:
     """The file's entries as if nothing were quantised, and which ones are.
 
     Args:
-        entries: of the header, by name; all below the prefix of one model.
-        metadata: of the header. text: reads the bytes of a tensor.
+        entries: of the header, by name below `prefix`.
+        metadata: of the header, whose names have the prefix. text: reads the bytes of a tensor.
     Raises: UnsupportedError: a form that isn't known here. CheckpointError: a scale is missing or of another shape.
     """
     _refuse_bitsandbytes(entries, file_name)
-    told = _told(entries, metadata, text, file_name)
+    told = _told(entries, metadata, prefix, text, file_name)
     packed = dict(_packed(entries, told, file_name))
     beside = {name for name in entries if _is_beside(name, told, packed)}
     plain = {name: entry for name, entry in entries.items() if name not in beside}
@@ -93,12 +115,13 @@ def without_packing(
 
 
 def _told(
-    entries: Mapping[str, Any], metadata: Mapping[str, str], text: Callable[[str], bytes], file_name: str
+    entries: Mapping[str, Any], metadata: Mapping[str, str], prefix: str, text: Callable[[str], bytes], file_name: str
 ) -> dict[str, Mapping[str, Any]]:
     """By layer, what `comfy_quant` or its forerunner says of its weight."""
     try:
         if _METADATA in metadata:
-            return dict(json.loads(metadata[_METADATA])["layers"])
+            layers = dict(json.loads(metadata[_METADATA])["layers"])
+            return {name[len(prefix) :]: dict(told) for name, told in layers.items() if name.startswith(prefix)}
         return {
             name.removesuffix(MARK): dict(json.loads(text(name))) for name in entries if name.endswith(MARK)
         } or _scaled(entries)
@@ -131,6 +154,10 @@ def _of_layer(layer: str, told: Mapping[str, Any], entries: Mapping[str, Any], f
     if kind not in FORMS:
         raise UnsupportedError(
             f"{file_name}: {layer} is quantised as {kind!r}.", f"Use a file in one of {', '.join(FORMS)}, or as GGUF."
+        )
+    if f"{layer}.pre_quant_scale" in entries:
+        raise UnsupportedError(
+            f"{file_name} scales what comes into {layer} (pre_quant_scale).", "Use the fp8 or half-precision file."
         )
     form, name = FORMS[kind], layer + WEIGHT
     scales = [f"{layer}.{scale}" for scale in form.scales]

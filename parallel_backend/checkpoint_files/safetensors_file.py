@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -43,6 +44,15 @@ def safetensors_header(path: Path) -> dict[str, Any]:
             "Download or copy it again.",
         )
     return header
+
+
+def tensor_bytes(path: Path, entry: Mapping[str, Any]) -> bytes:
+    """Those of a tensor with that entry in the file's header."""
+    start, stop = entry["data_offsets"]
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        file.seek(8 + length + start)
+        return file.read(stop - start)
 
 
 def _not_safetensors(path: Path, head: bytes) -> str:

@@ -39,10 +39,13 @@ class GGUFSource:
         tensor = self._tensors[name]
         if tensor.kind in PLAIN or not is_known(tensor.kind):
             return None
-        shape = list(tensor.shape)
-        if shard is not None:
-            shape[shard.dim] = shard.size
-        return round(tensor.data.nbytes * prod(shape) / prod(tensor.shape))
+        if shard is None:
+            return int(tensor.data.nbytes)
+        kept = shard.size
+        if shard.dim == 1:  # whole blocks
+            block = gguf_package().GGML_QUANT_SIZES[gguf_package().GGMLQuantizationType[tensor.kind]][0]
+            kept = sum(-(-stop // block) * block - start // block * block for start, stop in shard.ranges)
+        return round(tensor.data.nbytes * min(1.0, kept / tensor.shape[shard.dim]))
 
     def read(self, name: str, shard: Shard | None = None) -> Tensor:
         tensor = self._tensors[name]
@@ -82,7 +85,7 @@ def _quantized(tensor: GGUFTensor, shard: Shard | None) -> QuantizedWeight:
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[tensor.kind]]
     rows, columns = tensor.shape[0], prod(tensor.shape[1:])
     shape = list(tensor.shape)
-    ranges = ((0, rows),)
+    ranges: tuple[tuple[int, int], ...] = ((0, rows),)
     if shard is not None:
         shape[shard.dim] = shard.size
         ranges = shard.ranges if shard.dim == 0 else ranges

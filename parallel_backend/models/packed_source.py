@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint_files.gguf_file import SUFFIX
-from ..checkpoint_files.packed_entries import PackedEntry, without_packing
-from ..checkpoint_files.safetensors_file import files_of, safetensors_header
+from ..checkpoint_files.packed_entries import PackedEntry, packed_entries
 from ..distributed.tensor_parallel import Shard
 from ..quantized.forms import form_of, scale_columns
 from ..quantized.weight import Part, QuantizedWeight
@@ -26,22 +25,13 @@ def open_source(path: Path, prefix: str = "") -> PackedSource | GGUFSource:
 class PackedSource(SafetensorsSource):
     """As if nothing were quantised; what is read of a quantised tensor is a `QuantizedWeight`.
 
-    Raises: UnsupportedError, CheckpointError: as `without_packing`.
+    Raises: UnsupportedError, CheckpointError: as `packed_entries`.
     """
 
     def __init__(self, path: Path, prefix: str = "") -> None:
         super().__init__(path, prefix)
         self._raw = self._entries
-        self._entries, self._packed = without_packing(self._raw, self._metadata(), self._text, path.name)
-
-    def _metadata(self) -> dict[str, str]:
-        found: dict[str, str] = {}
-        for file in files_of(self.path):
-            found |= safetensors_header(file).get("__metadata__") or {}
-        return found
-
-    def _text(self, name: str) -> bytes:
-        return bytes(self._stored(name).numpy().tobytes())
+        self._entries, self._packed = packed_entries(path, prefix)
 
     def held_bytes(self, name: str, shard: Shard | None) -> int | None:
         entry = self._packed.get(name)

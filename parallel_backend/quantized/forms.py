@@ -11,6 +11,7 @@ from math import prod
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..checkpoint_files.gguf_file import gguf_package
@@ -28,12 +29,19 @@ class Form(Protocol):
         """(R, ...) in that dtype, on the tensors' device."""
         ...
 
+    def product(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor | None:
+        """x times all values' transpose, by a kernel for this form that ComfyUI uses too; None where there is none."""
+        ...
+
 
 class Plain:
     """Not quantised: for rows between quantised ones."""
 
     def values(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         return tensors[0].to(dtype)
+
+    def product(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor | None:
+        return None
 
 
 class ScaledFP8:
@@ -45,6 +53,9 @@ class ScaledFP8:
             return values
         scale = tensors[1].to(dtype)
         return values * (scale.reshape(-1, *[1] * (values.ndim - 1)) if scale.numel() > 1 else scale.reshape(()))
+
+    def product(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor | None:
+        return None
 
 
 class Kitchen:
@@ -64,18 +75,26 @@ class Kitchen:
         shape = (data.shape[0], data.shape[1] * (2 if self.kind == "nvfp4" else 1))
         common = {"orig_dtype": dtype, "orig_shape": shape}
         if self.kind == "int8_tensorwise":
-            layout = self._tensor.TensorWiseINT8Layout
-            if self.options.get("convrot"):
-                size = int(self.options.get("convrot_groupsize", 256))
-                common |= {"convrot": True, "convrot_groupsize": size}
-            params = layout.Params(scale=scale, **common)
-        elif self.kind == "nvfp4":
+            return self._int8(tensors, dtype).dequantize()
+        if self.kind == "nvfp4":
             layout = self._tensor.TensorCoreNVFP4Layout
             params = layout.Params(scale=rest[0].reshape(()), block_scale=scale.view(torch.float8_e4m3fn), **common)
         else:
             layout = self._tensor.TensorCoreMXFP8Layout
             params = layout.Params(scale=scale.view(torch.float8_e8m0fnu), **common)
         return layout.dequantize(data, params)
+
+    def product(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor | None:
+        """Of int8, for which x is rounded to 8 bits too, row by row."""
+        return F.linear(x, self._int8(tensors, x.dtype)) if self.kind == "int8_tensorwise" else None
+
+    def _int8(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Any:
+        data, scale = tensors
+        options: dict[str, Any] = {"scale": scale, "orig_dtype": dtype, "orig_shape": tuple(data.shape)}
+        if self.options.get("convrot"):
+            options |= {"convrot": True, "convrot_groupsize": int(self.options.get("convrot_groupsize", 256))}
+        params = self._tensor.TensorWiseINT8Layout.Params(**options)
+        return self._tensor.QuantizedTensor(data, "TensorWiseINT8Layout", params)
 
 
 class GGUF:
@@ -98,11 +117,14 @@ class GGUF:
 
     def values(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         (data_RS,) = tensors
-        values = self._function(data_RS.reshape(-1, self._bytes), self._block, self._bytes)
+        values = self._function(data_RS.reshape(-1, self._bytes), self._block, self._bytes).half()
         if self.run is None:
             return values.reshape(data_RS.shape[0], -1).to(dtype)
         before, shape = self.run
         return values.reshape(-1)[before : before + prod(shape)].reshape(shape).to(dtype)
+
+    def product(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor | None:
+        return None
 
 
 def form_of(kind: str, options: Mapping[str, Any]) -> Form:

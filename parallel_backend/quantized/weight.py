@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -38,6 +39,11 @@ class Part:
     def values(self, dtype: torch.dtype) -> Tensor:
         values = self.form.values(self.tensors, dtype)[slice(*self.rows)]
         return values if self.columns is None else values[:, slice(*self.columns)]
+
+    def product(self, x: Tensor) -> Tensor | None:
+        """x times its values' transpose by the form's own kernel, if it has one. That rounds x, so it needs all columns of x."""
+        whole = None if self.columns is not None else self.form.product(x, self.tensors)
+        return None if whole is None else whole[..., slice(*self.rows)]
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,15 @@ class QuantizedWeight(torch.Tensor):
         """These, and no others, lie on it from now on; `instead` takes the place of its values."""
         self.products, self.instead = tuple(products), instead
 
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """As torch's function of that name; each part by its own kernel, where all have one and nothing lies on them."""
+        found = [] if self.products or self.instead is not None else [part.product(x) for part in self.parts]
+        own = [product for product in found if product is not None]
+        if not own or len(own) < len(found):
+            return F.linear(x, self.dequantized(), bias)
+        out = own[0] if len(own) == 1 else torch.cat(own, dim=-1)
+        return out if bias is None else out + bias
+
     @property
     def held_bytes(self) -> int:
         return sum(tensor.nbytes for part in self.parts for tensor in part.tensors)
@@ -96,6 +111,8 @@ class QuantizedWeight(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is F.linear and isinstance(args[1], cls):
+            return args[1].linear(args[0], *args[2:], **kwargs)
         if func is torch.cat and kwargs.get("dim", args[1] if len(args) > 1 else 0) == 0:
             return joined(args[0])
         if func.__name__ in _TELLING or func.__name__ == "__get__":
@@ -104,7 +121,9 @@ class QuantizedWeight(torch.Tensor):
         return func(*tree_map(_values, tuple(args)), **tree_map(_values, kwargs))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
         return func(*tree_map(_values, tuple(args)), **tree_map(_values, kwargs or {}))
 
     def detach(self) -> QuantizedWeight:

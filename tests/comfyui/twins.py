@@ -7,7 +7,9 @@ latent is from the local one, how far that is from the plain model's, and what t
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
 import json
 import logging
 import os
@@ -31,7 +33,7 @@ class Twins:
 
         comfy.supported_models.models.append(shims.narrow_sdxl(comfy.supported_models.SDXL))
         torch.set_num_threads(1)
-        self.comfy, self.folder = comfy, folder
+        self.comfy, self.comfy_folder, self.folder = comfy, comfy_folder, folder
         spec = importlib.util.spec_from_file_location("pack", f"{pack}/__init__.py", submodule_search_locations=[pack])
         sys.modules["pack"] = importlib.util.module_from_spec(spec)
         self.core_memory, self.remote_model, self.whole_loop, backends = (
@@ -47,11 +49,30 @@ class Twins:
         """(local, parallel), loaded once."""
         if name not in self._models:
             path = os.path.join(self.folder, file)
-            local = self.comfy.sd.load_diffusion_model(path, model_options={"dtype": torch.float32})
+            local = self.local(path)
             remote = self.backend.load_model(path, self.mesh(**mesh), "float32")
             pathlike = importlib.import_module("pathlib").Path(path)
             self._models[name] = local, self.remote_model.remote_patcher(remote, pathlike, 1)
         return self._models[name]
+
+    def local(self, path):
+        """ComfyUI's own MODEL, of a GGUF file that of the pack ComfyUI-GGUF."""
+        if not path.endswith(".gguf"):
+            return self.comfy.sd.load_diffusion_model(path, model_options={"dtype": torch.float32})
+        folder_paths = importlib.import_module("folder_paths")
+        folder_paths.folder_names_and_paths["diffusion_models"] = ([os.path.dirname(path)], {".gguf"})
+        return self.gguf_pack.nodes.UnetLoaderGGUF().load_unet(os.path.basename(path))[0]
+
+    @functools.cached_property
+    def gguf_pack(self):
+        """Where users have it: its folder is no name that Python imports."""
+        folder = os.path.join(self.comfy_folder, "custom_nodes", "ComfyUI-GGUF")
+        spec = importlib.util.spec_from_file_location(
+            "gguf_pack", f"{folder}/__init__.py", submodule_search_locations=[folder]
+        )
+        pack = sys.modules["gguf_pack"] = importlib.util.module_from_spec(spec)
+        pack.nodes = importlib.import_module("gguf_pack.nodes")
+        return pack
 
     def prompt(self, model, seed, tokens=77, **options):
         """Random CONDITIONING of the widths that the model takes."""

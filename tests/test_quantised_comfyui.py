@@ -1,0 +1,78 @@
+"""Quantised files in a real ComfyUI: a local MODEL and its parallel twin draw one latent."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from comfyui.installation import HERE, ComfyInstallation
+from quantised_files import GGUF, SAFETENSORS, scaled_fp8, write_gguf, write_quantised
+from safetensors.torch import load_file, save_file
+
+from parallel_backend import Backend
+from parallel_backend.quantized.whole_file import WholeFile
+from parallel_backend.small_checkpoints.mmdit import small_config, write_mmdit
+
+# ComfyUI's products of int8 weights round what comes in to 8 bits too: a difference in the last bit grows to that size.
+ROUNDED = 0.03
+# What ComfyUI's own rounding of a patched fp8 weight to fp8 does to these latents, at most.
+REQUANTISED = 0.06
+Outcomes = dict[str, dict[str, dict[str, Any]]]
+# ComfyUI-GGUF knows no function for it on a device and asks the gguf package at each product, which takes its time.
+AS_COMFYUI = "LoRA as ComfyUI lays it"
+SLOW = {"TQ1_0"}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, unets: Path) -> Path:
+    folder = tmp_path_factory.mktemp("quantised")
+    dense = load_file(write_mmdit(tmp_path_factory.mktemp("dense") / "m.safetensors", small_config("sd3.5-medium", 4)))
+    unet = load_file(unets / "unet-tiny.safetensors")
+    save_file(scaled_fp8(unet), folder / "unet_scaled_fp8.safetensors")
+    written = [write_quantised(folder, dense, form) for form in [*SAFETENSORS, *GGUF] if form not in SLOW]
+    written += [folder / "unet_scaled_fp8.safetensors", write_gguf(folder / "unet_Q8_0.gguf", unet, "Q8_0", "sdxl")]
+    (folder / "values").mkdir()
+    for file in written:
+        values = {name: tensor.float().contiguous() for name, tensor in WholeFile(file).items()}
+        save_file(values, folder / "values" / f"{file.stem}.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outcomes(comfy: ComfyInstallation, files: Path, backend2: Backend) -> Outcomes:
+    command = [comfy.python, HERE / "twins.py", comfy.folder, HERE.parents[1], backend2.spec.name, files]
+    environment = os.environ | {"PYTHONPATH": str(HERE), "QUANTISED_FILES": str(files)}
+    done = subprocess.run(
+        [*map(str, command), "quantised_cases"],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def named(outcomes: Outcomes, *cases: str) -> dict[str, dict[str, Any]]:
+    found = {(file, case): outcome for file, by_case in outcomes.items() for case, outcome in by_case.items()}
+    return {f"{file}, {case}": outcome for (file, case), outcome in found.items() if case in cases}
+
+
+def test_each_gives_one_latent_on_both(outcomes: Outcomes) -> None:
+    wrong = {
+        name: outcome.get("error", outcome.get("far"))
+        for name, outcome in named(outcomes, "plain", "LoRA").items()
+        if not outcome.get("far", 1) <= (ROUNDED if name.startswith(("int8", "mixed")) else 1e-4)
+    }
+    assert len(outcomes) > len(SAFETENSORS) and not wrong, wrong
+
+
+def test_a_lora_is_closer_to_the_values_than_where_the_weight_is_quantised_again(outcomes: Outcomes) -> None:
+    apart = {name: (o["far"], o["effect"]) for name, o in named(outcomes, AS_COMFYUI).items()}
+    scaled = {name: pair for name, pair in apart.items() if "fp8" in name}
+    assert scaled and all(far < REQUANTISED < effect for far, effect in scaled.values()), scaled
