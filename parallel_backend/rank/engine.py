@@ -177,6 +177,10 @@ class Engine:
                 check_compiler(self.device)
             with torch.device("meta"):
                 model = opened.build(mesh, kernel)
+            if is_quantised(opened.source):
+                note = "\n".join(
+                    filter(None, [f"weights stay quantised, as in the file; computed in {body.dtype}", note])
+                )
             return model, kernel, bytes_held(model, opened.source, dtype), note
 
         model, kernel, needed, note = job.control.agreed(build)

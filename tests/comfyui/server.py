@@ -39,6 +39,10 @@ class Outcome:
         return (self.error or {}).get("exception_message", "")
 
 
+# Where users have it; tests that need it are skipped without.
+GGUF_PACK = "custom_nodes/ComfyUI-GGUF"
+
+
 class ComfyServer:
     def __init__(self, installation: ComfyInstallation, base: Path, models: Path) -> None:
         self.base = base
@@ -47,6 +51,8 @@ class ComfyServer:
         _link(base / "models", models)
         _link(base / "custom_nodes" / "parallel-mmdit", PACK)
         _link(base / "custom_nodes" / "probe_nodes", HERE / "probe_nodes")
+        if (gguf_pack := Path(installation.folder) / GGUF_PACK).is_dir():
+            _link(base / GGUF_PACK, gguf_pack)
         self.installation = installation
         self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None

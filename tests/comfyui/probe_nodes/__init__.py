@@ -95,14 +95,22 @@ class ChangedModel(AttentionPatch):
 
     @classmethod
     def INPUT_TYPES(cls):
-        kinds = ["no file", "another loader", "own operations", "another family", "a replaced forward"]
+        kinds = [
+            "no file",
+            "another loader",
+            "own operations",
+            "another family",
+            "a replaced forward",
+            "weights copied",
+        ]
         return {"required": {"model": ("MODEL",), "how": (kinds,)}}
 
     def patch(self, model, how):
         changed = model.clone()
         # Left by the core on the patcher; on older ones by this pack, on the network.
         by_core = hasattr(model, "cached_patcher_init")
-        load, (path, _) = model.cached_patcher_init if by_core else model.model.parallel_mmdit_loaded_by
+        left = getattr(model, "cached_patcher_init", None) or getattr(model.model, "parallel_mmdit_loaded_by", None)
+        load, (path, _) = left or (None, (None, None))
         told = {
             "no file": None,
             "another loader": (json.loads, (path,)),
@@ -120,6 +128,13 @@ class ChangedModel(AttentionPatch):
             # The attribute alone: the module's own __setattr__ would reach the MODEL that came in.
             changed.model._modules = {**model.model._modules, "diffusion_model": copy.copy(model.model.diffusion_model)}
             changed.model.diffusion_model.forward = lambda *args: args
+        elif how == "weights copied":
+            for layer in changed.model.diffusion_model.modules():
+                for name, weight in layer._parameters.items():
+                    if hasattr(weight, "tensor_type"):
+                        copied = weight.as_subclass(torch.Tensor).clone().as_subclass(type(weight))
+                        copied.tensor_type, copied.tensor_shape = weight.tensor_type, weight.tensor_shape
+                        layer._parameters[name] = copied
         return (changed,)
 
 
