@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from parallel_backend.checkpoint_files.safetensors_file import content_key
+from parallel_backend.checkpoint_files.content import content_key
 from parallel_backend.errors import CheckpointError
 from parallel_backend.rank.allowed_files import AllowedFiles
 from parallel_backend.small_checkpoints.mmdit import small_config, write_mmdit

@@ -1,4 +1,4 @@
-"""What of a file is the diffusion model, known by its header alone."""
+"""What of a file is the diffusion model, known by its names alone."""
 
 from __future__ import annotations
 
@@ -7,35 +7,42 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from .safetensors_file import PICKLED, files_of, safetensors_header
+from .header import entries_of
 
-# In a checkpoint that has text encoders and a VAE beside it.
-DIFFUSION_PREFIX = "model.diffusion_model."
+# What may stand before the model's names: in a full checkpoint, in files of other trainers, in those of a distributed run.
+_PREFIXES = ("model.diffusion_model.", "model.model.", "net.", "module.", "model.")
 # Of SD3 from scratch: no other family has a tensor of this name.
 FROM_SCRATCH_MARK = "blocks.0.attn.query_proj_x.weight"
+# With one of these begins the name of some tensor of each model that can be told, ours or not.
+_MARKS = (
+    *("joint_blocks.", "transformer_blocks.", "input_blocks.", "down_blocks.", "double_blocks."),
+    FROM_SCRATCH_MARK,
+)
 
 
-def diffusion_entries(path: Path, beside: Collection[str] = ()) -> dict[str, Any]:
+def diffusion_prefix(names: Collection[str]) -> str:
+    """What stands before the names of the diffusion model's tensors; all others belong to something else."""
+    for prefix in _PREFIXES:
+        marks = tuple(prefix + mark for mark in _MARKS)
+        if any(name.startswith(marks) for name in names):
+            return prefix
+    return ""
+
+
+def diffusion_entries(path: Path, beside: Collection[str] = ()) -> dict[str, dict[str, Any]]:
     """Headers of the diffusion model's tensors, by their names in it, and of those of `beside` that the file has."""
-    entries = {
-        name: entry
-        for file in files_of(path)
-        for name, entry in safetensors_header(file).items()
-        if name != "__metadata__"
+    entries = entries_of(path)
+    prefix = diffusion_prefix(entries)
+    return {
+        name.removeprefix(prefix): entry for name, entry in entries.items() if name.startswith(prefix) or name in beside
     }
-    if any(name.startswith(DIFFUSION_PREFIX) for name in entries):
-        kept = (name for name in entries if name.startswith(DIFFUSION_PREFIX) or name in beside)
-        entries = {name.removeprefix(DIFFUSION_PREFIX): entries[name] for name in kept}
-    return entries
 
 
 def diffusion_elements(path: Path) -> int:
-    """How many numbers it holds; a pickle, which has no header, holds fp32."""
-    if path.suffix in PICKLED:
-        return path.stat().st_size // 4
+    """How many numbers it holds."""
     return sum(prod(entry["shape"]) for entry in diffusion_entries(path).values())
 
 
 def is_from_scratch(path: Path) -> bool:
     """Whether it is SD3 from scratch, which comes as a pickle or converted."""
-    return path.suffix in PICKLED or FROM_SCRATCH_MARK in diffusion_entries(path)
+    return FROM_SCRATCH_MARK in diffusion_entries(path)
