@@ -9,15 +9,14 @@ from typing import Any
 
 import comfy.model_detection
 import comfy.utils
-from safetensors import safe_open
 from torch import Tensor
 
-from ..parallel_backend.checkpoint_files.diffusion_part import DIFFUSION_PREFIX
-from ..parallel_backend.checkpoint_files.safetensors_file import PICKLED, check_stamp, safetensors_header, stamp
+from ..parallel_backend.checkpoint_files.diffusion_part import diffusion_prefix
+from ..parallel_backend.checkpoint_files.mapped import MappedTensors
 
 
 class BaseWeights(Mapping[str, Tensor]):
-    """The diffusion model's tensors in a safetensors file. Its pages are read as they are used, and none is kept.
+    """The diffusion model's tensors in its file or files. Their pages are read as they are used, and none is kept.
 
     Of an MMDiT in diffusers' layout, whose weights ComfyUI joins, all are kept once one was asked for.
 
@@ -26,10 +25,9 @@ class BaseWeights(Mapping[str, Tensor]):
     """
 
     def __init__(self, path: Path, unet_config: Mapping[str, Any]) -> None:
-        self.path, self._stamp = path, stamp(path)
-        names = [] if path.suffix in PICKLED else [n for n in safetensors_header(path) if n != "__metadata__"]
-        prefix = DIFFUSION_PREFIX if any(name.startswith(DIFFUSION_PREFIX) for name in names) else ""
-        self._in_file = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
+        self._tensors = MappedTensors(path)
+        prefix = diffusion_prefix(self._tensors)
+        self._in_file = {name.removeprefix(prefix): name for name in self._tensors if name.startswith(prefix)}
         self._is_joined = "transformer_blocks.0.attn.add_q_proj.weight" in self._in_file
         if "down_blocks.0.resnets.0.conv1.weight" in self._in_file:
             ours = comfy.utils.unet_to_diffusers(unet_config)
@@ -37,16 +35,12 @@ class BaseWeights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         """Raises: CheckpointError: the file is not the one any more that it was."""
-        check_stamp(self.path, self._stamp)
-        return self._joined[name] if self._is_joined else self._file.get_tensor(self._in_file[name])
+        return self._joined[name] if self._is_joined else self._tensors[self._in_file[name]]
 
     @cached_property
     def _joined(self) -> dict[str, Tensor]:
-        return comfy.model_detection.convert_diffusers_mmdit(comfy.utils.load_torch_file(str(self.path)), "")
-
-    @cached_property
-    def _file(self) -> Any:
-        return safe_open(self.path, framework="pt", device="cpu")
+        tensors = {name: self._tensors[in_file] for name, in_file in self._in_file.items()}
+        return comfy.model_detection.convert_diffusers_mmdit(tensors, "")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._joined if self._is_joined else self._in_file)

@@ -30,7 +30,7 @@ def kind_of_model(model: comfy.model_base.BaseModel) -> ModelKind | None:
 def kind_of_file(path: Path) -> ModelKind | None:
     """By its header alone; None where ComfyUI takes it for another family, or for none.
 
-    Raises: CheckpointError: not a safetensors file.
+    Raises: CheckpointError: it can't be read.
     """
     meta = meta_state_dict(path)
     if not any(name.startswith(_MARKS) for name in meta):

@@ -174,7 +174,7 @@ def test_damaged_incomplete_and_unsupported_files_are_named(pickled: Path, tmp_p
     with pytest.raises(CheckpointError, match=r"needs model_params_2s.json beside it"):
         open_model(tmp_path / "model_ema_2s.pkl")
     torch.save({"other": torch.zeros(2)}, tmp_path / "model_ema_3s.pkl")
-    with pytest.raises(CheckpointError, match="model_ema_3s.pkl is something this version doesn't know"):
+    with pytest.raises(CheckpointError, match=r"model_ema_3s.pkl is something this version doesn't know"):
         open_model(tmp_path / "model_ema_3s.pkl")
     cosine = write_pickle(tmp_path / "cosine")
     (cosine.parent / "model_params_10s.json").write_text(json.dumps(PARAMS | {"attn_type": "cosine"}))

@@ -26,6 +26,11 @@ def vae_folder(path: Path) -> Path:
     return path / "vae" if (path / "vae").is_dir() else path
 
 
+def has_common_name(file_name: str) -> bool:
+    """Whether many models' files are called so: a name that tells nothing of which one is meant."""
+    return _SHARD.fullmatch(file_name) is not None or file_name.partition(".")[0] in _NAMES
+
+
 def files_of(path: Path) -> list[Path]:
     """The files of the model at `path`: itself; those that a folder's index names; those of a shard, which is no model alone.
 
