@@ -89,7 +89,8 @@ def test_a_file_holds_its_model_whatever_it_is_called_and_has_beside_it(name: st
 
 
 def test_comfyui_loads_the_same_of_each(folder: Path, comfy: ComfyInstallation, tmp_path: Path) -> None:
-    command = [comfy.python, HERE / "core_weights.py", comfy.folder, folder, tmp_path / "core", *FILES]
+    arguments = [comfy.folder, HERE.parents[1], folder, tmp_path / "core", *FILES]
+    command = [comfy.python, HERE / "core_weights.py", *arguments]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     cores = load_file(tmp_path / "core")
