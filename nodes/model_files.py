@@ -85,8 +85,10 @@ def _vae_files(name: str) -> list[tuple[str, str]]:
         return [(name, "vae")]
     files = []
     for part in (ENCODER, DECODER):
-        stem = name + part.rpartition(".")[0]
-        listed = (file for file in folder_paths.get_filename_list(_TAESD) if file.rpartition(".")[0] == stem)
+        stem = PureWindowsPath(name + part.rpartition(".")[0])
+        listed = (
+            file for file in folder_paths.get_filename_list(_TAESD) if PureWindowsPath(file).with_suffix("") == stem
+        )
         files.append((next(listed, name + part), _TAESD))
     return files
 

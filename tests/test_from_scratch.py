@@ -154,6 +154,14 @@ def test_convert_keeps_names_and_values(pickled: Path, tmp_path: Path) -> None:
     assert torch.equal(velocity(made, MeshSpec(), SHAPES[0]), velocity(pickled, MeshSpec(), SHAPES[0]))
 
 
+def test_a_link_to_a_pickle_without_a_name_is_opened_by_its_own(pickled: Path, tmp_path: Path) -> None:
+    blob = tmp_path / "0123abcd"
+    blob.write_bytes(pickled.read_bytes())
+    (tmp_path / pickled.name).symlink_to(blob)
+    (tmp_path / "model_params_10s.json").write_bytes((pickled.parent / "model_params_10s.json").read_bytes())
+    assert open_model(tmp_path / pickled.name).source.path.name == pickled.name
+
+
 class Evil:
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return os.system, ("echo this must not run",)

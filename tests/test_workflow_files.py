@@ -308,6 +308,7 @@ def test_a_file_that_cant_be_taken_is_told_by_its_name(file: str, words: str) ->
     workflow, report = made(plain(file))
     assert len(added(workflow)) == 1
     assert [words in remark.why for remark in report.found.refused] == ([True] if words else [])
+    assert any("as Windows does" in note for note in report.found.notes) == ("\\" in file)
 
 
 @pytest.mark.parametrize(
