@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from comfyui.server import ComfyServer
 from reference_models import diffusers_mmdit
 from safetensors.torch import load_file, save_file
 from test_comfyui_nodes import local_model
-from test_parallelize import picture
+from test_parallelize import EVERYWHERE, STATUS, picture
 from torch import Tensor
 
 from parallel_backend.small_checkpoints.mmdit import small_config, write_mmdit
@@ -39,15 +40,17 @@ def placed(models: Path) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes((folder / REAL).read_bytes())
     (folder / "layouts" / "link.safetensors").symlink_to("blobs/0123abcd")
+    save_file({f"net.{name}": t for name, t in tensors.items()} | {"extra": torch.zeros(1)}, folder / "layouts/net.sft")
+    torch.save(tensors, folder / "layouts" / "plain.pth")
     for name in ("layouts/a/twice.safetensors", "layouts/b/twice.safetensors"):
         write_mmdit(folder / name, small_config("sd3.5-medium", 1))
     outer = models / "checkpoints" / "layouts" / "outer.ckpt"
     outer.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"state_dict": {f"model.diffusion_model.{name}": t for name, t in tensors.items()}}, outer)
     pipeline = models / "diffusers" / "layouts" / "pipeline"
-    diffusers_mmdit(small_config("sd3.5-medium"), tensors).save_pretrained(
-        pipeline / "transformer", max_shard_size="20MB"
-    )
+    theirs = diffusers_mmdit(small_config("sd3.5-medium"), tensors)
+    theirs.save_pretrained(pipeline / "transformer", max_shard_size="20MB")
+    theirs.save_pretrained(folder / "layouts" / "transformer")
     (pipeline / "model_index.json").write_text("{}")
     return models
 
@@ -94,6 +97,26 @@ def test_a_name_that_isnt_found_is_told_before_anything_runs(
         prompt.add("ProbeModelClass", model=out(loader))
     outcome = server.run(prompt.nodes)
     assert words in outcome.message and outcome.executed == []
+
+
+OF_EVERY_LAYOUT = (
+    *("layouts/net.sft", "layouts/plain.pth", "layouts/link.safetensors"),
+    "layouts/transformer/diffusion_pytorch_model.safetensors",
+)
+
+
+def test_the_setting_takes_files_of_every_layout(
+    server: ComfyServer, placed: Path, expected: Tensor, default_backend: str
+) -> None:
+    assert server.post(EVERYWHERE, {"on": True})["on"] is True
+    try:
+        for name in OF_EVERY_LAYOUT:
+            latent = picture(server, partial(local_model, name=name))[1]
+            torch.testing.assert_close(latent, expected, rtol=1e-4, atol=1e-4)
+        told = server.get(STATUS)["everywhere"]
+        assert told["parallel"] == sorted(Path(name).name for name in OF_EVERY_LAYOUT) and told["local"] == {}
+    finally:
+        server.post(EVERYWHERE, {"on": False})
 
 
 VAES = {"sub\\sd3.pt": "kl-16", "diffusers/layouts/with_vae": "kl-16", "SD3\\taesd3": "taesd3", "pth\\taesd3": "taesd3"}
