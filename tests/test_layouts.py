@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from comfyui.installation import HERE, ComfyInstallation
@@ -42,7 +43,14 @@ def below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def trainers(tensors: dict[str, Tensor]) -> dict[str, Any]:
     """As pytorch-lightning saves a run."""
-    return {"epoch": 3, "state_dict": tensors, "optimizer_states": [{"state": {0: torch.zeros(3)}}], "callbacks": {}}
+    scores = {"best": np.float64(0.5), "last": np.float32(0.25), "step": np.int64(7)}
+    return {
+        "epoch": 3,
+        "scores": scores,
+        "state_dict": tensors,
+        "optimizer_states": [{"state": {0: torch.zeros(3)}}],
+        "callbacks": {},
+    }
 
 
 def as_diffusers(path: Path) -> None:
@@ -133,6 +141,12 @@ def test_a_pickle_that_would_run_code_is_refused_by_name_and_not_run(
     with pytest.raises(CheckpointError, match=rf"evil{suffix} is a pickle of more than tensors.*system"):
         open_model(path)
     assert "this must not run" not in capfd.readouterr().out
+
+
+def test_numbers_of_numpy_beside_the_tensors_do_no_harm(tmp_path: Path) -> None:
+    scores = {"best": np.float64(0.5), "last": np.float32(0.25), "step": np.int64(7)}
+    torch.save(trainers(MMDIT) | {"scores": scores}, tmp_path / "scored.ckpt")
+    assert open_model(tmp_path / "scored.ckpt").config == small_config("sd3.5-medium", 2)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04" + bytes(50), b"\x80\x02garbage", bytes(100)])

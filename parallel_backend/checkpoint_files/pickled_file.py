@@ -29,8 +29,7 @@ class _Ignored:
 # What old checkpoints of Stable Diffusion hold beside their tensors; numbers and settings, which nobody reads.
 _HARMLESS: list[Any] = [
     np.dtype,
-    type(np.dtype(np.float64)),
-    type(np.dtype(np.int64)),
+    *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "?")),
     (_Ignored, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
     (_Ignored, "numpy.core.multiarray.scalar"),
     (_Ignored, "numpy._core.multiarray.scalar"),
