@@ -43,14 +43,7 @@ def below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def trainers(tensors: dict[str, Tensor]) -> dict[str, Any]:
     """As pytorch-lightning saves a run."""
-    scores = {"best": np.float64(0.5), "last": np.float32(0.25), "step": np.int64(7)}
-    return {
-        "epoch": 3,
-        "scores": scores,
-        "state_dict": tensors,
-        "optimizer_states": [{"state": {0: torch.zeros(3)}}],
-        "callbacks": {},
-    }
+    return {"epoch": 3, "state_dict": tensors, "optimizer_states": [{"state": {0: torch.zeros(3)}}], "callbacks": {}}
 
 
 def as_diffusers(path: Path) -> None:
