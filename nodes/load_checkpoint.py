@@ -12,7 +12,7 @@ from .known_to_core import search_aliases
 from .load_models import parallel_model
 from .loader_file import leave
 from .mesh_config import default_mesh
-from .model_files import fingerprint, name_elsewhere, path_of, validity
+from .model_files import fingerprint, name_elsewhere, path_of, taken_for, validity
 from .node_text import say
 from .parallel_mesh import ParallelMesh, optional_mesh
 from .patch_parallel_vae import parallel_vae as load_parallel_vae
@@ -77,5 +77,5 @@ class LoadParallelCheckpoint(io.ComfyNode):
             vae, vae_report = load_parallel_vae(mesh, [path], [name_elsewhere(path)])
             leave(vae.patcher, comfy.sd.load_checkpoint_guess_config, [str(path)])
             report = f"{report}\n{vae_report}"
-        say(report, log=True)
+        say("\n".join(filter(None, [taken_for(ckpt_name, FOLDER), report])), log=True)
         return io.NodeOutput(model, clip, vae)

@@ -21,7 +21,7 @@ from .core_dtype import model_dtype, told_by_loader, unheeded, unheeded_of_loade
 from .core_memory import bytes_here, interruptible, make_room
 from .known_to_core import search_aliases
 from .loader_file import leave
-from .model_files import fingerprint, listed_elsewhere, names_in, path_of, validity
+from .model_files import fingerprint, listed_elsewhere, names_in, path_of, taken_for, validity
 from .node_text import say
 from .parallel_mesh import MeshSocket, ParallelMesh
 from .remote_model import RemotePatcher, remote_patcher
@@ -169,5 +169,5 @@ def load(kind: ModelKind, model_name: str, mesh: ParallelMesh) -> io.NodeOutput:
     """A loader's output: the MODEL, and how it came to be there."""
     path = path_of(model_name, FOLDER)
     patcher, report = parallel_model(mesh, kind, path, listed_elsewhere(model_name, FOLDER))
-    say(report, log=True)
+    say("\n".join(filter(None, [taken_for(model_name, FOLDER), report])), log=True)
     return io.NodeOutput(patcher)

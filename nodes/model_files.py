@@ -5,7 +5,7 @@ The demo's are this pack's alone: ComfyUI's own lists don't have them, so that i
 
 from __future__ import annotations
 
-import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 
@@ -56,6 +56,13 @@ def validity(name: str | None, folder: str) -> bool | str:
     return True
 
 
+def taken_for(name: str, folder: str) -> str:
+    """A line that says which file is taken, where none has the name itself; else empty."""
+    if _at(name, folder) is not None:
+        return ""
+    return f"There is no {name}; {listed_elsewhere(name, folder)} is taken, the only file of that name."
+
+
 def vae_names() -> list[str]:
     """Files that may hold a VAE, and TAESD's encoder and decoder pairs of vae_approx, in any folder there, and the demo's."""
     stems = [name.rpartition(".")[0] for name in folder_paths.get_filename_list(_TAESD)]
@@ -79,6 +86,11 @@ def vae_validity(name: str | None) -> bool | str:
     return next((words for words in told if words is not True), True)
 
 
+def vae_taken_for(name: str) -> str:
+    """As `taken_for`, of a VAE's name."""
+    return "\n".join(filter(None, (taken_for(file, folder) for file, folder in _vae_files(name))))
+
+
 def _vae_files(name: str) -> list[tuple[str, str]]:
     """Names and their folders."""
     if not _is_taesd(name):
@@ -95,17 +107,21 @@ def _vae_files(name: str) -> list[tuple[str, str]]:
 
 def _find(name: str, folder: str) -> Path | DemoFile:
     """A file of the user's own goes before one of the demo's; one of another subfolder is taken if it alone has that file name."""
-    for spelled in dict.fromkeys((name, name.replace("\\", "/"))):
-        if found := next(_places(spelled, folder), None):
-            return found
+    if found := _at(name, folder):
+        return found
     alike = [] if has_common_name(_file_name(name)) else _of_the_same_name(name, folder)
     if len(alike) == 1 and (found := next(_places(alike[0], folder), None)):
-        logging.info("parallel-mmdit: there is no %r; %r is taken, the only file of that name", name, alike[0])
         return found
     several = f" Several have its file name: {', '.join(alike[:5])}." if alike else ""
     raise CheckpointError(
         f"There is no {name!r} in ComfyUI's {folder} folder.{several}", "Put it there, or choose another."
     )
+
+
+def _at(name: str, folder: str) -> Path | DemoFile | None:
+    """The file of the name itself, whichever machine's separators it has."""
+    spellings = dict.fromkeys((name, name.replace("\\", "/")))
+    return next((found for spelled in spellings for found in _places(spelled, folder)), None)
 
 
 def _places(name: str, folder: str) -> Iterator[Path | DemoFile]:
@@ -137,10 +153,12 @@ def _file_name(name: str) -> str:
 def _pipelines() -> dict[str, Path]:
     """Folders of diffusers' pipelines with a model of a kind that may be ours, by their names below ComfyUI's folder for them."""
     found: dict[str, Path] = {}
-    for root in map(Path, folder_paths.get_folder_paths("diffusers")):
-        for index in sorted(root.glob("**/model_index.json")):
-            if model_folder(index.parent) != index.parent:
-                found.setdefault(index.parent.relative_to(root).as_posix(), index.parent)
+    for root in folder_paths.get_folder_paths("diffusers"):
+        for folder, inside, files in os.walk(root, followlinks=True):
+            if "model_index.json" in files:
+                inside.clear()
+                if model_folder(path := Path(folder)) != path:
+                    found.setdefault(path.relative_to(root).as_posix(), path)
     return found
 
 

@@ -11,7 +11,7 @@ from ..parallel_backend.checkpoint_files.vae_part import overflows_in_float16
 from .core_dtype import unheeded, vae_dtype
 from .core_memory import bytes_here, interruptible, make_room
 from .known_to_core import search_aliases
-from .model_files import vae_fingerprint, vae_listed_elsewhere, vae_names, vae_paths, vae_validity
+from .model_files import vae_fingerprint, vae_listed_elsewhere, vae_names, vae_paths, vae_taken_for, vae_validity
 from .node_text import say
 from .parallel_mesh import MeshSocket, ParallelMesh
 from .remote_vae import ParallelVAE
@@ -52,7 +52,7 @@ class PatchParallelVAE(io.ComfyNode):
     @classmethod
     def execute(cls, vae_name: str, mesh: ParallelMesh) -> io.NodeOutput:
         vae, report = parallel_vae(mesh, vae_paths(vae_name), vae_listed_elsewhere(vae_name))
-        say(report, log=True)
+        say("\n".join(filter(None, [vae_taken_for(vae_name), report])), log=True)
         return io.NodeOutput(vae)
 
 

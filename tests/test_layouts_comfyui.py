@@ -67,7 +67,9 @@ def test_a_name_from_elsewhere_draws_the_local_picture(case: str, server: ComfyS
 
     outcome, latent = picture(server, load)
     torch.testing.assert_close(latent, expected, rtol=1e-4, atol=1e-4)
-    assert not any("0123abcd" in line for lines in outcome.texts.values() for line in lines)
+    lines = [line for told in outcome.texts.values() for line in told]
+    assert any(line.startswith("There is no ") for line in lines) == ("moved" in case)
+    assert not any("0123abcd" in line for line in lines)
 
 
 @pytest.mark.parametrize(
