@@ -142,6 +142,13 @@ def test_numbers_of_numpy_beside_the_tensors_do_no_harm(tmp_path: Path) -> None:
     assert open_model(tmp_path / "scored.ckpt").config == small_config("sd3.5-medium", 2)
 
 
+def test_a_pickle_in_another_dtype_is_refused_by_name(tmp_path: Path) -> None:
+    name = "x_embedder.proj.weight"
+    torch.save(MMDIT | {name: MMDIT[name].double()}, tmp_path / "double.pt")
+    with pytest.raises(UnsupportedError, match=r"double.pt stores x_embedder.proj.weight as float64"):
+        open_model(tmp_path / "double.pt").source.read(name)
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04" + bytes(50), b"\x80\x02garbage", bytes(100)])
 def test_a_damaged_pickle_is_refused_by_name(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "damaged.ckpt").write_bytes(content)

@@ -11,7 +11,8 @@ from .layout import files_of
 from .pickled_file import is_pickled, pickled_tensors
 from .safetensors_file import safetensors_header
 
-_CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+# Safetensors' words for the dtypes that are read.
+CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def file_entries(file: Path) -> dict[str, dict[str, Any]]:
@@ -23,7 +24,7 @@ def file_entries(file: Path) -> dict[str, dict[str, Any]]:
         meta = pickled_tensors(file, "meta")
         return {
             name: {
-                "dtype": _CODES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch.")),
+                "dtype": CODES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch.")),
                 "shape": list(tensor.shape),
             }
             for name, tensor in meta.items()

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ..checkpoint_files.diffusion_part import diffusion_prefix
-from ..checkpoint_files.header import entries_of
+from ..checkpoint_files.header import CODES, entries_of
 from ..checkpoint_files.layout import files_of
 from ..checkpoint_files.pickled_file import is_pickled, pickled_tensors
 from ..checkpoint_files.safetensors_file import check_stamp, stamp
 from ..distributed.tensor_parallel import Shard
+from ..errors import UnsupportedError
 from .checkpoint import SafetensorsSource, TensorSource
 
 
@@ -43,6 +44,11 @@ class PickleSource:
 
     def read(self, name: str, shard: Shard | None = None) -> Tensor:
         whole = self._tensors[name]
+        if whole.dtype not in CODES:
+            kind = str(whole.dtype).removeprefix("torch.")
+            raise UnsupportedError(
+                f"{self.path.name} stores {name} as {kind}.", "Use a checkpoint in float32, float16 or bfloat16."
+            )
         parts = [whole] if shard is None else [whole.narrow(shard.dim, a, b - a) for a, b in shard.ranges]
         self.bytes_read += sum(part.numel() * part.element_size() for part in parts)
         return parts[0] if len(parts) == 1 else torch.cat(parts, shard.dim if shard else 0)
