@@ -12,12 +12,12 @@ import comfy.utils
 from torch import Tensor
 
 from ..parallel_backend.checkpoint_files.diffusion_part import diffusion_prefix
-from ..parallel_backend.checkpoint_files.safetensors_file import PICKLED, check_stamp, stamp
+from ..parallel_backend.checkpoint_files.header import entries_of
 from ..parallel_backend.quantized.whole_file import WholeFile
 
 
 class BaseWeights(Mapping[str, Tensor]):
-    """The values of the diffusion model's tensors. The file's pages are read as they are used, and none is kept.
+    """The values of the diffusion model's tensors in its file or files. Their pages are read as they are used, and none is kept.
 
     Of an MMDiT in diffusers' layout, whose weights ComfyUI joins, all are kept once one was asked for.
 
@@ -26,9 +26,8 @@ class BaseWeights(Mapping[str, Tensor]):
     """
 
     def __init__(self, path: Path, unet_config: Mapping[str, Any]) -> None:
-        self.path, self._stamp = path, stamp(path)
-        names = [] if path.suffix in PICKLED else list(self._file)
-        self._in_file = {name: name for name in names}
+        self._tensors = WholeFile(path, diffusion_prefix(entries_of(path)))
+        self._in_file = {name: name for name in self._tensors}
         self._is_joined = "transformer_blocks.0.attn.add_q_proj.weight" in self._in_file
         if "down_blocks.0.resnets.0.conv1.weight" in self._in_file:
             ours = comfy.utils.unet_to_diffusers(unet_config)
@@ -36,20 +35,16 @@ class BaseWeights(Mapping[str, Tensor]):
 
     @property
     def is_quantised(self) -> bool:
-        return self.path.suffix not in PICKLED and self._file.is_quantised
+        return self._tensors.is_quantised
 
     def __getitem__(self, name: str) -> Tensor:
         """Raises: CheckpointError: the file is not the one any more that it was."""
-        check_stamp(self.path, self._stamp)
-        return self._joined[name] if self._is_joined else self._file[self._in_file[name]]
+        return self._joined[name] if self._is_joined else self._tensors[self._in_file[name]]
 
     @cached_property
     def _joined(self) -> dict[str, Tensor]:
-        return comfy.model_detection.convert_diffusers_mmdit(comfy.utils.load_torch_file(str(self.path)), "")
-
-    @cached_property
-    def _file(self) -> WholeFile:
-        return WholeFile(self.path, diffusion_prefix(self.path))
+        tensors = {name: self._tensors[in_file] for name, in_file in self._in_file.items()}
+        return comfy.model_detection.convert_diffusers_mmdit(tensors, "")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._joined if self._is_joined else self._in_file)

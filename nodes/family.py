@@ -13,7 +13,7 @@ from ..parallel_backend.rpc.messages import ModelKind
 from .core_model import meta_state_dict
 
 # Some tensor of each such file begins like this. ComfyUI's own detection, which reads values of some other families, comes after.
-_MARKS = ("joint_blocks.", "label_emb.", "add_embedding.")
+_MARKS = ("joint_blocks.", "pos_embed.pos_embed", "label_emb.", "add_embedding.")
 NAMES = "SD3, SD3.5 and SDXL (base, refiner and kin)"
 
 
@@ -30,7 +30,7 @@ def kind_of_model(model: comfy.model_base.BaseModel) -> ModelKind | None:
 def kind_of_file(path: Path) -> ModelKind | None:
     """By its header alone; None where ComfyUI takes it for another family, or for none.
 
-    Raises: CheckpointError: not a safetensors file.
+    Raises: CheckpointError: it can't be read.
     """
     meta = meta_state_dict(path)
     if not any(name.startswith(_MARKS) for name in meta):
@@ -38,6 +38,8 @@ def kind_of_file(path: Path) -> ModelKind | None:
     config: Any = comfy.model_detection.model_config_from_unet(meta, "")
     if config is None:
         config = comfy.model_detection.model_config_from_diffusers_unet(meta)
+    if config is None and (joined := comfy.model_detection.convert_diffusers_mmdit(dict(meta), "")):
+        config = comfy.model_detection.model_config_from_unet(joined, "")
     if isinstance(config, comfy.supported_models.SD3):
         return "mmdit"
     if isinstance(config, (comfy.supported_models.SDXL, comfy.supported_models.SDXLRefiner)):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import comfy.sd
 import folder_paths
 from comfy_api.latest import io
@@ -14,10 +12,12 @@ from .known_to_core import search_aliases
 from .load_models import parallel_model
 from .loader_file import leave
 from .mesh_config import default_mesh
-from .model_files import file_fingerprint
+from .model_files import fingerprint, name_elsewhere, path_of, taken_for, validity
 from .node_text import say
 from .parallel_mesh import ParallelMesh, optional_mesh
 from .patch_parallel_vae import parallel_vae as load_parallel_vae
+
+FOLDER = "checkpoints"
 
 
 class LoadParallelCheckpoint(io.ComfyNode):
@@ -33,8 +33,8 @@ class LoadParallelCheckpoint(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "ckpt_name",
-                    options=folder_paths.get_filename_list("checkpoints"),
-                    tooltip="An SD3, SD3.5 or SDXL checkpoint, as .safetensors.",
+                    options=folder_paths.get_filename_list(FOLDER),
+                    tooltip="An SD3, SD3.5 or SDXL checkpoint.",
                 ),
                 optional_mesh("The ranks, and how they share the work."),
                 io.Boolean.Input(
@@ -52,16 +52,20 @@ class LoadParallelCheckpoint(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, ckpt_name: str | None = None) -> bool | str:
+        return validity(ckpt_name, FOLDER)
+
+    @classmethod
     def fingerprint_inputs(cls, ckpt_name: str, mesh: None = None, parallel_vae: bool = False) -> str:
-        return file_fingerprint(_path(ckpt_name))
+        return fingerprint(ckpt_name, FOLDER)
 
     @classmethod
     def execute(cls, ckpt_name: str, mesh: ParallelMesh | None = None, parallel_vae: bool = False) -> io.NodeOutput:
-        path, mesh = _path(ckpt_name), mesh or default_mesh()
+        path, mesh = path_of(ckpt_name, FOLDER), mesh or default_mesh()
         kind = kind_of_file(path)
         if kind is None:
             raise CheckpointError(f"{ckpt_name} holds none of {NAMES}.", "Use ComfyUI's Load Checkpoint for it.")
-        model, report = parallel_model(mesh, kind, path, ckpt_name)
+        model, report = parallel_model(mesh, kind, path, name_elsewhere(path))
         _, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
             str(path),
             output_vae=not parallel_vae,
@@ -70,12 +74,8 @@ class LoadParallelCheckpoint(io.ComfyNode):
             output_model=False,
         )
         if parallel_vae:
-            vae, vae_report = load_parallel_vae(mesh, [path], [ckpt_name])
+            vae, vae_report = load_parallel_vae(mesh, [path], [name_elsewhere(path)])
             leave(vae.patcher, comfy.sd.load_checkpoint_guess_config, [str(path)])
             report = f"{report}\n{vae_report}"
-        say(report, log=True)
+        say("\n".join(filter(None, [taken_for(ckpt_name, FOLDER), report])), log=True)
         return io.NodeOutput(model, clip, vae)
-
-
-def _path(ckpt_name: str) -> Path:
-    return Path(folder_paths.get_full_path_or_raise("checkpoints", ckpt_name))

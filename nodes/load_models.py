@@ -21,7 +21,7 @@ from .core_dtype import model_dtype, told_by_loader, unheeded, unheeded_of_loade
 from .core_memory import bytes_here, interruptible, make_room
 from .known_to_core import search_aliases
 from .loader_file import leave
-from .model_files import fingerprint, names_elsewhere, names_in, path_of
+from .model_files import fingerprint, listed_elsewhere, names_in, path_of, taken_for, validity
 from .node_text import say
 from .parallel_mesh import MeshSocket, ParallelMesh
 from .remote_model import RemotePatcher, remote_patcher
@@ -105,7 +105,7 @@ def loader_schema(
             io.Combo.Input(
                 "model_name",
                 options=names_in(FOLDER, demo),
-                tooltip="A .safetensors or .gguf file of the diffusion_models or checkpoints folder.",
+                tooltip="A file of the diffusion_models (GGUF too) or checkpoints folder, or a pipeline in the diffusers folder.",
             ),
             MeshSocket.Input("mesh", tooltip=mesh_tooltip),
         ],
@@ -125,6 +125,10 @@ class LoadParallelMMDiT(io.ComfyNode):
             "From Mesh Config.",
             MMDIT_FILE,
         )
+
+    @classmethod
+    def validate_inputs(cls, model_name: str | None = None) -> bool | str:
+        return validity(model_name, FOLDER)
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str, mesh: None = None) -> str:
@@ -149,6 +153,10 @@ class LoadParallelUNet(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, model_name: str | None = None) -> bool | str:
+        return validity(model_name, FOLDER)
+
+    @classmethod
     def fingerprint_inputs(cls, model_name: str, mesh: None = None) -> str:
         return fingerprint(model_name, FOLDER)
 
@@ -160,6 +168,6 @@ class LoadParallelUNet(io.ComfyNode):
 def load(kind: ModelKind, model_name: str, mesh: ParallelMesh) -> io.NodeOutput:
     """A loader's output: the MODEL, and how it came to be there."""
     path = path_of(model_name, FOLDER)
-    patcher, report = parallel_model(mesh, kind, path, names_elsewhere(model_name)[0])
-    say(report, log=True)
+    patcher, report = parallel_model(mesh, kind, path, listed_elsewhere(model_name, FOLDER))
+    say("\n".join(filter(None, [taken_for(model_name, FOLDER), report])), log=True)
     return io.NodeOutput(patcher)

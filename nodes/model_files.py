@@ -5,39 +5,48 @@ The demo's are this pack's alone: ComfyUI's own lists don't have them, so that i
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+from collections.abc import Iterator
+from pathlib import Path, PureWindowsPath
 
 import comfy.model_management as mm
 import folder_paths
 
 from ..parallel_backend.checkpoint_files.gguf_file import SUFFIX
+from ..parallel_backend.checkpoint_files.layout import files_of, has_common_name, model_folder, vae_folder
 from ..parallel_backend.checkpoint_files.taesd_files import DECODER, ENCODER, FAMILIES
 from ..parallel_backend.demo.files import FILES, OWN, DemoFile, present
 from ..parallel_backend.errors import CheckpointError
 from .node_text import say
 
-CHECKPOINTS = "checkpoints/"
+# Before the names of files of other folders than a loader's own.
+CHECKPOINTS, DIFFUSERS = "checkpoints/", "diffusers/"
 # ComfyUI's lists are of a folder and suffixes, under a name.
 _GGUF = "parallel_mmdit_gguf"
+_TAESD = "vae_approx"
 
 
 def names_in(folder: str, demo: DemoFile | None = None) -> list[str]:
-    """Files of the folder, those of the checkpoints folder with that folder's name before them, and the demo's, if any."""
-    own = [*folder_paths.get_filename_list(folder), *_gguf_names(folder)]
-    checkpoints = [CHECKPOINTS + name for name in folder_paths.get_filename_list("checkpoints")]
-    return [*own, *checkpoints, *([demo.listed] if demo and demo.listed not in own else [])]
+    """Files of the folder, then those of the checkpoints folder and the folders of diffusers' pipelines, with what tells them
+    from the first before their names, and the demo's, if any."""
+    own = _listed(folder)
+    others = [CHECKPOINTS + name for name in folder_paths.get_filename_list("checkpoints")]
+    others += [DIFFUSERS + name for name in _pipelines()]
+    return list(dict.fromkeys([*own, *others, *([demo.listed] if demo else [])]))
 
 
-def _gguf_names(folder: str) -> list[str]:
-    """GGUF files of the models' folder, which ComfyUI doesn't list."""
+def _listed(folder: str) -> list[str]:
+    """ComfyUI's list of the folder, and of the models' its GGUF files, which that lacks."""
+    own: list[str] = folder_paths.get_filename_list(folder)
     if folder != "diffusion_models":
-        return []
+        return own
     folder_paths.folder_names_and_paths[_GGUF] = (folder_paths.get_folder_paths(folder), {SUFFIX})
-    return folder_paths.get_filename_list(_GGUF)
+    return [*own, *folder_paths.get_filename_list(_GGUF)]
 
 
 def path_of(name: str, folder: str) -> Path:
-    """The file of a name that `names_in` gave; the demo's is fetched if it has to be.
+    """The file or folder of a name that `names_in` gave, or that a workflow of another machine has; the demo's is fetched if it
+    has to be.
 
     Raises: CheckpointError: no such file in the model folders, or the demo's could not be fetched.
     """
@@ -45,40 +54,124 @@ def path_of(name: str, folder: str) -> Path:
     return present(found, fetching) if isinstance(found, DemoFile) else found
 
 
+def validity(name: str | None, folder: str) -> bool | str:
+    """What ComfyUI is told of a name before it runs a prompt, in place of its own look at the list: whether, or why it isn't found.
+
+    Args:
+        name: None where a node is to give it.
+    """
+    try:
+        if name is not None:
+            _find(name, folder)
+    except CheckpointError as error:
+        return str(error)
+    return True
+
+
+def taken_for(name: str, folder: str) -> str:
+    """A line that says which file is taken, where none has the name itself; else empty."""
+    if _at(name, folder) is not None:
+        return ""
+    return f"There is no {name}; {listed_elsewhere(name, folder)} is taken, the only file of that name."
+
+
 def vae_names() -> list[str]:
     """Files that may hold a VAE, and TAESD's encoder and decoder pairs of vae_approx, in any folder there, and the demo's."""
-    approx = set(folder_paths.get_filename_list("vae_approx"))
-    pairs = [name.removesuffix(ENCODER) for name in sorted(approx) if name.endswith(ENCODER)]
-    found = [name for name in pairs if _is_taesd(name) and name + DECODER in approx]
+    stems = [name.rpartition(".")[0] for name in folder_paths.get_filename_list(_TAESD)]
+    encoder, decoder = (part.rpartition(".")[0] for part in (ENCODER, DECODER))
+    pairs = [stem.removesuffix(encoder) for stem in sorted(stems) if stem.endswith(encoder)]
+    found = [name for name in pairs if _is_taesd(name) and name + decoder in stems]
     return [*names_in("vae"), *dict.fromkeys([*found, *(f"{OWN}/{family}" for family in FAMILIES.values())])]
 
 
 def vae_paths(name: str) -> list[Path]:
-    """One file, or TAESD's encoder and decoder; the demo's are fetched if they have to be.
+    """One file or folder, or TAESD's encoder and decoder; the demo's are fetched if they have to be.
 
     Raises: CheckpointError: as `path_of`.
     """
-    return [path_of(file, folder) for file, folder in _vae_files(name)]
+    return [vae_folder(path_of(file, folder)) for file, folder in _vae_files(name)]
+
+
+def vae_validity(name: str | None) -> bool | str:
+    """As `validity`, of a VAE's name."""
+    told = [validity(file, folder) for file, folder in _vae_files(name)] if name is not None else []
+    return next((words for words in told if words is not True), True)
+
+
+def vae_taken_for(name: str) -> str:
+    """As `taken_for`, of a VAE's name."""
+    return "\n".join(filter(None, (taken_for(file, folder) for file, folder in _vae_files(name))))
 
 
 def _vae_files(name: str) -> list[tuple[str, str]]:
     """Names and their folders."""
-    if _is_taesd(name):
-        return [(name + part, "vae_approx") for part in (ENCODER, DECODER)]
-    return [(name, "vae")]
+    if not _is_taesd(name):
+        return [(name, "vae")]
+    files = []
+    for part in (ENCODER, DECODER):
+        stem = PureWindowsPath(name + part.rpartition(".")[0])
+        listed = (
+            file for file in folder_paths.get_filename_list(_TAESD) if PureWindowsPath(file).with_suffix("") == stem
+        )
+        files.append((next(listed, name + part), _TAESD))
+    return files
 
 
 def _find(name: str, folder: str) -> Path | DemoFile:
-    """A file of the user's own goes before one of the demo's."""
-    if name.startswith(CHECKPOINTS):
-        folder, name = "checkpoints", name.removeprefix(CHECKPOINTS)
-    path = folder_paths.get_full_path(folder, name)
-    if path is not None:
-        return Path(path)
-    for demo in FILES.values():
-        if (demo.listed, demo.folder) == (name, folder):
-            return demo
-    raise CheckpointError(f"There is no {name!r} in ComfyUI's {folder} folder.", "Put it there, or choose another.")
+    """A file of the user's own goes before one of the demo's; one of another subfolder is taken if it alone has that file name."""
+    if found := _at(name, folder):
+        return found
+    alike = [] if has_common_name(_file_name(name)) else _of_the_same_name(name, folder)
+    if len(alike) == 1 and (found := next(_places(alike[0], folder), None)):
+        return found
+    several = f" Several have its file name: {', '.join(alike[:5])}." if alike else ""
+    raise CheckpointError(
+        f"There is no {name!r} in ComfyUI's {folder} folder.{several}", "Put it there, or choose another."
+    )
+
+
+def _at(name: str, folder: str) -> Path | DemoFile | None:
+    """The file of the name itself, whichever machine's separators it has."""
+    spellings = dict.fromkeys((name, name.replace("\\", "/")))
+    return next((found for spelled in spellings for found in _places(spelled, folder)), None)
+
+
+def _places(name: str, folder: str) -> Iterator[Path | DemoFile]:
+    """Where a name may lie that has this very spelling: the loader's own folder first."""
+    if (path := folder_paths.get_full_path(folder, name)) is not None:
+        yield Path(path)
+    if name.startswith(CHECKPOINTS) and (
+        path := folder_paths.get_full_path("checkpoints", name.removeprefix(CHECKPOINTS))
+    ):
+        yield Path(path)
+    if name.startswith(DIFFUSERS) and (pipeline := _pipelines().get(name.removeprefix(DIFFUSERS))):
+        yield pipeline
+    yield from (demo for demo in FILES.values() if (demo.listed, demo.folder) == (name, folder))
+
+
+def _of_the_same_name(name: str, folder: str) -> list[str]:
+    """Files of the folder, or of the checkpoints folder where the name says that, in whatever subfolder."""
+    said = folder != "checkpoints" and name.replace("\\", "/").startswith(CHECKPOINTS)
+    prefix, place = (CHECKPOINTS, "checkpoints") if said else ("", folder)
+    listed = _listed(place)
+    return [prefix + other for other in listed if _file_name(other) == _file_name(name)]
+
+
+def _file_name(name: str) -> str:
+    """Whichever machine's separators it has."""
+    return PureWindowsPath(name).name
+
+
+def _pipelines() -> dict[str, Path]:
+    """Folders of diffusers' pipelines with a model of a kind that may be ours, by their names below ComfyUI's folder for them."""
+    found: dict[str, Path] = {}
+    for root in folder_paths.get_folder_paths("diffusers"):
+        for folder, inside, files in os.walk(root, followlinks=True):
+            if "model_index.json" in files:
+                inside.clear()
+                if model_folder(path := Path(folder)) != path:
+                    found.setdefault(path.relative_to(root).as_posix(), path)
+    return found
 
 
 def fetching(file: DemoFile, done: int) -> None:
@@ -88,21 +181,30 @@ def fetching(file: DemoFile, done: int) -> None:
 
 
 def name_elsewhere(path: Path) -> str:
-    """As `names_elsewhere`, of a file that one of ComfyUI's loaders found; its own name where no model folder has it."""
-    folders = [
-        Path(f) for kind in ("checkpoints", "diffusion_models", "vae") for f in folder_paths.get_folder_paths(kind)
-    ]
+    """How another machine's backend finds a file of this one's model folders, below its own; its own name where none has it."""
+    kinds = ("checkpoints", "diffusion_models", "vae", _TAESD, "diffusers")
+    folders = [Path(folder) for kind in kinds for folder in folder_paths.get_folder_paths(kind)]
     inside = (path.relative_to(folder) for folder in folders if path.is_relative_to(folder))
     return next(inside, Path(path.name)).as_posix()
 
 
-def names_elsewhere(name: str) -> list[str]:
-    """How another machine's backend finds the files of a name, below its own model folders."""
-    return [name + part for part in (ENCODER, DECODER)] if _is_taesd(name) else [name.removeprefix(CHECKPOINTS)]
+def listed_elsewhere(name: str, folder: str) -> str:
+    """As `name_elsewhere`, of a name that `path_of` takes; the demo's are kept under their listed names."""
+    found = _find(name, folder)
+    return found.listed if isinstance(found, DemoFile) else name_elsewhere(found)
+
+
+def vae_listed_elsewhere(name: str) -> list[str]:
+    """As `listed_elsewhere`, of a VAE's file or folder, or of TAESD's two."""
+    names = []
+    for file, folder in _vae_files(name):
+        found = _find(file, folder)
+        names.append(found.listed if isinstance(found, DemoFile) else name_elsewhere(vae_folder(found)))
+    return names
 
 
 def _is_taesd(name: str) -> bool:
-    return name.rpartition("/")[2] in FAMILIES.values()
+    return _file_name(name) in FAMILIES.values()
 
 
 def fingerprint(name: str, folder: str) -> str:
@@ -113,7 +215,7 @@ def fingerprint(name: str, folder: str) -> str:
     found = _find(name, folder)
     if isinstance(found, DemoFile):
         return file_fingerprint(found.shipped) if found.shipped.is_file() else found.sha256
-    return file_fingerprint(found)
+    return " ".join(map(file_fingerprint, files_of(vae_folder(found) if folder == "vae" else found)))
 
 
 def vae_fingerprint(name: str) -> str:

@@ -11,7 +11,7 @@ from ..parallel_backend.checkpoint_files.vae_part import overflows_in_float16
 from .core_dtype import unheeded, vae_dtype
 from .core_memory import bytes_here, interruptible, make_room
 from .known_to_core import search_aliases
-from .model_files import names_elsewhere, vae_fingerprint, vae_names, vae_paths
+from .model_files import vae_fingerprint, vae_listed_elsewhere, vae_names, vae_paths, vae_taken_for, vae_validity
 from .node_text import say
 from .parallel_mesh import MeshSocket, ParallelMesh
 from .remote_vae import ParallelVAE
@@ -42,13 +42,17 @@ class PatchParallelVAE(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, vae_name: str | None = None) -> bool | str:
+        return vae_validity(vae_name)
+
+    @classmethod
     def fingerprint_inputs(cls, vae_name: str, mesh: None = None) -> str:
         return vae_fingerprint(vae_name)
 
     @classmethod
     def execute(cls, vae_name: str, mesh: ParallelMesh) -> io.NodeOutput:
-        vae, report = parallel_vae(mesh, vae_paths(vae_name), names_elsewhere(vae_name))
-        say(report, log=True)
+        vae, report = parallel_vae(mesh, vae_paths(vae_name), vae_listed_elsewhere(vae_name))
+        say("\n".join(filter(None, [vae_taken_for(vae_name), report])), log=True)
         return io.NodeOutput(vae)
 
 
@@ -66,6 +70,7 @@ def parallel_vae(mesh: ParallelMesh, paths: Sequence[Path], names: Sequence[str]
     state = "already resident" if not any(remote.loaded.bytes_read) else f"read in {remote.loaded.seconds:.1f} s"
     lines = [
         f"{remote.loaded.family}: {state}, {backend.world_size} bands, {dtype}",
+        *remote.loaded.notes,
         unheeded("vae", mesh.dtype, overflows=overflows),
         room,
         mesh.differs(),

@@ -17,7 +17,7 @@ from parallel_backend.checkpoint_files.taesd_files import FAMILIES, taesd_files
 from parallel_backend.demo.drawing import draw
 from parallel_backend.demo.scenes import held_out_scenes
 from parallel_backend.errors import ConfigError
-from parallel_backend.models.vae import taesd_module_names
+from parallel_backend.models.vae_names import taesd_module_names
 from parallel_backend.small_checkpoints.taesd import write_taesd_files
 
 from .config import TrainSpec

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from parallel_backend.checkpoint_files.safetensors_file import content_key
+from parallel_backend.checkpoint_files.content import content_key
 from parallel_backend.errors import CheckpointError
 from parallel_backend.rank.allowed_files import AllowedFiles
 from parallel_backend.small_checkpoints.mmdit import small_config, write_mmdit
@@ -55,3 +55,23 @@ def test_a_missing_and_a_changed_file_are_told_apart(file: Path) -> None:
     write_mmdit(file, small_config("sd3.5-large", 1), seed=5)
     with pytest.raises(CheckpointError, match="content has changed"):
         AllowedFiles((file.parent,)).checked("a.safetensors", key)
+
+
+def test_a_link_is_opened_by_its_own_name_where_both_ends_lie_inside(file: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "hub" / "blobs" / "0123abcd"
+    cache.parent.mkdir(parents=True)
+    file.rename(cache)
+    file.symlink_to(cache)
+    assert AllowedFiles((file.parent, cache.parent.parent)).checked("a.safetensors", content_key(file)) == file
+    with pytest.raises(CheckpointError, match=r"'a.safetensors' is outside this backend's model folders"):
+        AllowedFiles((file.parent,)).checked("a.safetensors", content_key(file))
+
+
+def test_no_file_of_a_folder_leads_outside(file: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside.safetensors"
+    file.rename(outside)
+    folder = file.parent / "transformer"
+    folder.mkdir()
+    (folder / "model.safetensors").symlink_to(outside)
+    with pytest.raises(CheckpointError, match=r"model.safetensors leads outside this backend's model folders"):
+        AllowedFiles((file.parent,)).checked("transformer", content_key(folder))

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from parallel_backend import MeshSpec
-from parallel_backend.checkpoint_files.diffusion_part import diffusion_bytes, is_from_scratch
-from parallel_backend.checkpoint_files.safetensors_file import content_key
+from parallel_backend.checkpoint_files.content import content_key
+from parallel_backend.checkpoint_files.diffusion_part import FROM_SCRATCH_MARK, diffusion_bytes, is_from_scratch
 from parallel_backend.config import AXES
 from parallel_backend.distributed.mesh import Mesh, MeshAxis
 from parallel_backend.distributed.tensor_parallel import Shard
@@ -22,7 +22,7 @@ from parallel_backend.errors import CheckpointError, UnsupportedError
 from parallel_backend.models.checkpoint import load_parameters
 from parallel_backend.models.mmdit import MMDiT
 from parallel_backend.models.mmdit_checkpoint import POS_EMBED, PositionTable, mmdit_config, open_mmdit
-from parallel_backend.models.vae import open_vae
+from parallel_backend.models.vae_checkpoint import open_vae
 from parallel_backend.small_checkpoints.mmdit import FAMILIES, small_config, write_mmdit
 
 UNREAD = frozenset({POS_EMBED})
@@ -251,6 +251,6 @@ def test_the_size_of_the_diffusion_model_is_known_without_the_encoders_beside_it
     save_file(parts | {"text_encoders.clip_l.weight": torch.zeros(1000, 1000)}, tmp_path / "whole.safetensors")
     expected = sum(tensor.numel() for tensor in load_file(plain).values())
     assert diffusion_bytes(plain, 2) == diffusion_bytes(tmp_path / "whole.safetensors", 2) == 2 * expected
-    (tmp_path / "scratch.pkl").write_bytes(bytes(4000))
+    torch.save({"module." + FROM_SCRATCH_MARK: torch.zeros(1000)}, tmp_path / "scratch.pkl")
     assert diffusion_bytes(tmp_path / "scratch.pkl", 4) == 4000 and is_from_scratch(tmp_path / "scratch.pkl")
     assert not is_from_scratch(plain)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from rank_pool import RankPool
 
-from parallel_backend.checkpoint_files.safetensors_file import content_key
+from parallel_backend.checkpoint_files.content import content_key
 from parallel_backend.config import MeshSpec, SamplerSpec
 from parallel_backend.distributed import device_faults
 from parallel_backend.distributed.control import Control

@@ -154,6 +154,14 @@ def test_convert_keeps_names_and_values(pickled: Path, tmp_path: Path) -> None:
     assert torch.equal(velocity(made, MeshSpec(), SHAPES[0]), velocity(pickled, MeshSpec(), SHAPES[0]))
 
 
+def test_a_link_to_a_pickle_without_a_name_is_opened_by_its_own(pickled: Path, tmp_path: Path) -> None:
+    blob = tmp_path / "0123abcd"
+    blob.write_bytes(pickled.read_bytes())
+    (tmp_path / pickled.name).symlink_to(blob)
+    (tmp_path / "model_params_10s.json").write_bytes((pickled.parent / "model_params_10s.json").read_bytes())
+    assert open_model(tmp_path / pickled.name).source.path.name == pickled.name
+
+
 class Evil:
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return os.system, ("echo this must not run",)
@@ -174,7 +182,7 @@ def test_damaged_incomplete_and_unsupported_files_are_named(pickled: Path, tmp_p
     with pytest.raises(CheckpointError, match=r"needs model_params_2s.json beside it"):
         open_model(tmp_path / "model_ema_2s.pkl")
     torch.save({"other": torch.zeros(2)}, tmp_path / "model_ema_3s.pkl")
-    with pytest.raises(CheckpointError, match="a pickle of another model"):
+    with pytest.raises(CheckpointError, match=r"model_ema_3s.pkl is something this version doesn't know"):
         open_model(tmp_path / "model_ema_3s.pkl")
     cosine = write_pickle(tmp_path / "cosine")
     (cosine.parent / "model_params_10s.json").write_text(json.dumps(PARAMS | {"attn_type": "cosine"}))

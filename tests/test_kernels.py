@@ -17,7 +17,7 @@ from rank_pool import RankPool
 from torch import Tensor
 
 from parallel_backend import MeshSpec
-from parallel_backend.checkpoint_files.safetensors_file import content_key
+from parallel_backend.checkpoint_files.content import content_key
 from parallel_backend.distributed import kernel_packages, kernel_trial, kernels
 from parallel_backend.distributed.control import Control
 from parallel_backend.distributed.kernel_trial import choose_kernel, tried

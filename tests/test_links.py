@@ -18,7 +18,7 @@ from served import wait_until
 from unet_inputs import inputs as unet_inputs
 
 from parallel_backend import Backend, MeshSpec
-from parallel_backend.checkpoint_files.safetensors_file import content_key
+from parallel_backend.checkpoint_files.content import content_key
 from parallel_backend.client import launcher
 from parallel_backend.config import BackendSpec
 from parallel_backend.distributed.control import Control

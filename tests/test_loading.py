@@ -15,13 +15,13 @@ from rank_pool import RankPool
 from torch import Tensor
 
 from parallel_backend import MeshSpec
-from parallel_backend.checkpoint_files.safetensors_file import content_key
+from parallel_backend.checkpoint_files.content import content_key
 from parallel_backend.distributed import peer_access
 from parallel_backend.distributed.control import Control
 from parallel_backend.distributed.mesh import BandAxes, build_mesh
 from parallel_backend.distributed.peer_access import cards_reach_each_other
 from parallel_backend.errors import BackendError, CancelledError
-from parallel_backend.models import checkpoint, staging, vae
+from parallel_backend.models import checkpoint, staging, vae_checkpoint
 from parallel_backend.models.checkpoint import load_parameters
 from parallel_backend.models.families import open_model
 from parallel_backend.models.shared_reading import readers
@@ -66,7 +66,7 @@ def link(monkeypatch: pytest.MonkeyPatch) -> Link:
     """Loading goes over a link to a card, which is this CPU in truth."""
     link = Link()
     monkeypatch.setattr(checkpoint, "placing", lambda device: staged(link))
-    monkeypatch.setattr(vae, "placing", lambda device: staged(link))
+    monkeypatch.setattr(vae_checkpoint, "placing", lambda device: staged(link))
     return link
 
 
@@ -130,12 +130,12 @@ def test_a_model_that_came_over_a_link_is_the_files(half_file: Path, link: Link)
 
 def test_a_vae_that_came_over_a_link_is_the_files(models: Path, link: Link) -> None:
     def weights() -> dict[str, Tensor]:
-        opened = vae.open_vae([models / "vae" / "sdxl_vae.safetensors"])
+        opened = vae_checkpoint.open_vae([models / "vae" / "sdxl_vae.safetensors"])
         return opened.build(CPU, torch.bfloat16, BandAxes()).model.state_dict()
 
     over_link = weights()
     assert link.copies > len(over_link)
-    with patch.object(vae, "placing", placing):
+    with patch.object(vae_checkpoint, "placing", placing):
         directly = weights()
     assert all(torch.equal(over_link[name], directly[name]) for name in directly)
 

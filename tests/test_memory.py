@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import torch
 
-from parallel_backend.checkpoint_files.safetensors_file import content_key
+from parallel_backend.checkpoint_files.content import content_key
 from parallel_backend.config import MeshSpec
 from parallel_backend.distributed.control import Control
 from parallel_backend.distributed.device_memory import as_out_of_memory, memory_of

@@ -21,6 +21,7 @@ from parallel_backend.small_checkpoints.kl_vae import LdmVaeWeights
 
 pytestmark = pytest.mark.usefixtures("default_backend")
 WHOLE, EDM, SDXL = "whole.safetensors", "edm.safetensors", "hollow_sdxl.safetensors"
+PICKLED = "sub/whole.ckpt"
 EVERYWHERE, STATUS = "/parallel_mmdit/everywhere", "/parallel_mmdit/status"
 # A loader's node id, and its MODEL, CLIP and VAE.
 Loader = Callable[[Prompt], tuple[str, Link, Link, Link]]
@@ -41,6 +42,8 @@ def checkpoints(workflow_models: Path) -> Path:
     save_file(
         {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.items()}, folder / WHOLE
     )
+    (folder / PICKLED).parent.mkdir(exist_ok=True)
+    torch.save({"state_dict": load_file(folder / WHOLE), "global_step": 7}, folder / PICKLED)
     unet = {
         name: entry["shape"]
         for name, entry in safetensors_header(folder / "sd_xl_base_1.0.safetensors").items()
@@ -64,9 +67,9 @@ def write_hollow(path: Path, shapes: dict[str, list[int]]) -> None:
 
 
 def load_checkpoint(
-    prompt: Prompt, node: str = "CheckpointLoaderSimple", **inputs: Any
+    prompt: Prompt, node: str = "CheckpointLoaderSimple", ckpt_name: str = WHOLE, **inputs: Any
 ) -> tuple[str, Link, Link, Link]:
-    loader = prompt.add(node, ckpt_name=WHOLE, **inputs)
+    loader = prompt.add(node, ckpt_name=ckpt_name, **inputs)
     return loader, out(loader), out(loader, 1), out(loader, 2)
 
 
@@ -93,8 +96,8 @@ def assert_equal(latents: tuple[Tensor, Tensor], local: tuple[Tensor, Tensor]) -
         torch.testing.assert_close(latent, expected, rtol=1e-4, atol=1e-4)
 
 
-def parallelized(prompt: Prompt) -> tuple[str, Link, Link, Link]:
-    _, model, clip, vae = load_checkpoint(prompt)
+def parallelized(prompt: Prompt, ckpt_name: str = WHOLE) -> tuple[str, Link, Link, Link]:
+    _, model, clip, vae = load_checkpoint(prompt, ckpt_name=ckpt_name)
     node = prompt.add("ParallelizeModel", model=model)
     return node, out(node), clip, out(prompt.add("ParallelizeVAE", vae=vae))
 
@@ -107,7 +110,19 @@ def swapped_with_its_vae(prompt: Prompt) -> tuple[str, Link, Link, Link]:
     return load_checkpoint(prompt, "LoadParallelCheckpoint", parallel_vae=True)
 
 
-@pytest.mark.parametrize("load", [parallelized, swapped, swapped_with_its_vae], ids=lambda load: load.__name__)
+def parallelized_pickle(prompt: Prompt) -> tuple[str, Link, Link, Link]:
+    return parallelized(prompt, PICKLED)
+
+
+def swapped_as_another_machine_names_it(prompt: Prompt) -> tuple[str, Link, Link, Link]:
+    name = PICKLED.replace("sub/", "SD35\\large\\")
+    return load_checkpoint(prompt, "LoadParallelCheckpoint", name, parallel_vae=True)
+
+
+LOADS = [parallelized, swapped, swapped_with_its_vae, parallelized_pickle, swapped_as_another_machine_names_it]
+
+
+@pytest.mark.parametrize("load", LOADS, ids=lambda load: load.__name__)
 def test_a_checkpoints_parts_do_as_those_of_load_checkpoint(
     load: Loader, server: ComfyServer, local: tuple[Tensor, Tensor]
 ) -> None:
@@ -115,7 +130,7 @@ def test_a_checkpoints_parts_do_as_those_of_load_checkpoint(
     assert_equal((latents[0], latents[1]), local)
     report = outcome.texts[node][-1]
     assert "MiB held, in float32" in report
-    assert ("2 bands" in report) == (load is swapped_with_its_vae)
+    assert ("2 bands" in report) == (load in (swapped_with_its_vae, swapped_as_another_machine_names_it))
 
 
 def picture(server: ComfyServer, load: Callable[[Prompt], Link]) -> tuple[Outcome, Tensor]:
@@ -203,9 +218,10 @@ def test_the_setting_makes_unchanged_prompts_parallel_and_off_again_local(
         outcome, loader, *latents = drawn(server, load_checkpoint)
         assert_equal((latents[0], latents[1]), local)
         assert "MiB held, in float32" in outcome.texts[loader][-1]
-        assert model_classes(server, SDXL, EDM) == ["RemotePatcher", "ModelPatcher", "RemotePatcher"]
+        classes = model_classes(server, SDXL, EDM, PICKLED)
+        assert classes == ["RemotePatcher", "ModelPatcher", "RemotePatcher", "RemotePatcher"]
         told = server.get(STATUS)["everywhere"]
-        assert told["on"] and told["parallel"] == sorted([SDXL, "sd3.5-medium.safetensors", WHOLE])
+        assert told["on"] and told["parallel"] == sorted([SDXL, "sd3.5-medium.safetensors", WHOLE, "whole.ckpt"])
         assert "EDM form" in told["local"][EDM]
     finally:
         server.post(EVERYWHERE, {"on": False})

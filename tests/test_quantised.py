@@ -23,7 +23,7 @@ from parallel_backend.models.checkpoint import bytes_held, load_parameters
 from parallel_backend.models.compiled import refuse_quantised
 from parallel_backend.models.mmdit import MMDiT
 from parallel_backend.models.mmdit_checkpoint import PositionTable, mmdit_config, open_mmdit
-from parallel_backend.models.packed_source import open_source
+from parallel_backend.models.opened_file import open_source
 from parallel_backend.models.unet_checkpoint import open_unet
 from parallel_backend.quantized.weight import QuantizedWeight
 from parallel_backend.quantized.whole_file import WholeFile

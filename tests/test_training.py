@@ -17,7 +17,7 @@ from parallel_backend import Conditioning, SamplerSpec
 from parallel_backend.demo.captions import SDXL_WIDTHS, WORDS, embed
 from parallel_backend.errors import CheckpointError, ConfigError
 from parallel_backend.models.mmdit_checkpoint import mmdit_config, open_mmdit
-from parallel_backend.models.vae import open_vae
+from parallel_backend.models.vae_checkpoint import open_vae
 from parallel_backend.rank.one_process import OneProcess
 from parallel_training import snapshots
 from parallel_training.autoencoder import AutoencoderTask, open_autoencoder

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from parallel_backend.distributed.mesh import BandAxes
 from parallel_backend.errors import CheckpointError, InputError
-from parallel_backend.models.vae import TAESD_SCALES, BandVAE, open_vae
+from parallel_backend.models.vae import TAESD_SCALES, BandVAE
+from parallel_backend.models.vae_checkpoint import open_vae
 
 pytestmark = pytest.mark.busy
 

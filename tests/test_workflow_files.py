@@ -296,7 +296,7 @@ def test_a_class_that_nobody_knows_is_told_and_not_refused() -> None:
         ("sd3.5_large_fp8_scaled.safetensors", "fp8"),
         ("sd3.5_large-Q4_0.gguf", "GGUF"),
         ("sdxl-nf4.safetensors", "NF4"),
-        ("SDXL\\old.ckpt", "no pickles"),
+        ("SDXL\\old.ckpt", ""),
         ("cosxl.safetensors", "EDM"),
         ("sd_xl_base_1.0_inpainting_0.1.safetensors", "more input channels"),
         ("sd3.5_medium_incl_clips_t5xxlfp8scaled.safetensors", ""),
@@ -308,6 +308,7 @@ def test_a_file_that_cant_be_taken_is_told_by_its_name(file: str, words: str) ->
     workflow, report = made(plain(file))
     assert len(added(workflow)) == 1
     assert [words in remark.why for remark in report.found.refused] == ([True] if words else [])
+    assert any("as Windows does" in note for note in report.found.notes) == ("\\" in file)
 
 
 @pytest.mark.parametrize(

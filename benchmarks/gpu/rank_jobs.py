@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel_backend.checkpoint_files.safetensors_file import content_key
+from parallel_backend.checkpoint_files.content import content_key
 from parallel_backend.config import MeshSpec, SamplerSpec
 from parallel_backend.distributed.control import Control
 from parallel_backend.distributed.stale import EXACT, Step

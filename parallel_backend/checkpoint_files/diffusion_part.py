@@ -1,4 +1,4 @@
-"""What of a file is the diffusion model, known by its header alone."""
+"""What of a file is the diffusion model, known by its names alone."""
 
 from __future__ import annotations
 
@@ -7,45 +7,50 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from .gguf_file import SUFFIX, gguf_entries
-from .packed_entries import packed_entries
-from .safetensors_file import PICKLED, files_of, safetensors_header
+from .gguf_file import is_gguf
+from .header import entries_of
+from .packed_entries import has_packing, packed_entries
 
-# In a checkpoint that has text encoders and a VAE beside it.
-DIFFUSION_PREFIX = "model.diffusion_model."
+# What may stand before the model's names: in a full checkpoint, in files of other trainers, in those of a distributed run.
+_PREFIXES = ("model.diffusion_model.", "model.model.", "net.", "module.", "model.")
 # Of SD3 from scratch: no other family has a tensor of this name.
 FROM_SCRATCH_MARK = "blocks.0.attn.query_proj_x.weight"
+# With one of these begins the name of some tensor of each model that can be told, ours or not.
+_MARKS = (
+    *("joint_blocks.", "transformer_blocks.", "input_blocks.", "down_blocks.", "double_blocks."),
+    FROM_SCRATCH_MARK,
+)
 
 
-def diffusion_prefix(path: Path) -> str:
-    """What stands before the diffusion model's names in the file; empty where it is alone there."""
-    if path.suffix == SUFFIX:
-        names = [*gguf_entries(path)]
-    else:
-        names = [name for file in files_of(path) for name in safetensors_header(file)]
-    return DIFFUSION_PREFIX if any(name.startswith(DIFFUSION_PREFIX) for name in names) else ""
+def diffusion_prefix(names: Collection[str]) -> str:
+    """What stands before the names of the diffusion model's tensors; all others belong to something else."""
+    for prefix in _PREFIXES:
+        marks = tuple(prefix + mark for mark in _MARKS)
+        if any(name.startswith(marks) for name in names):
+            return prefix
+    return ""
 
 
-def diffusion_entries(path: Path, beside: Collection[str] = ()) -> dict[str, Any]:
+def diffusion_entries(path: Path, beside: Collection[str] = ()) -> dict[str, dict[str, Any]]:
     """Headers of the diffusion model's tensors, by their names in it, and of those of `beside` that the file has.
 
     A quantised one has the shape of its values.
     """
-    prefix = diffusion_prefix(path)
-    if path.suffix == SUFFIX:
-        return {
-            name.removeprefix(prefix): entry for name, entry in gguf_entries(path).items() if name.startswith(prefix)
-        }
-    return packed_entries(path, prefix, beside)[0]
+    entries = entries_of(path)
+    prefix = diffusion_prefix(entries)
+    if has_packing(path):
+        return packed_entries(path, prefix, beside)[0]
+    return {
+        name.removeprefix(prefix): entry for name, entry in entries.items() if name.startswith(prefix) or name in beside
+    }
 
 
 def diffusion_bytes(path: Path, itemsize: int) -> int:
     """About what its weights take in a dtype of that many bytes; what is quantised stays so."""
-    if path.suffix in PICKLED:
-        return path.stat().st_size // 4 * itemsize
-    if path.suffix == SUFFIX:
+    if is_gguf(path):
         return path.stat().st_size
-    entries, packed = packed_entries(path, diffusion_prefix(path))
+    packed = packed_entries(path, diffusion_prefix(entries_of(path)))[1] if has_packing(path) else {}
+    entries = diffusion_entries(path)
     dense = sum(prod(entry["shape"]) for name, entry in entries.items() if name not in packed)
     spans = (entries[name]["data_offsets"] for name in packed)
     return dense * itemsize + sum(stop - start for start, stop in spans)
@@ -53,4 +58,4 @@ def diffusion_bytes(path: Path, itemsize: int) -> int:
 
 def is_from_scratch(path: Path) -> bool:
     """Whether it is SD3 from scratch, which comes as a pickle or converted."""
-    return path.suffix in PICKLED or FROM_SCRATCH_MARK in diffusion_entries(path)
+    return FROM_SCRATCH_MARK in diffusion_entries(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -30,6 +29,11 @@ class GGUFTensor:
     kind: str
     shape: tuple[int, ...]
     data: Any
+
+
+def is_gguf(path: Path) -> bool:
+    """By its name."""
+    return path.suffix.lower() == SUFFIX
 
 
 def gguf_tensors(path: Path) -> dict[str, GGUFTensor]:
@@ -68,7 +72,7 @@ def _shape(reader: Any, tensor: Any) -> tuple[int, ...]:
     return shape
 
 
-def gguf_entries(path: Path) -> dict[str, Mapping[str, Any]]:
+def gguf_entries(path: Path) -> dict[str, dict[str, Any]]:
     """As the header of a safetensors file tells them: dtype and shape by name; a quantised one counts as F16."""
     return {
         name: {"dtype": PLAIN.get(tensor.kind, "F16"), "shape": list(tensor.shape)}

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
-from .safetensors_file import files_of, safetensors_header, tensor_bytes
+from .gguf_file import is_gguf
+from .layout import files_of
+from .pickled_file import is_pickled
+from .safetensors_file import safetensors_header, tensor_bytes
 
 WEIGHT, MARK = ".weight", ".comfy_quant"
 _SCALED_FP8, _SCALE_WEIGHT, _SCALE_INPUT = "scaled_fp8", ".scale_weight", ".scale_input"
@@ -72,6 +75,11 @@ class PackedEntry:
         group = self.options.get("convrot_groupsize", 256) if self.options.get("convrot") else 1
         rows, columns = FORMS[self.form].unit
         return rows, max(columns, group)
+
+
+def has_packing(path: Path) -> bool:
+    """Whether the model at `path` is of safetensors files, which alone are quantised in these ways."""
+    return not any(is_pickled(file) or is_gguf(file) for file in files_of(path))
 
 
 def packed_entries(

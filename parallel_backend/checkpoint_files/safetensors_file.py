@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +9,6 @@ from typing import Any, TypeAlias
 
 from ..errors import CheckpointError
 
-_SAMPLES = 256
-_SAMPLE_BYTES = 4096
-# Files that torch's weights-only reader opens: only from-scratch SD3 models come so.
-PICKLED = (".pkl",)
-_OTHER_HEADERS = (*PICKLED, ".gguf")
 Stamp: TypeAlias = tuple[int, int, int]
 
 
@@ -76,44 +70,3 @@ def check_stamp(file: Path, opened: Stamp) -> None:
             f"{file.name} has changed since it was loaded, and its weights are needed again.",
             "Load it again: in ComfyUI, free the models and node cache, then queue the prompt again.",
         )
-
-
-def content_key(path: Path, *, timed: bool = True) -> str:
-    """A key that changes when the weights at `path` do: header, size, samples of the data and, if `timed`, time of change.
-
-    Copies on several hosts have different times.
-
-    Reads at most 1 MiB and the header of each file, whatever the checkpoint's size.
-    """
-    digest = hashlib.sha256()
-    for file in files_of(path):
-        if file.suffix not in _OTHER_HEADERS:
-            safetensors_header(file)
-        stat = file.stat()
-        digest.update(f"{stat.st_size} {stat.st_mtime_ns if timed else 0}".encode())
-        with file.open("rb") as opened:
-            if file.suffix not in _OTHER_HEADERS:
-                digest.update(opened.read(8 + int.from_bytes(opened.read(8), "little")))
-            for sample in range(_SAMPLES):
-                opened.seek(stat.st_size * sample // _SAMPLES)
-                digest.update(opened.read(_SAMPLE_BYTES))
-    return digest.hexdigest()[:32]
-
-
-def model_folder(path: Path) -> Path:
-    """The folder that holds the weights: a diffusers pipeline keeps them in `transformer`."""
-    return path / "transformer" if (path / "transformer").is_dir() else path
-
-
-def files_of(path: Path) -> list[Path]:
-    """The safetensors files at `path`: itself, or all of the folder.
-
-    Raises: CheckpointError: a folder without any.
-    """
-    path = model_folder(path)
-    if not path.is_dir():
-        return [path]
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"The folder {path} holds no .safetensors file.", "Name the model's own folder.")
-    return files

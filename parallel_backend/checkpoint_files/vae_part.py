@@ -1,23 +1,28 @@
-"""What a VAE's files tell by their headers alone."""
+"""What of a file is a VAE, and of which kind, known by its names and shapes alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from .safetensors_file import safetensors_header
+from .header import entries_of
 
 _FIRST = "decoder.conv_in.weight"
+_PREFIXES = ("first_stage_model.", "vae.", "")
+
+
+def vae_prefix(names: Collection[str]) -> str | None:
+    """What stands before the names of an AutoencoderKL's tensors; None where there is none."""
+    return next((prefix for prefix in _PREFIXES if prefix + _FIRST in names), None)
 
 
 def overflows_in_float16(paths: Sequence[Path]) -> bool:
     """Whether it is SDXL's AutoencoderKL, of 4 channels; SD3's has 16, and TAESD comes as two files.
 
-    Raises: CheckpointError: not a safetensors file.
+    Raises: CheckpointError: a file that can't be read.
     """
     if len(paths) != 1:
         return False
-    entries = safetensors_header(paths[0])
-    return any(
-        name.endswith(_FIRST) and entry["shape"][1] == 4 for name, entry in entries.items() if name != "__metadata__"
-    )
+    entries = entries_of(paths[0])
+    prefix = vae_prefix(entries)
+    return prefix is not None and entries[prefix + _FIRST]["shape"][1] == 4

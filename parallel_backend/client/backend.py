@@ -7,8 +7,9 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..checkpoint_files.content import content_key
 from ..checkpoint_files.diffusion_part import is_from_scratch
-from ..checkpoint_files.safetensors_file import content_key
+from ..checkpoint_files.layout import vae_folder
 from ..config import AUTO, DEFAULT_IDLE_SECONDS, BackendSpec, DeviceType, MeshSpec
 from ..errors import (
     BackendLostError,
@@ -114,10 +115,10 @@ class Backend(Connection):
             name: of the same file on a remote backend, below its model folders; the file's own name where left out.
         Raises: CheckpointError, ConfigError.
         """
-        resolved = Path(path).resolve()
-        key = self.key(resolved)
-        dtype = self.model_dtype(resolved) if dtype == AUTO else dtype
-        load = LoadModel(self._named(resolved, name), key, dtype, mesh, kernel, kind, compile)
+        file = _absolute(path)
+        key = self.key(file)
+        dtype = self.model_dtype(file) if dtype == AUTO else dtype
+        load = LoadModel(self._named(file, name), key, dtype, mesh, kernel, kind, compile)
         return RemoteModel(self, load, self.load(load, on_event, should_cancel))
 
     def load_vae(
@@ -129,16 +130,16 @@ class Backend(Connection):
         on_event: OnEvent | None = None,
         should_cancel: Callable[[], bool] | None = None,
     ) -> RemoteVAE:
-        """A VAE, whole on every rank. `path` is one file, or TAESD's (encoder, decoder); the others as for `load_model`.
+        """A VAE, whole on every rank. `path` is one file or folder, or TAESD's (encoder, decoder); the others as for `load_model`.
 
         Raises: CheckpointError, ConfigError.
         """
         paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
-        resolved = [Path(p).resolve() for p in paths]
-        key = self.key(*resolved)
+        files = [vae_folder(_absolute(p)) for p in paths]
+        key = self.key(*files)
         dtype = self.vae_dtype() if dtype == AUTO else dtype
-        chosen = names or [""] * len(resolved)
-        load = LoadVAE([self._named(p, n) for p, n in zip(resolved, chosen, strict=True)], key, dtype)
+        chosen = names or [""] * len(files)
+        load = LoadVAE([self._named(p, n) for p, n in zip(files, chosen, strict=True)], key, dtype)
         return RemoteVAE(self, load, self.load(load, on_event, should_cancel))
 
     def model_dtype(self, path: Path) -> str:
@@ -155,7 +156,7 @@ class Backend(Connection):
 
     def key(self, *paths: Path) -> str:
         """With it begins the name of all that the backend has loaded from these files. Raises: CheckpointError."""
-        return "-".join(content_key(path.resolve(), timed=not self.spec.address) for path in paths)
+        return "-".join(content_key(path, timed=not self.spec.address) for path in paths)
 
     def unload(self, models: Sequence[str] = ()) -> None:
         """Free these models of the backend; all where none is named. One that has ended holds none."""
@@ -172,3 +173,8 @@ class Backend(Connection):
         self.close()
         if not self.spec.address and not files.wait_until_gone(self.record.agent_pid, seconds):
             launcher.kill(self.spec.name, self.record.agent_pid)
+
+
+def _absolute(path: str | os.PathLike[str]) -> Path:
+    """Links are kept: what one leads to, in a hub's cache, has a hash in place of a name."""
+    return Path(os.path.abspath(path))

@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..checkpoint_files.safetensors_file import check_stamp, files_of, safetensors_header, stamp
+from ..checkpoint_files.layout import files_of
+from ..checkpoint_files.safetensors_file import check_stamp, safetensors_header, stamp
 from ..distributed.mesh import MeshAxis
 from ..distributed.tensor_parallel import Shard, ShardedParameter
 from ..errors import CancelledError, CheckpointError, UnsupportedError
@@ -24,7 +25,6 @@ from ..quantized.weight import QuantizedWeight
 from .shared_reading import readers, sizes_of
 from .staging import Place, placing
 
-VAE_PREFIX = "first_stage_model."
 _READABLE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -239,7 +239,7 @@ def load_parameters(
             `pass_on`.
     Returns: by name what is held.
     Raises:
-        CheckpointError: names missing from the file or left over in it, or a tensor of another shape.
+        CheckpointError: names missing from the file, or a tensor of another shape.
         CancelledError: `should_stop` said so.
     """
     wanted = dict(model.named_parameters())
@@ -295,9 +295,9 @@ def bytes_held(model: nn.Module, source: TensorSource, dtype: torch.dtype) -> in
 
 
 def check_names(wanted: set[str], found: set[str], file_name: str) -> None:
-    """Raises CheckpointError that names what is missing from the file and what is left over in it."""
+    """Raises CheckpointError that names what is missing from the file, and what is left over in it beside that."""
     missing, left_over = sorted(wanted - found), sorted(found - wanted)
-    if missing or left_over:
+    if missing:
         parts = [
             f"{len(names)} {what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
             for what, names in (("missing", missing), ("left over", left_over))

@@ -11,17 +11,17 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
-from ..checkpoint_files.safetensors_file import PICKLED
+from ..checkpoint_files.diffusion_part import diffusion_entries, is_from_scratch
 from ..config import MMDIT_AXES, MMDIT_REST, UNET_AXES, UNET_REST
 from ..distributed.mesh import Mesh
 from ..errors import CheckpointError
 from .checkpoint import TensorSource
 from .from_scratch import Block, FromScratch, GridPositions
-from .from_scratch_file import from_scratch_config, is_from_scratch, open_from_scratch
+from .from_scratch_file import from_scratch_config
 from .mmdit import JointBlock, MMDiT
 from .mmdit_checkpoint import POS_EMBED, PositionTable, mmdit_config, open_mmdit
 from .network import Network, TokenNetwork
-from .packed_source import open_source
+from .opened_file import open_diffusion
 from .unet import BandUNet, loadable_unet
 from .unet_checkpoint import is_unet, open_unet, unet_places
 
@@ -107,12 +107,9 @@ def open_model(path: Path, kind: str = "any") -> OpenedModel:
 
     Raises: CheckpointError, UnsupportedError: the file holds something else; the message says what.
     """
-    if path.suffix in PICKLED and kind != "unet":
+    if kind != "unet" and is_from_scratch(path):
         return _open_from_scratch(path)
-    source = open_source(path)
-    if is_from_scratch(source) and kind != "unet":
-        return _open_from_scratch(path)
-    if is_unet(source) and kind != "mmdit":
+    if kind != "mmdit" and is_unet(diffusion_entries(path)):
         return _open_unet(path)
     if kind == "unet":
         raise CheckpointError(
@@ -152,11 +149,7 @@ def _open_unet(path: Path) -> OpenedModel:
 
 
 def _open_from_scratch(path: Path) -> OpenedModel:
-    source = open_from_scratch(path)
-    if not is_from_scratch(source):
-        raise CheckpointError(
-            f"{path.name} is a pickle of another model than SD3 from scratch.", "Use the .safetensors file of it."
-        )
+    source = open_diffusion(path)
     config = from_scratch_config(source)
     return OpenedModel(
         source,

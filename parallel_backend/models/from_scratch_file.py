@@ -6,21 +6,19 @@ A pickle is opened by torch's weights-only reader, which builds tensors and runs
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from ..checkpoint_files.diffusion_part import FROM_SCRATCH_MARK
-from ..checkpoint_files.safetensors_file import PICKLED, check_stamp, safetensors_header, stamp
-from ..distributed.tensor_parallel import Shard
+from ..checkpoint_files.pickled_file import is_pickled
+from ..checkpoint_files.safetensors_file import safetensors_header
 from ..errors import CheckpointError, UnsupportedError
-from .checkpoint import SafetensorsSource, TensorSource
+from .checkpoint import TensorSource
 from .from_scratch import FromScratchConfig
+from .opened_file import open_diffusion
 
 PARAMS = "model_params"
 # What these files may say of kinds, and what of it is built here.
@@ -35,47 +33,6 @@ _KINDS = {
 _DEFAULTS = {"MLP_type": "swiglu_old", "text_loss": False, "kv_merge_attn": False, "qk_half_dim": False}
 
 
-class PickleSource:
-    """The tensors of a weights-only pickle, mapped and read in parts."""
-
-    def __init__(self, path: Path) -> None:
-        """Raises: CheckpointError: damaged, or a pickle that wants to run code."""
-        self.path, self._stamp = path, stamp(path)
-        self.bytes_read = 0
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except pickle.UnpicklingError as error:
-            words = str(error).splitlines()[0]
-            raise CheckpointError(
-                f"{path.name} is a pickle of more than tensors, and opening it would run code ({words}).",
-                "Don't trust it; get the model's own file.",
-            ) from None
-        except (RuntimeError, OSError, EOFError, KeyError) as error:
-            raise CheckpointError(f"{path.name} can't be read: {error}.", "Download it again.") from None
-        if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-            raise CheckpointError(f"{path.name} holds no table of tensors.", "Use model_ema_*.pkl.")
-        # Files of a distributed run have its wrapper's name in front.
-        self._tensors: dict[str, Tensor] = {name.removeprefix("module."): t for name, t in loaded.items()}
-
-    def check_unchanged(self) -> None:
-        check_stamp(self.path, self._stamp)
-
-    def names(self) -> list[str]:
-        return list(self._tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
-
-    def held_bytes(self, name: str, shard: Shard | None) -> int | None:
-        return None
-
-    def read(self, name: str, shard: Shard | None = None) -> Tensor:
-        whole = self._tensors[name]
-        parts = [whole] if shard is None else [whole.narrow(shard.dim, a, b - a) for a, b in shard.ranges]
-        self.bytes_read += sum(part.numel() * part.element_size() for part in parts)
-        return parts[0] if len(parts) == 1 else torch.cat(parts, shard.dim if shard else 0)
-
-
 def is_from_scratch(source: TensorSource) -> bool:
     return FROM_SCRATCH_MARK in source.names()
 
@@ -85,7 +42,7 @@ def params_of(path: Path) -> dict[str, Any]:
 
     Raises: CheckpointError: they are not there.
     """
-    if path.suffix in PICKLED:
+    if is_pickled(path):
         beside = path.with_name(re.sub(r"^model(_ema)?", PARAMS, path.stem) + ".json")
         if not beside.is_file():
             raise CheckpointError(f"{path.name} needs {beside.name} beside it.", "Download both.")
@@ -131,13 +88,9 @@ def convert(path: Path, to: Path) -> None:
 
     Raises: CheckpointError, UnsupportedError: as opening it would.
     """
-    source = PickleSource(path)
+    source = open_diffusion(path)
     if not is_from_scratch(source):
         raise CheckpointError(f"{path.name} is no from-scratch SD3 model.", "Use its model_ema_*.pkl.")
     from_scratch_config(source)
     tensors = {name: source.read(name).contiguous().clone() for name in source.names()}
     save_file(tensors, to, metadata={"format": "pt", PARAMS: json.dumps(params_of(path))})
-
-
-def open_from_scratch(path: Path) -> TensorSource:
-    return PickleSource(path) if path.suffix in PICKLED else SafetensorsSource(path)

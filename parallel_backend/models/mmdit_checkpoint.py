@@ -11,12 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint_files.diffusion_part import DIFFUSION_PREFIX
 from ..distributed.tensor_parallel import Shard
 from ..errors import CheckpointError
 from .checkpoint import Piece, RenamedSource, TensorSource
 from .mmdit import HEAD_DIM, MMDiTConfig
-from .packed_source import open_source
+from .opened_file import open_diffusion
 
 POS_EMBED = "pos_embed"
 # Of positions of sizes and of their patches that are kept; a large one takes 40 MB, and its patches as much again.
@@ -36,10 +35,8 @@ def open_mmdit(path: Path) -> TensorSource:
 
     Raises: CheckpointError: it holds something else; the message says what.
     """
-    source = open_source(path)
+    source = open_diffusion(path)
     names = set(source.names())
-    if any(name.startswith(DIFFUSION_PREFIX + "joint_blocks.") for name in names):
-        return open_source(path, DIFFUSION_PREFIX)
     if any(name.startswith("joint_blocks.") for name in names):
         return source
     if (
@@ -47,10 +44,7 @@ def open_mmdit(path: Path) -> TensorSource:
         and "pos_embed.pos_embed" in names
     ):
         return RenamedSource(source, _diffusers_pieces(source))
-    stripped = {name.removeprefix(DIFFUSION_PREFIX) for name in names}
-    kind = next(
-        (kind for name, kind in _OTHER_FAMILIES if name in names | stripped), "something this version doesn't know"
-    )
+    kind = next((kind for name, kind in _OTHER_FAMILIES if name in names), "something this version doesn't know")
     raise CheckpointError(
         f"{path.name} is {kind}; an SD3 or SD3.5 model (MMDiT) is needed here.",
         "Choose SD3-medium, SD3.5-medium or SD3.5-large.",
@@ -187,10 +181,8 @@ def _diffusers_pieces(source: TensorSource) -> dict[str, list[Piece]]:
             linear(f"{c}.mlp.fc1", f"{theirs}.ff_context.net.0.proj")
             linear(f"{c}.mlp.fc2", f"{theirs}.ff_context.net.2")
     used = {piece.name for parts in pieces.values() for piece in parts}
-    absent, unknown = sorted(used - names), sorted(names - used)
-    if absent or unknown:
+    if absent := sorted(used - names):
         raise CheckpointError(
-            f"{source.path.name} is not a whole SD3Transformer2DModel: missing {absent[:5]}, left over {unknown[:5]}.",
-            "Download the folder again.",
+            f"{source.path.name} is not a whole SD3Transformer2DModel: missing {absent[:5]}.", "Download it again."
         )
-    return pieces
+    return pieces | {name: [Piece(name)] for name in names - used}

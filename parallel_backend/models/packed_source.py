@@ -8,18 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint_files.gguf_file import SUFFIX
 from ..checkpoint_files.packed_entries import PackedEntry, packed_entries
 from ..distributed.tensor_parallel import Shard
 from ..quantized.forms import form_of, scale_columns
 from ..quantized.weight import Part, QuantizedWeight
 from .checkpoint import SafetensorsSource
-from .gguf_source import GGUFSource
-
-
-def open_source(path: Path, prefix: str = "") -> PackedSource | GGUFSource:
-    """The tensors of a file below a prefix, quantised or not. Raises: CheckpointError, UnsupportedError."""
-    return GGUFSource(path, prefix) if path.suffix == SUFFIX else PackedSource(path, prefix)
 
 
 class PackedSource(SafetensorsSource):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
-from ..checkpoint_files.diffusion_part import DIFFUSION_PREFIX
+from ..checkpoint_files.header import entries_of
 from ..errors import CheckpointError, InputError, UnsupportedError
 from .checkpoint import Piece, RenamedSource, TensorSource
-from .packed_source import open_source
+from .opened_file import open_diffusion
 from .unet import HEAD_DIM, UNetConfig
 
 # (context width, micro-conditioning width) of the families.
@@ -17,6 +17,10 @@ _FAMILIES = {(2048, 2816): "sdxl", (1280, 2560): "sdxl-refiner"}
 # What single files hold beside the weights: they say what the model's output means.
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
 _OTHER_OUTPUTS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+
+# What LCM's distilled UNets have more than others: a layer that takes the guidance scale.
+_GUIDANCE = ("time_embedding.cond_proj.weight", "time_embed.cond_proj.weight")
+_JOINED = ("to_q", "to_k", "to_v")
 
 _TOP = {
     "time_embed.0": "time_embedding.linear_1",
@@ -37,10 +41,9 @@ _RESNET = {
 }
 
 
-def is_unet(source: TensorSource) -> bool:
-    """Whether the file holds a UNet of the Stable Diffusion line, of whatever version."""
-    marks = ("input_blocks.0.0.weight", "down_blocks.0.resnets.0.conv1.weight")
-    return any(mark in source.names() or DIFFUSION_PREFIX + mark in source.names() for mark in marks)
+def is_unet(names: Collection[str]) -> bool:
+    """Whether a diffusion model of these names is a UNet of the Stable Diffusion line, of whatever version."""
+    return "input_blocks.0.0.weight" in names or "down_blocks.0.resnets.0.conv1.weight" in names
 
 
 def open_unet(path: Path) -> tuple[RenamedSource, UNetConfig]:
@@ -48,12 +51,8 @@ def open_unet(path: Path) -> tuple[RenamedSource, UNetConfig]:
 
     Raises: CheckpointError: not a whole UNet. UnsupportedError: a UNet of another kind; the message says which.
     """
-    source: TensorSource = open_source(path)
-    if DIFFUSION_PREFIX + "input_blocks.0.0.weight" in source.names():
-        whole, source = source, open_source(path, DIFFUSION_PREFIX)
-        flags = {name for name in (*_OTHER_OUTPUTS, V_PREDICTION, ZERO_SNR) if name in whole.names()}
-    else:
-        flags = {name for name in (*_OTHER_OUTPUTS, V_PREDICTION, ZERO_SNR) if name in source.names()}
+    source = open_diffusion(path)
+    flags = {V_PREDICTION, ZERO_SNR, *_OTHER_OUTPUTS}.intersection(entries_of(path))
     if other := flags.intersection(_OTHER_OUTPUTS):
         raise UnsupportedError(f"{path.name} is a model in EDM form ({sorted(other)[0]}).", "Use ComfyUI's own loader.")
     layers = _layers_per_block(source)
@@ -73,7 +72,7 @@ def unet_places(source: RenamedSource, config: UNetConfig) -> Callable[[str], tu
         row = 0
         for piece in pieces:
             places[_diffusers_name(piece.name, layers)] = joined, row
-            row += source.inner.shape(piece.name)[0]
+            row += source.inner.shape(piece.name)[0] if len(pieces) > 1 else 0
 
     def place(name: str) -> tuple[str, int]:
         found = places.get(_diffusers_name(name, layers))
@@ -123,19 +122,16 @@ def _layers_per_block(source: TensorSource) -> int:
 
 
 def _joined(pieces: dict[str, list[Piece]]) -> dict[str, list[Piece]]:
-    """Self-attention's q, k, v as one tensor and cross-attention's k, v as one."""
+    """Self-attention's q, k, v as one tensor and cross-attention's k, v as one, where the file has them all."""
     joined = {}
     for name, (piece,) in pieces.items():
         stem, _, part = name.removesuffix(".weight").rpartition(".")
-        if part not in ("to_q", "to_k", "to_v"):
+        parts = _JOINED if stem.endswith("attn1") else _JOINED[1:]
+        theirs = [f"{stem}.{p}.weight" for p in parts]
+        if part not in parts or not all(other in pieces for other in theirs):
             joined[name] = [piece]
-        elif stem.endswith("attn1"):
-            if part == "to_q":
-                joined[f"{stem}.to_qkv.weight"] = [pieces[f"{stem}.{p}.weight"][0] for p in ("to_q", "to_k", "to_v")]
-        elif part == "to_q":
-            joined[name] = [piece]
-        elif part == "to_k":
-            joined[f"{stem}.to_kv.weight"] = [pieces[f"{stem}.{p}.weight"][0] for p in ("to_k", "to_v")]
+        elif part == parts[0]:
+            joined[f"{stem}.to_{''.join(p[-1] for p in parts)}.weight"] = [pieces[other][0] for other in theirs]
     return joined
 
 
@@ -150,6 +146,12 @@ def _config(names: dict[str, str], source: TensorSource, v_prediction: bool, zer
     def count(pattern: str) -> int:
         return 1 + max((int(m[1]) for name in names if (m := re.match(pattern, name))), default=-1)
 
+    if guidance := sorted(set(_GUIDANCE).intersection(names)):
+        raise UnsupportedError(
+            f"{source.path.name} is a whole LCM UNet: its guidance embedding ({guidance[0]}) takes a scale that no sampler gives.",
+            "Use the model that it was made from with the LCM LoRA (lcm-lora-sdxl), which needs none; ComfyUI's own loader "
+            "draws without the embedding.",
+        )
     if "class_embedding.linear_1.weight" not in names:
         raise UnsupportedError(
             f"{source.path.name} is a UNet without micro-conditioning (SD1 or SD2).", "Choose an SDXL model."

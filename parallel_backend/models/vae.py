@@ -7,22 +7,17 @@ Shapes: B batch, C latent channels, Y X rows and columns: of latent cells or of 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
-from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from torch import Tensor
 
 from ..distributed.collectives import first_says, gather_to_first, split_sizes
 from ..distributed.mesh import BandAxes
-from ..distributed.patch_layers import Band, place_band_layers
-from ..errors import CancelledError, CheckpointError, ConfigError, InputError
-from .checkpoint import VAE_PREFIX, SafetensorsSource, check_names
-from .staging import placing
+from ..distributed.patch_layers import Band
+from ..errors import CancelledError, InputError
 
 # What a decoder or an encoder runs one after the other, in either kind of VAE.
 _BLOCK = re.compile(r"(en|de)coder\.(mid_block|(up|down)_blocks\.\d+|layers\.\d+)")
@@ -155,127 +150,3 @@ class BandVAE:
 
     def _gathered(self, bands: Tensor, factor: int) -> Tensor | None:
         return gather_to_first(bands, 2, [rows * factor for rows in self.band.rows], self.band.axis)
-
-
-@dataclass
-class VAECheckpoint:
-    """An opened VAE file (TAESD: two) that is known to be whole."""
-
-    family: str
-    latent_channels: int
-    sources: list[SafetensorsSource]
-
-    def checked_for(self, dtype: str) -> VAECheckpoint:
-        """Itself. Raises: ConfigError: it can't be computed in `dtype`."""
-        if (self.family, dtype) == ("kl-4", "float16"):
-            raise ConfigError(
-                f"{self.sources[0].path.name} overflows in float16: pictures would turn black.",
-                "Use dtype 'auto', bfloat16 or float32 for SDXL's VAE, as ComfyUI does.",
-            )
-        return self
-
-    @property
-    def elements(self) -> int:
-        return sum(torch.Size(s.shape(name)).numel() for s in self.sources for name in s.names())
-
-    @property
-    def bytes_read(self) -> int:
-        return sum(source.bytes_read for source in self.sources)
-
-    def build(
-        self,
-        device: torch.device,
-        dtype: torch.dtype,
-        axes: BandAxes,
-        should_stop: Callable[[], bool] = lambda: False,
-    ) -> BandVAE:
-        """The model with its weights on `device` in `dtype`, layers banded. Raises: CancelledError: `should_stop` said so."""
-        tensors = [{name: s.read(name) for name in s.names()} for s in self.sources]
-        if should_stop():
-            raise CancelledError(f"Loading {self.sources[0].path.name} was cancelled.")
-        with torch.device("meta"):
-            if self.family in TAESD_SCALES:
-                model: Any = AutoencoderTiny(latent_channels=self.latent_channels)
-                weights = {
-                    f"{part}.{name}": value
-                    for part, held in zip(("encoder", "decoder"), tensors, strict=True)
-                    for name, value in taesd_module_names(part, held).items()
-                }
-            else:
-                config = _kl_config(self.sources[0])
-                model, weights = AutoencoderKL(**config), tensors[0]
-                if any(name.startswith("decoder.up.") for name in weights):
-                    weights = convert_ldm_vae_checkpoint(weights, config)
-        check_names(set(model.state_dict()), set(weights), self.sources[0].path.name)
-        place = placing(device)
-        weights = {name: place(tensor, dtype) for name, tensor in weights.items()}
-        model.load_state_dict(weights, assign=True)
-        model.requires_grad_(False).eval()
-        band = Band()
-        place_band_layers(model.encoder, band)
-        place_band_layers(model.decoder, band)
-        return BandVAE(model, self.family, self.latent_channels, device, dtype, band, axes)
-
-
-def open_vae(paths: Sequence[Path]) -> VAECheckpoint:
-    """A VAE file or the VAE inside a full checkpoint; for TAESD its encoder and decoder files, in this order.
-
-    Raises: CheckpointError: it holds something else.
-    """
-    if len(paths) == 2:
-        return _open_taesd(paths)
-    path = paths[0]
-    source = SafetensorsSource(path)
-    if any(name.startswith(VAE_PREFIX) for name in source.names()):
-        source = SafetensorsSource(path, VAE_PREFIX)
-    names = set(source.names())
-    if "decoder.conv_in.weight" not in names or "encoder.conv_in.weight" not in names:
-        raise CheckpointError(
-            f"{path.name} holds no AutoencoderKL (decoder.conv_in.weight is not there).",
-            "Choose the VAE of SD3 or SDXL, or taesd3 / taesdxl.",
-        )
-    channels = source.shape("decoder.conv_in.weight")[1]
-    return VAECheckpoint(f"kl-{channels}", channels, [source])
-
-
-def _open_taesd(paths: Sequence[Path]) -> VAECheckpoint:
-    family = re.sub(r"_(en|de)coder$", "", paths[1].stem)
-    if family not in TAESD_SCALES:
-        raise CheckpointError(
-            f"{paths[1].name} is of no known TAESD family.",
-            f"Known are {', '.join(TAESD_SCALES)} (NAME_decoder.safetensors).",
-        )
-    sources = [SafetensorsSource(path) for path in paths]
-    if "1.weight" not in sources[1].names():
-        raise CheckpointError(f"{paths[1].name} is not a TAESD decoder.", "Use TAESD's own encoder and decoder files.")
-    return VAECheckpoint(family, sources[1].shape("1.weight")[1], sources)
-
-
-def taesd_module_names(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """TAESD's tensors under the names of diffusers' EncoderTiny or DecoderTiny; `part` is encoder or decoder."""
-    # TAESD's decoder counts its first step, a clamp, as a layer; diffusers keeps that in forward.
-    shift = 1 if part == "decoder" else 0
-    split = {tuple(name.split(".", 1)): value for name, value in tensors.items()}
-    return {f"layers.{int(number) - shift}.{rest}": value for (number, rest), value in split.items()}
-
-
-def _kl_config(source: SafetensorsSource) -> dict[str, object]:
-    names = source.names()
-    single_file = any(name.startswith("decoder.up.") for name in names)
-    level = r"encoder\.down\.(\d+)\.block\.(\d+)\." if single_file else r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\."
-    found = {(int(m[1]), int(m[2])) for name in names if (m := re.match(level, name))}
-    if not found:
-        raise CheckpointError(f"{source.path.name} has no encoder levels.", "Choose a whole VAE file.")
-    first = "encoder.down.{}.block.0.conv1.weight" if single_file else "encoder.down_blocks.{}.resnets.0.conv1.weight"
-    levels = max(i for i, _ in found) + 1
-    return {
-        "in_channels": 3,
-        "out_channels": 3,
-        "latent_channels": source.shape("decoder.conv_in.weight")[1],
-        "block_out_channels": tuple(source.shape(first.format(i))[0] for i in range(levels)),
-        "down_block_types": ("DownEncoderBlock2D",) * levels,
-        "up_block_types": ("UpDecoderBlock2D",) * levels,
-        "layers_per_block": max(j for _, j in found) + 1,
-        "use_quant_conv": "quant_conv.weight" in names,
-        "use_post_quant_conv": "post_quant_conv.weight" in names,
-    }

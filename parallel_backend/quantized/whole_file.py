@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from ..checkpoint_files.gguf_file import PLAIN, SUFFIX, GGUFTensor, gguf_package, gguf_tensors
-from ..checkpoint_files.packed_entries import PackedEntry, packed_entries
+from ..checkpoint_files.gguf_file import PLAIN, GGUFTensor, gguf_package, gguf_tensors, is_gguf
+from ..checkpoint_files.mapped import MappedTensors
+from ..checkpoint_files.packed_entries import PackedEntry, has_packing, packed_entries
 from .forms import GGUF, form_of, is_known
 
 
@@ -23,26 +23,29 @@ class WholeFile(Mapping[str, Tensor]):
     """
 
     def __init__(self, path: Path, prefix: str = "") -> None:
-        self._prefix = prefix
-        self._opened: Any = None
         self._packed: dict[str, PackedEntry] = {}
-        if path.suffix == SUFFIX:
-            self._tensors: dict[str, Any] = {
-                name[len(prefix) :]: tensor for name, tensor in gguf_tensors(path).items() if name.startswith(prefix)
-            }
+        self._mapped: MappedTensors | None = None
+        self._prefix = prefix
+        if is_gguf(path):
+            found = gguf_tensors(path).items()
+            self._tensors: dict[str, Any] = {n[len(prefix) :]: tensor for n, tensor in found if n.startswith(prefix)}
             self.is_quantised = any(tensor.kind not in PLAIN for tensor in self._tensors.values())
-        else:
+            return
+        self._mapped = MappedTensors(path)
+        if has_packing(path):
             self._tensors, self._packed = packed_entries(path, prefix)
-            self._opened = safe_open(path, framework="pt", device="cpu")
-            self.is_quantised = bool(self._packed)
+        else:
+            self._tensors = {n[len(prefix) :]: None for n in self._mapped if n.startswith(prefix)}
+        self.is_quantised = bool(self._packed)
 
     def __getitem__(self, name: str) -> Tensor:
-        if self._opened is None:
+        """Raises: CheckpointError: the file is not the one any more that it was."""
+        if self._mapped is None:
             return _values(self._tensors[name])
-        entry = self._packed.get(name)
-        if entry is None:
-            return self._opened.get_tensor(self._prefix + name)
-        parts = [self._opened.get_tensor(self._prefix + part) for part in entry.parts]
+        if name not in self._packed:
+            return self._mapped[self._prefix + name]
+        entry = self._packed[name]
+        parts = [self._mapped[self._prefix + part] for part in entry.parts]
         return form_of(entry.form, entry.options).values(parts, torch.float32)
 
     def __iter__(self) -> Iterator[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from ..checkpoint_files.safetensors_file import content_key
+from ..checkpoint_files.content import content_key
+from ..checkpoint_files.layout import files_of
 from ..errors import CheckpointError
 
 
@@ -35,10 +37,12 @@ class AllowedFiles:
         )
 
     def _found(self, name: str) -> list[Path]:
-        """The files of that name, in the folders' order."""
-        roots = [folder.resolve() for folder in self.folders]
-        candidates = [(root / name).resolve() for root in roots] if roots else [Path(name).resolve()]
-        inside = [path for path in candidates if not roots or any(path.is_relative_to(root) for root in roots)]
+        """The files of that name, in the folders' order; a link by its own name, which says what it leads to.
+
+        What a link leads to must lie below one of the folders too: a hub's cache is named beside them, or holds its links itself.
+        """
+        candidates = [Path(os.path.abspath(root / name)) for root in self.folders or (Path(),)]
+        inside = [path for path in candidates if self._is_inside(path)]
         if not inside:
             raise CheckpointError(
                 f"{name!r} is outside this backend's model folders.",
@@ -47,4 +51,13 @@ class AllowedFiles:
         found = [path for path in inside if path.exists()]
         if not found:
             raise CheckpointError(f"{inside[0]} is not there (any more).", "Put it back, or load another.")
+        for file in (file for path in found for file in files_of(path)):
+            if not self._is_inside(file):
+                raise CheckpointError(
+                    f"{file} leads outside this backend's model folders.", "Name those of the files too."
+                )
         return found
+
+    def _is_inside(self, path: Path) -> bool:
+        roots = [folder.resolve() for folder in self.folders]
+        return not roots or any(path.resolve().is_relative_to(root) for root in roots)

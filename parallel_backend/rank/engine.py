@@ -23,10 +23,12 @@ from ..extras.weights import PatchedWeights, PatchFiles
 from ..models.checkpoint import HeldWeight, TensorSource, bytes_held, is_quantised, load_parameters
 from ..models.compiled import check_compiler, compile_blocks, refuse_quantised
 from ..models.families import OpenedModel, open_model
+from ..models.left_over import left_over_note
 from ..models.network import Network
 from ..models.prediction import Predictor, Rows
 from ..models.shared_reading import pass_on
-from ..models.vae import BandVAE, open_vae
+from ..models.vae import BandVAE
+from ..models.vae_checkpoint import open_vae
 from ..rpc.messages import (
     Decode,
     Done,
@@ -67,11 +69,11 @@ def is_compiled(body: Request) -> bool:
 
 
 class _Sizes(msgspec.Struct):
-    """What a rank says of a load: bytes read from the file, bytes held; and what the user should know of how it computes."""
+    """What a rank says of a load: bytes read from the file, bytes held; and what the user should know of it."""
 
     read: int
     held: int
-    note: str = ""
+    notes: list[str] = []
 
 
 class Engine:
@@ -168,7 +170,7 @@ class Engine:
         evicted = self._room_for_communicators(spec, path.name, opened.kind.name, job)
         mesh = self._mesh(spec)
 
-        def build() -> tuple[nn.Module, str, int, str]:
+        def build() -> tuple[nn.Module, str, int, list[str]]:
             heads = -(-opened.config.heads // (mesh.tp.degree * mesh.ulysses.degree))
             use = Use(self.device, dtype, mesh.ring.degree > 1, heads, opened.config.head_dim)
             kernel, note = choose_kernel(body.kernel, use)
@@ -177,13 +179,13 @@ class Engine:
                 check_compiler(self.device)
             with torch.device("meta"):
                 model = opened.build(mesh, kernel)
+            wanted = {*dict(model.named_parameters()), *opened.unread(model)}
+            notes = [note, left_over_note(wanted, opened.source.names(), path.name)]
             if is_quantised(opened.source):
-                note = "\n".join(
-                    filter(None, [f"weights stay quantised, as in the file; computed in {body.dtype}", note])
-                )
-            return model, kernel, bytes_held(model, opened.source, dtype), note
+                notes.append(f"weights stay quantised, as in the file; computed in {body.dtype}")
+            return model, kernel, bytes_held(model, opened.source, dtype), notes
 
-        model, kernel, needed, note = job.control.agreed(build)
+        model, kernel, needed, notes = job.control.agreed(build)
         evicted += self.residents.make_room(needed, path.name, opened.kind.name, spec, job.control)
         job.emit(Progress(f"Loading {path.name}", 0, 1), [])
         network, weights = self._read(opened, model, mesh, kernel, body, job)
@@ -191,7 +193,7 @@ class Engine:
         predictor = Predictor(network, mesh, dtype, self.device, opened.kind)
         state = ModelState(name, path.name, config.family, spec.describe(), body.dtype, needed)
         self.residents[name] = Resident(predictor, state, config.channels, weights)
-        sizes = _Sizes(opened.source.bytes_read, needed, note)
+        sizes = _Sizes(opened.source.bytes_read, needed, notes)
         return self._loaded(name, sizes, evicted, start, job), []
 
     def _read(
@@ -239,7 +241,8 @@ class Engine:
         vae = job.control.agreed(lambda: checkpoint.build(self.device, dtype, self._bands, job.given_up))
         state = ModelState(name, paths[0].name, vae.family, "bands", body.dtype, needed)
         self.residents[name] = Resident(vae, state, vae.latent_channels)
-        return self._loaded(name, _Sizes(checkpoint.bytes_read, needed), evicted, start, job), []
+        sizes = _Sizes(checkpoint.bytes_read, needed, [checkpoint.note])
+        return self._loaded(name, sizes, evicted, start, job), []
 
     @staticmethod
     def _check_load(body: LoadModel, world_size: int) -> None:
@@ -287,8 +290,8 @@ class Engine:
     def _loaded(self, name: str, sizes: _Sizes, evicted: list[str], start: float, job: Job) -> Loaded:
         self.residents.move_to_end(name)
         resident = self.residents[name]
-        everywhere = job.control.gather(_Sizes(sizes.read, resident.state.rank_bytes, note=sizes.note))
-        notes = list(dict.fromkeys(s.note for s in everywhere if s.note))
+        everywhere = job.control.gather(_Sizes(sizes.read, resident.state.rank_bytes, sizes.notes))
+        notes = list(dict.fromkeys(note for s in everywhere for note in s.notes if note))
         return Loaded(
             model=name,
             family=resident.state.family,

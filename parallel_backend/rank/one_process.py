@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint_files.safetensors_file import content_key
+from ..checkpoint_files.content import content_key
 from ..config import MeshSpec, SamplerSpec
 from ..distributed.control import Control
 from ..rpc.conditioning import Conditioning

@@ -16,6 +16,7 @@ from .refusals import why_file_refused, why_refused
 THE_SETTING = 'the setting "Make every SD3 / SDXL model parallel" (PARALLEL_MMDIT_EVERYWHERE=1 for a headless server)'
 IN_A_PIPE = f"its MODEL goes on inside a pipe, where no node can be put; {THE_SETTING} makes it parallel"
 IN_A_GROUP = f"its MODEL stays inside the group: turn the group into nodes first, or use {THE_SETTING}"
+ON_LINUX = "a ComfyUI on Linux refuses that before this pack is asked: choose the file again, or let --swap put in a loader that finds it."
 # What brings prompts to a sampler, and what a loader of a pack hangs on them.
 _PROMPTS = ("CONDITIONING", "CONTROL_NET_STACK")
 
@@ -89,6 +90,8 @@ def check(workflow: Workflow) -> Findings:
     for loader in loaders.values():
         if why := why_file_refused(loader):
             found.refused.append(Remark.of(loader, f"{why} ({loader.file})" if loader.file else why))
+        if "\\" in loader.file and loader.class_type not in OURS:
+            found.notes.append(f"{loader.label} names its file as Windows does ({loader.file}); {ON_LINUX}")
     for node in on_the_way.values():
         if why := why_refused(node):
             found.refused.append(Remark.of(node, why))

@@ -61,7 +61,6 @@ _BY_FILE = tuple(
         (r"nf4|bnb", "NF4 files aren't taken yet: take the fp16 or bf16 one"),
         (r"fp8|float8|e4m3|e5m2", "fp8 files aren't taken yet: take the fp16 or bf16 one"),
         (r"int8|nvfp4|fp4|svdq|int4", "quantised files aren't taken yet: take the fp16 or bf16 one"),
-        (r"\.(ckpt|pt|pth|bin)$", "only .safetensors files are opened, no pickles"),
         (r"cosxl|playground[-_.]?v?2[-_.]?5", "EDM files (CosXL, Playground 2.5) aren't taken yet"),
         (r"in[-_]?paint|ip2p|pix2pix|ic[-_]?light", CHANNELS),
     )
@@ -69,7 +68,6 @@ _BY_FILE = tuple(
 _BY_LOADER = (
     (re.compile(r"GGUF", re.I), "GGUF files aren't taken yet: take the fp16 or bf16 one"),
     (re.compile(r"NF4|bnb", re.I), "NF4 files aren't taken yet: take the fp16 or bf16 one"),
-    (re.compile(r"^DiffusersLoader$"), "folders of diffusers aren't taken yet: take a single file"),
     (re.compile(r"Nunchaku|SVDQ"), "quantised files aren't taken yet: take the fp16 or bf16 one"),
 )
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from parallel_backend import MeshSpec
-from parallel_backend.checkpoint_files.safetensors_file import content_key
+from parallel_backend.checkpoint_files.content import content_key
 from parallel_backend.config import SamplerSpec
 from parallel_backend.distributed.control import Control
 from parallel_backend.distributed.mesh import Groups
