@@ -40,7 +40,7 @@ def with_nan(conditioning: Conditioning) -> Conditioning:
 BAD = {
     "channels": (InputError, "needs \\(batch, 16,", {"latent": torch.zeros(1, 4, 16, 16)}),
     "nan latent": (InputError, "latent holds NaN", {"latent": torch.full((1, 16, 16, 16), float("nan"))}),
-    "size": (InputError, "divisible by 16 pixels", {"latent": torch.zeros(1, 16, 15, 16)}),
+    "size": (InputError, "at most 1024 pixels", {"latent": torch.zeros(1, 16, 16, 160)}),
     "nan conditioning": (InputError, "conditioning holds NaN", {"positive": with_nan(POSITIVE)}),
     "width": (InputError, "the last of 4096", {"positive": Conditioning(torch.zeros(1, 77, 2048), POSITIVE.pooled)}),
     "pooled": (InputError, "the last of 2048", {"negative": Conditioning(NEGATIVE.context, torch.zeros(1, 1280))}),

@@ -275,10 +275,6 @@ def test_axes_of_the_other_kind_are_refused_by_name(backend2: Backend, models: P
 
 def test_requests_that_dont_fit_name_the_remedy(backend2: Backend, models: Path, unets: Path) -> None:
     path, mesh = unets / "unet-tiny.safetensors", MeshSpec(patch=2)
-    with pytest.raises(InputError, match=r"can't be cut in 2 bands"):
-        sample(backend2, path, mesh, latent=torch.zeros(1, 4, 4, 12))
-    with pytest.raises(InputError, match="too narrow"):
-        sample(backend2, path, mesh, latent=torch.zeros(1, 4, 40, 2))
     with pytest.raises(InputError, match=r"this model needs \(batch, 4"):
         sample(backend2, path, mesh, latent=torch.zeros(1, 16, 20, 12))
     refiner = backend2.load_model(unets / "unet-refiner.safetensors", mesh, "float32")

@@ -37,12 +37,12 @@ def ring_attention(
         if not last:
             arriving = token_counts[(axis.rank - turn - 1) % axis.degree]
             handle = start_ring_exchange(kv, (2, kv.shape[1], arriving, *kv.shape[3:]), axis)
-        block_out, block_lse = kernel(q_BLNH, kv[0], kv[1])
-        out, lse = merge(out, lse, block_out, block_lse)
+        if kv.shape[2] and q_BLNH.shape[1]:  # of the fewest tokens, a rank may have none
+            block_out, block_lse = kernel(q_BLNH, kv[0], kv[1])
+            out, lse = merge(out, lse, block_out, block_lse)
         if not last:
             kv = handle.wait()
-    assert out is not None
-    return out.to(q_BLNH.dtype)
+    return q_BLNH.new_zeros(q_BLNH.shape) if out is None else out.to(q_BLNH.dtype)
 
 
 def merge(out: Tensor | None, lse: Tensor | None, block_out: Tensor, block_lse: Tensor) -> tuple[Tensor, Tensor]:

@@ -120,7 +120,9 @@ class PositionTable:
                     start, stop = max(first, row * columns), min(last, (row + 1) * columns)
                     offset = (top + row) * self.size + left - row * columns
                     wanted.append((offset + start, offset + stop))
-            if self._other is None:
+            if not wanted:  # of the smallest images, a rank may have no token
+                crop = torch.empty(0, self.source.shape(POS_EMBED)[2])
+            elif self._other is None:
                 crop = self.source.read(POS_EMBED, Shard(1, tuple(wanted)))[0]
             else:
                 crop = torch.cat([self._other[0, start:stop] for start, stop in wanted])

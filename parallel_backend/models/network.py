@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..distributed.stale import Kept, StaleExchange, Step
 from ..errors import UnsupportedError
-from .tokens import Tokens
+from .tokens import Tokens, padded
 from .transformer import StagedTransformer
 
 
@@ -19,6 +19,10 @@ class Network(Protocol):
     @property
     def config(self) -> Any: ...
     def check_size(self, height: int, width: int, text_tokens: int) -> None: ...
+    def most_patches(self, height: int) -> int:
+        """In how many parts that flow through a pipeline a latent of that height can be cut."""
+        ...
+
     def new_job(self, displaced: bool, num_patches: int = 1) -> Kept:
         """Raises: UnsupportedError: displaced steps are asked for, and this model has none in its mesh."""
         ...
@@ -42,6 +46,9 @@ class TokenNetwork:
         """Raises: InputError: a latent that this model can't take."""
         self.model.tokens_for(height, width, text_tokens)
 
+    def most_patches(self, height: int) -> int:
+        return -(-height // self.config.patch_size)
+
     def new_job(self, displaced: bool, num_patches: int = 1) -> Kept:
         mesh = self.model.mesh
         if not displaced:
@@ -57,13 +64,14 @@ class TokenNetwork:
 
     def __call__(self, x: Tensor, timesteps: Tensor, context: Tensor, pooled: Tensor, step: Step) -> Tensor:
         num_patches = step.kept.num_patches if step.kept is not None else 1
+        whole = padded(x, self.config.patch_size)
         tokens = self.model.tokens_for(x.shape[2], x.shape[3], context.shape[1], num_patches)
-        out = self.model(x, timesteps, context, pooled, self.places(x.shape, tokens), step)
+        out = self.model(whole, timesteps, context, pooled, self.places(whole.shape, tokens), step)
         if step.stale is not None:
             step.stale.end_evaluation()
-        return out
+        return out[:, :, : x.shape[2], : x.shape[3]]
 
     def places(self, shape: Sequence[int], tokens: Tokens) -> Tensor:
-        """Of this rank's tokens of a latent (B, C, Y, X)."""
+        """Of this rank's tokens of a padded latent (B, C, Y, X)."""
         patch = self.config.patch_size
         return self.positions.rows(shape[2] // patch, shape[3] // patch, tokens.image)

@@ -24,7 +24,7 @@ from ..distributed.stale import Kept, Step
 from ..errors import CancelledError
 from .network import TokenNetwork
 from .prediction import Predictor, Prompt, Share, timesteps_of
-from .tokens import patch_rows
+from .tokens import padded, patch_rows
 from .transformer import Attend
 
 # Receives that are posted before their turn, so that what is sent travels while this stage computes.
@@ -60,11 +60,15 @@ class Pipeline:
             for prompt in self.share.prompts
         ]
         patch = self.network.config.patch_size
-        self.rows = [slice(a * patch, b * patch) for a, b in patch_rows(shape[2] // patch, kept.num_patches)]
+        cuts = patch_rows(-(-shape[2] // patch), kept.num_patches)
+        self.rows = [slice(a * patch, min(b * patch, shape[2])) for a, b in cuts]
+        self._columns, self._first_rows = shape[3], torch.empty(0)
         self._step = Step(first_step, "displaced", kept=kept)
         own_rows = self.share.prompts[0].pooled.shape[0]
         self._calls = range(len(self.share.prompts)) if own_rows else range(0)  # dp can leave a rank without rows
-        self._shapes = [(own_rows, shape[1], rows.stop - rows.start, shape[3]) for rows in self.rows]
+        width = -(-shape[3] // patch) * patch
+        self._shapes = [(own_rows, shape[1], (b - a) * patch, width) for a, b in cuts]
+        self._whole = (own_rows, shape[1], cuts[-1][1] * patch, width)
         self._vectors: list[Any] = []
         self._due: deque[Handle] = deque()
         self._sent: deque[Handle] = deque()
@@ -92,6 +96,9 @@ class Pipeline:
     def submit(self, patch: int, x_BCYX: Tensor) -> None:
         """Sends a patch on its way. `x`: the model's input, all rows of the batch."""
         own = self.share.own_rows(x_BCYX).to(self.dtype)
+        if patch == 0:
+            self._first_rows = own
+        own = padded(own, self.network.config.patch_size, self._first_rows)
         for call in self._calls:
             self._send(self._compute(patch, call, own, None), self.mesh.pp.rank + 1, self.mesh.pp)
             blank = torch.empty(self._shapes[patch], dtype=self.dtype, device=self.device)
@@ -102,8 +109,9 @@ class Pipeline:
 
         Comm: `Share.gather`'s.
         """
-        outputs = [self._due.popleft().wait().float() for _ in self._calls]
-        none = torch.empty(self._shapes[patch], device=self.device)
+        height = self.rows[patch].stop - self.rows[patch].start
+        outputs = [self._due.popleft().wait().float()[:, :, :height, : self._columns] for _ in self._calls]
+        none = torch.empty(*self._shapes[patch][:2], height, self._columns, device=self.device)
         return self.share.gather(outputs or [none for _ in self.share.prompts])
 
     # -- the others -----------------------------------------------------------------------------------------------
@@ -142,7 +150,7 @@ class Pipeline:
         step = replace(self._step, branch=call)
         if x is None:
             x = torch.empty(self._shapes[patch], dtype=self.dtype, device="meta")
-        places = self.network.places((*x.shape[:2], self.rows[-1].stop, x.shape[3]), tokens)
+        places = self.network.places(self._whole, tokens)
         attend = Attend(self.network.model.attention, tokens, step)
         context = self.share.prompts[call].context
         timeline = self._step.kept.timeline if self._step.kept is not None else None

@@ -102,30 +102,37 @@ def patch_rows(rows: int, num_patches: int) -> list[tuple[int, int]]:
 def tokens_for(
     config: TokenSizes, mesh: Mesh, height: int, width: int, text_tokens: int, num_patches: int = 1
 ) -> Tokens:
-    """How a latent of height x width cells and a prompt are spread.
+    """How a latent of height x width cells and a prompt are spread; sides that don't divide count with their padding.
 
-    Raises: InputError: the latent is too large or doesn't divide, or there are fewer tokens than ranks.
+    Raises: InputError: the latent is too large, or has fewer rows of tokens than patches.
     """
-    patch, limit = config.patch_size, config.pos_embed_size
-    if height % patch or width % patch:
-        raise InputError(
-            f"A latent of {width}x{height} cells ({width * 8}x{height * 8} pixels) can't be cut in {patch}x{patch} patches.",
-            f"Use sides divisible by {patch * 8} pixels.",
-        )
-    rows, columns = height // patch, width // patch
+    limit, patch = config.pos_embed_size, config.patch_size
+    rows, columns = (-(-side // patch) for side in (height, width))
     if rows > limit or columns > limit:
         raise InputError(
             f"{width * 8}x{height * 8} pixels is larger than this model's position table.",
             f"Use sides of at most {limit * patch * 8} pixels.",
         )
-    if num_patches > rows or rows // num_patches * columns < mesh.sp_degree:
+    if num_patches > rows:
         raise InputError(
-            f"{rows} rows of {columns} image tokens, in {num_patches} patches, can't be spread over {mesh.sp_degree} ranks.",
-            "Use a larger image, fewer patches, or less ring and ulysses.",
+            f"{rows} rows of image tokens can't be cut in {num_patches} patches.",
+            "Use a larger image, or fewer patches.",
         )
     if text_tokens < 1:
         raise InputError("The conditioning has no text tokens.", "Give a prompt, if an empty one.")
     return Tokens.spread([(a * columns, b * columns) for a, b in patch_rows(rows, num_patches)], text_tokens, mesh)
+
+
+def padded(x_BCYX: Tensor, patch: int, below: Tensor | None = None) -> Tensor:
+    """Sides that are multiples of `patch`: the latent goes on with its first columns and rows, as ComfyUI pads it.
+
+    Args:
+        below: (B, C, Y, X) whose first rows come below; None is `x` itself.
+    """
+    _, _, Y, X = x_BCYX.shape
+    down, right = -Y % patch, -X % patch
+    x = torch.cat([x_BCYX, (x_BCYX if below is None else below)[:, :, :down]], dim=2) if down else x_BCYX
+    return torch.cat([x, x[..., :right]], dim=3) if right else x
 
 
 def patchify(x_BCYX: Tensor, patch: int) -> Tensor:

@@ -20,11 +20,11 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from ..distributed.collectives import all_gather, split_sizes
-from ..distributed.mesh import Mesh
+from ..distributed.mesh import Mesh, MeshAxis
 from ..distributed.patch_layers import Band, CuttingConv2d, join_projections, place_band_layers
 from ..distributed.sliced_weights import SlicedWeights
 from ..distributed.stale import Kept, StaleExchange, Step
-from ..errors import ConfigError, InputError
+from ..errors import ConfigError
 from ..quantized.weight import QuantizedWeight
 
 HEAD_DIM = 64
@@ -102,25 +102,22 @@ class BandUNet:
         model.conv_in = CuttingConv2d(first, self.band)
         self.model = model
         for kernel_OCYX in (p for p in model.parameters() if p.ndim == 4 and not isinstance(p, QuantizedWeight)):
-            kernel_OCYX.data = kernel_OCYX.data.contiguous(memory_format=torch.channels_last)
+            kernel_OCYX.data = kernel_OCYX.data.to(memory_format=torch.channels_last)
         self.slices: SlicedWeights | None = model.slices
         if self.slices is not None:
             self.slices.attach()
 
     def check_size(self, height: int, width: int, text_tokens: int) -> None:
-        """Raises: InputError: too few rows for the bands, or too narrow to tell scales apart."""
+        """Any size can be computed: see `_axis_for`."""
+
+    def _axis_for(self, height: int, width: int) -> MeshAxis:
+        """The ranks that share a latent out. One that is too small to be cut is computed whole by each of them: that takes no time,
+        and nothing need be sent."""
         degree, unit = self.mesh.patch.degree, self.config.row_unit
-        least = unit * (degree - 1) + 1
-        if height < least:
-            raise InputError(
-                f"A latent of {height} rows ({height * 8} pixels) can't be cut in {degree} bands of whole {unit * 8} pixels.",
-                f"Use a height of {least * 8} pixels or more, or a smaller patch degree.",
-            )
-        if degree > 1 and width < unit:
-            raise InputError(
-                f"A latent of {width} columns ({width * 8} pixels) is too narrow to be cut in bands.",
-                f"Use a width of {unit * 8} pixels or more.",
-            )
+        return self.mesh.patch if height > unit * (degree - 1) and width >= unit else MeshAxis("band")
+
+    def most_patches(self, height: int) -> int:
+        return 1
 
     def new_job(self, displaced: bool, num_patches: int = 1) -> Kept:
         """What a job of this model keeps between its evaluations."""
@@ -136,6 +133,7 @@ class BandUNet:
         Comm: as the layers say, and one all-gather of the output.
         """
         band, (rows, columns) = self.band, x_BCYX.shape[2:]
+        band.axis = self._axis_for(rows, columns)
         band.rows, band.columns, band.step = band_rows(rows, band.axis.degree, self.config.row_unit), columns, step
         if self.slices is not None:
             self.slices.begin()
@@ -145,7 +143,7 @@ class BandUNet:
             band.step = Step()  # what the job keeps must not live on in the model
         whole = all_gather(out, 2, band.rows, band.axis)
         # After the output, which the next step waits for: a communicator works in order.
-        if step.stale is not None and step.phase == "displaced":
+        if step.stale is not None and step.phase == "displaced" and band.axis.degree > 1:
             step.stale.end_evaluation()
         return whole
 

@@ -126,7 +126,7 @@ def _prepare(body: Sample, tensors: list[Tensor], job: Job, predictor: Predictor
         latent = latent.repeat(len(body.batch_index), 1, 1, 1)
     rows = latent.shape[0]
     prompts = [predictor.prompt(tensors[p.context], tensors[p.pooled], rows, p.sizes) for p in wanted]
-    kept = _kept(predictor, spec, _sigma_count(body, tensors) - 1)
+    kept = _kept(predictor, spec, _sigma_count(body, tensors) - 1, latent.shape[2])
     pipeline = None
     if kept.token_kv is not None and spec.first_displaced is not None:
         pipeline = Pipeline(predictor, prompts, latent.shape, kept, spec.first_displaced, job.cancelled)
@@ -143,9 +143,11 @@ def _sigma_count(body: Sample, tensors: list[Tensor]) -> int:
     return 0 if body.spec.denoise == 0 else body.spec.steps + 1
 
 
-def _kept(predictor: Predictor, spec: SamplerSpec, steps: int) -> Kept:
+def _kept(predictor: Predictor, spec: SamplerSpec, steps: int, height: int) -> Kept:
     """What the job keeps between its evaluations.
 
+    Args:
+        height: of the latent.
     Raises: ConfigError, UnsupportedError: displaced steps that can't be had.
     """
     displaced, stages = spec.first_displaced is not None and spec.first_displaced < steps, predictor.spec.pp
@@ -164,7 +166,7 @@ def _kept(predictor: Predictor, spec: SamplerSpec, steps: int) -> Kept:
             "rescale_cfg needs the spread of the whole image, whose patches are at different steps.",
             "Leave displaced off, or RescaleCFG out.",
         )
-    return predictor.network.new_job(displaced, spec.num_patches or stages)
+    return predictor.network.new_job(displaced, spec.num_patches or min(stages, predictor.network.most_patches(height)))
 
 
 def _step(spec: SamplerSpec, index: int, kept: Kept) -> Step:
