@@ -290,7 +290,12 @@ def test_a_mesh_that_is_none_is_refused(words: list[str]) -> None:
             "rescale_cfg needs the spread of the whole image",
         ),
         (MeshSpec(pp=2), {"num_patches": 2}, ConfigError, "num_patches=2 is for displaced steps"),
-        (MeshSpec(pp=2), {"warmup_steps": 1, "num_patches": 9}, InputError, "8 rows of 8 image tokens, in 9 patches"),
+        (
+            MeshSpec(pp=2),
+            {"warmup_steps": 1, "num_patches": 9},
+            InputError,
+            "8 rows of image tokens can't be cut in 9 patches",
+        ),
         *(
             (MeshSpec(pp=2), {"warmup_steps": 1, "sampler": sampler}, UnsupportedError, f"Sampler {sampler} can't run")
             for sampler in ("heun", "dpm_adaptive", "sa_solver")

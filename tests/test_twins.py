@@ -27,7 +27,13 @@ STEP_BY_STEP = {
         "PerpNeg",
         "ContextWindowsManual",
     ),
-    *("ConditioningSetArea", "ConditioningSetMask", "ConditioningCombine", "the official SD3 negative"),
+    *(
+        "ConditioningSetArea",
+        "ConditioningSetMask",
+        "an area of 32 pixels",
+        "ConditioningCombine",
+        "the official SD3 negative",
+    ),
     *("sampler dpmpp_2m_sde_gpu", "sampler euler_cfg_pp", "SamplerEulerAncestral, eta 0.5"),
     "FlipSigmas",
     *("a pack's sampling_function", "a pack's sample_euler"),
@@ -40,7 +46,7 @@ OLDER = {"RescaleCFG of older cores"}
 @pytest.fixture(scope="module")
 def outcomes(comfy: ComfyInstallation, unets: Path, backend2: Backend) -> Outcomes:
     command = [comfy.python, HERE / "twins.py", comfy.folder, HERE.parents[1], backend2.spec.name, unets]
-    command += ["patch_cases", "node_cases"]
+    command += ["patch_cases", "node_cases", "size_cases"]
     environment = os.environ | {"PYTHONPATH": str(HERE)}
     done = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, timeout=500, check=False, env=environment
