@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from parallel_backend.client.requirements import COMMANDS_NEED, RANKS_NEED
+from parallel_backend.client.requirements import COMMANDS_NEED, FILES_NEED, RANKS_NEED
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -144,7 +144,7 @@ def test_requirements_txt_says_what_pyproject_says() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     assert [line for line in lines if line and not line.startswith("#")] == project["dependencies"]
-    assert [*RANKS_NEED, *COMMANDS_NEED] == project["dependencies"]
+    assert [*RANKS_NEED, *COMMANDS_NEED, *FILES_NEED] == project["dependencies"]
 
 
 def test_no_host_of_a_registry_and_no_path_of_one_machine_is_in_the_tree() -> None:

@@ -293,8 +293,9 @@ def test_a_class_that_nobody_knows_is_told_and_not_refused() -> None:
 @pytest.mark.parametrize(
     ("file", "words"),
     [
-        ("sd3.5_large_fp8_scaled.safetensors", "fp8"),
-        ("sd3.5_large-Q4_0.gguf", "GGUF"),
+        ("sd3.5_large_fp8_scaled.safetensors", ""),
+        ("sd3.5_large-Q4_0.gguf", ""),
+        ("svdq-int4-sdxl.safetensors", "SVDQuant"),
         ("sdxl-nf4.safetensors", "NF4"),
         ("SDXL\\old.ckpt", ""),
         ("cosxl.safetensors", "EDM"),
@@ -412,7 +413,7 @@ def test_the_command_writes_a_copy_beside_the_file(tmp_path: Path, capsys: pytes
 def test_the_commands_status_and_last_line_say_how_many_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     contents = {
         "a": plain(),
-        "b": prompt("sd3.5_large_fp8_scaled.safetensors"),
+        "b": prompt("cosxl.safetensors"),
         "c": plain("flux1.safetensors"),
         "d": [],
     }

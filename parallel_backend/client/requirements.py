@@ -29,6 +29,8 @@ RANKS_NEED = (
     "packaging>=22",
 )
 COMMANDS_NEED = ("pillow>=10", "tqdm>=4.66")
+# Of files alone, by whoever opens one: backends start without it.
+FILES_NEED = ("gguf>=0.17",)
 # Not where a link leads: a clone may be linked into ComfyUI's folder.
 PACK = Path(__file__).absolute().parents[2]
 NODE_PACKS = "custom_nodes"

@@ -52,23 +52,18 @@ _BY_PATTERN = tuple(
         (r"(?i)perturbed|self.?attention.?guid|free[-_ ]?u\b|hyper[-_ ]?tile|\bNAG|t-?gate|automatic[-_ ]?cfg|skip.?layer", ATTENTION),
     )
 )  # fmt: skip
-# A text encoder's type stands in names of whole checkpoints: it says nothing of the diffusion weights.
-_TEXT_ENCODER = re.compile(r"(t5[-_]?(xxl)?|clip)[-_.]?(fp8|e4m3fn|e5m2)\w*", re.I)
 _BY_FILE = tuple(
     (re.compile(pattern, re.I), why)
     for pattern, why in (
-        (r"\.gguf$", "GGUF files aren't taken yet: take the fp16 or bf16 one"),
-        (r"nf4|bnb", "NF4 files aren't taken yet: take the fp16 or bf16 one"),
-        (r"fp8|float8|e4m3|e5m2", "fp8 files aren't taken yet: take the fp16 or bf16 one"),
-        (r"int8|nvfp4|fp4|svdq|int4", "quantised files aren't taken yet: take the fp16 or bf16 one"),
+        (r"nf4|bnb", "NF4 files aren't taken yet: take the fp8, GGUF or fp16 one"),
+        (r"svdq|int4", "SVDQuant and int4 files aren't taken: take the fp8, GGUF or fp16 one"),
         (r"cosxl|playground[-_.]?v?2[-_.]?5", "EDM files (CosXL, Playground 2.5) aren't taken yet"),
         (r"in[-_]?paint|ip2p|pix2pix|ic[-_]?light", CHANNELS),
     )
 )
 _BY_LOADER = (
-    (re.compile(r"GGUF", re.I), "GGUF files aren't taken yet: take the fp16 or bf16 one"),
-    (re.compile(r"NF4|bnb", re.I), "NF4 files aren't taken yet: take the fp16 or bf16 one"),
-    (re.compile(r"Nunchaku|SVDQ"), "quantised files aren't taken yet: take the fp16 or bf16 one"),
+    (re.compile(r"NF4|bnb", re.I), "NF4 files aren't taken yet: take the fp8, GGUF or fp16 one"),
+    (re.compile(r"Nunchaku|SVDQ"), "SVDQuant and int4 files aren't taken: take the fp8, GGUF or fp16 one"),
 )
 
 
@@ -79,8 +74,7 @@ def why_refused(node: Node) -> str:
 
 def why_file_refused(loader: Node) -> str:
     """Why the model that this loader loads can't be made parallel, "" if it is not known that it can't."""
-    name = _TEXT_ENCODER.sub("", loader.file)
-    return _first(_BY_LOADER, loader.class_type) or _first(_BY_FILE, name)
+    return _first(_BY_LOADER, loader.class_type) or _first(_BY_FILE, loader.file)
 
 
 def _why_class(name: str) -> str:
