@@ -352,16 +352,16 @@ class Engine:
     def _decode(self, body: Decode, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         start = time.perf_counter()
         vae: BandVAE = job.control.agreed(lambda: self._checked_vae(body.vae, tensors[body.latent], "latent"))
-        image = vae.decode(tensors[body.latent], raw=body.raw, cancelled=job.cancelled)
-        results = [image.cpu()] if image is not None else []
+        image = vae.decode(tensors[body.latent], raw=body.raw, cancelled=job.cancelled, agreed=job.control.agreed)
+        results = [image] if image is not None else []
         give_back(self.device)  # the most that any job takes: others may need it, a text encoder of ComfyUI's perhaps
         return Result(time.perf_counter() - start), results
 
     def _encode(self, body: Encode, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         start = time.perf_counter()
         vae: BandVAE = job.control.agreed(lambda: self._checked_vae(body.vae, tensors[body.image], "image"))
-        latent = vae.encode(tensors[body.image], cancelled=job.cancelled)
-        results = [latent.cpu()] if latent is not None else []
+        latent = vae.encode(tensors[body.image], cancelled=job.cancelled, agreed=job.control.agreed)
+        results = [latent] if latent is not None else []
         give_back(self.device)
         return Result(time.perf_counter() - start), results
 
