@@ -64,7 +64,7 @@ class BandVAE:
     dtype: torch.dtype
     band: Band
     axes: BandAxes
-    _cancelled: Callable[[], bool] = field(init=False, default=lambda: False)
+    _cancelled: Callable[[], bool] = field(init=False, default_factory=lambda: lambda: False)
 
     def __post_init__(self) -> None:
         for name, module in self.model.named_modules():
