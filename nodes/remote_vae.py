@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import comfy.model_management as mm
@@ -10,8 +11,20 @@ import torch
 from torch import Tensor
 
 from ..parallel_backend import RemoteVAE
-from ..parallel_backend.errors import UnsupportedError
+from ..parallel_backend.errors import OutOfMemoryError, UnsupportedError
 from .core_memory import WeightsElsewhere, interruptible
+from .node_text import say
+
+# Of the tiles in which ComfyUI's own VAE goes on where memory is short.
+TILES = "in tiles of 512 x 512, 256 x 1024 and 1024 x 256 pixels that overlap"
+
+
+def computed(remote: RemoteVAE, request: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """What the request gives; what the user should know of it is on the node."""
+    out = interruptible(remote.backend, request, *args, **kwargs)
+    if remote.note:
+        say(remote.note, log=True)
+    return out
 
 
 class RemoteFirstStage(torch.nn.Module):
@@ -22,10 +35,10 @@ class RemoteFirstStage(torch.nn.Module):
         self.remote = remote
 
     def decode(self, latent_BCYX: Tensor) -> Tensor:
-        return interruptible(self.remote.backend, self.remote.decode, latent_BCYX, raw=True)
+        return computed(self.remote, self.remote.decode, latent_BCYX, raw=True)
 
     def encode(self, pixels_BCYX: Tensor) -> Tensor:
-        return interruptible(self.remote.backend, self.remote.encode, ((pixels_BCYX + 1) / 2).movedim(1, -1))
+        return computed(self.remote, self.remote.encode, ((pixels_BCYX + 1) / 2).movedim(1, -1))
 
 
 class VAEWeights(WeightsElsewhere):
@@ -72,12 +85,22 @@ class ParallelVAE(comfy.sd.VAE):
             raise UnsupportedError(f"A parallel VAE has no options {list(vae_options)}.", "Decode without them.")
         samples = samples_in[:, :, 0] if samples_in.ndim == 5 else samples_in
         self.patcher.register()
-        return interruptible(self.remote.backend, self.remote.decode, samples).to(self.output_device)
+        image = self._whole("decoding", self.remote.decode, samples)
+        return self.decode_tiled_(samples).movedim(1, -1) if image is None else image.to(self.output_device)
 
     def encode(self, pixel_samples: Tensor) -> Tensor:
         self.patcher.register()
         pixels = self.vae_encode_crop_pixels(pixel_samples)
-        return interruptible(self.remote.backend, self.remote.encode, pixels).to(self.output_device)
+        latent = self._whole("encoding", self.remote.encode, pixels)
+        return self.encode_tiled_(pixels.movedim(-1, 1)) if latent is None else latent.to(self.output_device)
+
+    def _whole(self, doing: str, request: Callable[..., Tensor], x: Tensor) -> Tensor | None:
+        """What it gives of the whole image; None where a rank has no memory for its band, which the node says."""
+        try:
+            return computed(self.remote, request, x)
+        except OutOfMemoryError as error:
+            say(f"{error.message} {doing.capitalize()} goes on {TILES}, as on ComfyUI's own VAE.", log=True)
+            return None
 
     def decode_tiled(  # type: ignore[override]
         self,

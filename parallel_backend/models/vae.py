@@ -22,7 +22,7 @@ from ..distributed.device_memory import as_out_of_memory
 from ..distributed.mesh import BandAxes
 from ..distributed.patch_layers import Band, place_band_layers
 from ..distributed.traffic import Debt
-from ..errors import CancelledError, CheckpointError, ConfigError, InputError
+from ..errors import CancelledError, CheckpointError, InputError
 from .checkpoint import VAE_PREFIX, SafetensorsSource, check_names
 from .staging import placing
 
@@ -226,15 +226,6 @@ class VAECheckpoint:
     family: str
     latent_channels: int
     sources: list[SafetensorsSource]
-
-    def checked_for(self, dtype: str) -> VAECheckpoint:
-        """Itself. Raises: ConfigError: it can't be computed in `dtype`."""
-        if (self.family, dtype) == ("kl-4", "float16"):
-            raise ConfigError(
-                f"{self.sources[0].path.name} overflows in float16: pictures would turn black.",
-                "Use dtype 'auto', bfloat16 or float32 for SDXL's VAE, as ComfyUI does.",
-            )
-        return self
 
     @property
     def elements(self) -> int:
