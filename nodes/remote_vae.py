@@ -19,26 +19,25 @@ from .node_text import say
 TILES = "in tiles of 512 x 512, 256 x 1024 and 1024 x 256 pixels that overlap"
 
 
-def computed(remote: RemoteVAE, request: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """What the request gives; what the user should know of it is on the node."""
-    out = interruptible(remote.backend, request, *args, **kwargs)
-    if remote.note:
-        say(remote.note, log=True)
-    return out
-
-
 class RemoteFirstStage(torch.nn.Module):
     """The network as tiled decoding calls it: latents to pixels in -1..1 and back, channels first."""
 
     def __init__(self, remote: RemoteVAE) -> None:
         super().__init__()
         self.remote = remote
+        self.notes: dict[str, None] = {}  # on tiles since somebody looked, each once
 
     def decode(self, latent_BCYX: Tensor) -> Tensor:
-        return computed(self.remote, self.remote.decode, latent_BCYX, raw=True)
+        return self._noted(self.remote.decode, latent_BCYX, raw=True)
 
     def encode(self, pixels_BCYX: Tensor) -> Tensor:
-        return computed(self.remote, self.remote.encode, ((pixels_BCYX + 1) / 2).movedim(1, -1))
+        return self._noted(self.remote.encode, ((pixels_BCYX + 1) / 2).movedim(1, -1))
+
+    def _noted(self, request: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        out = interruptible(self.remote.backend, request, *args, **kwargs)
+        if self.remote.note:
+            self.notes[self.remote.note] = None
+        return out
 
 
 class VAEWeights(WeightsElsewhere):
@@ -85,22 +84,34 @@ class ParallelVAE(comfy.sd.VAE):
             raise UnsupportedError(f"A parallel VAE has no options {list(vae_options)}.", "Decode without them.")
         samples = samples_in[:, :, 0] if samples_in.ndim == 5 else samples_in
         self.patcher.register()
-        image = self._whole("decoding", self.remote.decode, samples)
-        return self.decode_tiled_(samples).movedim(1, -1) if image is None else image.to(self.output_device)
+        image = self._whole("Decoding", self.remote.decode, samples)
+        return self._tiled(self.decode_tiled_, samples).movedim(1, -1) if image is None else image
 
     def encode(self, pixel_samples: Tensor) -> Tensor:
         self.patcher.register()
         pixels = self.vae_encode_crop_pixels(pixel_samples)
-        latent = self._whole("encoding", self.remote.encode, pixels)
-        return self.encode_tiled_(pixels.movedim(-1, 1)) if latent is None else latent.to(self.output_device)
+        latent = self._whole("Encoding", self.remote.encode, pixels)
+        return self._tiled(self.encode_tiled_, pixels.movedim(-1, 1)) if latent is None else latent
 
     def _whole(self, doing: str, request: Callable[..., Tensor], x: Tensor) -> Tensor | None:
         """What it gives of the whole image; None where a rank has no memory for its band, which the node says."""
         try:
-            return computed(self.remote, request, x)
+            out = interruptible(self.remote.backend, request, x).to(self.output_device)
         except OutOfMemoryError as error:
-            say(f"{error.message} {doing.capitalize()} goes on {TILES}, as on ComfyUI's own VAE.", log=True)
+            say(f"{error.message} {doing} goes on {TILES}, as on ComfyUI's own VAE.", log=True)
             return None
+        if self.remote.note:
+            say(self.remote.note, log=True)
+        return out
+
+    def _tiled(self, run: Callable[..., Tensor], x: Tensor, **tiles: Any) -> Tensor:
+        """ComfyUI's own way through the tiles, each a request; what the user should know of them is on the node."""
+        notes = self.first_stage_model.notes
+        notes.clear()
+        out = run(x, **tiles)
+        for note in notes:
+            say(note, log=True)
+        return out
 
     def decode_tiled(  # type: ignore[override]
         self,
@@ -113,7 +124,8 @@ class ParallelVAE(comfy.sd.VAE):
     ) -> Tensor:
         tiles = {"tile_x": tile_x, "tile_y": tile_y, "overlap": overlap}
         self.patcher.register()
-        return self.decode_tiled_(samples, **{k: v for k, v in tiles.items() if v is not None}).movedim(1, -1)
+        given = {k: v for k, v in tiles.items() if v is not None}
+        return self._tiled(self.decode_tiled_, samples, **given).movedim(1, -1)
 
     def encode_tiled(  # type: ignore[override]
         self,
@@ -127,7 +139,7 @@ class ParallelVAE(comfy.sd.VAE):
         tiles = {"tile_x": tile_x, "tile_y": tile_y, "overlap": overlap}
         self.patcher.register()
         pixels = self.vae_encode_crop_pixels(pixel_samples).movedim(-1, 1)
-        return self.encode_tiled_(pixels, **{k: v for k, v in tiles.items() if v is not None})
+        return self._tiled(self.encode_tiled_, pixels, **{k: v for k, v in tiles.items() if v is not None})
 
     def get_sd(self) -> NoReturn:
         raise UnsupportedError(

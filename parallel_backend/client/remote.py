@@ -317,8 +317,9 @@ class RemoteModel(_Remote):
         if not is_finite(tensors[0]):
             prompt = {"conditioning": context, "pooled conditioning": pooled}
             number, steps = step()
-            # In a sampling, what comes to a later step is no input any more: it was made on the way.
-            self._tell(NotFinite(held_by(({"latent": x} if number < 2 else {}) | prompt), number, steps))
+            # In a sampling, x has been made: at the first step of what came in, later on the way.
+            made = ({"latent": x}, {"latent (or its noise or mask)": x}, {})[min(number, 2)]
+            self._tell(NotFinite(held_by(made | prompt), number, steps))
         return tensors[0].clone()
 
 
