@@ -31,12 +31,6 @@ def test_a_number_that_is_under_way_is_refused(backend2: Backend, raw_line: zmq.
     assert "Request 5 is under way already" in messages[0] and "content has changed" in messages[1]
 
 
-def with_nan(conditioning: Conditioning) -> Conditioning:
-    context = conditioning.context.clone()
-    context[0, 3, 7] = float("nan")
-    return Conditioning(context, conditioning.pooled)
-
-
 BAD = {
     "channels": (InputError, "needs \\(batch, 16,", {"latent": torch.zeros(1, 4, 16, 16)}),
     "size": (InputError, "divisible by 16 pixels", {"latent": torch.zeros(1, 16, 15, 16)}),

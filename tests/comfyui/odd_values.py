@@ -40,11 +40,7 @@ def spoiled(x, value, row=-1):
 
 def broken(model):
     """The MODEL with a patch that makes NaN of a weight, and the name of its network's first product."""
-    name = next(
-        key
-        for key in model.model.state_dict()
-        if key.endswith("to_q.weight") or key.endswith("x_block.attn.qkv.weight")
-    )
+    name = next(key for key in model.model.state_dict() if key.endswith(("to_q.weight", "x_block.attn.qkv.weight")))
     patched = model.clone()
     patched.add_patches({name: ("diff", (torch.full(model.model.state_dict()[name].shape, NAN),))})
     return patched
