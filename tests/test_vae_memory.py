@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from rank_pool import RankPool
 from test_vae import FILES
 from torch import Tensor
 
+from parallel_backend import Backend
 from parallel_backend.checkpoint_files.safetensors_file import content_key
 from parallel_backend.distributed.control import Control
 from parallel_backend.distributed.patch_layers import BandConv2d, BandGroupNorm, BandImageAttention
@@ -122,3 +124,29 @@ def no_memory(*_: object) -> None:
 
 def test_rank_0_without_room_for_the_image_leaves_no_other_waiting(ranks: RankPool, models: Path) -> None:
     assert ranks(2, no_room_case, models) == [f"Rank 0 on cpu is out of memory, {i}" for i in (1, 0)]
+
+
+def limit_memory(pid: int, more: int | None) -> None:
+    """The process may take so many bytes more than it has; None takes the limit away."""
+    with open(f"/proc/{pid}/status") as lines:
+        size = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmSize"))
+    limit = resource.RLIM_INFINITY if more is None else size + more
+    resource.prlimit(pid, resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_backend_whose_rank_lacks_memory_stays_and_decodes_what_fits(
+    rank: int, models: Path, backend2: Backend
+) -> None:
+    vae = backend2.load_vae(models / "vae" / "sd3_vae.safetensors", "float32")
+    small, large = torch.rand(1, 16, 8, 8), torch.rand(1, 16, 128, 96)
+    before, generation = vae.decode(small), backend2.generation
+    pid = backend2.status().ranks[rank].pid
+    limit_memory(pid, 24 * 2**20)
+    try:
+        with pytest.raises(OutOfMemoryError, match=f"Rank {rank} on cpu is out of memory: .* were asked for"):
+            vae.decode(large)
+        assert torch.equal(vae.decode(small), before)
+    finally:
+        limit_memory(pid, None)
+    assert backend2.generation == generation and vae.name in [model.model for model in backend2.status().models]
