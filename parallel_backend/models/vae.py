@@ -18,6 +18,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from torch import Tensor
 
 from ..distributed.collectives import first_says, gather_to_first, slots_on_first, split_sizes
+from ..distributed.device_faults import OutOfStep
 from ..distributed.device_memory import as_out_of_memory
 from ..distributed.mesh import BandAxes
 from ..distributed.patch_layers import Band, place_band_layers
@@ -190,13 +191,22 @@ class BandVAE:
         raise lacks
 
     def _pay(self, compute: Callable[[Tensor], Tensor], band: Tensor, given: int) -> None:
-        """The others' exchanges go on without this rank's values: see `Debt`."""
+        """The others' exchanges go on without this rank's values: see `Debt`.
+
+        The first time, torch imports a part of itself that computes without values: a second, and some MB on the CPU.
+
+        Raises: CancelledError, on all ranks alike; OutOfStep.
+        """
         traffic, held = self.band.axis.traffic, self.model.state_dict()
         traffic.debt = Debt(self.device, given)
         self.model.load_state_dict({name: weight.to("meta") for name, weight in held.items()}, assign=True)
         try:
             for one in band.to("meta").split(1):
                 compute(one.float())
+        except CancelledError:
+            raise
+        except Exception as error:
+            raise OutOfStep("This rank can't end what the others wait for.") from error
         finally:
             self.model.load_state_dict(held, assign=True)
             traffic.debt = None
