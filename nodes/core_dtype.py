@@ -13,7 +13,7 @@ from ..parallel_backend.config import AUTO, DTYPES
 
 _FLAGS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _NOT_HELD = ("fp64", "fp8_e4m3fn", "fp8_e5m2", "fp8_e8m0fnu")
-_WHY = {"unet": "ranks hold float16, bfloat16 or float32", "vae": "this VAE overflows in float16"}
+_WHY = "ranks hold float16, bfloat16 or float32"
 
 
 def model_dtype(backend: Backend, path: Path, asked: str) -> str:
@@ -21,21 +21,17 @@ def model_dtype(backend: Backend, path: Path, asked: str) -> str:
     return asked if asked != AUTO else _told("unet") or backend.model_dtype(path)
 
 
-def vae_dtype(backend: Backend, asked: str, *, overflows: bool) -> str:
-    """As `model_dtype`, of a VAE; what suits the cards in place of a float16 that one of SDXL's kind `overflows` in."""
-    dtype = asked if asked != AUTO else _told("vae") or backend.vae_dtype()
-    return backend.vae_dtype() if overflows and dtype == "float16" else dtype
+def vae_dtype(backend: Backend, asked: str) -> str:
+    """As `model_dtype`, of a VAE. One that overflows in float16 leaves it when it does: see RemoteVAE.decode."""
+    return asked if asked != AUTO else _told("vae") or backend.vae_dtype()
 
 
-def unheeded(part: str, asked: str, *, overflows: bool = False) -> str:
+def unheeded(part: str, asked: str) -> str:
     """A line on the dtype that ComfyUI was started with and ranks can't take; empty where there is none, or another was asked for."""
     if asked != AUTO:
         return ""
     flags = [f"{dtype}_{part}" for dtype in _NOT_HELD if getattr(args, f"{dtype}_{part}", False)]
-    flags += ["fp16_vae"] if overflows and part == "vae" and getattr(args, "fp16_vae", False) else []
-    return " ".join(
-        f"ComfyUI's --{flag.replace(f'_{part}', f'-{part}')} is not heeded: {_WHY[part]}." for flag in flags
-    )
+    return " ".join(f"ComfyUI's --{flag.replace(f'_{part}', f'-{part}')} is not heeded: {_WHY}." for flag in flags)
 
 
 def told_by_loader(options: Mapping[str, Any]) -> str:
@@ -49,7 +45,7 @@ def unheeded_of_loader(options: Mapping[str, Any], asked: str) -> str:
     dtype = _of_loader(options)
     if asked != AUTO or not dtype:
         return ""
-    return f"The loader's dtype {dtype} is not heeded: {_WHY['unet']}."
+    return f"The loader's dtype {dtype} is not heeded: {_WHY}."
 
 
 def _of_loader(options: Mapping[str, Any]) -> str:

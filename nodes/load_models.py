@@ -64,6 +64,7 @@ def load_remote_model(
     settings = {"kind": kind, "compile": mesh.compile, "name": name, "on_event": on_event}
     remote = interruptible(backend, backend.load_model, path, degrees, dtype, mesh.kernel, **settings)
     bar.update_absolute(1, 1)
+    remote.nan_is_error = mesh.nan_is_error
     heeded = [unheeded("unet", asked), unheeded_of_loader(options, asked)]
     return remote, "\n".join(filter(None, [load_report(remote), *heeded, room, mesh.differs()]))
 

@@ -35,6 +35,7 @@ def parallel_mesh(
     address: str = "",
     keys: str = "",
     compile: bool = False,
+    nan_is_error: bool = False,
 ) -> ParallelMesh:
     """The settings as one object.
 
@@ -57,7 +58,7 @@ def parallel_mesh(
     limits = (idle_minutes * 60.0, memory_budget_mib * 2**20)
     spec = BackendSpec(backend, chosen.count, chosen.device, chosen.devices, *limits, address, keys)
     degrees = {"dp": dp, "cfg": cfg, "pp": pp, "patch": patch, "ring": ring, "ulysses": ulysses, "tp": tp}
-    return ParallelMesh(spec, degrees, dtype, attention, sliced, compile, chosen.note)
+    return ParallelMesh(spec, degrees, dtype, attention, sliced, compile, chosen.note, nan_is_error)
 
 
 def default_mesh() -> ParallelMesh:
@@ -202,6 +203,14 @@ class MeshConfig(io.ComfyNode):
                     optional=True,
                     tooltip="torch.compile of the model's blocks: faster steps, but the first one of each kind of size takes a "
                     "minute longer. Needs a C++ compiler where the ranks run, and triton on GPUs.",
+                    **ADVANCED,
+                ),
+                io.Boolean.Input(
+                    "nan_is_error",
+                    default=False,
+                    optional=True,
+                    tooltip="Latents and pictures with NaN or infinity end the prompt. Off: they are drawn as ComfyUI draws them, and the "
+                    "node says at which step they began.",
                     **ADVANCED,
                 ),
             ],

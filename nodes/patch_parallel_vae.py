@@ -7,7 +7,6 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
-from ..parallel_backend.checkpoint_files.vae_part import overflows_in_float16
 from .core_dtype import unheeded, vae_dtype
 from .core_memory import bytes_here, interruptible, make_room
 from .known_to_core import search_aliases
@@ -64,14 +63,15 @@ def parallel_vae(mesh: ParallelMesh, paths: Sequence[Path], names: Sequence[str]
     Raises: CheckpointError: no VAE of SD3's or SDXL's.
     """
     backend = mesh.backend()
-    dtype = vae_dtype(backend, mesh.dtype, overflows=(overflows := overflows_in_float16(paths)))
+    dtype = vae_dtype(backend, mesh.dtype)
     room = make_room(backend, VAE_BYTES, f"{backend.key(*paths)}/{dtype}/")
     remote = interruptible(backend, backend.load_vae, paths, dtype, names=names)
+    remote.nan_is_error = mesh.nan_is_error
     state = "already resident" if not any(remote.loaded.bytes_read) else f"read in {remote.loaded.seconds:.1f} s"
     lines = [
         f"{remote.loaded.family}: {state}, {backend.world_size} bands, {dtype}",
         *remote.loaded.notes,
-        unheeded("vae", mesh.dtype, overflows=overflows),
+        unheeded("vae", mesh.dtype),
         room,
         mesh.differs(),
     ]

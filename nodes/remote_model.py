@@ -93,6 +93,7 @@ class RemotePatcher(WeightsElsewhere):
     def pre_run(self) -> None:
         self.check()  # once more: what wraps the sampling has begun by now
         self.model.as_made.unseen = True
+        self.network.has_told = False
         self._wear(self.current_hooks)
         super().pre_run()
 

@@ -16,6 +16,7 @@ from .core_memory import interruptible
 from .hung.attention_patches import transformer_patches
 from .hung.layers import AsMade
 from .hung.refusal import ELSEWHERE, RELOAD, refuse
+from .node_text import say
 
 
 class RemoteNetwork(torch.nn.Module):
@@ -25,6 +26,7 @@ class RemoteNetwork(torch.nn.Module):
     dtype: torch.dtype
     as_made: AsMade
     worn: WeightPatches
+    has_told: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if "forward" in vars(self):  # put there while sampling: it would compute with layers that have no weights
@@ -51,16 +53,32 @@ class RemoteNetwork(torch.nn.Module):
         )
         return executor.execute(x, timesteps, context, y, control, options)
 
-    def _remote_forward(self, x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor, *_: Any, **__: Any) -> Tensor:
+    def _remote_forward(
+        self, x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor, _: Any, options: dict[str, Any], **__: Any
+    ) -> Tensor:
         if self.as_made.unseen:
             refuse(self.as_made.changes(), "A parallel MODEL", RELOAD)
             self.as_made.unseen = False
-        out = interruptible(self.remote.backend, self.remote.forward, x, timesteps, context, y, patches=self.worn)
+        given = {"patches": self.worn, "step": partial(step_of, options)}
+        out = interruptible(self.remote.backend, self.remote.forward, x, timesteps, context, y, **given)
+        if self.remote.note and not self.has_told:  # of NaN, which is in every evaluation after the first as well
+            say(self.remote.note, log=True)
+            self.has_told = True
         return out.to(device=x.device, dtype=x.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> RemoteNetwork:
         """Unchanged: ComfyUI moves its models between devices, and what has no values can't be moved."""
         return self
+
+
+def step_of(options: dict[str, Any]) -> tuple[int, int]:
+    """Which step, from 1, of how many ComfyUI's own loop is at; (0, 0) outside of one."""
+    all_sigmas, sigmas = options.get("sample_sigmas"), options.get("sigmas")
+    if all_sigmas is None or sigmas is None or len(all_sigmas) < 2:
+        return 0, 0
+    # Samplers of several evaluations a step have some between two of the schedule's sigmas.
+    passed = int((all_sigmas >= sigmas.max().to(all_sigmas) * (1 - 1e-6)).sum())
+    return min(max(passed, 1), len(all_sigmas) - 1), len(all_sigmas) - 1
 
 
 def _unsendable(control: Any, options: dict[str, Any], kwargs: dict[str, Any]) -> Iterator[str]:
@@ -78,6 +96,7 @@ def make_remote(network: torch.nn.Module, remote: RemoteModel, dtype: torch.dtyp
             layer.register_forward_pre_hook(partial(_refuse_layer, name))
     network.__class__ = _remote_class(type(network))  # type: ignore[arg-type]
     network.remote, network.dtype, network.worn = remote, dtype, WeightPatches()  # type: ignore[assignment]
+    network.has_told = False  # type: ignore[assignment]
     network.as_made = AsMade(network)  # type: ignore[assignment]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import comfy.model_management as mm
@@ -10,8 +11,12 @@ import torch
 from torch import Tensor
 
 from ..parallel_backend import RemoteVAE
-from ..parallel_backend.errors import UnsupportedError
+from ..parallel_backend.errors import OutOfMemoryError, UnsupportedError
 from .core_memory import WeightsElsewhere, interruptible
+from .node_text import say
+
+# Of the tiles in which ComfyUI's own VAE goes on where memory is short.
+TILES = "in tiles of 512 x 512, 256 x 1024 and 1024 x 256 pixels that overlap"
 
 
 class RemoteFirstStage(torch.nn.Module):
@@ -20,12 +25,19 @@ class RemoteFirstStage(torch.nn.Module):
     def __init__(self, remote: RemoteVAE) -> None:
         super().__init__()
         self.remote = remote
+        self.notes: dict[str, None] = {}  # on tiles since somebody looked, each once
 
     def decode(self, latent_BCYX: Tensor) -> Tensor:
-        return interruptible(self.remote.backend, self.remote.decode, latent_BCYX, raw=True)
+        return self._noted(self.remote.decode, latent_BCYX, raw=True)
 
     def encode(self, pixels_BCYX: Tensor) -> Tensor:
-        return interruptible(self.remote.backend, self.remote.encode, ((pixels_BCYX + 1) / 2).movedim(1, -1))
+        return self._noted(self.remote.encode, ((pixels_BCYX + 1) / 2).movedim(1, -1))
+
+    def _noted(self, request: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        out = interruptible(self.remote.backend, request, *args, **kwargs)
+        if self.remote.note:
+            self.notes[self.remote.note] = None
+        return out
 
 
 class VAEWeights(WeightsElsewhere):
@@ -72,12 +84,34 @@ class ParallelVAE(comfy.sd.VAE):
             raise UnsupportedError(f"A parallel VAE has no options {list(vae_options)}.", "Decode without them.")
         samples = samples_in[:, :, 0] if samples_in.ndim == 5 else samples_in
         self.patcher.register()
-        return interruptible(self.remote.backend, self.remote.decode, samples).to(self.output_device)
+        image = self._whole("Decoding", self.remote.decode, samples)
+        return self._tiled(self.decode_tiled_, samples).movedim(1, -1) if image is None else image
 
     def encode(self, pixel_samples: Tensor) -> Tensor:
         self.patcher.register()
         pixels = self.vae_encode_crop_pixels(pixel_samples)
-        return interruptible(self.remote.backend, self.remote.encode, pixels).to(self.output_device)
+        latent = self._whole("Encoding", self.remote.encode, pixels)
+        return self._tiled(self.encode_tiled_, pixels.movedim(-1, 1)) if latent is None else latent
+
+    def _whole(self, doing: str, request: Callable[..., Tensor], x: Tensor) -> Tensor | None:
+        """What it gives of the whole image; None where a rank has no memory for its band, which the node says."""
+        try:
+            out = interruptible(self.remote.backend, request, x).to(self.output_device)
+        except OutOfMemoryError as error:
+            say(f"{error.message} {doing} goes on {TILES}, as on ComfyUI's own VAE.", log=True)
+            return None
+        if self.remote.note:
+            say(self.remote.note, log=True)
+        return out
+
+    def _tiled(self, run: Callable[..., Tensor], x: Tensor, **tiles: Any) -> Tensor:
+        """ComfyUI's own way through the tiles, each a request; what the user should know of them is on the node."""
+        notes = self.first_stage_model.notes
+        notes.clear()
+        out = run(x, **tiles)
+        for note in notes:
+            say(note, log=True)
+        return out
 
     def decode_tiled(  # type: ignore[override]
         self,
@@ -90,7 +124,8 @@ class ParallelVAE(comfy.sd.VAE):
     ) -> Tensor:
         tiles = {"tile_x": tile_x, "tile_y": tile_y, "overlap": overlap}
         self.patcher.register()
-        return self.decode_tiled_(samples, **{k: v for k, v in tiles.items() if v is not None}).movedim(1, -1)
+        given = {k: v for k, v in tiles.items() if v is not None}
+        return self._tiled(self.decode_tiled_, samples, **given).movedim(1, -1)
 
     def encode_tiled(  # type: ignore[override]
         self,
@@ -104,7 +139,7 @@ class ParallelVAE(comfy.sd.VAE):
         tiles = {"tile_x": tile_x, "tile_y": tile_y, "overlap": overlap}
         self.patcher.register()
         pixels = self.vae_encode_crop_pixels(pixel_samples).movedim(-1, 1)
-        return self.encode_tiled_(pixels, **{k: v for k, v in tiles.items() if v is not None})
+        return self._tiled(self.encode_tiled_, pixels, **{k: v for k, v in tiles.items() if v is not None})
 
     def get_sd(self) -> NoReturn:
         raise UnsupportedError(

@@ -63,7 +63,8 @@ def sample_in_backend(
                 callback(step.index, step.denoised, step.x, step.total)
 
         out = _run(model, loop, displaced, preview_for(callback), on_step)
-    say(f"{clock.report()}, the whole loop in the backend{price(model.remote.last)}", log=True)
+    report = f"{clock.report()}, the whole loop in the backend{price(model.remote.last)}"
+    say("\n".join(filter(None, [report, model.remote.note])), log=True)
     return out.to(model.load_device)
 
 

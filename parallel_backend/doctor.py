@@ -20,7 +20,7 @@ from .client.cards import choose_ranks, seen
 from .client.environment import loopback_interface
 from .client.gpu_environment import difference
 from .client.links import prove_links
-from .client.requirements import COMMANDS_NEED, RANKS_NEED, shortfall
+from .client.requirements import COMMANDS_NEED, FILES_NEED, RANKS_NEED, shortfall
 from .config import BackendSpec
 from .distributed.device_memory import memory_of
 from .errors import BackendError
@@ -52,7 +52,7 @@ def examine() -> list[Finding]:
 
 def versions() -> Iterator[Finding]:
     yield Finding("ok", f"parallel-mmdit {__version__}, Python {platform.python_version()}, torch {torch.__version__}")
-    for requirement in (*RANKS_NEED, *COMMANDS_NEED):
+    for requirement in (*RANKS_NEED, *COMMANDS_NEED, *FILES_NEED):
         if short := shortfall(requirement):
             yield Finding("wrong", f"parallel-mmdit {short.what}", short.remedy)
         else:

@@ -10,6 +10,7 @@ BackendError
 ├── UnknownModelError    a model id that the backend doesn't hold (any more)
 ├── UnknownPatchesError  a file of patches on weights that a rank doesn't find
 ├── OutOfMemoryError     a rank has no room for a model or a job; what is resident stays
+├── NotFiniteError       NaN or infinity in a result, where the user wants that to be an error
 ├── CancelledError       the job was cancelled by its client
 ├── StartError           a backend could not be started or reached
 ├── BackendLostError     the backend went away in the middle of a request
@@ -69,6 +70,10 @@ class UnknownModelError(BackendError):
 
 class UnknownPatchesError(BackendError):
     code = "unknown_patches"
+
+
+class NotFiniteError(BackendError):
+    code = "not_finite"
 
 
 class CancelledError(BackendError):

@@ -31,17 +31,9 @@ def test_a_number_that_is_under_way_is_refused(backend2: Backend, raw_line: zmq.
     assert "Request 5 is under way already" in messages[0] and "content has changed" in messages[1]
 
 
-def with_nan(conditioning: Conditioning) -> Conditioning:
-    context = conditioning.context.clone()
-    context[0, 3, 7] = float("nan")
-    return Conditioning(context, conditioning.pooled)
-
-
 BAD = {
     "channels": (InputError, "needs \\(batch, 16,", {"latent": torch.zeros(1, 4, 16, 16)}),
-    "nan latent": (InputError, "latent holds NaN", {"latent": torch.full((1, 16, 16, 16), float("nan"))}),
     "size": (InputError, "at most 1024 pixels", {"latent": torch.zeros(1, 16, 16, 160)}),
-    "nan conditioning": (InputError, "conditioning holds NaN", {"positive": with_nan(POSITIVE)}),
     "width": (InputError, "the last of 4096", {"positive": Conditioning(torch.zeros(1, 77, 2048), POSITIVE.pooled)}),
     "pooled": (InputError, "the last of 2048", {"negative": Conditioning(NEGATIVE.context, torch.zeros(1, 1280))}),
     "sampler": (ConfigError, "'euler_cfg_pp' is not known", {"sampler": "euler_cfg_pp"}),
@@ -90,8 +82,6 @@ def test_bad_files_and_meshes_leave_the_backend_as_it_was(
         backend2.load_model(large, MeshSpec(cfg=2), "int8")
     with pytest.raises(ConfigError, match="needs a GPU"):
         backend2.load_model(large, MeshSpec(cfg=2), "float16", kernel="flash")
-    with pytest.raises(ConfigError, match="overflows in float16: pictures would turn black"):
-        backend2.load_vae(large.parents[1] / "vae" / "sdxl_vae.safetensors", "float16")
     with pytest.raises(InputError, match="is not a model for this request"):
         backend2.request(Decode(model.name, 0), [Attachment(EMPTY)])
     assert torch.equal(sample(model), expected)

@@ -279,14 +279,13 @@ def test_displaced_steps_are_made_under_any_sampler_whose_loop_the_backend_runs(
     assert "Displaced steps can't honour model option 'sampler_post_cfg_function'" in refused(server, prompt)
 
 
-def test_nan_in_conditioning_is_named(server: ComfyServer) -> None:
+@pytest.mark.parametrize("node", ["ParallelSampler", "KSampler"])
+def test_nan_ends_a_prompt_where_mesh_config_says_so(node: str, server: ComfyServer) -> None:
     prompt = Prompt()
     empty = out(prompt.add("EmptySD3LatentImage", width=160, height=96, batch_size=1))
-    bad = conditioning(prompt, 1, 77, nan=True)
-    save_latent(
-        prompt, sampler(prompt, "ParallelSampler", parallel_model(prompt), bad, conditioning(prompt, 2), empty), "x"
-    )
-    assert "conditioning holds NaN" in refused(server, prompt)
+    bad, model = conditioning(prompt, 1, 77, nan=True), parallel_model(prompt, nan_is_error=True)
+    save_latent(prompt, sampler(prompt, node, model, bad, conditioning(prompt, 2), empty), "x")
+    assert "The positive conditioning that came in holds NaN" in refused(server, prompt)
 
 
 def test_a_latent_of_other_channels_is_named(server: ComfyServer) -> None:

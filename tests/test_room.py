@@ -13,7 +13,6 @@ import pytest
 import torch
 from comfyui.installation import HERE, ComfyInstallation
 
-from parallel_backend.checkpoint_files.vae_part import overflows_in_float16
 from parallel_backend.client import dtypes
 from parallel_backend.rank import place
 from parallel_backend.rpc.messages import RankState
@@ -113,26 +112,16 @@ def test_a_dtype_that_comfyui_was_started_with_goes_before_the_cards(outcomes: d
         "None": ["for model", "for vae"],
         "bf16_unet": ["bfloat16", "for vae"],
         "fp32_vae": ["for model", "float32"],
-        "fp16_vae": ["for model", "for vae"],  # it would overflow
+        "fp16_vae": ["for model", "float16"],
         "force_fp32": ["float32", "float32"],
         "force_fp16": ["float16", "for vae"],
-        "asked": ["float16", "float16", "for vae"],
+        "asked": ["float16", "float16"],
         "told": [
-            "float16",
             "",
-            "ComfyUI's --fp16-vae is not heeded: this VAE overflows in float16.",
             "",
             "ComfyUI's --fp8_e4m3fn-unet is not heeded: ranks hold float16, bfloat16 or float32.",
         ],
     }
-
-
-def test_sdxls_vae_alone_overflows_in_float16(models: Path) -> None:
-    files = {
-        file: overflows_in_float16([models / "vae" / file]) for file in ("sd3_vae.safetensors", "sdxl_vae.safetensors")
-    }
-    assert files == {"sd3_vae.safetensors": False, "sdxl_vae.safetensors": True}
-    assert not overflows_in_float16([models / "vae" / "sdxl_vae.safetensors"] * 2), "TAESD's files"
 
 
 def test_every_model_is_parallel_from_the_start_where_the_variable_or_the_stored_setting_says_so(

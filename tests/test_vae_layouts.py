@@ -13,7 +13,6 @@ from test_vae import FILES, reference
 from torch import Tensor
 
 from parallel_backend import Backend
-from parallel_backend.checkpoint_files.vae_part import overflows_in_float16
 from parallel_backend.distributed.mesh import BandAxes
 from parallel_backend.errors import CheckpointError
 from parallel_backend.models.vae_checkpoint import VAECheckpoint, open_vae
@@ -86,7 +85,7 @@ def test_every_layout_holds_diffusers_weights(layout: str, kind: str, models: Pa
     expected = diffusers_tensors(models, kind)
     path = written(tmp_path / layout, LAYOUTS[layout](load_file(models / KINDS[kind]), expected))
     opened = open_vae([path])
-    assert opened.family == kind and overflows_in_float16([path]) == (kind == "kl-4")
+    assert opened.family == kind
     assert ("loss.logvar, model_ema.decay" in opened.note) == (layout in ("ldm.safetensors", "ldm.pt"))
     assert_whole(opened, expected)
 

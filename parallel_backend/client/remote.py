@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import ModelSampling, SamplerSpec
-from ..errors import BackendLostError, StartError, UnknownModelError, UnknownPatchesError
+from ..errors import BackendLostError, NotFiniteError, StartError, UnknownModelError, UnknownPatchesError
 from ..rpc.conditioning import Conditioning
 from ..rpc.messages import (
     Decode,
@@ -33,10 +34,14 @@ from ..rpc.messages import (
     Unload,
 )
 from .connection import Connection, OnEvent
+from .dtypes import vae_dtype
+from .not_finite import NotFinite, held_by, is_finite
 from .sent_tensors import Attachment
 from .weight_patches import WeightPatches, parts_of
 
+log = logging.getLogger("parallel_backend")
 RELOADS = 10
+CELL = 8  # pixels of a latent's cell, each way
 
 
 @dataclass(frozen=True)
@@ -53,13 +58,16 @@ class Step:
 class _Remote:
     """Something loaded in a backend; it is loaded again by itself when the backend has lost it.
 
-    `last` is what rank 0 says of the last job: its own seconds, and the steps.
+    `last` is what rank 0 says of the last job: its own seconds, and the steps. `note` is what the user should know of it:
+    NaN or infinity in its result, which with `nan_is_error` is an error. Empty where there is nothing to tell.
     """
 
     backend: Connection
     load: LoadModel | LoadVAE
     loaded: Loaded
     last: Result | None = field(init=False, default=None)
+    note: str = field(init=False, default="")
+    nan_is_error: bool = field(init=False, default=False)
     _generation: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -119,6 +127,13 @@ class _Remote:
             assert isinstance(reply, Result)
             self.last = reply
             return tensors
+
+    def _tell(self, found: NotFinite) -> None:
+        """Raises: NotFiniteError: it is to be an error."""
+        if self.nan_is_error:
+            raise NotFiniteError(found.message, found.remedy)
+        self.note = f"{found.message} {found.remedy}"
+        log.warning("%s", self.note)
 
 
 class RemoteModel(_Remote):
@@ -209,9 +224,12 @@ class RemoteModel(_Remote):
             trace: keep what each rank did when, in `timeline`: rank, and the columns of distributed/traffic.py.
             patches: on the model's weights, for this job.
             on_step: told after each step. What it raises cancels the job and is raised again.
-        Returns: (B, C, Y, X), fp32, on the CPU.
-        Raises: InputError, ConfigError, CancelledError, BackendLostError, RankError.
+        Returns: (B, C, Y, X), fp32, on the CPU. What NaN or infinity in an input, or made by the model, comes to; `note`
+            then tells at which step it began.
+        Raises: InputError, ConfigError, CancelledError, BackendLostError, RankError; NotFiniteError, with `nan_is_error`.
         """
+        inputs = {"latent": latent, "noise": noise, "noise mask": noise_mask} | _tensors_of(positive, negative)
+        self._begin(inputs)
         spec = SamplerSpec(
             sampler,
             scheduler,
@@ -257,7 +275,17 @@ class RemoteModel(_Remote):
 
         tensors = self._patched_request(body, attachments, patches, on_event=on_event, should_cancel=should_cancel)
         self.timeline = tensors[1].clone() if trace else None
+        if not is_finite(tensors[0]):
+            assert self.last is not None
+            step = (0, 0) if self.last.bad_step is None else (self.last.bad_step + 1, self.last.steps)
+            self._tell(NotFinite(held_by(inputs), *step))
         return tensors[0].clone()
+
+    def _begin(self, inputs: Mapping[str, Tensor | None]) -> None:
+        """Nothing is told yet. Raises: NotFiniteError: an input holds what is to be an error, before anything is computed."""
+        self.note = ""
+        if self.nan_is_error and (given := held_by(inputs)):
+            self._tell(NotFinite(given, in_result=False))
 
     def forward(
         self,
@@ -267,13 +295,17 @@ class RemoteModel(_Remote):
         pooled: Tensor,
         *,
         patches: WeightPatches | None = None,
+        step: Callable[[], tuple[int, int]] = lambda: (0, 0),
         should_cancel: Callable[[], bool] | None = None,
     ) -> Tensor:
         """One exact evaluation: the output, fp32, at the model's own input; rows spread over cfg and dp.
 
         Args:
             x: (B, C, Y, X). timesteps: (B,), 1000 * sigma for flow models. context: (B, L, E). pooled: (B, A).
+            step: asked where the output holds NaN or infinity: of which step, from 1, of how many it is; (0, 0) of none.
+        Raises: as `sample`.
         """
+        self.note = ""
         attachments = [
             Attachment(x),
             Attachment(timesteps.float()),
@@ -282,6 +314,12 @@ class RemoteModel(_Remote):
         ]
         body = Forward(self.name, 0, 1, 2, 3)
         tensors = self._patched_request(body, attachments, patches, should_cancel=should_cancel)
+        if not is_finite(tensors[0]):
+            prompt = {"conditioning": context, "pooled conditioning": pooled}
+            number, steps = step()
+            # In a sampling, x has been made: at the first step of what came in, later on the way.
+            made = ({"latent": x}, {"latent (or its noise or mask)": x}, {})[min(number, 2)]
+            self._tell(NotFinite(held_by(made | prompt), number, steps))
         return tensors[0].clone()
 
 
@@ -295,13 +333,64 @@ class RemoteVAE(_Remote):
     def decode(self, latent: Tensor, *, raw: bool = False, should_cancel: Callable[[], bool] | None = None) -> Tensor:
         """(B, Y, X, 3) in 0..1, fp32; with `raw` the model's own (B, 3, Y, X), about -1..1.
 
+        A float16 that gives NaN or infinity of a latent without is left for good, for what suits the ranks' cards: `note`
+        then tells so.
+
         Args:
             latent: (B, C, Y, X), unscaled.
+        Raises: InputError, CancelledError, BackendLostError, RankError; OutOfMemoryError: the ranks are ready for the next
+            request, of a part of the latent perhaps; NotFiniteError, with `nan_is_error`.
         """
-        tensors = self._request(Decode(self.name, 0, raw), [Attachment(latent.float())], should_cancel=should_cancel)
-        return tensors[0].clone()
+        return self._computed(lambda name: Decode(name, 0, raw), "latent", latent, should_cancel)
 
     def encode(self, image: Tensor, *, should_cancel: Callable[[], bool] | None = None) -> Tensor:
-        """(B, C, Y / 8, X / 8), unscaled, fp32, of an image (B, Y, X, 3) in 0..1."""
-        tensors = self._request(Encode(self.name, 0), [Attachment(image.float())], should_cancel=should_cancel)
-        return tensors[0].clone()
+        """(B, C, Y / 8, X / 8), unscaled, fp32, of an image (B, Y, X, 3) in 0..1; the rest as for `decode`.
+
+        What sides have beyond a multiple of 8 is cut off, as much at either end.
+        """
+        return self._computed(lambda name: Encode(name, 0), "image", cropped(image), should_cancel)
+
+    def _computed(
+        self,
+        body: Callable[[str], Decode | Encode],
+        what: str,
+        x: Tensor,
+        should_cancel: Callable[[], bool] | None,
+    ) -> Tensor:
+        self.note, x = "", x.float()
+        given = held_by({what: x})
+        if given and self.nan_is_error:
+            self._tell(NotFinite(given, in_result=False))
+        out = self._request(body(self.name), [Attachment(x)], should_cancel=should_cancel)[0]
+        left = "" if given or self.load.dtype != "float16" or is_finite(out) else self._leave_float16(should_cancel)
+        if left:
+            out = self._request(body(self.name), [Attachment(x)], should_cancel=should_cancel)[0]
+        if given or not is_finite(out):
+            self._tell(NotFinite(given, in_result=not is_finite(out)))
+        elif left:
+            self.note = left
+            log.warning("%s", left)
+        return out.clone()
+
+    def _leave_float16(self, should_cancel: Callable[[], bool] | None) -> str:
+        """It is loaded in what suits the ranks' cards. Returns: what is to be told of that."""
+        dtype = vae_dtype(self.backend.status(should_cancel).ranks)
+        self.leave(should_cancel)
+        self.load = msgspec.structs.replace(self.load, dtype=dtype)
+        self.ensure_loaded(should_cancel)
+        return f"{self.file} overflows in float16: it gave NaN, and is computed in {dtype} from now on."
+
+
+def cropped(image_BYXC: Tensor) -> Tensor:
+    """The middle of the image whose sides are multiples of a cell's; a side of less than a cell stays as it is."""
+    for dim in (1, 2) if image_BYXC.ndim == 4 else ():
+        side = image_BYXC.shape[dim]
+        if side >= CELL:
+            image_BYXC = image_BYXC.narrow(dim, side % CELL // 2, side - side % CELL)
+    return image_BYXC
+
+
+def _tensors_of(positive: Conditioning, negative: Conditioning | None) -> dict[str, Tensor]:
+    named = {"positive": positive} | ({} if negative is None else {"negative": negative})
+    found = {f"{name} conditioning": prompt.context for name, prompt in named.items()}
+    return found | {f"{name} pooled conditioning": prompt.pooled for name, prompt in named.items()}

@@ -6,7 +6,7 @@ identity. `start_*` returns a handle; the result of `.wait()` may be read, the t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,6 +99,9 @@ def start_all_gather(x: Tensor, axis: MeshAxis) -> Handle:
         return Handle(x)
     x = x.contiguous()
     full = x.new_empty(axis.degree * x.shape[0], *x.shape[1:])
+    if x.is_meta:
+        _pay(lambda part: start_all_gather(part, axis), [x], axis)
+        return Handle(full)
     axis.traffic.count((axis.degree - 1) * x.nbytes)
     work = _all_gather_flat(full, x, group=axis.group, async_op=True)
     return Handle(full, [work], keep=(x,), traffic=axis.traffic)
@@ -172,8 +175,9 @@ def first_says(flag: bool, axis: MeshAxis) -> bool:
 
     Comm: one byte, on the CPU.
     """
-    if axis.degree == 1:
-        return flag
+    debt = axis.traffic.debt
+    if axis.degree == 1 or (debt is not None and debt.is_given()):
+        return flag and debt is None
     shared = torch.tensor([flag], dtype=torch.uint8)
     axis.traffic.count(0)
     dist.broadcast(shared, axis.global_rank(0), group=axis.group)
@@ -222,6 +226,9 @@ def start_neighbour_exchange(up_N: Tensor, down_N: Tensor, arriving: tuple[int, 
     Comm: up.numel() and down.numel() elements, each to one neighbour.
     """
     received = up_N.new_zeros(sum(arriving))
+    if up_N.is_meta:
+        _pay(lambda up, down: start_neighbour_exchange(up, down, arriving, axis), [up_N, down_N], axis)
+        return Handle(received)
     parts = received.split(list(arriving))
     ops, keep = [], []
     for at_edge, turn, sent, part in (
@@ -240,21 +247,38 @@ def start_neighbour_exchange(up_N: Tensor, down_N: Tensor, arriving: tuple[int, 
     return Handle(received, dist.batch_isend_irecv(ops) if ops else (), tuple(keep), axis.traffic)
 
 
-def gather_to_first(x: Tensor, dim: int, sizes: Sequence[int], axis: MeshAxis) -> Tensor | None:
-    """The ranks' slices joined along `dim` on axis rank 0; None on the others.
+def gather_to_first(
+    x: Tensor, dim: int, sizes: Sequence[int], axis: MeshAxis, slots: list[Tensor] | None = None
+) -> list[Tensor] | None:
+    """The ranks' slices, of these sizes along `dim`, on axis rank 0; None on the others.
 
+    Args:
+        slots: as `slots_on_first` makes them.
     Comm: each rank sends its slice, padded to the longest, to axis rank 0.
     """
     if axis.degree == 1:
-        return x
+        return [x]
     longest = max(sizes)
     sent = x.movedim(dim, 0)
     if sent.shape[0] < longest:
         sent = torch.cat([sent, sent.new_zeros(longest - sent.shape[0], *sent.shape[1:])])
     sent = sent.contiguous()
-    slots = [torch.empty_like(sent) for _ in sizes] if axis.rank == 0 else None
-    axis.traffic.count(0 if axis.rank == 0 else sent.nbytes)
-    dist.gather(sent, slots, dst=axis.global_rank(0), group=axis.group)
     if slots is None:
-        return None
-    return torch.cat([slot[:size] for slot, size in zip(slots, sizes, strict=True)]).movedim(0, dim)
+        slots = slots_on_first(x, dim, sizes, axis)
+    axis.traffic.count(0 if axis.rank == 0 else sent.nbytes)
+    dist.gather(sent, slots or None, dst=axis.global_rank(0), group=axis.group)
+    return [slot[:size].movedim(0, dim) for slot, size in zip(slots, sizes, strict=True)] if slots else None
+
+
+def slots_on_first(x: Tensor, dim: int, sizes: Sequence[int], axis: MeshAxis) -> list[Tensor]:
+    """Where axis rank 0 takes what `gather_to_first` brings; none on the others."""
+    shape = x.movedim(dim, 0).shape[1:]
+    return [x.new_empty(max(sizes), *shape) for _ in sizes] if axis.rank == 0 and axis.degree > 1 else []
+
+
+def _pay(start: Callable[..., Handle], parts: Sequence[Tensor], axis: MeshAxis) -> None:
+    """A collective that tensors without values have come to, made with zeros, or passed over where it was made already."""
+    debt = axis.traffic.debt
+    assert debt is not None, "only who owes computes without values"
+    if not debt.is_given():
+        start(*(debt.zeros_like(part) for part in parts)).wait()

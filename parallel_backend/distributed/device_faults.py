@@ -21,6 +21,10 @@ class DeviceFault:
     lasting: bool = False
 
 
+class OutOfStep(MemoryError):
+    """A rank lacks memory even for what the others wait for: it ends, and all are started anew."""
+
+
 # torch 2.8 has given CUDA's errors a class of their own.
 _OF_DEVICES = (getattr(torch, "AcceleratorError", dist.DistBackendError), dist.DistBackendError)
 # A library of CUDA's that doesn't know a shape: what comes after it is as good as what came before.
@@ -70,6 +74,8 @@ def known_fault(error: BaseException) -> DeviceFault | None:
 def breaks_rank(error: BaseException) -> bool:
     """Whether a rank can't go on after it, even where all ranks fail alike: its CUDA context or a communicator is lost."""
     text = str(error)
+    if isinstance(error, OutOfStep):
+        return True
     if isinstance(error, (BackendError, torch.OutOfMemoryError)) or CUDA_LACKS.search(text) or _HARMLESS.search(text):
         return False
     if (fault := known_fault(error)) is not None and fault.lasting:

@@ -74,6 +74,29 @@ def with_ranks(tables: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 @dataclass
+class Debt:
+    """What a rank that fell out of a computation still owes the others: its part of every collective that they start after.
+
+    It goes through the computation once more with tensors that have no values (the meta device), and gives zeros.
+
+    Args:
+        device: of the tensors that the others wait for.
+        given: collectives that it had started before it fell.
+    """
+
+    device: torch.device
+    given: int
+
+    def is_given(self) -> bool:
+        """Whether the next collective is one of those that this rank had started already."""
+        self.given -= 1
+        return self.given >= 0
+
+    def zeros_like(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(x.shape, dtype=x.dtype, device=self.device)
+
+
+@dataclass
 class Traffic:
     """A running count; the engine takes it before and after a job. `waited`: seconds of those waits that are timed.
 
@@ -87,6 +110,7 @@ class Traffic:
     waited: float = 0.0
     timeline: Timeline | None = None
     number: int = 0
+    debt: Debt | None = None
 
     def count(self, nbytes: int) -> None:
         """A collective that sends so much starts."""

@@ -123,8 +123,6 @@ class Predictor:
                 f"A latent of shape {list(x.shape)} came; this model needs (batch, {channels}, height / 8, width / 8).",
                 self.kind.latent_remedy,
             )
-        if not torch.isfinite(x).all():
-            raise InputError("The latent holds NaN or infinity.", "Look at the node that made it.")
         self.network.check_size(x.shape[2], x.shape[3], text_tokens)
 
     def prompt(self, context: Tensor, pooled: Tensor, rows: int, sizes: Sequence[float] | None = None) -> Prompt:
@@ -134,7 +132,7 @@ class Predictor:
 
         Args:
             sizes: of micro-conditioning, where `pooled` doesn't hold them embedded already.
-        Raises: InputError: widths of another model, or values that are not numbers.
+        Raises: InputError: widths of another model.
         """
         key = (id(context), id(pooled), rows, tuple(sizes or ()))
         ready = self._prompts.pop(key, None)
@@ -158,8 +156,6 @@ class Predictor:
                     f"The {name} has shape {list(tensor.shape)}; this model needs {dims} dims, the last of {width}.",
                     self.kind.prompt_remedy,
                 )
-            if not torch.isfinite(tensor).all():
-                raise InputError(f"The {name} holds NaN or infinity.", "Look at the node that made it.")
         return Prompt(*(self._repeated(t, rows).to(self.device, self.dtype) for t in (context, pooled)))
 
     @staticmethod

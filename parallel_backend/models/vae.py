@@ -9,14 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..distributed.collectives import first_says, gather_to_first, split_sizes
+from ..distributed.collectives import first_says, gather_to_first, slots_on_first, split_sizes
+from ..distributed.device_faults import OutOfStep
+from ..distributed.device_memory import as_out_of_memory
 from ..distributed.mesh import BandAxes
 from ..distributed.patch_layers import Band
+from ..distributed.traffic import Debt
 from ..errors import CancelledError, InputError
 
 # What a decoder or an encoder runs one after the other, in either kind of VAE.
@@ -30,6 +33,22 @@ _CHANNEL_REMEDIES = {
 }
 
 
+Agreed: TypeAlias = Callable[[Callable[[], "_Bands | None"]], "_Bands | None"]
+
+
+def _alone(local: Callable[[], _Bands | None]) -> _Bands | None:
+    """For one rank, or ranks whose errors end them all."""
+    return local()
+
+
+@dataclass(frozen=True)
+class _Bands:
+    """A rank's bands (B, C, Y, X), and on rank 0 the room for the others'."""
+
+    own: Tensor
+    slots: list[Tensor]
+
+
 @dataclass
 class BandVAE:
     """A VAE that computes an image in bands. Every rank has the whole input; rank 0 gets the whole output."""
@@ -41,7 +60,7 @@ class BandVAE:
     dtype: torch.dtype
     band: Band
     axes: BandAxes
-    _cancelled: Callable[[], bool] = field(init=False, default=lambda: False)
+    _cancelled: Callable[[], bool] = field(init=False, default_factory=lambda: lambda: False)
 
     def __post_init__(self) -> None:
         for name, module in self.model.named_modules():
@@ -86,58 +105,106 @@ class BandVAE:
             )
 
     def decode(
-        self, latent_BCYX: Tensor, raw: bool = False, cancelled: Callable[[], bool] = lambda: False
+        self,
+        latent_BCYX: Tensor,
+        raw: bool = False,
+        cancelled: Callable[[], bool] = lambda: False,
+        agreed: Agreed = _alone,
     ) -> Tensor | None:
-        """The image of a latent (unscaled, as ComfyUI has it), fp32, on rank 0; None on the others.
+        """The image of a latent (unscaled, as ComfyUI has it), fp32, on rank 0's CPU; None on the others.
 
         Args:
             raw: give the model's own output, (B, 3, Y, X), about -1..1, in place of (B, Y, X, 3) clamped to 0..1.
             cancelled: asked on rank 0 before each block.
-        Raises: CancelledError: on all ranks that have a band.
+            agreed: makes an error of any rank all ranks': see Control.agreed. Every rank calls it alike.
+        Raises: CancelledError; OutOfMemoryError: a rank lacks memory, and all are ready for the next job.
         Comm: that of the layers, one gather of the bands, and a byte from rank 0 before each block.
         """
         self._cancelled = cancelled
         start, stop = self._cut(*latent_BCYX.shape[2:])
-        if start == stop:
-            return None
-        bands = []
-        for latent in latent_BCYX.split(1):
-            band = latent[:, :, start:stop].to(self.device, torch.float32)
-            if self.family in TAESD_SCALES:
-                scale, shift = TAESD_SCALES[self.family]
-                bands.append(self.model.decoder(((band - shift) * scale).to(self.dtype)))
-            else:
-                band = band.to(self.dtype)
-                if self.model.post_quant_conv is not None:
-                    band = self.model.post_quant_conv(band)
-                bands.append(self.model.decoder(band))
-        image = self._gathered(torch.cat(bands).float(), CELL)
-        if image is None or raw:
-            return image
-        return ((image + 1) / 2).clamp_(0, 1).permute(0, 2, 3, 1).contiguous()
+        compute = self._decoded if raw else self._pictured
+        bands = agreed(lambda: self._bands(compute, latent_BCYX[:, :, start:stop], CELL))
+        image = self._gathered(bands, CELL)
+        return image if image is None or raw else image.permute(0, 2, 3, 1).contiguous()
 
-    def encode(self, image_BYXC: Tensor, cancelled: Callable[[], bool] = lambda: False) -> Tensor | None:
-        """The latent of an image in 0..1, unscaled, fp32, on rank 0; None on the others. The distribution's mode.
+    def encode(
+        self, image_BYXC: Tensor, cancelled: Callable[[], bool] = lambda: False, agreed: Agreed = _alone
+    ) -> Tensor | None:
+        """The latent of an image in 0..1, unscaled, fp32, on rank 0's CPU; None on the others. The distribution's mode.
 
         Args, Raises, Comm: as `decode`.
         """
         self._cancelled = cancelled
         start, stop = self._cut(*(side // CELL for side in image_BYXC.shape[1:3]))
-        if start == stop:
+        pixels = image_BYXC[:, start * CELL : stop * CELL].permute(0, 3, 1, 2)
+        bands = agreed(lambda: self._bands(self._encoded, pixels, 1))
+        return self._gathered(bands, 1)
+
+    def _decoded(self, latent: Tensor) -> Tensor:
+        """The model's own output (1, 3, Y, X) of a band of one latent, fp32."""
+        if self.family in TAESD_SCALES:
+            scale, shift = TAESD_SCALES[self.family]
+            return self.model.decoder(((latent - shift) * scale).to(self.dtype)).float()
+        band = latent.to(self.dtype)
+        if self.model.post_quant_conv is not None:
+            band = self.model.post_quant_conv(band)
+        return self.model.decoder(band).float()
+
+    def _pictured(self, latent: Tensor) -> Tensor:
+        """As `_decoded`, in 0..1."""
+        return ((self._decoded(latent) + 1) / 2).clamp_(0, 1)
+
+    def _encoded(self, pixels: Tensor) -> Tensor:
+        """The latent (1, C, Y, X) of a band (1, 3, Y * 8, X * 8) of one image in 0..1, fp32."""
+        moments = self.model.encoder((pixels * 2 - 1).to(self.dtype))
+        if self.family in TAESD_SCALES:
+            scale, shift = TAESD_SCALES[self.family]
+            return moments.float() / scale + shift
+        if self.model.quant_conv is not None:
+            moments = self.model.quant_conv(moments)
+        return moments.float().chunk(2, dim=1)[0]
+
+    def _bands(self, compute: Callable[[Tensor], Tensor], band: Tensor, factor: int) -> _Bands | None:
+        """This rank's band of every image, and room for the others' on rank 0; None on ranks beyond the last row.
+
+        Raises: OutOfMemoryError: once this rank has done its part of all that the others need of it.
+        """
+        if band.shape[2] == 0:
             return None
-        bands = []
-        for image in image_BYXC.split(1):
-            band = image[:, start * CELL : stop * CELL].permute(0, 3, 1, 2)
-            band = (band.to(self.device, torch.float32) * 2 - 1).to(self.dtype)
-            moments = self.model.encoder(band)
-            if self.family in TAESD_SCALES:
-                scale, shift = TAESD_SCALES[self.family]
-                bands.append(moments.float() / scale + shift)
-            else:
-                if self.model.quant_conv is not None:
-                    moments = self.model.quant_conv(moments)
-                bands.append(moments.float().chunk(2, dim=1)[0])
-        return self._gathered(torch.cat(bands), 1)
+        axis, before = self.band.axis, self.band.axis.traffic.collectives
+        try:
+            images = [compute(one.to(self.device, torch.float32)) for one in band.split(1)]
+            own = torch.cat(images) if len(images) > 1 else images[0]
+            return _Bands(own, slots_on_first(own, 2, [rows * factor for rows in self.band.rows], axis))
+        except Exception as error:
+            lacks = as_out_of_memory(error, self.device, axis.global_rank(axis.rank))
+            if lacks is None:
+                raise
+        # Only here, where nothing refers to the error any more, is the memory free that its frames held.
+        if axis.degree > 1:
+            self._pay(compute, band, axis.traffic.collectives - before)
+        raise lacks
+
+    def _pay(self, compute: Callable[[Tensor], Tensor], band: Tensor, given: int) -> None:
+        """The others' exchanges go on without this rank's values: see `Debt`.
+
+        The first time, torch imports a part of itself that computes without values: a second, and some MB on the CPU.
+
+        Raises: CancelledError, on all ranks alike; OutOfStep.
+        """
+        traffic, held = self.band.axis.traffic, self.model.state_dict()
+        traffic.debt = Debt(self.device, given)
+        self.model.load_state_dict({name: weight.to("meta") for name, weight in held.items()}, assign=True)
+        try:
+            for one in band.to("meta").split(1):
+                compute(one.float())
+        except CancelledError:
+            raise
+        except Exception as error:
+            raise OutOfStep("This rank can't end what the others wait for.") from error
+        finally:
+            self.model.load_state_dict(held, assign=True)
+            traffic.debt = None
 
     def _cut(self, latent_rows: int, latent_columns: int) -> tuple[int, int]:
         """This rank's rows of latent cells; none on ranks beyond the last row."""
@@ -148,5 +215,10 @@ class BandVAE:
         self.band.axis, self.band.rows, self.band.columns = axis, split_sizes(latent_rows, degree), latent_columns
         return self.band.own_rows
 
-    def _gathered(self, bands: Tensor, factor: int) -> Tensor | None:
-        return gather_to_first(bands, 2, [rows * factor for rows in self.band.rows], self.band.axis)
+    def _gathered(self, bands: _Bands | None, factor: int) -> Tensor | None:
+        """All bands joined on rank 0's CPU, where the whole image takes no GPU's memory a second time."""
+        if bands is None:
+            return None
+        sizes = [rows * factor for rows in self.band.rows]
+        parts = gather_to_first(bands.own, 2, sizes, self.band.axis, bands.slots)
+        return None if parts is None else torch.cat([part.cpu() for part in parts], dim=2)

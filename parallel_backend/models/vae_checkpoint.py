@@ -15,7 +15,7 @@ from ..checkpoint_files.header import entries_of
 from ..checkpoint_files.vae_part import vae_prefix
 from ..distributed.mesh import BandAxes
 from ..distributed.patch_layers import Band, place_band_layers
-from ..errors import CancelledError, CheckpointError, ConfigError
+from ..errors import CancelledError, CheckpointError
 from .checkpoint import Piece, RenamedSource, check_names
 from .left_over import left_over_note
 from .opened_file import open_source
@@ -61,15 +61,6 @@ class VAECheckpoint:
     def note(self) -> str:
         """What of the file is left out; empty if nothing."""
         return left_over_note(self._shapes, self._found, self.file_name)
-
-    def checked_for(self, dtype: str) -> VAECheckpoint:
-        """Itself. Raises: ConfigError: it can't be computed in `dtype`."""
-        if (self.family, dtype) == ("kl-4", "float16"):
-            raise ConfigError(
-                f"{self.file_name} overflows in float16: pictures would turn black.",
-                "Use dtype 'auto', bfloat16 or float32 for SDXL's VAE, as ComfyUI does.",
-            )
-        return self
 
     @property
     def elements(self) -> int:

@@ -234,7 +234,7 @@ class Engine:
         if name in self.residents:
             return self._loaded(name, _Sizes(0, 0), [], start, job), []
         paths = job.control.agreed(lambda: self.files.all_checked(body.paths, body.key))
-        checkpoint = job.control.agreed(lambda: open_vae(paths).checked_for(body.dtype))
+        checkpoint = job.control.agreed(lambda: open_vae(paths))
         dtype = getattr(torch, body.dtype)
         needed = checkpoint.elements * dtype.itemsize
         evicted = self.residents.make_room(needed, paths[0].name, "vae", MeshSpec(), job.control)
@@ -360,22 +360,20 @@ class Engine:
     def _decode(self, body: Decode, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         start = time.perf_counter()
         vae: BandVAE = job.control.agreed(lambda: self._checked_vae(body.vae, tensors[body.latent], "latent"))
-        image = vae.decode(tensors[body.latent], raw=body.raw, cancelled=job.cancelled)
-        results = [image.cpu()] if image is not None else []
+        image = vae.decode(tensors[body.latent], raw=body.raw, cancelled=job.cancelled, agreed=job.control.agreed)
+        results = [image] if image is not None else []
         give_back(self.device)  # the most that any job takes: others may need it, a text encoder of ComfyUI's perhaps
         return Result(time.perf_counter() - start), results
 
     def _encode(self, body: Encode, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         start = time.perf_counter()
         vae: BandVAE = job.control.agreed(lambda: self._checked_vae(body.vae, tensors[body.image], "image"))
-        latent = vae.encode(tensors[body.image], cancelled=job.cancelled)
-        results = [latent.cpu()] if latent is not None else []
+        latent = vae.encode(tensors[body.image], cancelled=job.cancelled, agreed=job.control.agreed)
+        results = [latent] if latent is not None else []
         give_back(self.device)
         return Result(time.perf_counter() - start), results
 
     def _checked_vae(self, name: str, x: Tensor, what: str) -> BandVAE:
         vae: BandVAE = self._resident(name, BandVAE)
         vae.check_latent(x) if what == "latent" else vae.check_image(x)
-        if not torch.isfinite(x).all():
-            raise InputError(f"The {what} holds NaN or infinity.", "Look at the node that made it.")
         return vae

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..config import SAMPLERS_OF_OWN_STEPS, SAMPLERS_OF_PATCHES, SamplerSpec
 from ..distributed.stale import Kept, Step
 from ..distributed.traffic import Timeline, with_ranks
-from ..errors import BackendError, ConfigError, InputError, UnsupportedError
+from ..errors import BackendError, ConfigError, UnsupportedError
 from ..models.pipeline import Pipeline
 from ..models.prediction import Predictor, Prompt
 from ..rpc.messages import AxisCost, RankCost, Result, Sample, StepDone, Swap
@@ -36,18 +36,32 @@ class SampleJob:
     pipeline: Pipeline | None
     swap: Swap
     steps: int = field(init=False, default=0)
+    sums: list[tuple[int, Tensor]] = field(init=False, default_factory=list)
 
     def outputs(self, x: Tensor, timestep: Tensor, index: int) -> list[Tensor]:
         """An evaluation that all ranks make together."""
         step, timeline = _step(self.body.spec, index, self.kept), self.kept.timeline
-        if timeline is None:
-            return self.predictor.outputs(x, timestep, self.prompts, step)
-        timeline.begin(index)
-        with timeline.span():
-            return self.predictor.outputs(x, timestep, self.prompts, step)
+        if timeline is not None:
+            timeline.begin(index)
+        with nullcontext() if timeline is None else timeline.span():
+            outputs = self.predictor.outputs(x, timestep, self.prompts, step)
+        self._note(index, outputs)
+        return outputs
+
+    def _note(self, step: int, tensors: Sequence[Tensor]) -> None:
+        """Sums, in which NaN and infinity stay. They stay on the device: to look at one would stop the host."""
+        self.sums += [(step, x.sum()) for x in tensors]
+
+    def first_bad_step(self, out: Tensor) -> int | None:
+        """The step at which it began, of a result on the CPU that holds NaN or infinity."""
+        if not self.sums or torch.isfinite(out.sum()):
+            return None
+        finite = torch.stack([total for _, total in self.sums]).isfinite().tolist()
+        return min((step for (step, _), fine in zip(self.sums, finite, strict=True) if not fine), default=None)
 
     def on_step(self, report: StepReport) -> None:
         self.steps += 1
+        self._note(report.index, [report.denoised])
         may_be_last = report.index == report.total - 1 or self.body.spec.sampler in SAMPLERS_OF_OWN_STEPS
         shown = self.body.preview == "all" or (self.body.preview == "last" and may_be_last)
         tensors = [report.x, report.denoised] if shown else []
@@ -110,14 +124,13 @@ def run_sample(
     peak = torch.cuda.max_memory_allocated(device) - held if device.type == "cuda" else None
     ranks = job.control.gather(RankCost(costs, kept_bytes, peak))
     timeline = [] if kept.timeline is None else [with_ranks(job.control.gather_rows(kept.timeline.table()))]
-    return Result(time.perf_counter() - start, run.steps, ranks, run.swap), [out, *timeline]
+    result = Result(time.perf_counter() - start, run.steps, ranks, run.swap, run.first_bad_step(out))
+    return result, [out, *timeline]
 
 
 def _prepare(body: Sample, tensors: list[Tensor], job: Job, predictor: Predictor, swap: Swap) -> SampleJob:
     """Raises: BackendError: an input that can't be honoured."""
     spec, latent = body.spec, tensors[body.latent].float()
-    if body.mask is not None and not torch.isfinite(tensors[body.mask]).all():
-        raise InputError("The noise mask holds NaN or infinity.", "Look at the node that made it.")
     # At cfg 1 the uncond branch has no weight: it is not computed.
     wanted = [body.cond] if body.uncond is None or spec.cfg_scale == 1.0 else [body.cond, body.uncond]
     for prompt in wanted:

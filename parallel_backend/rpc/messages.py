@@ -232,12 +232,16 @@ class Swap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Result(Message, frozen=True):
-    """The job is done; its tensors follow. `seconds` are rank 0's, from start to end; `ranks` has what a sampling cost."""
+    """The job is done; its tensors follow. `seconds` are rank 0's, from start to end; `ranks` has what a sampling cost.
+
+    `bad_step`: of a latent that holds NaN or infinity, the first step that made any.
+    """
 
     seconds: float
     steps: int = 0
     ranks: list[RankCost] = []
     swap: Swap = Swap()
+    bad_step: int | None = None
 
     @property
     def costs(self) -> list[AxisCost]:

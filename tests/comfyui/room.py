@@ -216,12 +216,11 @@ def told(core_dtype):
     outcomes = {}
     for flag in (None, "bf16_unet", "fp32_vae", "fp16_vae", "force_fp32", "force_fp16"):
         core_dtype.args = SimpleNamespace(**({flag: True} if flag else {}))
-        vae = core_dtype.vae_dtype(backend, "auto", overflows=True)
+        vae = core_dtype.vae_dtype(backend, "auto")
         outcomes[str(flag)] = [core_dtype.model_dtype(backend, None, "auto"), vae]
-    named = [core_dtype.vae_dtype(backend, "float16", overflows=overflows) for overflows in (False, True)]
+    named = [core_dtype.vae_dtype(backend, "float16")]
     core_dtype.args = SimpleNamespace(fp16_vae=True, fp8_e4m3fn_unet=True)
-    outcomes["told"] = [core_dtype.vae_dtype(backend, "auto", overflows=False)]
-    outcomes["told"] += [core_dtype.unheeded("vae", "auto", overflows=overflows) for overflows in (False, True)]
+    outcomes["told"] = [core_dtype.unheeded("vae", "auto")]
     outcomes["told"] += [core_dtype.unheeded("unet", asked) for asked in ("float16", "auto")]
     return outcomes | {"asked": [core_dtype.model_dtype(backend, None, "float16"), *named]}
 
