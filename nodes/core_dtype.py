@@ -13,7 +13,7 @@ from ..parallel_backend.config import AUTO, DTYPES
 
 _FLAGS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _NOT_HELD = ("fp64", "fp8_e4m3fn", "fp8_e5m2", "fp8_e8m0fnu")
-_WHY = "ranks hold float16, bfloat16 or float32"
+_WHY = "ranks hold a file's quantised weights as they are, all others in float16, bfloat16 or float32"
 
 
 def model_dtype(backend: Backend, path: Path, asked: str) -> str:

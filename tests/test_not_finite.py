@@ -11,7 +11,7 @@ from served import EMPTY, NEGATIVE, POSITIVE, sample
 from torch import Tensor
 
 from parallel_backend import Backend, Conditioning, RemoteModel
-from parallel_backend.checkpoint_files.safetensors_file import content_key
+from parallel_backend.checkpoint_files.content import content_key
 from parallel_backend.client.not_finite import is_finite
 from parallel_backend.config import MeshSpec, SamplerSpec
 from parallel_backend.distributed.control import Control

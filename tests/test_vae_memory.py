@@ -15,7 +15,7 @@ from test_vae import FILES
 from torch import Tensor
 
 from parallel_backend import Backend
-from parallel_backend.checkpoint_files.safetensors_file import content_key
+from parallel_backend.checkpoint_files.content import content_key
 from parallel_backend.distributed.control import Control
 from parallel_backend.distributed.device_faults import OutOfStep, breaks_rank
 from parallel_backend.distributed.patch_layers import BandConv2d, BandGroupNorm, BandImageAttention

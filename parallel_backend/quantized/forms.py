@@ -23,7 +23,7 @@ _BLOCK = {"nvfp4": 16, "mxfp8": 32}
 
 
 class Form(Protocol):
-    """How values lie in tensors of a file. Two of the same kind are equal."""
+    """How values lie in tensors of a file."""
 
     def values(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """(R, ...) in that dtype, on the tensors' device."""
@@ -52,7 +52,7 @@ class ScaledFP8:
         if len(tensors) == 1:
             return values
         scale = tensors[1].to(dtype)
-        return values * (scale.reshape(-1, *[1] * (values.ndim - 1)) if scale.numel() > 1 else scale.reshape(()))
+        return values.mul_(scale.reshape(-1, *[1] * (values.ndim - 1)) if scale.numel() > 1 else scale.reshape(()))
 
     def product(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor | None:
         return None
