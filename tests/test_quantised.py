@@ -174,6 +174,9 @@ def edited(dense: dict[str, Tensor], tmp_path: Path, form: str = "fp8 with scale
     return tmp_path / "bad.safetensors"
 
 
+ROTATED = '{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": %s}'
+
+
 def text(words: str) -> Tensor:
     return torch.tensor(list(words.encode()), dtype=torch.uint8)
 
@@ -189,6 +192,19 @@ def text(words: str) -> Tensor:
         ),
         ("nvfp4", {"weight_scale": torch.ones(8, 8).to(torch.float8_e4m3fn)}, CheckpointError, r"has shape \[8, 8\]"),
         ("nvfp4", {"weight_scale_2": None}, CheckpointError, r"lacks .*fc1\.weight_scale_2"),
+        (
+            "int8",
+            {"weight": torch.zeros(1024, 256)},
+            CheckpointError,
+            r"is to be int8_tensorwise, and is F32 of shape \[1024, 256\]",
+        ),
+        ("int8", {"comfy_quant": text(ROTATED % '"x"')}, CheckpointError, "groups of 'x' .* don't divide"),
+        (
+            "int8",
+            {"comfy_quant": text(ROTATED % 100)},
+            CheckpointError,
+            "256 columns, which groups of 100 .* don't divide",
+        ),
         ("int8", {"weight_scale": None}, CheckpointError, r"lacks .*fc1\.weight_scale"),
         ("int8", {"comfy_quant": text('{"format": "int3"}')}, UnsupportedError, "fc1 is quantised as 'int3'"),
         ("int8", {"comfy_quant": text("{")}, CheckpointError, "says in no readable way how it is quantised"),

@@ -32,11 +32,13 @@ class _Form:
     """What a form of ComfyUI's keeps beside a weight, and what each byte of the weight holds.
 
     Args:
+        dtype: of the weight in the file.
         scales: names of the tensors beside the weight that it needs.
         packed: values in an element of the last dim.
         unit: rows and columns that only come together: of what kernels take as tiles.
     """
 
+    dtype: str
     scales: tuple[str, ...]
     packed: int = 1
     unit: tuple[int, int] = (1, 1)
@@ -44,12 +46,15 @@ class _Form:
 
 # fp8 may lack its scale, which is 1 then. Scales by blocks lie in tiles of 128 rows and 4 blocks.
 FORMS = {
-    "float8_e4m3fn": _Form(("weight_scale",)),
-    "float8_e5m2": _Form(("weight_scale",)),
-    "int8_tensorwise": _Form(("weight_scale",)),
-    "nvfp4": _Form(("weight_scale", "weight_scale_2"), packed=2, unit=(128, 64)),
-    "mxfp8": _Form(("weight_scale",), unit=(128, 128)),
+    "float8_e4m3fn": _Form("F8_E4M3", ("weight_scale",)),
+    "float8_e5m2": _Form("F8_E5M2", ("weight_scale",)),
+    "int8_tensorwise": _Form("I8", ("weight_scale",)),
+    "nvfp4": _Form("U8", ("weight_scale", "weight_scale_2"), packed=2, unit=(128, 64)),
+    "mxfp8": _Form("F8_E4M3", ("weight_scale",), unit=(128, 128)),
 }
+# Values that share a scale, where scales are by blocks of a row.
+BLOCKS = {"nvfp4": 16, "mxfp8": 32}
+_SCALES = ("weight_scale", "weight_scale_2")
 # Beside a weight in its file, for products of quantised activations. Ranks compute with the weight's values.
 _OF_ACTIVATIONS = ("input_scale",)
 
@@ -70,11 +75,20 @@ class PackedEntry:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def is_tiled(self) -> bool:
+        """Whether its first scales lie in tiles."""
+        return self.form in BLOCKS
+
+    @property
     def unit(self) -> tuple[int, int]:
         """Rows and columns that can't be told apart in the file."""
-        group = self.options.get("convrot_groupsize", 256) if self.options.get("convrot") else 1
         rows, columns = FORMS[self.form].unit
-        return rows, max(columns, group)
+        return rows, max(columns, self.rotated)
+
+    @property
+    def rotated(self) -> int:
+        """Columns that were rotated together; 1 where none were."""
+        return self.options.get("convrot_groupsize", 256) if self.options.get("convrot") else 1
 
 
 def has_packing(path: Path) -> bool:
@@ -143,7 +157,8 @@ def _scaled(entries: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     if _SCALED_FP8 not in entries:
         return {}
     scaled = [name.removesuffix(_SCALE_WEIGHT) for name in entries if name.endswith(_SCALE_WEIGHT)]
-    return {layer: {"format": "float8_e4m3fn"} for layer in scaled}
+    kinds = {layer: entries[layer + WEIGHT]["dtype"] for layer in scaled if layer + WEIGHT in entries}
+    return {layer: {"format": _FP8.get(kind, "float8_e4m3fn")} for layer, kind in kinds.items()}
 
 
 def _packed(
@@ -177,12 +192,28 @@ def _of_layer(layer: str, told: Mapping[str, Any], entries: Mapping[str, Any], f
             f"{file_name} lacks {', '.join(set(scales) - set(found))}.", "The file is not whole; get it again."
         )
     *rest, last = entries[name]["shape"] or [1]
-    shape = (*rest, last * form.packed)
     params = told.get("params")
     options = {**(params if isinstance(params, dict) else {}), **told}
-    entry = PackedEntry(kind, shape, (name, *found), options)
+    entry = PackedEntry(kind, (*rest, last * form.packed), (name, *found), options)
+    _check_data(entry, entries[name]["dtype"], file_name)
     _check_scales(entry, entries, file_name)
     return entry
+
+
+def _check_data(entry: PackedEntry, dtype: str, file_name: str) -> None:
+    """Raises: CheckpointError: the weight's own tensor is none of its form's, or was rotated in groups that don't fit."""
+    name, size = entry.parts[0], entry.rotated
+    is_matrix = len(entry.shape) == 2 or entry.form in _FP8.values()
+    if dtype != FORMS[entry.form].dtype or not is_matrix:
+        raise CheckpointError(
+            f"{file_name}: {name} is to be {entry.form}, and is {dtype} of shape {list(entry.shape)}.",
+            "The file is damaged, or quantised in a way that this version doesn't know.",
+        )
+    if not isinstance(size, int) or size < 1 or entry.shape[-1] % size:
+        raise CheckpointError(
+            f"{file_name}: {name} has {entry.shape[-1]} columns, which groups of {size!r} (convrot_groupsize) don't divide.",
+            "The file is damaged: download it again.",
+        )
 
 
 def _check_scales(entry: PackedEntry, entries: Mapping[str, Any], file_name: str) -> None:
@@ -191,8 +222,8 @@ def _check_scales(entry: PackedEntry, entries: Mapping[str, Any], file_name: str
         return
     name, scale = entry.parts[0], list(entries[entry.parts[1]]["shape"])
     rows, columns = entry.shape[0], prod(entry.shape[1:])
-    if entry.form in ("nvfp4", "mxfp8"):
-        block = 16 if entry.form == "nvfp4" else 32
+    if entry.is_tiled:
+        block = BLOCKS[entry.form]
         fits = scale == [-(-rows // 128) * 128, -(-columns // (4 * block)) * 4]
     else:
         fits = prod(scale) == 1 or scale in ([rows], [rows, *[1] * (len(entry.shape) - 1)])
@@ -209,8 +240,8 @@ def _is_beside(name: str, told: Mapping[str, Any], packed: Mapping[str, PackedEn
         return True
     layer, _, leaf = name.rpartition(".")
     if layer in told:
-        return leaf in _OF_ACTIVATIONS or leaf in FORMS[told[layer]["format"]].scales
-    return any(name in entry.parts[1:] for entry in packed.values()) if leaf.startswith("weight_scale") else False
+        return leaf in (*_OF_ACTIVATIONS, *_SCALES)
+    return leaf in _SCALES and any(name in entry.parts[1:] for entry in packed.values())
 
 
 def _refuse_bitsandbytes(entries: Mapping[str, Any], file_name: str) -> None:

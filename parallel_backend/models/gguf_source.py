@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from ..checkpoint_files.safetensors_file import check_stamp, stamp
 from ..distributed.tensor_parallel import Shard
 from ..quantized.forms import GGUF, is_known
 from ..quantized.weight import Part, QuantizedWeight
+from .packed_source import Range, quantized_weight, whole_units
 
 
 class GGUFSource:
@@ -43,16 +44,16 @@ class GGUFSource:
             return int(tensor.data.nbytes)
         kept = shard.size
         if shard.dim == 1:  # whole blocks
-            block = gguf_package().GGML_QUANT_SIZES[gguf_package().GGMLQuantizationType[tensor.kind]][0]
-            kept = sum(-(-stop // block) * block - start // block * block for start, stop in shard.ranges)
-        return round(tensor.data.nbytes * min(1.0, kept / tensor.shape[shard.dim]))
+            units = (whole_units(span, _block(tensor.kind)[0], tensor.shape[1]) for span in shard.ranges)
+            kept = sum(stop - start for start, stop in units)
+        return round(tensor.data.nbytes * kept / tensor.shape[shard.dim])
 
     def read(self, name: str, shard: Shard | None = None) -> Tensor:
         tensor = self._tensors[name]
         if tensor.kind in PLAIN:
             out = _cut(_values(tensor), shard)
         elif is_known(tensor.kind) and (shard is None or shard.dim == 0 or len(tensor.shape) == 2):
-            out = _quantized(tensor, shard)
+            out = quantized_weight(tensor.shape, shard, partial(_part, tensor))
         else:
             out = _cut(_dequantized(tensor), shard)
         self.bytes_read += out.held_bytes if isinstance(out, QuantizedWeight) else out.nbytes
@@ -78,42 +79,32 @@ def _cut(whole: Tensor, shard: Shard | None) -> Tensor:
     return torch.cat([whole.narrow(shard.dim, a, b - a) for a, b in shard.ranges], shard.dim)
 
 
-def _quantized(tensor: GGUFTensor, shard: Shard | None) -> QuantizedWeight:
-    """Whole blocks, of which the shard's rows or columns are meant."""
-    data = _torch(tensor)
+def _part(tensor: GGUFTensor, rows: Range, columns: Range) -> Part:
+    """Whole blocks, of which those rows and columns are meant."""
+    data, all_columns = _torch(tensor), prod(tensor.shape[1:])
+    block, size = _block(tensor.kind)
+    if len(tensor.shape) != 2 or data.shape[0] != tensor.shape[0]:
+        return _folded(tensor, data.reshape(-1, size), rows, None if columns == (0, all_columns) else columns)
+    left, right = whole_units(columns, block, all_columns)
+    kept = data[slice(*rows), left // block * size : right // block * size].clone(memory_format=torch.contiguous_format)
+    meant = None if columns == (left, right) else (columns[0] - left, columns[1] - left)
+    return Part(GGUF(tensor.kind), (kept,), (0, rows[1] - rows[0]), meant)
+
+
+def _folded(tensor: GGUFTensor, blocks: Tensor, rows: Range, columns: Range | None) -> Part:
+    """Rows that begin and end anywhere in the file's blocks; of columns nothing can be left out."""
+    (first, last), row = rows, prod(tensor.shape[1:])
+    block = _block(tensor.kind)[0]
+    start, stop = whole_units((first * row, last * row), block, len(blocks) * block)
+    form = GGUF(tensor.kind, (first * row - start, (last - first, *tensor.shape[1:])))
+    return Part(form, (blocks[start // block : stop // block].clone(),), (0, last - first), columns)
+
+
+def _block(kind: str) -> tuple[int, int]:
+    """Values and bytes of a block."""
     gguf = gguf_package()
-    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[tensor.kind]]
-    rows, columns = tensor.shape[0], prod(tensor.shape[1:])
-    shape = list(tensor.shape)
-    ranges: tuple[tuple[int, int], ...] = ((0, rows),)
-    if shard is not None:
-        shape[shard.dim] = shard.size
-        ranges = shard.ranges if shard.dim == 0 else ranges
-    folded = len(tensor.shape) != 2 or data.shape[0] != rows
-    if shard is not None and shard.dim == 1:
-        ((left, right),) = shard.ranges
-        if folded:  # nothing of it can be left out
-            whole = replace(_run(tensor, data.reshape(-1, size), 0, rows, block), columns=(left, right))
-            return QuantizedWeight([whole], shape, torch.float32)
-        c, d = left // block * block, min(-(-right // block) * block, columns)
-        kept = data[:, c // block * size : d // block * size].contiguous()
-        part = Part(GGUF(tensor.kind), (kept,), (0, rows), (left - c, right - c))
-        return QuantizedWeight([part], shape, torch.float32)
-    parts = []
-    for a, b in ranges:
-        if folded:
-            parts.append(_run(tensor, data.reshape(-1, size), a, b, block))
-        else:
-            parts.append(Part(GGUF(tensor.kind), (data[a:b].clone(),), (0, b - a)))
-    return QuantizedWeight(parts, shape, torch.float32)
-
-
-def _run(tensor: GGUFTensor, blocks: Tensor, a: int, b: int, block: int) -> Part:
-    """Rows that begin and end anywhere in the file's blocks."""
-    row = prod(tensor.shape[1:])
-    first, last = a * row // block, -(-b * row // block)
-    form = GGUF(tensor.kind, (a * row - first * block, (b - a, *tensor.shape[1:])))
-    return Part(form, (blocks[first:last].clone(),), (0, b - a))
+    values, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    return values, size
 
 
 def _torch(tensor: GGUFTensor) -> Tensor:

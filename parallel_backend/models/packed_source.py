@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..checkpoint_files.packed_entries import PackedEntry, packed_entries
 from ..distributed.tensor_parallel import Shard
-from ..quantized.forms import form_of, scale_columns
+from ..quantized.forms import TILE, form_of, scale_columns
 from ..quantized.weight import Part, QuantizedWeight
 from .checkpoint import SafetensorsSource
+
+# First, and one past last.
+Range: TypeAlias = tuple[int, int]
 
 
 class PackedSource(SafetensorsSource):
@@ -46,17 +51,7 @@ class PackedSource(SafetensorsSource):
             return super().read(name, shard)
         if shard is not None and shard.dim == 1 and len(entry.shape) != 2:
             return self._values(name, entry, shard)
-        rows, columns = [(0, entry.shape[0])], (0, prod(entry.shape[1:]))
-        if shard is not None and shard.dim == 0:
-            rows = list(shard.ranges)
-        elif shard is not None:
-            ((start, stop),) = shard.ranges
-            columns = (start, stop)
-        parts = [self._part(entry, a, b, *columns) for a, b in rows]
-        shape = [sum(b - a for a, b in rows), *entry.shape[1:]]
-        if shard is not None and shard.dim == 1:
-            shape[1] = shard.size
-        return QuantizedWeight(parts, shape, torch.float32)
+        return quantized_weight(entry.shape, shard, lambda rows, columns: self._part(entry, rows, columns))
 
     def _values(self, name: str, entry: PackedEntry, shard: Shard) -> Tensor:
         """fp32, of a tensor that is no matrix and isn't cut by rows: a table of positions."""
@@ -65,37 +60,50 @@ class PackedSource(SafetensorsSource):
         whole = self.read(name)
         return torch.cat([whole.narrow(shard.dim, a, b - a) for a, b in shard.ranges], shard.dim)
 
-    def _part(self, entry: PackedEntry, top: int, bottom: int, left: int, right: int) -> Part:
+    def _part(self, entry: PackedEntry, rows: Range, columns: Range) -> Part:
         """Whole units of the file, of which those rows and columns are meant."""
-        (row_unit, column_unit), full = entry.unit, (entry.shape[0], prod(entry.shape[1:]))
-        a, b = _whole(top, bottom, row_unit, full[0])
-        c, d = _whole(left, right, column_unit, full[1])
-        data, scales = entry.parts[0], entry.parts[1:]
-        tensors = [self._cut(data, a, b, c, d, full[1])]
-        for scale in scales:
-            tensors.append(self._scale(entry, scale, a, b, c, d))
-        columns = None if (left, right) == (c, d) else (left - c, right - c)
-        return Part(form_of(entry.form, entry.options), tuple(tensors), (top - a, bottom - a), columns)
+        top, bottom = whole_units(rows, entry.unit[0], entry.shape[0])
+        left, right = whole_units(columns, entry.unit[1], prod(entry.shape[1:]))
+        data = self._data(entry, (top, bottom), (left, right))
+        scales = [self._scale(entry, name, (top, bottom), (left, right)) for name in entry.parts[1:]]
+        meant = None if columns == (left, right) else (columns[0] - left, columns[1] - left)
+        return Part(form_of(entry.form, entry.options), (data, *scales), (rows[0] - top, rows[1] - top), meant)
 
-    def _cut(self, name: str, a: int, b: int, c: int, d: int, columns: int) -> Tensor:
-        """Rows a to b and values c to d of them; an element can hold several values."""
-        if (c, d) == (0, columns):
-            return self._stored(name, Shard(0, ((a, b),)))
-        packed = columns // self._raw[name]["shape"][1]
-        whole_rows = self._raw[name]["shape"][0] == b - a
-        if whole_rows:
-            return self._stored(name, Shard(1, ((c // packed, d // packed),)))
-        return self._stored(name, Shard(0, ((a, b),)))[:, c // packed : d // packed].contiguous()
+    def _data(self, entry: PackedEntry, rows: Range, columns: Range) -> Tensor:
+        """Those rows, and of them those columns of values, of which an element can hold several."""
+        name, all_columns = entry.parts[0], prod(entry.shape[1:])
+        if columns == (0, all_columns):
+            return self._stored(name, Shard(0, (rows,)))
+        packed = all_columns // self._raw[name]["shape"][1]
+        left, right = (column // packed for column in columns)
+        if rows == (0, self._raw[name]["shape"][0]):
+            return self._stored(name, Shard(1, ((left, right),)))
+        return self._stored(name, Shard(0, (rows,)))[:, left:right].contiguous()
 
-    def _scale(self, entry: PackedEntry, name: str, a: int, b: int, c: int, d: int) -> Tensor:
-        shape = self._raw[name]["shape"]
-        if prod(shape) == 1:
+    def _scale(self, entry: PackedEntry, name: str, rows: Range, columns: Range) -> Tensor:
+        if prod(self._raw[name]["shape"]) == 1:
             return self._stored(name)
-        if name == entry.parts[1] and entry.form in ("nvfp4", "mxfp8"):
-            return scale_columns(entry.form, self._stored(name, Shard(0, ((a, -(-b // 128) * 128),))), c, d)
-        return self._stored(name, Shard(0, ((a, b),)))
+        if name == entry.parts[1] and entry.is_tiled:
+            tiles = whole_units(rows, TILE[0], self._raw[name]["shape"][0])
+            return scale_columns(entry.form, self._stored(name, Shard(0, (tiles,))), *columns)
+        return self._stored(name, Shard(0, (rows,)))
 
 
-def _whole(start: int, stop: int, unit: int, end: int) -> tuple[int, int]:
-    """The range with the units whole that it touches."""
-    return start // unit * unit, min(-(-stop // unit) * unit, end)
+def quantized_weight(
+    shape: Sequence[int], shard: Shard | None, part: Callable[[Range, Range], Part]
+) -> QuantizedWeight:
+    """What `part` gives of the shard's rows and columns of a tensor of that shape, one below the other."""
+    rows: tuple[Range, ...] = ((0, shape[0]),)
+    columns, local = (0, prod(shape[1:])), list(shape)
+    if shard is not None:
+        local[shard.dim] = shard.size
+        if shard.dim == 0:
+            rows = shard.ranges
+        else:
+            (columns,) = shard.ranges
+    return QuantizedWeight([part(span, columns) for span in rows], local, torch.float32)
+
+
+def whole_units(wanted: Range, unit: int, end: int) -> Range:
+    """The range with all units whole that it touches."""
+    return wanted[0] // unit * unit, min(-(-wanted[1] // unit) * unit, end)

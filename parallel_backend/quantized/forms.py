@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checkpoint_files.gguf_file import gguf_package
+from ..checkpoint_files.packed_entries import BLOCKS
 from ..errors import UnsupportedError
 
 # Rows and blocks of a tile of scales, as kernels of tensor cores want them.
 TILE = (128, 4)
-_BLOCK = {"nvfp4": 16, "mxfp8": 32}
 
 
 class Form(Protocol):
@@ -136,7 +136,7 @@ def scale_columns(kind: str, scale: Tensor, start: int, stop: int) -> Tensor:
     """Of a tiled tensor of scales the tiles of the values' columns `start` to `stop`, tile borders both."""
     rows, blocks = TILE
     tiles = scale.contiguous().view(scale.shape[0] // rows, -1, rows * blocks)
-    width = blocks * _BLOCK[kind]
+    width = blocks * BLOCKS[kind]
     kept = tiles[:, start // width : -(-stop // width)]
     return kept.reshape(scale.shape[0], kept.shape[1] * blocks)
 
