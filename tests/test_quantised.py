@@ -31,6 +31,18 @@ from parallel_backend.small_checkpoints.mmdit import small_config, write_mmdit
 from parallel_backend.small_checkpoints.unet import small_unet_config, unet_tensors
 
 FORMS = [*SAFETENSORS, *GGUF]
+# What a lying header has in place of what a true one says.
+EDITS = [
+    *(("F8_E4M3", "F32"), ("U8", "F16"), ("I8", "BOOL"), ("F32", "F64"), ("F32", "I8"), ("F32", "F8_E5M2")),
+    *(("256", "128"), ("16", "0"), ("16", "17"), ("[16,256]", "[]"), ("[16,256]", "[4096]"), ("shape", "shapes")),
+    *(
+        ("weight_scale", "weight_scales"),
+        ("scale_weight", "scale"),
+        ("weight", "bias"),
+        ("comfy_quant", "weight_scale"),
+    ),
+    *(("scaled_fp8", "scaled"), ("dtype", "type"), ("data_offsets", "offsets"), ("[", "[-1,"), ("{", "[")),
+]
 FC1 = "joint_blocks.0.x_block.mlp.fc1.weight"
 
 
@@ -249,6 +261,39 @@ def test_a_header_that_lies_ends_in_a_named_error(
             values_of(source.read(name))
     except BackendError:
         pass
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    form=st.sampled_from([*SAFETENSORS]),
+    edits=st.lists(st.tuples(st.integers(0, 5000), st.sampled_from(EDITS)), min_size=1, max_size=4),
+)
+def test_a_quantised_header_that_lies_ends_in_a_named_error(
+    form: str, edits: list[tuple[int, tuple[str, str]]], tiny_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    whole = tiny_files[form]
+    length = int.from_bytes(whole[:8], "little")
+    header = whole[8 : 8 + length].decode().rstrip()
+    for place, (old, new) in edits:
+        found = [i for i in range(len(header)) if header.startswith(old, i)]
+        if found:
+            at = found[place % len(found)]
+            header = header[:at] + new + header[at + len(old) :]
+    path = tmp_path / "lying.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + whole[8 + length :])
+    try:
+        source = open_source(path)
+        for name in source.names():
+            values_of(source.read(name))
+    except BackendError:
+        pass
+
+
+@pytest.fixture(scope="module")
+def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    tensors = {f"joint_blocks.{i}.x_block.mlp.fc1.weight": torch.ones(16, 256) for i in range(3)}
+    folder = tmp_path_factory.mktemp("tiny_files")
+    return {form: write_quantised(folder, tensors, form).read_bytes() for form in SAFETENSORS}
 
 
 @pytest.fixture(scope="module")

@@ -62,13 +62,12 @@ def gguf_tensors(path: Path) -> dict[str, GGUFTensor]:
 
 
 def _shape(reader: Any, tensor: Any) -> tuple[int, ...]:
-    """Raises: ValueError: not as many values as the tensor has."""
+    """Raises: ValueError: no values, or not as many as the tensor has."""
+    stored = tuple(int(side) for side in reversed(tensor.shape))
     told = reader.get_field(_SHAPE + tensor.name)
-    if told is None:
-        return tuple(int(side) for side in reversed(tensor.shape))
-    shape = tuple(int(told.parts[index][0]) for index in told.data)
-    if any(side < 1 for side in shape) or prod(shape) != prod(int(side) for side in tensor.shape):
-        raise ValueError(f"{tensor.name} has {list(tensor.shape)} values, its folded shape is {list(shape)}")
+    shape = stored if told is None else tuple(int(told.parts[index][0]) for index in told.data)
+    if any(side < 1 for side in shape) or prod(shape) != prod(stored):
+        raise ValueError(f"{tensor.name} has {list(stored)} values, its shape is {list(shape)}")
     return shape
 
 

@@ -54,6 +54,7 @@ FORMS = {
 }
 # Values that share a scale, where scales are by blocks of a row.
 BLOCKS = {"nvfp4": 16, "mxfp8": 32}
+_OF_A_BYTE = ("U8", "F8_E4M3", "F8_E8M0")
 _SCALES = ("weight_scale", "weight_scale_2")
 # Beside a weight in its file, for products of quantised activations. Ranks compute with the weight's values.
 _OF_ACTIVATIONS = ("input_scale",)
@@ -168,7 +169,7 @@ def _packed(
         layer, is_weight = name.removesuffix(WEIGHT), name.endswith(WEIGHT)
         if is_weight and layer in told:
             yield name, _of_layer(layer, told[layer], entries, file_name)
-        elif entry["dtype"] in _FP8 and not _is_beside(name, told, {}):
+        elif entry["dtype"] in _FP8 and entry["shape"] and not _is_beside(name, told, {}):
             yield name, PackedEntry(_FP8[entry["dtype"]], tuple(entry["shape"]), (name,))
 
 
@@ -225,6 +226,7 @@ def _check_scales(entry: PackedEntry, entries: Mapping[str, Any], file_name: str
     if entry.is_tiled:
         block = BLOCKS[entry.form]
         fits = scale == [-(-rows // 128) * 128, -(-columns // (4 * block)) * 4]
+        fits = fits and entries[entry.parts[1]]["dtype"] in _OF_A_BYTE
     else:
         fits = prod(scale) == 1 or scale in ([rows], [rows, *[1] * (len(entry.shape) - 1)])
     if not fits:

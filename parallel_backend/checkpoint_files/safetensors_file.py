@@ -28,7 +28,7 @@ def safetensors_header(path: Path) -> dict[str, Any]:
         raw = file.read(length)
     try:
         header = json.loads(raw)
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        ends = [_end(entry) for name, entry in header.items() if name != "__metadata__"]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(_not_safetensors(path, head), "Use the .safetensors file of this model.") from None
     expected = 8 + length + max(ends, default=0)
@@ -38,6 +38,16 @@ def safetensors_header(path: Path) -> dict[str, Any]:
             "Download or copy it again.",
         )
     return header
+
+
+def _end(entry: Mapping[str, Any]) -> int:
+    """Where a tensor's bytes end. Raises: ValueError, KeyError, TypeError: the entry is none of a tensor."""
+    start, stop = entry["data_offsets"]
+    if not isinstance(entry["dtype"], str) or not all(isinstance(s, int) and s >= 0 for s in entry["shape"]):
+        raise ValueError(entry)
+    if not 0 <= start <= stop:
+        raise ValueError(entry)
+    return int(stop)
 
 
 def tensor_bytes(path: Path, entry: Mapping[str, Any]) -> bytes:

@@ -90,8 +90,8 @@ class SafetensorsSource:
 
     def _stored(self, name: str, shard: Shard | None = None) -> Tensor:
         """That part of what the file has under the name, whatever it means."""
-        opened = self._handle(self._file_of[name])
         try:
+            opened = self._handle(self._file_of[name])
             view = opened.get_slice(self.prefix + name)
             if shard is None:
                 parts = [view[:] if view.get_shape() else view[...]]
