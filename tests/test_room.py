@@ -119,7 +119,8 @@ def test_a_dtype_that_comfyui_was_started_with_goes_before_the_cards(outcomes: d
         "told": [
             "",
             "",
-            "ComfyUI's --fp8_e4m3fn-unet is not heeded: ranks hold float16, bfloat16 or float32.",
+            "ComfyUI's --fp8_e4m3fn-unet is not heeded: ranks hold a file's quantised weights as they are, "
+            "all others in float16, bfloat16 or float32.",
         ],
     }
 
