@@ -8,7 +8,7 @@ from pathlib import Path
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..parallel_backend.checkpoint_files.gguf_file import SUFFIX
+from ..parallel_backend.checkpoint_files.gguf_file import is_gguf
 from ..parallel_backend.errors import UnsupportedError
 
 _MAPS = Path("/proc/self/maps")
@@ -19,12 +19,11 @@ def gguf_file(model: ModelPatcher) -> Path | None:
 
     Raises: UnsupportedError: it has been sampled from, and its weights were copied for that.
     """
-    weights = list(_weights(model))
-    if not weights:
+    addresses = [weight.data_ptr() for weight in _weights(model)]
+    if not addresses:
         return None
-    for weight in weights:
-        path = _mapped_at(weight.data_ptr())
-        if path is not None and path.suffix == SUFFIX:
+    for start, stop, path in _mapped_files():
+        if any(start <= address < stop for address in addresses):
             return path
     raise UnsupportedError(
         "The GGUF file of this MODEL is not known any more: ComfyUI has copied its weights to sample from it.",
@@ -39,10 +38,10 @@ def _weights(model: ModelPatcher) -> Iterator[Tensor]:
             yield weight
 
 
-def _mapped_at(address: int) -> Path | None:
+def _mapped_files() -> Iterator[tuple[int, int, Path]]:
+    """Where GGUF files lie in this process's memory: first address, one past last, and the file."""
     for line in _MAPS.read_text().splitlines():
         span, *_, name = line.split(maxsplit=5)
-        start, stop = (int(bound, 16) for bound in span.split("-"))
-        if start <= address < stop:
-            return Path(name) if name.startswith("/") else None
-    return None
+        if is_gguf(path := Path(name)):
+            start, stop = (int(bound, 16) for bound in span.split("-"))
+            yield start, stop, path

@@ -17,6 +17,7 @@ AXES = ("dp", "cfg", "pp", "patch", "ring", "ulysses", "tp")
 MMDIT_AXES, MMDIT_REST = ("dp", "cfg", "pp", "ring", "ulysses", "tp"), "ulysses"
 UNET_AXES, UNET_REST = ("dp", "cfg", "patch"), "patch"
 DTYPES = ("float32", "float16", "bfloat16")
+CELL = 8  # pixels of a latent's cell, each way
 # Of a dtype: what suits the file on the cards of all ranks.
 AUTO = "auto"
 KERNELS = ("auto", "native", "flash", "flash3", "sage", "cudnn", "efficient")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,14 @@ def test_a_truncated_gguf_file_is_named(files: dict[str, Path], tmp_path: Path) 
             open_source(tmp_path / "cut.gguf")
 
 
+def read_or_named(path: Path) -> None:
+    """All of the file is read, or a named error tells why not; any other error would end a rank."""
+    with suppress(BackendError):
+        source = open_source(path)
+        for name in source.names():
+            values_of(source.read(name))
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=st.lists(st.tuples(st.integers(4, 3000), st.integers(0, 255)), min_size=1, max_size=8))
 def test_a_header_that_lies_ends_in_a_named_error(
@@ -255,12 +264,7 @@ def test_a_header_that_lies_ends_in_a_named_error(
         lying[place % len(lying)] = value
     path = tmp_path / "lying.gguf"
     path.write_bytes(lying)
-    try:
-        source = open_source(path)
-        for name in source.names():
-            values_of(source.read(name))
-    except BackendError:
-        pass
+    read_or_named(path)
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -281,12 +285,7 @@ def test_a_quantised_header_that_lies_ends_in_a_named_error(
             header = header[:at] + new + header[at + len(old) :]
     path = tmp_path / "lying.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + whole[8 + length :])
-    try:
-        source = open_source(path)
-        for name in source.names():
-            values_of(source.read(name))
-    except BackendError:
-        pass
+    read_or_named(path)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from parallel_backend.config import MeshSpec
 from parallel_backend.distributed.mesh import Mesh, build_mesh
-from parallel_backend.distributed.tensor_parallel import Shard, ShardedParameter
+from parallel_backend.distributed.tensor_parallel import Shard, ShardedParameter, cut
 from parallel_backend.models.families import SD3, SDXL
 from parallel_backend.models.mmdit import MMDiT, MMDiTConfig
 from parallel_backend.models.mmdit_checkpoint import POS_EMBED, PositionTable
@@ -40,10 +40,7 @@ class OnDevice:
         return tuple(self.tensors[name].shape)
 
     def read(self, name: str, shard: Shard | None = None) -> Tensor:
-        tensor = self.tensors[name]
-        if shard is None:
-            return tensor
-        return torch.cat([tensor.narrow(shard.dim, a, b - a) for a, b in shard.ranges], shard.dim)
+        return cut(self.tensors[name], shard)
 
 
 def random_tensor(name: str, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from ..errors import CheckpointError
 from .gguf_file import is_gguf
 from .layout import files_of
 from .pickled_file import is_pickled
-from .safetensors_file import safetensors_header
+from .safetensors_file import check_there, safetensors_header
 
 _SAMPLES = 256
 _SAMPLE_BYTES = 4096
@@ -25,13 +24,10 @@ def content_key(path: Path, *, timed: bool = True) -> str:
     """
     digest = hashlib.sha256()
     for file in files_of(path):
+        check_there(file)
         has_header = not is_pickled(file) and not is_gguf(file)
         if has_header:
             safetensors_header(file)
-        elif not file.is_file():
-            raise CheckpointError(
-                f"There is no file at {file}.", "Check the name, and that the backend sees this disk."
-            )
         stat = file.stat()
         digest.update(f"{stat.st_size} {stat.st_mtime_ns if timed else 0}".encode())
         with file.open("rb") as opened:

@@ -9,7 +9,7 @@ from typing import Any
 
 from .gguf_file import is_gguf
 from .header import entries_of
-from .packed_entries import has_packing, packed_entries
+from .packed_entries import PackedEntry, has_packing, packed_entries
 
 # What may stand before the model's names: in a full checkpoint, in files of other trainers, in those of a distributed run.
 _PREFIXES = ("model.diffusion_model.", "model.model.", "net.", "module.", "model.")
@@ -36,24 +36,27 @@ def diffusion_entries(path: Path, beside: Collection[str] = ()) -> dict[str, dic
 
     A quantised one has the shape of its values.
     """
-    entries = entries_of(path)
-    prefix = diffusion_prefix(entries)
-    if has_packing(path):
-        return packed_entries(path, prefix, beside)[0]
-    return {
-        name.removeprefix(prefix): entry for name, entry in entries.items() if name.startswith(prefix) or name in beside
-    }
+    return _part(path, beside)[0]
 
 
 def diffusion_bytes(path: Path, itemsize: int) -> int:
     """About what its weights take in a dtype of that many bytes; what is quantised stays so."""
     if is_gguf(path):
         return path.stat().st_size
-    packed = packed_entries(path, diffusion_prefix(entries_of(path)))[1] if has_packing(path) else {}
-    entries = diffusion_entries(path)
+    entries, packed = _part(path, ())
     dense = sum(prod(entry["shape"]) for name, entry in entries.items() if name not in packed)
     spans = (entries[name]["data_offsets"] for name in packed)
     return dense * itemsize + sum(stop - start for start, stop in spans)
+
+
+def _part(path: Path, beside: Collection[str]) -> tuple[dict[str, dict[str, Any]], dict[str, PackedEntry]]:
+    """The headers of `diffusion_entries`, and which of them are quantised."""
+    entries = entries_of(path)
+    prefix = diffusion_prefix(entries)
+    if has_packing(path):
+        return packed_entries(path, prefix, beside)
+    kept = (name for name in entries if name.startswith(prefix) or name in beside)
+    return {name.removeprefix(prefix): entries[name] for name in kept}, {}
 
 
 def is_from_scratch(path: Path) -> bool:

@@ -14,7 +14,7 @@ SUFFIX = ".gguf"
 # Where ComfyUI-GGUF's converter keeps the shape of a tensor that it had to fold to whole blocks.
 _SHAPE = "comfy.gguf.orig_shape."
 # What is no quantised type.
-PLAIN = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
+PLAIN = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _shape(reader: Any, tensor: Any) -> tuple[int, ...]:
 def gguf_entries(path: Path) -> dict[str, dict[str, Any]]:
     """As the header of a safetensors file tells them: dtype and shape by name; a quantised one counts as F16."""
     return {
-        name: {"dtype": PLAIN.get(tensor.kind, "F16"), "shape": list(tensor.shape)}
+        name: {"dtype": tensor.kind if tensor.kind in PLAIN else "F16", "shape": list(tensor.shape)}
         for name, tensor in gguf_tensors(path).items()
     }
 

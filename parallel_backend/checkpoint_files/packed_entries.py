@@ -35,25 +35,25 @@ class _Form:
         dtype: of the weight in the file.
         scales: names of the tensors beside the weight that it needs.
         packed: values in an element of the last dim.
-        unit: rows and columns that only come together: of what kernels take as tiles.
+        block: values of a row that share a scale, whose scales lie in tiles; 0: no blocks.
     """
 
     dtype: str
     scales: tuple[str, ...]
     packed: int = 1
-    unit: tuple[int, int] = (1, 1)
+    block: int = 0
 
 
-# fp8 may lack its scale, which is 1 then. Scales by blocks lie in tiles of 128 rows and 4 blocks.
+# Rows and blocks of a tile of scales, as kernels of tensor cores want them.
+TILE = (128, 4)
+# fp8 may lack its scale, which is 1 then.
 FORMS = {
     "float8_e4m3fn": _Form("F8_E4M3", ("weight_scale",)),
     "float8_e5m2": _Form("F8_E5M2", ("weight_scale",)),
     "int8_tensorwise": _Form("I8", ("weight_scale",)),
-    "nvfp4": _Form("U8", ("weight_scale", "weight_scale_2"), packed=2, unit=(128, 64)),
-    "mxfp8": _Form("F8_E4M3", ("weight_scale",), unit=(128, 128)),
+    "nvfp4": _Form("U8", ("weight_scale", "weight_scale_2"), packed=2, block=16),
+    "mxfp8": _Form("F8_E4M3", ("weight_scale",), block=32),
 }
-# Values that share a scale, where scales are by blocks of a row.
-BLOCKS = {"nvfp4": 16, "mxfp8": 32}
 _OF_A_BYTE = ("U8", "F8_E4M3", "F8_E8M0")
 _SCALES = ("weight_scale", "weight_scale_2")
 # Beside a weight in its file, for products of quantised activations. Ranks compute with the weight's values.
@@ -78,13 +78,14 @@ class PackedEntry:
     @property
     def is_tiled(self) -> bool:
         """Whether its first scales lie in tiles."""
-        return self.form in BLOCKS
+        return FORMS[self.form].block > 0
 
     @property
     def unit(self) -> tuple[int, int]:
         """Rows and columns that can't be told apart in the file."""
-        rows, columns = FORMS[self.form].unit
-        return rows, max(columns, self.rotated)
+        if not self.is_tiled:
+            return 1, self.rotated
+        return TILE[0], TILE[1] * FORMS[self.form].block
 
     @property
     def rotated(self) -> int:
@@ -224,8 +225,8 @@ def _check_scales(entry: PackedEntry, entries: Mapping[str, Any], file_name: str
     name, scale = entry.parts[0], list(entries[entry.parts[1]]["shape"])
     rows, columns = entry.shape[0], prod(entry.shape[1:])
     if entry.is_tiled:
-        block = BLOCKS[entry.form]
-        fits = scale == [-(-rows // 128) * 128, -(-columns // (4 * block)) * 4]
+        (tile_rows, tile_blocks), (_, tile_columns) = TILE, entry.unit
+        fits = scale == [-(-rows // tile_rows) * tile_rows, -(-columns // tile_columns) * tile_blocks]
         fits = fits and entries[entry.parts[1]]["dtype"] in _OF_A_BYTE
     else:
         fits = prod(scale) == 1 or scale in ([rows], [rows, *[1] * (len(entry.shape) - 1)])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .safetensors_file import check_there
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin", ".pt2", ".pkl")
 _ZIP = b"PK\x03\x04"
@@ -47,8 +48,7 @@ def pickled_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
 
     Raises: CheckpointError: not there, damaged, of something else than tensors, or a pickle that wants to run code.
     """
-    if not path.is_file():
-        raise CheckpointError(f"There is no file at {path}.", "Check the name, and that the backend sees this disk.")
+    check_there(path)
     try:
         with torch.serialization.safe_globals(_HARMLESS):
             loaded = torch.load(path, map_location=device, weights_only=True, mmap=_is_mappable(path))

@@ -17,8 +17,7 @@ def safetensors_header(path: Path) -> dict[str, Any]:
 
     Raises: CheckpointError: not a file, not safetensors (a pickle, say), or cut short.
     """
-    if not path.is_file():
-        raise CheckpointError(f"There is no file at {path}.", "Check the name, and that the backend sees this disk.")
+    check_there(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(8)
@@ -63,6 +62,12 @@ def _not_safetensors(path: Path, head: bytes) -> str:
     pickled = head[:2] in (b"PK", b"\x80\x02", b"\x80\x04")
     kind = "a pickle (a .ckpt or .pt file under another name), which can run code when opened" if pickled else "not one"
     return f"{path.name} should be a safetensors file, but it is {kind}."
+
+
+def check_there(path: Path) -> None:
+    """Raises: CheckpointError: there is no such file."""
+    if not path.is_file():
+        raise CheckpointError(f"There is no file at {path}.", "Check the name, and that the backend sees this disk.")
 
 
 def stamp(file: Path) -> Stamp:

@@ -13,7 +13,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ..config import ModelSampling, SamplerSpec
+from ..config import CELL, ModelSampling, SamplerSpec
 from ..errors import BackendLostError, NotFiniteError, StartError, UnknownModelError, UnknownPatchesError
 from ..rpc.conditioning import Conditioning
 from ..rpc.messages import (
@@ -41,7 +41,6 @@ from .weight_patches import WeightPatches, parts_of
 
 log = logging.getLogger("parallel_backend")
 RELOADS = 10
-CELL = 8  # pixels of a latent's cell, each way
 
 
 @dataclass(frozen=True)

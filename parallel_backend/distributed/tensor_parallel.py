@@ -29,6 +29,14 @@ class Shard:
         return sum(stop - start for start, stop in self.ranges)
 
 
+def cut(whole: Tensor, shard: Shard | None) -> Tensor:
+    """That part of a full tensor: a view of it where it is one range."""
+    if shard is None:
+        return whole
+    parts = [whole.narrow(shard.dim, start, stop - start) for start, stop in shard.ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, shard.dim)
+
+
 class ShardedParameter(nn.Parameter):
     """A parameter that knows the shape of the full tensor and its own part of it.
 

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from ..checkpoint_files.layout import files_of
 from ..checkpoint_files.safetensors_file import check_stamp, safetensors_header, stamp
 from ..distributed.mesh import MeshAxis
-from ..distributed.tensor_parallel import Shard, ShardedParameter
+from ..distributed.tensor_parallel import Shard, ShardedParameter, cut
 from ..errors import CancelledError, CheckpointError, UnsupportedError
 from ..quantized.weight import QuantizedWeight
+from .left_over import first_of
 from .shared_reading import readers, sizes_of
 from .staging import Place, placing
 
@@ -59,9 +60,12 @@ class SafetensorsSource:
         self.bytes_read = 0
         self._file_of: dict[str, Path] = {}
         self._entries: dict[str, dict[str, Any]] = {}
+        self._metadata: dict[str, str] = {}
         for file in files_of(path):
-            for name, entry in safetensors_header(file).items():
-                if name != "__metadata__" and name.startswith(prefix):
+            header = safetensors_header(file)
+            self._metadata |= header.pop("__metadata__", None) or {}
+            for name, entry in header.items():
+                if name.startswith(prefix):
                     self._file_of[name[len(prefix) :]] = file
                     self._entries[name[len(prefix) :]] = entry
         self._open: dict[Path, Any] = {}
@@ -175,10 +179,7 @@ class RenamedSource:
             return self.inner.read(pieces[0].name, shard)
         if shard is not None and all(self._is_whole(piece) for piece in pieces):
             return torch.cat([self.inner.read(piece.name, shard) for piece in pieces])
-        whole = torch.cat(list(self._read_rows(pieces, 0, self.shape(name)[0])))
-        if shard is None:
-            return whole
-        return torch.cat([whole.narrow(shard.dim, a, b - a) for a, b in shard.ranges], shard.dim)
+        return cut(torch.cat(list(self._read_rows(pieces, 0, self.shape(name)[0]))), shard)
 
     def _is_whole(self, piece: Piece) -> bool:
         return self._rows(piece) == (0, self.inner.shape(piece.name)[0])
@@ -299,7 +300,7 @@ def check_names(wanted: set[str], found: set[str], file_name: str) -> None:
     missing, left_over = sorted(wanted - found), sorted(found - wanted)
     if missing:
         parts = [
-            f"{len(names)} {what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+            f"{len(names)} {what}: {first_of(names)}"
             for what, names in (("missing", missing), ("left over", left_over))
             if names
         ]

@@ -11,7 +11,7 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
-from ..checkpoint_files.diffusion_part import diffusion_entries, is_from_scratch
+from ..checkpoint_files.diffusion_part import FROM_SCRATCH_MARK, diffusion_entries
 from ..config import MMDIT_AXES, MMDIT_REST, UNET_AXES, UNET_REST
 from ..distributed.mesh import Mesh
 from ..errors import CheckpointError
@@ -107,9 +107,10 @@ def open_model(path: Path, kind: str = "any") -> OpenedModel:
 
     Raises: CheckpointError, UnsupportedError: the file holds something else; the message says what.
     """
-    if kind != "unet" and is_from_scratch(path):
+    names = diffusion_entries(path)
+    if kind != "unet" and FROM_SCRATCH_MARK in names:
         return _open_from_scratch(path)
-    if kind != "mmdit" and is_unet(diffusion_entries(path)):
+    if kind != "mmdit" and is_unet(names):
         return _open_unet(path)
     if kind == "unet":
         raise CheckpointError(

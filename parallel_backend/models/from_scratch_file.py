@@ -33,10 +33,6 @@ _KINDS = {
 _DEFAULTS = {"MLP_type": "swiglu_old", "text_loss": False, "kv_merge_attn": False, "qk_half_dim": False}
 
 
-def is_from_scratch(source: TensorSource) -> bool:
-    return FROM_SCRATCH_MARK in source.names()
-
-
 def params_of(path: Path) -> dict[str, Any]:
     """The model's settings: of a pickle from the JSON file beside it, of a safetensors file from its header.
 
@@ -89,7 +85,7 @@ def convert(path: Path, to: Path) -> None:
     Raises: CheckpointError, UnsupportedError: as opening it would.
     """
     source = open_diffusion(path)
-    if not is_from_scratch(source):
+    if FROM_SCRATCH_MARK not in source.names():
         raise CheckpointError(f"{path.name} is no from-scratch SD3 model.", "Use its model_ema_*.pkl.")
     from_scratch_config(source)
     tensors = {name: source.read(name).contiguous().clone() for name in source.names()}

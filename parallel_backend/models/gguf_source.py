@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -12,8 +11,9 @@ from torch import Tensor
 
 from ..checkpoint_files.gguf_file import PLAIN, GGUFTensor, gguf_package, gguf_tensors
 from ..checkpoint_files.safetensors_file import check_stamp, stamp
-from ..distributed.tensor_parallel import Shard
+from ..distributed.tensor_parallel import Shard, cut
 from ..quantized.forms import GGUF, is_known
+from ..quantized.gguf_values import dequantized, plain_values, stored
 from ..quantized.weight import Part, QuantizedWeight
 from .packed_source import Range, quantized_weight, whole_units
 
@@ -51,37 +51,18 @@ class GGUFSource:
     def read(self, name: str, shard: Shard | None = None) -> Tensor:
         tensor = self._tensors[name]
         if tensor.kind in PLAIN:
-            out = _cut(_values(tensor), shard)
+            out = cut(plain_values(tensor), shard)
         elif is_known(tensor.kind) and (shard is None or shard.dim == 0 or len(tensor.shape) == 2):
             out = quantized_weight(tensor.shape, shard, partial(_part, tensor))
-        else:
-            out = _cut(_dequantized(tensor), shard)
+        else:  # a type that no function for devices knows, or a table of positions
+            out = cut(dequantized(tensor), shard)
         self.bytes_read += out.held_bytes if isinstance(out, QuantizedWeight) else out.nbytes
         return out
 
 
-def _values(tensor: GGUFTensor) -> Tensor:
-    """Mapped, of a tensor that is not quantised."""
-    data = _torch(tensor)
-    return (data.view(torch.bfloat16) if tensor.kind == "BF16" else data).view(tensor.shape)
-
-
-def _dequantized(tensor: GGUFTensor) -> Tensor:
-    """fp32, by the gguf package on the CPU: for types that no function for devices knows, and for tables of positions."""
-    gguf = gguf_package()
-    values = gguf.quants.dequantize(tensor.data, gguf.GGMLQuantizationType[tensor.kind])
-    return torch.from_numpy(values).view(tensor.shape)
-
-
-def _cut(whole: Tensor, shard: Shard | None) -> Tensor:
-    if shard is None:
-        return whole.clone()
-    return torch.cat([whole.narrow(shard.dim, a, b - a) for a, b in shard.ranges], shard.dim)
-
-
 def _part(tensor: GGUFTensor, rows: Range, columns: Range) -> Part:
     """Whole blocks, of which those rows and columns are meant."""
-    data, all_columns = _torch(tensor), prod(tensor.shape[1:])
+    data, all_columns = stored(tensor), prod(tensor.shape[1:])
     block, size = _block(tensor.kind)
     if len(tensor.shape) != 2 or data.shape[0] != tensor.shape[0]:
         return _folded(tensor, data.reshape(-1, size), rows, None if columns == (0, all_columns) else columns)
@@ -105,9 +86,3 @@ def _block(kind: str) -> tuple[int, int]:
     gguf = gguf_package()
     values, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     return values, size
-
-
-def _torch(tensor: GGUFTensor) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(tensor.data)

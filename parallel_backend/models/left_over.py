@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _SHOWN = 5
 
@@ -12,5 +12,11 @@ def left_over_note(wanted: Iterable[str], found: Iterable[str], file_name: str) 
     names = sorted(set(found) - set(wanted))
     if not names:
         return ""
-    shown = ", ".join(names[:_SHOWN]) + ", ..." * (len(names) > _SHOWN)
-    return f"{file_name}: left out, as ComfyUI does, {len(names)} tensors that the model doesn't have: {shown}."
+    return (
+        f"{file_name}: left out, as ComfyUI does, {len(names)} tensors that the model doesn't have: {first_of(names)}."
+    )
+
+
+def first_of(names: Sequence[str]) -> str:
+    """Some of them, for people to read."""
+    return ", ".join(names[:_SHOWN]) + ", ..." * (len(names) > _SHOWN)

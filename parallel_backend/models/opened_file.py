@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ..checkpoint_files.diffusion_part import diffusion_prefix
@@ -13,7 +12,7 @@ from ..checkpoint_files.header import CODES, entries_of
 from ..checkpoint_files.layout import files_of
 from ..checkpoint_files.pickled_file import is_pickled, pickled_tensors
 from ..checkpoint_files.safetensors_file import check_stamp, stamp
-from ..distributed.tensor_parallel import Shard
+from ..distributed.tensor_parallel import Shard, cut
 from ..errors import UnsupportedError
 from .checkpoint import TensorSource
 from .gguf_source import GGUFSource
@@ -55,9 +54,9 @@ class PickleSource:
             raise UnsupportedError(
                 f"{self.path.name} stores {name} as {kind}.", "Use a checkpoint in float32, float16 or bfloat16."
             )
-        parts = [whole] if shard is None else [whole.narrow(shard.dim, a, b - a) for a, b in shard.ranges]
-        self.bytes_read += sum(part.numel() * part.element_size() for part in parts)
-        return parts[0] if len(parts) == 1 else torch.cat(parts, shard.dim if shard else 0)
+        part = cut(whole, shard)
+        self.bytes_read += part.nbytes
+        return part
 
 
 def open_source(path: Path, prefix: str = "") -> TensorSource:

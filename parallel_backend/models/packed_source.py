@@ -10,9 +10,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ..checkpoint_files.packed_entries import PackedEntry, packed_entries
-from ..distributed.tensor_parallel import Shard
-from ..quantized.forms import TILE, form_of, scale_columns
+from ..checkpoint_files.packed_entries import TILE, PackedEntry, without_packing
+from ..checkpoint_files.safetensors_file import tensor_bytes
+from ..distributed.tensor_parallel import Shard, cut
+from ..quantized.forms import form_of, scale_columns
 from ..quantized.weight import Part, QuantizedWeight
 from .checkpoint import SafetensorsSource
 
@@ -23,13 +24,16 @@ Range: TypeAlias = tuple[int, int]
 class PackedSource(SafetensorsSource):
     """As if nothing were quantised; what is read of a quantised tensor is a `QuantizedWeight`.
 
-    Raises: UnsupportedError, CheckpointError: as `packed_entries`.
+    Raises: UnsupportedError, CheckpointError: as `without_packing`.
     """
 
     def __init__(self, path: Path, prefix: str = "") -> None:
         super().__init__(path, prefix)
         self._raw = self._entries
-        self._entries, self._packed = packed_entries(path, prefix)
+        self._entries, self._packed = without_packing(self._raw, self._metadata, prefix, self._text, path.name)
+
+    def _text(self, name: str) -> bytes:
+        return tensor_bytes(self._file_of[name], self._raw[name])
 
     def held_bytes(self, name: str, shard: Shard | None) -> int | None:
         entry = self._packed.get(name)
@@ -57,8 +61,7 @@ class PackedSource(SafetensorsSource):
         """fp32, of a tensor that is no matrix and isn't cut by rows: a table of positions."""
         if len(entry.parts) == 1:
             return self._stored(name, shard).float()
-        whole = self.read(name)
-        return torch.cat([whole.narrow(shard.dim, a, b - a) for a, b in shard.ranges], shard.dim)
+        return cut(self.read(name), shard)
 
     def _part(self, entry: PackedEntry, rows: Range, columns: Range) -> Part:
         """Whole units of the file, of which those rows and columns are meant."""

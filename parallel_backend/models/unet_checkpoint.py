@@ -6,10 +6,11 @@ import re
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from ..checkpoint_files.diffusion_part import diffusion_prefix
 from ..checkpoint_files.header import entries_of
 from ..errors import CheckpointError, InputError, UnsupportedError
 from .checkpoint import Piece, RenamedSource, TensorSource
-from .opened_file import open_diffusion
+from .opened_file import open_source
 from .unet import HEAD_DIM, UNetConfig
 
 # (context width, micro-conditioning width) of the families.
@@ -51,8 +52,9 @@ def open_unet(path: Path) -> tuple[RenamedSource, UNetConfig]:
 
     Raises: CheckpointError: not a whole UNet. UnsupportedError: a UNet of another kind; the message says which.
     """
-    source = open_diffusion(path)
-    flags = {V_PREDICTION, ZERO_SNR, *_OTHER_OUTPUTS}.intersection(entries_of(path))
+    entries = entries_of(path)
+    source = open_source(path, diffusion_prefix(entries))
+    flags = {V_PREDICTION, ZERO_SNR, *_OTHER_OUTPUTS}.intersection(entries)
     if other := flags.intersection(_OTHER_OUTPUTS):
         raise UnsupportedError(f"{path.name} is a model in EDM form ({sorted(other)[0]}).", "Use ComfyUI's own loader.")
     layers = _layers_per_block(source)

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ..config import CELL
 from ..distributed.collectives import first_says, gather_to_first, slots_on_first, split_sizes
 from ..distributed.device_faults import OutOfStep
 from ..distributed.device_memory import as_out_of_memory
@@ -24,7 +25,6 @@ from ..errors import CancelledError, InputError
 
 # What a decoder or an encoder runs one after the other, in either kind of VAE.
 _BLOCK = re.compile(r"(en|de)coder\.(mid_block|(up|down)_blocks\.\d+|layers\.\d+)")
-CELL = 8  # pixels per latent cell, each way
 # TAESD was trained on the model's scaled latents: (latent - shift) * scale. Source: each model's VAE configuration.
 TAESD_SCALES = {"taesd": (0.18215, 0.0), "taesdxl": (0.13025, 0.0), "taesd3": (1.5305, 0.0609)}
 _CHANNEL_REMEDIES = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class VAECheckpoint:
 
     @property
     def elements(self) -> int:
-        return sum(map(torch.Size.numel, map(torch.Size, self._shapes.values())))
+        return sum(map(prod, self._shapes.values()))
 
     @property
     def bytes_read(self) -> int:

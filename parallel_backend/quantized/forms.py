@@ -5,46 +5,43 @@ A part is a range of rows with some columns, whole units of both. Shapes: R rows
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cache
 from math import prod
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..checkpoint_files.gguf_file import gguf_package
-from ..checkpoint_files.packed_entries import BLOCKS
+from ..checkpoint_files.packed_entries import FORMS, TILE
 from ..errors import UnsupportedError
 
-# Rows and blocks of a tile of scales, as kernels of tensor cores want them.
-TILE = (128, 4)
 
+class Form(ABC):
+    """How values lie in tensors of a file. `multiplies`: it has a kernel for products, which ComfyUI uses too."""
 
-class Form(Protocol):
-    """How values lie in tensors of a file."""
+    multiplies = False
 
+    @abstractmethod
     def values(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """(R, ...) in that dtype, on the tensors' device."""
-        ...
 
-    def product(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor | None:
-        """x times all values' transpose, by a kernel for this form that ComfyUI uses too; None where there is none."""
-        ...
+    def product(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        """x times all values' transpose, by that kernel."""
+        raise NotImplementedError
 
 
-class Plain:
+class Plain(Form):
     """Not quantised: for rows between quantised ones."""
 
     def values(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         return tensors[0].to(dtype)
 
-    def product(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor | None:
-        return None
 
-
-class ScaledFP8:
+class ScaledFP8(Form):
     """fp8 with a factor for all values, or one for each row; without one the numbers are the values."""
 
     def values(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -54,11 +51,8 @@ class ScaledFP8:
         scale = tensors[1].to(dtype)
         return values.mul_(scale.reshape(-1, *[1] * (values.ndim - 1)) if scale.numel() > 1 else scale.reshape(()))
 
-    def product(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor | None:
-        return None
 
-
-class Kitchen:
+class Kitchen(Form):
     """A form of comfy-kitchen's, ComfyUI's own kernels.
 
     Args:
@@ -68,6 +62,7 @@ class Kitchen:
 
     def __init__(self, kind: str, options: Mapping[str, Any]) -> None:
         self.kind, self.options = kind, options
+        self.multiplies = kind == "int8_tensorwise"
         self._tensor = _kitchen()
 
     def values(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -84,9 +79,9 @@ class Kitchen:
             params = layout.Params(scale=scale.view(torch.float8_e8m0fnu), **common)
         return layout.dequantize(data, params)
 
-    def product(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor | None:
+    def product(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         """Of int8, for which x is rounded to 8 bits too, row by row."""
-        return F.linear(x, self._int8(tensors, x.dtype)) if self.kind == "int8_tensorwise" else None
+        return F.linear(x, self._int8(tensors, x.dtype))
 
     def _int8(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Any:
         data, scale = tensors
@@ -97,7 +92,7 @@ class Kitchen:
         return self._tensor.QuantizedTensor(data, "TensorWiseINT8Layout", params)
 
 
-class GGUF:
+class GGUF(Form):
     """A type of llama.cpp's: blocks of 32 or 256 values, one after the other.
 
     Dequantised by diffusers' functions in half precision, as these and ComfyUI-GGUF do.
@@ -123,9 +118,6 @@ class GGUF:
         before, shape = self.run
         return values.reshape(-1)[before : before + prod(shape)].reshape(shape).to(dtype)
 
-    def product(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor | None:
-        return None
-
 
 def form_of(kind: str, options: Mapping[str, Any]) -> Form:
     """Of ComfyUI's. Raises: UnsupportedError: its package is not there."""
@@ -136,7 +128,7 @@ def scale_columns(kind: str, scale: Tensor, start: int, stop: int) -> Tensor:
     """Of a tiled tensor of scales the tiles of the values' columns `start` to `stop`, tile borders both."""
     rows, blocks = TILE
     tiles = scale.contiguous().view(scale.shape[0] // rows, -1, rows * blocks)
-    width = blocks * BLOCKS[kind]
+    width = blocks * FORMS[kind].block
     kept = tiles[:, start // width : -(-stop // width)]
     return kept.reshape(scale.shape[0], kept.shape[1] * blocks)
 

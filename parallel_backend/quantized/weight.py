@@ -40,10 +40,14 @@ class Part:
         values = self.form.values(self.tensors, dtype)[slice(*self.rows)]
         return values if self.columns is None else values[:, slice(*self.columns)]
 
-    def product(self, x: Tensor) -> Tensor | None:
-        """x times its values' transpose by the form's own kernel, if it has one. That rounds x, so it needs all columns of x."""
-        whole = None if self.columns is not None else self.form.product(x, self.tensors)
-        return None if whole is None else whole[..., slice(*self.rows)]
+    @property
+    def multiplies(self) -> bool:
+        """Whether the form's own kernel can make products with it: that rounds x by rows, so it needs all columns."""
+        return self.form.multiplies and self.columns is None
+
+    def product(self, x: Tensor) -> Tensor:
+        """x times its values' transpose, by that kernel."""
+        return self.form.product(x, self.tensors)[..., slice(*self.rows)]
 
 
 @dataclass(frozen=True)
@@ -92,11 +96,10 @@ class QuantizedWeight(torch.Tensor):
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """As torch's function of that name; each part by its own kernel, where all have one and nothing lies on them."""
-        found = [] if self.products or self.instead is not None else [part.product(x) for part in self.parts]
-        own = [product for product in found if product is not None]
-        if not own or len(own) < len(found):
+        if self.products or self.instead is not None or not all(part.multiplies for part in self.parts):
             return F.linear(x, self.dequantized(), bias)
-        out = own[0] if len(own) == 1 else torch.cat(own, dim=-1)
+        found = [part.product(x) for part in self.parts]
+        out = found[0] if len(found) == 1 else torch.cat(found, dim=-1)
         return out if bias is None else out + bias
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint_files.gguf_file import PLAIN, GGUFTensor, gguf_package, gguf_tensors, is_gguf
+from ..checkpoint_files.gguf_file import PLAIN, gguf_tensors, is_gguf
 from ..checkpoint_files.mapped import MappedTensors
 from ..checkpoint_files.packed_entries import PackedEntry, has_packing, packed_entries
-from .forms import GGUF, form_of, is_known
+from .forms import form_of
+from .gguf_values import values_of
 
 
 class WholeFile(Mapping[str, Tensor]):
@@ -41,7 +41,7 @@ class WholeFile(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         """Raises: CheckpointError: the file is not the one any more that it was."""
         if self._mapped is None:
-            return _values(self._tensors[name])
+            return values_of(self._tensors[name])
         if name not in self._packed:
             return self._mapped[self._prefix + name]
         entry = self._packed[name]
@@ -53,16 +53,3 @@ class WholeFile(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
-
-
-def _values(tensor: GGUFTensor) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        data = torch.from_numpy(tensor.data)
-    if tensor.kind in PLAIN:
-        return (data.view(torch.bfloat16) if tensor.kind == "BF16" else data).view(tensor.shape)
-    if is_known(tensor.kind):
-        return GGUF(tensor.kind).values([data.reshape(-1, data.shape[-1])], torch.float32).view(tensor.shape)
-    gguf = gguf_package()
-    values = gguf.quants.dequantize(tensor.data, gguf.GGMLQuantizationType[tensor.kind])
-    return torch.from_numpy(values).view(tensor.shape)
