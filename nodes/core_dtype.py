@@ -3,45 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from comfy.cli_args import args
 
 from ..parallel_backend import Backend
-from ..parallel_backend.config import AUTO, DTYPES
+from ..parallel_backend.config import AUTO, CAST_TO, DTYPES
 
 _FLAGS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-_NOT_HELD = ("fp64", "fp8_e4m3fn", "fp8_e5m2", "fp8_e8m0fnu")
-_WHY = "ranks hold a file's quantised weights as they are, all others in float16, bfloat16 or float32"
+_FP8_FLAGS = {"fp8_e4m3fn": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
+_NOT_HELD = ("fp64", "fp8_e8m0fnu")
+_WHY = (
+    "ranks hold weights in float32, float16, bfloat16, float8_e4m3fn or float8_e5m2, or as the file has them quantised"
+)
 
 
-def model_dtype(backend: Backend, path: Path, asked: str) -> str:
-    """What ranks hold and compute the file in: as asked; as ComfyUI was started (--bf16-unet); else as suits all their cards."""
-    return asked if asked != AUTO else _told("unet") or backend.model_dtype(path)
+def model_dtype(asked: str) -> str:
+    """What ranks are to hold the weights of a model in: as asked; as ComfyUI was started (--bf16-unet); else auto."""
+    return asked if asked != AUTO else _told("unet", _FLAGS | _FP8_FLAGS) or AUTO
 
 
 def vae_dtype(backend: Backend, asked: str) -> str:
-    """As `model_dtype`, of a VAE. One that overflows in float16 leaves it when it does: see RemoteVAE.decode."""
-    return asked if asked != AUTO else _told("vae") or backend.vae_dtype()
+    """As `model_dtype`, of a VAE, which is never held in fp8. One that overflows in float16 leaves it then: see RemoteVAE.decode."""
+    return asked if asked in DTYPES else _told("vae", _FLAGS) or backend.vae_dtype()
+
+
+def fp8_products(options: Mapping[str, Any]) -> dict[str, bool]:
+    """How ComfyUI, or its loader with these options, was told to make products in fp8, as `Backend.load_model` takes it."""
+    fast = any(getattr(feature, "value", feature) == "fp8_matrix_mult" for feature in getattr(args, "fast", None) or ())
+    fast_fp8 = fast or bool(options.get("fp8_optimizations"))
+    return {"fast_fp8": fast_fp8, "has_fp8": bool(getattr(args, "supports_fp8_compute", False))}
 
 
 def unheeded(part: str, asked: str) -> str:
     """A line on the dtype that ComfyUI was started with and ranks can't take; empty where there is none, or another was asked for."""
     if asked != AUTO:
         return ""
-    flags = [f"{dtype}_{part}" for dtype in _NOT_HELD if getattr(args, f"{dtype}_{part}", False)]
+    not_held = (*_NOT_HELD, *_FP8_FLAGS) if part == "vae" else _NOT_HELD
+    flags = [f"{dtype}_{part}" for dtype in not_held if getattr(args, f"{dtype}_{part}", False)]
     return " ".join(f"ComfyUI's --{flag.replace(f'_{part}', f'-{part}')} is not heeded: {_WHY}." for flag in flags)
 
 
 def told_by_loader(options: Mapping[str, Any]) -> str:
     """The dtype in a loader's options, if ranks can hold it; else auto."""
     dtype = _of_loader(options)
-    return dtype if dtype in DTYPES else AUTO
+    return dtype if dtype in (*DTYPES, *CAST_TO) else AUTO
 
 
 def unheeded_of_loader(options: Mapping[str, Any], asked: str) -> str:
-    """As `unheeded`, of what a loader was told: the fp8 of Load Diffusion Model's weight_dtype."""
+    """As `unheeded`, of what a loader was told."""
     dtype = _of_loader(options)
     if asked != AUTO or not dtype:
         return ""
@@ -53,8 +63,8 @@ def _of_loader(options: Mapping[str, Any]) -> str:
     return str(dtype).removeprefix("torch.") if dtype else ""
 
 
-def _told(part: str) -> str | None:
-    told = [dtype for flag, dtype in _FLAGS.items() if getattr(args, f"{flag}_{part}", False)]
+def _told(part: str, flags: Mapping[str, str]) -> str | None:
+    told = [dtype for flag, dtype in flags.items() if getattr(args, f"{flag}_{part}", False)]
     if getattr(args, "force_fp32", False):
         told.append("float32")
     if getattr(args, "force_fp16", False) and part == "unet":

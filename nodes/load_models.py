@@ -16,8 +16,8 @@ from ..parallel_backend import MeshSpec, RemoteModel
 from ..parallel_backend.checkpoint_files.diffusion_part import diffusion_bytes
 from ..parallel_backend.config import AUTO
 from ..parallel_backend.demo.files import MMDIT_FILE, UNET_FILE, DemoFile
-from ..parallel_backend.rpc.messages import ModelKind, Progress, StepDone
-from .core_dtype import model_dtype, told_by_loader, unheeded, unheeded_of_loader
+from ..parallel_backend.rpc.messages import LoadModel, ModelKind, Progress, StepDone
+from .core_dtype import fp8_products, model_dtype, told_by_loader, unheeded, unheeded_of_loader
 from .core_memory import bytes_here, interruptible, make_room
 from .known_to_core import search_aliases
 from .loader_file import leave
@@ -51,9 +51,9 @@ def load_remote_model(
     """The model in the backend, and lines about how it came there; the rest as for `parallel_model`."""
     backend, degrees = mesh.backend(), mesh.unet if kind == "unet" else mesh.mmdit
     asked = told_by_loader(options) if mesh.dtype == AUTO else mesh.dtype
-    dtype = model_dtype(backend, path, asked)
-    held_as = f"{backend.key(path)}/{dtype}/{mesh.kernel}/{degrees.describe()}/"
-    room = make_room(backend, _most_bytes(path, degrees, dtype), held_as)
+    dtype, in_fp8 = model_dtype(asked), fp8_products(options)
+    load = backend.asked(path, degrees, dtype, mesh.kernel, name, **in_fp8)
+    room = make_room(backend, _most_bytes(path, degrees, load), f"{load.held_as}{degrees.describe()}/")
     bar = comfy.utils.ProgressBar(1)
 
     def on_event(event: Progress | StepDone, _: Sequence[Tensor]) -> None:
@@ -61,7 +61,7 @@ def load_remote_model(
             say(f"{event.what} on {degrees.describe()}")
             bar.update_absolute(event.done, event.total)
 
-    settings = {"kind": kind, "compile": mesh.compile, "name": name, "on_event": on_event}
+    settings = {"kind": kind, "compile": mesh.compile, "name": name, "on_event": on_event, **in_fp8}
     remote = interruptible(backend, backend.load_model, path, degrees, dtype, mesh.kernel, **settings)
     bar.update_absolute(1, 1)
     remote.nan_is_error = mesh.nan_is_error
@@ -69,15 +69,15 @@ def load_remote_model(
     return remote, "\n".join(filter(None, [load_report(remote), *heeded, room, mesh.differs()]))
 
 
-def _most_bytes(path: Path, degrees: MeshSpec, dtype: str) -> int:
+def _most_bytes(path: Path, degrees: MeshSpec, load: LoadModel) -> int:
     """About what a rank holds of it, or more."""
     shared = degrees.tp * degrees.pp * (degrees.cfg * degrees.patch if degrees.sliced else 1)
-    return diffusion_bytes(path, getattr(torch, dtype).itemsize) // shared
+    return diffusion_bytes(path, 1 if load.weights else getattr(torch, load.dtype).itemsize) // shared
 
 
 def load_report(remote: RemoteModel) -> str:
     loaded = remote.loaded
-    held = f"{per_rank(loaded.resident_bytes)} MiB held, in {remote.load.dtype}"
+    held = f"{per_rank(loaded.resident_bytes)} MiB held, in {remote.load.held_in}"
     if not any(loaded.bytes_read):
         text = f"{loaded.family}: weights already resident, 0 bytes read; {held}"
     else:

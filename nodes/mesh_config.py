@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..parallel_backend.client.cards import Ranks, choose_ranks, seen
 from ..parallel_backend.client.names import DEFAULT, backend_name
-from ..parallel_backend.config import AUTO, DEFAULT_IDLE_SECONDS, DTYPES, KERNELS, BackendSpec, gpu_numbers
+from ..parallel_backend.config import AUTO, DEFAULT_IDLE_SECONDS, DTYPES, FP8, KERNELS, BackendSpec, gpu_numbers
 from ..parallel_backend.errors import ConfigError
 from .known_to_core import ADVANCED, search_aliases
 from .node_text import say
@@ -125,9 +125,10 @@ class MeshConfig(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "dtype",
-                    options=[AUTO, *DTYPES],
+                    options=[AUTO, *DTYPES, FP8],
                     default=AUTO,
-                    tooltip="auto: ComfyUI's own choice for the weakest of the GPUs: float16 on most. float32 on a CPU.",
+                    tooltip="auto: ComfyUI's own choice for the weakest of the GPUs: float16 on most. float32 on a CPU. fp8: auto, with "
+                    "the model's weights in half the memory, each row scaled; a file that is quantised stays as it is.",
                 ),
                 io.Combo.Input(
                     "attention",

@@ -56,8 +56,8 @@ FORMS = {
 }
 _OF_A_BYTE = ("U8", "F8_E4M3", "F8_E8M0")
 _SCALES = ("weight_scale", "weight_scale_2")
-# Beside a weight in its file, for products of quantised activations. Ranks compute with the weight's values.
-_OF_ACTIVATIONS = ("input_scale",)
+# Beside a weight in its file: a factor of what comes into products in fp8.
+_OF_ACTIVATIONS = "input_scale"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class PackedEntry:
 
     Args:
         shape: of its values.
-        parts: names in the file of its data, then of its scales, in the order of the form's.
+        parts: names in the file of its data, then of its scales, in the order of the form's; last, of fp8 that is scaled, one of
+            what comes in, if the file has it.
         options: as `comfy_quant` says them.
     """
 
@@ -156,11 +157,16 @@ def _told(
 
 
 def _scaled(entries: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Of the older files; two elements of their mark say that products are to be of values."""
     if _SCALED_FP8 not in entries:
         return {}
+    in_full = prod(entries[_SCALED_FP8]["shape"]) == 2
     scaled = [name.removesuffix(_SCALE_WEIGHT) for name in entries if name.endswith(_SCALE_WEIGHT)]
     kinds = {layer: entries[layer + WEIGHT]["dtype"] for layer in scaled if layer + WEIGHT in entries}
-    return {layer: {"format": _FP8.get(kind, "float8_e4m3fn")} for layer, kind in kinds.items()}
+    return {
+        layer: {"format": _FP8.get(kind, "float8_e4m3fn"), "full_precision_matrix_mult": in_full}
+        for layer, kind in kinds.items()
+    }
 
 
 def _packed(
@@ -193,6 +199,9 @@ def _of_layer(layer: str, told: Mapping[str, Any], entries: Mapping[str, Any], f
         raise CheckpointError(
             f"{file_name} lacks {', '.join(set(scales) - set(found))}.", "The file is not whole; get it again."
         )
+    if found and kind in _FP8.values():
+        incoming = (f"{layer}.{_OF_ACTIVATIONS}", f"{layer}{_SCALE_INPUT}")
+        found += [scale for scale in incoming if scale in entries and prod(entries[scale]["shape"]) == 1][:1]
     *rest, last = entries[name]["shape"] or [1]
     params = told.get("params")
     options = {**(params if isinstance(params, dict) else {}), **told}
@@ -243,7 +252,7 @@ def _is_beside(name: str, told: Mapping[str, Any], packed: Mapping[str, PackedEn
         return True
     layer, _, leaf = name.rpartition(".")
     if layer in told:
-        return leaf in (*_OF_ACTIVATIONS, *_SCALES)
+        return leaf in (_OF_ACTIVATIONS, *_SCALES)
     return leaf in _SCALES and any(name in entry.parts[1:] for entry in packed.values())
 
 

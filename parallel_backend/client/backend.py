@@ -6,11 +6,12 @@ import contextlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint_files.content import content_key
 from ..checkpoint_files.diffusion_part import is_from_scratch
 from ..checkpoint_files.layout import vae_folder
-from ..config import AUTO, DEFAULT_IDLE_SECONDS, BackendSpec, DeviceType, MeshSpec
+from ..config import AUTO, DEFAULT_IDLE_SECONDS, WEIGHTS, BackendSpec, DeviceType, MeshSpec
 from ..errors import (
     BackendLostError,
     StartError,
@@ -102,24 +103,41 @@ class Backend(Connection):
         kind: ModelKind = "any",
         compile: bool = False,
         name: str = "",
+        fast_fp8: bool = False,
+        has_fp8: bool = False,
         on_event: OnEvent | None = None,
         should_cancel: Callable[[], bool] | None = None,
     ) -> RemoteModel:
         """An SD3, SD3.5 or SDXL model, resident and sharded. A file that is resident already is not read again.
 
         Args:
-            dtype: auto is ComfyUI's choice for the ranks' cards; float32 on CPUs.
+            dtype: auto is ComfyUI's choice for the ranks' cards; float32 on CPUs. fp8 holds weights of half precision in fp8, a
+                scale for each row, float8_e4m3fn and float8_e5m2 cast them; both compute in auto's.
             mesh: None takes cfg 2 where the ranks are even; the rest is ulysses, or bands (patch) for a UNet.
             kind: refuses a file of another one.
             compile: torch.compile of the repeated blocks; their first step in each kind of shape takes much longer.
             name: of the same file on a remote backend, below its model folders; the file's own name where left out.
+            fast_fp8, has_fp8: see LoadModel.
         Raises: CheckpointError, ConfigError.
         """
-        file = _absolute(path)
-        key = self.key(file)
-        dtype = self.model_dtype(file) if dtype == AUTO else dtype
-        load = LoadModel(self._named(file, name), key, dtype, mesh, kernel, kind, compile)
+        fp8 = {"fast_fp8": fast_fp8, "has_fp8": has_fp8}
+        load = self.asked(path, mesh, dtype, kernel, name, kind=kind, compile=compile, **fp8)
         return RemoteModel(self, load, self.load(load, on_event, should_cancel))
+
+    def asked(
+        self,
+        path: str | os.PathLike[str],
+        mesh: MeshSpec | None,
+        dtype: str,
+        kernel: str,
+        name: str = "",
+        **settings: Any,
+    ) -> LoadModel:
+        """What `load_model` asks for. Raises: CheckpointError."""
+        file = _absolute(path)
+        weights = dtype if dtype in WEIGHTS else ""
+        dtype = self.model_dtype(file) if weights or dtype == AUTO else dtype
+        return LoadModel(self._named(file, name), self.key(file), dtype, mesh, kernel, weights=weights, **settings)
 
     def load_vae(
         self,

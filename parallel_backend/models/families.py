@@ -15,7 +15,8 @@ from ..checkpoint_files.diffusion_part import FROM_SCRATCH_MARK, diffusion_entri
 from ..config import MMDIT_AXES, MMDIT_REST, UNET_AXES, UNET_REST
 from ..distributed.mesh import Mesh
 from ..errors import CheckpointError
-from .checkpoint import TensorSource
+from .checkpoint import TensorSource, is_quantised
+from .fp8_source import FP8Source
 from .from_scratch import Block, FromScratch, GridPositions
 from .from_scratch_file import from_scratch_config
 from .mmdit import JointBlock, MMDiT
@@ -30,7 +31,8 @@ from .unet_checkpoint import is_unet, open_unet, unet_places
 class Kind:
     """What a family takes, and how its users are told so.
 
-    A VAE's latent becomes the model's by (latent - shift) * scale. `prediction` is what its output means.
+    A VAE's latent becomes the model's by (latent - shift) * scale. `prediction` is what its output means. `edges`: how the names
+    of the layers begin by which latents come in and go out.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Kind:
     prediction: str
     latent_remedy: str
     prompt_remedy: str
+    edges: tuple[str, ...]
 
 
 # Sources of the scales: the configurations of SD3's, FLUX's and SDXL's VAE. From-scratch models add the shift last.
@@ -53,6 +56,7 @@ SD3 = Kind(
     "flow",
     "Use an SD3 latent, from EmptySD3LatentImage or a VAE of 16 channels.",
     "Encode the prompt with SD3's text encoders (CLIPLoader type sd3).",
+    ("x_embedder.", "final_layer."),
 )
 FROM_SCRATCH = Kind(
     "mmdit",
@@ -63,6 +67,7 @@ FROM_SCRATCH = Kind(
     "flow",
     SD3.latent_remedy,
     "Use Load Conditioning: Gemma and ModernBERT.",
+    ("patch_emb.", "out_proj."),
 )
 SDXL = Kind(
     "unet",
@@ -73,6 +78,7 @@ SDXL = Kind(
     "eps",
     "Use an SDXL latent, from EmptyLatentImage or a VAE of 4 channels.",
     "Encode the prompt with this model's text encoders: base and refiner have different ones.",
+    ("conv_in.", "conv_out."),
 )
 
 
@@ -102,25 +108,29 @@ class OpenedModel:
     later: Callable[[Any], Mapping[str, Callable[[Tensor | None], None]]] = lambda network: {}
 
 
-def open_model(path: Path, kind: str = "any") -> OpenedModel:
-    """The model at `path`; `kind` is mmdit, unet or any.
+def open_model(path: Path, kind: str = "any", weights: str = "") -> OpenedModel:
+    """The model at `path`; `kind` is mmdit, unet or any, `weights` one of WEIGHTS or empty.
 
     Raises: CheckpointError, UnsupportedError: the file holds something else; the message says what.
     """
     names = diffusion_entries(path)
     if kind != "unet" and FROM_SCRATCH_MARK in names:
-        return _open_from_scratch(path)
+        return _open_from_scratch(path, weights)
     if kind != "mmdit" and is_unet(names):
-        return _open_unet(path)
+        return _open_unet(path, weights)
     if kind == "unet":
         raise CheckpointError(
             f"{path.name} holds no UNet.", "Choose an SDXL model; LoadParallelMMDiT opens SD3 and SD3.5."
         )
-    return _open_mmdit(path)
+    return _open_mmdit(path, weights)
 
 
-def _open_mmdit(path: Path) -> OpenedModel:
-    source = open_mmdit(path)
+def _held_in(weights: str, source: TensorSource, kind: Kind) -> TensorSource:
+    return FP8Source(source, weights, kind.edges) if weights and not is_quantised(source) else source
+
+
+def _open_mmdit(path: Path, weights: str) -> OpenedModel:
+    source = _held_in(weights, open_mmdit(path), SD3)
     config = mmdit_config(source)
     return OpenedModel(
         source,
@@ -136,8 +146,9 @@ def _open_mmdit(path: Path) -> OpenedModel:
     )
 
 
-def _open_unet(path: Path) -> OpenedModel:
-    source, config = open_unet(path)
+def _open_unet(path: Path, weights: str) -> OpenedModel:
+    found, config = open_unet(path)
+    source = _held_in(weights, found, SDXL)
     return OpenedModel(
         source,
         config,
@@ -145,12 +156,12 @@ def _open_unet(path: Path) -> OpenedModel:
         lambda mesh, kernel: loadable_unet(config, mesh),
         lambda model, mesh, kernel, device, dtype: BandUNet(model, config, mesh, kernel),
         BasicTransformerBlock,
-        place=unet_places(source, config),
+        place=unet_places(found, config),
     )
 
 
-def _open_from_scratch(path: Path) -> OpenedModel:
-    source = open_diffusion(path)
+def _open_from_scratch(path: Path, weights: str) -> OpenedModel:
+    source = _held_in(weights, open_diffusion(path), FROM_SCRATCH)
     config = from_scratch_config(source)
     return OpenedModel(
         source,

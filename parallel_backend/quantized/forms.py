@@ -21,7 +21,7 @@ from ..errors import UnsupportedError
 
 
 class Form(ABC):
-    """How values lie in tensors of a file. `multiplies`: it has a kernel for products, which ComfyUI uses too."""
+    """How values lie in tensors of a file. `multiplies`: products are made by its own kernel, which ComfyUI uses too."""
 
     multiplies = False
 
@@ -29,8 +29,8 @@ class Form(ABC):
     def values(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """(R, ...) in that dtype, on the tensors' device."""
 
-    def product(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-        """x times all values' transpose, by that kernel."""
+    def product(self, x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+        """x times all values' transpose, and the bias, by that kernel."""
         raise NotImplementedError
 
 
@@ -42,7 +42,17 @@ class Plain(Form):
 
 
 class ScaledFP8(Form):
-    """fp8 with a factor for all values, or one for each row; without one the numbers are the values."""
+    """fp8 with a factor for all values, or one for each row; without one the numbers are the values.
+
+    A third tensor is a factor for what comes into a product.
+
+    Args:
+        in_full: products are of values, whatever the card could do: the file's maker said so.
+        multiplies: products are made in fp8.
+    """
+
+    def __init__(self, in_full: bool = False, multiplies: bool = False) -> None:
+        self.in_full, self.multiplies = in_full, multiplies
 
     def values(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         values = tensors[0].to(dtype)
@@ -50,6 +60,30 @@ class ScaledFP8(Form):
             return values
         scale = tensors[1].to(dtype)
         return values.mul_(scale.reshape(-1, *[1] * (values.ndim - 1)) if scale.numel() > 1 else scale.reshape(()))
+
+    def in_fp8(self, tensors: Sequence[Tensor], bare: bool) -> ScaledFP8:
+        """The form that makes products with these tensors in fp8, as ComfyUI makes them; itself where neither does.
+
+        Args:
+            bare: also where values have no factor.
+        Raises: UnsupportedError: the package of the kernels is not there.
+        """
+        data, *scales = tensors
+        fits = data.ndim == 2 and data.dtype == torch.float8_e4m3fn and not any(n % 16 for n in data.shape)
+        if self.in_full or not fits or not (scales or bare) or any(scale.numel() != 1 for scale in scales):
+            return self
+        kitchen()
+        return ScaledFP8(multiplies=True)
+
+    def product(self, x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+        """x is rounded to fp8 too, divided by the third tensor or as it is."""
+        one = torch.ones((), device=x.device)
+        data, scale, incoming = (*tensors, one, one)[:3]
+        layout, kind = kitchen().TensorCoreFP8Layout, "TensorCoreFP8Layout"
+        rows = kitchen().QuantizedTensor.from_float(x.reshape(-1, x.shape[-1]), kind, scale=incoming.reshape(()))
+        params = layout.Params(scale=scale.reshape(()), orig_dtype=x.dtype, orig_shape=tuple(data.shape))
+        out = F.linear(rows, kitchen().QuantizedTensor(data, kind, params), bias)
+        return out.reshape(*x.shape[:-1], data.shape[0])
 
 
 class Kitchen(Form):
@@ -63,7 +97,7 @@ class Kitchen(Form):
     def __init__(self, kind: str, options: Mapping[str, Any]) -> None:
         self.kind, self.options = kind, options
         self.multiplies = kind == "int8_tensorwise"
-        self._tensor = _kitchen()
+        self._tensor = kitchen()
 
     def values(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         data, scale, *rest = tensors
@@ -79,9 +113,9 @@ class Kitchen(Form):
             params = layout.Params(scale=scale.view(torch.float8_e8m0fnu), **common)
         return layout.dequantize(data, params)
 
-    def product(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    def product(self, x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         """Of int8, for which x is rounded to 8 bits too, row by row."""
-        return F.linear(x, self._int8(tensors, x.dtype))
+        return F.linear(x, self._int8(tensors, x.dtype), bias)
 
     def _int8(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Any:
         data, scale = tensors
@@ -121,7 +155,9 @@ class GGUF(Form):
 
 def form_of(kind: str, options: Mapping[str, Any]) -> Form:
     """Of ComfyUI's. Raises: UnsupportedError: its package is not there."""
-    return ScaledFP8() if kind.startswith("float8") else Kitchen(kind, options)
+    if kind.startswith("float8"):
+        return ScaledFP8(in_full=bool(options.get("full_precision_matrix_mult")))
+    return Kitchen(kind, options)
 
 
 def scale_columns(kind: str, scale: Tensor, start: int, stop: int) -> Tensor:
@@ -139,7 +175,8 @@ def is_known(kind: str) -> bool:
 
 
 @cache
-def _kitchen() -> Any:
+def kitchen() -> Any:
+    """ComfyUI's own kernels. Raises: UnsupportedError: they are not installed."""
     try:
         import comfy_kitchen.tensor
     except ImportError:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from .forms import Form, Plain
+from .forms import Form, Plain, ScaledFP8
 
 # What tells of the weight and computes nothing.
 _TELLING = frozenset({"numel", "size", "dim", "element_size", "nelement", "is_floating_point", "__len__"})
@@ -42,12 +42,15 @@ class Part:
 
     @property
     def multiplies(self) -> bool:
-        """Whether the form's own kernel can make products with it: that rounds x by rows, so it needs all columns."""
+        """Whether the form's own kernel can make products with it: of whole units of columns."""
         return self.form.multiplies and self.columns is None
 
-    def product(self, x: Tensor) -> Tensor:
-        """x times its values' transpose, by that kernel."""
-        return self.form.product(x, self.tensors)[..., slice(*self.rows)]
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x times its values' transpose, and the bias, by that kernel."""
+        if self.rows == (0, self.tensors[0].shape[0]):
+            return self.form.product(x, self.tensors, bias)
+        out = self.form.product(x, self.tensors, None)[..., slice(*self.rows)]
+        return out if bias is None else out + bias
 
 
 @dataclass(frozen=True)
@@ -95,12 +98,19 @@ class QuantizedWeight(torch.Tensor):
         self.products, self.instead = tuple(products), instead
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """As torch's function of that name; each part by its own kernel, where all have one and nothing lies on them."""
-        if self.products or self.instead is not None or not all(part.multiplies for part in self.parts):
+        """As torch's function of that name; each part by its own kernel, where all have one, and what lies on them beside that."""
+        if self.instead is not None or not all(part.multiplies for part in self.parts):
             return F.linear(x, self.dequantized(), bias)
-        found = [part.product(x) for part in self.parts]
+        biases = (
+            [None] * len(self.parts)
+            if bias is None
+            else bias.split([part.rows[1] - part.rows[0] for part in self.parts])
+        )
+        found = [part.product(x, own) for part, own in zip(self.parts, biases, strict=True)]
         out = found[0] if len(found) == 1 else torch.cat(found, dim=-1)
-        return out if bias is None else out + bias
+        for product in self.products:
+            out[..., product.rows] += product.scale * F.linear(F.linear(x, product.down), product.up)
+        return out
 
     @property
     def held_bytes(self) -> int:
@@ -138,6 +148,17 @@ class QuantizedWeight(torch.Tensor):
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"QuantizedWeight({list(self.shape)}, {self.held_bytes} bytes)"
+
+
+def multiply_in_fp8(weight: Tensor, bare: bool) -> bool:
+    """Products with the weight are made in fp8 from now on, if its form does that; see ScaledFP8.in_fp8. Returns whether they are."""
+    parts = weight.parts if isinstance(weight, QuantizedWeight) else ()
+    forms = [part.form.in_fp8(part.tensors, bare) for part in parts if isinstance(part.form, ScaledFP8)]
+    if not forms or len(forms) < len(parts) or not all(form.multiplies for form in forms):
+        return False
+    assert isinstance(weight, QuantizedWeight)
+    weight.parts = tuple(replace(part, form=form) for part, form in zip(parts, forms, strict=True))
+    return True
 
 
 def joined(weights: Sequence[Tensor]) -> QuantizedWeight:

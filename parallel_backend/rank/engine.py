@@ -11,8 +11,9 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from ..config import DTYPES, KERNELS, MeshSpec, choose
+from ..config import DTYPES, FP8, KERNELS, WEIGHTS, MeshSpec, choose
 from ..distributed.device_memory import give_back
+from ..distributed.fp8_products import multiply_fp8
 from ..distributed.kernel_trial import choose_kernel
 from ..distributed.kernels import Use
 from ..distributed.mesh import BandAxes, Groups, Mesh, MeshAxis, build_mesh
@@ -23,12 +24,14 @@ from ..extras.weights import PatchedWeights, PatchFiles
 from ..models.checkpoint import HeldWeight, TensorSource, bytes_held, is_quantised, load_parameters
 from ..models.compiled import check_compiler, compile_blocks, refuse_quantised
 from ..models.families import OpenedModel, open_model
+from ..models.fp8_source import FP8Source
 from ..models.left_over import left_over_note
 from ..models.network import Network
 from ..models.prediction import Predictor, Rows
 from ..models.shared_reading import pass_on
 from ..models.vae import BandVAE
 from ..models.vae_checkpoint import open_vae
+from ..quantized.weight import multiply_in_fp8
 from ..rpc.messages import (
     Decode,
     Done,
@@ -74,6 +77,16 @@ class _Sizes(msgspec.Struct):
     read: int
     held: int
     notes: list[str] = []
+
+
+def _held_note(source: TensorSource, load: LoadModel) -> str:
+    """How weights are held, where that isn't in the dtype that they are computed in."""
+    if isinstance(source, FP8Source):
+        how = "held in fp8, each row scaled" if load.weights == FP8 else f"cast to {load.weights}"
+        return f"weights are {how}; computed in {load.dtype}"
+    if is_quantised(source):
+        return f"weights stay quantised, as in the file; computed in {load.dtype}"
+    return ""
 
 
 class Engine:
@@ -152,7 +165,7 @@ class Engine:
         opened, spec = None, body.mesh
 
         def find() -> OpenedModel:
-            found = open_model(self.files.checked(body.path, body.key), body.kind)
+            found = open_model(self.files.checked(body.path, body.key), body.kind, body.weights)
             if body.mesh is not None:
                 body.mesh.check_axes(found.kind.axes, found.config.family)
             return found
@@ -160,9 +173,7 @@ class Engine:
         if spec is None:
             opened = job.control.agreed(find)
             spec = MeshSpec.exact_default(job.control.world_size, opened.kind.rest)
-        name = (
-            f"{body.key}/{body.dtype}/{body.kernel}/{spec.describe()}/{'-'.join(spec.order)}{COMPILED * body.compile}"
-        )
+        name = f"{body.held_as}{spec.describe()}/{'-'.join(spec.order)}{COMPILED * body.compile}"
         if name in self.residents and body.kind in ("any", self._resident(name, Predictor).kind.name):
             return self._loaded(name, _Sizes(0, 0), [], start, job), []
         opened = opened or job.control.agreed(find)
@@ -180,30 +191,36 @@ class Engine:
             with torch.device("meta"):
                 model = opened.build(mesh, kernel)
             wanted = {*dict(model.named_parameters()), *opened.unread(model)}
-            notes = [note, left_over_note(wanted, opened.source.names(), path.name)]
-            if is_quantised(opened.source):
-                notes.append(f"weights stay quantised, as in the file; computed in {body.dtype}")
+            notes = [note, left_over_note(wanted, opened.source.names(), path.name), _held_note(opened.source, body)]
             return model, kernel, bytes_held(model, opened.source, dtype), notes
 
         model, kernel, needed, notes = job.control.agreed(build)
         evicted += self.residents.make_room(needed, path.name, opened.kind.name, spec, job.control)
         job.emit(Progress(f"Loading {path.name}", 0, 1), [])
-        network, weights = self._read(opened, model, mesh, kernel, body, job)
+        network, weights = self._read(opened, model, mesh, kernel, body, job, notes)
         config = opened.config
         predictor = Predictor(network, mesh, dtype, self.device, opened.kind)
-        state = ModelState(name, path.name, config.family, spec.describe(), body.dtype, needed)
+        state = ModelState(name, path.name, config.family, spec.describe(), body.held_in, needed)
         self.residents[name] = Resident(predictor, state, config.channels, weights)
         sizes = _Sizes(opened.source.bytes_read, needed, notes)
         return self._loaded(name, sizes, evicted, start, job), []
 
     def _read(
-        self, opened: OpenedModel, model: nn.Module, mesh: Mesh, kernel: str, body: LoadModel, job: Job
+        self,
+        opened: OpenedModel,
+        model: nn.Module,
+        mesh: Mesh,
+        kernel: str,
+        body: LoadModel,
+        job: Job,
+        notes: list[str],
     ) -> tuple[Network, PatchedWeights]:
-        """The model with its weights, read by this rank or shared out. Comm: `pass_on`'s."""
+        """The model with its weights, read by this rank or shared out. Comm: `pass_on`'s, `multiply_fp8`'s."""
         shared, dtype = self._readers(opened.source, mesh.spec, job), getattr(torch, body.dtype)
+        in_fp8 = is_quantised(opened.source) and multiply_fp8(self.device, job.control, body.has_fp8)
 
         def read() -> dict[str, HeldWeight]:
-            return load_parameters(
+            held = load_parameters(
                 model,
                 opened.source,
                 device=self.device,
@@ -212,6 +229,9 @@ class Engine:
                 should_stop=job.given_up,
                 shared=shared,
             )
+            if in_fp8 and sum(multiply_in_fp8(weight.parameter, body.fast_fp8) for weight in held.values()):
+                notes.append("products are made in fp8, as ComfyUI makes them on such cards")
+            return held
 
         def finish() -> Network:
             network = opened.network(model, mesh, kernel, self.device, dtype)
@@ -249,6 +269,7 @@ class Engine:
         if body.mesh is not None:
             body.mesh.check_world(world_size)
         choose(body.dtype, DTYPES, "dtype")
+        choose(body.weights or FP8, WEIGHTS, "Dtype of weights")
         choose(body.kernel, KERNELS, "Attention kernel")
 
     def _tell_block(self) -> None:

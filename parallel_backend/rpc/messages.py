@@ -31,6 +31,11 @@ class LoadModel(Message, frozen=True):
     """Hold the model at `path`, which must be of that kind; a no-op where it is resident already with these settings.
 
     Without a mesh the backend takes an exact one that suits the family: see MeshSpec.exact_default.
+
+    Args:
+        dtype: to compute in. weights: of WEIGHTS, what weights are held in; empty: as the file has them quantised, or in dtype.
+        fast_fp8: products with fp8 weights that have no scale are made in fp8 too, where cards do that.
+        has_fp8: ranks' devices count as such that make products in fp8, whatever they say.
     """
 
     path: str
@@ -40,6 +45,19 @@ class LoadModel(Message, frozen=True):
     kernel: str = "auto"
     kind: ModelKind = "any"
     compile: bool = False
+    weights: str = ""
+    fast_fp8: bool = False
+    has_fp8: bool = False
+
+    @property
+    def held_as(self) -> str:
+        """How the name begins that the backend gives the model."""
+        return f"{self.key}/{self.held_in}{'-fast' * self.fast_fp8}{'-has' * self.has_fp8}/{self.kernel}/"
+
+    @property
+    def held_in(self) -> str:
+        """What is computed in, and what weights are held in, where that is another."""
+        return f"{self.dtype}+{self.weights}" if self.weights else self.dtype
 
 
 class LoadVAE(Message, frozen=True):

@@ -1,0 +1,88 @@
+"""Half-precision files held in fp8: a rank quantises its part of each weight as it reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..config import FP8
+from ..distributed.tensor_parallel import Shard, cut
+from ..quantized.forms import ScaledFP8
+from ..quantized.weight import Part, QuantizedWeight
+from .checkpoint import TensorSource
+
+_E4M3 = torch.float8_e4m3fn
+
+
+@dataclass
+class FP8Source:
+    """The tensors of `inner`, of which those that are not quantised become fp8.
+
+    Args:
+        weights: of config.WEIGHTS. fp8: matrices and kernels, each row divided by a scale of its own. Rows are scaled whole,
+            also where ranks hold columns of them, so that the values are the same on any mesh; such a tensor is read whole.
+            A type's name: every tensor, cast to it.
+        edges: how the names of the layers begin by which the model takes in and gives out: `fp8` leaves them as they are.
+    """
+
+    inner: TensorSource
+    weights: str
+    edges: tuple[str, ...]
+    path: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.path = self.inner.path
+
+    @property
+    def bytes_read(self) -> int:
+        return self.inner.bytes_read
+
+    def names(self) -> list[str]:
+        return self.inner.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.inner.shape(name)
+
+    def check_unchanged(self) -> None:
+        self.inner.check_unchanged()
+
+    def held_bytes(self, name: str, shard: Shard | None) -> int | None:
+        if not self._becomes_fp8(name):
+            return self.inner.held_bytes(name, shard)
+        shape = list(self.shape(name))
+        if shard is not None:
+            shape[shard.dim] = shard.size
+        return prod(shape) + (4 * shape[0] if self.weights == FP8 else 0)
+
+    def read(self, name: str, shard: Shard | None = None) -> Tensor:
+        if not self._becomes_fp8(name):
+            return self.inner.read(name, shard)
+        if self.weights != FP8:
+            return _fp8_weight(self.inner.read(name, shard).to(getattr(torch, self.weights)))
+        if shard is None or shard.dim == 0:
+            return _scaled_by_row(self.inner.read(name, shard), None)
+        return _scaled_by_row(self.inner.read(name), shard)
+
+    def _becomes_fp8(self, name: str) -> bool:
+        if self.inner.held_bytes(name, None) is not None:
+            return False
+        return self.weights != FP8 or (len(self.shape(name)) in (2, 4) and not name.startswith(self.edges))
+
+
+def _scaled_by_row(tensor: Tensor, shard: Shard | None) -> QuantizedWeight:
+    """Of whole rows, those columns of the shard."""
+    values = tensor.float().flatten(1)
+    scale = values.abs().amax(1, keepdim=True) / torch.finfo(_E4M3).max
+    scale[scale == 0] = 1.0
+    data = (values / scale).to(_E4M3).view(tensor.shape)
+    return _fp8_weight(cut(data, shard).contiguous(), scale.flatten())
+
+
+def _fp8_weight(*tensors: Tensor) -> QuantizedWeight:
+    data = tensors[0]
+    rows = data.shape[0] if data.ndim else 1
+    return QuantizedWeight([Part(ScaledFP8(), tensors, (0, rows))], data.shape, torch.float32)
