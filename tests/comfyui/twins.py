@@ -36,29 +36,41 @@ class Twins:
         self.comfy, self.comfy_folder, self.folder = comfy, comfy_folder, folder
         spec = importlib.util.spec_from_file_location("pack", f"{pack}/__init__.py", submodule_search_locations=[pack])
         sys.modules["pack"] = importlib.util.module_from_spec(spec)
-        self.core_memory, self.remote_model, self.whole_loop, backends = (
+        self.core_dtype, self.core_memory, self.remote_model, self.whole_loop, backends = (
             importlib.import_module(f"pack.{part}")
-            for part in ("nodes.core_memory", "nodes.remote_model", "nodes.whole_loop", "parallel_backend")
+            for part in (
+                "nodes.core_dtype",
+                "nodes.core_memory",
+                "nodes.remote_model",
+                "nodes.whole_loop",
+                "parallel_backend",
+            )
         )
         self.backend, self.mesh = backends.Backend.attach(backend), backends.MeshSpec
         self.said = []
         self.whole_loop.say = lambda text, **_: self.said.append(text)
         self._models = {}
 
-    def pair(self, name, file, mesh):
-        """(local, parallel), loaded once."""
+    def pair(self, name, file, mesh, options=None):
+        """(local, parallel), loaded once; `options` are a loader's, and `has_fp8`."""
         if name not in self._models:
             path = os.path.join(self.folder, file)
-            local = self.local(path)
-            remote = self.backend.load_model(path, self.mesh(**mesh), "float32")
+            dtype, in_fp8 = "float32", {}
+            if options is not None:
+                dtype = self.core_dtype.told_by_loader(options)
+                in_fp8 = self.core_dtype.fp8_products(options) | {"has_fp8": bool(options.pop("has_fp8", False))}
+            self.comfy.model_management.SUPPORT_FP8_OPS = in_fp8.get("has_fp8", False)
+            local = self.local(path, options)
+            self.comfy.model_management.SUPPORT_FP8_OPS = False
+            remote = self.backend.load_model(path, self.mesh(**mesh), dtype, **in_fp8)
             pathlike = importlib.import_module("pathlib").Path(path)
             self._models[name] = local, self.remote_model.remote_patcher(remote, pathlike, 1)
         return self._models[name]
 
-    def local(self, path):
+    def local(self, path, options=None):
         """ComfyUI's own MODEL, of a GGUF file that of the pack ComfyUI-GGUF."""
         if not path.endswith(".gguf"):
-            return self.comfy.sd.load_diffusion_model(path, model_options={"dtype": torch.float32})
+            return self.comfy.sd.load_diffusion_model(path, model_options=options or {"dtype": torch.float32})
         folder_paths = importlib.import_module("folder_paths")
         folder_paths.folder_names_and_paths["diffusion_models"] = ([os.path.dirname(path)], {".gguf"})
         return self.gguf_pack.nodes.UnetLoaderGGUF().load_unet(os.path.basename(path))[0]
