@@ -109,18 +109,25 @@ def test_the_weakest_rank_decides_the_dtype() -> None:
 
 def test_a_dtype_that_comfyui_was_started_with_goes_before_the_cards(outcomes: dict[str, Any]) -> None:
     assert outcomes["told"] == {
-        "None": ["for model", "for vae"],
+        "None": ["auto", "for vae"],
         "bf16_unet": ["bfloat16", "for vae"],
-        "fp32_vae": ["for model", "float32"],
-        "fp16_vae": ["for model", "float16"],
+        "fp32_vae": ["auto", "float32"],
+        "fp16_vae": ["auto", "float16"],
         "force_fp32": ["float32", "float32"],
         "force_fp16": ["float16", "for vae"],
+        "fp8_e5m2_unet": ["float8_e5m2", "for vae"],
         "asked": ["float16", "float16"],
+        "fp8": ["fp8", "for vae"],
         "told": [
             "",
             "",
-            "ComfyUI's --fp8_e4m3fn-unet is not heeded: ranks hold a file's quantised weights as they are, "
-            "all others in float16, bfloat16 or float32.",
+            "ComfyUI's --fp64-unet is not heeded: ranks hold weights in float32, float16, bfloat16, float8_e4m3fn or "
+            "float8_e5m2, or as the file has them quantised.",
+        ],
+        "products": [
+            {"fast_fp8": True, "has_fp8": False},
+            {"fast_fp8": False, "has_fp8": False},
+            {"fast_fp8": True, "has_fp8": True},
         ],
     }
 

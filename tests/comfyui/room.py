@@ -211,18 +211,23 @@ def own_backends(routes):
 
 
 def told(core_dtype):
-    """The dtypes of a model and of a VAE where ComfyUI was started with a flag; the ranks' own choice is called after them."""
-    backend = SimpleNamespace(model_dtype=lambda path: "for model", vae_dtype=lambda: "for vae")
+    """The dtypes of a model and of a VAE where ComfyUI was started with a flag; the ranks' own choice for a VAE is called after it."""
+    backend = SimpleNamespace(vae_dtype=lambda: "for vae")
     outcomes = {}
-    for flag in (None, "bf16_unet", "fp32_vae", "fp16_vae", "force_fp32", "force_fp16"):
+    for flag in (None, "bf16_unet", "fp32_vae", "fp16_vae", "force_fp32", "force_fp16", "fp8_e5m2_unet"):
         core_dtype.args = SimpleNamespace(**({flag: True} if flag else {}))
-        vae = core_dtype.vae_dtype(backend, "auto")
-        outcomes[str(flag)] = [core_dtype.model_dtype(backend, None, "auto"), vae]
-    named = [core_dtype.vae_dtype(backend, "float16")]
-    core_dtype.args = SimpleNamespace(fp16_vae=True, fp8_e4m3fn_unet=True)
+        outcomes[str(flag)] = [core_dtype.model_dtype("auto"), core_dtype.vae_dtype(backend, "auto")]
+    outcomes["asked"] = [core_dtype.model_dtype("float16"), core_dtype.vae_dtype(backend, "float16")]
+    outcomes["fp8"] = [core_dtype.model_dtype("fp8"), core_dtype.vae_dtype(backend, "fp8")]
+    core_dtype.args = SimpleNamespace(fp16_vae=True, fp64_unet=True)
     outcomes["told"] = [core_dtype.unheeded("vae", "auto")]
     outcomes["told"] += [core_dtype.unheeded("unet", asked) for asked in ("float16", "auto")]
-    return outcomes | {"asked": [core_dtype.model_dtype(backend, None, "float16"), *named]}
+    options = {"dtype": "torch.float8_e4m3fn", "fp8_optimizations": True}
+    outcomes["products"] = [core_dtype.fp8_products(options), core_dtype.fp8_products({})]
+    fast = importlib.import_module("comfy.cli_args").PerformanceFeature.Fp8MatrixMultiplication
+    core_dtype.args = SimpleNamespace(fast={fast}, supports_fp8_compute=True)
+    outcomes["products"].append(core_dtype.fp8_products({}))
+    return outcomes
 
 
 def held(core_memory, mm, name, events, size=2**30, device=None):
