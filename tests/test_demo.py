@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from parallel_backend import Backend, MeshSpec
 from parallel_backend.__main__ import main
 from parallel_backend.bench.pictures import draw_plot, figures
+from parallel_backend.bench.weights import rows
 from parallel_backend.demo import command, yardsticks
 from parallel_backend.demo.drawing import as_picture
 from parallel_backend.demo.files import MODELS
@@ -161,6 +162,14 @@ def test_displaced_pictures_are_measured_against_exact_ones(
     assert 25 < early.mean_psnr < 100 and 25 < late.mean_psnr < 100 and full.least_psnr > 80
     draw_plot(found, steps, tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").width > 100
+
+
+@pytest.mark.parametrize("trained", [MMDIT, UNET], ids=SHIPPED)
+def test_pictures_of_weights_in_fp8_are_measured_against_the_files_own(trained: Trained, backend2: Backend) -> None:
+    fewer = replace(trained, spec=msgspec.structs.replace(trained.spec, steps=4))
+    own, fp8, cast, coarse, fast = rows(fewer, backend2, held_out_scenes(2), 128)
+    assert own.mean_psnr == 150 and fp8.held < 0.3 * own.held
+    assert fp8.mean_psnr > cast.mean_psnr > coarse.mean_psnr > 20 and 20 < fast.mean_psnr < fp8.mean_psnr < 100
 
 
 def test_psnr() -> None:

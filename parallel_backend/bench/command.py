@@ -35,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pictures.add_argument("--plot", type=Path, help="a PNG of it")
     pictures.set_defaults(run=_pictures)
 
+    weights = benches.add_parser("weights", help="what weights held in fp8 do to the demo's pictures: PSNR and score")
+    add_choice(weights)
+    weights.add_argument("--count", type=int, default=20, help="captions")
+    weights.add_argument("--size", type=int, default=128, help="pixels")
+    weights.set_defaults(run=_weights)
+
     faults = benches.add_parser("faults", help="kills, stops, fills and removes; prints what a user sees of it")
     faults.add_argument("--only", action="append", default=[], metavar="FAULT", help="repeatable")
     faults.set_defaults(run=_faults)
@@ -88,6 +94,13 @@ def _pictures(args: argparse.Namespace) -> int:
     from .pictures import run_pictures
 
     run_pictures(chosen(args), args.ranks, args.warmups, args.count, args.size, args.plot)
+    return 0
+
+
+def _weights(args: argparse.Namespace) -> int:
+    from .weights import run_weights
+
+    run_weights(chosen(args), args.count, args.size)
     return 0
 
 
