@@ -87,6 +87,17 @@ def test_a_transformers_evaluation_stays_on_its_device(name: str, mesh: MeshSpec
         checked(shallow(name, mesh), mesh, rank, (154, 77) if mesh.world_size == 2 else (77, 77))
 
 
+@pytest.mark.parametrize("form", ["fp8", "fp8 by rows", "fp8 products", "Q8_0", "Q4_K", "Q6_K", "IQ4_XS"])
+@pytest.mark.parametrize("config", [medium(2, dual=1), shallow_sdxl()], ids=["medium", "sdxl"])
+def test_quantised_weights_stay_on_their_device(form: str, config: Config) -> None:
+    with fake_cuda(), torch.inference_mode():
+        run = Evaluations(predictor(config, MeshSpec(), form=form), (512, 768))
+        run.next()  # after which constants are on the device
+        with Watch() as watch:
+            out = run.next()
+        assert out[0].device == DEVICE and watch.launches.total()
+
+
 @pytest.mark.parametrize("mesh", [MeshSpec(ring=2), MeshSpec(ring=3), MeshSpec(cfg=2, ring=2, ulysses=2)], ids=named)
 def test_displaced_ring_steps_stay_on_their_device(mesh: MeshSpec) -> None:
     checked(medium(2, dual=1), mesh, mesh.world_size - 1, displaced=2)

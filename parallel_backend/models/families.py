@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -82,6 +82,11 @@ SDXL = Kind(
 )
 
 
+# What a model of that kind is read from, where its weights are to be held otherwise than its file has them.
+Held: TypeAlias = Callable[[TensorSource, Kind], TensorSource]
+CPU = torch.device("cpu")
+
+
 @dataclass(frozen=True)
 class OpenedModel:
     """A file that was recognised.
@@ -108,29 +113,29 @@ class OpenedModel:
     later: Callable[[Any], Mapping[str, Callable[[Tensor | None], None]]] = lambda network: {}
 
 
-def open_model(path: Path, kind: str = "any", weights: str = "") -> OpenedModel:
-    """The model at `path`; `kind` is mmdit, unet or any, `weights` one of WEIGHTS or empty.
+def open_model(path: Path, kind: str = "any", weights: str = "", device: torch.device = CPU) -> OpenedModel:
+    """The model at `path`; `kind` is mmdit, unet or any. `weights` is one of WEIGHTS, which are made on `device`, or empty.
 
     Raises: CheckpointError, UnsupportedError: the file holds something else; the message says what.
     """
     names = diffusion_entries(path)
+
+    def held(source: TensorSource, kind: Kind) -> TensorSource:
+        return FP8Source(source, weights, kind.edges, device) if weights and not is_quantised(source) else source
+
     if kind != "unet" and FROM_SCRATCH_MARK in names:
-        return _open_from_scratch(path, weights)
+        return _open_from_scratch(path, held)
     if kind != "mmdit" and is_unet(names):
-        return _open_unet(path, weights)
+        return _open_unet(path, held)
     if kind == "unet":
         raise CheckpointError(
             f"{path.name} holds no UNet.", "Choose an SDXL model; LoadParallelMMDiT opens SD3 and SD3.5."
         )
-    return _open_mmdit(path, weights)
+    return _open_mmdit(path, held)
 
 
-def _held_in(weights: str, source: TensorSource, kind: Kind) -> TensorSource:
-    return FP8Source(source, weights, kind.edges) if weights and not is_quantised(source) else source
-
-
-def _open_mmdit(path: Path, weights: str) -> OpenedModel:
-    source = _held_in(weights, open_mmdit(path), SD3)
+def _open_mmdit(path: Path, held: Held) -> OpenedModel:
+    source = held(open_mmdit(path), SD3)
     config = mmdit_config(source)
     return OpenedModel(
         source,
@@ -146,9 +151,9 @@ def _open_mmdit(path: Path, weights: str) -> OpenedModel:
     )
 
 
-def _open_unet(path: Path, weights: str) -> OpenedModel:
+def _open_unet(path: Path, held: Held) -> OpenedModel:
     found, config = open_unet(path)
-    source = _held_in(weights, found, SDXL)
+    source = held(found, SDXL)
     return OpenedModel(
         source,
         config,
@@ -160,8 +165,8 @@ def _open_unet(path: Path, weights: str) -> OpenedModel:
     )
 
 
-def _open_from_scratch(path: Path, weights: str) -> OpenedModel:
-    source = _held_in(weights, open_diffusion(path), FROM_SCRATCH)
+def _open_from_scratch(path: Path, held: Held) -> OpenedModel:
+    source = held(open_diffusion(path), FROM_SCRATCH)
     config = from_scratch_config(source)
     return OpenedModel(
         source,

@@ -1,4 +1,4 @@
-"""Half-precision files held in fp8: a rank quantises its part of each weight as it reads it."""
+"""Half-precision files held in fp8: a rank quantises its part of each weight as it reads it, on its device."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ..distributed.tensor_parallel import Shard, cut
 from ..quantized.forms import ScaledFP8
 from ..quantized.weight import Part, QuantizedWeight
 from .checkpoint import TensorSource
+from .staging import Place, placing
 
 _E4M3 = torch.float8_e4m3fn
 
@@ -27,15 +28,18 @@ class FP8Source:
             also where ranks hold columns of them, so that the values are the same on any mesh; such a tensor is read whole.
             A type's name: every tensor, cast to it.
         edges: how the names of the layers begin by which the model takes in and gives out: `fp8` leaves them as they are.
+        device: where it is computed, and where what is read lies.
     """
 
     inner: TensorSource
     weights: str
     edges: tuple[str, ...]
+    device: torch.device
     path: Path = field(init=False)
+    _place: Place = field(init=False)
 
     def __post_init__(self) -> None:
-        self.path = self.inner.path
+        self.path, self._place = self.inner.path, placing(self.device)
 
     @property
     def bytes_read(self) -> int:
@@ -62,10 +66,14 @@ class FP8Source:
         if not self._becomes_fp8(name):
             return self.inner.read(name, shard)
         if self.weights != FP8:
-            return _fp8_weight(self.inner.read(name, shard).to(getattr(torch, self.weights)))
+            return _fp8_weight(self._there(name, shard).to(getattr(torch, self.weights)))
         if shard is None or shard.dim == 0:
-            return _scaled_by_row(self.inner.read(name, shard), None)
-        return _scaled_by_row(self.inner.read(name), shard)
+            return _scaled_by_row(self._there(name, shard), None)
+        return _scaled_by_row(self._there(name, None), shard)
+
+    def _there(self, name: str, shard: Shard | None) -> Tensor:
+        tensor = self.inner.read(name, shard)
+        return self._place(tensor, tensor.dtype)
 
     def _becomes_fp8(self, name: str) -> bool:
         if self.inner.held_bytes(name, None) is not None:
@@ -77,7 +85,7 @@ def _scaled_by_row(tensor: Tensor, shard: Shard | None) -> QuantizedWeight:
     """Of whole rows, those columns of the shard."""
     values = tensor.float().flatten(1)
     scale = values.abs().amax(1, keepdim=True) / torch.finfo(_E4M3).max
-    scale[scale == 0] = 1.0
+    scale.masked_fill_(scale == 0, 1.0)
     data = (values / scale).to(_E4M3).view(tensor.shape)
     return _fp8_weight(cut(data, shard).contiguous(), scale.flatten())
 

@@ -48,6 +48,8 @@ class Staging:
 
     def place(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """The tensor on the device in that dtype. For a moment the device has it in the file's dtype too."""
+        if tensor.is_cuda:  # quantised there, as it was read
+            return tensor.to(dtype)
         landed = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
         for start, part in _parts(tensor, self._buffers[0].nbytes // tensor.element_size()):
             filled = self._free_buffer()[: part.nbytes].view(part.dtype)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ..checkpoint_files.gguf_file import gguf_package
 from ..checkpoint_files.packed_entries import FORMS, TILE
@@ -61,8 +62,8 @@ class ScaledFP8(Form):
         scale = tensors[1].to(dtype)
         return values.mul_(scale.reshape(-1, *[1] * (values.ndim - 1)) if scale.numel() > 1 else scale.reshape(()))
 
-    def in_fp8(self, tensors: Sequence[Tensor], bare: bool) -> ScaledFP8:
-        """The form that makes products with these tensors in fp8, as ComfyUI makes them; itself where neither does.
+    def in_fp8(self, tensors: Sequence[Tensor], bare: bool) -> tuple[ScaledFP8, tuple[Tensor, ...]] | None:
+        """The form that makes products in fp8, as ComfyUI makes them, and all that it needs; None where these tensors don't suit.
 
         Args:
             bare: also where values have no factor.
@@ -71,17 +72,18 @@ class ScaledFP8(Form):
         data, *scales = tensors
         fits = data.ndim == 2 and data.dtype == torch.float8_e4m3fn and not any(n % 16 for n in data.shape)
         if self.in_full or not fits or not (scales or bare) or any(scale.numel() != 1 for scale in scales):
-            return self
+            return None
         kitchen()
-        return ScaledFP8(multiplies=True)
+        one = torch.ones((), device=data.device)
+        found = [scale.reshape(()).float() for scale in scales] + [one] * (2 - len(scales))
+        return ScaledFP8(multiplies=True), (data, *found)
 
     def product(self, x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-        """x is rounded to fp8 too, divided by the third tensor or as it is."""
-        one = torch.ones((), device=x.device)
-        data, scale, incoming = (*tensors, one, one)[:3]
+        """x is rounded to fp8 too, divided by the third tensor."""
+        data, scale, incoming = tensors
         layout, kind = kitchen().TensorCoreFP8Layout, "TensorCoreFP8Layout"
-        rows = kitchen().QuantizedTensor.from_float(x.reshape(-1, x.shape[-1]), kind, scale=incoming.reshape(()))
-        params = layout.Params(scale=scale.reshape(()), orig_dtype=x.dtype, orig_shape=tuple(data.shape))
+        rows = kitchen().QuantizedTensor.from_float(x.reshape(-1, x.shape[-1]), kind, scale=incoming)
+        params = layout.Params(scale=scale, orig_dtype=x.dtype, orig_shape=tuple(data.shape))
         out = F.linear(rows, kitchen().QuantizedTensor(data, kind, params), bias)
         return out.reshape(*x.shape[:-1], data.shape[0])
 
@@ -146,11 +148,27 @@ class GGUF(Form):
 
     def values(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         (data_RS,) = tensors
-        values = self._function(data_RS.reshape(-1, self._bytes), self._block, self._bytes).half()
+        with _KeptConstants():
+            values = self._function(data_RS.reshape(-1, self._bytes), self._block, self._bytes).half()
         if self.run is None:
             return values.reshape(data_RS.shape[0], -1).to(dtype)
         before, shape = self.run
         return values.reshape(-1)[before : before + prod(shape)].reshape(shape).to(dtype)
+
+
+class _KeptConstants(TorchFunctionMode):
+    """What is made of Python's numbers below it stays on its device: to make it there is a copy that the host waits for."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        if func is torch.tensor:
+            return constant(tuple(args[0]), **kwargs)
+        return func(*args, **(kwargs or {}))
+
+
+@cache
+def constant(values: tuple[float, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A vector that nobody changes."""
+    return torch.tensor(values, dtype=dtype).to(device)
 
 
 def form_of(kind: str, options: Mapping[str, Any]) -> Form:

@@ -152,12 +152,14 @@ class QuantizedWeight(torch.Tensor):
 
 def multiply_in_fp8(weight: Tensor, bare: bool) -> bool:
     """Products with the weight are made in fp8 from now on, if its form does that; see ScaledFP8.in_fp8. Returns whether they are."""
-    parts = weight.parts if isinstance(weight, QuantizedWeight) else ()
-    forms = [part.form.in_fp8(part.tensors, bare) for part in parts if isinstance(part.form, ScaledFP8)]
-    if not forms or len(forms) < len(parts) or not all(form.multiplies for form in forms):
+    if not isinstance(weight, QuantizedWeight):
         return False
-    assert isinstance(weight, QuantizedWeight)
-    weight.parts = tuple(replace(part, form=form) for part, form in zip(parts, forms, strict=True))
+    found = []
+    for part in weight.parts:
+        if not isinstance(part.form, ScaledFP8) or (faster := part.form.in_fp8(part.tensors, bare)) is None:
+            return False
+        found.append(replace(part, form=faster[0], tensors=faster[1]))
+    weight.parts = tuple(found)
     return True
 
 

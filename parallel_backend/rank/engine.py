@@ -165,7 +165,7 @@ class Engine:
         opened, spec = None, body.mesh
 
         def find() -> OpenedModel:
-            found = open_model(self.files.checked(body.path, body.key), body.kind, body.weights)
+            found = open_model(self.files.checked(body.path, body.key), body.kind, body.weights, self.device)
             if body.mesh is not None:
                 body.mesh.check_axes(found.kind.axes, found.config.family)
             return found

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from parallel_backend.distributed import patch_layers
+from parallel_backend.quantized import forms
 
 from .stand_ins import stand_ins
 
@@ -31,12 +32,18 @@ def fake_cuda(rank: int = 0, world_size: int = 1) -> Iterator[None]:
     assert not dist.is_initialized() and not torch.cuda.is_available()
     with stand_ins(), _FakeDevice():
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-        patch_layers._shares.cache_clear()
+        _let_go()
         try:
             yield
         finally:
-            patch_layers._shares.cache_clear()  # it keeps tensors of this device
+            _let_go()
             dist.destroy_process_group()
+
+
+def _let_go() -> None:
+    """Of tensors that are kept by their device."""
+    patch_layers._shares.cache_clear()
+    forms.constant.cache_clear()
 
 
 class _FakeDevice(TorchDispatchMode):

@@ -21,11 +21,15 @@ from parallel_backend.models.network import TokenNetwork
 from parallel_backend.models.prediction import Predictor, Prompt
 from parallel_backend.models.unet import BandUNet, UNetConfig, band_rows, loadable_unet
 from parallel_backend.models.vae import BandVAE
+from parallel_backend.quantized.forms import GGUF, ScaledFP8
+from parallel_backend.quantized.weight import Part, QuantizedWeight, multiply_in_fp8
 
 from .device import DEVICE, on_cuda, put_weights
 
 Config = MMDiTConfig | FromScratchConfig | UNetConfig
 _SD3 = {"qk_norm": True, "channels": 16, "patch_size": 2, "context_width": 4096, "pooled_width": 2048}
+# Of 256 values.
+_BYTES = {"Q8_0": 272, "Q4_K": 144, "Q6_K": 210, "IQ4_XS": 136}
 _SDXL = {"family": "sdxl", "channels": 4, "context_width": 2048, "pooled_width": 2816}
 
 
@@ -77,20 +81,39 @@ class _KeptRows:
         return on_cuda(sum(stop - start for start, stop in ranges), self._width, dtype=self._dtype)
 
 
-def predictor(config: Config, spec: MeshSpec, dtype: torch.dtype = torch.bfloat16) -> Predictor:
-    """The model of these sizes as this rank of the mesh has it."""
+def predictor(config: Config, spec: MeshSpec, dtype: torch.dtype = torch.bfloat16, form: str = "") -> Predictor:
+    """The model of these sizes as this rank of the mesh has it; `form` as `quantise` takes it."""
     mesh = build_mesh(spec)
     if isinstance(config, UNetConfig):
         unet = _unet(config, mesh)
         put_weights(unet, dtype)
+        quantise(unet, form) if form else None
         unet.to = lambda **_: unet  # type: ignore[method-assign]  # the weights lie channels last already
         return Predictor(BandUNet(unet, config, mesh, "native"), mesh, dtype, DEVICE, SDXL)
     kind, module = (SD3, MMDiT) if isinstance(config, MMDiTConfig) else (FROM_SCRATCH, FromScratch)
     with torch.device("meta"):
         model = module(config, mesh, "native")
     put_weights(model, dtype)
+    quantise(model, form) if form else None
     positions = _KeptRows(config.hidden, dtype) if kind is SD3 else GridPositions(DEVICE)
     return Predictor(TokenNetwork(model, positions), mesh, dtype, DEVICE, kind)
+
+
+def quantise(module: nn.Module, form: str) -> None:
+    """Its matrices stay quantised as files of that form leave them: fp8 (with one scale, or one for each row), or a type of GGUF's."""
+    for name, parameter in list(module.named_parameters()):
+        if parameter.ndim != 2 or parameter.shape[1] % 256:
+            continue
+        (rows, columns), (owner, _, leaf) = parameter.shape, name.rpartition(".")
+        if form.startswith("fp8"):
+            scale = on_cuda(rows if form == "fp8 by rows" else 1)
+            part = Part(ScaledFP8(), (on_cuda(rows, columns, dtype=torch.float8_e4m3fn), scale), (0, rows))
+        else:
+            part = Part(GGUF(form), (on_cuda(rows, columns // 256 * _BYTES[form], dtype=torch.uint8),), (0, rows))
+        weight = QuantizedWeight([part], parameter.shape, parameter.dtype)
+        if form == "fp8 products":
+            multiply_in_fp8(weight, bare=False)
+        setattr(module.get_submodule(owner), leaf, weight)
 
 
 def _unet(config: UNetConfig, mesh: Mesh) -> Any:
