@@ -23,7 +23,7 @@ from benchmarks.gpu.one_card import Ranks, ranks_on_one_card
 from benchmarks.gpu.options import ROOT, Options
 from benchmarks.gpu.report import NO_GPU, Report, Told, shown, summary
 from benchmarks.gpu.runner import Section, run_all
-from benchmarks.gpu.sections import beside, graphs, loading, memory, ranks, sd35, sdxl
+from benchmarks.gpu.sections import beside, graphs, loading, memory, quantised, ranks, sd35, sdxl
 from benchmarks.gpu.timing import covered, profile, synchronizations
 
 pytestmark = pytest.mark.busy
@@ -285,3 +285,10 @@ def test_a_rank_that_torchrun_starts_is_a_host_of_its_own_and_sleeps_at_a_signal
     env = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks/gpu/rank_hooks"), "RANK": "3", "LOCAL_RANK": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["sleeps", "True", "rank3"]
+
+
+def test_every_quantised_form_has_a_row(tmp_path: Path) -> None:
+    (table,) = told(quantised.run, tmp_path).tables
+    plain, *forms = table.rows
+    assert len(forms) == 5 and all(row[1] < 0.7 * plain[1] and row[2] > 0 for row in forms)
+    assert all(0 < row[-1] < 0.1 for row in forms[:3])

@@ -68,8 +68,8 @@ class FP8Source:
         if self.weights != FP8:
             return _fp8_weight(self._there(name, shard).to(getattr(torch, self.weights)))
         if shard is None or shard.dim == 0:
-            return _scaled_by_row(self._there(name, shard), None)
-        return _scaled_by_row(self._there(name, None), shard)
+            return scaled_by_row(self._there(name, shard), None)
+        return scaled_by_row(self._there(name, None), shard)
 
     def _there(self, name: str, shard: Shard | None) -> Tensor:
         tensor = self.inner.read(name, shard)
@@ -81,7 +81,7 @@ class FP8Source:
         return self.weights != FP8 or (len(self.shape(name)) in (2, 4) and not name.startswith(self.edges))
 
 
-def _scaled_by_row(tensor: Tensor, shard: Shard | None) -> QuantizedWeight:
+def scaled_by_row(tensor: Tensor, shard: Shard | None) -> QuantizedWeight:
     """Of whole rows, those columns of the shard."""
     values = tensor.float().flatten(1)
     scale = values.abs().amax(1, keepdim=True) / torch.finfo(_E4M3).max

@@ -18,18 +18,18 @@ from .jobs import Job
 
 
 class OneProcess:
-    """A model that this process samples alone."""
+    """A model that this process samples alone. `weights` as LoadModel has them; `loaded` tells what a backend would."""
 
-    def __init__(self, path: Path, dtype: str = "float32") -> None:
+    def __init__(self, path: Path, dtype: str = "float32", weights: str = "") -> None:
         self._engine = Engine(torch.device("cpu"))
-        loaded, _ = self._ask(LoadModel(str(path), content_key(path), dtype, MeshSpec()), [])
+        loaded, _ = self._ask(LoadModel(str(path), content_key(path), dtype, MeshSpec(), weights=weights), [])
         assert isinstance(loaded, Loaded)
-        self._name = loaded.model
+        self.loaded = loaded
 
     def sample(self, latent: Tensor, positive: Conditioning, negative: Conditioning, spec: SamplerSpec) -> Tensor:
         """As `RemoteModel.sample`, of the same settings."""
         tensors = [latent, positive.context, positive.pooled, negative.context, negative.pooled]
-        body = Sample(self._name, spec, 0, positive.prompt(1, 2), negative.prompt(3, 4))
+        body = Sample(self.loaded.model, spec, 0, positive.prompt(1, 2), negative.prompt(3, 4))
         _, (sampled,) = self._ask(body, tensors)
         return sampled
 
