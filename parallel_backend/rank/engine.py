@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ..config import DTYPES, FP8, KERNELS, WEIGHTS, MeshSpec, choose
 from ..distributed.device_memory import give_back
-from ..distributed.fp8_products import multiply_fp8
 from ..distributed.kernel_trial import choose_kernel
 from ..distributed.kernels import Use
 from ..distributed.mesh import BandAxes, Groups, Mesh, MeshAxis, build_mesh
@@ -24,6 +23,7 @@ from ..extras.weights import PatchedWeights, PatchFiles
 from ..models.checkpoint import HeldWeight, TensorSource, bytes_held, is_quantised, load_parameters
 from ..models.compiled import check_compiler, compile_blocks, refuse_quantised
 from ..models.families import OpenedModel, open_model
+from ..models.fp8_products import cards_multiply_fp8, make_products_in_fp8
 from ..models.fp8_source import FP8Source
 from ..models.left_over import left_over_note
 from ..models.network import Network
@@ -31,7 +31,6 @@ from ..models.prediction import Predictor, Rows
 from ..models.shared_reading import pass_on
 from ..models.vae import BandVAE
 from ..models.vae_checkpoint import open_vae
-from ..quantized.weight import multiply_in_fp8
 from ..rpc.messages import (
     Decode,
     Done,
@@ -215,9 +214,9 @@ class Engine:
         job: Job,
         notes: list[str],
     ) -> tuple[Network, PatchedWeights]:
-        """The model with its weights, read by this rank or shared out. Comm: `pass_on`'s, `multiply_fp8`'s."""
+        """The model with its weights, read by this rank or shared out. Comm: `pass_on`'s, `cards_multiply_fp8`'s."""
         shared, dtype = self._readers(opened.source, mesh.spec, job), getattr(torch, body.dtype)
-        in_fp8 = is_quantised(opened.source) and multiply_fp8(self.device, job.control, body.has_fp8)
+        in_fp8 = is_quantised(opened.source) and cards_multiply_fp8(self.device, job.control, body.has_fp8)
 
         def read() -> dict[str, HeldWeight]:
             held = load_parameters(
@@ -229,8 +228,7 @@ class Engine:
                 should_stop=job.given_up,
                 shared=shared,
             )
-            if in_fp8 and sum(multiply_in_fp8(weight.parameter, body.fast_fp8) for weight in held.values()):
-                notes.append("products are made in fp8, as ComfyUI makes them on such cards")
+            notes.append(make_products_in_fp8(held.values(), body.fast_fp8) if in_fp8 else "")
             return held
 
         def finish() -> Network:

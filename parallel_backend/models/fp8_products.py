@@ -1,20 +1,26 @@
-"""Whether products are made in fp8."""
+"""Whether a model's products are made in fp8, and with which weights."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import msgspec
 import torch
 
+from ..distributed.control import Control
 from ..errors import UnsupportedError
 from ..quantized.forms import kitchen
-from .control import Control
+from ..quantized.weight import multiply_in_fp8
+from .checkpoint import HeldWeight
+
+NOTE = "products are made in fp8, as ComfyUI makes them on such cards"
 
 
 class _Card(msgspec.Struct):
     multiplies: bool
 
 
-def multiply_fp8(device: torch.device, control: Control, whatever_it_says: bool) -> bool:
+def cards_multiply_fp8(device: torch.device, control: Control, whatever_it_says: bool) -> bool:
     """Whether every rank's device has products of fp8 (NVIDIA from Ada on), and the package of ComfyUI's kernels.
 
     Args:
@@ -35,3 +41,8 @@ def _has_kitchen() -> bool:
     except UnsupportedError:
         return False
     return True
+
+
+def make_products_in_fp8(held: Iterable[HeldWeight], bare: bool) -> str:
+    """From now on, of all weights whose form has them; `bare`: those without a scale too. Returns what to tell, if there are any."""
+    return NOTE if sum(multiply_in_fp8(weight.parameter, bare) for weight in held) else ""
