@@ -51,8 +51,8 @@ def load_remote_model(
     """The model in the backend, and lines about how it came there; the rest as for `parallel_model`."""
     backend, degrees = mesh.backend(), mesh.unet if kind == "unet" else mesh.mmdit
     asked = told_by_loader(options) if mesh.dtype == AUTO else mesh.dtype
-    dtype, in_fp8 = model_dtype(asked), fp8_products(options)
-    load = backend.asked(path, degrees, dtype, mesh.kernel, name, **in_fp8)
+    settings = {"kind": kind, "compile": mesh.compile, **fp8_products(options)}
+    load = backend.asked(path, degrees, model_dtype(asked), mesh.kernel, name, **settings)
     room = make_room(backend, _most_bytes(path, degrees, load), f"{load.held_as}{degrees.describe()}/")
     bar = comfy.utils.ProgressBar(1)
 
@@ -61,8 +61,7 @@ def load_remote_model(
             say(f"{event.what} on {degrees.describe()}")
             bar.update_absolute(event.done, event.total)
 
-    settings = {"kind": kind, "compile": mesh.compile, "name": name, "on_event": on_event, **in_fp8}
-    remote = interruptible(backend, backend.load_model, path, degrees, dtype, mesh.kernel, **settings)
+    remote = interruptible(backend, backend.load_asked, load, on_event=on_event)
     bar.update_absolute(1, 1)
     remote.nan_is_error = mesh.nan_is_error
     heeded = [unheeded("unet", asked), unheeded_of_loader(options, asked)]

@@ -122,6 +122,16 @@ class Backend(Connection):
         """
         fp8 = {"fast_fp8": fast_fp8, "has_fp8": has_fp8}
         load = self.asked(path, mesh, dtype, kernel, name, kind=kind, compile=compile, **fp8)
+        return self.load_asked(load, on_event=on_event, should_cancel=should_cancel)
+
+    def load_asked(
+        self,
+        load: LoadModel,
+        *,
+        on_event: OnEvent | None = None,
+        should_cancel: Callable[[], bool] | None = None,
+    ) -> RemoteModel:
+        """What `asked` gave, loaded; else as `load_model`."""
         return RemoteModel(self, load, self.load(load, on_event, should_cancel))
 
     def asked(
@@ -133,7 +143,7 @@ class Backend(Connection):
         name: str = "",
         **settings: Any,
     ) -> LoadModel:
-        """What `load_model` asks for. Raises: CheckpointError."""
+        """What `load_model` asks for, with the same settings. Raises: CheckpointError."""
         file = _absolute(path)
         weights = dtype if dtype in WEIGHTS else ""
         dtype = self.model_dtype(file) if weights or dtype == AUTO else dtype
