@@ -58,6 +58,22 @@ def comfy_quant(
     return found
 
 
+def bitsandbytes(tensors: Tensors, kind: str = "nf4", nested: bool = False, block: int = 64) -> dict[str, Tensor]:
+    """As diffusers saves a model that it has quantised by bitsandbytes, each matrix as bytes with their state beside."""
+    import bitsandbytes.functional as bnb
+
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if not is_matrix(name, tensor):
+            found[name] = tensor
+            continue
+        given = {"blocksize": block, "compress_statistics": nested, "quant_type": kind}
+        data, state = bnb.quantize_4bit(tensor.to(torch.bfloat16), **given)
+        found[name] = data
+        found |= {f"{name}.{part}": value for part, value in state.as_dict(packed=True).items()}
+    return found
+
+
 def mixed(tensors: Tensors) -> dict[str, Tensor]:
     """Every other matrix in another form, some in none."""
     forms = [COMFY_QUANT[name] for name in ("fp8 with scales", "int8 by rows", "nvfp4")]
@@ -90,6 +106,13 @@ SAFETENSORS: dict[str, Callable[[Tensors], dict[str, Tensor]]] = {
     **COMFY_QUANT,
     "mixed": mixed,
 }
+# What ComfyUI doesn't read.
+BITSANDBYTES: dict[str, Callable[[Tensors], dict[str, Tensor]]] = {
+    "nf4": bitsandbytes,
+    "nf4, double": partial(bitsandbytes, nested=True),
+    "nf4, blocks of 512": partial(bitsandbytes, block=512),
+    "fp4, double": partial(bitsandbytes, kind="fp4", nested=True, block=128),
+}
 # Types that the gguf package writes, and one that only it reads.
 GGUF = (
     "Q8_0",
@@ -115,7 +138,8 @@ def write_quantised(path: Path, tensors: Tensors, form: str) -> Path:
     if form in GGUF:
         return write_gguf(path / f"{name}.gguf", tensors, form)
     file = path / f"{name}.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in SAFETENSORS[form](tensors).items()}, file)
+    quantise = {**SAFETENSORS, **BITSANDBYTES}[form]
+    save_file({name: tensor.contiguous() for name, tensor in quantise(tensors).items()}, file)
     return file
 
 

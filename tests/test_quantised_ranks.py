@@ -18,7 +18,7 @@ from parallel_backend.quantized.whole_file import WholeFile
 from parallel_backend.small_checkpoints.mmdit import small_config, write_mmdit
 from parallel_backend.small_checkpoints.prompts import random_prompt
 
-FILES = ("scaled_fp8", "bare_fp8", "nvfp4", "Q4_K", "unet_scaled", "unet_bare", "unet_Q8_0")
+FILES = ("scaled_fp8", "bare_fp8", "nvfp4", "nf4_double", "Q4_K", "unet_scaled", "unet_bare", "unet_Q8_0")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, unets: Path) -> Path:
     folder = tmp_path_factory.mktemp("quantised")
     dense = load_file(write_mmdit(folder / "dense.safetensors", small_config("sd3.5-medium", 4)))
     unet = load_file(unets / "unet-tiny.safetensors")
-    for form in ("scaled fp8", "bare fp8", "nvfp4", "Q4_K"):
+    for form in ("scaled fp8", "bare fp8", "nvfp4", "nf4, double", "Q4_K"):
         write_quantised(folder, dense, form)
     save_file(scaled_fp8(unet), folder / "unet_scaled.safetensors")
     save_file(bare_fp8(unet), folder / "unet_bare.safetensors")
@@ -60,7 +60,7 @@ TP, PP, ULYSSES = MeshSpec(tp=4), MeshSpec(pp=2, tp=2), MeshSpec(cfg=2, ulysses=
 BANDS, SLICED = MeshSpec(patch=4), MeshSpec(cfg=2, patch=2, sliced=True)
 CASES = [
     *(("scaled_fp8", mesh) for mesh in (TP, PP, ULYSSES)),
-    *(("bare_fp8", TP), ("nvfp4", PP), ("Q4_K", TP)),
+    *(("bare_fp8", TP), ("nvfp4", PP), ("nf4_double", TP), ("nf4_double", PP), ("Q4_K", TP)),
     *(("unet_scaled", BANDS), ("unet_bare", SLICED), ("unet_Q8_0", BANDS), ("unet_Q8_0", SLICED)),
 ]
 
@@ -79,7 +79,7 @@ def assert_alike(picture: Tensor, expected: Tensor) -> None:
     assert picture.std() > 0.1 and (picture - expected).abs().max() <= 5e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("name", ["scaled_fp8", "Q4_K", "unet_bare"])
+@pytest.mark.parametrize("name", ["scaled_fp8", "nf4_double", "Q4_K", "unet_bare"])
 def test_patches_come_go_and_take_turns_on_quantised_weights(name: str, backend4: Backend, folder: Path) -> None:
     meshes = {"unet_bare": MeshSpec(cfg=2, patch=2, sliced=True)}
     quantised, values = pair(backend4, folder, name, meshes.get(name, MeshSpec(pp=2, tp=2)))

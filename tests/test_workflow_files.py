@@ -296,7 +296,7 @@ def test_a_class_that_nobody_knows_is_told_and_not_refused() -> None:
         ("sd3.5_large_fp8_scaled.safetensors", ""),
         ("sd3.5_large-Q4_0.gguf", ""),
         ("svdq-int4-sdxl.safetensors", "SVDQuant"),
-        ("sdxl-nf4.safetensors", "NF4"),
+        ("sdxl-nf4.safetensors", ""),
         ("SDXL\\old.ckpt", ""),
         ("cosxl.safetensors", "EDM"),
         ("sd_xl_base_1.0_inpainting_0.1.safetensors", "more input channels"),

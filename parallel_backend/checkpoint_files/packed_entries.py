@@ -1,6 +1,6 @@
 """Which tensors of a safetensors file are quantised, and how: told by its header and a few bytes beside it.
 
-Three generations of ComfyUI's files: bare fp8, whose values are the numbers; `scaled_fp8` files with `scale_weight`; and a JSON
+By bitsandbytes, or in three generations of ComfyUI's files: bare fp8, whose values are the numbers; `scaled_fp8` files with `scale_weight`; and a JSON
 text `comfy_quant` beside each weight, or one for all of them in the metadata.
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
+from .bitsandbytes_entries import bitsandbytes_weights, is_beside
 from .gguf_file import is_gguf
 from .layout import files_of
 from .pickled_file import is_pickled
@@ -23,8 +24,6 @@ WEIGHT, MARK = ".weight", ".comfy_quant"
 _SCALED_FP8, _SCALE_WEIGHT, _SCALE_INPUT = "scaled_fp8", ".scale_weight", ".scale_input"
 _METADATA = "_quantization_metadata"
 _FP8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
-# bitsandbytes leaves these beside a weight of 4 bits.
-_BITSANDBYTES = ("quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4")
 
 
 @dataclass(frozen=True)
@@ -129,9 +128,10 @@ def without_packing(
         metadata: of the header, whose names have the prefix. text: reads the bytes of a tensor.
     Raises: UnsupportedError: a form that isn't known here. CheckpointError: a scale is missing or of another shape.
     """
-    _refuse_bitsandbytes(entries, file_name)
+    of_4_bits = {name: PackedEntry(*told) for name, told in bitsandbytes_weights(entries, text, file_name)}
+    entries = {name: entry for name, entry in entries.items() if not is_beside(name, of_4_bits)}
     told = _told(entries, metadata, prefix, text, file_name)
-    packed = dict(_packed(entries, told, file_name))
+    packed = of_4_bits | dict(_packed(entries, told, file_name))
     beside = {name for name in entries if _is_beside(name, told, packed)}
     plain = {name: entry for name, entry in entries.items() if name not in beside}
     for name, found in packed.items():
@@ -254,11 +254,3 @@ def _is_beside(name: str, told: Mapping[str, Any], packed: Mapping[str, PackedEn
     if layer in told:
         return leaf in (_OF_ACTIVATIONS, *_SCALES)
     return leaf in _SCALES and any(name in entry.parts[1:] for entry in packed.values())
-
-
-def _refuse_bitsandbytes(entries: Mapping[str, Any], file_name: str) -> None:
-    if any(name.endswith(_BITSANDBYTES) for name in entries):
-        raise UnsupportedError(
-            f"{file_name} is quantised by bitsandbytes (NF4 or FP4).",
-            "Use the fp8, GGUF or half-precision file of this model.",
-        )

@@ -10,9 +10,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from ..checkpoint_files.bitsandbytes_entries import FOUR_BITS
 from ..checkpoint_files.packed_entries import TILE, PackedEntry, without_packing
 from ..checkpoint_files.safetensors_file import tensor_bytes
 from ..distributed.tensor_parallel import Shard, cut
+from ..quantized import bitsandbytes
 from ..quantized.forms import form_of, scale_columns
 from ..quantized.weight import Part, QuantizedWeight
 from .checkpoint import SafetensorsSource
@@ -42,6 +44,8 @@ class PackedSource(SafetensorsSource):
         shape = list(entry.shape)
         if shard is not None:
             shape[shard.dim] = shard.size
+        if entry.form in FOUR_BITS:
+            return bitsandbytes.held_bytes(entry, prod(shape))
         whole = sum(self._bytes_of(part) for part in entry.parts)
         return round(whole * prod(shape) / prod(entry.shape))
 
@@ -65,12 +69,17 @@ class PackedSource(SafetensorsSource):
 
     def _part(self, entry: PackedEntry, rows: Range, columns: Range) -> Part:
         """Whole units of the file, of which those rows and columns are meant."""
+        if entry.form in FOUR_BITS:
+            return bitsandbytes.bitsandbytes_part(entry, rows, columns, self._range)
         top, bottom = whole_units(rows, entry.unit[0], entry.shape[0])
         left, right = whole_units(columns, entry.unit[1], prod(entry.shape[1:]))
         data = self._data(entry, (top, bottom), (left, right))
         scales = [self._scale(entry, name, (top, bottom), (left, right)) for name in entry.parts[1:]]
         meant = None if columns == (left, right) else (columns[0] - left, columns[1] - left)
         return Part(form_of(entry.form, entry.options), (data, *scales), (rows[0] - top, rows[1] - top), meant)
+
+    def _range(self, name: str, start: int, stop: int) -> Tensor:
+        return self._stored(name, Shard(0, ((start, stop),)))
 
     def _data(self, entry: PackedEntry, rows: Range, columns: Range) -> Tensor:
         """Those rows, and of them those columns of values, of which an element can hold several."""

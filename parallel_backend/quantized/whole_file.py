@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint_files.bitsandbytes_entries import FOUR_BITS
 from ..checkpoint_files.gguf_file import PLAIN, gguf_tensors, is_gguf
 from ..checkpoint_files.mapped import MappedTensors
 from ..checkpoint_files.packed_entries import PackedEntry, has_packing, packed_entries
+from .bitsandbytes import bitsandbytes_part
 from .forms import form_of
 from .gguf_values import values_of
 
@@ -44,8 +46,12 @@ class WholeFile(Mapping[str, Tensor]):
             return values_of(self._tensors[name])
         if name not in self._packed:
             return self._mapped[self._prefix + name]
-        entry = self._packed[name]
-        parts = [self._mapped[self._prefix + part] for part in entry.parts]
+        entry, mapped = self._packed[name], self._mapped
+        if entry.form in FOUR_BITS:
+            rows, columns = ((0, side) for side in entry.shape)
+            part = bitsandbytes_part(entry, rows, columns, lambda n, start, stop: mapped[self._prefix + n][start:stop])
+            return part.values(torch.float32)
+        parts = [mapped[self._prefix + part] for part in entry.parts]
         return form_of(entry.form, entry.options).values(parts, torch.float32)
 
     def __iter__(self) -> Iterator[str]:

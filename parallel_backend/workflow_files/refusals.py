@@ -55,14 +55,16 @@ _BY_PATTERN = tuple(
 _BY_FILE = tuple(
     (re.compile(pattern, re.I), why)
     for pattern, why in (
-        (r"nf4|bnb", "NF4 files aren't taken yet: take the fp8, GGUF or fp16 one"),
         (r"svdq|int4", "SVDQuant and int4 files aren't taken: take the fp8, GGUF or fp16 one"),
         (r"cosxl|playground[-_.]?v?2[-_.]?5", "EDM files (CosXL, Playground 2.5) aren't taken yet"),
         (r"in[-_]?paint|ip2p|pix2pix|ic[-_]?light", CHANNELS),
     )
 )
 _BY_LOADER = (
-    (re.compile(r"NF4|bnb", re.I), "NF4 files aren't taken yet: take the fp8, GGUF or fp16 one"),
+    (
+        re.compile(r"NF4|bnb", re.I),
+        "that loader computes in its own way: Load Parallel Checkpoint, MMDiT and UNet read NF4 files",
+    ),
     (re.compile(r"Nunchaku|SVDQ"), "SVDQuant and int4 files aren't taken: take the fp8, GGUF or fp16 one"),
 )
 
