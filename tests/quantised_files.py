@@ -58,13 +58,19 @@ def comfy_quant(
     return found
 
 
-def bitsandbytes(tensors: Tensors, kind: str = "nf4", nested: bool = False, block: int = 64) -> dict[str, Tensor]:
-    """As diffusers saves a model that it has quantised by bitsandbytes, each matrix as bytes with their state beside."""
+def bitsandbytes(
+    tensors: Tensors,
+    kind: str = "nf4",
+    nested: bool = False,
+    block: int = 64,
+    quantises: Callable[[str, Tensor], bool] = is_matrix,
+) -> dict[str, Tensor]:
+    """As diffusers saves a model that it has quantised by bitsandbytes, matrices as bytes with their state beside."""
     import bitsandbytes.functional as bnb
 
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if not is_matrix(name, tensor):
+        if not quantises(name, tensor):
             found[name] = tensor
             continue
         given = {"blocksize": block, "compress_statistics": nested, "quant_type": kind}

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from comfyui.installation import HERE, ComfyInstallation
+from quantised_files import bitsandbytes
 from reference_models import diffusers_mmdit
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,6 +23,8 @@ from parallel_backend.checkpoint_files.content import content_key
 from parallel_backend.checkpoint_files.layout import files_of
 from parallel_backend.errors import CheckpointError, UnsupportedError
 from parallel_backend.models.families import OpenedModel, open_model
+from parallel_backend.quantized.weight import QuantizedWeight
+from parallel_backend.quantized.whole_file import WholeFile
 from parallel_backend.small_checkpoints.mmdit import mmdit_tensors, small_config, write_mmdit
 from parallel_backend.small_checkpoints.unet import CONFIGS, unet_tensors
 
@@ -191,6 +194,19 @@ def test_a_pipelines_model_is_read_by_its_index_whole_and_once(part: str, tmp_pa
     for key, tensor in (MMDIT if part == "transformer" else UNET).items():
         assert torch.equal(tensor_of(opened, key, len(tensor)), tensor), key
     assert files_of(folder / "diffusion_pytorch_model-00002-of-00003.safetensors") == files_of(tmp_path / "pipeline")
+
+
+def test_a_folder_that_bitsandbytes_has_quantised_is_that_of_its_values(tmp_path: Path) -> None:
+    layout = diffusers_mmdit(small_config("sd3.5-medium", 2), MMDIT).state_dict()
+    tensors = {name: tensor.contiguous() for name, tensor in layout.items()}
+    quantised = bitsandbytes(tensors, nested=True, quantises=lambda _, tensor: tensor.ndim == 2)  # as diffusers does
+    sharded(tmp_path / "nf4" / "transformer", quantised)
+    values = WholeFile(tmp_path / "nf4" / "transformer")
+    sharded(tmp_path / "values" / "transformer", {name: tensor.contiguous() for name, tensor in values.items()})
+    opened, expected = open_model(tmp_path / "nf4"), open_model(tmp_path / "values")
+    for name in expected.source.names():
+        assert torch.equal(opened.source.read(name) + 0.0, expected.source.read(name)), name
+    assert isinstance(opened.source.read("joint_blocks.0.x_block.attn.qkv.weight"), QuantizedWeight)
 
 
 def test_a_missing_shard_is_refused_by_name(tmp_path: Path) -> None:

@@ -37,7 +37,9 @@ def files(tmp_path_factory: pytest.TempPathFactory, unets: Path) -> Path:
     for name, tensors in (("half", dense), ("unet_half", unet)):
         save_file({n: t.half().contiguous() for n, t in tensors.items()}, folder / f"{name}.safetensors")
     save_file(scaled_fp8(unet), folder / "unet_scaled_fp8.safetensors")
-    written = [write_quantised(folder, dense, form) for form in [*SAFETENSORS, *GGUF] if form not in SLOW]
+    written = [
+        write_quantised(folder, dense, form) for form in [*SAFETENSORS, "nf4, double", *GGUF] if form not in SLOW
+    ]
     written += [folder / "unet_scaled_fp8.safetensors", write_gguf(folder / "unet_Q8_0.gguf", unet, "Q8_0", "sdxl")]
     (folder / "values").mkdir()
     for file in written:

@@ -68,7 +68,9 @@ class Twins:
         return self._models[name]
 
     def local(self, path, options=None):
-        """ComfyUI's own MODEL, of a GGUF file that of the pack ComfyUI-GGUF."""
+        """ComfyUI's own MODEL, of a GGUF file that of the pack ComfyUI-GGUF, and of NF4, which neither reads, one of its values."""
+        if os.path.basename(path).startswith("nf4"):
+            path = os.path.join(self.folder, "values", os.path.basename(path))
         if not path.endswith(".gguf"):
             return self.comfy.sd.load_diffusion_model(path, model_options=options or {"dtype": torch.float32})
         folder_paths = importlib.import_module("folder_paths")
