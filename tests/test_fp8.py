@@ -21,6 +21,7 @@ from parallel_backend.distributed.tensor_parallel import Shard
 from parallel_backend.errors import ConfigError
 from parallel_backend.models.checkpoint import bytes_held, load_parameters
 from parallel_backend.models.families import open_model
+from parallel_backend.models.fp8_source import scaled_by_row as quantised_by_row
 from parallel_backend.quantized.forms import ScaledFP8
 from parallel_backend.quantized.weight import Part, Product, QuantizedWeight, joined, multiply_in_fp8
 from parallel_backend.small_checkpoints.mmdit import small_config, write_mmdit
@@ -101,6 +102,14 @@ def test_slices_join_to_the_whole_and_take_half_the_memory(degree: int, folder: 
         if weights[name].shape != whole[name].shape:
             parts = [values_of(rank[0][name]) for rank in ranks]
             assert torch.equal(joined_ranks(name, parts), values_of(whole[name])), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scales_of_rows_are_not_rounded_to_half_precision(dtype: torch.dtype) -> None:
+    tensor = torch.randn(4, 64, generator=torch.Generator().manual_seed(1)) * torch.tensor([[1e-4], [1e-2], [1], [10]])
+    weight = quantised_by_row(tensor, None)
+    exact, half = weight.parts[0].values(torch.float32), weight.parts[0].values(dtype)
+    assert torch.equal(half, exact.to(dtype))
 
 
 def test_a_row_of_zeros_stays_one(tmp_path: Path, folder: Path) -> None:

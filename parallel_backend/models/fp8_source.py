@@ -76,9 +76,10 @@ class FP8Source:
         return self._place(tensor, tensor.dtype)
 
     def _becomes_fp8(self, name: str) -> bool:
-        if self.inner.held_bytes(name, None) is not None:
+        dims = len(self.shape(name))
+        if dims == 0 or self.inner.held_bytes(name, None) is not None:
             return False
-        return self.weights != FP8 or (len(self.shape(name)) in (2, 4) and not name.startswith(self.edges))
+        return self.weights != FP8 or (dims in (2, 4) and not name.startswith(self.edges))
 
 
 def scaled_by_row(tensor: Tensor, shard: Shard | None) -> QuantizedWeight:
@@ -91,6 +92,5 @@ def scaled_by_row(tensor: Tensor, shard: Shard | None) -> QuantizedWeight:
 
 
 def _fp8_weight(*tensors: Tensor) -> QuantizedWeight:
-    data = tensors[0]
-    rows = data.shape[0] if data.ndim else 1
-    return QuantizedWeight([Part(ScaledFP8(), tensors, (0, rows))], data.shape, torch.float32)
+    shape = tensors[0].shape
+    return QuantizedWeight([Part(ScaledFP8(), tensors, (0, shape[0]))], shape, torch.float32)

@@ -59,8 +59,12 @@ class ScaledFP8(Form):
         values = tensors[0].to(dtype)
         if len(tensors) == 1:
             return values
-        scale = tensors[1].to(dtype)
-        return values.mul_(scale.reshape(-1, *[1] * (values.ndim - 1)) if scale.numel() > 1 else scale.reshape(()))
+        scale = tensors[1]
+        if scale.numel() == 1:
+            return values.mul_(scale.to(dtype).reshape(()))
+        return values.mul_(
+            scale.float().reshape(-1, *[1] * (values.ndim - 1))
+        )  # small ones are coarse in half precision
 
     def in_fp8(self, tensors: Sequence[Tensor], bare: bool) -> tuple[ScaledFP8, tuple[Tensor, ...]] | None:
         """The form that makes products in fp8, as ComfyUI makes them, and all that it needs; None where these tensors don't suit.
