@@ -34,6 +34,9 @@ def looks_beside(item: pytest.Item) -> bool:
 def run_beside(items: Sequence[pytest.Item], apart: Sequence[pytest.Item]) -> Iterator[dict[str, Future[Any]]]:
     """The runs that these tests look at, and the tests that run apart, one after the other in a process of their own."""
     wanted = {item.path.stem for item in items if looks_beside(item)}
+    if not (wanted & RUNS.keys() or apart):
+        yield {}
+        return
     pool = ProcessPoolExecutor(1, mp_context=forkserver())
     try:
         runs = {module: pool.submit(run) for module, run in RUNS.items() if module in wanted}
