@@ -19,7 +19,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 import pytest
 import torch
 import torch._inductor.config
-from apart import Writer, apart, show
+from apart import Writer, apart, as_listed, show
 from beside import run_beside
 from comfyui.installation import ComfyInstallation, find_installation
 from comfyui.server import ComfyServer
@@ -40,7 +40,7 @@ from parallel_backend.small_checkpoints.unet import CONFIGS, write_unet
 
 torch.set_num_threads(2)
 # Of all ranks of a backend together: the largest models of the tests leave when others come.
-MODELS_BYTES = 512 * 2**20
+MODELS_BYTES = 320 * 2**20
 # Ranks keep what they have freed, for speed; those of the tests, which live side by side, give it back.
 GIVE_BACK_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**23), "MALLOC_TRIM_THRESHOLD_": str(2**26)}
 
@@ -155,7 +155,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=[item for item in items if item.path.stem not in QUICK])
         items[:] = [item for item in items if item.path.stem in QUICK]
     config.stash[APART] = elsewhere = apart(items)
-    items[:] = in_order(items, elsewhere)
+    items[:] = as_listed(items) if config.getoption("--reports") else in_order(items, elsewhere)
     config.stash[SHARING] = Sharing()
     config.stash[SHARING].plan([item for item in items if item not in elsewhere])
 

@@ -49,8 +49,8 @@ def in_order(items: Sequence[pytest.Item], apart: Sequence[pytest.Item] = ()) ->
     """Modules whole and by name, but so that few shared things live side by side, and both cores have work at any time.
 
     Those first that go well with what goes on beside, without a backend, then on backend2; those that look at what went on
-    beside; those that need both cores, without a backend, on backend2; those that have run apart meanwhile; those on backend4; a
-    ComfyUI with backend2, one alone.
+    beside; those that need both cores, without a backend, on backend2; those on backend4; a ComfyUI with backend2, one alone;
+    those that have run apart meanwhile.
     """
     elsewhere, needs = {item.path for item in apart}, dict[str, set[str]]()
     for item in items:
@@ -61,10 +61,10 @@ def in_order(items: Sequence[pytest.Item], apart: Sequence[pytest.Item] = ()) ->
     def place(item: pytest.Item) -> tuple[int, ...]:
         needed = needs[item.path.name]
         if item.path in elsewhere:
-            return (3,)
+            return (5,)
         if "server" in needed:
-            return 5, "backend2" not in needed
-        when = 4 if "backend4" in needed else 2 if "busy" in needed else 1 if "beside" in needed else 0
+            return 4, "backend2" not in needed
+        when = 3 if "backend4" in needed else 2 if "busy" in needed else 1 if "beside" in needed else 0
         return when, "backend2" in needed
 
     return sorted(items, key=place)
