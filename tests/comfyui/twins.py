@@ -20,7 +20,6 @@ import traceback
 import shims
 import torch
 
-
 # So many pairs are held at a time.
 PAIRS = 4
 
