@@ -18,8 +18,15 @@ MOST = 30
 Reports = dict[str, list[dict[str, Any]]]
 # In this order: those that hold much memory while the others' backends are few; then those without a backend.
 MODULES = (
-    *("test_quantised_comfyui", "test_twins", "test_odd_values", "test_samplers_comfyui", "test_persistence"),
-    *("test_room", "test_remote_network", "test_links", "test_training"),
+    *(
+        "test_training",
+        "test_quantised_comfyui",
+        "test_twins",
+        "test_odd_values",
+        "test_samplers_comfyui",
+        "test_persistence",
+    ),
+    *("test_room", "test_remote_network", "test_links"),
     *("test_budgets", "test_fake_cuda", "test_nccl_order", "test_quantised"),
 )
 

@@ -40,6 +40,7 @@ def run_beside(items: Sequence[pytest.Item], apart: Sequence[pytest.Item]) -> It
             pool = ProcessPoolExecutor(1, mp_context=forkserver())
             pools.callback(pool.shutdown, cancel_futures=True)
             runs = {module: pool.submit(run) for module, run in RUNS.items() if module in wanted}
+            list(runs.values())[-1].add_done_callback(lambda _: pool.shutdown(wait=False))  # its memory goes
         if apart:
             thread = ThreadPoolExecutor(1)
             pools.callback(thread.shutdown, cancel_futures=True)

@@ -19,15 +19,18 @@ class Sharing:
     def __init__(self) -> None:
         self._last: dict[str, str] = {}
         self._ends: dict[str, Callable[[], None]] = {}
+        self._empties: dict[str, Callable[[], None]] = {}
 
     def plan(self, items: Sequence[pytest.Item]) -> None:
         """Notes the last of these tests that uses each shared fixture."""
         for item in items:
             self._last.update(dict.fromkeys(used_by(item), item.nodeid))
 
-    def until_last_use(self, name: str, value: T, end: Callable[[T], None]) -> Iterator[T]:
-        """The body of a session's fixture `name`, which gives `value`."""
-        self._ends[name] = lambda: end(value)
+    def until_last_use(
+        self, name: str, value: T, end: Callable[[T], None], empty: Callable[[T], None] = lambda value: None
+    ) -> Iterator[T]:
+        """The body of a session's fixture `name`, which gives `value`. `empty` lets go of what a module has left in it."""
+        self._ends[name], self._empties[name] = lambda: end(value), lambda: empty(value)
         yield value
         self._end(name)  # where the session ends early
 
@@ -35,6 +38,10 @@ class Sharing:
         for name, last in self._last.items():
             if last == item.nodeid:
                 self._end(name)
+
+    def after_module(self) -> None:
+        for name in self._ends:
+            self._empties[name]()
 
     def _end(self, name: str) -> None:
         if (end := self._ends.pop(name, None)) is not None:
