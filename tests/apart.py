@@ -16,13 +16,29 @@ import pytest
 # So many modules are a run of nearly all tests, in which there is always something to do meanwhile.
 MOST = 30
 Reports = dict[str, list[dict[str, Any]]]
-MODULES = ("test_links", "test_persistence", "test_remote_network", "test_room", "test_samplers_comfyui", "test_twins")
+# In this order: those that hold much memory while the others' backends are few; then those without a backend.
+MODULES = (
+    *(
+        "test_training",
+        "test_quantised_comfyui",
+        "test_twins",
+        "test_odd_values",
+        "test_samplers_comfyui",
+        "test_persistence",
+    ),
+    *("test_room", "test_remote_network", "test_links"),
+    *("test_budgets", "test_fake_cuda", "test_nccl_order", "test_quantised"),
+)
 
 
 def apart(items: Sequence[pytest.Item]) -> list[pytest.Item]:
     """Those of these tests that run apart: none where few run."""
     whole = len({item.path for item in items}) > MOST
     return [item for item in items if whole and item.path.stem in MODULES]
+
+
+def as_listed(items: Sequence[pytest.Item]) -> list[pytest.Item]:
+    return sorted(items, key=lambda item: MODULES.index(item.path.stem))
 
 
 def run_apart(nodes: Sequence[str]) -> Reports:

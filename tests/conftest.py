@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import _lru_cache_wrapper
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 import pytest
 import torch
 import torch._inductor.config
-from apart import Writer, apart, show
+from apart import Writer, apart, as_listed, show
 from beside import run_beside
 from comfyui.installation import ComfyInstallation, find_installation
 from comfyui.server import ComfyServer
@@ -155,9 +156,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=[item for item in items if item.path.stem not in QUICK])
         items[:] = [item for item in items if item.path.stem in QUICK]
     config.stash[APART] = elsewhere = apart(items)
-    items[:] = in_order(items, elsewhere)
+    items[:] = as_listed(items) if config.getoption("--reports") else in_order(items, elsewhere)
     config.stash[SHARING] = Sharing()
     config.stash[SHARING].plan([item for item in items if item not in elsewhere])
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: no collection need look at its half a million objects again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -172,6 +179,10 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     item.config.stash[SHARING].after(item)
     if nextitem is not None and nextitem.path != item.path:
+        item.config.stash[SHARING].after_module()
+        for value in vars(item.module).values():  # type: ignore[attr-defined]
+            if isinstance(value, _lru_cache_wrapper) and not value.__module__.startswith("parallel_"):
+                value.cache_clear()
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -187,12 +198,12 @@ def _backend(world_size: int) -> Backend:
 
 @pytest.fixture(scope="session")
 def backend2(runtime_folder: Path, sharing: Sharing) -> Iterator[Backend]:
-    yield from sharing.until_last_use("backend2", _backend(2), Backend.stop)
+    yield from sharing.until_last_use("backend2", _backend(2), Backend.stop, Backend.unload)
 
 
 @pytest.fixture(scope="session")
 def backend4(runtime_folder: Path, sharing: Sharing) -> Iterator[Backend]:
-    yield from sharing.until_last_use("backend4", _backend(4), Backend.stop)
+    yield from sharing.until_last_use("backend4", _backend(4), Backend.stop, Backend.unload)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
 from multiprocessing.connection import Connection
+from multiprocessing.forkserver import ensure_running
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +21,8 @@ from parallel_backend.distributed.mesh import Groups
 from parallel_backend.distributed.shared_cores import never_preempt
 
 # What ranks share the memory of, and don't import one after the other.
-PRELOADED = ["parallel_backend.rank.engine", "pytest", "rank_pool", "reference_models"]
+PRELOADED = ["parallel_backend.rank.engine", "pytest", "rank_pool", "reference_models", "frozen"]
+TESTS = str(Path(__file__).parent)
 
 
 def free_port() -> int:
@@ -29,9 +32,22 @@ def free_port() -> int:
 
 
 def forkserver() -> mp.context.ForkServerContext:
-    """Starts processes within a tenth of a second, which share what they have imported."""
+    """Starts processes within a tenth of a second, which share what they have imported.
+
+    The server of all of them is started here: before Python 3.13 it looks for what it is to preload on the path of its
+    environment alone, and goes on without what isn't there.
+    """
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = TESTS if before is None else f"{TESTS}{os.pathsep}{before}"
+    try:
+        ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
     return context
 
 

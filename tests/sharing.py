@@ -19,15 +19,18 @@ class Sharing:
     def __init__(self) -> None:
         self._last: dict[str, str] = {}
         self._ends: dict[str, Callable[[], None]] = {}
+        self._empties: dict[str, Callable[[], None]] = {}
 
     def plan(self, items: Sequence[pytest.Item]) -> None:
         """Notes the last of these tests that uses each shared fixture."""
         for item in items:
             self._last.update(dict.fromkeys(used_by(item), item.nodeid))
 
-    def until_last_use(self, name: str, value: T, end: Callable[[T], None]) -> Iterator[T]:
-        """The body of a session's fixture `name`, which gives `value`."""
-        self._ends[name] = lambda: end(value)
+    def until_last_use(
+        self, name: str, value: T, end: Callable[[T], None], empty: Callable[[T], None] = lambda value: None
+    ) -> Iterator[T]:
+        """The body of a session's fixture `name`, which gives `value`. `empty` lets go of what a module has left in it."""
+        self._ends[name], self._empties[name] = lambda: end(value), lambda: empty(value)
         yield value
         self._end(name)  # where the session ends early
 
@@ -35,6 +38,10 @@ class Sharing:
         for name, last in self._last.items():
             if last == item.nodeid:
                 self._end(name)
+
+    def after_module(self) -> None:
+        for name in self._ends:
+            self._empties[name]()
 
     def _end(self, name: str) -> None:
         if (end := self._ends.pop(name, None)) is not None:
@@ -49,8 +56,8 @@ def in_order(items: Sequence[pytest.Item], apart: Sequence[pytest.Item] = ()) ->
     """Modules whole and by name, but so that few shared things live side by side, and both cores have work at any time.
 
     Those first that go well with what goes on beside, without a backend, then on backend2; those that look at what went on
-    beside; those that need both cores, without a backend, on backend2; those that have run apart meanwhile; those on backend4; a
-    ComfyUI with backend2, one alone.
+    beside; those that need both cores, without a backend, on backend2; those on backend4; a ComfyUI with backend2, one alone;
+    those that have run apart meanwhile.
     """
     elsewhere, needs = {item.path for item in apart}, dict[str, set[str]]()
     for item in items:
@@ -61,10 +68,10 @@ def in_order(items: Sequence[pytest.Item], apart: Sequence[pytest.Item] = ()) ->
     def place(item: pytest.Item) -> tuple[int, ...]:
         needed = needs[item.path.name]
         if item.path in elsewhere:
-            return (3,)
+            return (5,)
         if "server" in needed:
-            return 5, "backend2" not in needed
-        when = 4 if "backend4" in needed else 2 if "busy" in needed else 1 if "beside" in needed else 0
+            return 4, "backend2" not in needed
+        when = 3 if "backend4" in needed else 2 if "busy" in needed else 1 if "beside" in needed else 0
         return when, "backend2" in needed
 
     return sorted(items, key=place)

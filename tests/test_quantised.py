@@ -177,8 +177,8 @@ def test_metadata_can_say_for_all_layers_how_they_are_quantised(dense: dict[str,
     layers = {name.removesuffix(".weight_scale"): {"format": "float8_e4m3fn"} for name in tensors if "_scale" in name}
     path = tmp_path / "m.safetensors"
     save_file(tensors, path, {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})})
-    scaled = write_quantised(tmp_path, dense, "scaled fp8")
-    assert all(torch.equal(weight, loaded(scaled)[name]) for name, weight in loaded(path).items())
+    scaled = loaded(write_quantised(tmp_path, dense, "scaled fp8"))
+    assert all(torch.equal(weight, scaled[name]) for name, weight in loaded(path).items())
 
 
 def test_compiling_is_refused(files: dict[str, Path]) -> None:

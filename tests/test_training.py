@@ -162,13 +162,13 @@ def launch(spec: TrainSpec, ranks: int, loaders: str) -> subprocess.CompletedPro
 
 def test_model_ranks_stay_equal_to_one_rank_on_their_batches(tmp_path: Path) -> None:
     """Two fed ranks take the loader's batches in turn: one rank that accumulates the same two batches learns the same."""
-    fed = spec_of(tmp_path / "fed", steps=4, save_every=4)
+    fed = spec_of(tmp_path / "fed", steps=2, save_every=2)
     done = launch(fed, 3, "{2: [0, 1]}")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(losses_of(fed, Roles.parse("{2: [0, 1]}", 3))) == 4
+    assert len(losses_of(fed, Roles.parse("{2: [0, 1]}", 3))) == 2
     with pytest.raises(ConfigError, match=r"had 3 ranks and loader map \{2: \[0, 1\]\}; this one has 1"):
         snapshots.load(fed, ALONE)
-    alone = spec_of(tmp_path / "alone", steps=4, save_every=4, accumulate=2)
+    alone = spec_of(tmp_path / "alone", steps=2, save_every=2, accumulate=2)
 
     source = PixelSource(alone, 2)
     with pytest.MonkeyPatch.context() as patch:

@@ -51,6 +51,7 @@ def outcomes(comfy: ComfyInstallation, unets: Path, backend2: Backend) -> Outcom
     done = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, timeout=500, check=False, env=environment
     )
+    backend2.unload()  # nobody else asks for these
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -1,6 +1,7 @@
 """Patches of weights of every kind that ComfyUI's core knows, for twins.py."""
 
 import functools
+import weakref
 
 import comfy.hooks
 import comfy.utils
@@ -23,9 +24,14 @@ def noise(*shape, seed=0, scale=0.1):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
+_SHAPES = weakref.WeakKeyDictionary()
+
+
 def weights(model):
-    """Shapes of the model's weights by ComfyUI's names."""
-    return {name: tuple(t.shape) for name, t in model.model.diffusion_model.state_dict().items()}
+    """Shapes of the model's weights by ComfyUI's names, which each case asks for several times."""
+    if (network := model.model.diffusion_model) not in _SHAPES:
+        _SHAPES[network] = {name: tuple(t.shape) for name, t in network.state_dict().items()}
+    return _SHAPES[network]
 
 
 def chosen(model, dims):

@@ -20,6 +20,9 @@ import traceback
 import shims
 import torch
 
+# So many pairs are held at a time.
+PAIRS = 4
+
 
 class Twins:
     """The two MODELs of each file, and what is made of them."""
@@ -54,6 +57,8 @@ class Twins:
     def pair(self, name, file, mesh, options=None):
         """(local, parallel), loaded once; `options` are a loader's, and `has_fp8`."""
         if name not in self._models:
+            if len(self._models) == PAIRS:
+                del self._models[next(iter(self._models))]
             path = os.path.join(self.folder, file)
             dtype, in_fp8 = "float32", {}
             if options is not None:
@@ -88,7 +93,7 @@ class Twins:
         pack.nodes = importlib.import_module("gguf_pack.nodes")
         return pack
 
-    def prompt(self, model, seed, tokens=77, **options):
+    def prompt(self, model, seed, tokens=24, **options):
         """Random CONDITIONING of the widths that the model takes."""
         context, pooled = (4096, 2048) if type(model.model).__name__ == "SD3" else (2048, 1280)
         generator = torch.Generator().manual_seed(seed)
