@@ -19,7 +19,7 @@ from parallel_backend.small_checkpoints.prompts import random_prompt
 
 # Height and width in latent cells: odd ones, ones of fewer tokens than ranks, long ones, and some that divide.
 SIZES = [
-    *((33, 17), (23, 24), (14, 20), (13, 28), (35, 16), (1, 1), (2, 2), (1, 9), (9, 1)),
+    *((33, 17), (23, 24), (14, 20), (13, 28), (107, 64), (1, 1), (2, 2), (1, 9), (9, 1)),
     *((3, 5), (5, 63), (17, 17), (15, 16), (16, 15), (128, 2), (2, 127)),
 ]
 FAMILY = "sd3.5-medium"
