@@ -164,7 +164,7 @@ class _KeptConstants(TorchFunctionMode):
     """What is made of Python's numbers below it stays on its device: to make it there is a copy that the host waits for."""
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        if func is torch.tensor:
+        if func is torch.tensor and isinstance(args[0], list):
             return constant(tuple(args[0]), **kwargs)
         return func(*args, **(kwargs or {}))
 

@@ -214,7 +214,10 @@ class Engine:
         job: Job,
         notes: list[str],
     ) -> tuple[Network, PatchedWeights]:
-        """The model with its weights, read by this rank or shared out. Comm: `pass_on`'s, `cards_multiply_fp8`'s."""
+        """The model with its weights, read by this rank or shared out; `notes` gets what to tell of them.
+
+        Comm: `pass_on`'s, `cards_multiply_fp8`'s.
+        """
         shared, dtype = self._readers(opened.source, mesh.spec, job), getattr(torch, body.dtype)
         in_fp8 = is_quantised(opened.source) and cards_multiply_fp8(self.device, job.control, body.has_fp8)
 
