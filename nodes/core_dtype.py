@@ -8,7 +8,7 @@ from typing import Any
 from comfy.cli_args import args
 
 from ..parallel_backend import Backend
-from ..parallel_backend.config import AUTO, CAST_TO, DTYPES
+from ..parallel_backend.config import AUTO, CAST_TO, DTYPES, FP8
 
 _FLAGS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _FP8_FLAGS = {"fp8_e4m3fn": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
@@ -23,6 +23,11 @@ def model_dtype(asked: str) -> str:
     return asked if asked != AUTO else _told("unet", _FLAGS | _FP8_FLAGS) or AUTO
 
 
+def computing_dtype(held: str) -> str:
+    """What is computed in where weights are held in fp8: as ComfyUI was started; a loader's own fp8 heeds --force-fp32 and -fp16 alone."""
+    return _told("unet", _FLAGS if held == FP8 else {}) or AUTO
+
+
 def vae_dtype(backend: Backend, asked: str) -> str:
     """As `model_dtype`, of a VAE, which is never held in fp8. One that overflows in float16 leaves it then: see RemoteVAE.decode."""
     return asked if asked in DTYPES else _told("vae", _FLAGS) or backend.vae_dtype()
@@ -35,13 +40,12 @@ def fp8_products(options: Mapping[str, Any]) -> dict[str, bool]:
     return {"fast_fp8": fast_fp8, "has_fp8": bool(getattr(args, "supports_fp8_compute", False))}
 
 
-def unheeded(part: str, asked: str) -> str:
+def unheeded(asked: str) -> str:
     """A line on the dtype that ComfyUI was started with and ranks can't take; empty where there is none, or another was asked for."""
     if asked != AUTO:
         return ""
-    not_held = (*_NOT_HELD, *_FP8_FLAGS) if part == "vae" else _NOT_HELD
-    flags = [f"{dtype}_{part}" for dtype in not_held if getattr(args, f"{dtype}_{part}", False)]
-    return " ".join(f"ComfyUI's --{flag.replace(f'_{part}', f'-{part}')} is not heeded: {_WHY}." for flag in flags)
+    flags = [dtype for dtype in _NOT_HELD if getattr(args, f"{dtype}_unet", False)]
+    return " ".join(f"ComfyUI's --{flag}-unet is not heeded: {_WHY}." for flag in flags)
 
 
 def told_by_loader(options: Mapping[str, Any]) -> str:

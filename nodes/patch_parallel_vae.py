@@ -7,7 +7,7 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
-from .core_dtype import unheeded, vae_dtype
+from .core_dtype import vae_dtype
 from .core_memory import bytes_here, interruptible, make_room
 from .known_to_core import search_aliases
 from .model_files import vae_fingerprint, vae_listed_elsewhere, vae_names, vae_paths, vae_taken_for, vae_validity
@@ -71,7 +71,6 @@ def parallel_vae(mesh: ParallelMesh, paths: Sequence[Path], names: Sequence[str]
     lines = [
         f"{remote.loaded.family}: {state}, {backend.world_size} bands, {dtype}",
         *remote.loaded.notes,
-        unheeded("vae", mesh.dtype),
         room,
         mesh.differs(),
     ]

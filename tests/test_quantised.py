@@ -27,7 +27,7 @@ from parallel_backend.models.mmdit import MMDiT
 from parallel_backend.models.mmdit_checkpoint import PositionTable, mmdit_config, open_mmdit
 from parallel_backend.models.opened_file import open_source
 from parallel_backend.models.unet_checkpoint import open_unet
-from parallel_backend.quantized.bitsandbytes import _package
+from parallel_backend.quantized.bitsandbytes import package
 from parallel_backend.quantized.weight import QuantizedWeight
 from parallel_backend.quantized.whole_file import WholeFile
 from parallel_backend.small_checkpoints.mmdit import small_config, write_mmdit
@@ -207,6 +207,7 @@ def text(words: str) -> Tensor:
 
 STATE = "weight.quant_state.bitsandbytes__nf4"
 NF4 = '{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [1024, 256]}'
+NESTED = NF4.replace("}", ', "nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": %s}')
 
 
 @pytest.mark.parametrize(
@@ -248,6 +249,17 @@ NF4 = '{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [102
         ("nf4", {"weight.quant_map": None}, CheckpointError, r"lacks .*fc1\.weight\.quant_map"),
         ("nf4, double", {"weight.nested_absmax": None}, CheckpointError, r"lacks .*fc1\.weight\.nested_absmax"),
         ("nf4, double", {"weight.nested_absmax": torch.ones(99)}, CheckpointError, "has 16 of F32"),
+        ("nf4", {"weight.absmax": torch.ones(1, 4096)}, CheckpointError, r"absmax is F32 of shape \[1, 4096\]"),
+        (
+            "nf4",
+            {"weight": torch.zeros(1, 131072, dtype=torch.uint8)},
+            CheckpointError,
+            r"is U8 of shape \[1, 131072\]",
+        ),
+        ("nf4, double", {STATE: text(NESTED % "NaN")}, CheckpointError, "says in no readable way how bitsandbytes"),
+        ("nf4, double", {STATE: text(NESTED % 10**400)}, CheckpointError, "says in no readable way"),
+        ("nf4", {STATE: text("[" * 200_000)}, CheckpointError, "says in no readable way how bitsandbytes"),
+        ("int8", {"comfy_quant": text("[" * 200_000)}, CheckpointError, "says in no readable way how it is quantised"),
         ("nf4", {"weight": torch.zeros(65536, 1, dtype=torch.bfloat16)}, UnsupportedError, "packed .*weight in BF16"),
     ],
 )
@@ -290,13 +302,12 @@ def test_rows_that_begin_inside_of_bitsandbytes_blocks(shape: tuple[int, int], t
 
 def test_such_a_file_needs_the_package_and_says_so(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
-    _package.cache_clear()
-    source = open_mmdit(files["nf4"])
+    package.cache_clear()
     with pytest.raises(UnsupportedError, match="bitsandbytes, which is not installed") as refused:
-        source.read(FC1)
+        open_mmdit(files["nf4"])  # before room is made for it
     assert "pip install bitsandbytes" in str(refused.value) + str(vars(refused.value))
     monkeypatch.undo()
-    assert source.read(FC1).shape == (1024, 256)
+    assert open_mmdit(files["nf4"]).read(FC1).shape == (1024, 256)
 
 
 def test_a_truncated_gguf_file_is_named(files: dict[str, Path], tmp_path: Path) -> None:

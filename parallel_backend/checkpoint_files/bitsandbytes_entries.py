@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from math import prod
+from math import isfinite, prod
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
@@ -62,7 +62,8 @@ def _state(weight: str, form: str, text: bytes, file_name: str) -> dict[str, Any
         known = known and len(shape) == 2 and all(type(side) is int and 0 < side < 2**31 for side in shape)
         if known and "nested_blocksize" in state:
             state["nested_offset"] = float(state["nested_offset"])
-    except (ValueError, KeyError, TypeError, AttributeError):
+            known = isfinite(state["nested_offset"])
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         known = False
     if not known:
         raise CheckpointError(
@@ -87,7 +88,7 @@ def _check_parts(state: Mapping[str, Any], parts: Mapping[str, Any], file_name: 
         wanted |= {beside[0]: (("U8",), blocks), beside[2]: (("F32",), nested), beside[3]: (("F32",), 256)}
     for name, (dtypes, count) in wanted.items():
         found = parts[name]
-        if found["dtype"] not in dtypes or prod(found["shape"]) != count:
+        if found["dtype"] not in dtypes or found["shape"][:1] != [count] or prod(found["shape"]) != count:
             raise CheckpointError(
                 f"{file_name}: {name} is {found['dtype']} of shape {found['shape']}, where {weight} of shape {state['shape']} "
                 f"in blocks of {state['blocksize']} has {count} of {dtypes[0]}.",

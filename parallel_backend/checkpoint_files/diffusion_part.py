@@ -7,10 +7,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from .gguf_file import is_gguf
+from .bitsandbytes_entries import FOUR_BITS
+from .gguf_file import PLAIN, gguf_tensors, is_gguf
 from .header import entries_of
 from .packed_entries import PackedEntry, has_packing, packed_entries
 
+BARE_FP8, QUANTISED = "bare fp8", "quantised"
 # What may stand before the model's names: in a full checkpoint, in files of other trainers, in those of a distributed run.
 _PREFIXES = ("model.diffusion_model.", "model.model.", "net.", "module.", "model.")
 # Of SD3 from scratch: no other family has a tensor of this name.
@@ -39,6 +41,15 @@ def diffusion_entries(path: Path, beside: Collection[str] = ()) -> dict[str, dic
     return _part(path, beside)[0]
 
 
+def packing(path: Path) -> str:
+    """How its weights are quantised: QUANTISED in any way, BARE_FP8 where that is fp8 without scales alone; else empty."""
+    if is_gguf(path):
+        return QUANTISED if any(tensor.kind not in PLAIN for tensor in gguf_tensors(path).values()) else ""
+    packed = _part(path, ())[1]
+    bare = all(entry.form.startswith("float8") and len(entry.parts) == 1 for entry in packed.values())
+    return "" if not packed else BARE_FP8 if bare else QUANTISED
+
+
 def diffusion_bytes(path: Path, itemsize: int) -> int:
     """About what its weights take in a dtype of that many bytes; what is quantised stays so."""
     if is_gguf(path):
@@ -46,7 +57,8 @@ def diffusion_bytes(path: Path, itemsize: int) -> int:
     entries, packed = _part(path, ())
     dense = sum(prod(entry["shape"]) for name, entry in entries.items() if name not in packed)
     spans = (entries[name]["data_offsets"] for name in packed)
-    return dense * itemsize + sum(stop - start for start, stop in spans)
+    blocks = sum(prod(e.shape) // e.options["blocksize"] for e in packed.values() if e.form in FOUR_BITS)
+    return dense * itemsize + sum(stop - start for start, stop in spans) + 4 * blocks
 
 
 def _part(path: Path, beside: Collection[str]) -> tuple[dict[str, dict[str, Any]], dict[str, PackedEntry]]:

@@ -150,7 +150,7 @@ def _told(
         return {
             name.removesuffix(MARK): dict(json.loads(text(name))) for name in entries if name.endswith(MARK)
         } or _scaled(entries)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(
             f"{file_name} says in no readable way how it is quantised ({MARK[1:]}).", "Download it again."
         ) from None

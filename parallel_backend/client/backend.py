@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint_files.content import content_key
-from ..checkpoint_files.diffusion_part import is_from_scratch
+from ..checkpoint_files.diffusion_part import BARE_FP8, QUANTISED, is_from_scratch, packing
 from ..checkpoint_files.layout import vae_folder
-from ..config import AUTO, DEFAULT_IDLE_SECONDS, WEIGHTS, BackendSpec, DeviceType, MeshSpec
+from ..config import AUTO, CAST_TO, DEFAULT_IDLE_SECONDS, FP8, WEIGHTS, BackendSpec, DeviceType, MeshSpec
 from ..errors import (
     BackendLostError,
     StartError,
@@ -103,6 +103,7 @@ class Backend(Connection):
         kind: ModelKind = "any",
         compile: bool = False,
         name: str = "",
+        computes: str = AUTO,
         fast_fp8: bool = False,
         has_fp8: bool = False,
         on_event: OnEvent | None = None,
@@ -112,7 +113,7 @@ class Backend(Connection):
 
         Args:
             dtype: auto is ComfyUI's choice for the ranks' cards; float32 on CPUs. fp8 holds weights of half precision in fp8, a
-                scale for each row, float8_e4m3fn and float8_e5m2 cast them; both compute in auto's.
+                scale for each row, float8_e4m3fn and float8_e5m2 cast them, which are computed with in `computes`.
             mesh: None takes cfg 2 where the ranks are even; the rest is ulysses, or bands (patch) for a UNet.
             kind: refuses a file of another one.
             compile: torch.compile of the repeated blocks; their first step in each kind of shape takes much longer.
@@ -120,7 +121,7 @@ class Backend(Connection):
             fast_fp8, has_fp8: see LoadModel.
         Raises: CheckpointError, ConfigError.
         """
-        fp8 = {"fast_fp8": fast_fp8, "has_fp8": has_fp8}
+        fp8: dict[str, Any] = {"computes": computes, "fast_fp8": fast_fp8, "has_fp8": has_fp8}
         load = self.asked(path, mesh, dtype, kernel, name, kind=kind, compile=compile, **fp8)
         return self.load_asked(load, on_event=on_event, should_cancel=should_cancel)
 
@@ -141,13 +142,27 @@ class Backend(Connection):
         dtype: str,
         kernel: str,
         name: str = "",
+        *,
+        computes: str = AUTO,
+        fast_fp8: bool = False,
+        has_fp8: bool = False,
         **settings: Any,
     ) -> LoadModel:
-        """What `load_model` asks for, with the same settings. Raises: CheckpointError."""
+        """What `load_model` asks for, with the same settings, less those that mean nothing to this file.
+
+        Raises: CheckpointError.
+        """
         file = _absolute(path)
-        weights = dtype if dtype in WEIGHTS else ""
-        dtype = self.model_dtype(file) if weights or dtype == AUTO else dtype
-        return LoadModel(self._named(file, name), self.key(file), dtype, mesh, kernel, weights=weights, **settings)
+        packed = packing(file)
+        weights = dtype if (dtype in CAST_TO and packed != QUANTISED) or (dtype == FP8 and not packed) else ""
+        computes = computes if dtype in WEIGHTS else dtype
+        fp8: dict[str, Any] = {
+            "weights": weights,
+            "fast_fp8": fast_fp8 and (packed == BARE_FP8 or weights in CAST_TO),
+            "has_fp8": has_fp8 and bool(packed or weights in CAST_TO),
+        }
+        dtype = self.model_dtype(file) if computes == AUTO else computes
+        return LoadModel(self._named(file, name), self.key(file), dtype, mesh, kernel, **fp8, **settings)
 
     def load_vae(
         self,

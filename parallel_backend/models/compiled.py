@@ -36,8 +36,8 @@ def refuse_quantised(source: TensorSource) -> None:
     """Raises: ConfigError: its weights are quantised; their values are made in Python, which breaks every graph."""
     if is_quantised(source):
         raise ConfigError(
-            f"{source.path.name} is quantised, and compile is for weights of half precision or float32.",
-            "Turn compile off in Mesh Config, or use the half-precision file.",
+            f"{source.path.name} is quantised or to be held in fp8, and compile is for weights of half precision or float32.",
+            "Turn compile off in Mesh Config, or use the half-precision file without fp8.",
         )
 
 

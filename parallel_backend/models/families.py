@@ -11,11 +11,11 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
-from ..checkpoint_files.diffusion_part import FROM_SCRATCH_MARK, diffusion_entries
-from ..config import MMDIT_AXES, MMDIT_REST, UNET_AXES, UNET_REST
+from ..checkpoint_files.diffusion_part import FROM_SCRATCH_MARK, QUANTISED, diffusion_entries, packing
+from ..config import CAST_TO, FP8, MMDIT_AXES, MMDIT_REST, UNET_AXES, UNET_REST
 from ..distributed.mesh import Mesh
 from ..errors import CheckpointError
-from .checkpoint import TensorSource, is_quantised
+from .checkpoint import TensorSource
 from .fp8_source import FP8Source
 from .from_scratch import Block, FromScratch, GridPositions
 from .from_scratch_file import from_scratch_config
@@ -67,7 +67,7 @@ FROM_SCRATCH = Kind(
     "flow",
     SD3.latent_remedy,
     "Use Load Conditioning: Gemma and ModernBERT.",
-    ("patch_emb.", "out_proj."),
+    ("pos_enc.", "patch_emb.", "out_norm.", "out_proj."),
 )
 SDXL = Kind(
     "unet",
@@ -120,8 +120,11 @@ def open_model(path: Path, kind: str = "any", weights: str = "", device: torch.d
     """
     names = diffusion_entries(path)
 
+    packed = packing(path)
+    becomes_fp8 = (weights in CAST_TO and packed != QUANTISED) or (weights == FP8 and not packed)
+
     def held(source: TensorSource, kind: Kind) -> TensorSource:
-        return FP8Source(source, weights, kind.edges, device) if weights and not is_quantised(source) else source
+        return FP8Source(source, weights, kind.edges, device) if becomes_fp8 else source
 
     if kind != "unet" and FROM_SCRATCH_MARK in names:
         return _open_from_scratch(path, held)

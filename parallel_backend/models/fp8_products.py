@@ -13,8 +13,6 @@ from ..quantized.forms import kitchen
 from ..quantized.weight import multiply_in_fp8
 from .checkpoint import HeldWeight
 
-NOTE = "products are made in fp8, as ComfyUI makes them on such cards"
-
 
 class _Card(msgspec.Struct):
     multiplies: bool
@@ -37,12 +35,12 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 def _has_kitchen() -> bool:
     try:
-        kitchen()
+        return hasattr(kitchen(), "TensorCoreFP8Layout")
     except UnsupportedError:
         return False
-    return True
 
 
 def make_products_in_fp8(held: Iterable[HeldWeight], bare: bool) -> str:
     """From now on, of all weights whose form has them; `bare`: those without a scale too. Returns what to tell, if there are any."""
-    return NOTE if sum(multiply_in_fp8(weight.parameter, bare) for weight in held) else ""
+    count = sum(multiply_in_fp8(weight.parameter, bare) for weight in held)
+    return f"products with {count} weights are made in fp8, as ComfyUI makes them on such cards" if count else ""

@@ -14,16 +14,16 @@ from ..distributed.tensor_parallel import Shard, cut
 from ..quantized.forms import ScaledFP8
 from ..quantized.weight import Part, QuantizedWeight
 from .checkpoint import TensorSource
-from .staging import Place, placing
 
 _E4M3 = torch.float8_e4m3fn
 
 
 @dataclass
 class FP8Source:
-    """The tensors of `inner`, of which those that are not quantised become fp8.
+    """The tensors of `inner`, which become fp8.
 
     Args:
+        inner: of half precision, or, where `weights` is a type's name, of fp8 without scales.
         weights: of config.WEIGHTS. fp8: matrices and kernels, each row divided by a scale of its own. Rows are scaled whole,
             also where ranks hold columns of them, so that the values are the same on any mesh; such a tensor is read whole.
             A type's name: every tensor, cast to it.
@@ -36,10 +36,9 @@ class FP8Source:
     edges: tuple[str, ...]
     device: torch.device
     path: Path = field(init=False)
-    _place: Place = field(init=False)
 
     def __post_init__(self) -> None:
-        self.path, self._place = self.inner.path, placing(self.device)
+        self.path = self.inner.path
 
     @property
     def bytes_read(self) -> int:
@@ -73,13 +72,15 @@ class FP8Source:
 
     def _there(self, name: str, shard: Shard | None) -> Tensor:
         tensor = self.inner.read(name, shard)
-        return self._place(tensor, tensor.dtype)
+        if isinstance(tensor, QuantizedWeight):  # of a type that is cast to another
+            tensor = tensor.dequantized()
+        return tensor.to(self.device)
 
     def _becomes_fp8(self, name: str) -> bool:
         dims = len(self.shape(name))
-        if dims == 0 or self.inner.held_bytes(name, None) is not None:
-            return False
-        return self.weights != FP8 or (dims in (2, 4) and not name.startswith(self.edges))
+        if self.weights == FP8:
+            return dims in (2, 4) and not name.startswith(self.edges)
+        return dims > 0
 
 
 def scaled_by_row(tensor: Tensor, shard: Shard | None) -> QuantizedWeight:

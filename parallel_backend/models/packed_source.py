@@ -26,13 +26,18 @@ Range: TypeAlias = tuple[int, int]
 class PackedSource(SafetensorsSource):
     """As if nothing were quantised; what is read of a quantised tensor is a `QuantizedWeight`.
 
-    Raises: UnsupportedError, CheckpointError: as `without_packing`.
+    Raises: UnsupportedError, CheckpointError: as `without_packing`; UnsupportedError: the package of a form is not there.
     """
 
     def __init__(self, path: Path, prefix: str = "") -> None:
         super().__init__(path, prefix)
         self._raw = self._entries
         self._entries, self._packed = without_packing(self._raw, self._metadata, prefix, self._text, path.name)
+        if any(entry.form in FOUR_BITS for entry in self._packed.values()):
+            bitsandbytes.package()
+        for form, options in {entry.form: entry.options for entry in self._packed.values()}.items():
+            if form not in FOUR_BITS:
+                form_of(form, options)
 
     def _text(self, name: str) -> bytes:
         return tensor_bytes(self._file_of[name], self._raw[name])
@@ -41,11 +46,14 @@ class PackedSource(SafetensorsSource):
         entry = self._packed.get(name)
         if entry is None:
             return None
+        if entry.form in FOUR_BITS:
+            kept: list[tuple[Range, ...]] = [((0, side),) for side in entry.shape]
+            if shard is not None:
+                kept[shard.dim] = shard.ranges
+            return bitsandbytes.held_bytes(entry, kept[0], kept[1][0])
         shape = list(entry.shape)
         if shard is not None:
             shape[shard.dim] = shard.size
-        if entry.form in FOUR_BITS:
-            return bitsandbytes.held_bytes(entry, prod(shape))
         whole = sum(self._bytes_of(part) for part in entry.parts)
         return round(whole * prod(shape) / prod(entry.shape))
 

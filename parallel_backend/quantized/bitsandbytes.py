@@ -32,13 +32,13 @@ class BitsAndBytes(Form):
 
     def __init__(self, kind: str, block: int, dtype: torch.dtype, before: int, shape: tuple[int, ...]) -> None:
         self._kind, self._block, self._dtype, self._before, self._shape = kind, block, dtype, before, shape
-        _package()
+        package()
 
     def values(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         data, largest, code = tensors
         # On CPUs the package takes a block to end with its row, and no row of odd length without compiling.
         width = self._shape[1] if self._shape[1] % self._block == 0 else 2 * data.numel()
-        bnb, shape = _package(), torch.Size([2 * data.numel() // width, width])
+        bnb, shape = package(), torch.Size([2 * data.numel() // width, width])
         given = {"code": code, "blocksize": self._block, "quant_type": self._kind, "dtype": self._dtype}
         state = bnb.QuantState(largest, shape=shape, **given)
         values = bnb.dequantize_4bit(data.view(-1, 1), state).view(-1)
@@ -65,15 +65,19 @@ def bitsandbytes_part(entry: PackedEntry, rows: tuple[int, int], columns: tuple[
     return Part(form, (data, largest, read(code_name, 0, 16)), (0, shape[0]), meant)
 
 
-def held_bytes(entry: PackedEntry, values: int) -> int:
-    """Of so many of its values: the largest of a block are held in fp32 where the file has them quantised too."""
-    return -(-values // 2) + 4 * -(-values // entry.options["blocksize"])
+def held_bytes(entry: PackedEntry, rows: Sequence[tuple[int, int]], columns: tuple[int, int]) -> int:
+    """Of those rows and columns. The largest of a block are held in fp32 where the file has them quantised too."""
+    width, block = entry.shape[1], entry.options["blocksize"]
+    blocks = sum(-(-last * width // block) - first * width // block for first, last in rows)
+    if width % block == 0:
+        blocks = blocks * block // width * (-(-columns[1] // block) - columns[0] // block)
+    return blocks * (block // 2 + 4)
 
 
 def _largest(entry: PackedEntry, first: int, last: int, read: Read) -> Tensor:
     """fp32, of blocks that the file has quantised to 8 bits, in blocks of their own."""
     _, name, _, nested_name, code_name = entry.parts
-    block, bnb = entry.options["nested_blocksize"], _package()
+    block, bnb = entry.options["nested_blocksize"], package()
     start, stop = first // block, -(-last // block)
     end = -(-prod(entry.shape) // entry.options["blocksize"])
     state = bnb.QuantState(
@@ -84,7 +88,8 @@ def _largest(entry: PackedEntry, first: int, last: int, read: Read) -> Tensor:
 
 
 @cache
-def _package() -> Any:
+def package() -> Any:
+    """Raises: UnsupportedError: it is not there."""
     try:
         import bitsandbytes.functional
     except ImportError:

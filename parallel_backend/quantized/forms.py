@@ -88,8 +88,11 @@ class ScaledFP8(Form):
         layout, kind = kitchen().TensorCoreFP8Layout, "TensorCoreFP8Layout"
         rows = kitchen().QuantizedTensor.from_float(x.reshape(-1, x.shape[-1]), kind, scale=incoming)
         params = layout.Params(scale=scale, orig_dtype=x.dtype, orig_shape=tuple(data.shape))
-        out = F.linear(rows, kitchen().QuantizedTensor(data, kind, params), bias)
-        return out.reshape(*x.shape[:-1], data.shape[0])
+        within = None if x.dtype == torch.float32 else bias  # CUDA's product in fp8 adds no bias of fp32
+        out = F.linear(rows, kitchen().QuantizedTensor(data, kind, params), within).reshape(
+            *x.shape[:-1], data.shape[0]
+        )
+        return out if bias is None or within is not None else out + bias
 
 
 class Kitchen(Form):

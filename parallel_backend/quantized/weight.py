@@ -108,8 +108,10 @@ class QuantizedWeight(torch.Tensor):
         )
         found = [part.product(x, own) for part, own in zip(self.parts, biases, strict=True)]
         out = found[0] if len(found) == 1 else torch.cat(found, dim=-1)
-        for product in self.products:
-            out[..., product.rows] += product.scale * F.linear(F.linear(x, product.down), product.up)
+        for product in self.products:  # whose middle has no bounds that float16 would keep
+            wide = x.float() if x.dtype == torch.float16 else x
+            middle = F.linear(wide, product.down.to(wide.dtype))
+            out[..., product.rows] += product.scale * F.linear(middle, product.up.to(wide.dtype))
         return out
 
     @property

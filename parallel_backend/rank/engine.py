@@ -219,7 +219,9 @@ class Engine:
         Comm: `pass_on`'s, `cards_multiply_fp8`'s.
         """
         shared, dtype = self._readers(opened.source, mesh.spec, job), getattr(torch, body.dtype)
-        in_fp8 = is_quantised(opened.source) and cards_multiply_fp8(self.device, job.control, body.has_fp8)
+        # A gathered slice is dequantised.
+        may = is_quantised(opened.source) and not mesh.spec.sliced
+        in_fp8 = may and cards_multiply_fp8(self.device, job.control, body.has_fp8)
 
         def read() -> dict[str, HeldWeight]:
             held = load_parameters(
@@ -270,7 +272,8 @@ class Engine:
         if body.mesh is not None:
             body.mesh.check_world(world_size)
         choose(body.dtype, DTYPES, "dtype")
-        choose(body.weights or FP8, WEIGHTS, "Dtype of weights")
+        if body.weights:
+            choose(body.weights, WEIGHTS, "Dtype of weights")
         choose(body.kernel, KERNELS, "Attention kernel")
 
     def _tell_block(self) -> None:
