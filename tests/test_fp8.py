@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from quantised_files import bare_fp8, comfy_quant, scaled_fp8
 from safetensors.torch import load_file, save_file
 from test_checkpoint import CPU, UNREAD, mesh_position
+from test_from_scratch import write_pickle
 from test_quantised import joined_ranks, values_of
 from test_quantised_ranks import BANDS, PP, SLICED, TP, ULYSSES, assert_alike, drawn
 from torch import Tensor
@@ -120,6 +121,14 @@ def test_a_row_of_zeros_stays_one(tmp_path: Path, folder: Path) -> None:
     assert not values[3].any() and values.isfinite().all() and values[4].any()
 
 
+def test_the_layers_by_which_latents_come_in_and_go_out_stay(unets: Path, folder: Path, tmp_path: Path) -> None:
+    for path in (folder / "mmdit.safetensors", unets / "unet-tiny.safetensors", write_pickle(tmp_path)):
+        source = open_model(path, weights="fp8").source
+        matrices = {name for name in source.names() if len(source.shape(name)) in (2, 4)}
+        inside = {name for name in matrices if source.held_bytes(name, None) is not None}
+        assert inside < matrices and not any(source.shape(name)[1] in (4, 16) for name in inside)
+
+
 CASES = [
     *(("mmdit", "fp8", mesh) for mesh in (TP, PP, ULYSSES)),
     *(("unet", "fp8", BANDS), ("unet", "fp8", SLICED), ("unet", "float8_e4m3fn", BANDS), ("mmdit", "float8_e5m2", TP)),
@@ -149,8 +158,18 @@ def test_a_quantised_file_stays_as_it_is_and_an_unknown_type_is_named(backend2: 
     as_file, asked = (
         backend2.load_model(folder / "scaled.safetensors", MeshSpec(tp=2), dtype) for dtype in ("float32", "fp8")
     )
-    assert torch.equal(drawn(as_file), drawn(asked))
-    assert any("stay quantised, as in the file" in note for note in asked.loaded.notes)
+    assert asked.name == as_file.name and not any(asked.loaded.bytes_read), "it is held once"
+    assert any("stay quantised, as in the file" in note for note in as_file.loaded.notes)
+    half, fast = (
+        backend2.load_model(folder / "mmdit.safetensors", MeshSpec(tp=2), "float32", fast_fp8=fast, has_fp8=fast)
+        for fast in (False, True)
+    )
+    assert half.name == fast.name
+    values = load_file(folder / "bare.safetensors")
+    as_e5m2 = open_model(folder / "bare.safetensors", weights="float8_e5m2").source
+    for name in ("joint_blocks.0.x_block.mlp.fc1.weight", "joint_blocks.0.x_block.mlp.fc1.bias"):
+        assert torch.equal(values_of(as_e5m2.read(name)), cast(values[name].float(), torch.float8_e5m2))
+    assert open_model(folder / "bare.safetensors", weights="fp8").source.held_bytes("pos_embed", None)
     with pytest.raises(ConfigError, match="dtype 'fp4' is not known"):
         backend2.load_model(folder / "mmdit.safetensors", MeshSpec(tp=2), "fp4")
 
@@ -185,6 +204,24 @@ def test_what_comes_in_is_rounded_to_fp8_too(scales: tuple[float, ...]) -> None:
     torch.testing.assert_close(F.linear(x, both, bias), expected, rtol=1e-4, atol=1e-2)
 
 
+def test_a_lora_beside_products_in_fp8_does_not_overflow_float16() -> None:
+    weight = weight_of(16, 4096, 1, 0.01).placed(lambda tensor, _: tensor, torch.float16)
+    assert multiply_in_fp8(weight, bare=False)
+    up, down = torch.full((16, 4), 1e-3).half(), torch.full((4, 4096), 0.5).half()
+    x = torch.full((2, 4096), 50.0).half()
+    plain = F.linear(x, weight)
+    weight.wear([Product(slice(0, 16), up, down, 0.1)])
+    torch.testing.assert_close(F.linear(x, weight), plain + 0.1 * 4 * 1e-3 * 0.5 * 50 * 4096, rtol=0.01, atol=0.5)
+
+
+def test_sliced_blocks_are_multiplied_as_they_are_gathered(backend4: Backend, folder: Path) -> None:
+    path, settings = folder / "unet.safetensors", {"fast_fp8": True, "has_fp8": True}
+    model = backend4.load_model(path, SLICED, "float8_e4m3fn", **settings)
+    plain = backend4.load_model(path, SLICED, "float8_e4m3fn")
+    assert not any("products" in note for note in model.loaded.notes)
+    assert torch.equal(drawn(model), drawn(plain))
+
+
 def test_some_products_are_of_values_all_the_same() -> None:
     told = QuantizedWeight(
         [Part(ScaledFP8(in_full=True), weight_of(32, 32, 1, 0.5).parts[0].tensors, (0, 32))], (32, 32), torch.float32
@@ -213,7 +250,7 @@ def test_ranks_make_products_in_fp8_where_the_file_and_the_card_allow(
     pictures = []
     for mesh in (TP, PP, ULYSSES):
         model = backend4.load_model(path, mesh, "float32", fast_fp8=fast, has_fp8=True)
-        assert any("products are made in fp8" in note for note in model.loaded.notes) == multiplies
+        assert any("are made in fp8" in note for note in model.loaded.notes) == multiplies
         pictures.append(drawn(model))
     effect = apart(pictures[0], plain)
     assert (0.005 < effect < 0.1) if multiplies else effect < 1e-5

@@ -110,7 +110,15 @@ def test_slices_of_ranks_join_to_the_whole_bit_for_bit(form: str, files: dict[st
 
 @pytest.mark.parametrize(
     ("form", "most"),
-    [("scaled fp8", 0.55), ("bare fp8", 0.55), ("nvfp4", 0.35), ("Q8_0", 0.55), ("Q4_K", 0.35), ("nf4, double", 0.3)],
+    [
+        ("scaled fp8", 0.55),
+        ("bare fp8", 0.55),
+        ("nvfp4", 0.35),
+        ("Q8_0", 0.55),
+        ("Q4_K", 0.35),
+        ("nf4, double", 0.3),
+        ("nf4, blocks of 512", 0.3),
+    ],
 )
 @pytest.mark.parametrize("degree", [1, 2])
 def test_a_rank_holds_so_much_of_half_precision(form: str, most: float, degree: int, files: dict[str, Path]) -> None:
@@ -182,7 +190,7 @@ def test_metadata_can_say_for_all_layers_how_they_are_quantised(dense: dict[str,
 
 
 def test_compiling_is_refused(files: dict[str, Path]) -> None:
-    with pytest.raises(ConfigError, match=r"Q8_0\.gguf is quantised, and compile is for"):
+    with pytest.raises(ConfigError, match=r"Q8_0\.gguf is quantised or to be held in fp8, and compile"):
         refuse_quantised(open_mmdit(files["Q8_0"]))
 
 

@@ -118,8 +118,12 @@ def test_a_dtype_that_comfyui_was_started_with_goes_before_the_cards(outcomes: d
         "fp8_e5m2_unet": ["float8_e5m2", "for vae"],
         "asked": ["float16", "float16"],
         "fp8": ["fp8", "for vae"],
+        "computed in": {
+            "bf16_unet": ["bfloat16", "auto"],
+            "force_fp32": ["float32", "float32"],
+            "force_fp16": ["float16", "float16"],
+        },
         "told": [
-            "",
             "",
             "ComfyUI's --fp64-unet is not heeded: ranks hold weights in float32, float16, bfloat16, float8_e4m3fn or "
             "float8_e5m2, or as the file has them quantised.",
@@ -130,6 +134,20 @@ def test_a_dtype_that_comfyui_was_started_with_goes_before_the_cards(outcomes: d
             {"fast_fp8": True, "has_fp8": True},
         ],
     }
+
+
+def test_fp8_of_a_loader_is_heeded_where_mesh_config_leaves_it_open_and_does_not_compile(
+    outcomes: dict[str, Any],
+) -> None:
+    asked = outcomes["asked"]
+    assert {case: found[0] for case, found in asked.items()} == {
+        "auto False torch.float8_e4m3fn": "float8_e4m3fn",
+        "auto True torch.float8_e4m3fn": "auto",
+        "fp8 True torch.float8_e4m3fn": "fp8",
+        "bfloat16 False torch.float8_e5m2": "bfloat16",
+    }
+    unheeded = [case for case, (_, said) in asked.items() if "float8_e4m3fn is not heeded: compile" in said]
+    assert unheeded == ["auto True torch.float8_e4m3fn"]
 
 
 def test_every_model_is_parallel_from_the_start_where_the_variable_or_the_stored_setting_says_so(

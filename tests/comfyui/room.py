@@ -40,9 +40,36 @@ def main(comfy_folder, pack, model_path):
     outcomes["own backends"] = own_backends(importlib.import_module("pack.nodes.routes"))
     outcomes["everywhere"] = everywhere_at_start(importlib.import_module("pack.nodes.everywhere"), errors)
     outcomes["told"] = told(importlib.import_module("pack.nodes.core_dtype"))
+    outcomes["asked"] = asked(importlib.import_module("pack.nodes.load_models"), model_path)
     outcomes["without bfloat16"] = mm.AMD_RDNA2_AND_OLDER_ARCH
     outcomes["dtypes"] = core_dtypes.choices(mm, importlib.import_module("comfy.supported_models"))
     print(json.dumps(outcomes))
+
+
+def asked(load_models, path):
+    """What a backend is asked for, and what the node says, by Mesh Config's dtype, its compile and the loader's dtype."""
+    backend = SimpleNamespace(status=lambda: None)
+    loaded = SimpleNamespace(family="sd3", resident_bytes=[1], bytes_read=[1], seconds=1.0, evicted=[], notes=[])
+
+    def ask(path, mesh, dtype, kernel, name, **settings):
+        return SimpleNamespace(dtype="float32", held_as="", weights="", asked={"dtype": dtype, **settings})
+
+    backend.asked = ask
+    load_models.make_room = lambda *args: ""
+    load_models.interruptible = lambda backend, call, load, **_: SimpleNamespace(load=load, loaded=loaded)
+    backend.load_asked, outcomes = None, {}
+    for dtype, compiles, of_loader in (
+        ("auto", False, "torch.float8_e4m3fn"),
+        ("auto", True, "torch.float8_e4m3fn"),
+        ("fp8", True, "torch.float8_e4m3fn"),
+        ("bfloat16", False, "torch.float8_e5m2"),
+    ):
+        degrees = importlib.import_module("pack.parallel_backend").MeshSpec(tp=2)
+        mesh = SimpleNamespace(backend=lambda: backend, mmdit=degrees, dtype=dtype, compile=compiles, kernel="auto")
+        mesh.nan_is_error, mesh.differs = False, lambda: ""
+        remote, said = load_models.load_remote_model(mesh, "mmdit", Path(path), "", {"dtype": of_loader})
+        outcomes[f"{dtype} {compiles} {of_loader}"] = [remote.load.asked["dtype"], said.splitlines()[-1]]
+    return outcomes
 
 
 def everywhere_at_start(everywhere, errors):
@@ -219,9 +246,13 @@ def told(core_dtype):
         outcomes[str(flag)] = [core_dtype.model_dtype("auto"), core_dtype.vae_dtype(backend, "auto")]
     outcomes["asked"] = [core_dtype.model_dtype("float16"), core_dtype.vae_dtype(backend, "float16")]
     outcomes["fp8"] = [core_dtype.model_dtype("fp8"), core_dtype.vae_dtype(backend, "fp8")]
+    outcomes["computed in"] = {}
+    for flag in ("bf16_unet", "force_fp32", "force_fp16"):
+        core_dtype.args = SimpleNamespace(**{flag: True})
+        held = ("fp8", "float8_e4m3fn")
+        outcomes["computed in"][flag] = [core_dtype.computing_dtype(dtype) for dtype in held]
     core_dtype.args = SimpleNamespace(fp16_vae=True, fp64_unet=True)
-    outcomes["told"] = [core_dtype.unheeded("vae", "auto")]
-    outcomes["told"] += [core_dtype.unheeded("unet", asked) for asked in ("float16", "auto")]
+    outcomes["told"] = [core_dtype.unheeded(asked) for asked in ("float16", "auto")]
     options = {"dtype": "torch.float8_e4m3fn", "fp8_optimizations": True}
     outcomes["products"] = [core_dtype.fp8_products(options), core_dtype.fp8_products({})]
     fast = importlib.import_module("comfy.cli_args").PerformanceFeature.Fp8MatrixMultiplication
