@@ -62,7 +62,7 @@ def _state(weight: str, form: str, text: bytes, file_name: str) -> dict[str, Any
         known = known and len(shape) == 2 and all(type(side) is int and 0 < side < 2**31 for side in shape)
         if known and "nested_blocksize" in state:
             state["nested_offset"] = float(state["nested_offset"])
-            known = isfinite(state["nested_offset"])
+            known = isfinite(state["nested_offset"]) and state.get("nested_dtype", "float32") == "float32"
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         known = False
     if not known:

@@ -56,8 +56,8 @@ def bitsandbytes_part(entry: PackedEntry, rows: tuple[int, int], columns: tuple[
     meant = None if columns == (0, width) else columns
     if meant is not None and width % block == 0:
         left, right = columns[0] // block, -(-columns[1] // block)
-        data = data.view(shape[0], width // 2)[:, left * block // 2 : right * block // 2].flatten()
-        largest = largest.view(shape[0], width // block)[:, left:right].flatten()
+        data = _dense(data.view(shape[0], width // 2)[:, left * block // 2 : right * block // 2])
+        largest = _dense(largest.view(shape[0], width // block)[:, left:right])
         shape[1] = (right - left) * block
         meant = (columns[0] - left * block, columns[1] - left * block)
         meant = None if meant == (0, shape[1]) else meant
@@ -72,6 +72,11 @@ def held_bytes(entry: PackedEntry, rows: Sequence[tuple[int, int]], columns: tup
     if width % block == 0:
         blocks = blocks * block // width * (-(-columns[1] // block) - columns[0] // block)
     return blocks * (block // 2 + 4)
+
+
+def _dense(part: Tensor) -> Tensor:
+    """Its elements alone, one after the other: the package's kernels heed no strides, which a single column flattened has."""
+    return part.clone(memory_format=torch.contiguous_format).flatten()
 
 
 def _largest(entry: PackedEntry, first: int, last: int, read: Read) -> Tensor:
