@@ -122,9 +122,9 @@ def test_a_rank_starts_without_what_most_ranks_never_use() -> None:
     """They are seconds and 100 MB of each rank; what asks for them later gets them."""
     code = """if True:
         import sys, parallel_backend.rank.server
-        late = ("scipy", "torch._dynamo")
+        late = ("scipy", "torch._dynamo", "bitsandbytes")
         print([name for name in (*late, "transformers", "torchvision") if sys.modules.get(name)])
-        import scipy.stats, torch
+        import bitsandbytes.functional, scipy.stats, torch
         print(torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(1)).item())
     """
     command = [sys.executable, "-c", code]
