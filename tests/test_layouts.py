@@ -196,17 +196,41 @@ def test_a_pipelines_model_is_read_by_its_index_whole_and_once(part: str, tmp_pa
     assert files_of(folder / "diffusion_pytorch_model-00002-of-00003.safetensors") == files_of(tmp_path / "pipeline")
 
 
-def test_a_folder_that_bitsandbytes_has_quantised_is_that_of_its_values(tmp_path: Path) -> None:
-    layout = diffusers_mmdit(small_config("sd3.5-medium", 2), MMDIT).state_dict()
-    tensors = {name: tensor.contiguous() for name, tensor in layout.items()}
-    quantised = bitsandbytes(tensors, nested=True, quantises=lambda _, tensor: tensor.ndim == 2)  # as diffusers does
-    sharded(tmp_path / "nf4" / "transformer", quantised)
-    values = WholeFile(tmp_path / "nf4" / "transformer")
-    sharded(tmp_path / "values" / "transformer", {name: tensor.contiguous() for name, tensor in values.items()})
-    opened, expected = open_model(tmp_path / "nf4"), open_model(tmp_path / "values")
+@pytest.mark.parametrize(
+    ("part", "joined"),
+    [("transformer", "joint_blocks.0.x_block.attn.qkv.weight"), ("unet", "attn1.to_qkv.weight")],
+)
+def test_a_folder_that_bitsandbytes_has_quantised_is_that_of_its_values(part: str, joined: str, tmp_path: Path) -> None:
+    tensors = unet_tensors(CONFIGS["tiny"])
+    if part == "transformer":
+        tensors = diffusers_mmdit(small_config("sd3.5-medium", 2), MMDIT).state_dict()
+    dense = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    quantised = bitsandbytes(dense, nested=True, quantises=lambda _, tensor: tensor.ndim == 2)  # as diffusers does
+    sharded(tmp_path / "nf4" / part, quantised)
+    values = WholeFile(tmp_path / "nf4" / part)
+    sharded(tmp_path / "values" / part, {name: tensor.contiguous() for name, tensor in values.items()})
+    assert_holds_its_values(open_model(tmp_path / "nf4"), open_model(tmp_path / "values"), joined)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "joined"),
+    [(MMDIT, "joint_blocks.0.x_block.attn.qkv.weight"), (UNET, "attn1.to_qkv.weight")],
+    ids=["mmdit", "unet"],
+)
+def test_a_whole_checkpoint_that_bitsandbytes_has_quantised_is_that_of_its_values(
+    tensors: dict[str, Tensor], joined: str, tmp_path: Path
+) -> None:
+    nf4, values = tmp_path / "nf4.safetensors", tmp_path / "values.safetensors"
+    save_file(below(LDM, bitsandbytes(tensors)) | OTHERS, nf4)
+    save_file({name: tensor.contiguous() for name, tensor in WholeFile(nf4, LDM).items()}, values)
+    assert_holds_its_values(open_model(nf4), open_model(values), joined)
+
+
+def assert_holds_its_values(opened: OpenedModel, expected: OpenedModel, joined: str) -> None:
     for name in expected.source.names():
         assert torch.equal(opened.source.read(name) + 0.0, expected.source.read(name)), name
-    assert isinstance(opened.source.read("joint_blocks.0.x_block.attn.qkv.weight"), QuantizedWeight)
+    name = next(name for name in opened.source.names() if name.endswith(joined))
+    assert isinstance(opened.source.read(name), QuantizedWeight)
 
 
 def test_a_missing_shard_is_refused_by_name(tmp_path: Path) -> None:

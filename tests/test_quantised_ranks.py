@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from quantised_files import bare_fp8, scaled_fp8, write_gguf, write_quantised
+from quantised_files import bare_fp8, bitsandbytes, scaled_fp8, write_gguf, write_quantised
 from safetensors.torch import load_file, save_file
 from test_unet import conditioning as unet_conditioning
 from torch import Tensor
@@ -18,7 +18,7 @@ from parallel_backend.quantized.whole_file import WholeFile
 from parallel_backend.small_checkpoints.mmdit import small_config, write_mmdit
 from parallel_backend.small_checkpoints.prompts import random_prompt
 
-FILES = ("scaled_fp8", "bare_fp8", "nvfp4", "nf4_double", "Q4_K", "unet_scaled", "unet_bare", "unet_Q8_0")
+FILES = ("scaled_fp8", "bare_fp8", "nvfp4", "nf4_double", "Q4_K", "unet_scaled", "unet_bare", "unet_nf4", "unet_Q8_0")
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, unets: Path) -> Path:
         write_quantised(folder, dense, form)
     save_file(scaled_fp8(unet), folder / "unet_scaled.safetensors")
     save_file(bare_fp8(unet), folder / "unet_bare.safetensors")
+    save_file(bitsandbytes(unet), folder / "unet_nf4.safetensors")
     write_gguf(folder / "unet_Q8_0.gguf", unet, "Q8_0", "sdxl")
     (folder / "values").mkdir()
     for name in FILES:
@@ -61,7 +62,14 @@ BANDS, SLICED = MeshSpec(patch=4), MeshSpec(cfg=2, patch=2, sliced=True)
 CASES = [
     *(("scaled_fp8", mesh) for mesh in (TP, PP, ULYSSES)),
     *(("bare_fp8", TP), ("nvfp4", PP), ("nf4_double", TP), ("nf4_double", PP), ("Q4_K", TP)),
-    *(("unet_scaled", BANDS), ("unet_bare", SLICED), ("unet_Q8_0", BANDS), ("unet_Q8_0", SLICED)),
+    *(
+        ("unet_scaled", BANDS),
+        ("unet_bare", SLICED),
+        ("unet_nf4", BANDS),
+        ("unet_nf4", SLICED),
+        ("unet_Q8_0", BANDS),
+        ("unet_Q8_0", SLICED),
+    ),
 ]
 
 
