@@ -33,11 +33,9 @@ class PackedSource(SafetensorsSource):
         super().__init__(path, prefix)
         self._raw = self._entries
         self._entries, self._packed = without_packing(self._raw, self._metadata, prefix, self._text, path.name)
-        if any(entry.form in FOUR_BITS for entry in self._packed.values()):
-            bitsandbytes.package()
+        # A package that is missing is told now, before others make room for the model.
         for form, options in {entry.form: entry.options for entry in self._packed.values()}.items():
-            if form not in FOUR_BITS:
-                form_of(form, options)
+            bitsandbytes.package() if form in FOUR_BITS else form_of(form, options)
 
     def _text(self, name: str) -> bytes:
         return tensor_bytes(self._file_of[name], self._raw[name])
