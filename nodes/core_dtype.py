@@ -18,6 +18,20 @@ _WHY = (
 )
 
 
+def weights_dtype(of_mesh: str, compiles: bool, options: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """What weights are to be held in, and lines on what of flags and a loader's options can't be heeded.
+
+    Args:
+        of_mesh, compiles: what Mesh Config says. options: what a loader was told, which counts where that leaves the dtype open.
+    """
+    asked = told_by_loader(options) if of_mesh == AUTO else of_mesh
+    dtype, lines = model_dtype(asked), [unheeded(asked), unheeded_of_loader(options, asked)]
+    if compiles and of_mesh == AUTO and dtype in CAST_TO:
+        why = "compile in Mesh Config is for weights of half precision or float32"
+        return AUTO, [*lines, f"The dtype {dtype} is not heeded: {why}."]
+    return dtype, lines
+
+
 def model_dtype(asked: str) -> str:
     """What ranks are to hold the weights of a model in: as asked; as ComfyUI was started (--bf16-unet); else auto."""
     return asked if asked != AUTO else _told("unet", _FLAGS | _FP8_FLAGS) or AUTO

@@ -13,11 +13,10 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..parallel_backend import MeshSpec, RemoteModel
-from ..parallel_backend.checkpoint_files.diffusion_part import diffusion_bytes, packing
-from ..parallel_backend.config import AUTO, CAST_TO
+from ..parallel_backend.checkpoint_files.diffusion_part import diffusion_bytes
 from ..parallel_backend.demo.files import MMDIT_FILE, UNET_FILE, DemoFile
 from ..parallel_backend.rpc.messages import LoadModel, ModelKind, Progress, StepDone
-from .core_dtype import computing_dtype, fp8_products, model_dtype, told_by_loader, unheeded, unheeded_of_loader
+from .core_dtype import computing_dtype, fp8_products, weights_dtype
 from .core_memory import bytes_here, interruptible, make_room
 from .known_to_core import search_aliases
 from .loader_file import leave
@@ -50,13 +49,7 @@ def load_remote_model(
 ) -> tuple[RemoteModel, str]:
     """The model in the backend, and lines about how it came there; the rest as for `parallel_model`."""
     backend, degrees = mesh.backend(), mesh.unet if kind == "unet" else mesh.mmdit
-    asked = told_by_loader(options) if mesh.dtype == AUTO else mesh.dtype
-    dtype, beside_compile = model_dtype(asked), ""
-    if mesh.compile and mesh.dtype == AUTO and dtype in CAST_TO:  # a node says compile, the loader or a flag fp8
-        beside_compile = (
-            f"The dtype {dtype} is not heeded: compile in Mesh Config is for weights of half precision or float32."
-        )
-        dtype = AUTO
+    dtype, unheeded = weights_dtype(mesh.dtype, mesh.compile, options)
     settings = {"kind": kind, "compile": mesh.compile, "computes": computing_dtype(dtype), **fp8_products(options)}
     load = backend.asked(path, degrees, dtype, mesh.kernel, name, **settings)
     room = make_room(backend, _most_bytes(path, degrees, load), f"{load.held_as}{degrees.describe()}/")
@@ -70,19 +63,15 @@ def load_remote_model(
     remote = interruptible(backend, backend.load_asked, load, on_event=on_event)
     bar.update_absolute(1, 1)
     remote.nan_is_error = mesh.nan_is_error
-    heeded = [unheeded(asked), unheeded_of_loader(options, asked), beside_compile]
-    return remote, "\n".join(filter(None, [load_report(remote), *heeded, room, mesh.differs()]))
+    return remote, "\n".join(filter(None, [load_report(remote), *unheeded, room, mesh.differs()]))
 
 
 def _most_bytes(path: Path, degrees: MeshSpec, load: LoadModel) -> int:
     """About what a rank holds of it, or more."""
     shared = degrees.tp * degrees.pp * (degrees.cfg * degrees.patch if degrees.sliced else 1)
-    of_fp8 = load.weights and not packing(path)
-    # Scales, and the layers by which latents come in and go out, are of more bytes.
-    whole = (
-        diffusion_bytes(path, 1) * 21 // 20 if of_fp8 else diffusion_bytes(path, getattr(torch, load.dtype).itemsize)
-    )
-    return whole // shared
+    if load.weights:  # scales, and the layers by which latents come in and go out, are of more bytes
+        return diffusion_bytes(path, 1) * 21 // 20 // shared
+    return diffusion_bytes(path, getattr(torch, load.dtype).itemsize) // shared
 
 
 def load_report(remote: RemoteModel) -> str:

@@ -11,8 +11,8 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
-from ..checkpoint_files.diffusion_part import FROM_SCRATCH_MARK, QUANTISED, diffusion_entries, packing
-from ..config import CAST_TO, FP8, MMDIT_AXES, MMDIT_REST, UNET_AXES, UNET_REST
+from ..checkpoint_files.diffusion_part import FROM_SCRATCH_MARK, diffusion_entries
+from ..config import MMDIT_AXES, MMDIT_REST, UNET_AXES, UNET_REST
 from ..distributed.mesh import Mesh
 from ..errors import CheckpointError
 from .checkpoint import TensorSource
@@ -114,17 +114,14 @@ class OpenedModel:
 
 
 def open_model(path: Path, kind: str = "any", weights: str = "", device: torch.device = CPU) -> OpenedModel:
-    """The model at `path`; `kind` is mmdit, unet or any. `weights` is one of WEIGHTS, which are made on `device`, or empty.
+    """The model at `path`; `kind` is mmdit, unet or any. `weights` is one of WEIGHTS, made on `device`, or empty: see FP8Source.
 
     Raises: CheckpointError, UnsupportedError: the file holds something else; the message says what.
     """
     names = diffusion_entries(path)
 
-    packed = packing(path)
-    becomes_fp8 = (weights in CAST_TO and packed != QUANTISED) or (weights == FP8 and not packed)
-
     def held(source: TensorSource, kind: Kind) -> TensorSource:
-        return FP8Source(source, weights, kind.edges, device) if becomes_fp8 else source
+        return FP8Source(source, weights, kind.edges, device) if weights else source
 
     if kind != "unet" and FROM_SCRATCH_MARK in names:
         return _open_from_scratch(path, held)
