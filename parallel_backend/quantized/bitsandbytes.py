@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..checkpoint_files.packed_entries import PackedEntry
 from ..errors import UnsupportedError
-from .forms import Form
+from .forms import Form, rows_within
 from .weight import Part
 
 # (name of a tensor, first of its first dim, one past last) -> that part of it.
@@ -41,8 +41,7 @@ class BitsAndBytes(Form):
         bnb, shape = package(), torch.Size([2 * data.numel() // width, width])
         given = {"code": code, "blocksize": self._block, "quant_type": self._kind, "dtype": self._dtype}
         state = bnb.QuantState(largest, shape=shape, **given)
-        values = bnb.dequantize_4bit(data.view(-1, 1), state).view(-1)
-        return values[self._before : self._before + prod(self._shape)].view(self._shape).to(dtype)
+        return rows_within(bnb.dequantize_4bit(data.view(-1, 1), state), self._before, self._shape).to(dtype)
 
 
 def bitsandbytes_part(entry: PackedEntry, rows: tuple[int, int], columns: tuple[int, int], read: Read) -> Part:

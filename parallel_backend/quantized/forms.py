@@ -159,8 +159,12 @@ class GGUF(Form):
             values = self._function(data_RS.reshape(-1, self._bytes), self._block, self._bytes).half()
         if self.run is None:
             return values.reshape(data_RS.shape[0], -1).to(dtype)
-        before, shape = self.run
-        return values.reshape(-1)[before : before + prod(shape)].reshape(shape).to(dtype)
+        return rows_within(values, *self.run).to(dtype)
+
+
+def rows_within(blocks: Tensor, before: int, shape: tuple[int, ...]) -> Tensor:
+    """Rows of that shape which begin after so many values of whole blocks, and may end inside of one."""
+    return blocks.reshape(-1)[before : before + prod(shape)].reshape(shape)
 
 
 class _KeptConstants(TorchFunctionMode):
