@@ -19,7 +19,7 @@ import threading
 import time
 import uuid
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import NoReturn
@@ -299,16 +299,25 @@ def main(argv: Sequence[str]) -> None:
     start_logging(args.name, int(os.environ["RANK"]))
     # What was imported stays: looking through all of it for garbage takes a tenth of a second, each time a model leaves.
     gc.freeze()
-    with ExitStack() as stack:
-        rank = Rank(args)
-        stack.callback(dist.destroy_process_group)
-        if args.only_meet:
-            return
-        try:
+    rank = Rank(args)
+    try:
+        if not args.only_meet:
             rank.serve()
-        except Exception as error:  # noqa: BLE001 - the ranks are out of step: end this one, torchrun starts all anew
-            rank.fail(error)
-            os._exit(1)
+    except Exception as error:  # noqa: BLE001 - the ranks are out of step: end this one, torchrun starts all anew
+        rank.fail(error)
+        os._exit(1)
+    _leave(on_gpu=rank.device.type == "cuda")
+
+
+def _leave(on_gpu: bool) -> NoReturn:
+    """Ends this process, and with it no more than has to end.
+
+    At a usual exit threads of libraries can abort it, which torchrun takes for a lost rank: it would start a stopped backend anew.
+    """
+    if on_gpu:
+        dist.destroy_process_group()
+    logging.shutdown()
+    os._exit(0)
 
 
 if __name__ == "__main__":
