@@ -345,6 +345,19 @@ def write_distribution(folder: Path, name: str, version: str, *requires: str) ->
     (info / "METADATA").write_text("\n".join(lines) + "\n")
 
 
+def test_an_abort_at_a_ranks_exit_does_not_start_a_stopped_backend_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As threads of libraries end a process, now and then."""
+    hook = "import atexit, os\nif 'RANK' in os.environ:\n    atexit.register(os.abort)\n"
+    (tmp_path / "sitecustomize.py").write_text(hook)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH", "")])))
+    backend = Backend.attach_or_start(2, "cpu", "aborts")
+    backend.stop()
+    said = (files.runtime_dir("aborts") / "backend.log").read_text()
+    assert said.count("ready: 2 ranks") == 1 and "stopped" in said and "failed (exitcode" not in said
+
+
 def test_a_package_of_another_version_is_named_with_its_pin_before_torchrun(
     runtime_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
