@@ -82,15 +82,15 @@ def _check_parts(state: Mapping[str, Any], parts: Mapping[str, Any], file_name: 
         )
     values = prod(state["shape"])
     blocks = -(-values // state["blocksize"])
-    wanted = {weight: (("U8",), -(-values // 2)), beside[0]: (("F32",), blocks), beside[1]: (("F32",), 16)}
+    wanted = {weight: ("U8", -(-values // 2)), beside[0]: ("F32", blocks), beside[1]: ("F32", 16)}
     if len(beside) > 2:
         nested = -(-blocks // state["nested_blocksize"])
-        wanted |= {beside[0]: (("U8",), blocks), beside[2]: (("F32",), nested), beside[3]: (("F32",), 256)}
-    for name, (dtypes, count) in wanted.items():
+        wanted |= {beside[0]: ("U8", blocks), beside[2]: ("F32", nested), beside[3]: ("F32", 256)}
+    for name, (dtype, count) in wanted.items():
         found = parts[name]
-        if found["dtype"] not in dtypes or found["shape"][:1] != [count] or prod(found["shape"]) != count:
+        if found["dtype"] != dtype or found["shape"][:1] != [count] or prod(found["shape"]) != count:
             raise CheckpointError(
                 f"{file_name}: {name} is {found['dtype']} of shape {found['shape']}, where {weight} of shape {state['shape']} "
-                f"in blocks of {state['blocksize']} has {count} of {dtypes[0]}.",
+                f"in blocks of {state['blocksize']} has {count} of {dtype}.",
                 "The file is damaged: download it again.",
             )

@@ -153,7 +153,7 @@ class Backend(Connection):
         Raises: CheckpointError.
         """
         file = _absolute(path)
-        packed = packing(file)
+        packed = packing(file) if dtype in WEIGHTS or fast_fp8 or has_fp8 else ""
         weights = dtype if (dtype in CAST_TO and packed != QUANTISED) or (dtype == FP8 and not packed) else ""
         computes = computes if dtype in WEIGHTS else dtype
         fp8: dict[str, Any] = {

@@ -7,7 +7,7 @@ file's own layout is, and counts the bytes that it reads.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,8 +32,8 @@ _READABLE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 class TensorSource(Protocol):
     """Named tensors of which any part can be read."""
 
-    path: Path
-
+    @property
+    def path(self) -> Path: ...
     @property
     def bytes_read(self) -> int: ...
     def names(self) -> list[str]: ...
@@ -129,25 +129,31 @@ class Piece:
 
 
 @dataclass
-class RenamedSource:
-    """Another file layout under the single-file names: each tensor is pieces of the file's, joined along dim 0."""
+class SourceOver:
+    """Gives another source's tensors in its own way; the file is that one's."""
 
     inner: TensorSource
-    pieces: Mapping[str, Sequence[Piece]]
-    path: Path = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.path = self.inner.path
+    @property
+    def path(self) -> Path:
+        return self.inner.path
 
     @property
     def bytes_read(self) -> int:
         return self.inner.bytes_read
 
-    def names(self) -> list[str]:
-        return list(self.pieces)
-
     def check_unchanged(self) -> None:
         self.inner.check_unchanged()
+
+
+@dataclass
+class RenamedSource(SourceOver):
+    """Another file layout under the single-file names: each tensor is pieces of the file's, joined along dim 0."""
+
+    pieces: Mapping[str, Sequence[Piece]]
+
+    def names(self) -> list[str]:
+        return list(self.pieces)
 
     def _rows(self, piece: Piece) -> tuple[int, int]:
         return piece.start, piece.stop if piece.stop is not None else self.inner.shape(piece.name)[0]

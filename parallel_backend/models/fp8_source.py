@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,13 +12,13 @@ from ..config import FP8
 from ..distributed.tensor_parallel import Shard, cut
 from ..quantized.forms import ScaledFP8
 from ..quantized.weight import Part, QuantizedWeight
-from .checkpoint import TensorSource
+from .checkpoint import SourceOver
 
 _E4M3 = torch.float8_e4m3fn
 
 
 @dataclass
-class FP8Source:
+class FP8Source(SourceOver):
     """The tensors of `inner`, which become fp8.
 
     Args:
@@ -31,27 +30,15 @@ class FP8Source:
         device: where it is computed, and where what is read lies.
     """
 
-    inner: TensorSource
     weights: str
     edges: tuple[str, ...]
     device: torch.device
-    path: Path = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.path = self.inner.path
-
-    @property
-    def bytes_read(self) -> int:
-        return self.inner.bytes_read
 
     def names(self) -> list[str]:
         return self.inner.names()
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.inner.shape(name)
-
-    def check_unchanged(self) -> None:
-        self.inner.check_unchanged()
 
     def held_bytes(self, name: str, shard: Shard | None) -> int | None:
         if not self._becomes_fp8(name):

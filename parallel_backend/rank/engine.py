@@ -196,25 +196,18 @@ class Engine:
         model, kernel, needed, notes = job.control.agreed(build)
         evicted += self.residents.make_room(needed, path.name, opened.kind.name, spec, job.control)
         job.emit(Progress(f"Loading {path.name}", 0, 1), [])
-        network, weights = self._read(opened, model, mesh, kernel, body, job, notes)
+        network, weights, note = self._read(opened, model, mesh, kernel, body, job)
         config = opened.config
         predictor = Predictor(network, mesh, dtype, self.device, opened.kind)
         state = ModelState(name, path.name, config.family, spec.describe(), body.held_in, needed)
         self.residents[name] = Resident(predictor, state, config.channels, weights)
-        sizes = _Sizes(opened.source.bytes_read, needed, notes)
+        sizes = _Sizes(opened.source.bytes_read, needed, [*notes, note])
         return self._loaded(name, sizes, evicted, start, job), []
 
     def _read(
-        self,
-        opened: OpenedModel,
-        model: nn.Module,
-        mesh: Mesh,
-        kernel: str,
-        body: LoadModel,
-        job: Job,
-        notes: list[str],
-    ) -> tuple[Network, PatchedWeights]:
-        """The model with its weights, read by this rank or shared out; `notes` gets what to tell of them.
+        self, opened: OpenedModel, model: nn.Module, mesh: Mesh, kernel: str, body: LoadModel, job: Job
+    ) -> tuple[Network, PatchedWeights, str]:
+        """The model with its weights, read by this rank or shared out, and what to tell of its products.
 
         Comm: `pass_on`'s, `cards_multiply_fp8`'s.
         """
@@ -224,7 +217,7 @@ class Engine:
         in_fp8 = may and cards_multiply_fp8(self.device, job.control, body.has_fp8)
 
         def read() -> dict[str, HeldWeight]:
-            held = load_parameters(
+            return load_parameters(
                 model,
                 opened.source,
                 device=self.device,
@@ -233,8 +226,6 @@ class Engine:
                 should_stop=job.given_up,
                 shared=shared,
             )
-            notes.append(make_products_in_fp8(held.values(), body.fast_fp8) if in_fp8 else "")
-            return held
 
         def finish() -> Network:
             network = opened.network(model, mesh, kernel, self.device, dtype)
@@ -247,8 +238,9 @@ class Engine:
         held = job.control.agreed(read)
         if shared is not None:
             pass_on(model, shared)
+        note = make_products_in_fp8(held.values(), body.fast_fp8) if in_fp8 else ""
         network = job.control.agreed(finish)
-        return network, PatchedWeights(held, opened.source, opened.place, opened.later(network))
+        return network, PatchedWeights(held, opened.source, opened.place, opened.later(network)), note
 
     def _load_vae(self, body: LoadVAE, _: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         start = time.perf_counter()
