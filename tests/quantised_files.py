@@ -27,18 +27,25 @@ def bare_fp8(tensors: Tensors, dtype: torch.dtype = torch.float8_e4m3fn) -> dict
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
+def in_place_of(
+    tensors: Tensors, quantised: Callable[[str, Tensor], Tensors], quantises: Callable[[str, Tensor], bool] = is_matrix
+) -> dict[str, Tensor]:
+    """The tensors, and in place of each that is quantised what `quantised` makes of it."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        found |= quantised(name, tensor) if quantises(name, tensor) else {name: tensor}
+    return found
+
+
 def scaled_fp8(tensors: Tensors) -> dict[str, Tensor]:
     """ComfyUI's older form, as its SD3.5-large has it: a mark of two elements says that products are not in fp8."""
-    found: dict[str, Tensor] = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
-    for name, tensor in tensors.items():
-        if not is_matrix(name, tensor):
-            found[name] = tensor
-            continue
-        scale = tensor.abs().max() / FP8_MOST
-        layer = name.removesuffix(".weight")
-        found |= {name: (tensor / scale).to(torch.float8_e4m3fn), f"{layer}.scale_weight": scale}
-        found[f"{layer}.scale_input"] = torch.tensor(1.0)
-    return found
+
+    def scaled(name: str, tensor: Tensor) -> Tensors:
+        scale, layer = tensor.abs().max() / FP8_MOST, name.removesuffix(".weight")
+        beside = {f"{layer}.scale_weight": scale, f"{layer}.scale_input": torch.tensor(1.0)}
+        return {name: (tensor / scale).to(torch.float8_e4m3fn), **beside}
+
+    return {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)} | in_place_of(tensors, scaled)
 
 
 def comfy_quant(
@@ -47,15 +54,13 @@ def comfy_quant(
     """ComfyUI's newer form, in which each layer says how it is quantised."""
     from comfy_kitchen.tensor import QuantizedTensor
 
-    found: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if not is_matrix(name, tensor):
-            found[name] = tensor
-            continue
-        found |= QuantizedTensor.from_float(tensor, layout, **quantiser).state_dict(name)
-        text = json.dumps({"format": form, **(options or {})}).encode()
-        found[f"{name.removesuffix('.weight')}.comfy_quant"] = torch.tensor(list(text), dtype=torch.uint8)
-    return found
+    text = torch.tensor(list(json.dumps({"format": form, **(options or {})}).encode()), dtype=torch.uint8)
+
+    def said(name: str, tensor: Tensor) -> Tensors:
+        parts = QuantizedTensor.from_float(tensor, layout, **quantiser).state_dict(name)
+        return {**parts, f"{name.removesuffix('.weight')}.comfy_quant": text.clone()}
+
+    return in_place_of(tensors, said)
 
 
 def bitsandbytes(
@@ -68,16 +73,13 @@ def bitsandbytes(
     """As diffusers saves a model that it has quantised by bitsandbytes, matrices as bytes with their state beside."""
     import bitsandbytes.functional as bnb
 
-    found: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if not quantises(name, tensor):
-            found[name] = tensor
-            continue
-        given = {"blocksize": block, "compress_statistics": nested, "quant_type": kind}
+    given = {"blocksize": block, "compress_statistics": nested, "quant_type": kind}
+
+    def in_4_bits(name: str, tensor: Tensor) -> Tensors:
         data, state = bnb.quantize_4bit(tensor.to(torch.bfloat16), **given)
-        found[name] = data
-        found |= {f"{name}.{part}": value for part, value in state.as_dict(packed=True).items()}
-    return found
+        return {name: data} | {f"{name}.{part}": value for part, value in state.as_dict(packed=True).items()}
+
+    return in_place_of(tensors, in_4_bits, quantises)
 
 
 def mixed(tensors: Tensors) -> dict[str, Tensor]:
