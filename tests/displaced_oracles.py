@@ -21,6 +21,7 @@ from parallel_backend.distributed.mesh import Mesh, build_mesh
 from parallel_backend.distributed.stale import Kept, Step
 from parallel_backend.models.families import SD3
 from parallel_backend.models.network import TokenNetwork
+from parallel_backend.models.prediction import timesteps_of
 from parallel_backend.models.tokens import patch_rows
 from parallel_backend.models.transformer import Attend
 from parallel_backend.sampling.image import sample_latent
@@ -43,14 +44,14 @@ class OneAfterTheOther:
 
     def outputs(self, x: Tensor, timestep: Tensor, index: int) -> list[Tensor]:
         steps = [Step(index, "sync", branch, self.kept) for branch in range(len(self.prompts))]
-        times = timestep.expand(x.shape[0])
+        times = timesteps_of(timestep, x.shape[0], x.device)
         return [self.network(x, times, *prompt, step) for prompt, step in zip(self._rows(x), steps, strict=True)]
 
     def begin(self, timestep: Tensor) -> None:
         self._timestep = timestep
 
     def submit(self, patch: int, x: Tensor) -> None:
-        out, model, times = [], self.network.model, self._timestep.expand(x.shape[0])
+        out, model, times = [], self.network.model, timesteps_of(self._timestep, x.shape[0], x.device)
         for branch, (context, pooled) in enumerate(self._rows(x)):
             tokens = model.tokens_for(self.shape[2], self.shape[3], context.shape[1], len(self.rows)).of_patch(patch)
             attend = Attend(model.attention, tokens, Step(0, "displaced", branch, self.kept))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -130,6 +131,18 @@ def test_a_rank_starts_without_what_most_ranks_never_use() -> None:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.splitlines() == ["[]", "1.0"]
+
+
+def test_a_rank_starts_where_diffusers_optional_packages_do_not_load(tmp_path: Path) -> None:
+    """Seen on a machine with peft, which imports transformers, which ranks keep out: no rank started."""
+    for name in ("peft", "accelerate", "torchao", "optimum", "transformers", "torchvision", "xformers", "gguf"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise ImportError('made for another torch')")
+        (tmp_path / f"{name}-99.0.dist-info").mkdir()
+        (tmp_path / f"{name}-99.0.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: 99.0\n")
+    code = "import parallel_backend.rank.server"
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environment)
 
 
 def test_the_root_imports_silently_without_comfyui() -> None:

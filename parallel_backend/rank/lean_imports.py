@@ -2,7 +2,8 @@
 
 diffusers imports transformers and torchvision wherever it finds them. Ranks use neither, they take seconds, and in many
 ComfyUI environments one of them doesn't fit the installed torch, which would keep the backend from starting.
-xformers is of no use to them either, and diffusers 0.36 goes down where it doesn't fit torch.
+xformers is of no use to them either, and diffusers 0.36 goes down where it doesn't fit torch; so are what trains, quantises and
+offloads for diffusers: peft imports transformers by itself.
 scipy (for schedulers), torch's compiler (for marks on hooks) and bitsandbytes (for quantisers) are not of use to most ranks either:
 they are kept out while diffusers is imported, which halves a rank's start, and come when a schedule, a compiled model or a file in
 4 bits asks for them.
@@ -20,8 +21,11 @@ import torch
 
 from ..distributed import kernel_packages  # noqa: F401 - before diffusers
 
-_NEVER = ("transformers", "torchvision", "xformers", "aiter")
-_LATER = ("scipy", "torch._dynamo", "bitsandbytes")
+_NEVER = (
+    *("transformers", "torchvision", "xformers", "aiter", "peft", "accelerate", "torchao", "optimum", "modelopt"),
+    *("auto_round", "sdnq", "flashpack"),
+)
+_LATER = ("scipy", "torch._dynamo", "bitsandbytes", "gguf")
 # What ranks take of diffusers.
 _WANTED = (
     "attention_dispatch",

@@ -40,6 +40,13 @@ def narrow_sdxl(of: type) -> type:
 
 
 def _declare_torchvision_ops() -> None:
+    """Where torchvision's compiled part doesn't load beside this torch; where it does, it declares them itself."""
+    try:
+        __import__("torchvision")
+        return
+    except (ImportError, OSError, RuntimeError):
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
     arguments = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
     for op in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, op):
