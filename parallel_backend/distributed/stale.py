@@ -58,7 +58,7 @@ class Step:
 
     index: int = 0
     phase: Phase = "sync"
-    branch: int = 0
+    branch: Hashable = 0
     kept: Kept | None = None
 
     @property
