@@ -6,6 +6,7 @@ Stock samplers and guiders run on it as on any MODEL. What can't be sent is refu
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -27,11 +28,12 @@ from .core_memory import WeightsElsewhere
 from .core_model import base_model
 from .hung.attention_patches import transformer_patches
 from .hung.compute import compute_patches
+from .hung.controlnet import ControlCost
 from .hung.guidance import patching_functions
 from .hung.layers import network_changes
 from .hung.loop_patches import OWN
 from .hung.refusal import ELSEWHERE, IN_MESH_CONFIG, RELOAD, refuse
-from .hung.weights import PREFIX, all_patches, patched_weight, unsendable_weights, weight_patches
+from .hung.weights import PREFIX, PatchedWeights, all_patches, unsendable_weights, weight_patches
 from .whole_loop import sample_in_backend
 
 # Sets of weight patches that are kept ready, with the tensors that they are made of: those of hooks take turns in a sampling.
@@ -93,7 +95,7 @@ class RemotePatcher(WeightsElsewhere):
     def pre_run(self) -> None:
         self.check()  # once more: what wraps the sampling has begun by now
         self.model.as_made.unseen = True
-        self.network.has_told = False
+        self.network.has_told, self.network.control_cost = False, ControlCost()
         self._wear(self.current_hooks)
         super().pre_run()
 
@@ -129,6 +131,11 @@ class RemotePatcher(WeightsElsewhere):
     def _weight(self, key: str) -> Tensor:
         return self.base[key.removeprefix(PREFIX)] if key.startswith(PREFIX) else comfy.utils.get_attr(self.model, key)
 
+    def patched_weights(self) -> Mapping[str, Tensor]:
+        """The weights with all that lies on them, by their names in the network; each is made when it is asked for."""
+        patched = {key.removeprefix(PREFIX): entries for key, entries in all_patches(self, None).items()}
+        return PatchedWeights(self.base, patched, mm.get_torch_device(), self.network.dtype)
+
     def model_state_dict_for_saving(self, model: Any = None, prefix: str = "") -> dict[str, Tensor]:
         """The patched weights, in the dtype in which ComfyUI would hold them itself.
 
@@ -138,14 +145,9 @@ class RemotePatcher(WeightsElsewhere):
             self._refuse("saving: ComfyUI has no file layout for it")
         if self.base.is_quantised:
             self._refuse("saving: its file is quantised, and saved weights are not")
-        dtype, device = self._own_dtype(), mm.get_torch_device()
         patched = {key.removeprefix(PREFIX): entries for key, entries in self.patches.items()}
-        saved = {}
-        for name in self.network.state_dict():
-            if name in patched:
-                saved[name] = patched_weight(patched[name], self.base, name, device, dtype)
-            else:
-                saved[name] = self.base[name].to(dtype)
+        weights = PatchedWeights(self.base, patched, mm.get_torch_device(), self._own_dtype())
+        saved = {name: weights[name] for name in self.network.state_dict()}
         return saved if prefix else {PREFIX + name: tensor for name, tensor in saved.items()}
 
     def _own_dtype(self) -> Any:

@@ -14,6 +14,7 @@ from ..parallel_backend import RemoteModel, WeightPatches
 from ..parallel_backend.errors import UnsupportedError
 from .core_memory import interruptible
 from .hung.attention_patches import transformer_patches
+from .hung.controlnet import ControlCost, by_place
 from .hung.layers import AsMade
 from .hung.refusal import ELSEWHERE, RELOAD, refuse
 from .node_text import say
@@ -27,6 +28,7 @@ class RemoteNetwork(torch.nn.Module):
     as_made: AsMade
     worn: WeightPatches
     has_told: bool
+    control_cost: ControlCost
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if "forward" in vars(self):  # put there while sampling: it would compute with layers that have no weights
@@ -45,7 +47,7 @@ class RemoteNetwork(torch.nn.Module):
     ) -> Tensor:
         options = transformer_options or {}
         # Checked here too: some guiders add their patches while they sample.
-        refuse(_unsendable(control, options, kwargs), "A parallel MODEL", ELSEWHERE)
+        refuse(_unsendable(options, kwargs), "A parallel MODEL", ELSEWHERE)
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(
             self._remote_forward,
             self,
@@ -54,12 +56,15 @@ class RemoteNetwork(torch.nn.Module):
         return executor.execute(x, timesteps, context, y, control, options)
 
     def _remote_forward(
-        self, x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor, _: Any, options: dict[str, Any], **__: Any
+        self, x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor, control: Any, options: dict[str, Any], **_: Any
     ) -> Tensor:
         if self.as_made.unseen:
             refuse(self.as_made.changes(), "A parallel MODEL", RELOAD)
             self.as_made.unseen = False
-        given = {"patches": self.worn, "step": partial(step_of, options)}
+        residuals = None if control is None else by_place(control, self)
+        if residuals is not None:
+            self.control_cost.note(residuals, self.dtype.itemsize)
+        given = {"patches": self.worn, "step": partial(step_of, options), "residuals": residuals}
         out = interruptible(self.remote.backend, self.remote.forward, x, timesteps, context, y, **given)
         if self.remote.note and not self.has_told:  # of NaN, which is in every evaluation after the first as well
             say(self.remote.note, log=True)
@@ -81,9 +86,7 @@ def step_of(options: dict[str, Any]) -> tuple[int, int]:
     return min(max(passed, 1), len(all_sigmas) - 1), len(all_sigmas) - 1
 
 
-def _unsendable(control: Any, options: dict[str, Any], kwargs: dict[str, Any]) -> Iterator[str]:
-    if control is not None:
-        yield "a ControlNet"
+def _unsendable(options: dict[str, Any], kwargs: dict[str, Any]) -> Iterator[str]:
     yield from transformer_patches(options)
     yield from (f"the model argument {name!r}" for name, value in kwargs.items() if value is not None)
 
@@ -96,7 +99,7 @@ def make_remote(network: torch.nn.Module, remote: RemoteModel, dtype: torch.dtyp
             layer.register_forward_pre_hook(partial(_refuse_layer, name))
     network.__class__ = _remote_class(type(network))  # type: ignore[arg-type]
     network.remote, network.dtype, network.worn = remote, dtype, WeightPatches()  # type: ignore[assignment]
-    network.has_told = False  # type: ignore[assignment]
+    network.has_told, network.control_cost = False, ControlCost()  # type: ignore[assignment]
     network.as_made = AsMade(network)  # type: ignore[assignment]
 
 

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from ..parallel_backend.client.remote import Step
 from ..parallel_backend.rpc.messages import Preview, Result
 from .core_memory import interruptible
+from .hung.controlnet import take_over
 from .hung.displaced_steps import Displaced, displaced_of
 from .hung.known_functions import closed_over
 from .hung.loop import Loop, read_loop
@@ -44,13 +45,18 @@ def sample_in_backend(
     guider: CFGGuider = executor.class_obj
     model = guider.model_patcher
     model.check()
+    take_over(guider.conds, model.patched_weights)
     displaced = displaced_of(model)
     loop = read_loop(guider, noise, latent_image, sampler, sigmas, denoise_mask, seed)
     if isinstance(loop, list):
         if displaced is not None:
             refuse(iter(loop), "Displaced steps", "Leave Displaced Steps out, or what is named here.")
-        say(f"step by step: {'; '.join(loop)}", log=True)
-        return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **kwargs)
+        why = f"step by step: {'; '.join(loop)}"
+        say(why, log=True)
+        out = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **kwargs)
+        if cost := str(model.network.control_cost):
+            say(f"{why}\n{cost}", log=True)
+        return out
     model.register()
     clock = StepClock()
     with tqdm(total=len(sigmas) - 1, disable=disable_pbar) as bar:

@@ -7,6 +7,7 @@ BackendError
 ├── UnsupportedError     something real that this path doesn't do, refused by its name
 ├── ProtocolError        a message of another version or of a wrong form
 ├── MissingTensorsError  tensors named by key that the backend no longer holds
+├── UnseenTensorsError   tensors in memory that a rank, on another machine perhaps, doesn't see
 ├── UnknownModelError    a model id that the backend doesn't hold (any more)
 ├── UnknownPatchesError  a file of patches on weights that a rank doesn't find
 ├── OutOfMemoryError     a rank has no room for a model or a job; what is resident stays
@@ -62,6 +63,10 @@ class ProtocolError(BackendError):
 
 class MissingTensorsError(BackendError):
     code = "missing_tensors"
+
+
+class UnseenTensorsError(BackendError):
+    code = "unseen_tensors"
 
 
 class UnknownModelError(BackendError):

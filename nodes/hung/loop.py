@@ -26,6 +26,7 @@ from .model_sampling import read_sampling
 # Of a processed prompt: what ComfyUI's loop reads beside the model's own inputs, and the value that changes nothing.
 _NEUTRAL: Mapping[str, Any] = {"strength": 1.0}
 _READ = ("area", "mask", "strength", "timestep_start", "timestep_end", "control", "gligen", "hooks", "default")
+_NAMED = {"control": "a ControlNet"}
 _INPUTS = {"c_crossattn", "y"}
 
 
@@ -149,4 +150,4 @@ def _odd_entries(kind: str, entries: Sequence[Mapping[str, Any]]) -> Iterator[st
         yield f"{len(entries)} entries in the {kind} conditioning"
     for key in _READ:
         if any(key in entry and entry[key] is not None and entry[key] != _NEUTRAL.get(key) for entry in entries):
-            yield f"{key!r} in the {kind} conditioning"
+            yield f"{_NAMED.get(key, repr(key))} in the {kind} conditioning"

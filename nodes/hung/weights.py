@@ -99,6 +99,31 @@ def patched_weight(
     return comfy.float.stochastic_rounding(out, dtype, seed=_seed_of(key)).cpu()
 
 
+class PatchedWeights(Mapping[str, Tensor]):
+    """The weights of a MODEL as its patches leave them, in `dtype`, on the CPU; each is made when it is asked for."""
+
+    def __init__(
+        self,
+        base: Mapping[str, Tensor],
+        patches: Mapping[str, Sequence[Entry]],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        """`patches` by the weights' names in `base`; ComfyUI computes on `device`."""
+        self._base, self._patches, self._device, self._dtype = base, patches, device, dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._patches:
+            return patched_weight(self._patches[name], self._base, name, self._device, self._dtype)
+        return self._base[name].to(self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._base)
+
+    def __len__(self) -> int:
+        return len(self._base)
+
+
 def _low_rank(name: str, entry: Entry, shape: torch.Size) -> tuple[LowRank, float] | None:
     """The product that the entry adds, and its factor; None where it is more than that, or doesn't fit."""
     strength, value, strength_model, offset, function = entry

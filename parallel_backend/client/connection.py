@@ -21,6 +21,7 @@ from ..errors import (
     OutOfMemoryError,
     ProtocolError,
     RankError,
+    UnseenTensorsError,
     error_from_code,
 )
 from ..rpc import runtime_dir as files
@@ -50,6 +51,7 @@ from ..rpc.messages import (
 from ..rpc.wire import pack, unpack
 from .places import RECONNECT_SECONDS, Place
 from .sent_tensors import Attachment, SentTensors
+from .shared_area import SharedArea
 
 POLL_MS = 50
 GOODBYE_MS = 500
@@ -79,7 +81,7 @@ class Connection:
         self._place = place
         self.lock = threading.RLock()
         self._socket: zmq.Socket[bytes] | None = None
-        self._sent = SentTensors()
+        self._sent = SentTensors(None if spec.address else SharedArea())
         self._jobs = 0
         self._lost = False
         # Whether a request is under way; who holds the lock and finds so is one of its callbacks.
@@ -102,6 +104,7 @@ class Connection:
                 self._send(Goodbye())
                 self._socket.close(linger=GOODBYE_MS)
                 self._socket = None
+                self._close_area()
 
     def status(self, should_cancel: Callable[[], bool] | None = None) -> BackendState:
         reply, _ = self.request(Status(), should_cancel=should_cancel)
@@ -141,8 +144,16 @@ class Connection:
                 # Another client may push out, or free, the others too before this is there again: all travel with it now.
                 self._sent.forget()
                 return self._exchange(body, attachments, on_event, should_cancel)
+            except UnseenTensorsError:  # ranks of other machines have joined this one's
+                self._close_area()
+                return self._exchange(body, attachments, on_event, should_cancel)
             finally:
                 self.asking = False
+
+    def _close_area(self) -> None:
+        if self._sent.area is not None:
+            self._sent.area.close()
+            self._sent.area = None
 
     def _exchange(
         self,

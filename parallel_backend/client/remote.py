@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import PurePath
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import torch
@@ -17,6 +17,7 @@ from ..config import CELL, ModelSampling, SamplerSpec
 from ..errors import BackendLostError, NotFiniteError, StartError, UnknownModelError, UnknownPatchesError
 from ..rpc.conditioning import Conditioning
 from ..rpc.messages import (
+    Control,
     Decode,
     Encode,
     Forward,
@@ -41,6 +42,8 @@ from .weight_patches import WeightPatches, parts_of
 
 log = logging.getLogger("parallel_backend")
 RELOADS = 10
+
+Residuals: TypeAlias = Mapping[str, Sequence[Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -293,6 +296,7 @@ class RemoteModel(_Remote):
         context: Tensor,
         pooled: Tensor,
         *,
+        residuals: Residuals | None = None,
         patches: WeightPatches | None = None,
         step: Callable[[], tuple[int, int]] = lambda: (0, 0),
         should_cancel: Callable[[], bool] | None = None,
@@ -301,6 +305,8 @@ class RemoteModel(_Remote):
 
         Args:
             x: (B, C, Y, X). timesteps: (B,), 1000 * sigma for flow models. context: (B, L, E). pooled: (B, A).
+            residuals: a ControlNet's, whole, of B rows or one for all, by `input`, `middle` and `output`, each in the order of
+                the model's blocks. They travel in the dtype in which the model computes.
             step: asked where the output holds NaN or infinity: of which step, from 1, of how many it is; (0, 0) of none.
         Raises: as `sample`.
         """
@@ -311,7 +317,7 @@ class RemoteModel(_Remote):
             Attachment(context, True),
             Attachment(pooled, True),
         ]
-        body = Forward(self.name, 0, 1, 2, 3)
+        body = Forward(self.name, 0, 1, 2, 3, control=self._attach(residuals, attachments))
         tensors = self._patched_request(body, attachments, patches, should_cancel=should_cancel)
         if not is_finite(tensors[0]):
             prompt = {"conditioning": context, "pooled conditioning": pooled}
@@ -320,6 +326,23 @@ class RemoteModel(_Remote):
             made = ({"latent": x}, {"latent (or its noise or mask)": x}, {})[min(number, 2)]
             self._tell(NotFinite(held_by(made | prompt), number, steps))
         return tensors[0].clone()
+
+    def _attach(self, residuals: Residuals | None, attachments: list[Attachment]) -> Control:
+        """How a request names them; a tensor that stands in several places travels once."""
+        dtype, places = getattr(torch, self.load.dtype), dict[int, int]()
+
+        def place(tensor: Tensor | None) -> int | None:
+            if tensor is None:
+                return None
+            if id(tensor) not in places:
+                places[id(tensor)] = len(attachments)
+                attachments.append(Attachment(tensor.to(dtype), shared=True))
+            return places[id(tensor)]
+
+        inputs, middle, outputs = (
+            [place(tensor) for tensor in (residuals or {}).get(side, ())] for side in ("input", "middle", "output")
+        )
+        return Control(inputs, middle[0] if middle else None, outputs)
 
 
 class RemoteVAE(_Remote):

@@ -8,11 +8,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import msgspec
 import numpy as np
 from torch import Tensor
 
-from ..rpc.messages import TensorMeta
+from ..rpc.messages import SharedPlace, TensorMeta
 from ..rpc.wire import tensor_frame, tensor_meta
+from .shared_area import SharedArea
 
 REMEMBERED = 8
 
@@ -21,16 +23,22 @@ Words: TypeAlias = "np.ndarray[Any, np.dtype[np.uint64]]"
 
 @dataclass(frozen=True)
 class Attachment:
-    """A tensor of a request; `kept` ones are sent once and then named by their key."""
+    """A tensor of a request; `kept` ones are sent once and then named by their key, `shared` ones lie in memory where they can."""
 
     tensor: Tensor
     kept: bool = False
+    shared: bool = False
 
 
 class SentTensors:
-    """Copies of the tensors that were sent to be kept. Comparing with them is five times as fast as a content hash."""
+    """Copies of the tensors that were sent to be kept. Comparing with them is five times as fast as a content hash.
 
-    def __init__(self) -> None:
+    Args:
+        area: for ranks of this machine, in which shared tensors are laid; None where all go by the socket.
+    """
+
+    def __init__(self, area: SharedArea | None = None) -> None:
+        self.area = area
         self._client = uuid.uuid4().hex
         self._count = 0
         self._copies: OrderedDict[str, tuple[object, Words]] = OrderedDict()
@@ -39,8 +47,12 @@ class SentTensors:
     def prepare(self, attachments: Sequence[Attachment]) -> tuple[list[TensorMeta], list[Tensor], list[str]]:
         """What the message says of its tensors, those that must travel with it, and the keys among these."""
         metas, sent, keys = [], [], []
+        places = self._laid([attachment.tensor for attachment in attachments if attachment.shared])
         for attachment in attachments:
             tensor = attachment.tensor
+            if attachment.shared and places:
+                metas.append(msgspec.structs.replace(tensor_meta(tensor, sent=False), shared=places.pop(0)))
+                continue
             key = self._key_of(tensor.detach().cpu()) if attachment.kept else None
             known = key is not None and (key in self._sent or key in keys)
             metas.append(tensor_meta(tensor, sent=not known, key=key))
@@ -49,6 +61,9 @@ class SentTensors:
                 if key is not None:
                     keys.append(key)
         return metas, sent, keys
+
+    def _laid(self, tensors: Sequence[Tensor]) -> list[SharedPlace]:
+        return (self.area.lay(tensors) or []) if tensors and self.area is not None else []
 
     def note_sent(self, keys: Iterable[str]) -> None:
         """The backend has answered a request that brought these."""

@@ -244,7 +244,9 @@ class FromScratch(StagedTransformer):
 
     def run_blocks(self, c_BLD: Tensor, x_BLD: Tensor, vectors: Tensor, places: Tensor, attend: Attend) -> list[Tensor]:
         for block in cast(list[Block], list(self.blocks.values())):
-            x_BLD, c_BLD = block(x_BLD, c_BLD, vectors, places, attend.of(block.index))
+            own = attend.of(block.index)
+            x_BLD, c_BLD = block(x_BLD, c_BLD, vectors, places, own)
+            x_BLD = own.with_residual(x_BLD)
         return [c_BLD, x_BLD]
 
     def leave(self, x_BLD: Tensor, vectors: Tensor) -> Tensor:

@@ -250,7 +250,9 @@ class MMDiT(StagedTransformer):
         self, c_BLD: Tensor, x_BLD: Tensor, vectors: list[list[Tensor]], places: Tensor, attend: Attend
     ) -> list[Tensor]:
         for i, block in enumerate(self._own()):
-            c_BLD, x_BLD = block(c_BLD, x_BLD, vectors[2 * i], vectors[2 * i + 1], attend.of(block.index))
+            own = attend.of(block.index)
+            c_BLD, x_BLD = block(c_BLD, x_BLD, vectors[2 * i], vectors[2 * i + 1], own)
+            x_BLD = own.with_residual(x_BLD)
         return [c_BLD, x_BLD]
 
     def leave(self, x_BLD: Tensor, vectors: list[list[Tensor]]) -> Tensor:

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..distributed.stale import Kept, StaleExchange, Step
-from ..errors import UnsupportedError
+from ..errors import InputError, UnsupportedError
+from .residuals import NONE, Residuals, check_count, check_residual
 from .tokens import Tokens, padded
 from .transformer import StagedTransformer
 
@@ -27,7 +28,20 @@ class Network(Protocol):
         """Raises: UnsupportedError: displaced steps are asked for, and this model has none in its mesh."""
         ...
 
-    def __call__(self, x: Tensor, timesteps: Tensor, context: Tensor, pooled: Tensor, step: Step, /) -> Tensor: ...
+    def own_residuals(self, whole: Residuals, height: int, width: int) -> Residuals:
+        """This rank's part of what is to be added in an evaluation of a latent of that size. Raises: InputError: it doesn't fit."""
+        ...
+
+    def __call__(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        pooled: Tensor,
+        step: Step,
+        residuals: Residuals = NONE,
+        /,
+    ) -> Tensor: ...
 
 
 class Positions(Protocol):
@@ -62,11 +76,36 @@ class TokenNetwork:
             "Set pp or ring in Mesh Config, or leave displaced off.",
         )
 
-    def __call__(self, x: Tensor, timesteps: Tensor, context: Tensor, pooled: Tensor, step: Step) -> Tensor:
+    def own_residuals(self, whole: Residuals, height: int, width: int) -> Residuals:
+        """This rank's tokens of residuals that are whole, (B, L, D). Raises: InputError: they don't fit."""
+        if not whole:
+            return whole
+        config, patch = self.config, self.config.patch_size
+        if whole.middle is not None or any(tensor is not None for tensor in whole.input):
+            raise InputError("The ControlNet is one of a UNet.", f"Use one of {config.family}.")
+        check_count(whole.output, config.depth, "output")
+        tokens = self.model.tokens_for(height, width, text_tokens=1)
+        sizes = [-(-height // patch) * -(-width // patch), config.hidden]
+
+        def own(tensor: Tensor) -> Tensor:
+            check_residual(tensor, "the image tokens", sizes)
+            return tokens.take_image(tensor)
+
+        return whole.each(own)
+
+    def __call__(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        pooled: Tensor,
+        step: Step,
+        residuals: Residuals = NONE,
+    ) -> Tensor:
         num_patches = step.kept.num_patches if step.kept is not None else 1
         whole = padded(x, self.config.patch_size)
         tokens = self.model.tokens_for(x.shape[2], x.shape[3], context.shape[1], num_patches)
-        out = self.model(whole, timesteps, context, pooled, self.places(whole.shape, tokens), step)
+        out = self.model(whole, timesteps, context, pooled, self.places(whole.shape, tokens), step, residuals)
         if step.stale is not None:
             step.stale.end_evaluation()
         return out[:, :, : x.shape[2], : x.shape[3]]

@@ -13,11 +13,12 @@ from torch import Tensor
 from ..config import MeshSpec
 from ..distributed.cfg import gather_branches, own_branches
 from ..distributed.data import gather_batch, shard_batch
-from ..distributed.mesh import Mesh
+from ..distributed.mesh import Mesh, MeshAxis
 from ..distributed.stale import Step
 from ..errors import InputError
 from .families import Kind
 from .network import Network
+from .residuals import NONE, Residuals
 from .unet import micro_conditioning
 
 # On the device: cond, uncond and what a few others take turns with.
@@ -43,11 +44,25 @@ class _Ready:
 
 @dataclass(frozen=True)
 class Rows:
-    """Latents (B, C, Y, X) with their timesteps (B,) and prompt, on every rank."""
+    """Latents (B, C, Y, X) with their timesteps (B,) and prompt, on every rank.
+
+    `residuals`: whole, for all rows or one for each of them, anywhere and in any dtype.
+    """
 
     x: Tensor
     timesteps: Tensor
     prompt: Prompt
+    residuals: Residuals = NONE
+
+    def share(self, axis: MeshAxis) -> Rows:
+        """Those of this rank of the axis."""
+        rows = self.x.shape[0]
+
+        def own(tensor: Tensor) -> Tensor:
+            return shard_batch(tensor, axis) if tensor.shape[0] == rows else tensor
+
+        prompt = Prompt(shard_batch(self.prompt.context, axis), shard_batch(self.prompt.pooled, axis))
+        return Rows(shard_batch(self.x, axis), shard_batch(self.timesteps, axis), prompt, self.residuals.each(own))
 
 
 @dataclass(frozen=True)
@@ -175,8 +190,7 @@ class Predictor:
         counts, local = [], rows
         for axis in axes:
             counts.append(local.x.shape[0])
-            prompt = Prompt(shard_batch(local.prompt.context, axis), shard_batch(local.prompt.pooled, axis))
-            local = Rows(shard_batch(local.x, axis), shard_batch(local.timesteps, axis), prompt)
+            local = local.share(axis)
         out = self._local(local, Step())
         for axis, count in zip(reversed(axes), reversed(counts), strict=True):
             out = gather_batch(out, count, axis)
@@ -196,7 +210,9 @@ class Predictor:
         return share.gather([self._local(Rows(own, times, p), s) for p, s in zip(share.prompts, steps, strict=True)])
 
     def _local(self, rows: Rows, step: Step) -> Tensor:
-        x = rows.x
+        x, prompt = rows.x, rows.prompt
         if x.shape[0] == 0:  # fewer rows than ranks of dp: all ranks of this share wait together
             return x.float()
-        return self.network(x.to(self.dtype), rows.timesteps, rows.prompt.context, rows.prompt.pooled, step).float()
+        own = self.network.own_residuals(rows.residuals, x.shape[2], x.shape[3])
+        added = own.each(lambda tensor: tensor.to(self.device, self.dtype))
+        return self.network(x.to(self.dtype), rows.timesteps, prompt.context, prompt.pooled, step, added).float()

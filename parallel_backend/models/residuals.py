@@ -11,6 +11,8 @@ from itertools import zip_longest
 
 from torch import Tensor
 
+from ..errors import InputError
+
 
 @dataclass(frozen=True)
 class Residuals:
@@ -49,3 +51,25 @@ class Residuals:
         inputs = [both(a, b) for a, b in zip_longest(self.input, other.input)]
         outputs = [both(a, b) for a, b in zip_longest(self.output, other.output)]
         return Residuals(inputs, both(self.middle, other.middle), outputs)
+
+
+NONE = Residuals()
+
+
+def check_residual(tensor: Tensor, where: str, sizes: Sequence[int]) -> None:
+    """Raises: InputError: it isn't (rows, *sizes)."""
+    if list(tensor.shape[1:]) != list(sizes):
+        raise InputError(
+            f"A ControlNet's residual for {where} has shape {list(tensor.shape)}; this model and latent need (rows, "
+            f"{', '.join(map(str, sizes))}).",
+            "Use a ControlNet of the model's own family, and sides of the picture that divide by 64.",
+        )
+
+
+def check_count(tensors: Sequence[object], most: int, name: str) -> None:
+    """Raises: InputError: more than the model has places."""
+    if len(tensors) > most:
+        raise InputError(
+            f"A ControlNet has {len(tensors)} {name} residuals; this model has {most} places for them.",
+            "Use a ControlNet of the model's own family.",
+        )

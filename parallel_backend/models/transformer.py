@@ -20,6 +20,7 @@ from ..distributed.graph_breaks import breaks_graph
 from ..distributed.mesh import Mesh
 from ..distributed.stale import EXACT, Step, TokenKV
 from ..errors import ConfigError
+from .residuals import NONE, Residuals
 from .tokens import TEXT, Tokens, TokenSizes, patchify, tokens_for
 
 
@@ -31,10 +32,17 @@ class Attend:
     tokens: Tokens
     step: Step
     block: int = 0
+    residuals: Residuals = NONE
 
     def of(self, block: int) -> Attend:
         """Those of one block."""
         return replace(self, block=block)
+
+    def with_residual(self, x_BLD: Tensor) -> Tensor:
+        """Image tokens after this block, what a ControlNet gives for it added."""
+        given = self.residuals.output
+        added = given[self.block] if self.block < len(given) else None
+        return x_BLD if added is None else x_BLD + added
 
     @breaks_graph
     def joint(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
@@ -135,6 +143,7 @@ class StagedTransformer(nn.Module):
         y_BA: Tensor,
         places: Tensor,
         step: Step = EXACT,
+        residuals: Residuals = NONE,
     ) -> Tensor:
         """The velocity at `x`.
 
@@ -144,6 +153,7 @@ class StagedTransformer(nn.Module):
             context_BLE: full text tokens.
             y_BA: pooled prompt.
             places: of this rank's image tokens, patch after patch: rows of the position table, or rows and columns.
+            residuals: of this rank's image tokens, after each block of the whole model.
         Returns: (B, C, Y, X), whole on every rank.
         Comm: as attention and tp say, one all-gather of the output tokens; under pp the tokens from stage to stage, and
             one broadcast of the output.
@@ -152,7 +162,8 @@ class StagedTransformer(nn.Module):
         tokens = self.tokens_for(x_BCYX.shape[2], x_BCYX.shape[3], context_BLE.shape[1], num_patches)
         vectors = self.vectors(timesteps_B, y_BA, x_BCYX.dtype)
         arriving = None if self.is_first else self.start_receive(len(x_BCYX), tokens, x_BCYX.dtype, x_BCYX.device)
-        passed = self.stage(x_BCYX, context_BLE, places, vectors, Attend(self.attention, tokens, step), arriving)
+        attend = Attend(self.attention, tokens, step, residuals=residuals)
+        passed = self.stage(x_BCYX, context_BLE, places, vectors, attend, arriving)
         if self.mesh.pp.degree == 1:
             return passed
         if not self.is_last:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from ..distributed.sliced_weights import SlicedWeights
 from ..distributed.stale import Kept, StaleExchange, Step
 from ..errors import ConfigError
 from ..quantized.weight import QuantizedWeight
+from .residuals import NONE, Residuals, check_count, check_residual
 
 HEAD_DIM = 64
 NORM_GROUPS = 32
@@ -60,6 +62,14 @@ class UNetConfig:
     def row_unit(self) -> int:
         """Rows of latent cells that become one row at the coarsest scale."""
         return 2 ** (len(self.block_channels) - 1)
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """Of what each input block gives, in the single-file layout's order: its channels, and how often its sides were halved."""
+        places, coarsest = [(self.block_channels[0], 0)], len(self.block_channels) - 1
+        for level, channels in enumerate(self.block_channels):
+            places += [(channels, level)] * self.layers_per_block + [(channels, level + 1)] * (level < coarsest)
+        return places
 
     def diffusers(self) -> dict[str, Any]:
         """The settings of diffusers' UNet2DConditionModel.
@@ -101,6 +111,9 @@ class BandUNet:
         place_band_layers(model, self.band, kernel)
         model.conv_in = CuttingConv2d(first, self.band)
         self.model = model
+        self._added = NONE
+        for place, block in enumerate(input_blocks(model)):
+            block.register_forward_hook(partial(self._add, place))
         for kernel_OCYX in (p for p in model.parameters() if p.ndim == 4 and not isinstance(p, QuantizedWeight)):
             kernel_OCYX.data = kernel_OCYX.data.to(memory_format=torch.channels_last)
         self.slices: SlicedWeights | None = model.slices
@@ -123,12 +136,63 @@ class BandUNet:
         """What a job of this model keeps between its evaluations."""
         return Kept(StaleExchange(self.mesh.patch) if displaced and self.mesh.patch.degree > 1 else None)
 
-    def __call__(self, x_BCYX: Tensor, timesteps_B: Tensor, context_BLE: Tensor, y_BA: Tensor, step: Step) -> Tensor:
+    def own_residuals(self, whole: Residuals, height: int, width: int) -> Residuals:
+        """This rank's bands of residuals that are whole: (B, C, Y, X), Y and X those of their place.
+
+        Raises: InputError: they don't fit this model, or a latent of that size.
+        """
+        places, config = self.config.places, self.config
+        band = Band(self._axis_for(height, width))
+        band.rows, band.columns = band_rows(height, band.axis.degree, config.row_unit), width
+
+        def own(tensor: Tensor | None, where: str, channels: int, level: int) -> Tensor | None:
+            if tensor is None:
+                return None
+            sides = [-(-side // 2**level) for side in (height, width)]
+            check_residual(tensor, where, [channels, *sides])
+            rows = band.rows_like(tensor)
+            return tensor.narrow(2, sum(rows[: band.axis.rank]), rows[band.axis.rank])
+
+        def all_own(side: Sequence[Tensor | None], name: str) -> list[Tensor | None]:
+            check_count(side, len(places), name)
+            return [own(tensor, f"{name} {i}", *places[i]) for i, tensor in enumerate(side)]
+
+        middle = own(whole.middle, "middle", config.block_channels[-1], len(config.block_channels) - 1)
+        return Residuals(all_own(whole.input, "input"), middle, all_own(whole.output, "output"))
+
+    def _add(self, place: int, block: nn.Module, inputs: object, out: Any) -> Any:
+        """A hook of an input block, whose output may be a tuple of one."""
+        added = self._added.input[place] if place < len(self._added.input) else None
+        if added is None:
+            return None
+        return (out[0] + added, *out[1:]) if isinstance(out, tuple) else out + added
+
+    def _handed_on(self, residuals: Residuals) -> dict[str, Any]:
+        """As diffusers takes them: one for each skip connection, or none at all; it adds a number as it adds a tensor."""
+        if residuals.middle is None and not any(tensor is not None for tensor in residuals.output):
+            return {}
+        given = [*residuals.output, *[None] * (len(self.config.places) - len(residuals.output))]
+        skips, middle = [0.0 if tensor is None else tensor for tensor in given], residuals.middle
+        return {
+            "down_block_additional_residuals": skips,
+            "mid_block_additional_residual": 0.0 if middle is None else middle,
+        }
+
+    def __call__(
+        self,
+        x_BCYX: Tensor,
+        timesteps_B: Tensor,
+        context_BLE: Tensor,
+        y_BA: Tensor,
+        step: Step,
+        residuals: Residuals = NONE,
+    ) -> Tensor:
         """What the model predicts (noise, or v) at `x`.
 
         Args:
             x_BCYX: full latent, scaled as the model takes it, in the model's dtype.
             y_BA: pooled prompt and the embedded sizes.
+            residuals: of this rank's band, on the device and in the model's dtype.
         Returns: (B, C, Y, X), whole on every rank.
         Comm: as the layers say, and one all-gather of the output.
         """
@@ -137,10 +201,11 @@ class BandUNet:
         band.rows, band.columns, band.step = band_rows(rows, band.axis.degree, self.config.row_unit), columns, step
         if self.slices is not None:
             self.slices.begin()
+        self._added, added = residuals, self._handed_on(residuals)
         try:
-            out = self.model(x_BCYX, timesteps_B, context_BLE, class_labels=y_BA, return_dict=False)[0]
+            out = self.model(x_BCYX, timesteps_B, context_BLE, class_labels=y_BA, return_dict=False, **added)[0]
         finally:
-            band.step = Step()  # what the job keeps must not live on in the model
+            band.step, self._added = Step(), NONE  # what the job keeps must not live on in the model
         whole = all_gather(out, 2, band.rows, band.axis)
         # After the output, which the next step waits for: a communicator works in order.
         if step.stale is not None and step.phase == "displaced" and band.axis.degree > 1:
@@ -164,6 +229,15 @@ def loadable_unet(config: UNetConfig, mesh: Mesh) -> Any:
         for block in [module for module in model.modules() if isinstance(module, SLICED_BLOCKS)]:
             model.slices.cut(block)
     return model
+
+
+def input_blocks(model: Any) -> list[nn.Module]:
+    """Of diffusers' model, what each input block of the single-file layout ends in, in that order."""
+    blocks = [model.conv_in]
+    for down in model.down_blocks:
+        blocks += getattr(down, "attentions", down.resnets)
+        blocks += down.downsamplers or ()
+    return blocks
 
 
 def band_rows(rows: int, degree: int, unit: int) -> list[int]:

@@ -28,10 +28,12 @@ from ..models.fp8_source import FP8Source
 from ..models.left_over import left_over_note
 from ..models.network import Network
 from ..models.prediction import Predictor, Rows
+from ..models.residuals import Residuals
 from ..models.shared_reading import pass_on
 from ..models.vae import BandVAE
 from ..models.vae_checkpoint import open_vae
 from ..rpc.messages import (
+    Control,
     Decode,
     Done,
     Encode,
@@ -57,6 +59,7 @@ from .jobs import Job
 from .kept_tensors import KeptTensors
 from .residents import Resident, Residents
 from .sample import run_sample
+from .shared_tensors import SharedTensors
 
 COMPILED = "/compiled"
 # Of a mesh's communicators on a GPU, about.
@@ -76,6 +79,24 @@ class _Sizes(msgspec.Struct):
     read: int
     held: int
     notes: list[str] = []
+
+
+def _residuals(control: Control, tensors: Sequence[Tensor], rows: int) -> Residuals:
+    """Those that a request names. Raises: InputError: not one for all latents, nor one for each."""
+
+    def named(index: int | None) -> Tensor | None:
+        if index is None:
+            return None
+        tensor = tensors[index]
+        if tensor.ndim not in (3, 4) or tensor.shape[0] not in (1, rows):
+            raise InputError(
+                f"A ControlNet's residual of shape {list(tensor.shape)} came for {rows} latents.",
+                f"Give 1 row, or {rows}.",
+            )
+        return tensor
+
+    inputs, outputs = (list(map(named, side)) for side in (control.input, control.output))
+    return Residuals(inputs, named(control.middle), outputs)
 
 
 def _held_note(source: TensorSource, load: LoadModel) -> str:
@@ -109,7 +130,7 @@ class Engine:
         self.device = device
         self.files = files
         self.residents = Residents(device, memory_budget, sharers, self._let_go_of_groups)
-        self.kept_tensors = KeptTensors()
+        self.kept_tensors, self.shared_tensors = KeptTensors(), SharedTensors()
         self.patch_files = PatchFiles(patches_folder)
         self._meshes: dict[MeshSpec, Mesh] = {}
         self._groups = Groups()
@@ -140,6 +161,8 @@ class Engine:
 
         Raises: BackendError: on every rank alike; the models stay. Any other exception: ranks may be out of step.
         """
+        if any(meta.shared is not None for meta in header.tensors):
+            tensors = job.control.agreed(lambda: self.shared_tensors.complete(header.tensors, tensors))
         full = self.kept_tensors.complete(header.tensors, tensors)
         handler = self._handlers.get(type(header.body))
         if handler is None:
@@ -364,7 +387,9 @@ class Engine:
             if timesteps.shape != x.shape[:1]:
                 raise InputError(f"{list(timesteps.shape)} timesteps for {x.shape[0]} latents.", "Give one per latent.")
             prompt = predictor.prompt(context, tensors[body.pooled], x.shape[0])
-            return predictor, Rows(x, timesteps, prompt), swap
+            residuals = _residuals(body.control, tensors, x.shape[0])
+            predictor.network.own_residuals(residuals, x.shape[2], x.shape[3])  # which raises what doesn't fit
+            return predictor, Rows(x, timesteps, prompt, residuals), swap
 
         predictor, rows, swap = job.control.agreed(prepare)
         output = predictor.output(rows).cpu()  # which waits for the device

@@ -111,6 +111,18 @@ class Sample(Message, frozen=True):
     patches: Patches = Patches()
 
 
+class Control(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is added to the model's activations in an evaluation, by its places: see models/residuals.py."""
+
+    input: list[TensorIndex | None] = []
+    middle: TensorIndex | None = None
+    output: list[TensorIndex | None] = []
+
+    @property
+    def indices(self) -> list[TensorIndex]:
+        return [index for index in (*self.input, self.middle, *self.output) if index is not None]
+
+
 class Forward(Message, frozen=True):
     """One evaluation of the model, rows as they come."""
 
@@ -120,6 +132,7 @@ class Forward(Message, frozen=True):
     context: TensorIndex
     pooled: TensorIndex
     patches: Patches = Patches()
+    control: Control = Control()
 
 
 class PatchFilePart(Message, frozen=True):
@@ -356,7 +369,7 @@ def tensor_indices(body: Request | Reply) -> list[TensorIndex]:
         chosen = [body.latent, body.mask, body.noise, body.sigmas]
         return [i for p in prompts for i in (p.context, p.pooled)] + [i for i in chosen if i is not None]
     if isinstance(body, Forward):
-        return [body.x, body.timesteps, body.context, body.pooled]
+        return [body.x, body.timesteps, body.context, body.pooled, *body.control.indices]
     if isinstance(body, Decode):
         return [body.latent]
     if isinstance(body, PatchFilePart):
@@ -364,13 +377,21 @@ def tensor_indices(body: Request | Reply) -> list[TensorIndex]:
     return [body.image] if isinstance(body, Encode) else []
 
 
+class SharedPlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a tensor begins, in bytes, in a file of memory: see shared_memory.py."""
+
+    name: str
+    start: int
+
+
 class TensorMeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A tensor of the message. One with a `key` is kept; `sent` says that a frame follows, else it is kept already."""
+    """A tensor of the message. One with a `key` is kept; `sent` says that a frame follows, else it is kept already, or `shared`."""
 
     dtype: str
     shape: list[int]
     sent: bool = True
     key: str | None = None
+    shared: SharedPlace | None = None
 
 
 class RequestHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -18,7 +18,8 @@ from .messages import ReplyHeader, RequestHeader, TensorMeta, tensor_indices
 # A frame's memory is read-only, and so are the tensors made of it: they are copied to a device or cast, never written.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
-MAX_TENSORS = 30
+# A ControlNet for each of SD3.5-Large's 38 blocks, or several of SDXL's 10 places, and a dozen others.
+MAX_TENSORS = 100
 MAX_FRAME_BYTES = 2**31
 MAX_DIMS = 8
 _DTYPES = {
@@ -46,6 +47,15 @@ def tensor_meta(tensor: Tensor, *, sent: bool = True, key: str | None = None) ->
             f"A tensor of {tensor.dtype} can't be sent.", f"Convert it to one of: {', '.join(_DTYPES)}."
         )
     return TensorMeta(_NAMES[tensor.dtype], list(tensor.shape), sent, key)
+
+
+def dtype_named(meta: TensorMeta) -> torch.dtype:
+    """Raises: ProtocolError: no dtype that travels, or sizes that can't be."""
+    sizes_known = len(meta.shape) <= MAX_DIMS and all(0 <= size <= MAX_FRAME_BYTES for size in meta.shape)
+    if meta.dtype not in _DTYPES or not sizes_known:
+        what = f"{meta.dtype[:40]!r} {meta.shape[:MAX_DIMS]}"
+        raise ProtocolError(f"A tensor of {what} can't be read.", f"Send a known dtype and at most {MAX_DIMS} sizes.")
+    return _DTYPES[meta.dtype]
 
 
 def tensor_frame(tensor: Tensor) -> memoryview:
@@ -104,11 +114,7 @@ def _check_version(frame: Frame) -> None:
 
 
 def _tensor(meta: TensorMeta, frame: Frame) -> Tensor:
-    sizes_known = len(meta.shape) <= MAX_DIMS and all(0 <= size <= MAX_FRAME_BYTES for size in meta.shape)
-    if meta.dtype not in _DTYPES or not sizes_known:
-        what = f"{meta.dtype[:40]!r} {meta.shape[:MAX_DIMS]}"
-        raise ProtocolError(f"A tensor of {what} can't be read.", f"Send a known dtype and at most {MAX_DIMS} sizes.")
-    dtype = _DTYPES[meta.dtype]
+    dtype = dtype_named(meta)
     expected = prod(meta.shape) * dtype.itemsize  # Python's numbers: a lie about sizes must not wrap around
     if len(frame) != expected:
         raise ProtocolError(

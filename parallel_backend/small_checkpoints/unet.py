@@ -27,6 +27,15 @@ CONFIGS = {
         up_depths=((2, 2), (1, 1), (0, 0)),
         mid_depth=1,
     ),
+    # With as many layers in a block as SDXL has: a T2I-Adapter's residuals are for these places.
+    "two layers": UNetConfig(
+        **BASE,  # type: ignore[arg-type]
+        block_channels=(64, 128, 128),
+        layers_per_block=2,
+        down_depths=((0, 0), (1, 1), (1, 1)),
+        up_depths=((1, 1, 1), (1, 1, 1), (0, 0, 0)),
+        mid_depth=1,
+    ),
     "refiner": UNetConfig(
         **REFINER,  # type: ignore[arg-type]
         block_channels=(64, 64, 128, 128),

@@ -1,0 +1,182 @@
+"""ControlNets on a parallel MODEL: what core's sampling hands a model as `control`, and the objects that make it.
+
+A ControlNet hangs on the prompts, not on the MODEL. Of those in ComfyUI's process the residuals go to the ranks with each evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.controlnet
+import comfy.model_management as mm
+import torch
+from comfy.controlnet import ControlBase
+from torch import Tensor
+
+from ...parallel_backend.errors import UnsupportedError
+
+Control = Mapping[str, Sequence[Tensor | None]]
+SIDES = ("input", "middle", "output")
+# These read weights of the model that they are used with.
+_READERS = tuple(
+    found for name in ("ControlLora", "ControlNetSD35") if (found := getattr(comfy.controlnet, name, None)) is not None
+)
+
+
+@dataclass
+class ControlCost:
+    """What the residuals of a sampling came to, between ComfyUI and the ranks."""
+
+    evaluations: int = 0
+    nbytes: int = 0
+
+    def note(self, control: Control, itemsize: int) -> None:
+        """A tensor that stands in several places counts once, as it travels once."""
+        tensors = {id(tensor): tensor for side in control.values() for tensor in side if tensor is not None}
+        self.evaluations += 1
+        self.nbytes += sum(tensor.numel() * itemsize for tensor in tensors.values())
+
+    def __str__(self) -> str:
+        if not self.evaluations:
+            return ""
+        mib = self.nbytes / self.evaluations / 2**20
+        return f"ControlNet computed in ComfyUI's process; {mib:.1f} MiB of residuals an evaluation go to the ranks"
+
+
+def by_place(control: Mapping[str, Any], network: torch.nn.Module) -> Control:
+    """Residuals in the order of the network's blocks, as a backend takes them.
+
+    Core's UNets take them from the end of each list, its transformers from the start; what is left over is not used.
+    Raises: UnsupportedError: of another form than core's.
+    """
+    if extra := sorted(key for key, value in control.items() if key not in SIDES and value):
+        raise UnsupportedError(
+            f"A parallel MODEL can't honour a ControlNet's {', '.join(map(repr, extra))}.",
+            "Remove that ControlNet, or load the model with ComfyUI's own loader.",
+        )
+    given = {side: list(control.get(side) or ()) for side in SIDES}
+    blocks = getattr(network, "input_blocks", None)
+    if blocks is None:
+        return {"output": given["output"]}
+    missing = len(blocks) - len(given["output"])
+    output = given["output"][-len(blocks) :] if missing <= 0 else [None] * missing + given["output"]
+    return {"input": given["input"][::-1][: len(blocks)], "middle": given["middle"][-1:], "output": output}
+
+
+def chain_of(control: ControlBase) -> list[ControlBase]:
+    """A prompt's ControlNets, the first that was applied first."""
+    found: list[ControlBase] = []
+    while control is not None:
+        found.insert(0, control)
+        control = control.previous_controlnet
+    return found
+
+
+class ControlChain(ControlBase):
+    """A prompt's ControlNets, in the place of the last one, whose part they play for core's sampling.
+
+    Args:
+        weights: of the parallel MODEL, by name, for those that read them.
+    """
+
+    def __init__(self, members: Sequence[ControlBase], weights: Callable[[], Mapping[str, Tensor]]) -> None:
+        super().__init__()
+        self.members, self._weights = list(members), weights
+
+    def pre_run(self, model: Any, percent_to_timestep_function: Callable[[float], float]) -> None:
+        seen = _WithWeights(model, self._weights)
+        for member in self._alone():
+            member.pre_run(seen, percent_to_timestep_function)
+
+    def get_control(self, *args: Any, **kwargs: Any) -> Control | None:
+        found = [member.get_control(*args, **kwargs) for member in self._alone()]
+        added: Control | None = None
+        for control in found:
+            if control is not None:
+                added = control if added is None else summed(added, control)
+        return added
+
+    def get_models(self) -> list[Any]:
+        return [model for member in self._alone() for model in member.get_models()]
+
+    def get_extra_hooks(self) -> list[Any]:
+        return [hooks for member in self._alone() for hooks in member.get_extra_hooks()]
+
+    def inference_memory_requirements(self, dtype: torch.dtype) -> int:
+        return sum(member.inference_memory_requirements(dtype) for member in self._alone())
+
+    def cleanup(self) -> None:
+        for member in self._alone():
+            member.cleanup()
+
+    def _alone(self) -> Iterator[ControlBase]:
+        """Each without those before it, which would answer too."""
+        for member in self.members:
+            with _without_previous(member):
+                yield member
+
+
+@contextmanager
+def _without_previous(control: ControlBase) -> Iterator[None]:
+    previous, control.previous_controlnet = control.previous_controlnet, None
+    try:
+        yield
+    finally:
+        control.previous_controlnet = previous
+
+
+def summed(first: Control, second: Control) -> Control:
+    """Both on one MODEL, in core's order of addition."""
+
+    def side(name: str) -> list[Tensor | None]:
+        a, b = (list(control.get(name) or ()) for control in (first, second))
+        length = max(len(a), len(b))
+        a, b = ([*part, *[None] * (length - len(part))] for part in (a, b))
+        return [y if x is None else x if y is None else x + y for x, y in zip(a, b, strict=True)]
+
+    return {name: side(name) for name in SIDES}
+
+
+def take_over(conds: Mapping[str, list[dict[str, Any]]], weights: Callable[[], Mapping[str, Tensor]]) -> None:
+    """Chains in the place of those ControlNets that the parallel MODEL has to do something for; one for all prompts that share it."""
+    chains: dict[int, ControlChain] = {}
+    for entries in conds.values():
+        for entry in entries:
+            control = entry.get("control")
+            if not isinstance(control, ControlBase) or isinstance(control, ControlChain):
+                continue
+            members = chain_of(control)
+            if any(isinstance(member, _READERS) for member in members):
+                entry["control"] = chains.setdefault(id(control), ControlChain(members, weights))
+
+
+class _WithWeights:
+    """A model of core's as a ControlNet looks at it before a sampling: all its own, but for the weights."""
+
+    def __init__(self, model: Any, weights: Callable[[], Mapping[str, Tensor]]) -> None:
+        self._model = model
+        self.diffusion_model = _LayersWithWeights(model.diffusion_model, "", weights)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+class _LayersWithWeights:
+    """A network or one of its layers, whose weights are asked for."""
+
+    def __init__(self, layer: torch.nn.Module, prefix: str, weights: Callable[[], Mapping[str, Tensor]]) -> None:
+        self._layer, self._prefix, self._weights = layer, prefix, weights
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._layer, name)
+        if isinstance(found, torch.nn.Module):
+            return _LayersWithWeights(found, f"{self._prefix}{name}.", self._weights)
+        return found
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """On the device where ComfyUI computes, as a loaded model's are."""
+        weights, device = self._weights(), mm.get_torch_device()
+        return {name: weights[self._prefix + name].to(device) for name in self._layer.state_dict()}

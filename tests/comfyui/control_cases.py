@@ -1,0 +1,191 @@
+"""ControlNets of every kind that core makes, on the prompts of a local MODEL and of its parallel twin, for twins.py."""
+
+import comfy.cldm.cldm
+import comfy.cldm.dit_embedder
+import comfy.cldm.mmdit
+import comfy.controlnet
+import comfy.latent_formats
+import comfy.ops
+import comfy.t2i_adapter.adapter
+import nodes
+import torch
+from twins import call
+
+MODELS = {
+    "sdxl, cfg": ("unet-layers.safetensors", {"cfg": 2}),
+    "sdxl, patch": ("unet-layers.safetensors", {"patch": 2}),
+    "sdxl, dp": ("unet-layers.safetensors", {"dp": 2}),
+    "sd3": ("sd3-medium.safetensors", {"tp": 2}),
+    "sd3.5-large, ulysses": ("sd3.5-large.safetensors", {"ulysses": 2}),
+    "sd3.5-large, ring": ("sd3.5-large.safetensors", {"ring": 2}),
+    "sd3.5-large, pp": ("sd3.5-large.safetensors", {"pp": 2}),
+}
+CPU = torch.device("cpu")
+
+
+def random_weights(module, seed):
+    """Activations stay near 1, and what starts at zero in training does not."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        values = torch.randn(parameter.shape, generator=generator)
+        wide = parameter.ndim > 1
+        # The zero convolutions' and linear layers' outputs are what is added: as large as what they are added to.
+        parameter.data = values / parameter[0].numel() ** 0.5 if wide else float("norm" in name) + 0.05 * values
+    return module.eval().requires_grad_(False)
+
+
+def made(control_model, seed, **settings):
+    return comfy.controlnet.ControlNet(random_weights(control_model, seed), load_device=CPU, **settings)
+
+
+def unet_config(model):
+    config = {key: value for key, value in model.model.model_config.unet_config.items() if key != "out_channels"}
+    return config | {"hint_channels": 3, "dtype": torch.float32, "operations": comfy.ops.disable_weight_init}
+
+
+def sdxl_control(model, seed=1, **more):
+    return made(comfy.cldm.cldm.ControlNet(**unet_config(model) | more), seed)
+
+
+def t2i_adapter(model, seed=2):
+    config = model.model.model_config.unet_config
+    widths = [config["model_channels"] * multiple for multiple in config["channel_mult"]]
+    adapter = comfy.t2i_adapter.adapter.Adapter(
+        cin=768, channels=[*widths, widths[-1]], nums_rb=2, ksize=1, sk=True, use_conv=False, xl=True
+    )
+    return comfy.controlnet.T2IAdapter(random_weights(adapter, seed), adapter.input_channels, 8, "nearest-exact")
+
+
+def control_lora(model, seed=3, rank=4):
+    """What such a file holds: the hint's own layers and the zero convolutions whole, of the others pairs of low rank."""
+    network = random_weights(comfy.cldm.cldm.ControlNet(**unet_config(model)), seed)
+    generator, own = torch.Generator().manual_seed(seed), set(model.model.diffusion_model.state_dict())
+    tensors = {"lora_controlnet": torch.tensor([])}
+    for name, weight in network.state_dict().items():
+        if name not in own:
+            tensors[name] = weight
+        elif name.endswith(".weight") and weight.ndim > 1:
+            rows, columns, *kernel = weight.shape
+            stem = name.removesuffix(".weight")
+            tensors[stem + ".up"] = 0.3 * torch.randn(rows, rank, *[1] * len(kernel), generator=generator)
+            tensors[stem + ".down"] = 0.3 * torch.randn(rank, columns, *kernel, generator=generator)
+    return comfy.controlnet.ControlLora(tensors)
+
+
+def sd3_control(model, seed=4, blocks=2):
+    """InstantX's."""
+    place = {"operations": comfy.ops.disable_weight_init, "device": CPU, "dtype": torch.float32}
+    config = model.model.model_config.unet_config
+    config = {key: value for key, value in config.items() if key not in (*place, "image_model")}
+    control_model = comfy.cldm.mmdit.ControlNet(num_blocks=blocks, **place, **config)
+    latent_format = comfy.latent_formats.SD3()
+    latent_format.shift_factor = 0
+    return made(control_model, seed, compression_ratio=1, latent_format=latent_format)
+
+
+def sd35_control(model, seed=5, blocks=2, double=True):
+    """Stability's."""
+    heads = model.model.diffusion_model.x_embedder.proj.weight.shape[0] // 64
+    control_model = comfy.cldm.dit_embedder.ControlNetEmbedder(
+        img_size=None,
+        patch_size=2,
+        in_chans=16,
+        num_layers=blocks,
+        main_model_double=heads,
+        double_y_emb=double,
+        attention_head_dim=64,
+        num_attention_heads=heads,
+        adm_in_channels=2048,
+        device=CPU,
+        dtype=torch.float32,
+        operations=comfy.ops.disable_weight_init,
+    )
+    return comfy.controlnet.ControlNetSD35(
+        random_weights(control_model, seed),
+        compression_ratio=1,
+        latent_format=comfy.latent_formats.SD3(),
+        load_device=CPU,
+        preprocess_image=lambda image: image * 255 * 0.5 + 0.5,
+    )
+
+
+class SmallVAE:
+    """As far as a ControlNet asks a VAE: cells of 8 pixels, 16 channels."""
+
+    def spacial_compression_encode(self):
+        return 8
+
+    def encode(self, pixels):
+        cells = torch.nn.functional.avg_pool2d(pixels.movedim(-1, 1).clamp(0, 2), 8)
+        return torch.cat([cells.roll(number, 1) * (number - 7.5) / 8 for number in range(16)], dim=1)[:, :16]
+
+
+def image(rows=64, columns=48, batch=1, seed=6):
+    return torch.rand(batch, rows, columns, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def applied(twins, model, *controls, **prompts):
+    """Prompts with these ControlNets: each (object, strength, start, end, image)."""
+    pair = [prompts.get("positive") or twins.prompt(model, 1), prompts.get("negative") or twins.prompt(model, 2)]
+    for control, strength, start, end, hint in controls:
+        node = nodes.ControlNetApplyAdvanced()
+        pair = node.apply_controlnet(*pair, control, hint, strength, start, end, vae=prompts.get("vae"))
+    return {"positive": pair[0], "negative": pair[1]}
+
+
+def same(model):
+    return model
+
+
+def cases(twins):
+    for name in MODELS:
+        if name.startswith("sdxl"):
+            yield from ((name, *case) for case in sdxl_cases(twins, twins.pair(name, *MODELS[name])[0]))
+        else:
+            yield from ((name, *case) for case in sd3_cases(twins, twins.pair(name, *MODELS[name])[0], name))
+
+
+def sdxl_cases(twins, model):
+    full, other = sdxl_control(model), sdxl_control(model, seed=7)
+    adapter, lora = t2i_adapter(model), control_lora(model)
+    whole = applied(twins, model, (full, 0.8, 0.0, 1.0, image()))
+    yield "ControlNet", same, whole
+    yield "ControlNet, cfg 1", same, whole | {"cfg": 1.0}
+    yield "ControlNet, dpmpp_2m", same, whole | {"sampler": "dpmpp_2m", "steps": 3}
+    yield "ControlNet, an odd size", same, whole | {"latent": twins.latent(model, 11, 7)}
+    yield "ControlNet, a batch of 3", same, whole | {"latent": torch.zeros(3, 4, 8, 6)}
+    hints = applied(twins, model, (full, 1.0, 0.0, 1.0, image(batch=2)))
+    yield "ControlNet, two hints for two latents", same, hints | {"latent": torch.zeros(2, 4, 8, 6)}
+    two = applied(twins, model, (full, 0.7, 0.0, 0.6, image()), (other, 0.5, 0.3, 1.0, image(seed=8)))
+    yield "two ControlNets with ranges", same, two | {"steps": 4, "denoise": 1.0}
+    yield "T2I-Adapter", same, applied(twins, model, (adapter, 0.9, 0.0, 1.0, image(96, 64))) | {
+        "latent": twins.latent(model, 12, 8)
+    }
+    mixed = applied(twins, model, (adapter, 0.9, 0.0, 1.0, image(96, 64)), (full, 0.6, 0.0, 1.0, image(96, 64)))
+    yield "T2I-Adapter and ControlNet", same, mixed | {"latent": twins.latent(model, 12, 8)}
+    yield "Control-LoRA", same, applied(twins, model, (lora, 1.0, 0.0, 1.0, image()))
+    after = applied(twins, model, (full, 0.6, 0.0, 1.0, image()), (lora, 0.8, 0.2, 1.0, image(seed=8)))
+    yield "Control-LoRA after a ControlNet", same, after | {"steps": 3}
+    long = applied(twins, model, (full, 0.8, 0.0, 1.0, image()), positive=twins.prompt(model, 1, tokens=31))
+    yield "ControlNet, prompts of two lengths", same, long
+    positive = call(nodes.ControlNetApply, twins.prompt(model, 1), full, image(), 0.8)
+    yield "ControlNetApply, which reaches the negative by itself", same, {"positive": positive}
+    area = call(nodes.ConditioningSetArea, whole["positive"], 32, 48, 0, 0, 0.9)
+    combined = area + applied(twins, model, (other, 0.5, 0.0, 1.0, image(seed=8)))["positive"]
+    yield "ControlNets of areas", same, {"positive": combined, "negative": whole["negative"]}
+
+
+def sd3_cases(twins, model, name):
+    instantx = sd3_control(model)
+    vae = {"vae": SmallVAE()}
+    whole = applied(twins, model, (instantx, 0.8, 0.0, 1.0, image()), **vae)
+    yield "InstantX's ControlNet", same, whole
+    yield "InstantX's ControlNet, an odd size", same, whole | {"latent": twins.latent(model, 11, 7)}
+    if name == "sd3":
+        return
+    for double in (True, False):
+        stability = sd35_control(model, double=double)
+        used = applied(twins, model, (stability, 0.7, 0.0, 0.8, image()), **vae)
+        yield f"Stability's ControlNet, {double}", same, used | {"steps": 3}
+    two = applied(twins, model, (instantx, 0.7, 0.0, 0.6, image()), (stability, 0.5, 0.3, 1.0, image(seed=8)), **vae)
+    yield "two ControlNets with ranges", same, two | {"steps": 4, "denoise": 1.0}
