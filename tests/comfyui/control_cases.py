@@ -7,9 +7,10 @@ import comfy.controlnet
 import comfy.latent_formats
 import comfy.ops
 import comfy.t2i_adapter.adapter
-import nodes
 import torch
 from twins import call
+
+import nodes
 
 MODELS = {
     "sdxl, cfg": ("unet-layers.safetensors", {"cfg": 2}),
@@ -158,9 +159,11 @@ def sdxl_cases(twins, model):
     yield "ControlNet, two hints for two latents", same, hints | {"latent": torch.zeros(2, 4, 8, 6)}
     two = applied(twins, model, (full, 0.7, 0.0, 0.6, image()), (other, 0.5, 0.3, 1.0, image(seed=8)))
     yield "two ControlNets with ranges", same, two | {"steps": 4, "denoise": 1.0}
-    yield "T2I-Adapter", same, applied(twins, model, (adapter, 0.9, 0.0, 1.0, image(96, 64))) | {
-        "latent": twins.latent(model, 12, 8)
-    }
+    yield (
+        "T2I-Adapter",
+        same,
+        applied(twins, model, (adapter, 0.9, 0.0, 1.0, image(96, 64))) | {"latent": twins.latent(model, 12, 8)},
+    )
     mixed = applied(twins, model, (adapter, 0.9, 0.0, 1.0, image(96, 64)), (full, 0.6, 0.0, 1.0, image(96, 64)))
     yield "T2I-Adapter and ControlNet", same, mixed | {"latent": twins.latent(model, 12, 8)}
     yield "Control-LoRA", same, applied(twins, model, (lora, 1.0, 0.0, 1.0, image()))
