@@ -8,7 +8,9 @@ A `Backend` is a set of torchrun ranks that outlives its clients:
 """
 
 from .client.backend import Backend
-from .client.remote import RemoteModel, RemoteVAE
+from .client.remote import RemoteModel
+from .client.remote_control import ControlUse, RemoteControl
+from .client.remote_vae import RemoteVAE
 from .client.weight_patches import WeightPatches
 from .config import MeshSpec, SamplerSpec
 from .rpc.conditioning import Conditioning
@@ -17,7 +19,9 @@ from .version import __version__
 __all__ = [
     "Backend",
     "Conditioning",
+    "ControlUse",
     "MeshSpec",
+    "RemoteControl",
     "RemoteModel",
     "RemoteVAE",
     "SamplerSpec",

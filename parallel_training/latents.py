@@ -47,7 +47,7 @@ class LatentTask:
         words = torch.tensor([word_ids(scene) for scene in held_out_scenes(16)])
         side = self.spec.size // 8
         latents = sample_latent(
-            lambda x, t, step: [
+            lambda x, t, *_: [
                 self.output(model, x, t.to(self.device).expand(len(x)), w) for w in (words, torch.zeros_like(words))
             ],
             SamplerSpec(steps=SHEET_STEPS, cfg_scale=SHEET_GUIDANCE, seed=1, scheduler=self.scheduler),

@@ -42,7 +42,7 @@ class OneAfterTheOther:
         self.rows = [slice(2 * a, 2 * b) for a, b in patch_rows(latent.shape[2] // 2, patches)]
         self.runs_samplers, self._out = True, deque[list[Tensor]]()
 
-    def outputs(self, x: Tensor, timestep: Tensor, index: int) -> list[Tensor]:
+    def outputs(self, x: Tensor, timestep: Tensor, index: int, sigma: Tensor) -> list[Tensor]:
         steps = [Step(index, "sync", branch, self.kept) for branch in range(len(self.prompts))]
         times = timesteps_of(timestep, x.shape[0], x.device)
         return [self.network(x, times, *prompt, step) for prompt, step in zip(self._rows(x), steps, strict=True)]
@@ -140,7 +140,7 @@ def one_process_of_a_ring(path: Path, latent: Tensor, warmup: int, ring: int, ul
     network.model.attention = attention  # type: ignore[assignment]
     kept = Kept(stale=_NoExchange())  # type: ignore[arg-type]
 
-    def outputs(x: Tensor, timestep: Tensor, index: int) -> list[Tensor]:
+    def outputs(x: Tensor, timestep: Tensor, index: int, sigma: Tensor) -> list[Tensor]:
         out = []
         for branch, prompt in enumerate((POSITIVE, NEGATIVE)):
             attention.text = prompt.context.shape[1]

@@ -36,7 +36,7 @@ def watched(
 ) -> None:
     """A run on the fake device; from the first evaluation on, waiting is an error."""
 
-    def outputs(x: Tensor, timestep: Tensor, step: int) -> Sequence[Tensor]:
+    def outputs(x: Tensor, timestep: Tensor, step: int, sigma: Tensor) -> Sequence[Tensor]:
         assert x.device == DEVICE and timestep.device.type == "cpu"
         watch.armed = True
         return [x * 0.5, x * 0.25]
@@ -65,7 +65,7 @@ def test_dpm_adaptive_goes_by_the_error_that_all_ranks_share() -> None:
     for error in (0.0, 0.9):
         seen: list[StepReport] = []
         sample_latent(
-            lambda x, t, i: [x.sin()],
+            lambda x, *_: [x.sin()],
             SamplerSpec(sampler="dpm_adaptive", cfg_scale=1.0),
             Flow(),
             latent=latent,
@@ -99,7 +99,7 @@ def drawn(sampler: str, ahead: bool, on_step: object = lambda report: None, seed
     spec = SamplerSpec(sampler=sampler, scheduler="karras", steps=8, cfg_scale=1.0, seed=seed)
     latent = torch.randn(*SHAPE, generator=torch.Generator().manual_seed(1))
     return sample_latent(
-        lambda x, t, i: [x.sin()],
+        lambda x, *_: [x.sin()],
         spec,
         Discrete(),
         latent=latent,

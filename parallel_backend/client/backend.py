@@ -29,7 +29,9 @@ from .cards import choose_ranks, seen
 from .connection import Connection, OnEvent
 from .names import DEFAULT, backend_name, meant
 from .places import Elsewhere, ThisMachine
-from .remote import RemoteModel, RemoteVAE
+from .remote import RemoteModel
+from .remote_control import RemoteControl
+from .remote_vae import RemoteVAE
 
 
 class Backend(Connection):
@@ -184,6 +186,22 @@ class Backend(Connection):
         chosen = names or [""] * len(files)
         load = LoadVAE([self._named(p, n) for p, n in zip(files, chosen, strict=True)], key, dtype)
         return RemoteVAE(self, load, self.load(load, on_event, should_cancel))
+
+    def load_control(
+        self,
+        path: str | os.PathLike[str],
+        model: RemoteModel,
+        name: str = "",
+        *,
+        on_event: OnEvent | None = None,
+        should_cancel: Callable[[], bool] | None = None,
+    ) -> RemoteControl:
+        """A ControlNet for a model that is loaded, in its mesh and dtype; `name` as for `load_model`.
+
+        Raises: CheckpointError, UnsupportedError: the file holds none, or one of another family.
+        """
+        file = _absolute(path)
+        return model.load_control(self._named(file, name), self.key(file), on_event, should_cancel=should_cancel)
 
     def model_dtype(self, path: Path) -> str:
         """What `auto` is for that file on the cards of these ranks."""

@@ -32,6 +32,7 @@ from ..rpc.messages import (
     Failed,
     Goodbye,
     Hello,
+    LoadControl,
     Loaded,
     LoadModel,
     LoadVAE,
@@ -112,7 +113,10 @@ class Connection:
         return reply
 
     def load(
-        self, load: LoadModel | LoadVAE, on_event: OnEvent | None, should_cancel: Callable[[], bool] | None
+        self,
+        load: LoadModel | LoadVAE | LoadControl,
+        on_event: OnEvent | None,
+        should_cancel: Callable[[], bool] | None,
     ) -> Loaded:
         reply, _ = self.request(load, on_event=on_event, should_cancel=should_cancel)
         assert isinstance(reply, Loaded)

@@ -1,48 +1,38 @@
-"""What a backend holds, as its client sees it: a model to sample with, a VAE to decode with."""
+"""A diffusion model in a backend, as its client sees it: to sample with, or to ask for one evaluation."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
-from pathlib import PurePath
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import msgspec
 import torch
 from torch import Tensor
 
-from ..config import CELL, ModelSampling, SamplerSpec
-from ..errors import BackendLostError, NotFiniteError, StartError, UnknownModelError, UnknownPatchesError
+from ..config import ModelSampling, SamplerSpec
+from ..errors import UnknownPatchesError
 from ..rpc.conditioning import Conditioning
 from ..rpc.messages import (
     Control,
-    Decode,
-    Encode,
     Forward,
-    Loaded,
+    LoadControl,
     LoadModel,
-    LoadVAE,
     PatchFilePart,
     Preview,
     Progress,
     Prompt,
-    Request,
-    Result,
     Sample,
     StepDone,
-    Unload,
 )
-from .connection import Connection, OnEvent
-from .dtypes import vae_dtype
+from .connection import OnEvent
+from .held import Held
 from .not_finite import NotFinite, held_by, is_finite
+from .remote_control import ControlUse, RemoteControl
 from .sent_tensors import Attachment
 from .weight_patches import WeightPatches, parts_of
 
-log = logging.getLogger("parallel_backend")
-RELOADS = 10
-
+SIDES = ("input", "middle", "output")
 Residuals: TypeAlias = Mapping[str, Sequence[Tensor | None]]
 
 
@@ -56,89 +46,7 @@ class Step:
     denoised: Tensor | None = None
 
 
-@dataclass
-class _Remote:
-    """Something loaded in a backend; it is loaded again by itself when the backend has lost it.
-
-    `last` is what rank 0 says of the last job: its own seconds, and the steps. `note` is what the user should know of it:
-    NaN or infinity in its result, which with `nan_is_error` is an error. Empty where there is nothing to tell.
-    """
-
-    backend: Connection
-    load: LoadModel | LoadVAE
-    loaded: Loaded
-    last: Result | None = field(init=False, default=None)
-    note: str = field(init=False, default="")
-    nan_is_error: bool = field(init=False, default=False)
-    _generation: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._generation = self.backend.generation
-
-    @property
-    def name(self) -> str:
-        """The name under which the backend holds it."""
-        return self.loaded.model
-
-    @property
-    def file(self) -> str:
-        """The name of the file that it was loaded from."""
-        return PurePath(self.load.paths[0] if isinstance(self.load, LoadVAE) else self.load.path).name
-
-    def ensure_loaded(self, should_cancel: Callable[[], bool] | None = None, on_event: OnEvent | None = None) -> Loaded:
-        """Resident now; reads nothing where it was."""
-        self.loaded = self.backend.load(self.load, on_event, should_cancel)
-        self._generation = self.backend.generation
-        return self.loaded
-
-    def leave(self, should_cancel: Callable[[], bool] | None = None) -> None:
-        """The backend lets it go on all ranks, after the jobs that wait; the next request brings it back.
-
-        Asked for by a callback of a request that is under way, it stays.
-        """
-        with self.backend.lock, suppress(BackendLostError, StartError):  # a backend that has ended holds nothing
-            if not self.backend.asking:
-                self.backend.request(Unload([self.name]), should_cancel=should_cancel)
-
-    def is_held(self, should_cancel: Callable[[], bool] | None = None) -> bool:
-        """Whether the backend holds it now; one that has ended holds nothing, and is not started.
-
-        Asked by a callback of a request that is under way, it is taken to be.
-        """
-        with self.backend.lock, suppress(BackendLostError, StartError):
-            if self.backend.asking:
-                return True
-            return self.name in [model.model for model in self.backend.status(should_cancel).models]
-        return False
-
-    def _request(self, body: Request, attachments: Sequence[Attachment], **callbacks: Any) -> list[Tensor]:
-        """Its tensors, once what it needs is loaded: where another client has freed that, it is loaded again."""
-        should_cancel = callbacks.get("should_cancel")
-        with self.backend.lock:
-            self.backend.follow_restarts(should_cancel)
-            if self._generation != self.backend.generation:
-                self.ensure_loaded(should_cancel)
-            for tries_left in reversed(range(RELOADS)):
-                try:
-                    reply, tensors = self.backend.request(body, attachments, **callbacks)
-                    break
-                except UnknownModelError:  # another client has freed it, and may do so again before this one's turn
-                    if not tries_left:
-                        raise
-                    self.ensure_loaded(should_cancel)
-            assert isinstance(reply, Result)
-            self.last = reply
-            return tensors
-
-    def _tell(self, found: NotFinite) -> None:
-        """Raises: NotFiniteError: it is to be an error."""
-        if self.nan_is_error:
-            raise NotFiniteError(found.message, found.remedy)
-        self.note = f"{found.message} {found.remedy}"
-        log.warning("%s", self.note)
-
-
-class RemoteModel(_Remote):
+class RemoteModel(Held[LoadModel]):
     """A diffusion model in a backend."""
 
     timeline: Tensor | None = None
@@ -147,25 +55,33 @@ class RemoteModel(_Remote):
         """Itself: copies of a MODEL share it."""
         return self
 
+    def load_control(self, path: str, key: str, on_event: OnEvent | None = None, **settings: Any) -> RemoteControl:
+        """The ControlNet at `path`, as the backend finds it, for this model: see `Backend.load_control`."""
+        self.ensure_loaded(settings.get("should_cancel"))
+        load = LoadControl(path, key, self.name, self.load.kernel)
+        return RemoteControl(self.backend, load, self.backend.load(load, on_event, settings.get("should_cancel")))
+
     def _patched_request(
         self,
         body: Sample | Forward,
         attachments: Sequence[Attachment],
         patches: WeightPatches | None,
+        controls: Sequence[ControlUse],
         **callbacks: Any,
     ) -> list[Tensor]:
         """As `_request`, with these patches on the model's weights; ranks that don't find them are sent them."""
+        others = [*{use.net.name: use.net for use in controls}.values()]
         if not patches:
-            return self._request(body, attachments, **callbacks)
+            return self._request(body, attachments, others, **callbacks)
         named = msgspec.structs.replace(body, patches=patches.named())
         try:
-            return self._request(named, attachments, **callbacks)
+            return self._request(named, attachments, others, **callbacks)
         except UnknownPatchesError:  # its files were removed, or the ranks are on another machine
             elsewhere = patches.is_written
             named = msgspec.structs.replace(body, patches=patches.named())
             for name in named.patches.files if elsewhere else ():
                 self._bring(name, callbacks.get("should_cancel"))
-            return self._request(named, attachments, **callbacks)
+            return self._request(named, attachments, others, **callbacks)
 
     def _bring(self, name: str, should_cancel: Callable[[], bool] | None) -> None:
         for part, (data, last) in enumerate(parts_of(name)):
@@ -202,6 +118,8 @@ class RemoteModel(_Remote):
         model_sampling: ModelSampling | None = None,
         rescale_cfg: float = 0.0,
         differential: float | None = None,
+        controls: Sequence[ControlUse] = (),
+        negative_controls: Sequence[ControlUse] | None = None,
         on_step: Callable[[Step], None] | None = None,
         should_cancel: Callable[[], bool] | None = None,
     ) -> Tensor:
@@ -223,6 +141,7 @@ class RemoteModel(_Remote):
             model_sampling: what the model's output means, and its sigmas, in place of what its file and `shift` say.
             rescale_cfg: how far guidance is brought back to the spread of cond, 0 to 1: RescaleCFG's multiplier.
             differential: makes the mask's values say when they begin to change: DifferentialDiffusion's strength.
+            controls: ControlNets in the ranks, on the positive prompt; and on the negative one, without `negative_controls`.
             trace: keep what each rank did when, in `timeline`: rank, and the columns of distributed/traffic.py.
             patches: on the model's weights, for this job.
             on_step: told after each step. What it raises cancels the job and is raised again.
@@ -253,15 +172,20 @@ class RemoteModel(_Remote):
             attachments.append(Attachment(tensor, kept))
             return len(attachments) - 1
 
-        def prompt(conditioning: Conditioning) -> Prompt:
-            return conditioning.prompt(attach(conditioning.context, kept=True), attach(conditioning.pooled, kept=True))
+        hint = self._attacher(attachments, kept=True)
+
+        def prompt(conditioning: Conditioning, controls: Sequence[ControlUse]) -> Prompt:
+            named = conditioning.prompt(attach(conditioning.context, kept=True), attach(conditioning.pooled, kept=True))
+            return msgspec.structs.replace(named, controls=[use.named(hint) for use in controls])
+
+        of_negative = controls if negative_controls is None else negative_controls
 
         body = Sample(
             self.name,
             spec,
             0,
-            prompt(positive),
-            None if negative is None else prompt(negative),
+            prompt(positive, controls),
+            None if negative is None else prompt(negative, of_negative),
             mask=None if noise_mask is None else attach(noise_mask.float()),
             noise=None if noise is None else attach(noise.float()),
             sigmas=None if sigmas is None else attach(sigmas.float()),
@@ -275,7 +199,8 @@ class RemoteModel(_Remote):
                 x, denoised = tensors if tensors else (None, None)
                 on_step(Step(event.index, event.total, x, denoised))
 
-        tensors = self._patched_request(body, attachments, patches, on_event=on_event, should_cancel=should_cancel)
+        callbacks: dict[str, Any] = {"on_event": on_event, "should_cancel": should_cancel}
+        tensors = self._patched_request(body, attachments, patches, [*controls, *of_negative], **callbacks)
         self.timeline = tensors[1].clone() if trace else None
         if not is_finite(tensors[0]):
             assert self.last is not None
@@ -297,6 +222,7 @@ class RemoteModel(_Remote):
         pooled: Tensor,
         *,
         residuals: Residuals | None = None,
+        controls: Sequence[ControlUse] = (),
         patches: WeightPatches | None = None,
         step: Callable[[], tuple[int, int]] = lambda: (0, 0),
         should_cancel: Callable[[], bool] | None = None,
@@ -307,6 +233,7 @@ class RemoteModel(_Remote):
             x: (B, C, Y, X). timesteps: (B,), 1000 * sigma for flow models. context: (B, L, E). pooled: (B, A).
             residuals: a ControlNet's, whole, of B rows or one for all, by `input`, `middle` and `output`, each in the order of
                 the model's blocks. They travel in the dtype in which the model computes.
+            controls: ControlNets in the ranks, on all rows.
             step: asked where the output holds NaN or infinity: of which step, from 1, of how many it is; (0, 0) of none.
         Raises: as `sample`.
         """
@@ -317,8 +244,9 @@ class RemoteModel(_Remote):
             Attachment(context, True),
             Attachment(pooled, True),
         ]
-        body = Forward(self.name, 0, 1, 2, 3, control=self._attach(residuals, attachments))
-        tensors = self._patched_request(body, attachments, patches, should_cancel=should_cancel)
+        control, hint = self._attach(residuals or {}, attachments), self._attacher(attachments, kept=True)
+        body = Forward(self.name, 0, 1, 2, 3, control=control, controls=[use.named(hint) for use in controls])
+        tensors = self._patched_request(body, attachments, patches, controls, should_cancel=should_cancel)
         if not is_finite(tensors[0]):
             prompt = {"conditioning": context, "pooled conditioning": pooled}
             number, steps = step()
@@ -327,89 +255,24 @@ class RemoteModel(_Remote):
             self._tell(NotFinite(held_by(made | prompt), number, steps))
         return tensors[0].clone()
 
-    def _attach(self, residuals: Residuals | None, attachments: list[Attachment]) -> Control:
-        """How a request names them; a tensor that stands in several places travels once."""
-        dtype, places = getattr(torch, self.load.dtype), dict[int, int]()
-
-        def place(tensor: Tensor | None) -> int | None:
-            if tensor is None:
-                return None
-            if id(tensor) not in places:
-                places[id(tensor)] = len(attachments)
-                attachments.append(Attachment(tensor.to(dtype), shared=True))
-            return places[id(tensor)]
-
-        inputs, middle, outputs = (
-            [place(tensor) for tensor in (residuals or {}).get(side, ())] for side in ("input", "middle", "output")
-        )
+    def _attach(self, residuals: Residuals, attachments: list[Attachment]) -> Control:
+        """How a request names them."""
+        attach = self._attacher(attachments, shared=True)
+        sides = ([None if x is None else attach(x) for x in residuals.get(side, ())] for side in SIDES)
+        inputs, middle, outputs = sides
         return Control(inputs, middle[0] if middle else None, outputs)
 
+    def _attacher(self, attachments: list[Attachment], **how: bool) -> Callable[[Tensor], int]:
+        """Takes tensors along in the model's dtype, one that stands in several places once, and tells where they are."""
+        dtype, places = getattr(torch, self.load.dtype), dict[int, int]()
 
-class RemoteVAE(_Remote):
-    """A VAE in a backend."""
+        def attach(tensor: Tensor) -> int:
+            if id(tensor) not in places:
+                places[id(tensor)] = len(attachments)
+                attachments.append(Attachment(tensor.to(dtype), **how))
+            return places[id(tensor)]
 
-    @property
-    def latent_channels(self) -> int:
-        return self.loaded.channels
-
-    def decode(self, latent: Tensor, *, raw: bool = False, should_cancel: Callable[[], bool] | None = None) -> Tensor:
-        """(B, Y, X, 3) in 0..1, fp32; with `raw` the model's own (B, 3, Y, X), about -1..1.
-
-        A float16 that gives NaN or infinity of a latent without is left for good, for what suits the ranks' cards: `note`
-        then tells so.
-
-        Args:
-            latent: (B, C, Y, X), unscaled.
-        Raises: InputError, CancelledError, BackendLostError, RankError; OutOfMemoryError: the ranks are ready for the next
-            request, of a part of the latent perhaps; NotFiniteError, with `nan_is_error`.
-        """
-        return self._computed(lambda name: Decode(name, 0, raw), "latent", latent, should_cancel)
-
-    def encode(self, image: Tensor, *, should_cancel: Callable[[], bool] | None = None) -> Tensor:
-        """(B, C, Y / 8, X / 8), unscaled, fp32, of an image (B, Y, X, 3) in 0..1; the rest as for `decode`.
-
-        What sides have beyond a multiple of 8 is cut off, as much at either end.
-        """
-        return self._computed(lambda name: Encode(name, 0), "image", cropped(image), should_cancel)
-
-    def _computed(
-        self,
-        body: Callable[[str], Decode | Encode],
-        what: str,
-        x: Tensor,
-        should_cancel: Callable[[], bool] | None,
-    ) -> Tensor:
-        self.note, x = "", x.float()
-        given = held_by({what: x})
-        if given and self.nan_is_error:
-            self._tell(NotFinite(given, in_result=False))
-        out = self._request(body(self.name), [Attachment(x)], should_cancel=should_cancel)[0]
-        left = "" if given or self.load.dtype != "float16" or is_finite(out) else self._leave_float16(should_cancel)
-        if left:
-            out = self._request(body(self.name), [Attachment(x)], should_cancel=should_cancel)[0]
-        if given or not is_finite(out):
-            self._tell(NotFinite(given, in_result=not is_finite(out)))
-        elif left:
-            self.note = left
-            log.warning("%s", left)
-        return out.clone()
-
-    def _leave_float16(self, should_cancel: Callable[[], bool] | None) -> str:
-        """It is loaded in what suits the ranks' cards. Returns: what is to be told of that."""
-        dtype = vae_dtype(self.backend.status(should_cancel).ranks)
-        self.leave(should_cancel)
-        self.load = msgspec.structs.replace(self.load, dtype=dtype)
-        self.ensure_loaded(should_cancel)
-        return f"{self.file} overflows in float16: it gave NaN, and is computed in {dtype} from now on."
-
-
-def cropped(image_BYXC: Tensor) -> Tensor:
-    """The middle of the image whose sides are multiples of a cell's; a side of less than a cell stays as it is."""
-    for dim in (1, 2) if image_BYXC.ndim == 4 else ():
-        side = image_BYXC.shape[dim]
-        if side >= CELL:
-            image_BYXC = image_BYXC.narrow(dim, side % CELL // 2, side - side % CELL)
-    return image_BYXC
+        return attach
 
 
 def _tensors_of(positive: Conditioning, negative: Conditioning | None) -> dict[str, Tensor]:

@@ -16,7 +16,8 @@ from ..rpc.messages import SharedPlace, TensorMeta
 from ..rpc.wire import tensor_frame, tensor_meta
 from .shared_area import SharedArea
 
-REMEMBERED = 8
+# Two prompts of two tensors each, and the hints of their ControlNets; twice.
+REMEMBERED = 16
 
 Words: TypeAlias = "np.ndarray[Any, np.dtype[np.uint64]]"
 

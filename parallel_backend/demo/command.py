@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..client.backend import Backend
-from ..client.remote import RemoteVAE
+from ..client.remote_vae import RemoteVAE
 from ..rank.one_process import OneProcess
 from .drawing import as_picture
 from .progress import each, progress

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..client.backend import Backend
-from ..client.remote import RemoteModel, RemoteVAE
+from ..client.remote import RemoteModel
+from ..client.remote_vae import RemoteVAE
 from ..rank.one_process import OneProcess
 from .command import BACKEND
 from .drawing import as_picture, draw

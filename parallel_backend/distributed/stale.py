@@ -29,7 +29,7 @@ Phase = Literal["sync", "displaced"]
 class Kept:
     """What one job keeps from evaluation to evaluation; it dies with the job.
 
-    `stale` and `token_kv` are there only in jobs that have displaced steps: the first where ranks share what they have
+    `begun` are the uses of ControlNets that have been evaluated. `stale` and `token_kv` are there only in jobs that have displaced steps: the first where ranks share what they have
     by messages, the second where patches of `num_patches` flow through a pipeline. `prompt_kv` holds keys and values of
     prompts. `timeline` is there where the job is to be told of in detail.
     """
@@ -38,6 +38,7 @@ class Kept:
     token_kv: dict[Hashable, TokenKV] | None = None
     num_patches: int = 1
     prompt_kv: dict[Hashable, Tensor] = field(default_factory=dict)
+    begun: set[Hashable] = field(default_factory=set)
     timeline: Timeline | None = None
 
     def nbytes(self) -> int:
@@ -54,12 +55,16 @@ class Kept:
 
 @dataclass(frozen=True)
 class Step:
-    """Which evaluation of a job this is. `branch` tells apart calls that one step makes for cond and for uncond."""
+    """Which evaluation of a job this is. `branch` tells apart calls that one step makes: for cond and for uncond, of ControlNets.
+
+    `sigma` is the noise's, as on the CPU; None outside of a sampling.
+    """
 
     index: int = 0
     phase: Phase = "sync"
     branch: Hashable = 0
     kept: Kept | None = None
+    sigma: float | None = None
 
     @property
     def stale(self) -> StaleExchange | None:

@@ -16,6 +16,7 @@ from ..distributed.data import gather_batch, shard_batch
 from ..distributed.mesh import Mesh, MeshAxis
 from ..distributed.stale import Step
 from ..errors import InputError
+from .control_use import ControlUse
 from .families import Kind
 from .network import Network
 from .residuals import NONE, Residuals
@@ -27,10 +28,27 @@ KEPT_PROMPTS = 8
 
 @dataclass(frozen=True)
 class Prompt:
-    """Text tokens (B, L, E) and pooled prompt (B, A), in the model's dtype and on its device."""
+    """Text tokens (B, L, E) and pooled prompt (B, A), in the model's dtype and on its device, and the ControlNets on it."""
 
     context: Tensor
     pooled: Tensor
+    controls: tuple[ControlUse, ...] = ()
+
+    def share(self, axis: MeshAxis) -> Prompt:
+        """That of this rank's rows."""
+        rows = self.context.shape[0]
+        controls = tuple(use.share(axis, rows) for use in self.controls)
+        return Prompt(shard_batch(self.context, axis), shard_batch(self.pooled, axis), controls)
+
+    def is_like(self, other: Prompt) -> bool:
+        """Whether one call of the model can be of both."""
+        same = [a is b for a, b in zip(self.controls, other.controls, strict=False)]
+        return self.context.shape == other.context.shape and len(self.controls) == len(other.controls) and all(same)
+
+    def __add__(self, other: Prompt) -> Prompt:
+        """Both, one after the other, for twice the rows."""
+        context, pooled = (torch.cat(pair) for pair in ((self.context, other.context), (self.pooled, other.pooled)))
+        return Prompt(context, pooled, tuple(use.twice() for use in self.controls))
 
 
 @dataclass(frozen=True)
@@ -61,8 +79,8 @@ class Rows:
         def own(tensor: Tensor) -> Tensor:
             return shard_batch(tensor, axis) if tensor.shape[0] == rows else tensor
 
-        prompt = Prompt(shard_batch(self.prompt.context, axis), shard_batch(self.prompt.pooled, axis))
-        return Rows(shard_batch(self.x, axis), shard_batch(self.timesteps, axis), prompt, self.residuals.each(own))
+        x, times = shard_batch(self.x, axis), shard_batch(self.timesteps, axis)
+        return Rows(x, times, self.prompt.share(axis), self.residuals.each(own))
 
 
 @dataclass(frozen=True)
@@ -83,13 +101,11 @@ class Share:
     @classmethod
     def of(cls, mesh: Mesh, rows: int, prompts: Sequence[Prompt]) -> Share:
         """Of `rows` latents, each with these prompts (cond, uncond)."""
-        own = [
-            Prompt(shard_batch(p.context, mesh.dp), shard_batch(p.pooled, mesh.dp))
-            for p in own_branches(prompts, mesh.cfg)
-        ]
-        doubled = len(own) == 2 and own[0].context.shape == own[1].context.shape
+        whole = own_branches(prompts, mesh.cfg)
+        doubled = len(whole) == 2 and whole[0].is_like(whole[1])
+        own = [prompt.share(mesh.dp) for prompt in whole]
         if doubled:
-            own = [Prompt(torch.cat([p.context for p in own]), torch.cat([p.pooled for p in own]))]
+            own = [own[0] + own[1]]
         return cls(mesh, rows, len(prompts), own, doubled)
 
     def own_rows(self, x: Tensor) -> Tensor:
@@ -171,7 +187,8 @@ class Predictor:
                     f"The {name} has shape {list(tensor.shape)}; this model needs {dims} dims, the last of {width}.",
                     self.kind.prompt_remedy,
                 )
-        return Prompt(*(self._repeated(t, rows).to(self.device, self.dtype) for t in (context, pooled)))
+        context, pooled = (self._repeated(t, rows).to(self.device, self.dtype) for t in (context, pooled))
+        return Prompt(context, pooled)
 
     @staticmethod
     def _repeated(x: Tensor, rows: int) -> Tensor:
@@ -214,5 +231,7 @@ class Predictor:
         if x.shape[0] == 0:  # fewer rows than ranks of dp: all ranks of this share wait together
             return x.float()
         own = self.network.own_residuals(rows.residuals, x.shape[2], x.shape[3])
-        added = own.each(lambda tensor: tensor.to(self.device, self.dtype))
-        return self.network(x.to(self.dtype), rows.timesteps, prompt.context, prompt.pooled, step, added).float()
+        added, given = own.each(lambda tensor: tensor.to(self.device, self.dtype)), x.to(self.dtype)
+        for use in prompt.controls:
+            added = added + use.residuals(given, rows.timesteps, prompt.context, prompt.pooled, step)
+        return self.network(given, rows.timesteps, prompt.context, prompt.pooled, step, added).float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from ..rpc.messages import (
     Encode,
     Forget,
     Forward,
+    LoadControl,
     Loaded,
     LoadModel,
     LoadVAE,
@@ -55,6 +57,7 @@ from ..rpc.messages import (
     Unload,
 )
 from .allowed_files import AllowedFiles
+from .control_nets import ControlNets
 from .jobs import Job
 from .kept_tensors import KeptTensors
 from .residents import Resident, Residents
@@ -132,6 +135,7 @@ class Engine:
         self.residents = Residents(device, memory_budget, sharers, self._let_go_of_groups)
         self.kept_tensors, self.shared_tensors = KeptTensors(), SharedTensors()
         self.patch_files = PatchFiles(patches_folder)
+        self.control_nets = ControlNets(self.residents, files, beat)
         self._meshes: dict[MeshSpec, Mesh] = {}
         self._groups = Groups()
         self._bands = BandAxes(self._groups)
@@ -140,6 +144,7 @@ class Engine:
         self._handlers: dict[type, Any] = {
             LoadModel: self._load_model,
             LoadVAE: self._load_vae,
+            LoadControl: self._load_control,
             Sample: self._sample,
             Forward: self._forward,
             PatchFilePart: self._keep_patches,
@@ -171,7 +176,7 @@ class Engine:
             return handler(header.body, full, job)
         except BackendError:
             self._joining = None
-            if isinstance(header.body, (LoadModel, LoadVAE)):
+            if isinstance(header.body, (LoadModel, LoadVAE, LoadControl)):
                 self.residents.clear_up()
             elif isinstance(header.body, (Decode, Encode)):
                 give_back(self.device)
@@ -282,6 +287,14 @@ class Engine:
         sizes = _Sizes(checkpoint.bytes_read, needed, [checkpoint.note])
         return self._loaded(name, sizes, evicted, start, job), []
 
+    def _load_control(self, body: LoadControl, _: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
+        start = time.perf_counter()
+        base: Predictor = job.control.agreed(lambda: self._resident(body.model, Predictor))
+        name, evicted, read, notes = ControlNets.name(body), list[str](), 0, list[str]()
+        if name not in self.residents:
+            evicted, read, notes = self.control_nets.load(body, base, job)
+        return self._loaded(name, _Sizes(read, 0, notes), evicted, start, job), []
+
     @staticmethod
     def _check_load(body: LoadModel, world_size: int) -> None:
         if body.mesh is not None:
@@ -374,7 +387,7 @@ class Engine:
         return predictor, weights.wear(patches, self.patch_files, self._beat)
 
     def _sample(self, body: Sample, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
-        return run_sample(body, tensors, job, lambda: self._patched(body.model, body.patches))
+        return run_sample(body, tensors, job, lambda: self._patched(body.model, body.patches), self.control_nets)
 
     def _forward(self, body: Forward, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         start = time.perf_counter()
@@ -387,6 +400,7 @@ class Engine:
             if timesteps.shape != x.shape[:1]:
                 raise InputError(f"{list(timesteps.shape)} timesteps for {x.shape[0]} latents.", "Give one per latent.")
             prompt = predictor.prompt(context, tensors[body.pooled], x.shape[0])
+            prompt = replace(prompt, controls=self.control_nets.uses(body.controls, tensors, predictor, x, {}))
             residuals = _residuals(body.control, tensors, x.shape[0])
             predictor.network.own_residuals(residuals, x.shape[2], x.shape[3])  # which raises what doesn't fit
             return predictor, Rows(x, timesteps, prompt, residuals), swap

@@ -16,6 +16,7 @@ from ..distributed.control import Control
 from ..distributed.device_memory import give_back, memory_of
 from ..errors import ConfigError
 from ..extras.weights import PatchedWeights
+from ..models.control_use import ControlNetwork
 from ..models.prediction import Predictor
 from ..models.vae import BandVAE
 from ..rpc.messages import ModelState
@@ -24,12 +25,16 @@ from .room import check_fits, fits
 
 @dataclass
 class Resident:
-    """A model that is held, and what is said of it; `weights` of what can be patched."""
+    """A model that is held, and what is said of it; `weights` of what can be patched.
 
-    model: Predictor | BandVAE
+    `base`: the name of the model that a ControlNet is for, with which it leaves.
+    """
+
+    model: Predictor | BandVAE | ControlNetwork
     state: ModelState
     channels: int
     weights: PatchedWeights | None = None
+    base: str = ""
 
 
 class _Sizes(msgspec.Struct):
@@ -59,7 +64,7 @@ class Residents(OrderedDict[str, Resident]):
 
     def let_go(self, *names: str) -> None:
         """They are gone, those that were there, and their memory is free."""
-        for name in names:
+        for name in [*names, *(name for name, resident in self.items() if resident.base in names)]:
             self.pop(name, None)
         self.clear_up()
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +17,11 @@ from ..distributed.traffic import Timeline, with_ranks
 from ..errors import BackendError, ConfigError, UnsupportedError
 from ..models.pipeline import Pipeline
 from ..models.prediction import Predictor, Prompt
-from ..rpc.messages import AxisCost, RankCost, Result, Sample, StepDone, Swap
+from ..rpc.messages import AxisCost, ControlUse, RankCost, Result, Sample, StepDone, Swap
 from ..sampling.driver import StepReport
 from ..sampling.image import sample_latent
 from ..sampling.parameterization import Discrete, Flow, Parameterization, parameterization_of
+from .control_nets import ControlNets
 from .jobs import Job
 
 
@@ -38,9 +40,9 @@ class SampleJob:
     steps: int = field(init=False, default=0)
     sums: list[tuple[int, Tensor]] = field(init=False, default_factory=list)
 
-    def outputs(self, x: Tensor, timestep: Tensor, index: int) -> list[Tensor]:
+    def outputs(self, x: Tensor, timestep: Tensor, index: int, sigma: Tensor) -> list[Tensor]:
         """An evaluation that all ranks make together."""
-        step, timeline = _step(self.body.spec, index, self.kept), self.kept.timeline
+        step, timeline = _step(self.body.spec, index, self.kept, float(sigma)), self.kept.timeline
         if timeline is not None:
             timeline.begin(index)
         with nullcontext() if timeline is None else timeline.span():
@@ -71,7 +73,11 @@ class SampleJob:
 
 
 def run_sample(
-    body: Sample, tensors: list[Tensor], job: Job, resident: Callable[[], tuple[Predictor, Swap]]
+    body: Sample,
+    tensors: list[Tensor],
+    job: Job,
+    resident: Callable[[], tuple[Predictor, Swap]],
+    control_nets: ControlNets,
 ) -> tuple[Result, list[Tensor]]:
     """The sampled latent and what it cost; with `trace`, all ranks' timeline after it.
 
@@ -80,7 +86,7 @@ def run_sample(
     Raises: BackendError: on every rank alike.
     """
     start = time.perf_counter()
-    run = job.control.agreed(lambda: _prepare(body, tensors, job, *resident()))
+    run = job.control.agreed(lambda: _prepare(body, tensors, job, control_nets, *resident()))
     predictor, kept, device = run.predictor, run.kept, run.latent.device
     traffic = [axis.traffic for axis in predictor.mesh.axes]
     kept.timeline = Timeline(traffic, device) if body.trace else None
@@ -128,7 +134,9 @@ def run_sample(
     return result, [out, *timeline]
 
 
-def _prepare(body: Sample, tensors: list[Tensor], job: Job, predictor: Predictor, swap: Swap) -> SampleJob:
+def _prepare(
+    body: Sample, tensors: list[Tensor], job: Job, control_nets: ControlNets, predictor: Predictor, swap: Swap
+) -> SampleJob:
     """Raises: BackendError: an input that can't be honoured."""
     spec, latent = body.spec, tensors[body.latent].float()
     # At cfg 1 the uncond branch has no weight: it is not computed.
@@ -138,9 +146,21 @@ def _prepare(body: Sample, tensors: list[Tensor], job: Job, predictor: Predictor
     if body.batch_index and body.noise is None and latent.shape[0] == 1:
         latent = latent.repeat(len(body.batch_index), 1, 1, 1)
     rows = latent.shape[0]
-    prompts = [predictor.prompt(tensors[p.context], tensors[p.pooled], rows, p.sizes) for p in wanted]
+    known: dict[ControlUse, Any] = {}
+    prompts = [
+        replace(
+            predictor.prompt(tensors[p.context], tensors[p.pooled], rows, p.sizes),
+            controls=control_nets.uses(p.controls, tensors, predictor, latent, known),
+        )
+        for p in wanted
+    ]
     kept = _kept(predictor, spec, _sigma_count(body, tensors) - 1, latent.shape[2])
     pipeline = None
+    if kept.token_kv is not None and known:
+        raise UnsupportedError(
+            "ControlNets in the ranks can't run on patches of an image that are at different steps.",
+            "Leave displaced off, or set ring in place of pp in Mesh Config.",
+        )
     if kept.token_kv is not None and spec.first_displaced is not None:
         pipeline = Pipeline(predictor, prompts, latent.shape, kept, spec.first_displaced, job.cancelled)
     latent = latent.to(predictor.device)
@@ -182,9 +202,9 @@ def _kept(predictor: Predictor, spec: SamplerSpec, steps: int, height: int) -> K
     return predictor.network.new_job(displaced, spec.num_patches or min(stages, predictor.network.most_patches(height)))
 
 
-def _step(spec: SamplerSpec, index: int, kept: Kept) -> Step:
+def _step(spec: SamplerSpec, index: int, kept: Kept, sigma: float) -> Step:
     fresh = spec.first_displaced is None or index < spec.first_displaced
-    return Step(index, "sync" if fresh else "displaced", kept=kept)
+    return Step(index, "sync" if fresh else "displaced", kept=kept, sigma=sigma)
 
 
 def _parameterization(predictor: Predictor, spec: SamplerSpec) -> Parameterization:

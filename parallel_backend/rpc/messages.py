@@ -68,12 +68,39 @@ class LoadVAE(Message, frozen=True):
     dtype: str
 
 
+class LoadControl(Message, frozen=True):
+    """Hold the ControlNet at `path` for the resident `model`, in its mesh and dtype."""
+
+    path: str
+    key: str
+    model: str
+    kernel: str = "auto"
+
+
+class ControlUse(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A resident ControlNet on a prompt, computed by the ranks.
+
+    Args:
+        hint: as the network takes it: pixels in 0..1, or a latent in its scale.
+        start, end: sigmas between which it is added; None from the first, or to the last.
+        types: of a union's, what its hint is.
+    """
+
+    net: str
+    hint: TensorIndex
+    strength: float = 1.0
+    start: float | None = None
+    end: float | None = None
+    types: tuple[int, ...] = ()
+
+
 class Prompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`sizes`: of SDXL's micro-conditioning, where the pooled tensor doesn't hold them embedded."""
 
     context: TensorIndex
     pooled: TensorIndex
     sizes: list[float] | None = None
+    controls: list[ControlUse] = []
 
 
 class Patches(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -133,6 +160,7 @@ class Forward(Message, frozen=True):
     pooled: TensorIndex
     patches: Patches = Patches()
     control: Control = Control()
+    controls: list[ControlUse] = []
 
 
 class PatchFilePart(Message, frozen=True):
@@ -345,6 +373,7 @@ Request: TypeAlias = (
     Hello
     | LoadModel
     | LoadVAE
+    | LoadControl
     | Sample
     | Forward
     | PatchFilePart
@@ -367,9 +396,11 @@ def tensor_indices(body: Request | Reply) -> list[TensorIndex]:
     if isinstance(body, Sample):
         prompts = [body.cond] if body.uncond is None else [body.cond, body.uncond]
         chosen = [body.latent, body.mask, body.noise, body.sigmas]
-        return [i for p in prompts for i in (p.context, p.pooled)] + [i for i in chosen if i is not None]
+        of_prompts = [i for p in prompts for i in (p.context, p.pooled, *(use.hint for use in p.controls))]
+        return of_prompts + [i for i in chosen if i is not None]
     if isinstance(body, Forward):
-        return [body.x, body.timesteps, body.context, body.pooled, *body.control.indices]
+        hints = [use.hint for use in body.controls]
+        return [body.x, body.timesteps, body.context, body.pooled, *body.control.indices, *hints]
     if isinstance(body, Decode):
         return [body.latent]
     if isinstance(body, PatchFilePart):

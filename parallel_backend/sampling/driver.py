@@ -108,7 +108,7 @@ class Patch:
 
 
 def drive(
-    outputs: Callable[[Tensor, Tensor, int], Sequence[Tensor]],
+    outputs: Callable[[Tensor, Tensor, int, Tensor], Sequence[Tensor]],
     spec: SamplerSpec,
     model: Parameterization,
     sigmas: Tensor,
@@ -125,7 +125,7 @@ def drive(
     """The latent at the end of the sigmas.
 
     Args:
-        outputs: (model's input, timestep, step) -> the model's output for cond and, with guidance, uncond.
+        outputs: (model's input, timestep, step, sigma) -> the model's output for cond and, with guidance, uncond.
         sigmas: one or more, on the CPU whatever the latent's device: no step waits to read them.
         latent: what is noised to the first sigma, in the model's scale.
         mask: 1 where the latent may change; None everywhere.
@@ -164,7 +164,8 @@ def drive(
             break
         sigma = wanted.sigma
         seen = torch.cat([patch.input() for patch in patches], dim=2)
-        denoised = guided(seen, sigma, outputs(model.model_input(seen, sigma), model.timestep(sigma), step))
+        out = outputs(model.model_input(seen, sigma), model.timestep(sigma), step, sigma)
+        denoised = guided(seen, sigma, out)
         reported = torch.cat([patch.wanted.x for patch in patches], dim=2) if wanted.step is not None else None
         denoised = torch.cat(
             [patch.take(denoised[:, :, rows]) for patch, rows in zip(patches, rows_of, strict=True)], dim=2

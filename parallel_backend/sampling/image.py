@@ -16,7 +16,7 @@ from .noise import StepNoise, initial_noise
 from .parameterization import Parameterization
 from .schedules import sigmas_for
 
-Outputs = Callable[[Tensor, Tensor, int], Sequence[Tensor]]
+Outputs = Callable[[Tensor, Tensor, int, Tensor], Sequence[Tensor]]
 
 
 def sample_latent(
@@ -38,7 +38,7 @@ def sample_latent(
     """The sampled latent, in the model's scale.
 
     Args:
-        outputs: (model's input, timestep, step) -> the model's output for cond and, with guidance, uncond.
+        outputs: (model's input, timestep, step, sigma) -> the model's output for cond and, with guidance, uncond.
         latent: (B, C, Y, X), fp32, on the device that computes.
         noise: start noise; None draws it from the seed.
         sigmas: in place of the scheduler's; None makes them. The model is asked with these, on the CPU. They may rise
@@ -122,7 +122,7 @@ def _goes_through(sigmas: Tensor, spec: SamplerSpec, model: Parameterization) ->
     one = torch.ones(1, 1, 1, 1)
     try:
         end = drive(
-            lambda x, timestep, step: [0.1 * x + 0.2],
+            lambda x, *_: [0.1 * x + 0.2],
             spec,
             model,
             sigmas,

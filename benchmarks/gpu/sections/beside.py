@@ -125,7 +125,7 @@ def _compare(
     def our_run(steps: int) -> None:
         spec = SamplerSpec(steps=steps, cfg_scale=CFG, scheduler="normal")
         sample_latent(
-            lambda x, t, _: ours.outputs(x, t, prompts, EXACT), spec, parameterization, latent=torch.zeros_like(x)
+            lambda x, t, *_: ours.outputs(x, t, prompts, EXACT), spec, parameterization, latent=torch.zeros_like(x)
         )
 
     report.row(f"{name}, ours, a step", _step(our_run, device), None)
@@ -181,7 +181,7 @@ def _comfyui(report: Report, options: Options, sizes: Sizes, device: torch.devic
 
     def our_run(steps: int) -> Tensor:
         spec = SamplerSpec(steps=steps, cfg_scale=CFG, seed=1, shift=SHIFT)
-        outputs = lambda x, t, _: ours.outputs(x, t, on_device, EXACT)  # noqa: E731
+        outputs = lambda x, t, *_: ours.outputs(x, t, on_device, EXACT)  # noqa: E731
         out = sample_latent(outputs, spec, Flow(SHIFT), latent=latent.to(device))
         return out / SD3.scale + SD3.shift
 

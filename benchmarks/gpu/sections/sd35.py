@@ -121,7 +121,7 @@ def _waits(report: Report, sizes: Sizes, predictor: Predictor) -> None:
 def _sampled(sizes: Sizes, predictor: Predictor, prompts: list[Prompt], sampler: str) -> Tensor:
     latent = torch.zeros(1, sizes.mmdit.channels, sizes.cells, sizes.cells, device=predictor.device)
     spec = SamplerSpec(sampler=sampler, steps=STEPS)
-    return sample_latent(lambda x, t, _: predictor.outputs(x, t, prompts, EXACT), spec, Flow(), latent=latent)
+    return sample_latent(lambda x, t, *_: predictor.outputs(x, t, prompts, EXACT), spec, Flow(), latent=latent)
 
 
 def _busy(report: Report, sizes: Sizes, predictor: Predictor, how: str) -> None:

@@ -1,0 +1,76 @@
+"""A ControlNet on a prompt, computed by the ranks themselves in the split of the model that it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import inf
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..distributed.data import shard_batch
+from ..distributed.mesh import MeshAxis
+from ..distributed.stale import Step
+from .residuals import NONE, Residuals
+
+
+class ControlNetwork(Protocol):
+    """A ControlNet with its weights, in the mesh of its model."""
+
+    def check(self, hint: Tensor, types: Sequence[int], height: int, width: int) -> None:
+        """Raises: InputError: a hint, or a latent of that size, that it can't take. UnsupportedError: a mesh that it can't run in."""
+        ...
+
+    def prepare(self, hint: Tensor, types: Sequence[int]) -> Tensor:
+        """What a job keeps of a hint: the same in all its evaluations, on every rank."""
+        ...
+
+    def __call__(
+        self, x: Tensor, timesteps: Tensor, context: Tensor, pooled: Tensor, prepared: Tensor, step: Step, /
+    ) -> Residuals:
+        """This rank's part of what it adds to the model's activations at `x`, which is whole."""
+        ...
+
+
+@dataclass(frozen=True)
+class ControlUse:
+    """Where a ControlNet is added, and how strongly.
+
+    Args:
+        hint: as the network has prepared it, of one row or of as many as there are latents.
+        start, end: sigmas; it is added from the first on, which is the greater one, to the second, both included.
+        number: among the uses of its job, whose stale tensors it keeps apart.
+    """
+
+    network: ControlNetwork
+    hint: Tensor
+    strength: float = 1.0
+    start: float = inf
+    end: float = 0.0
+    number: int = 0
+
+    def share(self, axis: MeshAxis, rows: int) -> ControlUse:
+        """That of this rank's of so many rows."""
+        return replace(self, hint=shard_batch(self.hint, axis)) if self.hint.shape[0] == rows else self
+
+    def twice(self) -> ControlUse:
+        """Of rows that are computed for two prompts at once."""
+        return self if self.hint.shape[0] == 1 else replace(self, hint=torch.cat([self.hint, self.hint]))
+
+    def residuals(self, x: Tensor, timesteps: Tensor, context: Tensor, pooled: Tensor, step: Step) -> Residuals:
+        """This rank's, times the strength; none outside the range.
+
+        The first evaluation of a use is exact: there is nothing yet that could be stale.
+        Comm: as the network says.
+        """
+        if step.sigma is not None and not self.end <= step.sigma <= self.start:
+            return NONE
+        place, phase = (step.branch, self.number), step.phase
+        if step.kept is not None:
+            phase = phase if place in step.kept.begun else "sync"
+            step.kept.begun.add(place)
+        own = replace(step, branch=place, phase=phase)
+        added = self.network(x, timesteps, context, pooled, self.hint, own)
+        return added if self.strength == 1.0 else added.each(lambda tensor: tensor * self.strength)

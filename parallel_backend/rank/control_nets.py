@@ -1,0 +1,152 @@
+"""ControlNets that ranks hold beside the models that they are for, and where jobs use them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import inf
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from ..distributed.kernel_trial import choose_kernel
+from ..distributed.kernels import Use
+from ..errors import InputError, UnknownModelError
+from ..models.checkpoint import bytes_held, load_parameters
+from ..models.control_use import ControlNetwork, ControlUse
+from ..models.controls import OpenedControl, open_control
+from ..models.left_over import left_over_note
+from ..models.prediction import Predictor
+from ..models.vae import BandVAE
+from ..rpc import messages
+from ..rpc.messages import LoadControl, ModelState, Progress
+from .allowed_files import AllowedFiles
+from .jobs import Job
+from .residents import Resident, Residents
+
+# Of prompts that take turns, and of what others share.
+KEPT_HINTS = 8
+
+
+@dataclass(frozen=True)
+class _Hint:
+    """As the network prepared it, as long as what it was made of is kept."""
+
+    given: ref[Tensor]
+    prepared: Tensor
+
+
+class ControlNets:
+    """Those among a rank's residents; each leaves with its model.
+
+    Args:
+        beat: called at every block.
+    """
+
+    def __init__(self, residents: Residents, files: AllowedFiles, beat: Callable[[], object]) -> None:
+        self._residents, self._files, self._beat = residents, files, beat
+        self._hints: OrderedDict[tuple[object, ...], _Hint] = OrderedDict()
+
+    @staticmethod
+    def name(body: LoadControl) -> str:
+        return f"{body.key}/control/{body.model}"
+
+    def load(self, body: LoadControl, base: Predictor, job: Job) -> tuple[list[str], int, list[str]]:
+        """It is held. Returns: the models that left for it, bytes read, and what the user should know.
+
+        Raises: CheckpointError, UnsupportedError, ConfigError, OutOfMemoryError: on every rank alike.
+        """
+        mesh, dtype, device = base.mesh, base.dtype, base.device
+
+        def build() -> tuple[OpenedControl, nn.Module, str, int, list[str]]:
+            opened = open_control(self._files.checked(body.path, body.key), base.kind.name)
+            config = base.network.config
+            heads = -(-config.heads // (mesh.tp.degree * mesh.ulysses.degree))
+            kernel, note = choose_kernel(body.kernel, Use(device, dtype, mesh.ring.degree > 1, heads, config.head_dim))
+            with torch.device("meta"):
+                module = opened.build(mesh, kernel)
+            left = left_over_note(set(dict(module.named_parameters())), opened.source.names(), opened.source.path.name)
+            return opened, module, kernel, bytes_held(module, opened.source, dtype), [note, left]
+
+        opened, module, kernel, needed, notes = job.control.agreed(build)
+        path = opened.source.path
+        self._residents.move_to_end(body.model)  # what it is for leaves last
+        evicted = self._residents.make_room(needed, path.name, "controlnet", mesh.spec, job.control)
+
+        def read() -> ControlNetwork:
+            if body.model not in self._residents:
+                raise UnknownModelError(
+                    f"There is no room for {path.name} beside its model.", "Use more ranks, or fp8."
+                )
+            load_parameters(module, opened.source, device=device, dtype=dtype, should_stop=job.given_up)
+            for block in filter(lambda part: isinstance(part, opened.repeated), module.modules()):
+                block.register_forward_pre_hook(lambda *_: self._tell_block())
+            return opened.network(module, base.network, mesh, kernel, device, dtype)
+
+        job.emit(Progress(f"Loading {path.name}", 0, 1), [])
+        network = job.control.agreed(read)
+        name = self.name(body)
+        state = ModelState(name, path.name, "controlnet", mesh.spec.describe(), str(dtype).split(".")[-1], needed)
+        self._residents[name] = Resident(network, state, 0, base=body.model)
+        return evicted, opened.source.bytes_read, notes
+
+    def _tell_block(self) -> None:
+        """A hook: what it returned would be taken for the block's inputs."""
+        self._beat()
+
+    def uses(
+        self,
+        asked: Sequence[messages.ControlUse],
+        tensors: Sequence[Tensor],
+        predictor: Predictor,
+        x: Tensor,
+        known: dict[messages.ControlUse, ControlUse],
+    ) -> tuple[ControlUse, ...]:
+        """Of a prompt of latents `x`, ready to be evaluated; one that two prompts share is one.
+
+        Args:
+            known: of this job, added to.
+        Raises: UnknownModelError: one isn't held (any more). InputError, UnsupportedError: it doesn't fit the latents.
+        """
+        for use in asked:
+            if use not in known:
+                known[use] = self._use(use, tensors, predictor, x, len(known))
+        return tuple(known[use] for use in asked)
+
+    def _use(
+        self, use: messages.ControlUse, tensors: Sequence[Tensor], predictor: Predictor, x: Tensor, number: int
+    ) -> ControlUse:
+        if use.net not in self._residents:
+            raise UnknownModelError(f"The backend does not hold {use.net!r} (any more).", "Load it again.")
+        resident = self._residents[use.net]
+        if not resident.base or self._residents[resident.base].model is not predictor:
+            raise InputError(
+                f"{use.net!r} is no ControlNet of this model.", "Load it for the model that it is used with."
+            )
+        self._residents.move_to_end(use.net)
+        hint, network = tensors[use.hint], resident.model
+        assert not isinstance(network, (Predictor, BandVAE))
+        if hint.ndim != 4 or hint.shape[0] not in (1, x.shape[0]):
+            raise InputError(
+                f"A ControlNet's hint of shape {list(hint.shape)} came for {x.shape[0]} latents.",
+                f"Give (rows, channels, height, width) of 1 row, or of {x.shape[0]}.",
+            )
+        network.check(hint, use.types, x.shape[2], x.shape[3])
+        start, end = inf if use.start is None else use.start, 0.0 if use.end is None else use.end
+        prepared = self._prepared(use, hint, network, predictor)
+        return ControlUse(network, prepared, use.strength, start, end, number)
+
+    def _prepared(
+        self, use: messages.ControlUse, hint: Tensor, network: ControlNetwork, predictor: Predictor
+    ) -> Tensor:
+        """Once for a hint that is kept: a sampling step by step asks with it at every evaluation."""
+        key = (id(hint), use.net, use.types)
+        found = self._hints.pop(key, None)
+        if found is None or found.given() is not hint:
+            found = _Hint(ref(hint), network.prepare(hint.to(predictor.device, predictor.dtype), use.types))
+        self._hints[key] = found
+        while len(self._hints) > KEPT_HINTS:
+            self._hints.popitem(last=False)
+        return found.prepared
