@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .conditioning_file import LoadConditioning, SaveConditioning
+from .controlnet_files import remember_files
 from .demo_caption import DemoCaption
 from .displaced_steps import DisplacedSteps
 from .everywhere import Everywhere
@@ -38,5 +39,6 @@ class ParallelMMDiTExtension(ComfyExtension):
 async def comfy_entrypoint() -> ParallelMMDiTExtension:
     everywhere = Everywhere()
     everywhere.install()
+    remember_files()
     add_routes(everywhere)
     return ParallelMMDiTExtension()

@@ -21,10 +21,10 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ..parallel_backend import RemoteModel, WeightPatches
+from ..parallel_backend import RemoteControl, RemoteModel, WeightPatches
 from ..parallel_backend.errors import UnsupportedError
 from .base_weights import BaseWeights
-from .core_memory import WeightsElsewhere
+from .core_memory import WeightsElsewhere, interruptible, make_room
 from .core_model import base_model
 from .hung.attention_patches import transformer_patches
 from .hung.compute import compute_patches
@@ -34,6 +34,8 @@ from .hung.layers import network_changes
 from .hung.loop_patches import OWN
 from .hung.refusal import ELSEWHERE, IN_MESH_CONFIG, RELOAD, refuse
 from .hung.weights import PREFIX, PatchedWeights, all_patches, unsendable_weights, weight_patches
+from .model_files import name_elsewhere
+from .node_text import say
 from .whole_loop import sample_in_backend
 
 # Sets of weight patches that are kept ready, with the tensors that they are made of: those of hooks take turns in a sampling.
@@ -130,6 +132,17 @@ class RemotePatcher(WeightsElsewhere):
 
     def _weight(self, key: str) -> Tensor:
         return self.base[key.removeprefix(PREFIX)] if key.startswith(PREFIX) else comfy.utils.get_attr(self.model, key)
+
+    def control_net(self, path: Path) -> RemoteControl:
+        """The ControlNet of that file, computed by the ranks.
+
+        Raises: CheckpointError, UnsupportedError: they know no such ControlNet, or none for this model.
+        """
+        backend = self.remote.backend
+        room = make_room(backend, path.stat().st_size, path.name)
+        if room:
+            say(room, log=True)
+        return interruptible(backend, backend.load_control, path, self.remote, name_elsewhere(path))
 
     def patched_weights(self) -> Mapping[str, Tensor]:
         """The weights with all that lies on them, by their names in the network; each is made when it is asked for."""

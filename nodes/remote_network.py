@@ -14,7 +14,7 @@ from ..parallel_backend import RemoteModel, WeightPatches
 from ..parallel_backend.errors import UnsupportedError
 from .core_memory import interruptible
 from .hung.attention_patches import transformer_patches
-from .hung.controlnet import ControlCost, by_place
+from .hung.controlnet import USES, ControlCost, by_place
 from .hung.layers import AsMade
 from .hung.refusal import ELSEWHERE, RELOAD, refuse
 from .node_text import say
@@ -61,10 +61,10 @@ class RemoteNetwork(torch.nn.Module):
         if self.as_made.unseen:
             refuse(self.as_made.changes(), "A parallel MODEL", RELOAD)
             self.as_made.unseen = False
-        residuals = None if control is None else by_place(control, self)
-        if residuals is not None:
-            self.control_cost.note(residuals, self.dtype.itemsize)
-        given = {"patches": self.worn, "step": partial(step_of, options), "residuals": residuals}
+        residuals = by_place(control or {}, self)
+        self.control_cost.note(residuals, self.dtype.itemsize)
+        given = {"patches": self.worn, "step": partial(step_of, options)}
+        given |= {"residuals": residuals, "controls": (control or {}).get(USES, ())}
         out = interruptible(self.remote.backend, self.remote.forward, x, timesteps, context, y, **given)
         if self.remote.note and not self.has_told:  # of NaN, which is in every evaluation after the first as well
             say(self.remote.note, log=True)

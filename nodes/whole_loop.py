@@ -45,13 +45,13 @@ def sample_in_backend(
     guider: CFGGuider = executor.class_obj
     model = guider.model_patcher
     model.check()
-    take_over(guider.conds, model.patched_weights)
+    local = take_over(guider.conds, model)
     displaced = displaced_of(model)
     loop = read_loop(guider, noise, latent_image, sampler, sigmas, denoise_mask, seed)
     if isinstance(loop, list):
         if displaced is not None:
             refuse(iter(loop), "Displaced steps", "Leave Displaced Steps out, or what is named here.")
-        why = f"step by step: {'; '.join(loop)}"
+        why = "\n".join([f"step by step: {'; '.join(loop)}", *(f"ComfyUI computes {name}" for name in local)])
         say(why, log=True)
         out = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **kwargs)
         if cost := str(model.network.control_cost):
@@ -91,6 +91,8 @@ def _run(model: Any, loop: Loop, displaced: Displaced | None, preview: Preview, 
         warmup_steps=None if displaced is None else displaced.warmup_steps,
         num_patches=0 if displaced is None else displaced.num_patches,
         patches=model.patches_with(None),
+        controls=loop.controls["positive"],
+        negative_controls=loop.controls.get("negative", ()),
         **loop.functions,
         preview=preview,
         on_step=on_step,

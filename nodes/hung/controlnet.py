@@ -16,10 +16,14 @@ import torch
 from comfy.controlnet import ControlBase
 from torch import Tensor
 
-from ...parallel_backend.errors import UnsupportedError
+from ...parallel_backend.errors import CheckpointError, UnsupportedError
+from ..controlnet_files import file_of
+from .sharded_control import ShardedControl, unknown_to_ranks
 
 Control = Mapping[str, Sequence[Tensor | None]]
 SIDES = ("input", "middle", "output")
+# Beside those, in what a chain gives: the ControlNets that the ranks compute at this evaluation.
+USES = "in the ranks"
 # These read weights of the model that they are used with.
 _READERS = tuple(
     found for name in ("ControlLora", "ControlNetSD35") if (found := getattr(comfy.controlnet, name, None)) is not None
@@ -36,7 +40,7 @@ class ControlCost:
     def note(self, control: Control, itemsize: int) -> None:
         """A tensor that stands in several places counts once, as it travels once."""
         tensors = {id(tensor): tensor for side in control.values() for tensor in side if tensor is not None}
-        self.evaluations += 1
+        self.evaluations += bool(tensors)
         self.nbytes += sum(tensor.numel() * itemsize for tensor in tensors.values())
 
     def __str__(self) -> str:
@@ -52,7 +56,7 @@ def by_place(control: Mapping[str, Any], network: torch.nn.Module) -> Control:
     Core's UNets take them from the end of each list, its transformers from the start; what is left over is not used.
     Raises: UnsupportedError: of another form than core's.
     """
-    if extra := sorted(key for key, value in control.items() if key not in SIDES and value):
+    if extra := sorted(key for key, value in control.items() if key not in (*SIDES, USES) and value):
         raise UnsupportedError(
             f"A parallel MODEL can't honour a ControlNet's {', '.join(map(repr, extra))}.",
             "Remove that ControlNet, or load the model with ComfyUI's own loader.",
@@ -79,12 +83,21 @@ class ControlChain(ControlBase):
     """A prompt's ControlNets, in the place of the last one, whose part they play for core's sampling.
 
     Args:
+        members: core's objects, or those that the ranks compute.
         weights: of the parallel MODEL, by name, for those that read them.
     """
 
-    def __init__(self, members: Sequence[ControlBase], weights: Callable[[], Mapping[str, Tensor]]) -> None:
+    def __init__(
+        self, members: Sequence[ControlBase | ShardedControl], weights: Callable[[], Mapping[str, Tensor]]
+    ) -> None:
         super().__init__()
         self.members, self._weights = list(members), weights
+
+    @property
+    def in_ranks(self) -> list[ShardedControl] | None:
+        """Its members where the ranks compute all of them, else None."""
+        sharded = [member for member in self.members if isinstance(member, ShardedControl)]
+        return sharded if len(sharded) == len(self.members) else None
 
     def pre_run(self, model: Any, percent_to_timestep_function: Callable[[float], float]) -> None:
         seen = _WithWeights(model, self._weights)
@@ -92,11 +105,15 @@ class ControlChain(ControlBase):
             member.pre_run(seen, percent_to_timestep_function)
 
     def get_control(self, *args: Any, **kwargs: Any) -> Control | None:
-        found = [member.get_control(*args, **kwargs) for member in self._alone()]
         added: Control | None = None
-        for control in found:
-            if control is not None:
+        uses = []
+        for member in self._alone():
+            if isinstance(member, ShardedControl):
+                uses.append(member.use(*args))
+            elif (control := member.get_control(*args, **kwargs)) is not None:
                 added = control if added is None else summed(added, control)
+        if used := [use for use in uses if use is not None]:
+            return {**(added or {}), USES: used}
         return added
 
     def get_models(self) -> list[Any]:
@@ -140,17 +157,52 @@ def summed(first: Control, second: Control) -> Control:
     return {name: side(name) for name in SIDES}
 
 
-def take_over(conds: Mapping[str, list[dict[str, Any]]], weights: Callable[[], Mapping[str, Tensor]]) -> None:
-    """Chains in the place of those ControlNets that the parallel MODEL has to do something for; one for all prompts that share it."""
+def take_over(conds: Mapping[str, list[dict[str, Any]]], model: Any) -> list[str]:
+    """Chains in the place of those ControlNets that the parallel MODEL has to do something for; one for all prompts that share it.
+
+    Args:
+        model: the RemotePatcher.
+    Returns: which ControlNets ComfyUI computes, and why.
+    """
     chains: dict[int, ControlChain] = {}
-    for entries in conds.values():
-        for entry in entries:
-            control = entry.get("control")
-            if not isinstance(control, ControlBase) or isinstance(control, ControlChain):
-                continue
-            members = chain_of(control)
-            if any(isinstance(member, _READERS) for member in members):
-                entry["control"] = chains.setdefault(id(control), ControlChain(members, weights))
+    local: dict[str, None] = {}
+    for entry in (entry for entries in conds.values() for entry in entries):
+        control = entry.get("control")
+        if not isinstance(control, ControlBase) or isinstance(control, ControlChain):
+            continue
+        if id(control) not in chains:
+            members, reasons = _members(control, model, entry)
+            local |= dict.fromkeys(reasons)
+            chains[id(control)] = ControlChain(members, model.patched_weights)
+        chain = chains[id(control)]
+        if any(isinstance(member, (ShardedControl, *_READERS)) for member in chain.members):
+            entry["control"] = chain
+    return list(local)
+
+
+def _members(control: ControlBase, model: Any, entry: Mapping[str, Any]) -> tuple[list[ControlBase], list[str]]:
+    """A prompt's ControlNets, those that the ranks can compute as such; and why others can't be."""
+    members, reasons = [], []
+    for member in chain_of(control):
+        name, why = _named(member), unknown_to_ranks(member)
+        if entry.get("cross_attn_controlnet") is not None:
+            why = "it has a prompt of its own"
+        if not why and (path := file_of(member)) is None:
+            why = "its file is not known: another loader than core's has loaded it"
+        if not why:
+            try:
+                member = ShardedControl(member, model.control_net(path))
+            except (UnsupportedError, CheckpointError) as error:
+                why = error.message
+        if why:
+            reasons.append(f"{name}: {why}")
+        members.append(member)
+    return members, reasons
+
+
+def _named(control: ControlBase) -> str:
+    path = file_of(control)
+    return type(control).__name__ if path is None else path.name
 
 
 class _WithWeights:

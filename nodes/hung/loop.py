@@ -15,10 +15,11 @@ from comfy.samplers import KSAMPLER, CFGGuider
 from comfy_extras.nodes_custom_sampler import Guider_Basic
 from torch import Tensor
 
-from ...parallel_backend import Conditioning
+from ...parallel_backend import Conditioning, ControlUse
 from ...parallel_backend.config import SAMPLERS, FlowSampling, ModelSampling
 from ...parallel_backend.errors import UnsupportedError
 from ..known_to_core import known_to
+from .controlnet import ControlChain
 from .known_functions import known_functions
 from .loop_patches import loop_patches, replaced_functions
 from .model_sampling import read_sampling
@@ -45,6 +46,7 @@ class Loop:
     mask: Tensor | None
     model_sampling: ModelSampling
     functions: Mapping[str, float]
+    controls: Mapping[str, Sequence[ControlUse]]
 
 
 def read_loop(
@@ -85,15 +87,17 @@ def read_loop(
         return found
     shapes = known_to(comfy.samplers.process_conds, latent_shapes=[latent.shape])
     processed = comfy.samplers.process_conds(model.model, noise, conds, model.load_device, latent, mask, seed, **shapes)
-    prompts = {}
+    prompts, controls = {}, {}
     for kind, (entry,) in processed.items():
         inputs = {key: value.cond for key, value in entry["model_conds"].items()}
         if set(inputs) != _INPUTS:
             return [f"model inputs {', '.join(sorted(set(inputs) ^ _INPUTS))} of the {kind} conditioning"]
         prompts[kind] = Conditioning(inputs["c_crossattn"], inputs["y"])
+        members = entry["control"].in_ranks if "control" in entry else []
+        controls[kind] = [member.use_of_loop(latent, sigmas[0], inputs) for member in members]
     mask = None if mask is None else mask[:, :1]
     named = (sigmas, name, float(guider.cfg), seed)
-    return Loop(latent, noise, *named, prompts["positive"], prompts.get("negative"), mask, sampling, settings)
+    return Loop(latent, noise, *named, prompts["positive"], prompts.get("negative"), mask, sampling, settings, controls)
 
 
 def sampler_name(sampler: Any) -> str | None:
@@ -149,5 +153,12 @@ def _odd_entries(kind: str, entries: Sequence[Mapping[str, Any]]) -> Iterator[st
     if len(entries) != 1:
         yield f"{len(entries)} entries in the {kind} conditioning"
     for key in _READ:
+        if key == "control" and all(_in_ranks(entry.get(key)) for entry in entries):
+            continue
         if any(key in entry and entry[key] is not None and entry[key] != _NEUTRAL.get(key) for entry in entries):
             yield f"{_NAMED.get(key, repr(key))} in the {kind} conditioning"
+
+
+def _in_ranks(control: Any) -> bool:
+    """Whether nothing of it is ComfyUI's to compute."""
+    return control is None or (isinstance(control, ControlChain) and control.in_ranks is not None)

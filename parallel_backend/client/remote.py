@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import ModelSampling, SamplerSpec
-from ..errors import UnknownPatchesError
+from ..errors import UnknownModelError, UnknownPatchesError
 from ..rpc.conditioning import Conditioning
 from ..rpc.messages import (
     Control,
@@ -57,9 +57,14 @@ class RemoteModel(Held[LoadModel]):
 
     def load_control(self, path: str, key: str, on_event: OnEvent | None = None, **settings: Any) -> RemoteControl:
         """The ControlNet at `path`, as the backend finds it, for this model: see `Backend.load_control`."""
-        self.ensure_loaded(settings.get("should_cancel"))
+        should_cancel = settings.get("should_cancel")
         load = LoadControl(path, key, self.name, self.load.kernel)
-        return RemoteControl(self.backend, load, self.backend.load(load, on_event, settings.get("should_cancel")))
+        try:
+            loaded = self.backend.load(load, on_event, should_cancel)
+        except UnknownModelError:  # another client has freed the model
+            self.ensure_loaded(should_cancel)
+            loaded = self.backend.load(load, on_event, should_cancel)
+        return RemoteControl(self.backend, load, loaded)
 
     def _patched_request(
         self,

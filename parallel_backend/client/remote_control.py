@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..rpc import messages
@@ -36,4 +37,10 @@ class ControlUse:
     def named(self, attach: Callable[[Tensor], int]) -> messages.ControlUse:
         """As a request names it; `attach` takes the hint along, and tells its place."""
         hint = attach(self.hint)
-        return messages.ControlUse(self.net.name, hint, self.strength, self.start, self.end, self.types)
+        start, end = (None if sigma is None else _as_float32(sigma) for sigma in (self.start, self.end))
+        return messages.ControlUse(self.net.name, hint, self.strength, start, end, self.types)
+
+
+def _as_float32(sigma: float) -> float:
+    """As samplers have their sigmas: one at the very end of a range is in it."""
+    return float(torch.tensor(sigma, dtype=torch.float32))

@@ -1,0 +1,96 @@
+"""ControlNets that the ranks compute: core's own objects, whose network is asked only for what it would be given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import comfy.controlnet
+import torch
+from comfy.controlnet import ControlBase, ControlNet
+from torch import Tensor
+
+from ...parallel_backend import ControlUse, RemoteControl
+
+# Of core's classes those whose networks the ranks know, by where these come from.
+_KINDS = tuple(
+    found
+    for name in ("ControlNet", "ControlNetSD35", "ControlLora")
+    if (found := getattr(comfy.controlnet, name, None)) is not None
+)
+_NETWORKS = ("comfy.cldm.cldm", "comfy.cldm.mmdit", "comfy.cldm.dit_embedder")
+
+
+def unknown_to_ranks(control: ControlBase) -> str:
+    """Why only ComfyUI can compute it; empty where the ranks may."""
+    if type(control) not in _KINDS:
+        return f"{type(control).__module__}.{type(control).__qualname__} is no ControlNet that the ranks know"
+    network = getattr(control, "control_model", None)
+    if network is not None and type(network).__module__ not in _NETWORKS:
+        return f"its network is {type(network).__module__}.{type(network).__qualname__}"
+    if control.global_average_pooling:
+        return "it pools its residuals over the picture"
+    kinds = getattr(comfy.controlnet, "StrengthType", None)
+    if kinds is not None and control.strength_type != kinds.CONSTANT:
+        return f"its strength is {control.strength_type.name}"
+    return ""
+
+
+class _Asked(torch.nn.Module):
+    """In the place of a ControlNet's network: keeps what core has made ready for it."""
+
+    dtype = torch.float32
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hint, self.types = torch.empty(0), tuple[int, ...]()
+
+    def forward(self, x: Tensor, hint: Tensor, timesteps: Tensor, context: Tensor, **extra: Any) -> Mapping[str, Any]:
+        self.hint, self.types = hint, tuple(extra.get("control_type", ()))
+        return {"output": []}
+
+
+class ShardedControl(ControlBase):
+    """One ControlNet of a chain: when and with what it is added is core's doing, what it adds is the ranks'."""
+
+    def __init__(self, control: ControlBase, net: RemoteControl) -> None:
+        super().__init__()
+        self._asked, self._net = _Asked(), net
+        self._probe = ControlNet(None)
+        control.copy_to(self._probe)
+        self._probe.control_model = self._asked
+
+    def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
+        self._probe.pre_run(model, percent_to_timestep_function)
+
+    def use(self, *args: Any) -> ControlUse | None:
+        """At the evaluation that core asks for; None outside the range."""
+        if self._probe.get_control(*args) is None:
+            return None
+        return ControlUse(self._net, self._asked.hint, self._probe.strength, types=self._asked.types)
+
+    def use_of_loop(self, latent: Tensor, sigma: Tensor, inputs: Mapping[str, Tensor]) -> ControlUse:
+        """For all evaluations of latents like this one, with the range in which it is added."""
+        start, end = self._probe.timestep_range
+        with self._always():
+            self._probe.get_control(torch.zeros_like(latent), sigma.expand(latent.shape[0]), inputs, 1, {})
+        hint, types = self._asked.hint, self._asked.types
+        return ControlUse(self._net, hint, self._probe.strength, float(start), float(end), types)
+
+    def get_extra_hooks(self) -> list[Any]:
+        return self._probe.get_extra_hooks()
+
+    def get_models(self) -> list[Any]:
+        return []
+
+    def cleanup(self) -> None:
+        self._probe.cleanup()
+
+    @contextmanager
+    def _always(self) -> Iterator[None]:
+        kept, self._probe.timestep_range = self._probe.timestep_range, None
+        try:
+            yield
+        finally:
+            self._probe.timestep_range = kept
