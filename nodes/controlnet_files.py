@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.controlnet
+import torch
 
 _MARK = "parallel_mmdit_file"
 
@@ -28,18 +29,34 @@ def remember_files() -> None:
     comfy.controlnet.load_controlnet = load_controlnet
 
 
-def leave_file(control: Any, path: Path) -> None:
-    """The ControlNet and all its copies were loaded from `path`."""
+def leave_file(control: Any, path: Path, *, in_ranks_alone: bool = False) -> None:
+    """The ControlNet and all its copies were loaded from `path`.
+
+    Args:
+        in_ranks_alone: where the ranks can't compute it, it is to be refused.
+    """
     if isinstance(weights := getattr(control, "control_weights", None), dict):
         control.control_weights = _Weights(weights)
-        setattr(control.control_weights, _MARK, path)
-    elif getattr(control, "control_model", None) is not None:
-        setattr(control.control_model, _MARK, path)
+    for held in _shared_by_copies(control):
+        setattr(held, _MARK, (path, in_ranks_alone))
 
 
 def file_of(control: Any) -> Path | None:
     """None where that isn't known."""
-    for held in (getattr(control, name, None) for name in ("control_weights", "control_model")):
-        if (path := getattr(held, _MARK, None)) is not None:
-            return path
-    return None
+    path, _ = _mark(control)
+    return path
+
+
+def is_for_ranks_alone(control: Any) -> bool:
+    _, in_ranks_alone = _mark(control)
+    return in_ranks_alone
+
+
+def _mark(control: Any) -> tuple[Path | None, bool]:
+    return next((mark for held in _shared_by_copies(control) if (mark := getattr(held, _MARK, None))), (None, False))
+
+
+def _shared_by_copies(control: Any) -> list[Any]:
+    """A network, or a Control-LoRA's weights."""
+    held = (getattr(control, name, None) for name in ("control_weights", "control_model", "t2i_model"))
+    return [part for part in held if isinstance(part, (torch.nn.Module, _Weights))]

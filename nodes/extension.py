@@ -10,6 +10,7 @@ from .demo_caption import DemoCaption
 from .displaced_steps import DisplacedSteps
 from .everywhere import Everywhere
 from .load_checkpoint import LoadParallelCheckpoint
+from .load_controlnet import LoadParallelControlNet
 from .load_models import LoadParallelMMDiT, LoadParallelUNet
 from .mesh_config import MeshConfig
 from .parallel_sampler import ParallelSampler
@@ -27,6 +28,7 @@ class ParallelMMDiTExtension(ComfyExtension):
             LoadParallelCheckpoint,
             LoadParallelMMDiT,
             LoadParallelUNet,
+            LoadParallelControlNet,
             ParallelSampler,
             DisplacedSteps,
             PatchParallelVAE,

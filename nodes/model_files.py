@@ -182,7 +182,7 @@ def fetching(file: DemoFile, done: int) -> None:
 
 def name_elsewhere(path: Path) -> str:
     """How another machine's backend finds a file of this one's model folders, below its own; its own name where none has it."""
-    kinds = ("checkpoints", "diffusion_models", "vae", _TAESD, "diffusers")
+    kinds = ("checkpoints", "diffusion_models", "controlnet", "vae", _TAESD, "diffusers")
     folders = [Path(folder) for kind in kinds for folder in folder_paths.get_folder_paths(kind)]
     inside = (path.relative_to(folder) for folder in folders if path.is_relative_to(folder))
     return next(inside, Path(path.name)).as_posix()

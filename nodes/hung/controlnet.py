@@ -17,7 +17,7 @@ from comfy.controlnet import ControlBase
 from torch import Tensor
 
 from ...parallel_backend.errors import CheckpointError, UnsupportedError
-from ..controlnet_files import file_of
+from ..controlnet_files import file_of, is_for_ranks_alone
 from .sharded_control import ShardedControl, unknown_to_ranks
 
 Control = Mapping[str, Sequence[Tensor | None]]
@@ -194,6 +194,11 @@ def _members(control: ControlBase, model: Any, entry: Mapping[str, Any]) -> tupl
                 member = ShardedControl(member, model.control_net(path))
             except (UnsupportedError, CheckpointError) as error:
                 why = error.message
+        if why and is_for_ranks_alone(member):
+            raise UnsupportedError(
+                f"The ranks can't compute {name}: {why}.",
+                "Load it with ComfyUI's Load ControlNet Model, which computes it itself.",
+            )
         if why:
             reasons.append(f"{name}: {why}")
         members.append(member)
