@@ -6,7 +6,8 @@ Shapes: B rows, C latent channels, Y X latent cells, L text tokens, E context wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -100,34 +101,57 @@ class UNetConfig:
         }
 
 
-class BandUNet:
-    """The UNet's output at a latent, computed by all ranks of a mesh; every rank has the whole input and output."""
+class InBands:
+    """A diffusers model that works on this rank's band of a latent: the UNet, and what gives it residuals."""
 
-    def __init__(self, model: Any, config: UNetConfig, mesh: Mesh, kernel: str) -> None:
-        """`model` is a `loadable_unet` with its weights."""
+    def __init__(self, model: Any, config: UNetConfig, mesh: Mesh, kernel: str, path: str = "") -> None:
+        """`model` is from `with_joined_projections`, with its weights. `path` tells its layers' slots from other models' in a job."""
         self.config, self.mesh = config, mesh
         self.band = Band(mesh.patch)
         first, model.conv_in = model.conv_in, nn.Identity()
-        place_band_layers(model, self.band, kernel)
+        place_band_layers(model, self.band, kernel, path)
         model.conv_in = CuttingConv2d(first, self.band)
         self.model = model
-        self._added = NONE
-        for place, block in enumerate(input_blocks(model)):
-            block.register_forward_hook(partial(self._add, place))
         for kernel_OCYX in (p for p in model.parameters() if p.ndim == 4 and not isinstance(p, QuantizedWeight)):
             kernel_OCYX.data = kernel_OCYX.data.to(memory_format=torch.channels_last)
         self.slices: SlicedWeights | None = model.slices
         if self.slices is not None:
             self.slices.attach()
 
-    def check_size(self, height: int, width: int, text_tokens: int) -> None:
-        """Any size can be computed: see `_axis_for`."""
-
     def _axis_for(self, height: int, width: int) -> MeshAxis:
         """The ranks that share a latent out. One that is too small to be cut is computed whole by each of them: that takes no time,
         and nothing need be sent."""
         degree, unit = self.mesh.patch.degree, self.config.row_unit
         return self.mesh.patch if height > unit * (degree - 1) and width >= unit else MeshAxis("band")
+
+    @contextmanager
+    def cut(self, x_BCYX: Tensor, step: Step) -> Iterator[Band]:
+        """Inside, the model takes a latent of that size in bands, at that step."""
+        band, (rows, columns) = self.band, x_BCYX.shape[2:]
+        band.axis = self._axis_for(rows, columns)
+        band.rows, band.columns, band.step = band_rows(rows, band.axis.degree, self.config.row_unit), columns, step
+        if self.slices is not None:
+            self.slices.begin()
+        try:
+            yield band
+        finally:
+            band.step = Step()  # what the job keeps must not live on in the model
+
+
+class BandUNet(InBands):
+    """The UNet's output at a latent, computed by all ranks of a mesh; every rank has the whole input and output.
+
+    Its model is a `loadable_unet`.
+    """
+
+    def __init__(self, model: Any, config: UNetConfig, mesh: Mesh, kernel: str) -> None:
+        super().__init__(model, config, mesh, kernel)
+        self._added = NONE
+        for place, block in enumerate(input_blocks(model)):
+            block.register_forward_hook(partial(self._add, place))
+
+    def check_size(self, height: int, width: int, text_tokens: int) -> None:
+        """Any size can be computed: see `_axis_for`."""
 
     def most_patches(self, height: int) -> int:
         return 1
@@ -196,16 +220,12 @@ class BandUNet:
         Returns: (B, C, Y, X), whole on every rank.
         Comm: as the layers say, and one all-gather of the output.
         """
-        band, (rows, columns) = self.band, x_BCYX.shape[2:]
-        band.axis = self._axis_for(rows, columns)
-        band.rows, band.columns, band.step = band_rows(rows, band.axis.degree, self.config.row_unit), columns, step
-        if self.slices is not None:
-            self.slices.begin()
         self._added, added = residuals, self._handed_on(residuals)
         try:
-            out = self.model(x_BCYX, timesteps_B, context_BLE, class_labels=y_BA, return_dict=False, **added)[0]
+            with self.cut(x_BCYX, step) as band:
+                out = self.model(x_BCYX, timesteps_B, context_BLE, class_labels=y_BA, return_dict=False, **added)[0]
         finally:
-            band.step, self._added = Step(), NONE  # what the job keeps must not live on in the model
+            self._added = NONE
         whole = all_gather(out, 2, band.rows, band.axis)
         # After the output, which the next step waits for: a communicator works in order.
         if step.stale is not None and step.phase == "displaced" and band.axis.degree > 1:
@@ -220,9 +240,14 @@ def loadable_unet(config: UNetConfig, mesh: Mesh) -> Any:
 
     Raises: ConfigError: widths that its norms can't group.
     """
+    return with_joined_projections(UNet2DConditionModel, config, mesh)
+
+
+def with_joined_projections(kind: Callable[..., Any], config: UNetConfig, mesh: Mesh) -> Any:
+    """As `loadable_unet`, of any diffusers model that is made of a UNet's blocks; `kind` is its class."""
     if any(channels % NORM_GROUPS for channels in config.block_channels):
         raise ConfigError(f"Widths {config.block_channels} don't divide by {NORM_GROUPS}.", "Use an SDXL model.")
-    model: Any = UNet2DConditionModel(**config.diffusers())
+    model = kind(**config.diffusers())
     join_projections(model)
     model.slices = SlicedWeights(mesh.weights) if mesh.weights.degree > 1 else None
     if model.slices is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 
 from ..checkpoint_files.diffusion_part import diffusion_prefix
@@ -57,11 +58,13 @@ def open_unet(path: Path) -> tuple[RenamedSource, UNetConfig]:
     flags = {V_PREDICTION, ZERO_SNR, *_OTHER_OUTPUTS}.intersection(entries)
     if other := flags.intersection(_OTHER_OUTPUTS):
         raise UnsupportedError(f"{path.name} is a model in EDM form ({sorted(other)[0]}).", "Use ComfyUI's own loader.")
-    layers = _layers_per_block(source)
-    by_theirs = {_diffusers_name(name, layers): name for name in source.names() if name not in flags}
-    pieces = _joined({theirs: [Piece(ours)] for theirs, ours in by_theirs.items()})
-    config = _config(by_theirs, source, V_PREDICTION in flags, ZERO_SNR in flags)
-    return RenamedSource(source, pieces), config
+    layers = layers_per_block(source)
+    by_theirs = {diffusers_name(name, layers): name for name in source.names() if name not in flags}
+    pieces = joined({theirs: [Piece(ours)] for theirs, ours in by_theirs.items()})
+    config = unet_sizes(by_theirs, source)
+    return RenamedSource(source, pieces), replace(
+        config, v_prediction=V_PREDICTION in flags, zero_snr=ZERO_SNR in flags
+    )
 
 
 def unet_places(source: RenamedSource, config: UNetConfig) -> Callable[[str], tuple[str, int]]:
@@ -70,14 +73,14 @@ def unet_places(source: RenamedSource, config: UNetConfig) -> Callable[[str], tu
     What it gives raises InputError where the model has no tensor of that name.
     """
     layers, places = config.layers_per_block, {}
-    for joined, pieces in source.pieces.items():
+    for whole, pieces in source.pieces.items():
         row = 0
         for piece in pieces:
-            places[_diffusers_name(piece.name, layers)] = joined, row
+            places[diffusers_name(piece.name, layers)] = whole, row
             row += source.inner.shape(piece.name)[0] if len(pieces) > 1 else 0
 
     def place(name: str) -> tuple[str, int]:
-        found = places.get(_diffusers_name(name, layers))
+        found = places.get(diffusers_name(name, layers))
         if found is None:
             raise InputError(f"{source.path.name} has no weight {name}.", "Remove the node that patches it.")
         return found
@@ -85,7 +88,8 @@ def unet_places(source: RenamedSource, config: UNetConfig) -> Callable[[str], tu
     return place
 
 
-def _diffusers_name(name: str, layers: int) -> str:
+def diffusers_name(name: str, layers: int) -> str:
+    """diffusers' name for a tensor of either layout; `layers` is as `layers_per_block` counts them."""
     if not name.startswith(("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")):
         return name.replace("add_embedding.", "class_embedding.")
     stem, _, leaf = name.rpartition(".")
@@ -115,7 +119,7 @@ def _inner(rest: str) -> str:
     return _RESNET.get(rest, rest)
 
 
-def _layers_per_block(source: TensorSource) -> int:
+def layers_per_block(source: TensorSource) -> int:
     """Residual blocks before the first downsampling."""
     names, number = set(source.names()), 1
     while f"input_blocks.{number}.0.in_layers.0.weight" in names:
@@ -123,22 +127,28 @@ def _layers_per_block(source: TensorSource) -> int:
     return number - 1
 
 
-def _joined(pieces: dict[str, list[Piece]]) -> dict[str, list[Piece]]:
+def joined(pieces: dict[str, list[Piece]]) -> dict[str, list[Piece]]:
     """Self-attention's q, k, v as one tensor and cross-attention's k, v as one, where the file has them all."""
-    joined = {}
+    found = {}
     for name, (piece,) in pieces.items():
         stem, _, part = name.removesuffix(".weight").rpartition(".")
         parts = _JOINED if stem.endswith("attn1") else _JOINED[1:]
         theirs = [f"{stem}.{p}.weight" for p in parts]
         if part not in parts or not all(other in pieces for other in theirs):
-            joined[name] = [piece]
+            found[name] = [piece]
         elif part == parts[0]:
-            joined[f"{stem}.to_{''.join(p[-1] for p in parts)}.weight"] = [pieces[other][0] for other in theirs]
-    return joined
+            found[f"{stem}.to_{''.join(p[-1] for p in parts)}.weight"] = [pieces[other][0] for other in theirs]
+    return found
 
 
-def _config(names: dict[str, str], source: TensorSource, v_prediction: bool, zero_snr: bool) -> UNetConfig:
-    """Sizes, read from names and shapes alone."""
+def unet_sizes(names: dict[str, str], source: TensorSource, what: str = "UNet") -> UNetConfig:
+    """Sizes, read from names and shapes alone.
+
+    Args:
+        names: by diffusers' name, the source's.
+        what: the kind of model, in messages.
+    Raises: as `open_unet`.
+    """
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in names:
@@ -156,7 +166,7 @@ def _config(names: dict[str, str], source: TensorSource, v_prediction: bool, zer
         )
     if "class_embedding.linear_1.weight" not in names:
         raise UnsupportedError(
-            f"{source.path.name} is a UNet without micro-conditioning (SD1 or SD2).", "Choose an SDXL model."
+            f"{source.path.name} is a {what} without micro-conditioning (SD1 or SD2).", "Choose an SDXL model."
         )
     channels = shape("conv_in.weight")[1]
     if channels != 4:
@@ -169,15 +179,15 @@ def _config(names: dict[str, str], source: TensorSource, v_prediction: bool, zer
     pooled = shape("class_embedding.linear_1.weight")[1]
     down = tuple(_depths(names, f"down_blocks.{i}", layers, count) for i in range(blocks))
     up = tuple(_depths(names, f"up_blocks.{i}", layers + 1, count) for i in range(blocks))
-    context = next((source.shape(names[name])[1] for name in names if name.endswith("attn2.to_k.weight")), 0)
+    context = _context_width(names, source, pooled)
     family = _FAMILIES.get((context, pooled))
     if family is None:
         raise UnsupportedError(
             f"{source.path.name} takes prompts of widths {context} and {pooled}; SDXL's are {list(_FAMILIES)}.",
             "Choose an SDXL model: base, refiner, turbo, lightning, SSD-1B or KOALA.",
         )
-    heads = next(name for name in names if name.endswith("attn1.to_q.weight"))
-    if shape(heads)[0] % HEAD_DIM:
+    heads = next((name for name in names if name.endswith("attn1.to_q.weight")), None)
+    if heads is not None and shape(heads)[0] % HEAD_DIM:
         raise UnsupportedError(f"{source.path.name} has heads of another width than {HEAD_DIM}.", "Use an SDXL model.")
     return UNetConfig(
         family=family,
@@ -189,9 +199,13 @@ def _config(names: dict[str, str], source: TensorSource, v_prediction: bool, zer
         mid_depth=_mid_depth(names, count),
         context_width=context,
         pooled_width=pooled,
-        v_prediction=v_prediction,
-        zero_snr=zero_snr,
     )
+
+
+def _context_width(names: dict[str, str], source: TensorSource, pooled: int) -> int:
+    """That of the prompt's tokens; where nothing attends to them, as in small ControlNets, that of the family."""
+    of_family = next((context for context, width in _FAMILIES if width == pooled), 0)
+    return next((source.shape(names[name])[1] for name in names if name.endswith("attn2.to_k.weight")), of_family)
 
 
 def _depths(names: dict[str, str], block: str, layers: int, count: Callable[[str], int]) -> tuple[int, ...]:

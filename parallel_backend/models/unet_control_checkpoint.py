@@ -1,0 +1,139 @@
+"""SDXL ControlNet files: recognised by their names and shapes, in the single-file and in the diffusers layout."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from torch import nn
+
+from ..checkpoint_files.header import entries_of
+from ..distributed.mesh import Mesh
+from ..errors import CheckpointError, UnsupportedError
+from .checkpoint import Piece, RenamedSource, TensorSource, load_parameters
+from .opened_file import open_source
+from .unet_checkpoint import diffusers_name, joined, layers_per_block, unet_sizes
+from .unet_control import BandControlNet, UNetControlConfig, loadable_unet_control
+
+_PREFIX = "control_model."
+# One of each layout, that every ControlNet has.
+_MARKS = ("zero_convs.0.0.weight", "controlnet_cond_embedding.conv_in.weight")
+_CONTROL_LORA, _DIFFERENCE = "lora_controlnet", "difference"
+_ADAPTER_MARKS = ("body.", "adapter.body.")
+
+_FIRST, _LAST = 0, 14  # of input_hint_block's convolutions; between any two is an activation
+_TYPES = {
+    "task_embedding": "types.task_embedding",
+    "control_add_embedding.": "types.embedding.",
+    "transformer_layes.0.ln_1.": "types.norm_1.",
+    "transformer_layes.0.ln_2.": "types.norm_2.",
+    "transformer_layes.0.attn.out_proj.": "types.attention_out.",
+    "transformer_layes.0.mlp.c_fc.": "types.mlp_in.",
+    "transformer_layes.0.mlp.c_proj.": "types.mlp_out.",
+    "spatial_ch_projs.": "types.project.",
+}
+# Queries, keys and values one under the other.
+_IN_PROJECTION = "transformer_layes.0.attn.in_proj_"
+
+
+@dataclass(frozen=True)
+class OpenedControl:
+    """A ControlNet's file that was recognised. As `OpenedModel`, of what there is in a ControlNet."""
+
+    source: TensorSource
+    config: UNetControlConfig
+    build: Callable[[Mesh, str], nn.Module]
+    network: Callable[[nn.Module, Mesh, str, torch.device, torch.dtype], BandControlNet]
+    repeated: type[nn.Module] = BasicTransformerBlock
+
+
+def is_unet_control(names: Collection[str]) -> bool:
+    """Whether a file of these names is a ControlNet of the Stable Diffusion line's UNets, of whatever kind and version."""
+    return not {*_MARKS, *(_PREFIX + mark for mark in _MARKS), _CONTROL_LORA}.isdisjoint(names)
+
+
+def opened_unet_control(path: Path) -> OpenedControl:
+    """Raises: as `open_unet_control`."""
+    source, config = open_unet_control(path)
+    return OpenedControl(
+        source,
+        config,
+        lambda mesh, kernel: loadable_unet_control(config, mesh),
+        lambda model, mesh, kernel, device, dtype: BandControlNet(model, config, mesh, kernel),
+    )
+
+
+def load_unet_control(path: Path, mesh: Mesh, kernel: str, device: torch.device, dtype: torch.dtype) -> BandControlNet:
+    """The ControlNet at `path`, with its weights. Raises: as `open_unet_control` and `load_parameters`."""
+    opened = opened_unet_control(path)
+    with torch.device("meta"):
+        model = opened.build(mesh, kernel)
+    load_parameters(model, opened.source, device=device, dtype=dtype)
+    return opened.network(model, mesh, kernel, device, dtype)
+
+
+def open_unet_control(path: Path) -> tuple[RenamedSource, UNetControlConfig]:
+    """The ControlNet at `path` under diffusers' names, queries, keys and values joined, and its sizes.
+
+    Raises: CheckpointError: not a whole ControlNet. UnsupportedError: one of another kind; the message says which.
+    """
+    names = entries_of(path)
+    _refuse_others(names, path.name)
+    source = open_source(path, _PREFIX if any(name.startswith(_PREFIX) for name in names) else "")
+    layers = layers_per_block(source)
+    by_theirs = {_diffusers_name(name, layers): name for name in source.names()}
+    pieces = joined({theirs: [Piece(ours)] for theirs, ours in by_theirs.items()})
+    for leaf in ("weight", "bias"):
+        if (found := by_theirs.get(_IN_PROJECTION + leaf)) is not None:
+            third = source.shape(found)[0] // 3
+            pieces[f"types.attention_v.{leaf}"] = [Piece(found, 2 * third)]
+            del pieces[_IN_PROJECTION + leaf]
+    return RenamedSource(source, pieces), _config(by_theirs, source)
+
+
+def _refuse_others(names: Collection[str], file_name: str) -> None:
+    if _CONTROL_LORA in names:
+        raise UnsupportedError(
+            f"{file_name} is a Control-LoRA: it needs the weights of a model under its own.",
+            "Use the whole ControlNet that does the same (controlnet-canny-sdxl and others).",
+        )
+    if _DIFFERENCE in names:
+        raise UnsupportedError(
+            f"{file_name} is a DiffControlNet: it has differences from a model's weights.", "Use a whole ControlNet."
+        )
+    if any(name.startswith(_ADAPTER_MARKS) for name in names):
+        raise UnsupportedError(f"{file_name} is a T2I adapter.", "Use a ControlNet that does the same.")
+    if not is_unet_control(names):
+        raise CheckpointError(f"{file_name} holds no ControlNet of a UNet.", "Choose an SDXL ControlNet.")
+
+
+def _diffusers_name(name: str, layers: int) -> str:
+    for theirs, ours in _TYPES.items():
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    if match := re.fullmatch(r"zero_convs\.(\d+)\.0\.(.+)", name):
+        return f"controlnet_down_blocks.{match[1]}.{match[2]}"
+    if match := re.fullmatch(r"input_hint_block\.(\d+)\.(.+)", name):
+        number = int(match[1])
+        inner = {_FIRST: "conv_in", _LAST: "conv_out"}.get(number, f"blocks.{number // 2 - 1}")
+        return f"controlnet_cond_embedding.{inner}.{match[2]}"
+    if name.startswith("middle_block_out.0."):
+        return name.replace("middle_block_out.0.", "controlnet_mid_block.")
+    return diffusers_name(name, layers)
+
+
+def _config(names: dict[str, str], source: TensorSource) -> UNetControlConfig:
+    sizes = unet_sizes(names, source, "ControlNet")
+    hint, tasks = names.get("controlnet_cond_embedding.conv_in.weight"), names.get("types.task_embedding")
+    if hint is None:
+        raise CheckpointError(f"{source.path.name} lacks the embedding of its image.", "Get the file again.")
+    return UNetControlConfig(
+        **vars(sizes) | {"up_depths": ()},
+        hint_channels=source.shape(hint)[1],
+        control_types=source.shape(tasks)[0] if tasks is not None else 0,
+        bare_middle=sizes.mid_depth == 0 and "mid_block.attentions.0.norm.weight" in names,
+    )
