@@ -33,10 +33,11 @@ class CentredSines:
         key = (rows, columns, tuple(ranges))
         if self._last is None or self._last[0] != key:
             token = torch.cat([torch.arange(start, stop) for start, stop in ranges])
-            sides = (_centred(columns, rows)[token % columns], _centred(rows, columns)[token // columns])
             count = self.hidden // 4
             rates = 10_000.0 ** -(torch.arange(count, dtype=torch.float64) / count)
-            waves = [part for side in sides for angle in [side[:, None] * rates] for part in (angle.sin(), angle.cos())]
+            column = _centred(columns, rows)[token % columns][:, None] * rates
+            row = _centred(rows, columns)[token // columns][:, None] * rates
+            waves = [column.sin(), column.cos(), row.sin(), row.cos()]
             self._last = key, torch.cat(waves, dim=1).to(device=self.device, dtype=self.dtype)
         return self._last[1]
 

@@ -101,17 +101,14 @@ def opened_control(path: Path) -> OpenedControl:
         assert isinstance(base, MMDiT)
         return TokenControlNet(model, mesh, kernel, device, dtype, base, _positions(source, config, device, dtype))
 
-    # Of a block without an effect, no tensor is wanted.
-    idle = frozenset(
-        name for name in source.names() if not config.image_only and name.startswith("transformer_blocks.")
-    )
+    unread = frozenset() if config.image_only else frozenset({POS_EMBED, *_idle(source, config)})
     return OpenedControl(
         source,
         config,
         lambda mesh, kernel: (ImageControl if config.image_only else JointControl)(config, mesh),
         network,
         ImageBlock if config.image_only else JointBlock,
-        lambda model: idle if config.image_only else idle | {POS_EMBED},
+        lambda model: unread,
         lambda base: check_fits(config, base, path.name),
     )
 
@@ -144,6 +141,13 @@ def _positions(
     if not config.image_only:
         return PositionTable(source, config.model.pos_embed_size, device, dtype)
     return None if config.borrowed == "y_embedder" else CentredSines(config.model.hidden, device, dtype)
+
+
+def _idle(source: TensorSource, config: ControlConfig) -> list[str]:
+    """Tensors of blocks without an effect."""
+    outs = [f"controlnet_blocks.{i}." for i in range(config.model.depth)]
+    blocks = [name for name in source.names() if name.startswith(("transformer_blocks.", "controlnet_blocks."))]
+    return [name for name in blocks if not name.startswith(tuple(outs))]
 
 
 def _is_image_only(names: Collection[str]) -> bool:
