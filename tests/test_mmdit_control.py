@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from parallel_backend.distributed.stale import EXACT, Kept, StaleExchange, Step
 from parallel_backend.errors import CheckpointError, ConfigError, InputError, UnsupportedError
 from parallel_backend.models.checkpoint import load_parameters
 from parallel_backend.models.left_over import left_over_note
+from parallel_backend.models.mmdit import MMDiTConfig
 from parallel_backend.models.mmdit_control import TokenControlNet
 from parallel_backend.models.mmdit_control_checkpoint import is_mmdit_control, open_mmdit_control, opened_control
-from parallel_backend.small_checkpoints.mmdit import small_config
+from parallel_backend.small_checkpoints.mmdit import small_config, write_mmdit
 from parallel_backend.small_checkpoints.mmdit_control import (
     CONTROL_KINDS,
     DOUBLE,
@@ -33,7 +34,6 @@ from parallel_backend.small_checkpoints.mmdit_control import (
     control_tensors,
     write_control,
 )
-from parallel_backend.small_checkpoints.prompts import random_prompt
 
 # The main model has 4 blocks. Blocks of the ControlNet, and how often each counts in ComfyUI.
 REPEATS = {INSTANTX: (2, [2, 1]), INPAINTING: (3, [1, 1]), STABILITY: (3, [2, 2, 0]), DOUBLE: (2, [2, 2])}
@@ -42,11 +42,17 @@ FAMILY = {INSTANTX: "sd3-medium", INPAINTING: "sd3.5-medium", STABILITY: "sd3.5-
 SIZES = [(2, 16, 16, 80), (1, 15, 9, 77), (1, 2, 4, 5)]
 
 
+def sizes(kind: str) -> MMDiTConfig:
+    """Of the main model."""
+    return replace(small_config(FAMILY[kind], pos_embed_size=16), context_width=96, pooled_width=80)
+
+
 @pytest.fixture(scope="module")
-def controls(models: Path) -> Path:
-    folder = models / "controlnet"
+def controls(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("controlnet")
     for kind, (blocks, _) in REPEATS.items():
-        write_control(control(folder, kind), kind, small_config(FAMILY[kind]), blocks)
+        write_control(control(folder, kind), kind, sizes(kind), blocks)
+        write_mmdit(main(folder, kind), sizes(kind))
     return folder
 
 
@@ -55,7 +61,12 @@ def control(folder: Path, kind: str) -> Path:
 
 
 def main(folder: Path, kind: str) -> Path:
-    return folder.parent / "diffusion_models" / f"{FAMILY[kind]}.safetensors"
+    return folder / f"{FAMILY[kind]}.safetensors"
+
+
+def prompt(text: int, rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, text, 96, generator=generator), torch.randn(rows, 80, generator=generator)
 
 
 @cache
@@ -70,7 +81,7 @@ def inputs(kind: str, size: tuple[int, int, int, int], seed: int = 0) -> Inputs:
     return (
         x,
         timesteps,
-        *random_prompt(text, text, rows),
+        *prompt(text, rows),
         torch.randn(rows, channels, height, width, generator=generator),
     )
 
@@ -79,12 +90,11 @@ def inputs(kind: str, size: tuple[int, int, int, int], seed: int = 0) -> Inputs:
 def expected(folder: Path, kind: str, size: tuple[int, int, int, int]) -> list[Tensor]:
     """What any number of ranks is to give."""
     blocks, repeats = REPEATS[kind]
-    base = small_config(FAMILY[kind])
-    outputs = control_outputs(control(folder, kind), main(folder, kind), base, kind, blocks, inputs(kind, size))
+    outputs = control_outputs(control(folder, kind), main(folder, kind), sizes(kind), kind, blocks, inputs(kind, size))
     return [out for out, count in zip(outputs, repeats, strict=False) for _ in range(count)]
 
 
-@cache
+@lru_cache(maxsize=2)
 def network(path: Path, base: Path, spec: MeshSpec) -> TokenControlNet:
     mesh, opened = build_mesh(spec, groups()), opened_control(path)
     with torch.device("meta"):
@@ -195,7 +205,7 @@ def test_negative_control_what_a_residual_depends_on(kind: str, alone: dict[str,
     given, other = inputs(kind, SIZES[1]), inputs(kind, SIZES[1], seed=1)
     before = first_residual(alone[kind], given)
     text = kind in (INSTANTX, INPAINTING)
-    context, pooled = random_prompt(9, SIZES[1][3])
+    context, pooled = prompt(SIZES[1][3], SIZES[1][0], seed=9)
     for name, tensor, counts in (
         ("hint", other[4], True),
         ("x", other[0], True),
@@ -270,7 +280,7 @@ def test_wrong_hints_are_refused_with_their_values(alone: dict[str, TokenControl
         first_residual(alone[STABILITY], given, hint=torch.zeros(1, 16, 16, 20))
     with pytest.raises(InputError, match="3 hints for 2 images"):
         first_residual(alone[STABILITY], given, hint=torch.zeros(3, 16, 16, 16))
-    large = torch.zeros(1, 16, 16, 160)
+    large = torch.zeros(1, 16, 16, 40)
     with pytest.raises(InputError, match="larger than this model's position table"):
         first_residual(alone[INSTANTX], inputs(INSTANTX, SIZES[1]), x=large, hint=large)
 
@@ -282,7 +292,7 @@ def test_patches_at_different_steps_are_refused(kept: Kept, alone: dict[str, Tok
         net(*given, net.prepare(hint), Step(kept=kept))
 
 
-def test_another_models_controlnet_is_refused(controls: Path, models: Path, tmp_path: Path) -> None:
+def test_another_models_controlnet_is_refused(controls: Path) -> None:
     mesh = build_mesh(MeshSpec())
     wide = small_config("sd3.5-large", depth=6)
     for kind in CONTROL_KINDS:
@@ -291,8 +301,8 @@ def test_another_models_controlnet_is_refused(controls: Path, models: Path, tmp_
             opened.check_fits(wide)
         with pytest.raises(UnsupportedError, match="of another family"):
             opened.network(opened.build(mesh, "native"), mesh, "native", CPU, torch.float32, torch.nn.Linear(1, 1))
-    narrow = replace(small_config("sd3-medium"), context_width=64)
-    with pytest.raises(UnsupportedError, match=r"context width 4096 \(the model's is 64\)"):
+    narrow = replace(sizes(INSTANTX), context_width=64)
+    with pytest.raises(UnsupportedError, match=r"context width 96 \(the model's is 64\)"):
         opened_control(control(controls, INSTANTX)).check_fits(narrow)
 
 
@@ -339,7 +349,7 @@ def test_other_files_are_refused_by_name(name: str, error: type[Exception], word
     ],
 )
 def test_a_file_that_lacks_something_is_refused(kind: str, gone: str, words: str, tmp_path: Path) -> None:
-    tensors: dict[str, Any] = control_tensors(kind, small_config(FAMILY[kind]))
+    tensors: dict[str, Any] = control_tensors(kind, sizes(kind))
     del tensors[gone]
     path = tmp_path / "part.safetensors"
     save_file(tensors, path)
