@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -230,18 +231,7 @@ class MMDiT(StagedTransformer):
         vector = self.t_embedder(timestep_frequencies(timesteps_B).to(dtype)) + self.y_embedder(y_BA)
         modules = [m for block in self._own() for m in block.modulations()]
         modules += [self.final_layer.adaLN_modulation] if self.is_last else []
-        degree, hidden = self.mesh.tp.degree, self.config.hidden
-        rows = [split_sizes(m.count * hidden, degree) for m in modules]
-        activated = F.silu(vector)
-        local = torch.cat([m(activated) for m in modules], dim=1)
-        if degree > 1:
-            shares = all_gather(local, 1, [sum(r[i] for r in rows) for i in range(degree)], self.mesh.tp)
-            by_rank = shares.split([sum(r[i] for r in rows) for i in range(degree)], dim=1)
-            parts = [share.split([r[i] for r in rows], dim=1) for i, share in enumerate(by_rank)]
-            full = [torch.cat(same, dim=1) for same in zip(*parts, strict=True)]
-        else:
-            full = list(local.split([sum(r) for r in rows], dim=1))
-        return [list(vector.unsqueeze(1).split(hidden, dim=2)) for vector in full]
+        return modulation_vectors(modules, vector, self.mesh.tp)
 
     def enter(self, patches_BLP: Tensor, context_BLE: Tensor, text: tuple[int, int], places: Tensor) -> list[Tensor]:
         return [self.context_embedder(context_BLE[:, slice(*text)]), self.x_embedder(patches_BLP) + places]
@@ -266,6 +256,25 @@ class MMDiT(StagedTransformer):
 
     def _own(self) -> list[JointBlock]:
         return [cast(JointBlock, block) for block in self.joint_blocks.values()]
+
+
+def modulation_vectors(modules: Sequence[Modulation], vector_BD: Tensor, tp: MeshAxis) -> list[list[Tensor]]:
+    """The adaLN vectors of each module, (B, 1, D) each, from the sum of the timestep's and the prompt's.
+
+    Comm: under tp, one all-gather for all modules.
+    """
+    degree, hidden = tp.degree, vector_BD.shape[1]
+    rows = [split_sizes(m.count * hidden, degree) for m in modules]
+    activated = F.silu(vector_BD)
+    local = torch.cat([m(activated) for m in modules], dim=1)
+    if degree > 1:
+        shares = all_gather(local, 1, [sum(r[i] for r in rows) for i in range(degree)], tp)
+        by_rank = shares.split([sum(r[i] for r in rows) for i in range(degree)], dim=1)
+        parts = [share.split([r[i] for r in rows], dim=1) for i, share in enumerate(by_rank)]
+        full = [torch.cat(same, dim=1) for same in zip(*parts, strict=True)]
+    else:
+        full = list(local.split([sum(r) for r in rows], dim=1))
+    return [list(vector.unsqueeze(1).split(hidden, dim=2)) for vector in full]
 
 
 def mlp_hidden(mlp: Mlp, x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def open_mmdit(path: Path) -> TensorSource:
         any(name.startswith("transformer_blocks.0.attn.add_q_proj") for name in names)
         and "pos_embed.pos_embed" in names
     ):
-        return RenamedSource(source, _diffusers_pieces(source))
+        return RenamedSource(source, diffusers_pieces(source))
     kind = next((kind for name, kind in _OTHER_FAMILIES if name in names), "something this version doesn't know")
     raise CheckpointError(
         f"{path.name} is {kind}; an SD3 or SD3.5 model (MMDiT) is needed here.",
@@ -133,10 +133,14 @@ class PositionTable:
         return self._crops[key]
 
 
-def _diffusers_pieces(source: TensorSource) -> dict[str, list[Piece]]:
-    """Single-file names of a diffusers SD3Transformer2DModel; q, k, v are joined, and adaLN halves swapped back."""
+def diffusers_pieces(source: TensorSource, control_blocks: int | None = None) -> dict[str, list[Piece]]:
+    """Single-file names of a diffusers SD3Transformer2DModel; q, k, v are joined, and adaLN halves swapped back.
+
+    Args:
+        control_blocks: of an SD3ControlNetModel, which has no final layer, how many blocks are wanted.
+    """
     names = set(source.names())
-    depth = 1 + max(int(m[1]) for n in names if (m := re.match(r"transformer_blocks\.(\d+)\.", n)))
+    depth = control_blocks or diffusers_blocks(names)
     pieces: dict[str, list[Piece]] = {"pos_embed": [Piece("pos_embed.pos_embed")]}
 
     def linear(ours: str, *theirs: str) -> None:
@@ -159,8 +163,9 @@ def _diffusers_pieces(source: TensorSource) -> dict[str, list[Piece]]:
     for ours, theirs in (("t_embedder", "timestep_embedder"), ("y_embedder", "text_embedder")):
         linear(f"{ours}.mlp.0", f"time_text_embed.{theirs}.linear_1")
         linear(f"{ours}.mlp.2", f"time_text_embed.{theirs}.linear_2")
-    linear("final_layer.linear", "proj_out")
-    swapped("final_layer.adaLN_modulation.1", "norm_out.linear")
+    if control_blocks is None:
+        linear("final_layer.linear", "proj_out")
+        swapped("final_layer.adaLN_modulation.1", "norm_out.linear")
     for i in range(depth):
         theirs, x, c = f"transformer_blocks.{i}", f"joint_blocks.{i}.x_block", f"joint_blocks.{i}.context_block"
         linear(f"{x}.attn.qkv", *(f"{theirs}.attn.to_{p}" for p in "qkv"))
@@ -175,7 +180,12 @@ def _diffusers_pieces(source: TensorSource) -> dict[str, list[Piece]]:
             linear(f"{x}.attn2.qkv", *(f"{theirs}.attn2.to_{p}" for p in "qkv"))
             norms(f"{x}.attn2", f"{theirs}.attn2.norm_q", f"{theirs}.attn2.norm_k")
             linear(f"{x}.attn2.proj", f"{theirs}.attn2.to_out.0")
-        if i == depth - 1:
+        if i == depth - 1 and control_blocks is not None:
+            # Nobody reads the text after it: of its six vectors, the two before the attention are enough.
+            rows = 2 * source.shape("pos_embed.proj.weight")[0]
+            for leaf in ("weight", "bias"):
+                pieces[f"{c}.adaLN_modulation.1.{leaf}"] = [Piece(f"{theirs}.norm1_context.linear.{leaf}", 0, rows)]
+        elif i == depth - 1:
             swapped(f"{c}.adaLN_modulation.1", f"{theirs}.norm1_context.linear")
         else:
             linear(f"{c}.adaLN_modulation.1", f"{theirs}.norm1_context.linear")
@@ -184,7 +194,11 @@ def _diffusers_pieces(source: TensorSource) -> dict[str, list[Piece]]:
             linear(f"{c}.mlp.fc2", f"{theirs}.ff_context.net.2")
     used = {piece.name for parts in pieces.values() for piece in parts}
     if absent := sorted(used - names):
-        raise CheckpointError(
-            f"{source.path.name} is not a whole SD3Transformer2DModel: missing {absent[:5]}.", "Download it again."
-        )
+        whole = "SD3Transformer2DModel" if control_blocks is None else "SD3ControlNetModel"
+        raise CheckpointError(f"{source.path.name} is not a whole {whole}: missing {absent[:5]}.", "Download it again.")
     return pieces | {name: [Piece(name)] for name in names - used}
+
+
+def diffusers_blocks(names: Collection[str]) -> int:
+    """How many blocks a diffusers transformer has."""
+    return 1 + max(int(m[1]) for n in names if (m := re.match(r"transformer_blocks\.(\d+)\.", n)))

@@ -1,0 +1,305 @@
+"""ControlNets of SD3 and SD3.5, on the same tokens of the same ranks as the MMDiT that they steer.
+
+Sources: Zhang et al. 2023 (arXiv 2302.05543), on the blocks of Esser et al. 2024 (arXiv 2403.03206). Parameter names are
+ComfyUI's.
+Shapes: as in mmdit.py; S adaLN vectors, lists of (B, 1, D).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..distributed.attention import ParallelAttention
+from ..distributed.collectives import Handle, broadcast, split_range
+from ..distributed.mesh import Mesh, MeshAxis
+from ..distributed.stale import Step
+from ..distributed.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from ..errors import InputError, UnsupportedError
+from ..quantized.weight import QuantizedWeight
+from .mmdit import (
+    FREQUENCIES,
+    Embedder,
+    JointBlock,
+    MMDiT,
+    MMDiTConfig,
+    Modulation,
+    PatchEmbed,
+    StreamBlock,
+    layer_norm,
+    mlp_hidden,
+    modulate,
+    modulation_vectors,
+    timestep_frequencies,
+)
+from .network import Positions
+from .residuals import Residuals
+from .tokens import padded, patchify, tokens_for
+from .transformer import Attend, check_heads
+
+Borrowed = Literal["", "x_embedder", "y_embedder"]
+
+
+@dataclass(frozen=True)
+class ControlConfig:
+    """Sizes of one ControlNet, as its file's names and shapes give them.
+
+    Args:
+        model: of its blocks, of which there are `model.depth` that have an effect.
+        repeats: to how many blocks of the main model, one after the other, each of its blocks adds.
+        hint_channels: 16 of a latent; with a mask, 17.
+        image_only: its blocks know no text; else they are the main model's own kind.
+        borrowed: which embedder of the main model it takes. With the main model's of the pooled prompt, its own comes after
+            that, there are no positions, and each of its blocks begins anew.
+        control_type: what it follows: 0 blur, 1 canny, 2 depth; None where the file doesn't say.
+    """
+
+    model: MMDiTConfig
+    repeats: tuple[int, ...]
+    hint_channels: int
+    image_only: bool = False
+    borrowed: Borrowed = ""
+    control_type: int | None = None
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether its hint has a mask after the channels of the latent."""
+        return self.hint_channels == self.model.channels + 1
+
+    @property
+    def shifts_hint(self) -> bool:
+        """Whether the hint's latent is (latent - shift) * scale as the model's own; else it is latent * scale."""
+        return self.image_only
+
+
+class ControlModel(nn.Module):
+    """The weights of a ControlNet in a mesh; what stages of a pipeline share, each has whole."""
+
+    def __init__(self, config: ControlConfig, mesh: Mesh) -> None:
+        """Raises: ConfigError: tp * ulysses is more than the heads."""
+        super().__init__()
+        model, hidden = config.model, config.model.hidden
+        check_heads(model.heads, mesh)
+        self.config, self.tp = config, mesh.tp
+        self.pos_embed_input = PatchEmbed(replace(model, channels=config.hint_channels))
+        if config.borrowed != "x_embedder":
+            self.x_embedder = PatchEmbed(model)
+        self.t_embedder = Embedder(FREQUENCIES, hidden)
+        self.y_embedder = Embedder(hidden if config.borrowed == "y_embedder" else model.pooled_width, hidden)
+        self.kept = split_range(hidden, mesh.tp.degree, mesh.tp.rank)
+        outs = (RowParallelLinear(hidden, hidden, self.kept, mesh.tp) for _ in range(model.depth))
+        self.controlnet_blocks = nn.ModuleList(outs)
+
+    @abstractmethod
+    def modulations(self) -> Iterator[Modulation]:
+        """Those of all blocks, in the order of use."""
+
+    @abstractmethod
+    def run_blocks(
+        self, context_BLE: Tensor, x_BLD: Tensor, vectors: list[list[Tensor]], attend: Attend
+    ) -> list[Tensor]:
+        """(B, L, D) for each block: what it adds to this rank's image tokens."""
+
+    def vectors(self, timesteps_B: Tensor, y_BA: Tensor) -> list[list[Tensor]]:
+        """The adaLN vectors of all blocks. Comm: as `modulation_vectors`."""
+        # ComfyUI rounds a ControlNet's timesteps to its dtype, other than the main model's.
+        times = timestep_frequencies(timesteps_B.to(y_BA.dtype)).to(y_BA.dtype)
+        vector = self.t_embedder(times) + self.y_embedder(y_BA)
+        return modulation_vectors(list(self.modulations()), vector, self.tp)
+
+    def start_output(self, block: int, x_BLD: Tensor) -> Handle:
+        """What that block adds. Comm: under tp one all-reduce of it, which runs while the next block computes."""
+        return cast(RowParallelLinear, self.controlnet_blocks[block]).start(x_BLD[..., slice(*self.kept)])
+
+
+class JointControl(ControlModel):
+    """InstantX's kind: the first blocks of an MMDiT, with the prompt's tokens."""
+
+    def __init__(self, config: ControlConfig, mesh: Mesh) -> None:
+        super().__init__(config, mesh)
+        model = config.model
+        self.context_embedder = ColumnParallelLinear(model.context_width, model.hidden)
+        self.joint_blocks = nn.ModuleList(JointBlock(model, mesh.tp, i) for i in range(model.depth))
+
+    def modulations(self) -> Iterator[Modulation]:
+        for block in self.joint_blocks:
+            yield from cast(JointBlock, block).modulations()
+
+    def vectors(self, timesteps_B: Tensor, y_BA: Tensor) -> list[list[Tensor]]:
+        # It was trained without the pooled prompt: to it, every prompt's is zeros.
+        return super().vectors(timesteps_B, torch.zeros_like(y_BA))
+
+    def run_blocks(
+        self, context_BLE: Tensor, x_BLD: Tensor, vectors: list[list[Tensor]], attend: Attend
+    ) -> list[Tensor]:
+        c_BLD, under_way = self.context_embedder(context_BLE), []
+        for i, block in enumerate(self.joint_blocks):
+            c_BLD, x_BLD = block(c_BLD, x_BLD, vectors[2 * i], vectors[2 * i + 1], attend.of(i))
+            under_way.append(self.start_output(i, x_BLD))
+        return [output.wait() for output in under_way]
+
+
+class ImageBlock(StreamBlock):
+    """Image tokens attend to each other."""
+
+    def __init__(self, config: MMDiTConfig, tp: MeshAxis) -> None:
+        super().__init__(config, tp, pre_only=False, dual=False)
+
+    def forward(self, x_BLD: Tensor, mod: list[Tensor], attend: Attend) -> Tensor:
+        qkv = self.attn.pre_attention(modulate(layer_norm(x_BLD), *mod[:2]))
+        x_BLD = x_BLD + mod[2] * self.attn.proj(attend.image(*qkv).flatten(2))
+        return x_BLD + mod[5] * self.mlp.fc2(mlp_hidden(self.mlp, modulate(layer_norm(x_BLD), *mod[3:5])))
+
+
+class ImageControl(ControlModel):
+    """Stability's kind, of SD3.5-Large: blocks of image tokens alone."""
+
+    def __init__(self, config: ControlConfig, mesh: Mesh) -> None:
+        super().__init__(config, mesh)
+        self.transformer_blocks = nn.ModuleList(ImageBlock(config.model, mesh.tp) for _ in range(config.model.depth))
+
+    def modulations(self) -> Iterator[Modulation]:
+        return (cast(ImageBlock, block).adaLN_modulation for block in self.transformer_blocks)
+
+    def run_blocks(
+        self, context_BLE: Tensor, x_BLD: Tensor, vectors: list[list[Tensor]], attend: Attend
+    ) -> list[Tensor]:
+        under_way = []
+        for i, block in enumerate(self.transformer_blocks):
+            out = block(x_BLD, vectors[i], attend.of(i))
+            under_way.append(self.start_output(i, out))
+            if self.config.borrowed != "y_embedder":
+                x_BLD = out
+        return [output.wait() for output in under_way]
+
+
+class TokenControlNet:
+    """A ControlNet with its weights, beside the main model `base` and in its mesh: no residual leaves its rank.
+
+    Under pp every stage computes it whole. What it borrows of `base` is read anew each time, with what lies on it.
+    """
+
+    def __init__(
+        self,
+        model: ControlModel,
+        mesh: Mesh,
+        kernel: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        base: MMDiT,
+        positions: Positions | None,
+    ) -> None:
+        self.model, self.mesh, self.base, self.positions = model, mesh, base, positions
+        self.config, self.device, self.dtype = model.config, device, dtype
+        self.attention = ParallelAttention(mesh, kernel)
+
+    def prepare(self, hint_BCYX: Tensor) -> Tensor:
+        """What a job keeps of a hint, its latent in the model's scale: (B, C, Y, X), padded as the model's latents are.
+
+        Raises: InputError: it hasn't the channels that this ControlNet takes.
+        """
+        wanted, mask = self.config.hint_channels, " and one of the mask" if self.config.has_mask else ""
+        if hint_BCYX.ndim != 4 or hint_BCYX.shape[1] != wanted:
+            raise InputError(
+                f"The ControlNet's hint is {list(hint_BCYX.shape)}; it has to be [rows, {wanted}, height, width].",
+                f"Encode its image with SD3's VAE: {self.config.model.channels} channels{mask}.",
+            )
+        return padded(hint_BCYX.to(device=self.device, dtype=self.dtype), self.config.model.patch_size)
+
+    def __call__(
+        self,
+        x_BCYX: Tensor,
+        timesteps_B: Tensor,
+        context_BLE: Tensor,
+        y_BA: Tensor,
+        prepared_BCYX: Tensor,
+        step: Step,
+    ) -> Residuals:
+        """What is added to the main model's image tokens of this rank after each of its blocks, at strength 1.
+
+        Args:
+            x_BCYX, timesteps_B, context_BLE, y_BA: full, as the main model gets them.
+            prepared_BCYX: of `prepare`; of as many rows as `x`, or of one for all.
+            step: in displaced steps its `branch` is of this use alone, and the first evaluation of that is in sync. The
+                main model ends the evaluation.
+        Returns: (B, L, D) each; one that goes to several blocks is the same tensor.
+        Raises:
+            InputError: the latent and the hint are of different sizes, or too large.
+            UnsupportedError: the step is one of a pipeline of patches.
+        Comm: as attention and tp say, one all-reduce of each residual over tp, and under pp `x_embedder` where that is
+            borrowed.
+        """
+        patch = self.config.model.patch_size
+        whole = padded(x_BCYX.to(self.dtype), patch)
+        self._check(whole, x_BCYX.shape, prepared_BCYX, step)
+        sizes = self.base.config if self.config.image_only else self.config.model
+        tokens = tokens_for(sizes, self.mesh, x_BCYX.shape[2], x_BCYX.shape[3], context_BLE.shape[1])
+        x, hint = (tokens.take_image(patchify(t, patch)) for t in (whole, prepared_BCYX))
+        x = self._embedded(x)
+        if self.positions is not None:
+            x = x + self.positions.rows(whole.shape[2] // patch, whole.shape[3] // patch, tokens.image)
+        x = x + self.model.pos_embed_input(hint)
+        context = context_BLE[:, slice(*tokens.text)].to(self.dtype)
+        vectors = self.model.vectors(timesteps_B, self._pooled(y_BA))
+        outputs = self.model.run_blocks(context, x, vectors, Attend(self.attention, tokens, step))
+        by_block = [out for out, count in zip(outputs, self.config.repeats, strict=True) for _ in range(count)]
+        return Residuals(output=by_block[: self.base.config.depth])
+
+    def _check(self, whole: Tensor, shape: torch.Size, prepared: Tensor, step: Step) -> None:
+        kept = step.kept
+        if kept is not None and (kept.num_patches > 1 or kept.token_kv is not None):
+            raise UnsupportedError(
+                "ControlNets in the ranks can't run on patches of an image that are at different steps.",
+                "Use ring in place of pp in Mesh Config, or turn displaced off.",
+            )
+        if prepared.shape[2:] != whole.shape[2:]:
+            raise InputError(
+                f"The ControlNet's hint is a latent of {prepared.shape[3]}x{prepared.shape[2]} cells, "
+                f"the image's of {shape[3]}x{shape[2]}.",
+                f"Scale the hint to {shape[3] * 8}x{shape[2] * 8} pixels before it is encoded.",
+            )
+        if prepared.shape[0] not in (1, len(whole)):
+            raise InputError(
+                f"The ControlNet has {prepared.shape[0]} hints for {len(whole)} images.",
+                "Give one for all, or each one.",
+            )
+
+    def _pooled(self, y_BA: Tensor) -> Tensor:
+        if self.config.borrowed != "y_embedder":
+            return y_BA.to(self.dtype)
+        return self.base.y_embedder(y_BA.to(_dtype_of(self.base))).to(self.dtype)
+
+    def _embedded(self, patches_BLP: Tensor) -> Tensor:
+        """Tokens of patches, by the embedder of its own or by the main model's, which that one's first stage has.
+
+        Comm: the main model's weights to the other stages.
+        """
+        if self.config.borrowed != "x_embedder":
+            return self.model.x_embedder(patches_BLP)
+        base, x = self.base, patches_BLP.to(_dtype_of(self.base))
+        if base.mesh.pp.degree == 1:
+            return base.x_embedder(x).to(self.dtype)
+        weight, bias = self._of_first_stage("weight"), self._of_first_stage("bias")
+        return F.linear(x, weight, bias).to(self.dtype)
+
+    def _of_first_stage(self, leaf: str) -> Tensor:
+        """A tensor of the main model's `x_embedder`, a kernel as a matrix."""
+        base, config = self.base, self.base.config
+        if base.is_first:
+            own = base.x_embedder.proj[leaf]
+            dense = own.dequantized() if isinstance(own, QuantizedWeight) else own.detach()
+            dense = dense.flatten(1) if leaf == "weight" else dense
+        else:
+            columns = [config.channels * config.patch_size**2] if leaf == "weight" else []
+            dense = torch.empty(config.hidden, *columns, dtype=_dtype_of(base), device=self.device)
+        return broadcast(dense, 0, base.mesh.pp)
+
+
+def _dtype_of(base: MMDiT) -> torch.dtype:
+    return cast(Tensor, base.y_embedder.mlp["0"].bias).dtype
