@@ -19,16 +19,24 @@ from .residuals import NONE, Residuals
 class ControlNetwork(Protocol):
     """A ControlNet with its weights, in the mesh of its model."""
 
-    def check(self, hint: Tensor, types: Sequence[int], height: int, width: int) -> None:
-        """Raises: InputError: a hint, or a latent of that size, that it can't take. UnsupportedError: a mesh that it can't run in."""
+    def prepare(self, hint: Tensor, /) -> Tensor:
+        """What a job keeps of a hint: the same in all its evaluations, on every rank. Raises: InputError: one that it can't take."""
         ...
 
-    def prepare(self, hint: Tensor, types: Sequence[int]) -> Tensor:
-        """What a job keeps of a hint: the same in all its evaluations, on every rank."""
+    def check(self, prepared: Tensor, control_types: Sequence[int], shape: Sequence[int], /) -> None:
+        """Raises: InputError: latents of that shape can't be computed with it."""
         ...
 
     def __call__(
-        self, x: Tensor, timesteps: Tensor, context: Tensor, pooled: Tensor, prepared: Tensor, step: Step, /
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        pooled: Tensor,
+        prepared: Tensor,
+        step: Step,
+        control_types: Sequence[int],
+        /,
     ) -> Residuals:
         """This rank's part of what it adds to the model's activations at `x`, which is whole."""
         ...
@@ -41,6 +49,7 @@ class ControlUse:
     Args:
         hint: as the network has prepared it, of one row or of as many as there are latents.
         start, end: sigmas; it is added from the first on, which is the greater one, to the second, both included.
+        types: of a union's, what its hint is.
         number: among the uses of its job, whose stale tensors it keeps apart.
     """
 
@@ -49,6 +58,7 @@ class ControlUse:
     strength: float = 1.0
     start: float = inf
     end: float = 0.0
+    types: Sequence[int] = ()
     number: int = 0
 
     def share(self, axis: MeshAxis, rows: int) -> ControlUse:
@@ -72,5 +82,5 @@ class ControlUse:
             phase = phase if place in step.kept.begun else "sync"
             step.kept.begun.add(place)
         own = replace(step, branch=place, phase=phase)
-        added = self.network(x, timesteps, context, pooled, self.hint, own)
+        added = self.network(x, timesteps, context, pooled, self.hint, own, self.types)
         return added if self.strength == 1.0 else added.each(lambda tensor: tensor * self.strength)

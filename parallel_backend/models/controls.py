@@ -8,12 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 
 from ..distributed.mesh import Mesh
 from .checkpoint import TensorSource
 from .control_use import ControlNetwork
-from .network import Network
+from .mmdit import JointBlock
+from .mmdit_control import ImageBlock, ImageControl, JointControl, TokenControlNet
+from .mmdit_control_checkpoint import check_fits, idle_tensors, open_mmdit_control, positions
+from .network import Network, TokenNetwork
+from .unet_control import BandControlNet, loadable_unet_control
+from .unet_control_checkpoint import open_unet_control
 
 
 @dataclass(frozen=True)
@@ -22,20 +28,48 @@ class OpenedControl:
 
     Args:
         build: (mesh, kernel) -> a module without weights, whose names are those of `source`.
-        network: (that module with its weights, the model's network, mesh, kernel, device, dtype) -> what is asked.
+        network: (that module with its weights, mesh, kernel, device, dtype) -> what is asked. The mesh is the model's.
         repeated: the block that most of it is made of.
+        unread: names in the file of tensors that a rank doesn't read when it loads.
     """
 
     source: TensorSource
-    config: Any
     build: Callable[[Mesh, str], nn.Module]
-    network: Callable[[Any, Network, Mesh, str, torch.device, torch.dtype], ControlNetwork]
+    network: Callable[[Any, Mesh, str, torch.device, torch.dtype], ControlNetwork]
     repeated: type[nn.Module]
+    unread: frozenset[str] = frozenset()
 
 
-def open_control(path: Path, kind: str) -> OpenedControl:
-    """The ControlNet at `path`, for a model of that kind: mmdit or unet.
+def open_control(path: Path, model: Network) -> OpenedControl:
+    """The ControlNet at `path`, for that model.
 
-    Raises: CheckpointError, UnsupportedError: the file holds something else, or one of another kind of model; the message says what.
+    Raises: CheckpointError: the file is not whole, or holds something else. UnsupportedError: a ControlNet of another kind, or of
+        another model; the message says which.
     """
-    raise NotImplementedError
+    return _of_transformer(path, model) if isinstance(model, TokenNetwork) else _of_unet(path, model)
+
+
+def _of_unet(path: Path, unet: Network) -> OpenedControl:
+    source, config = open_unet_control(path)
+    config.check_fits(unet.config, path.name)
+    return OpenedControl(
+        source,
+        lambda mesh, kernel: loadable_unet_control(config, mesh),
+        lambda module, mesh, kernel, device, dtype: BandControlNet(module, config, mesh, kernel),
+        BasicTransformerBlock,
+    )
+
+
+def _of_transformer(path: Path, network: TokenNetwork) -> OpenedControl:
+    source, config = open_mmdit_control(path)
+    check_fits(config, network.config, path.name)
+    base: Any = network.model
+    return OpenedControl(
+        source,
+        lambda mesh, kernel: (ImageControl if config.image_only else JointControl)(config, mesh),
+        lambda module, mesh, kernel, device, dtype: TokenControlNet(
+            module, mesh, kernel, device, dtype, base, positions(source, config, device, dtype)
+        ),
+        ImageBlock if config.image_only else JointBlock,
+        idle_tensors(source, config),
+    )

@@ -8,7 +8,7 @@ Shapes: as in mmdit.py; S adaLN vectors, lists of (B, 1, D).
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
@@ -220,12 +220,14 @@ class TokenControlNet:
         y_BA: Tensor,
         prepared_BCYX: Tensor,
         step: Step,
+        control_types: Sequence[int] = (),
     ) -> Residuals:
         """What is added to the main model's image tokens of this rank after each of its blocks, at strength 1.
 
         Args:
             x_BCYX, timesteps_B, context_BLE, y_BA: full, as the main model gets them.
             prepared_BCYX: of `prepare`; of as many rows as `x`, or of one for all.
+            control_types: a union's; these are made for one kind, and take no notice.
             step: in displaced steps its `branch` is of this use alone, and the first evaluation of that is in sync. The
                 main model ends the evaluation.
         Returns: (B, L, D) each; one that goes to several blocks is the same tensor.
@@ -237,7 +239,12 @@ class TokenControlNet:
         """
         patch = self.config.model.patch_size
         whole = padded(x_BCYX.to(self.dtype), patch)
-        self._check(whole, x_BCYX.shape, prepared_BCYX, step)
+        self.check(prepared_BCYX, control_types, x_BCYX.shape)
+        if step.kept is not None and (step.kept.num_patches > 1 or step.kept.token_kv is not None):
+            raise UnsupportedError(
+                "ControlNets in the ranks can't run on patches of an image that are at different steps.",
+                "Use ring in place of pp in Mesh Config, or turn displaced off.",
+            )
         sizes = self.base.config if self.config.image_only else self.config.model
         tokens = tokens_for(sizes, self.mesh, x_BCYX.shape[2], x_BCYX.shape[3], context_BLE.shape[1])
         x, hint = (tokens.take_image(patchify(t, patch)) for t in (whole, prepared_BCYX))
@@ -251,22 +258,18 @@ class TokenControlNet:
         by_block = [out for out, count in zip(outputs, self.config.repeats, strict=True) for _ in range(count)]
         return Residuals(output=by_block[: self.base.config.depth])
 
-    def _check(self, whole: Tensor, shape: torch.Size, prepared: Tensor, step: Step) -> None:
-        kept = step.kept
-        if kept is not None and (kept.num_patches > 1 or kept.token_kv is not None):
-            raise UnsupportedError(
-                "ControlNets in the ranks can't run on patches of an image that are at different steps.",
-                "Use ring in place of pp in Mesh Config, or turn displaced off.",
-            )
-        if prepared.shape[2:] != whole.shape[2:]:
+    def check(self, prepared_BCYX: Tensor, control_types: Sequence[int], shape: Sequence[int]) -> None:
+        """Raises: InputError: a hint that latents of that shape can't be computed with."""
+        patch = self.config.model.patch_size
+        if [-(-side // patch) * patch for side in shape[2:]] != list(prepared_BCYX.shape[2:]):
             raise InputError(
-                f"The ControlNet's hint is a latent of {prepared.shape[3]}x{prepared.shape[2]} cells, "
+                f"The ControlNet's hint is a latent of {prepared_BCYX.shape[3]}x{prepared_BCYX.shape[2]} cells, "
                 f"the image's of {shape[3]}x{shape[2]}.",
                 f"Scale the hint to {shape[3] * 8}x{shape[2] * 8} pixels before it is encoded.",
             )
-        if prepared.shape[0] not in (1, len(whole)):
+        if prepared_BCYX.shape[0] not in (1, shape[0]):
             raise InputError(
-                f"The ControlNet has {prepared.shape[0]} hints for {len(whole)} images.",
+                f"The ControlNet has {prepared_BCYX.shape[0]} hints for {shape[0]} images.",
                 "Give one for all, or each one.",
             )
 

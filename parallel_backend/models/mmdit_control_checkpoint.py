@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from ..distributed.mesh import Mesh
 from ..errors import CheckpointError, UnsupportedError
 from .checkpoint import Piece, RenamedSource, TensorSource
 from .control_positions import CentredSines
-from .mmdit import HEAD_DIM, JointBlock, MMDiT, MMDiTConfig
+from .mmdit import HEAD_DIM, MMDiTConfig
 from .mmdit_checkpoint import POS_EMBED, PositionTable, diffusers_blocks, diffusers_pieces, mmdit_config
-from .mmdit_control import ControlConfig, ControlModel, ImageBlock, ImageControl, JointControl, TokenControlNet
+from .mmdit_control import ControlConfig
 from .network import Positions
 from .opened_file import open_diffusion
 
@@ -46,28 +43,6 @@ _OTHER_CONTROLNETS = (
 _REMEDY = "Choose a ControlNet of SD3 or SD3.5: InstantX's kind, or Stability's for SD3.5-Large."
 
 
-@dataclass(frozen=True)
-class OpenedControl:
-    """A ControlNet's file that was recognised; it is loaded as an `OpenedModel` is.
-
-    Args:
-        build: (mesh, kernel) -> a module without weights, whose names are those of `source`.
-        network: (that module with its weights, mesh, kernel, device, dtype, main model) -> what is asked. The mesh is the main
-            model's. Raises UnsupportedError where they don't fit each other.
-        repeated: the block that most of it is made of; see models/compiled.py.
-        unread: names in the file of tensors that a rank doesn't read when it loads.
-        check_fits: raises UnsupportedError: the ControlNet is not one of a main model of those sizes.
-    """
-
-    source: TensorSource
-    config: ControlConfig
-    build: Callable[[Mesh, str], nn.Module]
-    network: Callable[[Any, Mesh, str, torch.device, torch.dtype, nn.Module], TokenControlNet]
-    repeated: type[nn.Module]
-    unread: Callable[[Any], frozenset[str]]
-    check_fits: Callable[[Any], None]
-
-
 def is_mmdit_control(names: Collection[str]) -> bool:
     """Whether a file of these names is one of the two kinds."""
     found = set(names)
@@ -88,29 +63,6 @@ def open_mmdit_control(path: Path) -> tuple[TensorSource, ControlConfig]:
     if not is_mmdit_control(names):
         raise _refusal(path, names)
     return _open_image_only(source, names) if _is_image_only(names) else _open_joint(source, names)
-
-
-def opened_control(path: Path) -> OpenedControl:
-    """Raises: as `open_mmdit_control`."""
-    source, config = open_mmdit_control(path)
-
-    def network(
-        model: ControlModel, mesh: Mesh, kernel: str, device: torch.device, dtype: torch.dtype, base: nn.Module
-    ) -> TokenControlNet:
-        check_fits(config, getattr(base, "config", None), path.name)
-        assert isinstance(base, MMDiT)
-        return TokenControlNet(model, mesh, kernel, device, dtype, base, _positions(source, config, device, dtype))
-
-    unread = frozenset() if config.image_only else frozenset({POS_EMBED, *_idle(source, config)})
-    return OpenedControl(
-        source,
-        config,
-        lambda mesh, kernel: (ImageControl if config.image_only else JointControl)(config, mesh),
-        network,
-        ImageBlock if config.image_only else JointBlock,
-        lambda model: unread,
-        lambda base: check_fits(config, base, path.name),
-    )
 
 
 def check_fits(config: ControlConfig, base: Any, name: str) -> None:
@@ -135,19 +87,22 @@ def check_fits(config: ControlConfig, base: Any, name: str) -> None:
         )
 
 
-def _positions(
+def positions(
     source: TensorSource, config: ControlConfig, device: torch.device, dtype: torch.dtype
 ) -> Positions | None:
+    """Where a ControlNet's image tokens are; None where it isn't told."""
     if not config.image_only:
         return PositionTable(source, config.model.pos_embed_size, device, dtype)
     return None if config.borrowed == "y_embedder" else CentredSines(config.model.hidden, device, dtype)
 
 
-def _idle(source: TensorSource, config: ControlConfig) -> list[str]:
-    """Tensors of blocks without an effect."""
-    outs = [f"controlnet_blocks.{i}." for i in range(config.model.depth)]
+def idle_tensors(source: TensorSource, config: ControlConfig) -> frozenset[str]:
+    """Those that no rank reads when it loads: the table of positions, and blocks without an effect."""
+    if config.image_only:
+        return frozenset()
+    outs = tuple(f"controlnet_blocks.{i}." for i in range(config.model.depth))
     blocks = [name for name in source.names() if name.startswith(("transformer_blocks.", "controlnet_blocks."))]
-    return [name for name in blocks if not name.startswith(tuple(outs))]
+    return frozenset({POS_EMBED, *(name for name in blocks if not name.startswith(outs))})
 
 
 def _is_image_only(names: Collection[str]) -> bool:

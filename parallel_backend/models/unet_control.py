@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..distributed.mesh import Mesh
 from ..distributed.stale import Step
-from ..errors import InputError
+from ..errors import InputError, UnsupportedError
 from .residuals import Residuals
 from .unet import InBands, UNetConfig, with_joined_projections
 
@@ -52,13 +52,13 @@ class UNetControlConfig(UNetConfig):
             settings["mid_block_type"] = "UNetMidBlock2DCrossAttn"
         return settings | {"conditioning_channels": self.hint_channels}
 
-    def check_fits(self, unet: UNetConfig) -> None:
-        """Raises: InputError: that UNet's activations, or its prompts, are of other shapes than this ControlNet's."""
+    def check_fits(self, unet: UNetConfig, name: str) -> None:
+        """Raises: UnsupportedError: that UNet's activations, or its prompts, are of other shapes than this ControlNet's."""
         for what in ("context_width", "pooled_width", "block_channels", "layers_per_block"):
             ours, theirs = getattr(self, what), getattr(unet, what)
             if ours != theirs:
-                raise InputError(
-                    f"The ControlNet is made for another model: its {what} is {ours}, the model's {theirs}.",
+                raise UnsupportedError(
+                    f"{name} is made for another model: its {what} is {ours}, the model's {theirs}.",
                     "Choose a ControlNet of this model, or the model of this ControlNet.",
                 )
 
@@ -142,6 +142,11 @@ class BandControlNet(InBands):
             )
         return self.embed_hint(hint_BCYX)
 
+    def check(self, prepared_BWYX: Tensor, control_types: Sequence[int], shape: Sequence[int]) -> None:
+        """Raises: InputError: a control image or types that latents of that shape can't be computed with."""
+        self.config.check_types(control_types)
+        _check_prepared(prepared_BWYX, shape)
+
     def __call__(
         self,
         x_BCYX: Tensor,
@@ -164,9 +169,7 @@ class BandControlNet(InBands):
         Comm: as the layers say. In displaced steps the UNet's evaluation must follow, which ends that of the stale tensors. Where
             weights are sliced, every rank of the mesh must make the same calls.
         """
-        config = self.config
-        config.check_types(control_types)
-        _check_prepared(prepared_BWYX, x_BCYX)
+        self.check(prepared_BWYX, control_types, x_BCYX.shape)
         embedding_BD = self.embed_y(y_BA)
         if self.types is not None:
             embedding_BD = embedding_BD + self.types.embedded(control_types)
@@ -181,18 +184,18 @@ class BandControlNet(InBands):
         return Residuals(output=list(output), middle=middle)
 
 
-def _check_prepared(prepared_BWYX: Tensor, x_BCYX: Tensor) -> None:
-    rows, (height, width) = prepared_BWYX.shape[0], x_BCYX.shape[2:]
-    if prepared_BWYX.shape[2:] != x_BCYX.shape[2:]:
+def _check_prepared(prepared_BWYX: Tensor, shape: Sequence[int]) -> None:
+    rows, (height, width) = prepared_BWYX.shape[0], shape[2:]
+    if tuple(prepared_BWYX.shape[2:]) != tuple(shape[2:]):
         had = [PIXELS * cells for cells in prepared_BWYX.shape[2:]]
         raise InputError(
             f"The control image has {had[0]} x {had[1]} pixels (height x width); a latent of {height} x {width} takes "
             f"{PIXELS * height} x {PIXELS * width}.",
             f"Scale it to {PIXELS} times the latent's size.",
         )
-    if rows not in (1, x_BCYX.shape[0]):
+    if rows not in (1, shape[0]):
         raise InputError(
-            f"There are {rows} control images for {x_BCYX.shape[0]} latents.", "Give one for all, or one for each."
+            f"There are {rows} control images for {shape[0]} latents.", "Give one for all, or one for each."
         )
 
 

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Collection
 from pathlib import Path
 
-import torch
-from diffusers.models.attention import BasicTransformerBlock
-from torch import nn
-
 from ..checkpoint_files.header import entries_of
-from ..distributed.mesh import Mesh
 from ..errors import CheckpointError, UnsupportedError
-from .checkpoint import Piece, RenamedSource, TensorSource, load_parameters
+from .checkpoint import Piece, RenamedSource, TensorSource
 from .opened_file import open_source
 from .unet_checkpoint import diffusers_name, joined, layers_per_block, unet_sizes
-from .unet_control import BandControlNet, UNetControlConfig, loadable_unet_control
+from .unet_control import UNetControlConfig
 
 _PREFIX = "control_model."
 # One of each layout, that every ControlNet has.
@@ -40,40 +34,9 @@ _TYPES = {
 _IN_PROJECTION = "transformer_layes.0.attn.in_proj_"
 
 
-@dataclass(frozen=True)
-class OpenedControl:
-    """A ControlNet's file that was recognised. As `OpenedModel`, of what there is in a ControlNet."""
-
-    source: TensorSource
-    config: UNetControlConfig
-    build: Callable[[Mesh, str], nn.Module]
-    network: Callable[[nn.Module, Mesh, str, torch.device, torch.dtype], BandControlNet]
-    repeated: type[nn.Module] = BasicTransformerBlock
-
-
 def is_unet_control(names: Collection[str]) -> bool:
     """Whether a file of these names is a ControlNet of the Stable Diffusion line's UNets, of whatever kind and version."""
     return not {*_MARKS, *(_PREFIX + mark for mark in _MARKS), _CONTROL_LORA}.isdisjoint(names)
-
-
-def opened_unet_control(path: Path) -> OpenedControl:
-    """Raises: as `open_unet_control`."""
-    source, config = open_unet_control(path)
-    return OpenedControl(
-        source,
-        config,
-        lambda mesh, kernel: loadable_unet_control(config, mesh),
-        lambda model, mesh, kernel, device, dtype: BandControlNet(model, config, mesh, kernel),
-    )
-
-
-def load_unet_control(path: Path, mesh: Mesh, kernel: str, device: torch.device, dtype: torch.dtype) -> BandControlNet:
-    """The ControlNet at `path`, with its weights. Raises: as `open_unet_control` and `load_parameters`."""
-    opened = opened_unet_control(path)
-    with torch.device("meta"):
-        model = opened.build(mesh, kernel)
-    load_parameters(model, opened.source, device=device, dtype=dtype)
-    return opened.network(model, mesh, kernel, device, dtype)
 
 
 def open_unet_control(path: Path) -> tuple[RenamedSource, UNetControlConfig]:

@@ -61,13 +61,14 @@ class ControlNets:
         mesh, dtype, device = base.mesh, base.dtype, base.device
 
         def build() -> tuple[OpenedControl, nn.Module, str, int, list[str]]:
-            opened = open_control(self._files.checked(body.path, body.key), base.kind.name)
+            opened = open_control(self._files.checked(body.path, body.key), base.network)
             config = base.network.config
             heads = -(-config.heads // (mesh.tp.degree * mesh.ulysses.degree))
             kernel, note = choose_kernel(body.kernel, Use(device, dtype, mesh.ring.degree > 1, heads, config.head_dim))
             with torch.device("meta"):
                 module = opened.build(mesh, kernel)
-            left = left_over_note(set(dict(module.named_parameters())), opened.source.names(), opened.source.path.name)
+            wanted = {*dict(module.named_parameters()), *opened.unread}
+            left = left_over_note(wanted, opened.source.names(), opened.source.path.name)
             return opened, module, kernel, bytes_held(module, opened.source, dtype), [note, left]
 
         opened, module, kernel, needed, notes = job.control.agreed(build)
@@ -80,10 +81,12 @@ class ControlNets:
                 raise UnknownModelError(
                     f"There is no room for {path.name} beside its model.", "Use more ranks, or fp8."
                 )
-            load_parameters(module, opened.source, device=device, dtype=dtype, should_stop=job.given_up)
+            load_parameters(
+                module, opened.source, device=device, dtype=dtype, unread=opened.unread, should_stop=job.given_up
+            )
             for block in filter(lambda part: isinstance(part, opened.repeated), module.modules()):
                 block.register_forward_pre_hook(lambda *_: self._tell_block())
-            return opened.network(module, base.network, mesh, kernel, device, dtype)
+            return opened.network(module, mesh, kernel, device, dtype)
 
         job.emit(Progress(f"Loading {path.name}", 0, 1), [])
         network = job.control.agreed(read)
@@ -133,19 +136,19 @@ class ControlNets:
                 f"A ControlNet's hint of shape {list(hint.shape)} came for {x.shape[0]} latents.",
                 f"Give (rows, channels, height, width) of 1 row, or of {x.shape[0]}.",
             )
-        network.check(hint, use.types, x.shape[2], x.shape[3])
         start, end = inf if use.start is None else use.start, 0.0 if use.end is None else use.end
         prepared = self._prepared(use, hint, network, predictor)
-        return ControlUse(network, prepared, use.strength, start, end, number)
+        network.check(prepared, use.types, x.shape)
+        return ControlUse(network, prepared, use.strength, start, end, use.types, number)
 
     def _prepared(
         self, use: messages.ControlUse, hint: Tensor, network: ControlNetwork, predictor: Predictor
     ) -> Tensor:
         """Once for a hint that is kept: a sampling step by step asks with it at every evaluation."""
-        key = (id(hint), use.net, use.types)
+        key = (id(hint), use.net)
         found = self._hints.pop(key, None)
         if found is None or found.given() is not hint:
-            found = _Hint(ref(hint), network.prepare(hint.to(predictor.device, predictor.dtype), use.types))
+            found = _Hint(ref(hint), network.prepare(hint.to(predictor.device, predictor.dtype)))
         self._hints[key] = found
         while len(self._hints) > KEPT_HINTS:
             self._hints.popitem(last=False)
