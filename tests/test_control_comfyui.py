@@ -12,34 +12,91 @@ import pytest
 from comfyui.installation import HERE, ComfyInstallation
 
 from parallel_backend import Backend
+from parallel_backend.small_checkpoints.mmdit import small_config
+from parallel_backend.small_checkpoints.mmdit_control import DOUBLE, INSTANTX, STABILITY, write_control
 from parallel_backend.small_checkpoints.unet import CONFIGS, write_unet
+from parallel_backend.small_checkpoints.unet_control import control_config, write_unet_control
 
 Outcomes = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def outcomes(comfy: ComfyInstallation, models: Path, backend2: Backend) -> Outcomes:
+def files(models: Path) -> Path:
+    """The folder of models, with ControlNets for them beside."""
     folder = models / "diffusion_models"
     write_unet(folder / "unet-layers.safetensors", CONFIGS["two layers"], "single file")
-    command = [comfy.python, HERE / "twins.py", comfy.folder, HERE.parents[1], backend2.spec.name, folder]
+    write_unet(folder / "unet-koala.safetensors", CONFIGS["koala"], "single file")
+    config = control_config(CONFIGS["two layers"])
+    write_unet_control(folder / "control-one.safetensors", config, "single file", seed=1)
+    write_unet_control(folder / "control-two.safetensors", config, "single file", seed=2, prefix="control_model.")
+    for family, kinds in (("sd3", (INSTANTX,)), ("sd3.5-large", (INSTANTX, STABILITY, DOUBLE))):
+        base = small_config("sd3-medium" if family == "sd3" else family)
+        for kind in kinds:
+            write_control(folder / f"control-{family}-{kind}.safetensors", kind, base)
+    return folder
+
+
+def run(comfy: ComfyInstallation, backend: Backend, files: Path) -> Outcomes:
+    command = [comfy.python, HERE / "twins.py", comfy.folder, HERE.parents[1], backend.spec.name, files]
     done = subprocess.run(
         list(map(str, [*command, "control_cases"])),
         capture_output=True,
         text=True,
         timeout=400,
         check=False,
-        env=os.environ | {"PYTHONPATH": str(HERE)},
+        env=os.environ | {"PYTHONPATH": str(HERE), "TWINS_WORLD": str(backend.world_size)},
     )
-    backend2.unload()
+    backend.unload()
+    (files / f"times{backend.world_size}.txt").write_text(done.stderr)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     return {f"{model}, {case}": outcome for model, cases in found.items() for case, outcome in cases.items()}
 
 
+@pytest.fixture(scope="module")
+def outcomes(comfy: ComfyInstallation, files: Path, backend2: Backend) -> Outcomes:
+    return run(comfy, backend2, files)
+
+
+def wrong(outcomes: Outcomes) -> dict[str, Any]:
+    return {name: o.get("error", o.get("far")) for name, o in outcomes.items() if not o.get("far", 1) <= 1e-4}
+
+
+def without_effect(outcomes: Outcomes) -> set[str]:
+    return {name for name, outcome in outcomes.items() if outcome["effect"] < 1e-2}
+
+
 def test_each_gives_one_latent_on_both(outcomes: Outcomes) -> None:
-    wrong = {name: o.get("error", o.get("far")) for name, o in outcomes.items() if not o.get("far", 1) <= 1e-4}
-    assert len(outcomes) > 50 and not wrong, wrong
+    assert len(outcomes) > 100 and not wrong(outcomes), wrong(outcomes)
 
 
 def test_each_changes_the_latent(outcomes: Outcomes) -> None:
-    assert not {name for name, outcome in outcomes.items() if outcome["effect"] < 1e-2}
+    assert not without_effect(outcomes)
+
+
+def test_the_whole_loop_stays_in_the_backend_where_the_ranks_compute_all(outcomes: Outcomes) -> None:
+    known = {
+        name: o["said"] for name, o in outcomes.items() if ", file" in name or "union" in name or "two files" in name
+    }
+    alone = {name: said for name, said in known.items() if "step by step" not in name and "then" not in name}
+    alone = {name: said for name, said in alone.items() if "in an area" not in name}
+    assert len(alone) > 30 and all("the whole loop in the backend" in said for said in alone.values()), alone
+
+
+def test_what_comfyui_computes_is_said_with_its_price(outcomes: Outcomes) -> None:
+    said = outcomes["sdxl, patch, T2I-Adapter"]["said"]
+    assert "ComfyUI computes" in said and "T2IAdapter is no ControlNet that the ranks know" in said, said
+    assert "MiB of residuals an evaluation go to the ranks" in said
+
+
+@pytest.mark.parametrize("world", [1, 3, 4])
+def test_other_numbers_of_ranks_give_the_same(
+    world: int, comfy: ComfyInstallation, files: Path, runtime_folder: Path, request: pytest.FixtureRequest
+) -> None:
+    if world == 4:
+        found = run(comfy, request.getfixturevalue("backend4"), files)
+    else:
+        backend = Backend.attach_or_start(world, "cpu", f"control{world}", idle_seconds=300)
+        found = run(comfy, backend, files)
+        backend.stop()
+    assert len(found) > 10 and not wrong(found) and not without_effect(found), wrong(found)

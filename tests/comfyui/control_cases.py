@@ -1,5 +1,9 @@
 """ControlNets of every kind that core makes, on the prompts of a local MODEL and of its parallel twin, for twins.py."""
 
+import importlib
+import os
+from pathlib import Path
+
 import comfy.cldm.cldm
 import comfy.cldm.dit_embedder
 import comfy.cldm.mmdit
@@ -7,20 +11,37 @@ import comfy.controlnet
 import comfy.latent_formats
 import comfy.ops
 import comfy.t2i_adapter.adapter
+import comfy.utils
 import torch
+from comfy_extras.nodes_controlnet import SetUnionControlNetType
+from comfy_extras.nodes_mahiro import Mahiro
+from safetensors.torch import save_file
 from twins import call
 
 import nodes
 
-MODELS = {
-    "sdxl, cfg": ("unet-layers.safetensors", {"cfg": 2}),
-    "sdxl, patch": ("unet-layers.safetensors", {"patch": 2}),
-    "sdxl, dp": ("unet-layers.safetensors", {"dp": 2}),
-    "sd3": ("sd3-medium.safetensors", {"tp": 2}),
-    "sd3.5-large, ulysses": ("sd3.5-large.safetensors", {"ulysses": 2}),
-    "sd3.5-large, ring": ("sd3.5-large.safetensors", {"ring": 2}),
-    "sd3.5-large, pp": ("sd3.5-large.safetensors", {"pp": 2}),
+# By the number of ranks.
+WORLDS = {
+    1: {"sdxl": ("unet-layers.safetensors", {}), "sd3.5-large": ("sd3.5-large.safetensors", {})},
+    2: {
+        "sdxl, cfg": ("unet-layers.safetensors", {"cfg": 2}),
+        "sdxl, patch": ("unet-layers.safetensors", {"patch": 2}),
+        "sdxl, dp": ("unet-layers.safetensors", {"dp": 2}),
+        "sdxl, sliced": ("unet-layers.safetensors", {"patch": 2, "sliced": True}),
+        "koala": ("unet-koala.safetensors", {"patch": 2}),
+        "sd3": ("sd3-medium.safetensors", {"tp": 2}),
+        "sd3.5-large, ulysses": ("sd3.5-large.safetensors", {"ulysses": 2}),
+        "sd3.5-large, ring": ("sd3.5-large.safetensors", {"ring": 2}),
+        "sd3.5-large, pp": ("sd3.5-large.safetensors", {"pp": 2}),
+    },
+    3: {"sdxl": ("unet-layers.safetensors", {"patch": 3}), "sd3.5-large": ("sd3.5-large.safetensors", {"ring": 3})},
+    4: {
+        "sdxl": ("unet-layers.safetensors", {"cfg": 2, "patch": 2}),
+        "sd3.5-large": ("sd3.5-large.safetensors", {"cfg": 2, "ulysses": 2}),
+    },
 }
+WORLD = int(os.environ["TWINS_WORLD"])
+MODELS = WORLDS[WORLD]
 CPU = torch.device("cpu")
 
 
@@ -121,6 +142,9 @@ class SmallVAE:
         return torch.cat([cells.roll(number, 1) * (number - 7.5) / 8 for number in range(16)], dim=1)[:, :16]
 
 
+VAE = {"vae": SmallVAE()}
+
+
 def image(rows=64, columns=48, batch=1, seed=6):
     return torch.rand(batch, rows, columns, 3, generator=torch.Generator().manual_seed(seed))
 
@@ -139,11 +163,101 @@ def same(model):
 
 
 def cases(twins):
+    importlib.import_module("pack.nodes.controlnet_files").remember_files()
     for name in MODELS:
-        if name.startswith("sdxl"):
-            yield from ((name, *case) for case in sdxl_cases(twins, twins.pair(name, *MODELS[name])[0]))
+        model, found = twins.pair(name, *MODELS[name])[0], []
+        if name == "koala":
+            found = [union_cases(twins, model)]
+        elif name.startswith("sdxl"):
+            found = [sharded_cases(twins, model), *([sdxl_cases(twins, model)] if WORLD == 2 else [])]
         else:
-            yield from ((name, *case) for case in sd3_cases(twins, twins.pair(name, *MODELS[name])[0], name))
+            found = [sharded_sd3_cases(twins, model, name), *([sd3_cases(twins, model, name)] if WORLD == 2 else [])]
+        for group in found:
+            yield from ((name, *case) for case in group)
+
+
+def loaded(twins, name):
+    """As a loader of core's gives it: the ranks find its file."""
+    return comfy.controlnet.load_controlnet(os.path.join(twins.folder, name), model_options={"dtype": torch.float32})
+
+
+def sharded_cases(twins, model):
+    """Of files that the ranks know."""
+    first, second = loaded(twins, "control-one.safetensors"), loaded(twins, "control-two.safetensors")
+    whole = applied(twins, model, (first, 0.8, 0.0, 1.0, image()))
+    yield "file", same, whole
+    yield "file, an odd size", same, whole | {"latent": twins.latent(model, 11, 7)}
+    two = applied(twins, model, (first, 0.7, 0.0, 0.6, image()), (second, 0.5, 0.3, 1.0, image(seed=8)))
+    yield "two files with ranges", same, two | {"steps": 4, "denoise": 1.0}
+    yield "two files, step by step", mahiro, two | {"steps": 4, "denoise": 1.0}
+    hints = applied(twins, model, (first, 1.0, 0.0, 1.0, image(batch=3)))
+    yield "file, a batch of 3 with hints", same, hints | {"latent": torch.zeros(3, 4, 8, 6)}
+    yield "file, a batch of 3 step by step", mahiro, hints | {"latent": torch.zeros(3, 4, 8, 6)}
+    one_side = {"positive": whole["positive"]}
+    yield "file, on one prompt", same, one_side
+    yield "file, on one prompt step by step", mahiro, one_side
+    yield "file, cfg 1", same, whole | {"cfg": 1.0}
+    yield "file, heun", same, two | {"sampler": "heun", "steps": 3}
+    if WORLD == 2:
+        lora = control_lora(model)
+        mixed = applied(twins, model, (first, 0.7, 0.0, 1.0, image()), (lora, 0.5, 0.3, 1.0, image(seed=8)))
+        yield "file, then a Control-LoRA", same, mixed | {"steps": 3}
+        below = applied(twins, model, (sdxl_control(model), 0.7, 0.0, 1.0, image()), (first, 0.5, 0.0, 1.0, image()))
+        yield "a ControlNet without a file, then a file", same, below
+        positive = call(nodes.ControlNetApply, twins.prompt(model, 1), first, image(), 0.8)
+        yield "file by ControlNetApply", same, {"positive": positive}
+        area = call(nodes.ConditioningSetArea, whole["positive"], 32, 48, 0, 0, 0.9)
+        yield "file in an area", same, {"positive": area + twins.prompt(model, 3), "negative": whole["negative"]}
+
+
+def union_control(twins, model, seed=9, types=6):
+    """Core's own, and its file in the layout that such files have: core finds no other sizes than the true ones in one."""
+    control = sdxl_control(model, seed, union_controlnet_num_control_type=types)
+    names = {ours: theirs for theirs, ours in comfy.utils.unet_to_diffusers(unet_config(model)).items()}
+    tensors = {}
+    for name, tensor in control.control_model.state_dict().items():
+        stem, _, leaf = name.rpartition(".")
+        number = stem.split(".")[1] if "." in stem else ""
+        if stem.startswith("zero_convs."):
+            name = f"controlnet_down_blocks.{number}.{leaf}"
+        elif stem.startswith("input_hint_block."):
+            inner = {"0": "conv_in", "14": "conv_out"}.get(number, f"blocks.{int(number) // 2 - 1}")
+            name = f"controlnet_cond_embedding.{inner}.{leaf}"
+        elif stem == "middle_block_out.0":
+            name = f"controlnet_mid_block.{leaf}"
+        tensors[names.get(name, name).replace(".attn.in_proj.", ".attn.in_proj_")] = tensor.contiguous()
+    path = os.path.join(twins.folder, "control-union.safetensors")
+    save_file(tensors, path)
+    importlib.import_module("pack.nodes.controlnet_files").leave_file(control, Path(path))
+    return control
+
+
+def union_cases(twins, model):
+    union = union_control(twins, model)
+    for kind in ("auto", "depth", "canny/lineart/anime_lineart/mlsd"):
+        typed = call(SetUnionControlNetType, union, kind)
+        yield f"union, {kind}", same, applied(twins, model, (typed, 0.6, 0.0, 1.0, image()))
+
+
+def sharded_sd3_cases(twins, model, name):
+    family = name.split(",")[0]
+    whole = applied(
+        twins, model, (loaded(twins, f"control-{family}-instantx.safetensors"), 0.8, 0.0, 1.0, image()), **VAE
+    )
+    yield "InstantX's file", same, whole
+    yield "InstantX's file, an odd size", same, whole | {"latent": twins.latent(model, 11, 7)}
+    if family == "sd3":
+        return
+    for kind in ("stability", "stability, double"):
+        control = loaded(twins, f"control-{family}-{kind}.safetensors")
+        used = applied(twins, model, (control, 0.7, 0.0, 0.8, image()), **VAE)
+        yield f"file of {kind}", same, used | {"steps": 3}
+        yield f"file of {kind}, an odd size step by step", mahiro, used | {"latent": twins.latent(model, 10, 14)}
+
+
+def mahiro(model):
+    """Keeps the loop in ComfyUI's process."""
+    return call(Mahiro, model)
 
 
 def sdxl_cases(twins, model):
@@ -180,15 +294,14 @@ def sdxl_cases(twins, model):
 
 def sd3_cases(twins, model, name):
     instantx = sd3_control(model)
-    vae = {"vae": SmallVAE()}
-    whole = applied(twins, model, (instantx, 0.8, 0.0, 1.0, image()), **vae)
+    whole = applied(twins, model, (instantx, 0.8, 0.0, 1.0, image()), **VAE)
     yield "InstantX's ControlNet", same, whole
     yield "InstantX's ControlNet, an odd size", same, whole | {"latent": twins.latent(model, 11, 7)}
     if name == "sd3":
         return
     for double in (True, False):
         stability = sd35_control(model, double=double)
-        used = applied(twins, model, (stability, 0.7, 0.0, 0.8, image()), **vae)
+        used = applied(twins, model, (stability, 0.7, 0.0, 0.8, image()), **VAE)
         yield f"Stability's ControlNet, {double}", same, used | {"steps": 3}
-    two = applied(twins, model, (instantx, 0.7, 0.0, 0.6, image()), (stability, 0.5, 0.3, 1.0, image(seed=8)), **vae)
+    two = applied(twins, model, (instantx, 0.7, 0.0, 0.6, image()), (stability, 0.5, 0.3, 1.0, image(seed=8)), **VAE)
     yield "two ControlNets with ranges", same, two | {"steps": 4, "denoise": 1.0}
