@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -343,47 +343,54 @@ def test_other_models_are_no_controlnets() -> None:
         assert not is_unet_control(names)
 
 
-def changed(layout: Layout = "diffusers", **extra: Tensor) -> dict[str, Tensor]:
-    return unet_control_tensors(TINY, layout) | extra
+def changed(layout: Layout = "diffusers", without: str | None = None, **extra: Tensor) -> dict[str, Tensor]:
+    """A good file's tensors, less those of whose name `without` is a part, and with `extra` ones."""
+    tensors = unet_control_tensors(TINY, layout)
+    return {name: tensor for name, tensor in tensors.items() if without is None or without not in name} | extra
 
 
-def without(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if part not in name}
+def differences() -> dict[str, Tensor]:
+    return {f"control_model.{name}": tensor for name, tensor in changed("single file").items()} | {"difference": ONE}
 
 
 ONE = torch.zeros(1)
-REFUSED: dict[str, tuple[dict[str, Tensor], type[Exception], str]] = {
-    "SD1": (without("add_embedding", changed()), UnsupportedError, r"ControlNet without micro-conditioning \(SD1"),
-    "SD1, single file": (without("label_emb", changed("single file")), UnsupportedError, r"ControlNet without micro-"),
+# What makes the file's tensors, and how it is refused.
+REFUSED: dict[str, tuple[Callable[[], dict[str, Tensor]], type[Exception], str]] = {
+    "SD1": (lambda: changed(without="add_embedding"), UnsupportedError, r"ControlNet without micro-conditioning \(SD1"),
+    "SD1, single file": (
+        lambda: changed("single file", "label_emb"),
+        UnsupportedError,
+        "ControlNet without micro-conditioning",
+    ),
     "unCLIP": (
-        changed(**{"add_embedding.linear_1.weight": torch.zeros(256, 2048)}),
+        lambda: changed(**{"add_embedding.linear_1.weight": torch.zeros(256, 2048)}),
         UnsupportedError,
         "takes prompts of widths 2048 and 2048",
     ),
     "inpainting": (
-        changed(**{"conv_in.weight": torch.zeros(64, 9, 3, 3)}),
+        lambda: changed(**{"conv_in.weight": torch.zeros(64, 9, 3, 3)}),
         UnsupportedError,
         "takes 9 channels",
     ),
-    "T2I adapter": ({"body.0.in_conv.weight": ONE}, UnsupportedError, "is a T2I adapter"),
-    "diffusers' T2I adapter": ({"adapter.body.0.resnets.0.block1.weight": ONE}, UnsupportedError, "is a T2I adapter"),
-    "differences": (
-        {f"control_model.{name}": tensor for name, tensor in changed("single file").items()} | {"difference": ONE},
+    "T2I adapter": (lambda: {"body.0.in_conv.weight": ONE}, UnsupportedError, "is a T2I adapter"),
+    "diffusers' T2I adapter": (
+        lambda: {"adapter.body.0.resnets.0.block1.weight": ONE},
         UnsupportedError,
-        "is a DiffControlNet",
+        "is a T2I adapter",
     ),
-    "Control-LoRA": (changed("single file", lora_controlnet=ONE), UnsupportedError, "is a Control-LoRA"),
-    "a UNet": (unet_tensors(CONFIGS["tiny"]), CheckpointError, "holds no ControlNet"),
-    "half a file": (without("down_blocks.1.", changed()), CheckpointError, r"(missing|lacks)"),
-    "no zero convolution": (without("controlnet_down_blocks.2", changed()), CheckpointError, "missing"),
-    "no embedding of the image": (without("input_hint", changed("single file")), CheckpointError, "lacks"),
+    "differences": (differences, UnsupportedError, "is a DiffControlNet"),
+    "Control-LoRA": (lambda: changed("single file", lora_controlnet=ONE), UnsupportedError, "is a Control-LoRA"),
+    "a UNet": (lambda: unet_tensors(CONFIGS["tiny"]), CheckpointError, "holds no ControlNet"),
+    "half a file": (lambda: changed(without="down_blocks.1."), CheckpointError, "lacks down_blocks.1"),
+    "no zero convolution": (lambda: changed(without="controlnet_down_blocks.2"), CheckpointError, "missing"),
+    "no embedding of the image": (lambda: changed("single file", "input_hint"), CheckpointError, "lacks"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_files_that_are_refused_say_what_they_are(name: str, tmp_path: Path) -> None:
-    tensors, error, message = REFUSED[name]
-    save_file(tensors, path := tmp_path / "a.safetensors")
+    make, error, message = REFUSED[name]
+    save_file(make(), path := tmp_path / "a.safetensors")
     with pytest.raises(error, match=message):
         load_unet_control(path, build_mesh(MeshSpec(), groups()), "native", CPU, torch.float32)
 
