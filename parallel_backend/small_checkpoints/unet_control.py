@@ -16,6 +16,9 @@ from ..models.unet import UNetConfig
 from ..models.unet_control import TYPE_FREQUENCIES, UNetControlConfig
 from .unet import Layout, single_file_name
 
+# 1 / the root mean square of SiLU of normal numbers.
+SILU_GAIN = 1.68
+
 
 def control_config(unet: UNetConfig, control_types: int = 0, **changes: Any) -> UNetControlConfig:
     """A ControlNet for that UNet, of its own encoder's depths where `changes` don't say otherwise."""
@@ -75,7 +78,9 @@ def _random(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
     if name == "task_embedding":
         return values
     if len(shape) > 1:
-        return values / shape[1:].numel() ** 0.5
+        # Of the image's embedding eight layers in a row: each makes good what the activation before it takes.
+        gain = SILU_GAIN if name.startswith("controlnet_cond_embedding.") else 1.0
+        return gain * values / shape[1:].numel() ** 0.5
     is_scale = ("norm" in name or ".ln_" in name) and name.endswith("weight")
     return float(is_scale) + 0.05 * values
 
