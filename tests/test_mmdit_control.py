@@ -11,6 +11,7 @@ import pytest
 import torch
 from control_references import Inputs, control_outputs
 from local_network import CPU, local_network
+from quantised_files import bare_fp8
 from rank_pool import RankPool, groups
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -246,6 +247,17 @@ def test_what_lies_on_the_main_models_embedder_counts(
     for before, after in answers:
         assert (after - before).abs().max() > 1e-3 * before.abs().max()
         assert torch.equal(after, answers[0][1])
+
+
+def test_a_quantised_embedder_of_the_main_model_is_the_same_on_all_stages(
+    ranks: RankPool, controls: Path, tmp_path: Path
+) -> None:
+    quantised, path = tmp_path / "fp8.safetensors", control(controls, STABILITY)
+    save_file(bare_fp8(load_file(main(controls, STABILITY))), quantised)
+    cases = [inputs(STABILITY, SIZES[1])]
+    ((_, alone),) = ranks(1, residuals_case, path, quantised, MeshSpec(), cases)
+    check(ranks(2, residuals_case, path, quantised, MeshSpec(pp=2), cases), alone)
+    assert (alone[0][0] - expected(controls, STABILITY, SIZES[1])[0]).abs().max() > 1e-3
 
 
 def test_one_hint_for_all_rows(alone: dict[str, TokenControlNet]) -> None:
