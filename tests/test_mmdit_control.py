@@ -11,6 +11,7 @@ import pytest
 import torch
 from control_references import Inputs, control_outputs
 from local_network import CPU, local_network
+from quantised_files import bare_fp8
 from rank_pool import RankPool, groups
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,6 +23,7 @@ from parallel_backend.errors import CheckpointError, ConfigError, InputError, Un
 from parallel_backend.models.checkpoint import load_parameters
 from parallel_backend.models.left_over import left_over_note
 from parallel_backend.models.mmdit import MMDiTConfig
+from parallel_backend.models.mmdit_checkpoint import open_mmdit
 from parallel_backend.models.mmdit_control import TokenControlNet
 from parallel_backend.models.mmdit_control_checkpoint import is_mmdit_control, open_mmdit_control, opened_control
 from parallel_backend.small_checkpoints.mmdit import small_config, write_mmdit
@@ -247,6 +249,17 @@ def test_what_lies_on_the_main_models_embedder_counts(
         assert torch.equal(after, answers[0][1])
 
 
+def test_a_quantised_embedder_of_the_main_model_is_the_same_on_all_stages(
+    ranks: RankPool, controls: Path, tmp_path: Path
+) -> None:
+    quantised, path = tmp_path / "fp8.safetensors", control(controls, STABILITY)
+    save_file(bare_fp8(load_file(main(controls, STABILITY))), quantised)
+    cases = [inputs(STABILITY, SIZES[1])]
+    ((_, alone),) = ranks(1, residuals_case, path, quantised, MeshSpec(), cases)
+    check(ranks(2, residuals_case, path, quantised, MeshSpec(pp=2), cases), alone)
+    assert (alone[0][0] - expected(controls, STABILITY, SIZES[1])[0]).abs().max() > 1e-3
+
+
 def test_one_hint_for_all_rows(alone: dict[str, TokenControlNet]) -> None:
     given = inputs(STABILITY, SIZES[0])
     one = given[4][:1]
@@ -377,6 +390,19 @@ def test_the_kinds_are_told_apart(controls: Path) -> None:
     assert [c.repeats for c in configs.values()] == [(2, 1), (1, 1), (2, 2, 2), (2, 2)]
     for kind in CONTROL_KINDS:
         assert is_mmdit_control(load_file(control(controls, kind)))
+
+
+@pytest.mark.parametrize("stored", [torch.tensor([2], dtype=torch.int32), torch.tensor(2.0, dtype=torch.float16)])
+def test_what_it_follows_is_read_in_any_dtype(stored: Tensor, tmp_path: Path) -> None:
+    path = tmp_path / "depth.safetensors"
+    save_file(control_tensors(STABILITY, sizes(STABILITY)) | {"control_type": stored}, path)
+    assert open_mmdit_control(path)[1].control_type == 2
+
+
+def test_a_controlnet_is_no_main_model(controls: Path) -> None:
+    for kind in CONTROL_KINDS:
+        with pytest.raises(CheckpointError, match="is a ControlNet; an SD3 or"):
+            open_mmdit(control(controls, kind))
 
 
 def test_layer_names_are_read_too(controls: Path, alone: dict[str, TokenControlNet], tmp_path: Path) -> None:
