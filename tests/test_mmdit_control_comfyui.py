@@ -10,15 +10,13 @@ from typing import Any
 import pytest
 import torch
 from comfyui.installation import HERE, ComfyInstallation
-from local_network import CPU, local_network
+from local_network import local_control, local_network
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from parallel_backend import MeshSpec
 from parallel_backend.distributed.mesh import build_mesh
 from parallel_backend.distributed.stale import EXACT
-from parallel_backend.models.checkpoint import load_parameters
-from parallel_backend.models.mmdit_control_checkpoint import opened_control
 from parallel_backend.small_checkpoints.mmdit import small_config, write_mmdit
 from parallel_backend.small_checkpoints.mmdit_control import DOUBLE, INPAINTING, INSTANTX, STABILITY, write_control
 from parallel_backend.small_checkpoints.prompts import random_prompt
@@ -79,12 +77,10 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 @pytest.mark.parametrize("name", CASES)
 def test_residuals_and_the_steered_velocity_equal_cores(name: str, folder: Path, of_core: dict[str, Tensor]) -> None:
     kind, family, _, size = CASES[name]
-    mesh, opened = build_mesh(MeshSpec()), opened_control(folder / f"{name}.safetensors")
-    model = opened.build(mesh, "native")
-    load_parameters(model, opened.source, device=CPU, dtype=torch.float32, unread=opened.unread(model))
+    mesh = build_mesh(MeshSpec())
     main: Any = local_network(folder / f"{family}.safetensors", mesh)
     *given, hint = inputs(kind, *size).values()
-    network = opened.network(model, mesh, "native", CPU, torch.float32, main.model)
+    network = local_control(folder / f"{name}.safetensors", main, mesh)
     ours = network(*given, network.prepare(hint), EXACT).output
     theirs = [of_core[f"{name}/{i}"] for i in range(sum(key.startswith(f"{name}/") for key in of_core) - 1)]
     # Core's main model looks at no more of them than it has blocks.

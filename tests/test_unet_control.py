@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ControlNetModel
 from diffusers.models.embeddings import Timesteps
-from local_network import CPU, local_network
+from local_network import local_network, local_unet_control
 from rank_pool import RankPool, groups
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from parallel_backend.errors import CheckpointError, InputError, UnsupportedErro
 from parallel_backend.models.network import Network
 from parallel_backend.models.residuals import Residuals
 from parallel_backend.models.unet_control import BandControlNet, UNetControlConfig
-from parallel_backend.models.unet_control_checkpoint import is_unet_control, load_unet_control, open_unet_control
+from parallel_backend.models.unet_control_checkpoint import is_unet_control, open_unet_control
 from parallel_backend.small_checkpoints.unet import CONFIGS, Layout, unet_tensors
 from parallel_backend.small_checkpoints.unet_control import control_config, unet_control_tensors, write_unet_control
 
@@ -108,7 +108,7 @@ def whole(name: str, given: Sequence[Tensor], hint: Tensor) -> list[Tensor]:
 
 @cache
 def network(path: Path, spec: MeshSpec) -> BandControlNet:
-    return load_unet_control(path, build_mesh(spec, groups()), "native", CPU, torch.float32)
+    return local_unet_control(path, build_mesh(spec, groups()))
 
 
 @torch.inference_mode()
@@ -392,7 +392,7 @@ def test_files_that_are_refused_say_what_they_are(name: str, tmp_path: Path) -> 
     make, error, message = REFUSED[name]
     save_file(make(), path := tmp_path / "a.safetensors")
     with pytest.raises(error, match=message):
-        load_unet_control(path, build_mesh(MeshSpec(), groups()), "native", CPU, torch.float32)
+        local_unet_control(path, build_mesh(MeshSpec(), groups()))
 
 
 # -- requests ----------------------------------------------------------------------------------------------------------
