@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import PurePath
 from typing import Any
 
@@ -251,7 +252,7 @@ class RemoteModel(_Remote):
             return len(attachments) - 1
 
         def prompt(conditioning: Conditioning) -> Prompt:
-            return conditioning.prompt(attach(conditioning.context, kept=True), attach(conditioning.pooled, kept=True))
+            return conditioning.prompt(partial(attach, kept=True))
 
         body = Sample(
             self.name,
@@ -300,7 +301,7 @@ class RemoteModel(_Remote):
         """One exact evaluation: the output, fp32, at the model's own input; rows spread over cfg and dp.
 
         Args:
-            x: (B, C, Y, X). timesteps: (B,), 1000 * sigma for flow models. context: (B, L, E). pooled: (B, A).
+            x: (B, C, Y, X), extra channels included. timesteps: (B,), 1000 * sigma for flow models. context: (B, L, E). pooled: (B, A).
             step: asked where the output holds NaN or infinity: of which step, from 1, of how many it is; (0, 0) of none.
         Raises: as `sample`.
         """
@@ -392,4 +393,5 @@ def cropped(image_BYXC: Tensor) -> Tensor:
 def _tensors_of(positive: Conditioning, negative: Conditioning | None) -> dict[str, Tensor]:
     named = {"positive": positive} | ({} if negative is None else {"negative": negative})
     found = {f"{name} conditioning": prompt.context for name, prompt in named.items()}
+    found |= {f"{name} concat": prompt.concat for name, prompt in named.items() if prompt.concat is not None}
     return found | {f"{name} pooled conditioning": prompt.pooled for name, prompt in named.items()}

@@ -45,6 +45,7 @@ class MMDiTConfig:
     mlp_width: int
 
     head_dim = HEAD_DIM
+    extra_channels = 0
 
     @property
     def hidden(self) -> int:

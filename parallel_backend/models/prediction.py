@@ -13,7 +13,7 @@ from torch import Tensor
 from ..config import MeshSpec
 from ..distributed.cfg import gather_branches, own_branches
 from ..distributed.data import gather_batch, shard_batch
-from ..distributed.mesh import Mesh
+from ..distributed.mesh import Mesh, MeshAxis
 from ..distributed.stale import Step
 from ..errors import InputError
 from .families import Kind
@@ -26,10 +26,28 @@ KEPT_PROMPTS = 8
 
 @dataclass(frozen=True)
 class Prompt:
-    """Text tokens (B, L, E) and pooled prompt (B, A), in the model's dtype and on its device."""
+    """Text tokens (B, L, E) and pooled prompt (B, A), in the model's dtype and on its device.
+
+    `concat`: (B, extra channels, Y, X), which the model takes beside the latent's own, where its input doesn't have them already.
+    """
 
     context: Tensor
     pooled: Tensor
+    concat: Tensor | None = None
+
+    def shard(self, axis: MeshAxis) -> Prompt:
+        """This rank's rows."""
+        concat = None if self.concat is None else shard_batch(self.concat, axis)
+        return Prompt(shard_batch(self.context, axis), shard_batch(self.pooled, axis), concat)
+
+    def followed_by(self, other: Prompt) -> Prompt:
+        """The rows of both."""
+        concats = [prompt.concat for prompt in (self, other) if prompt.concat is not None]
+        return Prompt(
+            torch.cat([self.context, other.context]),
+            torch.cat([self.pooled, other.pooled]),
+            torch.cat(concats) if concats else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -68,13 +86,10 @@ class Share:
     @classmethod
     def of(cls, mesh: Mesh, rows: int, prompts: Sequence[Prompt]) -> Share:
         """Of `rows` latents, each with these prompts (cond, uncond)."""
-        own = [
-            Prompt(shard_batch(p.context, mesh.dp), shard_batch(p.pooled, mesh.dp))
-            for p in own_branches(prompts, mesh.cfg)
-        ]
+        own = [prompt.shard(mesh.dp) for prompt in own_branches(prompts, mesh.cfg)]
         doubled = len(own) == 2 and own[0].context.shape == own[1].context.shape
         if doubled:
-            own = [Prompt(torch.cat([p.context for p in own]), torch.cat([p.pooled for p in own]))]
+            own = [own[0].followed_by(own[1])]
         return cls(mesh, rows, len(prompts), own, doubled)
 
     def own_rows(self, x: Tensor) -> Tensor:
@@ -124,6 +139,44 @@ class Predictor:
                 self.kind.latent_remedy,
             )
         self.network.check_size(x.shape[2], x.shape[3], text_tokens)
+
+    def check_input(self, x: Tensor, text_tokens: int) -> None:
+        """As `check_latent`, of a latent that has its extra channels already."""
+        channels, extra = self.network.config.channels, self.network.config.extra_channels
+        if x.ndim == 4 and x.shape[1] > channels and x.shape[1] != channels + extra:
+            raise InputError(
+                f"An input of {x.shape[1]} channels came; this model takes {self._taken()}.",
+                f"{self.kind.latent_remedy} Leave out what puts others beside the latent (c_concat), or load the model for them.",
+            )
+        if extra and x.ndim == 4 and x.shape[1] == channels:
+            self.concat(None, x)
+        self.check_latent(x[:, :channels], text_tokens)
+
+    def concat(self, given: Tensor | None, latent: Tensor) -> Tensor | None:
+        """What goes in beside the latent: a row for each of its own, repeated where there are fewer, cut where there are more.
+
+        Raises: InputError: this model takes none, or others.
+        """
+        extra = self.network.config.extra_channels
+        if given is None and not extra:
+            return None
+        wanted = f"(batch, {extra}, {latent.shape[2]}, {latent.shape[3]})"
+        if given is None:
+            raise InputError(
+                f"Nothing came beside the latent; this model takes {self._taken()}.",
+                f"Give each Conditioning its concat of shape {wanted}: an inpainting model's mask and masked latent, an edit model's "
+                "latent. ComfyUI makes it itself.",
+            )
+        if given.ndim != 4 or given.shape[0] < 1 or given.shape[1] != extra or given.shape[2:] != latent.shape[2:]:
+            raise InputError(
+                f"A concat of shape {list(given.shape)} came beside the latent; this model takes {self._taken()}.",
+                f"Give it the shape {wanted}." if extra else "Leave it out, or load the model that it is for.",
+            )
+        return self._repeated(given, latent.shape[0]).to(self.device, self.dtype)
+
+    def _taken(self) -> str:
+        channels, extra = self.network.config.channels, self.network.config.extra_channels
+        return f"the latent's {channels} and {extra} beside them" if extra else f"the latent's {channels} alone"
 
     def prompt(self, context: Tensor, pooled: Tensor, rows: int, sizes: Sequence[float] | None = None) -> Prompt:
         """A prompt for `rows` latents: repeated where it has fewer rows, cut where it has more.
@@ -175,8 +228,7 @@ class Predictor:
         counts, local = [], rows
         for axis in axes:
             counts.append(local.x.shape[0])
-            prompt = Prompt(shard_batch(local.prompt.context, axis), shard_batch(local.prompt.pooled, axis))
-            local = Rows(shard_batch(local.x, axis), shard_batch(local.timesteps, axis), prompt)
+            local = Rows(shard_batch(local.x, axis), shard_batch(local.timesteps, axis), local.prompt.shard(axis))
         out = self._local(local, Step())
         for axis, count in zip(reversed(axes), reversed(counts), strict=True):
             out = gather_batch(out, count, axis)
@@ -198,5 +250,8 @@ class Predictor:
     def _local(self, rows: Rows, step: Step) -> Tensor:
         x = rows.x
         if x.shape[0] == 0:  # fewer rows than ranks of dp: all ranks of this share wait together
-            return x.float()
-        return self.network(x.to(self.dtype), rows.timesteps, rows.prompt.context, rows.prompt.pooled, step).float()
+            return x[:, : self.network.config.channels].float()
+        x = x.to(self.dtype)
+        if rows.prompt.concat is not None:
+            x = torch.cat([x, rows.prompt.concat], dim=1)
+        return self.network(x, rows.timesteps, rows.prompt.context, rows.prompt.pooled, step).float()

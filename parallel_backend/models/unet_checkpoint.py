@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 
 from ..checkpoint_files.diffusion_part import diffusion_prefix
 from ..checkpoint_files.header import entries_of
-from ..errors import CheckpointError, InputError, UnsupportedError
+from ..config import ContinuousSampling
+from ..errors import BackendError, CheckpointError, InputError, UnsupportedError
+from ..quantized.whole_file import WholeFile
 from .checkpoint import Piece, RenamedSource, TensorSource
 from .opened_file import open_source
 from .unet import HEAD_DIM, UNetConfig
 
+LATENT_CHANNELS = 4
 # (context width, micro-conditioning width) of the families.
 _FAMILIES = {(2048, 2816): "sdxl", (1280, 2560): "sdxl-refiner"}
 # What single files hold beside the weights: they say what the model's output means.
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
-_OTHER_OUTPUTS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+_EDM = "edm_"
+_EDM_PLAIN, _EDM_V = ("edm_mean", "edm_std"), ("edm_vpred.sigma_max", "edm_vpred.sigma_min")
+# Of Playground 2.5, whose files don't say it, and of CosXL where its file doesn't: ComfyUI's, and the models' own.
+_PLAYGROUND = ContinuousSampling("edm", "log", 0.002, 80.0, 0.5)
+_SIGMA_MAX, _SIGMA_MIN = 120.0, 0.002
 
 # What LCM's distilled UNets have more than others: a layer that takes the guidance scale.
 _GUIDANCE = ("time_embedding.cond_proj.weight", "time_embed.cond_proj.weight")
@@ -54,14 +62,37 @@ def open_unet(path: Path) -> tuple[RenamedSource, UNetConfig]:
     """
     entries = entries_of(path)
     source = open_source(path, diffusion_prefix(entries))
-    flags = {V_PREDICTION, ZERO_SNR, *_OTHER_OUTPUTS}.intersection(entries)
-    if other := flags.intersection(_OTHER_OUTPUTS):
-        raise UnsupportedError(f"{path.name} is a model in EDM form ({sorted(other)[0]}).", "Use ComfyUI's own loader.")
+    flags = {V_PREDICTION, ZERO_SNR, *_EDM_PLAIN, *_EDM_V}.intersection(entries)
     layers = _layers_per_block(source)
     by_theirs = {_diffusers_name(name, layers): name for name in source.names() if name not in flags}
     pieces = _joined({theirs: [Piece(ours)] for theirs, ours in by_theirs.items()})
-    config = _config(by_theirs, source, V_PREDICTION in flags, ZERO_SNR in flags)
+    config = _config(by_theirs, source)
+    edm = _edm_sampling(path, flags)
+    by_v = edm is None and V_PREDICTION in flags
+    config = replace(config, v_prediction=by_v, zero_snr=by_v and ZERO_SNR in flags, edm=edm)
     return RenamedSource(source, pieces), config
+
+
+def _edm_sampling(path: Path, marks: Collection[str]) -> ContinuousSampling | None:
+    """What the file's marks say of a model that knows any sigma of a range; None where they say nothing of it.
+
+    Raises: CheckpointError: they say it in no way that can be used.
+    """
+    if all(mark in marks for mark in _EDM_PLAIN):
+        return _PLAYGROUND
+    if _EDM_V[0] not in marks:
+        return None
+    values = WholeFile(path, _EDM)
+    try:
+        high, low = (
+            float(values[mark.removeprefix(_EDM)].item()) if mark in marks else usual
+            for mark, usual in zip(_EDM_V, (_SIGMA_MAX, _SIGMA_MIN), strict=True)
+        )
+        return ContinuousSampling("v_prediction", "log", low, high)
+    except BackendError as error:
+        raise CheckpointError(f"{path.name} has marks of EDM that can't be used: {error}", "Get it again.") from error
+    except RuntimeError:  # of a tensor with more than one value
+        raise CheckpointError(f"{path.name}: {_EDM_V[0]} is not one number.", "Get it again.") from None
 
 
 def unet_places(source: RenamedSource, config: UNetConfig) -> Callable[[str], tuple[str, int]]:
@@ -137,7 +168,7 @@ def _joined(pieces: dict[str, list[Piece]]) -> dict[str, list[Piece]]:
     return joined
 
 
-def _config(names: dict[str, str], source: TensorSource, v_prediction: bool, zero_snr: bool) -> UNetConfig:
+def _config(names: dict[str, str], source: TensorSource) -> UNetConfig:
     """Sizes, read from names and shapes alone."""
 
     def shape(name: str) -> tuple[int, ...]:
@@ -158,11 +189,11 @@ def _config(names: dict[str, str], source: TensorSource, v_prediction: bool, zer
         raise UnsupportedError(
             f"{source.path.name} is a UNet without micro-conditioning (SD1 or SD2).", "Choose an SDXL model."
         )
-    channels = shape("conv_in.weight")[1]
-    if channels != 4:
+    taken, channels = shape("conv_in.weight")[1], shape("conv_out.weight")[0]
+    if channels != LATENT_CHANNELS or taken < channels:
         raise UnsupportedError(
-            f"{source.path.name} takes {channels} channels: an inpainting or edit model; 4 are supported.",
-            "Choose a text-to-image model; a noise mask works with every one of them.",
+            f"{source.path.name} takes {taken} channels and gives {channels}; SDXL's latents have {LATENT_CHANNELS}.",
+            "Choose an SDXL model: of text to image, inpainting or editing.",
         )
     blocks = count(r"down_blocks\.(\d+)\.")
     layers = count(r"down_blocks\.0\.resnets\.(\d+)\.")
@@ -189,8 +220,7 @@ def _config(names: dict[str, str], source: TensorSource, v_prediction: bool, zer
         mid_depth=_mid_depth(names, count),
         context_width=context,
         pooled_width=pooled,
-        v_prediction=v_prediction,
-        zero_snr=zero_snr,
+        extra_channels=taken - channels,
     )
 
 

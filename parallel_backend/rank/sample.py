@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -116,7 +116,7 @@ def run_sample(
     if _sigma_count(body, tensors) == 0:
         out = tensors[body.latent].float()
     else:
-        out = (out / predictor.kind.scale + predictor.kind.shift).cpu()  # which waits for the device
+        out = predictor.kind.to_vae(out).cpu()  # which waits for the device
     costs = [
         AxisCost(axis.name, axis.traffic.sent_bytes - sent, axis.traffic.waited - waited if timed else None)
         for axis, (sent, waited) in zip(axes, before, strict=True)
@@ -138,14 +138,18 @@ def _prepare(body: Sample, tensors: list[Tensor], job: Job, predictor: Predictor
     if body.batch_index and body.noise is None and latent.shape[0] == 1:
         latent = latent.repeat(len(body.batch_index), 1, 1, 1)
     rows = latent.shape[0]
-    prompts = [predictor.prompt(tensors[p.context], tensors[p.pooled], rows, p.sizes) for p in wanted]
+    prompts = []
+    for p in wanted:
+        prompt_of_rows = predictor.prompt(tensors[p.context], tensors[p.pooled], rows, p.sizes)
+        concat = predictor.concat(None if p.concat is None else tensors[p.concat], latent)
+        prompts.append(replace(prompt_of_rows, concat=concat))
     kept = _kept(predictor, spec, _sigma_count(body, tensors) - 1, latent.shape[2])
     pipeline = None
     if kept.token_kv is not None and spec.first_displaced is not None:
         pipeline = Pipeline(predictor, prompts, latent.shape, kept, spec.first_displaced, job.cancelled)
     latent = latent.to(predictor.device)
     if torch.count_nonzero(latent) > 0:
-        latent = (latent - predictor.kind.shift) * predictor.kind.scale
+        latent = predictor.kind.to_model(latent)
     return SampleJob(body, job, predictor, prompts, latent, kept, pipeline, swap)
 
 
@@ -193,4 +197,6 @@ def _parameterization(predictor: Predictor, spec: SamplerSpec) -> Parameterizati
     if predictor.kind.prediction == "flow":
         return Flow(spec.shift)
     config = predictor.network.config
+    if config.edm is not None:
+        return parameterization_of(config.edm)
     return Discrete("v_prediction" if config.v_prediction else "eps", zero_snr=config.zero_snr)

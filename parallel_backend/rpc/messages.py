@@ -69,11 +69,16 @@ class LoadVAE(Message, frozen=True):
 
 
 class Prompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`sizes`: of SDXL's micro-conditioning, where the pooled tensor doesn't hold them embedded."""
+    """`sizes`: of SDXL's micro-conditioning, where the pooled tensor doesn't hold them embedded. `concat`: see Conditioning."""
 
     context: TensorIndex
     pooled: TensorIndex
     sizes: list[float] | None = None
+    concat: TensorIndex | None = None
+
+    @property
+    def tensors(self) -> list[TensorIndex]:
+        return [self.context, self.pooled, *([] if self.concat is None else [self.concat])]
 
 
 class Patches(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -354,7 +359,7 @@ def tensor_indices(body: Request | Reply) -> list[TensorIndex]:
     if isinstance(body, Sample):
         prompts = [body.cond] if body.uncond is None else [body.cond, body.uncond]
         chosen = [body.latent, body.mask, body.noise, body.sigmas]
-        return [i for p in prompts for i in (p.context, p.pooled)] + [i for i in chosen if i is not None]
+        return [i for p in prompts for i in p.tensors] + [i for i in chosen if i is not None]
     if isinstance(body, Forward):
         return [body.x, body.timesteps, body.context, body.pooled]
     if isinstance(body, Decode):
