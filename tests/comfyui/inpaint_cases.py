@@ -1,6 +1,8 @@
 """Inpainting, editing and EDM UNets, and the nodes for inpainting and editing on these and on plain models, for twins.py."""
 
 import functools
+import importlib
+import pathlib
 
 import comfy_extras.nodes_custom_sampler as custom
 import comfy_extras.nodes_differential_diffusion as differential
@@ -24,7 +26,8 @@ MODELS = {
     "sd3": ("sd3-medium.safetensors", {"cfg": 2}),
 }
 ROWS, COLUMNS = 8, 6
-OF_MODELS = {"inpainting", "editing", "EDM v editing", "plain", "sd3"}  # each with all that workflows do
+# Those that get all that workflows do, and those that heed a picture no more than before.
+IN_FULL, HEEDLESS = ("inpainting", "editing"), ("plain", "sd3")
 STEP_BY_STEP = "euler_cfg_pp"
 
 
@@ -172,11 +175,46 @@ def refused(twins, words, change, given, model):
     if not isinstance(model, twins.remote_model.RemotePatcher):
         return torch.zeros(1, 4, 1, 1)
     try:
-        twins.sample(change(model), **given)
+        twins.sample(change(model), positive=twins.prompt(model, 1, **given))
     except Exception as error:  # noqa: BLE001 - its words are looked at
         assert words in str(error), error
         return torch.zeros(1, 4, 1, 1)
     raise AssertionError("nothing was refused")
+
+
+def in_core(model):
+    """What ComfyUI takes the file for, as numbers: its class, what it puts beside a latent, its latents and its sigmas."""
+    found, latent = model.model, torch.ones(1, model.model.latent_format.latent_channels, 2, 2)
+    kind, keys = type(found).__name__, " ".join(found.concat_keys)
+    sampling = " ".join(base.__name__ for base in type(found.model_sampling).__bases__)
+    told = [sum(map(ord, words)) / 100 for words in (kind, keys, sampling, type(found.latent_format).__name__)]
+    ends = torch.tensor([found.model_sampling.sigma_max, found.model_sampling.sigma_min]).log()
+    numbers = torch.tensor([*told, found.diffusion_model.in_channels, found.model_sampling.sigma_data])
+    return torch.cat([numbers, ends, found.process_latent_in(latent).flatten()])
+
+
+def recognised(twins, name, model):
+    """`in_core`; the pack takes the file and the MODEL for a UNet of SDXL's."""
+    family = importlib.import_module("pack.nodes.family")
+    path = pathlib.Path(twins.folder, MODELS[name][0])
+    assert family.kind_of_file(path) == family.kind_of_model(model.model) == "unet"
+    # As if it were a latent: what the twins are compared by.
+    told = in_core(model)
+    return torch.cat([told, told.new_zeros(-len(told) % 4)]).view(1, 4, -1, 1)
+
+
+def parallelized(twins, name, model):
+    """Parallelize Model on the local MODEL, in place of the parallel one."""
+    if not isinstance(model, twins.remote_model.RemotePatcher):
+        return model
+    pack = {
+        part: importlib.import_module(f"pack.{part}") for part in ("nodes.parallel_mesh", "parallel_backend.config")
+    }
+    spec = pack["parallel_backend.config"].BackendSpec(twins.backend.spec.name, 2)
+    mesh = pack["nodes.parallel_mesh"].ParallelMesh(spec, {"cfg": 2, "patch": 1}, "float32", "auto")
+    mesh._backend = twins.backend
+    local, _ = twins.pair(name, *MODELS[name])
+    return importlib.import_module("pack.nodes.parallelize").parallelized(local, mesh)[0]
 
 
 def of_model(name):
@@ -192,44 +230,49 @@ def of_model(name):
     yield "no picture, an empty latent", lambda twins, model: {"latent": torch.zeros_like(twins.latent(model))}, {}
     yield "odd size", functools.partial(inpainted, rows=11, columns=7, beyond=5), {"sampler": "dpmpp_2m"}
     yield "batch of 2", functools.partial(inpainted, batch=2), {"sampler": "uni_pc", "steps": 3}
+    if name in HEEDLESS:
+        return
     yield "cfg 1", inpainted, {"cfg": 1.0, "sampler": "dpmpp_2m"}
     yield "step by step", functools.partial(inpainted, batch=2), {"sampler": STEP_BY_STEP}
     yield "two prompts", several, {}
 
 
 def cases(twins):
-    same = lambda model: model  # noqa: E731
-    diffused = functools.partial(call, differential.DifferentialDiffusion, strength=0.8)
     for name in MODELS:
-        editing = "editing" in name
-        if name in OF_MODELS:
-            for case, prepare, more in of_model(name):
-                yield name, case, same, {"of": functools.partial(sampled, twins, prepare, more)}
-            change = lambda model: diffused(model=model)  # noqa: E731
-            yield name, "DifferentialDiffusion", change, {"of": functools.partial(sampled, twins, inpainted, {})}
-            yield name, "DualCFGGuider", same, {"of": functools.partial(dual_guided, twins)}
-            yield name, "CFGGuider", same, {"of": functools.partial(guided, twins)}
-            yield name, "Parallel Sampler", same, {"of": functools.partial(by_parallel_sampler, twins)}
-            continue
-        prepare = edited if editing else inpainted
-        for sampler in ("euler", "dpmpp_2m", "uni_pc", STEP_BY_STEP):
-            more = {"sampler": sampler, "steps": 3, "scheduler": "karras"}
-            yield name, sampler, same, {"of": functools.partial(sampled, twins, prepare, more)}
-        batch = functools.partial(prepare, rows=9, columns=5, batch=2)
-        yield name, "two of odd size", same, {"of": functools.partial(sampled, twins, batch, {"steps": 3, "cfg": 1.0})}
-        yield name, "text to image", same, {"latent": torch.zeros(1, 4, 8, 6), "denoise": 1.0, "scheduler": "normal"}
-    yield from refusals(twins, same)
-
-
-def refusals(twins, same):
-    words = "this model takes the latent's 4 alone"
-    extra = {"noise_concat": torch.zeros(1, 4, ROWS, COLUMNS)}
+        yield from in_full(twins, name) if name in (*IN_FULL, *HEEDLESS) else in_short(twins, name)
     for case, change, given in (
         ("c_concat by a wrapper", beside_a_plain_latent, {}),
-        ("c_concat on CONDITIONING", same, {"positive": lambda model: twins.prompt(model, 1, **extra)}),
+        ("c_concat on CONDITIONING", same, {"noise_concat": torch.zeros(1, 4, ROWS, COLUMNS)}),
     ):
-        yield "plain", case, same, {"of": functools.partial(given_late, twins, words, change, given)}
+        words = "this model takes the latent's 4 alone"
+        yield "plain", case, same, {"of": functools.partial(refused, twins, words, change, given)}
 
 
-def given_late(twins, words, change, given, model):
-    return refused(twins, words, change, {key: make(model) for key, make in given.items()}, model)
+def same(model):
+    return model
+
+
+def in_full(twins, name):
+    for case, prepare, more in of_model(name):
+        yield name, case, same, {"of": functools.partial(sampled, twins, prepare, more)}
+    diffused = functools.partial(call, differential.DifferentialDiffusion, strength=0.8)
+    of_prompts = functools.partial(sampled, twins, inpainted, {})
+    yield name, "DifferentialDiffusion", lambda model: diffused(model=model), {"of": of_prompts}
+    if name not in HEEDLESS:
+        yield name, "DualCFGGuider", same, {"of": functools.partial(dual_guided, twins)}
+        yield name, "CFGGuider", same, {"of": functools.partial(guided, twins)}
+        yield name, "Parallel Sampler", same, {"of": functools.partial(by_parallel_sampler, twins)}
+        yield name, "Parallelize Model", functools.partial(parallelized, twins, name), {"of": of_prompts}
+        yield name, "what ComfyUI takes it for", same, {"of": functools.partial(recognised, twins, name)}
+
+
+def in_short(twins, name):
+    prepare = edited if "editing" in name else inpainted
+    for sampler in ("euler", "uni_pc", STEP_BY_STEP):
+        more = {"sampler": sampler, "steps": 3, "scheduler": "karras"}
+        yield name, sampler, same, {"of": functools.partial(sampled, twins, prepare, more)}
+    batch = functools.partial(prepare, rows=9, columns=5, batch=2)
+    odd = {"steps": 3, "cfg": 1.0, "sampler": "dpmpp_2m"}
+    yield name, "two of odd size", same, {"of": functools.partial(sampled, twins, batch, odd)}
+    yield name, "text to image", same, {"latent": torch.zeros(1, 4, 8, 6), "denoise": 1.0, "scheduler": "normal"}
+    yield name, "what ComfyUI takes it for", same, {"of": functools.partial(recognised, twins, name)}
