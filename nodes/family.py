@@ -14,7 +14,7 @@ from .core_model import meta_state_dict
 
 # Some tensor of each such file begins like this. ComfyUI's own detection, which reads values of some other families, comes after.
 _MARKS = ("joint_blocks.", "pos_embed.pos_embed", "label_emb.", "add_embedding.")
-NAMES = "SD3, SD3.5 and SDXL (base, refiner, inpainting, edit models and kin)"
+NAMES = "SD3, SD3.5 and SDXL (base, refiner, inpainting and kin)"
 
 
 def kind_of_model(model: comfy.model_base.BaseModel) -> ModelKind | None:
