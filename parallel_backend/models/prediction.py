@@ -143,12 +143,14 @@ class Predictor:
     def check_input(self, x: Tensor, text_tokens: int) -> None:
         """As `check_latent`, of a latent that has its extra channels already."""
         channels, extra = self.network.config.channels, self.network.config.extra_channels
-        if x.ndim == 4 and x.shape[1] > channels and x.shape[1] != channels + extra:
+        if x.ndim != 4:
+            self.check_latent(x, text_tokens)
+        if x.shape[1] > channels and x.shape[1] != channels + extra:
             raise InputError(
                 f"An input of {x.shape[1]} channels came; this model takes {self._taken()}.",
                 f"{self.kind.latent_remedy} Leave out what puts others beside the latent (c_concat), or load the model for them.",
             )
-        if extra and x.ndim == 4 and x.shape[1] == channels:
+        if extra and x.shape[1] == channels:
             self.concat(None, x)
         self.check_latent(x[:, :channels], text_tokens)
 

@@ -7,6 +7,8 @@ import pathlib
 import comfy_extras.nodes_custom_sampler as custom
 import comfy_extras.nodes_differential_diffusion as differential
 import comfy_extras.nodes_ip2p as ip2p
+import comfy_extras.nodes_model_merging as merging
+import patch_cases
 import torch
 from twins import call
 
@@ -17,10 +19,8 @@ MODELS = {
     "inpainting, bands": ("unet-inpainting.safetensors", {"patch": 2}),
     "inpainting, single": ("unet-inpainting.safetensors", {"dp": 2}),
     "editing": ("unet-editing.safetensors", {"patch": 2, "sliced": True}),
-    "editing, single": ("unet-editing.safetensors", {"dp": 2}),
     "EDM v editing": ("unet-cosxl-edit.safetensors", {"cfg": 2}),
     "EDM v": ("unet-cosxl.safetensors", {"patch": 2}),
-    "EDM v, one mark": ("unet-cosxl-one-mark.safetensors", {"cfg": 2}),
     "Playground": ("unet-playground.safetensors", {"cfg": 2}),
     "plain": ("unet-tiny.safetensors", {"patch": 2}),
     "sd3": ("sd3-medium.safetensors", {"cfg": 2}),
@@ -217,6 +217,13 @@ def parallelized(twins, name, model):
     return importlib.import_module("pack.nodes.parallelize").parallelized(local, mesh)[0]
 
 
+def with_difference(twins, model):
+    """As inpainting models of finetunes are made: what these changed on the plain model is added to the inpainting one."""
+    plain = twins.pair("plain", *MODELS["plain"])[isinstance(model, twins.remote_model.RemotePatcher)]
+    change = call(merging.ModelSubtract, patch_cases.merged(plain, 2), plain, multiplier=1.0)
+    return call(merging.ModelAdd, model, change)
+
+
 def of_model(name):
     """What is done to a MODEL of each kind: by name, the settings, and what KSampler is told beside them."""
     yield "InpaintModelConditioning", inpainted, {}
@@ -264,11 +271,15 @@ def in_full(twins, name):
         yield name, "Parallel Sampler", same, {"of": functools.partial(by_parallel_sampler, twins)}
         yield name, "Parallelize Model", functools.partial(parallelized, twins, name), {"of": of_prompts}
         yield name, "what ComfyUI takes it for", same, {"of": functools.partial(recognised, twins, name)}
+        lora = functools.partial(patch_cases.lora_file, kind="lora")
+        yield name, "LoRA", patch_cases.with_lora(twins, (lora, 0.8)), {"of": of_prompts}
+    if name == "inpainting":
+        yield name, "ModelMergeAdd of a plain model's", functools.partial(with_difference, twins), {"of": of_prompts}
 
 
 def in_short(twins, name):
     prepare = edited if "editing" in name else inpainted
-    for sampler in ("euler", "uni_pc", STEP_BY_STEP):
+    for sampler in ("uni_pc", STEP_BY_STEP):
         more = {"sampler": sampler, "steps": 3, "scheduler": "karras"}
         yield name, sampler, same, {"of": functools.partial(sampled, twins, prepare, more)}
     batch = functools.partial(prepare, rows=9, columns=5, batch=2)
