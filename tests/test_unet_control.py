@@ -421,8 +421,8 @@ def test_a_kind_of_image_that_a_union_model_does_not_know_is_refused(kind: int, 
 
 
 def test_a_controlnet_of_another_model_is_refused() -> None:
-    TINY.check_fits(CONFIGS["tiny"])
-    CONTROLS["small"].check_fits(CONFIGS["tiny"])
+    TINY.check_fits(CONFIGS["tiny"], "a.file")
+    CONTROLS["small"].check_fits(CONFIGS["tiny"], "a.file")
     for name, what in (("refiner", "context_width is 2048, the model's 1280"), ("koala", "block_channels")):
-        with pytest.raises(InputError, match=what):
-            TINY.check_fits(CONFIGS[name])
+        with pytest.raises(UnsupportedError, match=what):
+            TINY.check_fits(CONFIGS[name], "a.file")

@@ -90,7 +90,12 @@ def _diffusers_name(name: str, layers: int) -> str:
 
 
 def _config(names: dict[str, str], source: TensorSource) -> UNetControlConfig:
-    sizes = unet_sizes(names, source, "ControlNet")
+    sizes = unet_sizes(names, source, "ControlNet", has_output=False)
+    if sizes.extra_channels:
+        raise UnsupportedError(
+            f"{source.path.name} takes {sizes.channels + sizes.extra_channels} channels; a latent has {sizes.channels}.",
+            "Use a ControlNet of a text-to-image model.",
+        )
     hint, tasks = names.get("controlnet_cond_embedding.conv_in.weight"), names.get("types.task_embedding")
     if hint is None:
         raise CheckpointError(f"{source.path.name} lacks the embedding of its image.", "Get the file again.")

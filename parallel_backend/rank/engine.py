@@ -396,7 +396,7 @@ class Engine:
             predictor, swap = self._patched(body.model, body.patches)
             x, timesteps = tensors[body.x].to(self.device), tensors[body.timesteps].to(self.device)
             context = tensors[body.context]
-            predictor.check_latent(x, context.shape[1] if context.ndim == 3 else 0)
+            predictor.check_input(x, context.shape[1] if context.ndim == 3 else 0)
             if timesteps.shape != x.shape[:1]:
                 raise InputError(f"{list(timesteps.shape)} timesteps for {x.shape[0]} latents.", "Give one per latent.")
             prompt = predictor.prompt(context, tensors[body.pooled], x.shape[0])

@@ -34,17 +34,18 @@ class Twins:
         import comfy.sd
         import comfy.supported_models
 
-        comfy.supported_models.models.append(shims.narrow_sdxl(comfy.supported_models.SDXL))
+        comfy.supported_models.models.extend(shims.narrow_sdxl(comfy.supported_models))
         torch.set_num_threads(1)
         self.comfy, self.comfy_folder, self.folder = comfy, comfy_folder, folder
         spec = importlib.util.spec_from_file_location("pack", f"{pack}/__init__.py", submodule_search_locations=[pack])
         sys.modules["pack"] = importlib.util.module_from_spec(spec)
-        self.core_dtype, self.core_memory, self.remote_model, self.whole_loop, backends = (
+        self.core_dtype, self.core_memory, self.remote_model, self.parallel_sampler, self.whole_loop, backends = (
             importlib.import_module(f"pack.{part}")
             for part in (
                 "nodes.core_dtype",
                 "nodes.core_memory",
                 "nodes.remote_model",
+                "nodes.parallel_sampler",
                 "nodes.whole_loop",
                 "parallel_backend",
             )
