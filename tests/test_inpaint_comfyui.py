@@ -33,6 +33,8 @@ STEP_BY_STEP = {"step by step", "two prompts", "DualCFGGuider", "euler_cfg_pp"}
 def outcomes(comfy: ComfyInstallation, unets: Path, backend2: Backend) -> Outcomes:
     for name, (config, marks) in FILES.items():
         write_unet(unets / f"unet-{name}.safetensors", CONFIGS[config], "single file", extra=marks)
+    for name in ("inpainting", "editing"):
+        write_unet(unets / "renamed" / f"unet-{name}.safetensors", CONFIGS[name])
     command = [comfy.python, HERE / "twins.py", comfy.folder, HERE.parents[1], backend2.spec.name, unets]
     environment = os.environ | {"PYTHONPATH": str(HERE)}
     done = subprocess.run(

@@ -224,6 +224,17 @@ def with_difference(twins, model):
     return call(merging.ModelAdd, model, change)
 
 
+def under_diffusers_names(twins, name, model):
+    """Of a file in that layout, in place of the parallel one."""
+    if not isinstance(model, twins.remote_model.RemotePatcher):
+        return model
+    path = pathlib.Path(twins.folder, "renamed", MODELS[name][0])
+    remote = twins.backend.load_model(path, twins.mesh(patch=2), "float32")
+    renamed = twins.remote_model.remote_patcher(remote, path, 1)
+    assert torch.equal(in_core(renamed), in_core(model))
+    return renamed
+
+
 def of_model(name):
     """What is done to a MODEL of each kind: by name, the settings, and what KSampler is told beside them."""
     yield "InpaintModelConditioning", inpainted, {}
@@ -271,6 +282,8 @@ def in_full(twins, name):
         yield name, "Parallel Sampler", same, {"of": functools.partial(by_parallel_sampler, twins)}
         yield name, "Parallelize Model", functools.partial(parallelized, twins, name), {"of": of_prompts}
         yield name, "what ComfyUI takes it for", same, {"of": functools.partial(recognised, twins, name)}
+        renamed = functools.partial(under_diffusers_names, twins, name)
+        yield name, "under diffusers' names", renamed, {"of": of_prompts}
         lora = functools.partial(patch_cases.lora_file, kind="lora")
         yield name, "LoRA", patch_cases.with_lora(twins, (lora, 0.8)), {"of": of_prompts}
     if name == "inpainting":

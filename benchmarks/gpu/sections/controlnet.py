@@ -33,8 +33,9 @@ def run(report: Report, options: Options) -> None:
     prepared = control.prepare(torch.rand(1, 3, CELL * sizes.cells, CELL * sizes.cells, device=device, dtype=dtype))
     calls = evaluations(sizes, predictor, control, prepared)
     report.table(f"One evaluation of SDXL with a ControlNet, 2 rows, {sizes.side} px", *COLUMNS)
+    times = {name: timed(call, device, sizes.warm_up, sizes.repeats) for name, call in calls.items()}
     for name, call in calls.items():
-        report.row(*busy_row(name, timed(call, device, sizes.warm_up, sizes.repeats), call, device)[0])
+        report.row(*busy_row(name, times[name], call, device)[0])
 
 
 def unet_control(config: UNetControlConfig, predictor: Predictor) -> BandControlNet:
