@@ -400,7 +400,8 @@ class Engine:
             if timesteps.shape != x.shape[:1]:
                 raise InputError(f"{list(timesteps.shape)} timesteps for {x.shape[0]} latents.", "Give one per latent.")
             prompt = predictor.prompt(context, tensors[body.pooled], x.shape[0])
-            prompt = replace(prompt, controls=self.control_nets.uses(body.controls, tensors, predictor, x, {}))
+            uses = self.control_nets.uses(body.controls, tensors, predictor, x, {}, is_patched=bool(body.patches.files))
+            prompt = replace(prompt, controls=uses)
             residuals = _residuals(body.control, tensors, x.shape[0])
             predictor.network.own_residuals(residuals, x.shape[2], x.shape[3])  # which raises what doesn't fit
             return predictor, Rows(x, timesteps, prompt, residuals), swap

@@ -27,7 +27,7 @@ from .room import check_fits, fits
 class Resident:
     """A model that is held, and what is said of it; `weights` of what can be patched.
 
-    `base`: the name of the model that a ControlNet is for, with which it leaves.
+    `base`: the name of the model that a ControlNet is for, with which it leaves; `is_of_weights`: it is made of that one's.
     """
 
     model: Predictor | BandVAE | ControlNetwork
@@ -35,6 +35,7 @@ class Resident:
     channels: int
     weights: PatchedWeights | None = None
     base: str = ""
+    is_of_weights: bool = False
 
 
 class _Sizes(msgspec.Struct):

@@ -151,7 +151,7 @@ def _prepare(
     for p in wanted:
         prompt_of_rows = predictor.prompt(tensors[p.context], tensors[p.pooled], rows, p.sizes)
         concat = predictor.concat(None if p.concat is None else tensors[p.concat], latent)
-        controls = control_nets.uses(p.controls, tensors, predictor, latent, known)
+        controls = control_nets.uses(p.controls, tensors, predictor, latent, known, is_patched=bool(body.patches.files))
         prompts.append(replace(prompt_of_rows, concat=concat, controls=controls))
     kept = _kept(predictor, spec, _sigma_count(body, tensors) - 1, latent.shape[2])
     pipeline = None
