@@ -8,16 +8,26 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from served import EMPTY, NEGATIVE, POSITIVE
 from torch import Tensor
 from unet_inputs import unet_prompt
 
-from parallel_backend import Backend, Conditioning, ControlUse, MeshSpec, RemoteControl, RemoteModel
+from parallel_backend import (
+    Backend,
+    Conditioning,
+    ControlUse,
+    MeshSpec,
+    RemoteControl,
+    RemoteModel,
+    WeightPatches,
+)
+from parallel_backend.checkpoint_files.patch_file import LowRank
 from parallel_backend.errors import CheckpointError, InputError, UnsupportedError
 from parallel_backend.small_checkpoints.mmdit import small_config
 from parallel_backend.small_checkpoints.mmdit_control import INSTANTX, STABILITY, write_control
 from parallel_backend.small_checkpoints.unet import CONFIGS
-from parallel_backend.small_checkpoints.unet_control import control_config, write_unet_control
+from parallel_backend.small_checkpoints.unet_control import control_config, control_lora_tensors, write_unet_control
 
 SDXL = [Conditioning(*unet_prompt(CONFIGS["tiny"], seed)) for seed in (1, 2)]
 LATENT = torch.zeros(1, 4, 12, 10)
@@ -141,6 +151,54 @@ def test_it_is_loaded_once_leaves_with_its_model_and_comes_back(
         .isfinite()
         .all()
     )
+
+
+@pytest.fixture(scope="module")
+def control_lora(unets: Path) -> Path:
+    path = unets / "control-lora-tiny.safetensors"
+    save_file(control_lora_tensors(control_config(CONFIGS["tiny"]), seed=6), path)
+    return path
+
+
+def test_a_control_lora_is_the_controlnet_of_the_sums(
+    backend2: Backend, unet_file: Path, control_lora: Path, unets: Path
+) -> None:
+    summed, base = load_file(control_lora), load_file(unet_file)
+    del summed["lora_controlnet"]
+    for name in [name for name in summed if name.endswith(".up")]:
+        stem = name.removesuffix(".up")
+        up, down = summed.pop(name).flatten(1), summed.pop(f"{stem}.down").flatten(1)
+        weight = base[f"{stem}.weight"]
+        summed[f"{stem}.weight"] = weight + (up @ down).view(weight.shape)
+    encoder = [n for n in base if n.startswith(("input_blocks.", "middle_block.", "time_embed.", "label_emb."))]
+    save_file({name: base[name] for name in encoder} | summed, unets / "control-sums.safetensors")
+    model = backend2.load_model(unet_file, MeshSpec(patch=2), "float32")
+    of_pairs, of_sums = (
+        drawn(model, *uses(backend2.load_control(path, model)))
+        for path in (control_lora, unets / "control-sums.safetensors")
+    )
+    assert largest_error(of_pairs, of_sums) < 1e-5 and largest_error(of_pairs, drawn(model)) > 1e-2
+
+
+def test_control_loras_that_can_not_be_are_named(
+    backend2: Backend, unet_file: Path, control_lora: Path, unets: Path
+) -> None:
+    model = backend2.load_model(unet_file, MeshSpec(patch=2), "float32")
+    net = backend2.load_control(control_lora, model)
+    name = "input_blocks.3.1.transformer_blocks.0.attn1.to_q.weight"
+    rows, columns = load_file(unet_file)[name].shape
+    pair = LowRank(name, torch.ones(rows, 1), torch.ones(1, columns))
+    with pytest.raises(
+        UnsupportedError, match=r"control-lora-tiny\.safetensors is made of the model's weights, on which patches lie"
+    ):
+        drawn(model, *uses(net), patches=WeightPatches([(pair, 0.5)]))
+    other = backend2.load_model(unets / "unet-refiner.safetensors", MeshSpec(patch=2), "float32")
+    with pytest.raises((CheckpointError, UnsupportedError), match=control_lora.name):
+        backend2.load_control(control_lora, other)
+    in_fp8 = backend2.load_model(unet_file, MeshSpec(patch=2), "fp8", computes="float32")
+    with pytest.raises(UnsupportedError, match="holds quantised"):
+        backend2.load_control(control_lora, in_fp8)
+    assert drawn(model, *uses(net)).isfinite().all()
 
 
 WRONG = [

@@ -100,3 +100,19 @@ def write_unet_control(
     tensors = {prefix + name: value.to(dtype) for name, value in unet_control_tensors(config, layout, seed).items()}
     save_file(tensors | dict(extra or {}), path, metadata={"format": "pt", "note": "random weights"})
     return path
+
+
+def control_lora_tensors(config: UNetControlConfig, rank: int = 4, seed: int = 0) -> dict[str, Tensor]:
+    """A Control-LoRA's, under the names of single files: pairs of low rank for the encoder's matrices, all that a UNet lacks whole."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {"lora_controlnet": torch.zeros(0)}
+    for name, tensor in unet_control_tensors(config, "single file", seed).items():
+        stem, _, leaf = name.rpartition(".")
+        if name.startswith(("zero_convs.", "input_hint_block.", "middle_block_out.")):
+            found[name] = tensor
+        elif leaf == "weight" and tensor.ndim > 1:
+            rows, columns, *kernel = tensor.shape
+            ones = [1] * len(kernel)
+            found[f"{stem}.up"] = 0.1 * torch.randn(rows, rank, *ones, generator=generator)
+            found[f"{stem}.down"] = 0.1 * torch.randn(rank, columns, *kernel, generator=generator)
+    return found
