@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ def files(models: Path) -> Path:
     """The folder of models, with ControlNets for them beside."""
     folder = models / "diffusion_models"
     write_unet(folder / "unet-layers.safetensors", CONFIGS["two layers"], "single file")
-    write_unet(folder / "unet-koala.safetensors", CONFIGS["koala"], "single file")
+    # Core knows unions of this width alone.
+    wide = {"block_channels": (320, 320), "down_depths": ((0,), (1,)), "up_depths": ((1, 1), (0, 0))}
+    write_unet(folder / "unet-320.safetensors", replace(CONFIGS["tiny"], **wide), "single file")
     config = control_config(CONFIGS["two layers"])
     write_unet_control(folder / "control-one.safetensors", config, "single file", seed=1)
     write_unet_control(folder / "control-two.safetensors", config, "single file", seed=2, prefix="control_model.")

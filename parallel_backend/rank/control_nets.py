@@ -79,10 +79,6 @@ class ControlNets:
         evicted = self._residents.make_room(needed, path.name, "controlnet", mesh.spec, job.control)
 
         def read() -> ControlNetwork:
-            if body.model not in self._residents:
-                raise UnknownModelError(
-                    f"There is no room for {path.name} beside its model.", "Use more ranks, or fp8."
-                )
             load_parameters(
                 module, opened.source, device=device, dtype=dtype, unread=opened.unread, should_stop=job.given_up
             )

@@ -1,5 +1,6 @@
 """ControlNets of every kind that core makes, on the prompts of a local MODEL and of its parallel twin, for twins.py."""
 
+import functools
 import importlib
 import os
 from pathlib import Path
@@ -29,7 +30,7 @@ WORLDS = {
         "sdxl, patch": ("unet-layers.safetensors", {"patch": 2}),
         "sdxl, dp": ("unet-layers.safetensors", {"dp": 2}),
         "sdxl, sliced": ("unet-layers.safetensors", {"patch": 2, "sliced": True}),
-        "koala": ("unet-koala.safetensors", {"patch": 2}),
+        "union": ("unet-320.safetensors", {"patch": 2}),
         "sd3": ("sd3-medium.safetensors", {"tp": 2}),
         "sd3.5-large, ulysses": ("sd3.5-large.safetensors", {"ulysses": 2}),
         "sd3.5-large, ring": ("sd3.5-large.safetensors", {"ring": 2}),
@@ -180,7 +181,7 @@ def cases(twins):
     importlib.import_module("pack.nodes.controlnet_files").remember_files()
     for name in MODELS:
         model, found = twins.pair(name, *MODELS[name])[0], []
-        if name == "koala":
+        if name == "union":
             found = [union_cases(twins, model)]
         elif name.startswith("sdxl"):
             found = [sharded_cases(twins, model), sdxl_cases(twins, model)]
@@ -221,6 +222,11 @@ def sharded_cases(twins, model):
     one_side = {"positive": whole["positive"]}
     yield "file, on one prompt", same, one_side
     yield "file, on one prompt step by step", mahiro, one_side
+    by_node = functools.partial(twins.by_parallel_sampler, latent={"samples": twins.latent(model)}, **whole)
+    yield "file, by Parallel Sampler", same, {"of": by_node}
+    stock = applied(twins, model, (sdxl_control(model), 0.8, 0.0, 1.0, image()))
+    by_node = functools.partial(twins.by_parallel_sampler, latent={"samples": twins.latent(model)}, **stock)
+    yield "a ControlNet without a file, by Parallel Sampler", same, {"of": by_node}
     yield "file, cfg 1", same, whole | {"cfg": 1.0}
     yield "file, heun", same, two | {"sampler": "heun", "steps": 3}
     alone = control_lora(model)

@@ -148,14 +148,9 @@ def advanced(model, guider, latent):
 
 
 def by_parallel_sampler(twins, model):
-    """ParallelSampler's latent, and KSampler's of a local MODEL."""
     given = inpainted(twins, model)
     latent = {"samples": given["latent"], "noise_mask": given["noise_mask"]}
-    pair = {"positive": given["positive"], "negative": given["negative"], "latent_image": latent}
-    settings = {"seed": 5, "steps": 2, "cfg": 3.0, "sampler_name": "dpmpp_2m", "scheduler": "karras", "denoise": 0.8}
-    if not isinstance(model, twins.remote_model.RemotePatcher):
-        return nodes.KSampler().sample(model, **settings, **pair)[0]["samples"]
-    return twins.parallel_sampler.ParallelSampler.execute(model, **settings, **pair).result[0]["samples"]
+    return twins.by_parallel_sampler(model, latent, given["positive"], given["negative"])
 
 
 def beside_a_plain_latent(model):

@@ -120,6 +120,21 @@ class Twins:
         more = {"denoise": 0.8, "seed": seed, "disable_pbar": True} | more
         return self.comfy.sample.sample(model, noise, steps, cfg, sampler, scheduler, *prompts, latent, **more)
 
+    def by_parallel_sampler(self, model, latent, positive, negative):
+        """ParallelSampler's latent, and KSampler's of a local MODEL."""
+        pair = {"positive": positive, "negative": negative, "latent_image": latent}
+        settings = {
+            "seed": 5,
+            "steps": 2,
+            "cfg": 3.0,
+            "sampler_name": "dpmpp_2m",
+            "scheduler": "karras",
+            "denoise": 0.8,
+        }
+        if not isinstance(model, self.remote_model.RemotePatcher):
+            return importlib.import_module("nodes").KSampler().sample(model, **settings, **pair)[0]["samples"]
+        return self.parallel_sampler.ParallelSampler.execute(model, **settings, **pair).result[0]["samples"]
+
 
 def call(node, *args, **inputs):
     """A node's first output, of either of ComfyUI's kinds of node."""
