@@ -34,10 +34,12 @@ from torch import Tensor
 from parallel_backend import Backend, MeshSpec, RemoteModel
 from parallel_backend.errors import StartError
 from parallel_backend.small_checkpoints.clip import write_clip
-from parallel_backend.small_checkpoints.kl_vae import write_kl_vae
+from parallel_backend.small_checkpoints.kl_vae import LdmVaeWeights, write_kl_vae
 from parallel_backend.small_checkpoints.mmdit import FAMILIES, small_config, write_mmdit
+from parallel_backend.small_checkpoints.mmdit_control import STABILITY, write_control
 from parallel_backend.small_checkpoints.taesd import write_taesd
 from parallel_backend.small_checkpoints.unet import CONFIGS, write_unet
+from parallel_backend.small_checkpoints.unet_control import control_config, write_unet_control
 
 torch.set_num_threads(2)
 # Of all ranks of a backend together: the largest models of the tests leave when others come.
@@ -106,17 +108,25 @@ def unets(models: Path) -> Path:
 @pytest.fixture(scope="session")
 def workflow_models(models: Path) -> Path:
     """The same folder with the files that the workflows name: of their true layouts, small where that is allowed."""
-    mmdit = models / "diffusion_models" / "sd3.5-medium.safetensors"
-    parts = [("model.diffusion_model.", mmdit), ("first_stage_model.", models / "vae" / "sd3_vae.safetensors")]
-    whole = {prefix + name: tensor for prefix, file in parts for name, tensor in load_file(file).items()}
     (models / "checkpoints").mkdir(exist_ok=True)
-    save_file(whole, models / "checkpoints" / "sd3.5_medium.safetensors")
-    vae = {f"first_stage_model.{n}": t for n, t in load_file(models / "vae" / "sdxl_vae.safetensors").items()}
-    for name, config in (("base", "koala"), ("refiner", "comfy-refiner")):
+    for size in ("medium", "large"):
+        mmdit = models / "diffusion_models" / f"sd3.5-{size}.safetensors"
+        parts = [("model.diffusion_model.", mmdit), ("first_stage_model.", models / "vae" / "sd3_vae.safetensors")]
+        whole = {prefix + name: tensor for prefix, file in parts for name, tensor in load_file(file).items()}
+        save_file(whole, models / "checkpoints" / f"sd3.5_{size}.safetensors")
+    narrow = load_file(models / "vae" / "sdxl_vae.safetensors")
+    # ComfyUI's own loader, which one workflow has, knows VAEs of the true width alone.
+    true = {name: tensor.half() for name, tensor in LdmVaeWeights(4, quant=True, width=128, seed=0).tensors.items()}
+    for name, config, vae in (("base", "koala", true), ("refiner", "comfy-refiner", narrow)):
         path = models / "checkpoints" / f"sd_xl_{name}_1.0.safetensors"
+        extra = {f"first_stage_model.{n}": t for n, t in vae.items()}
         write_unet(
-            path, CONFIGS[config], "single file", prefix="model.diffusion_model.", dtype=torch.float16, extra=vae
+            path, CONFIGS[config], "single file", prefix="model.diffusion_model.", dtype=torch.float16, extra=extra
         )
+    controls = models / "controlnet"
+    edges = controls / "diffusers_xl_canny_full.safetensors"
+    write_unet_control(edges, control_config(CONFIGS["koala"]), "single file", dtype=torch.float16)
+    write_control(controls / "sd3.5_large_controlnet_canny.safetensors", STABILITY, small_config("sd3.5-large"))
     write_clip(models / "text_encoders" / "clip_l.safetensors", width=768)
     write_clip(models / "text_encoders" / "clip_g.safetensors", width=1280, known_by=30)
     return models

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from workflow_sheets import CLIP, COND, JSON, LATENT, MODEL, VAE, Sheet, plain, prompt, subgraph
+from workflow_sheets import CLIP, COND, CONTROL, JSON, LATENT, MODEL, VAE, Sheet, plain, prompt, subgraph
 
 from parallel_backend.__main__ import main
 from parallel_backend.errors import InputError
@@ -260,6 +260,8 @@ def test_an_old_group_node_that_keeps_its_model_is_said_so() -> None:
         ("SeamlessTile", "network's own layers"),
         ("NAGuidance", "attention and blocks"),
         ("LazyCache", "caches of steps"),
+        ("LLLiteLoader", "attention and blocks"),
+        ("SUPIRApply", "network's own layers"),
     ],
 )
 def test_what_hangs_on_the_model_and_cant_be_honoured_is_named(kind: str, words: str) -> None:
@@ -273,15 +275,43 @@ def test_what_hangs_on_the_model_and_cant_be_honoured_is_named(kind: str, words:
     assert words in report.found.refused[0].why
 
 
-def test_a_controlnet_on_the_prompt_is_named_and_one_of_another_model_is_not() -> None:
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("ControlNetApply", "ControlNetApplyAdvanced", "ControlNetApplySD3", "ControlNetInpaintingAliMamaApply"),
+        *("ACN_AdvancedControlNetApply_v2", "ApplyInstantIDControlNet", "CR Apply Multi-ControlNet"),
+    ],
+)
+def test_a_controlnet_on_the_prompt_runs(kind: str) -> None:
+    sheet = Sheet()
+    loader, net = sheet.checkpoint("sdxl.safetensors"), sheet.add("ControlNetLoader", [CONTROL], ["union.safetensors"])
+    typed = sheet.add("SetUnionControlNetType", [CONTROL], ["depth"], control_net=(net, 0, CONTROL))
+    wires = {"conditioning": (sheet.add("CLIPTextEncode", [COND]), 0, COND), "control_net": (typed, 0, CONTROL)}
+    sheet.sampler(loader, loader, positive=(sheet.add(kind, [COND], **wires), 0, COND))
+    report = made(sheet.whole())[1]
+    assert report.found.runs and report.changed and not report.found.unknown
+
+
+@pytest.mark.parametrize("form", ["editor", "API"])
+def test_a_controlnet_that_patches_attention_is_named_and_one_of_another_model_is_not(form: str) -> None:
+    reference = "ACN_ReferenceControlNet"
+    if form == "API":
+        content = prompt() | {"8": {"class_type": reference, "inputs": {}}}
+        wires = {"positive": ["6", 0], "negative": ["6", 0], "control_net": ["8", 0]}
+        content["7"] = {"class_type": "ACN_AdvancedControlNetApply_v2", "inputs": wires}
+        content["3"]["inputs"]["positive"] = ["7", 0]
+        assert [remark.class_type for remark in made(content)[1].found.refused] == [reference]
+        return
     sheet = Sheet()
     flux, ours = sheet.checkpoint("flux1-dev.safetensors"), sheet.checkpoint("sdxl.safetensors")
-    control = sheet.add("ControlNetApplyAdvanced", [COND], conditioning=(sheet.add("CLIPTextEncode", [COND]), 0, COND))
+    wires = {"conditioning": (sheet.add("CLIPTextEncode", [COND]), 0, COND)}
+    wires["control_net"] = (net := sheet.add(reference, [CONTROL]), 0, CONTROL)
+    control = sheet.add("ACN_AdvancedControlNetApply", [COND], **wires)
     first = sheet.sampler(flux, flux, positive=(control, 0, COND))
     sheet.sampler(ours, ours, latent_image=(first, 0, LATENT))
     assert made(sheet.whole())[1].found.runs
     sheet.sampler(ours, ours, negative=(control, 0, COND))
-    assert [remark.key for remark in made(sheet.whole())[1].found.refused] == [str(control)]
+    assert [remark.key for remark in made(sheet.whole())[1].found.refused] == [str(net)]
 
 
 def test_a_class_that_nobody_knows_is_told_and_not_refused() -> None:

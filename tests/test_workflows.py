@@ -29,8 +29,10 @@ Picture = np.ndarray[Any, Any]
 
 @pytest.fixture(scope="module")
 def editor(server: ComfyServer, default_backend: str, workflow_models: Path) -> ComfyServer:
-    """A ComfyUI with the files that the workflows name; a picture to load."""
-    pixels = torch.rand(300, 400, 3, generator=torch.Generator().manual_seed(0))
+    """A ComfyUI with the files that the workflows name; a picture to load, with a mask painted on it."""
+    pixels = torch.rand(300, 400, 4, generator=torch.Generator().manual_seed(0))
+    pixels[..., 3] = 1
+    pixels[100:200, 150:250, 3] = 0
     Image.fromarray((pixels * 255).byte().numpy()).save(server.base / "input" / "example.png")
     return server
 

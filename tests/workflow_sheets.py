@@ -7,6 +7,7 @@ from typing import Any
 
 JSON = dict[str, Any]
 MODEL, CLIP, VAE, COND, LATENT = "MODEL", "CLIP", "VAE", "CONDITIONING", "LATENT"
+CONTROL = "CONTROL_NET"
 
 
 class Sheet:

@@ -14,6 +14,7 @@ _KINDS = (
     (r"((base|refiner)_)?(positive|negative)|.*conditioning.*|cond[0-9]*|(positive|negative)_[0-9a-z_]+", "CONDITIONING"),
     (r"guider", "GUIDER"),
     (r".*pipe.*|.*sdxl_tuple|(base_)?ctx(_[0-9]+)?", "PIPE"),
+    (r"control_?net", "CONTROL_NET"),
     (r"c(ontrol)?_?net_stack", "CONTROL_NET_STACK"),
     (r"(base_|refiner_)?clip[0-9]*", "CLIP"),
 )  # fmt: skip

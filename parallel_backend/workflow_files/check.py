@@ -17,8 +17,8 @@ THE_SETTING = 'the setting "Make every SD3 / SDXL model parallel" (PARALLEL_MMDI
 IN_A_PIPE = f"its MODEL goes on inside a pipe, where no node can be put; {THE_SETTING} makes it parallel"
 IN_A_GROUP = f"its MODEL stays inside the group: turn the group into nodes first, or use {THE_SETTING}"
 ON_LINUX = "a ComfyUI on Linux refuses that before this pack is asked: choose the file again, or let --swap put in a loader that finds it."
-# What brings prompts to a sampler, and what a loader of a pack hangs on them.
-_PROMPTS = ("CONDITIONING", "CONTROL_NET_STACK")
+# What brings prompts to a sampler, and the ControlNets on them.
+_PROMPTS = ("CONDITIONING", "CONTROL_NET", "CONTROL_NET_STACK")
 
 
 @dataclass(frozen=True)

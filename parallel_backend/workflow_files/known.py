@@ -34,6 +34,13 @@ _ON_CONDITIONING = (
     "PairConditioningSetProperties PairConditioningSetPropertiesAndCombine ConditioningSetDefaultCombine PairConditioningSetDefaultCombine "
     "PairConditioningCombine LoadConditioning DemoCaption SaveConditioning"
 )
+# Their residuals go to the ranks, or the ranks compute them; of packs too.
+_CONTROLNETS = (
+    "ControlNetApply ControlNetApplyAdvanced ControlNetApplySD3 ControlNetInpaintingAliMamaApply SetUnionControlNetType ControlNetLoader "
+    "LoadParallelControlNet ACN_AdvancedControlNetApply ACN_AdvancedControlNetApply_v2 ACN_AdvancedControlNetApplySingle "
+    "ACN_AdvancedControlNetApplySingle_v2 ControlNetLoaderAdvanced ACN_ControlNetLoaderAdvanced ACN_ControlNet++LoaderSingle "
+    "ACN_ControlNet++LoaderAdvanced ApplyInstantIDControlNet"
+)
 # Of packs: they call core's samplers, hang LoRA, or only hand on what they are given.
 _OF_PACKS = (
     "FaceDetailer FaceDetailerPipe DetailerForEach DetailerForEachPipe UltimateSDUpscale UltimateSDUpscaleNoUpscale ToBasicPipe "
@@ -49,12 +56,15 @@ _WITH_SPACES = (
     "easy a1111Loader; easy comfyLoader; easy fullLoader; easy pipeIn; easy pipeOut; easy pipeEdit; easy preSampling; "
     "easy preSamplingAdvanced; easy preSamplingNoiseIn; easy preSamplingCustom; easy kSampler; easy fullkSampler; easy hiresFix; "
     "easy preDetailerFix; easy detailerFix; ttN pipeLoader; ttN pipeLoader_v2; ttN pipeLoaderSDXL; ttN pipeKSampler; ttN pipeKSampler_v2; "
-    "ttN pipeKSamplerAdvanced; ttN pipeKSamplerSDXL; ttN pipeLoraStack; ttN pipeIN; ttN pipeOUT; ttN pipeEDIT"
+    "ttN pipeKSamplerAdvanced; ttN pipeKSamplerSDXL; ttN pipeLoraStack; ttN pipeIN; ttN pipeOUT; ttN pipeEDIT; "
+    "Control Net Stacker; Apply ControlNet Stack; CR Apply ControlNet; CR Multi-ControlNet Stack; CR Apply Multi-ControlNet; "
+    "easy controlnetLoader; easy controlnetLoaderADV; easy controlnetLoader++; easy controlnetStack; easy controlnetStackApply"
 )
 RUN = (
     LOADERS
     | OURS
     | {PARALLELIZE}.union(
-        _WITH_SPACES.split("; "), *(names.split() for names in (_SAMPLERS, _ON_A_MODEL, _ON_CONDITIONING, _OF_PACKS))
+        _WITH_SPACES.split("; "),
+        *(names.split() for names in (_SAMPLERS, _ON_A_MODEL, _ON_CONDITIONING, _CONTROLNETS, _OF_PACKS)),
     )
 )

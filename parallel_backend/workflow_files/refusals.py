@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from .graph import Node
 from .known import RUN
 
-CONTROL = "ControlNet isn't honoured on a parallel MODEL yet"
 IMAGE_PROMPT = "image prompts (IP-Adapter, InstantID, PuLID) aren't honoured on a parallel MODEL yet"
 ATTENTION = "patches of attention and blocks aren't honoured on a parallel MODEL yet"
 CACHE = "caches of steps live inside the model, and aren't honoured on a parallel MODEL yet"
@@ -32,7 +31,6 @@ _CLASSES = {
     COMPILE: "TorchCompileModel",
     DEVICES: "MultiGPU_WorkUnits SelectModelDevice",
     TRAINING: "TrainLoraNode",
-    CONTROL: "SUPIRApply",
 }  # fmt: skip
 _BY_CLASS = {name: why for why, names in _CLASSES.items() for name in names.split()}
 # Packs name their nodes in families; the first that fits tells.
@@ -40,7 +38,7 @@ _BY_PATTERN = tuple(
     (re.compile(pattern), why)
     for pattern, why in (
         (r"(?i)ip[-_ ]?adapter(?!.*(Loader|Load)\b)|instant[-_ ]?id|pulid|faceid", IMAGE_PROMPT),
-        (r"(?i)(?<!Encode)control[-_ ]?net|^ACN_|T2I[-_ ]?Adapter|(?i:LLLite)", CONTROL),
+        (r"LLLite|^ACN_Reference", ATTENTION),
         (r"^ADE_|AnimateDiff", LAYERS),
         (r"(?i)brushnet|powerpaint", LAYERS),
         (r"LayeredDiffusion.*(Cond|Joint|Diff)", CHANNELS),
