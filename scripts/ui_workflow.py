@@ -77,10 +77,10 @@ def api_prompt(workflow: dict[str, Any], object_info: dict[str, Any]) -> dict[st
     for node in workflow["nodes"]:
         inputs: dict[str, Any] = {}
         values = iter(node["widgets_values"])
-        for name, kind, options in _inputs(object_info[node["type"]]):
-            if _is_widget(kind, options):
+        for name, kind, options in inputs_of(object_info[node["type"]]):
+            if is_widget(kind, options):
                 inputs[name] = next(values)
-                for _ in range(_extra_widgets(name, options)):
+                for _ in range(widgets_beside(name, options)):
                     next(values)
         for entry in node["inputs"]:
             if entry["link"] is not None:
@@ -92,14 +92,14 @@ def api_prompt(workflow: dict[str, Any], object_info: dict[str, Any]) -> dict[st
 def _node(node_id: int, node: dict[str, Any], info: dict[str, Any], order: int) -> dict[str, Any]:
     given = dict(node["inputs"])
     sockets, values, rows = [], [], max(1, len(info["output"]))
-    for name, kind, options in _inputs(info):
-        if _is_widget(kind, options) and name not in given:
+    for name, kind, options in inputs_of(info):
+        if is_widget(kind, options) and name not in given:
             raise ValueError(f"{node['class_type']} has no value for {name!r}: the editor would queue one")
         value = given.pop(name, None)
-        if _is_widget(kind, options):
+        if is_widget(kind, options):
             values += [value, *(["fixed"] if _has_seed_control(name, options) else [])]
             values += ["image"] if options.get("image_upload") else []
-            rows += 1 + _extra_widgets(name, options) + (TALL_TEXT_ROWS if options.get("multiline") else 0)
+            rows += 1 + widgets_beside(name, options) + (TALL_TEXT_ROWS if options.get("multiline") else 0)
         elif value is not None:
             sockets.append({"name": name, "type": kind, "link": None})
             rows += 1
@@ -121,7 +121,8 @@ def _node(node_id: int, node: dict[str, Any], info: dict[str, Any], order: int) 
     }
 
 
-def _inputs(info: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+def inputs_of(info: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    """Name, kind and options of each input of a class of nodes, in the order of the editor's widgets."""
     found = []
     for group in ("required", "optional"):
         for name in info["input_order"].get(group, []):
@@ -131,10 +132,10 @@ def _inputs(info: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
 
 
 def _names(info: dict[str, Any]) -> set[str]:
-    return {name for name, _, _ in _inputs(info)}
+    return {name for name, _, _ in inputs_of(info)}
 
 
-def _is_widget(kind: str, options: dict[str, Any]) -> bool:
+def is_widget(kind: str, options: dict[str, Any]) -> bool:
     return kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO") and not options.get("forceInput")
 
 
@@ -142,7 +143,8 @@ def _has_seed_control(name: str, options: dict[str, Any]) -> bool:
     return bool(options.get("control_after_generate")) or name in ("seed", "noise_seed")
 
 
-def _extra_widgets(name: str, options: dict[str, Any]) -> int:
+def widgets_beside(name: str, options: dict[str, Any]) -> int:
+    """How many more values the editor keeps for a widget than the API takes."""
     return _has_seed_control(name, options) + bool(options.get("image_upload"))
 
 

@@ -34,7 +34,7 @@ from torch import Tensor
 from parallel_backend import Backend, MeshSpec, RemoteModel
 from parallel_backend.errors import StartError
 from parallel_backend.small_checkpoints.clip import write_clip
-from parallel_backend.small_checkpoints.kl_vae import LdmVaeWeights, write_kl_vae
+from parallel_backend.small_checkpoints.kl_vae import write_kl_vae
 from parallel_backend.small_checkpoints.mmdit import FAMILIES, small_config, write_mmdit
 from parallel_backend.small_checkpoints.mmdit_control import STABILITY, write_control
 from parallel_backend.small_checkpoints.taesd import write_taesd
@@ -114,14 +114,11 @@ def workflow_models(models: Path) -> Path:
         parts = [("model.diffusion_model.", mmdit), ("first_stage_model.", models / "vae" / "sd3_vae.safetensors")]
         whole = {prefix + name: tensor for prefix, file in parts for name, tensor in load_file(file).items()}
         save_file(whole, models / "checkpoints" / f"sd3.5_{size}.safetensors")
-    narrow = load_file(models / "vae" / "sdxl_vae.safetensors")
-    # ComfyUI's own loader, which one workflow has, knows VAEs of the true width alone.
-    true = {name: tensor.half() for name, tensor in LdmVaeWeights(4, quant=True, width=128, seed=0).tensors.items()}
-    for name, config, vae in (("base", "koala", true), ("refiner", "comfy-refiner", narrow)):
+    vae = {f"first_stage_model.{n}": t for n, t in load_file(models / "vae" / "sdxl_vae.safetensors").items()}
+    for name, config in (("base", "koala"), ("refiner", "comfy-refiner")):
         path = models / "checkpoints" / f"sd_xl_{name}_1.0.safetensors"
-        extra = {f"first_stage_model.{n}": t for n, t in vae.items()}
         write_unet(
-            path, CONFIGS[config], "single file", prefix="model.diffusion_model.", dtype=torch.float16, extra=extra
+            path, CONFIGS[config], "single file", prefix="model.diffusion_model.", dtype=torch.float16, extra=vae
         )
     controls = models / "controlnet"
     edges = controls / "diffusers_xl_canny_full.safetensors"
