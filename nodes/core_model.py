@@ -16,22 +16,28 @@ from torch import Tensor
 from ..parallel_backend import RemoteModel
 from ..parallel_backend.checkpoint_files.diffusion_part import diffusion_entries
 from ..parallel_backend.errors import CheckpointError
+from ..parallel_backend.quantized.whole_file import WholeFile
 from .remote_network import make_remote
 
 FROM_SCRATCH, SDXL = "sd3-from-scratch", "sdxl"
-# Beside an SDXL model in its file: they tell ComfyUI what its output means.
-_OUTPUT_MARKS = ("v_pred", "ztsnr")
+# Beside an SDXL model in its file: they tell ComfyUI what its output means; those that begin with _EDM do by their values.
+_OUTPUT_MARKS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+_EDM = "edm_"
 # The layer that takes SDXL's pooled prompt and sizes, as diffusers and the tests' files call it.
 _POOLED = ("add_embedding.linear_1.weight", "class_embedding.linear_1.weight")
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def meta_state_dict(path: Path) -> dict[str, Tensor]:
-    """The diffusion model's tensors without their values: what ComfyUI recognises a model by."""
-    return {
+    """The diffusion model's tensors without their values, which ComfyUI recognises a model by; and marks beside it, with theirs."""
+    meta = {
         name: torch.empty(entry["shape"], dtype=_DTYPES.get(entry["dtype"], torch.float32), device="meta")
         for name, entry in diffusion_entries(path, _OUTPUT_MARKS).items()
     }
+    if marks := [name for name in meta if name.startswith(_EDM)]:
+        values = WholeFile(path, _EDM)
+        meta |= {name: values[name.removeprefix(_EDM)] for name in marks}
+    return meta
 
 
 def base_model(remote: RemoteModel, path: Path) -> BaseModel:
@@ -85,7 +91,8 @@ def detected(meta: dict[str, Tensor], sdxl: bool) -> tuple[Any, dict[str, Tensor
     else:
         unet_config, config, tensors = comfy.model_detection.detect_unet_config(meta, ""), None, meta
     if config is None and sdxl:
-        config = comfy.supported_models.SDXL(unet_config)
+        edits = unet_config["in_channels"] == 8
+        config = (comfy.supported_models.SDXL_instructpix2pix if edits else comfy.supported_models.SDXL)(unet_config)
     return config, tensors
 
 

@@ -14,7 +14,7 @@ from .core_model import meta_state_dict
 
 # Some tensor of each such file begins like this. ComfyUI's own detection, which reads values of some other families, comes after.
 _MARKS = ("joint_blocks.", "pos_embed.pos_embed", "label_emb.", "add_embedding.")
-NAMES = "SD3, SD3.5 and SDXL (base, refiner and kin)"
+NAMES = "SD3, SD3.5 and SDXL (base, refiner, inpainting and kin)"
 
 
 def kind_of_model(model: comfy.model_base.BaseModel) -> ModelKind | None:
@@ -22,6 +22,7 @@ def kind_of_model(model: comfy.model_base.BaseModel) -> ModelKind | None:
     kinds: dict[type, ModelKind] = {
         comfy.model_base.SD3: "mmdit",
         comfy.model_base.SDXL: "unet",
+        comfy.model_base.SDXL_instructpix2pix: "unet",
         comfy.model_base.SDXLRefiner: "unet",
     }
     return kinds.get(type(model))

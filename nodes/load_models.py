@@ -145,7 +145,7 @@ class LoadParallelUNet(io.ComfyNode):
         return loader_schema(
             "LoadParallelUNet",
             "Load Parallel UNet (SDXL)",
-            "Loads an SDXL UNet (base, refiner, turbo, lightning, SSD-1B, KOALA) into the backend, where each "
+            "Loads an SDXL UNet (base, refiner, turbo, lightning, SSD-1B, KOALA, inpainting, CosXL) into the backend, where each "
             "rank computes a band of the image. The MODEL works with KSampler, guiders and LoRA loaders as any other.",
             ["sdxl", "distrifusion"],
             "From Mesh Config; its patch ranks take a band each.",

@@ -22,6 +22,8 @@ MODULES = (
         "test_training",
         "test_quantised_comfyui",
         "test_twins",
+        "test_inpaint_comfyui",
+        "test_control_comfyui",
         "test_odd_values",
         "test_samplers_comfyui",
         "test_persistence",

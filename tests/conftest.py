@@ -98,9 +98,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def unets(models: Path) -> Path:
-    """The folder in which are unet-tiny and unet-refiner."""
+    """The folder in which are unet-tiny, unet-inpainting, unet-editing and unet-refiner."""
     folder = models / "diffusion_models"
-    for name in ("tiny", "refiner"):
+    for name in ("tiny", "inpainting", "editing", "refiner"):
         write_unet(folder / f"unet-{name}.safetensors", CONFIGS[name], "single file")
     return folder
 

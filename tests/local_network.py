@@ -1,15 +1,20 @@
-"""A model of a file in its mesh, as the engine makes it, without an engine."""
+"""A model of a file in its mesh, or a ControlNet beside one, as the engine makes it, without an engine."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from parallel_backend.distributed.mesh import Mesh
 from parallel_backend.models.checkpoint import load_parameters
+from parallel_backend.models.controls import open_control
 from parallel_backend.models.families import open_model
+from parallel_backend.models.left_over import left_over_note
 from parallel_backend.models.network import Network
+from parallel_backend.models.unet_control import BandControlNet, loadable_unet_control
+from parallel_backend.models.unet_control_checkpoint import open_unet_control
 
 CPU = torch.device("cpu")
 
@@ -20,3 +25,21 @@ def local_network(path: Path, mesh: Mesh, device: torch.device = CPU, dtype: tor
         model = opened.build(mesh, "native")
     load_parameters(model, opened.source, device=device, dtype=dtype, unread=opened.unread(model))
     return opened.network(model, mesh, "native", device, dtype)
+
+
+def local_control(path: Path, base: Network, mesh: Mesh, dtype: torch.dtype = torch.float32) -> Any:
+    opened = open_control(path, base)
+    with torch.device("meta"):
+        module = opened.build(mesh, "native")
+    load_parameters(module, opened.source, device=CPU, dtype=dtype, unread=opened.unread)
+    assert not left_over_note({*dict(module.named_parameters()), *opened.unread}, opened.source.names(), path.name)
+    return opened.network(module, mesh, "native", CPU, dtype)
+
+
+def local_unet_control(path: Path, mesh: Mesh) -> BandControlNet:
+    """Beside no model."""
+    source, config = open_unet_control(path)
+    with torch.device("meta"):
+        module = loadable_unet_control(config, mesh)
+    load_parameters(module, source, device=CPU, dtype=torch.float32)
+    return BandControlNet(module, config, mesh, "native")

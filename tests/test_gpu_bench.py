@@ -250,7 +250,7 @@ def test_every_method_gives_what_one_process_gives(
 ) -> None:
     monkeypatch.setattr(ranks, "ranks_on_one_card", lambda *_, **__: card)
     rows = told(ranks.run, tmp_path).tables[0].rows
-    assert len(rows) == 10 and [row[2] for row in rows] == ["equal"] * 10, rows
+    assert len(rows) == 15 and [row[2] for row in rows] == ["equal"] * 15, rows
 
 
 def _of_rank(value: float) -> torch.Tensor:

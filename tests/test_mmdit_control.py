@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from control_references import Inputs, control_outputs
-from local_network import CPU, local_network
+from local_network import CPU, local_control, local_network
+from quantised_files import bare_fp8
 from rank_pool import RankPool, groups
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,10 +21,11 @@ from parallel_backend.distributed.mesh import build_mesh
 from parallel_backend.distributed.stale import EXACT, Kept, StaleExchange, Step
 from parallel_backend.errors import CheckpointError, ConfigError, InputError, UnsupportedError
 from parallel_backend.models.checkpoint import load_parameters
-from parallel_backend.models.left_over import left_over_note
+from parallel_backend.models.controls import open_control
 from parallel_backend.models.mmdit import MMDiTConfig
-from parallel_backend.models.mmdit_control import TokenControlNet
-from parallel_backend.models.mmdit_control_checkpoint import is_mmdit_control, open_mmdit_control, opened_control
+from parallel_backend.models.mmdit_checkpoint import open_mmdit
+from parallel_backend.models.mmdit_control import ImageControl, TokenControlNet
+from parallel_backend.models.mmdit_control_checkpoint import check_fits, is_mmdit_control, open_mmdit_control
 from parallel_backend.small_checkpoints.mmdit import small_config, write_mmdit
 from parallel_backend.small_checkpoints.mmdit_control import (
     CONTROL_KINDS,
@@ -34,6 +36,7 @@ from parallel_backend.small_checkpoints.mmdit_control import (
     control_tensors,
     write_control,
 )
+from parallel_backend.small_checkpoints.unet import CONFIGS
 
 # The main model has 4 blocks. Blocks of the ControlNet, and how often each counts in ComfyUI.
 REPEATS = {INSTANTX: (2, [2, 1]), INPAINTING: (3, [1, 1]), STABILITY: (3, [2, 2, 0]), DOUBLE: (2, [2, 2])}
@@ -96,13 +99,8 @@ def expected(folder: Path, kind: str, size: tuple[int, int, int, int]) -> list[T
 
 @lru_cache(maxsize=2)
 def network(path: Path, base: Path, spec: MeshSpec) -> TokenControlNet:
-    mesh, opened = build_mesh(spec, groups()), opened_control(path)
-    with torch.device("meta"):
-        model = opened.build(mesh, "native")
-    unread = opened.unread(model)
-    load_parameters(model, opened.source, device=CPU, dtype=torch.float32, unread=unread)
-    assert not left_over_note({*dict(model.named_parameters()), *unread}, opened.source.names(), path.name)
-    return opened.network(model, mesh, "native", CPU, torch.float32, local_network(base, mesh).model)  # type: ignore[attr-defined]
+    mesh = build_mesh(spec, groups())
+    return local_control(path, local_network(base, mesh), mesh)
 
 
 @torch.inference_mode()
@@ -247,6 +245,17 @@ def test_what_lies_on_the_main_models_embedder_counts(
         assert torch.equal(after, answers[0][1])
 
 
+def test_a_quantised_embedder_of_the_main_model_is_the_same_on_all_stages(
+    ranks: RankPool, controls: Path, tmp_path: Path
+) -> None:
+    quantised, path = tmp_path / "fp8.safetensors", control(controls, STABILITY)
+    save_file(bare_fp8(load_file(main(controls, STABILITY))), quantised)
+    cases = [inputs(STABILITY, SIZES[1])]
+    ((_, alone),) = ranks(1, residuals_case, path, quantised, MeshSpec(), cases)
+    check(ranks(2, residuals_case, path, quantised, MeshSpec(pp=2), cases), alone)
+    assert (alone[0][0] - expected(controls, STABILITY, SIZES[1])[0]).abs().max() > 1e-3
+
+
 def test_one_hint_for_all_rows(alone: dict[str, TokenControlNet]) -> None:
     given = inputs(STABILITY, SIZES[0])
     one = given[4][:1]
@@ -256,12 +265,9 @@ def test_one_hint_for_all_rows(alone: dict[str, TokenControlNet]) -> None:
 
 def test_half_precision_stays_in_its_rounding(controls: Path) -> None:
     for kind in (INSTANTX, STABILITY):
-        opened, mesh = opened_control(control(controls, kind)), build_mesh(MeshSpec())
-        model = opened.build(mesh, "native")
-        dtype = torch.bfloat16
-        load_parameters(model, opened.source, device=CPU, dtype=dtype, unread=opened.unread(model))
-        base = local_network(main(controls, kind), mesh, dtype=dtype).model  # type: ignore[attr-defined]
-        out = first_residual(opened.network(model, mesh, "native", CPU, dtype, base), inputs(kind, SIZES[1]))
+        mesh, dtype = build_mesh(MeshSpec()), torch.bfloat16
+        base = local_network(main(controls, kind), mesh, dtype=dtype)
+        out = first_residual(local_control(control(controls, kind), base, mesh, dtype), inputs(kind, SIZES[1]))
         wanted = expected(controls, kind, SIZES[1])[0]
         assert out.dtype == dtype and (out - wanted).abs().max() <= 0.05 * wanted.abs().max()
 
@@ -293,25 +299,25 @@ def test_patches_at_different_steps_are_refused(kept: Kept, alone: dict[str, Tok
 
 
 def test_another_models_controlnet_is_refused(controls: Path) -> None:
-    mesh = build_mesh(MeshSpec())
     wide = small_config("sd3.5-large", depth=6)
     for kind in CONTROL_KINDS:
-        opened = opened_control(control(controls, kind))
-        with pytest.raises(UnsupportedError, match=r"width 256 \(the model's is 384\)"):
-            opened.check_fits(wide)
+        _, config = open_mmdit_control(control(controls, kind))
+        with pytest.raises(UnsupportedError, match=r"a.file is .* width 256 \(the model's is 384\)"):
+            check_fits(config, wide, "a.file")
         with pytest.raises(UnsupportedError, match="of another family"):
-            opened.network(opened.build(mesh, "native"), mesh, "native", CPU, torch.float32, torch.nn.Linear(1, 1))
+            check_fits(config, CONFIGS["tiny"], "a.file")
     narrow = replace(sizes(INSTANTX), context_width=64)
     with pytest.raises(UnsupportedError, match=r"context width 96 \(the model's is 64\)"):
-        opened_control(control(controls, INSTANTX)).check_fits(narrow)
+        check_fits(open_mmdit_control(control(controls, INSTANTX))[1], narrow, "a.file")
 
 
 def test_heads_spread_too_thin_are_refused(controls: Path) -> None:
     mesh = build_mesh(MeshSpec())
     thin = replace(mesh, tp=replace(mesh.tp, degree=8))
     for kind in (INSTANTX, STABILITY):
+        opened = open_control(control(controls, kind), local_network(main(controls, kind), mesh))
         with pytest.raises(ConfigError, match="spreads 4 heads too thin"):
-            opened_control(control(controls, kind)).build(thin, "native")
+            opened.build(thin, "native")
 
 
 @pytest.mark.parametrize(
@@ -354,8 +360,8 @@ def test_a_file_that_lacks_something_is_refused(kind: str, gone: str, words: str
     path = tmp_path / "part.safetensors"
     save_file(tensors, path)
     with pytest.raises(CheckpointError, match=words):
-        opened = opened_control(path)
-        load_parameters(opened.build(build_mesh(MeshSpec()), "native"), opened.source, device=CPU, dtype=torch.float32)
+        source, config = open_mmdit_control(path)
+        load_parameters(ImageControl(config, build_mesh(MeshSpec())), source, device=CPU, dtype=torch.float32)
 
 
 def test_a_controlnet_without_effect_is_refused(tmp_path: Path) -> None:
@@ -377,6 +383,19 @@ def test_the_kinds_are_told_apart(controls: Path) -> None:
     assert [c.repeats for c in configs.values()] == [(2, 1), (1, 1), (2, 2, 2), (2, 2)]
     for kind in CONTROL_KINDS:
         assert is_mmdit_control(load_file(control(controls, kind)))
+
+
+@pytest.mark.parametrize("stored", [torch.tensor([2], dtype=torch.int32), torch.tensor(2.0, dtype=torch.float16)])
+def test_what_it_follows_is_read_in_any_dtype(stored: Tensor, tmp_path: Path) -> None:
+    path = tmp_path / "depth.safetensors"
+    save_file(control_tensors(STABILITY, sizes(STABILITY)) | {"control_type": stored}, path)
+    assert open_mmdit_control(path)[1].control_type == 2
+
+
+def test_a_controlnet_is_no_main_model(controls: Path) -> None:
+    for kind in CONTROL_KINDS:
+        with pytest.raises(CheckpointError, match="is a ControlNet; an SD3 or"):
+            open_mmdit(control(controls, kind))
 
 
 def test_layer_names_are_read_too(controls: Path, alone: dict[str, TokenControlNet], tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from parallel_backend.checkpoint_files.safetensors_file import safetensors_heade
 from parallel_backend.small_checkpoints.kl_vae import LdmVaeWeights
 
 pytestmark = pytest.mark.usefixtures("default_backend")
-WHOLE, EDM, SDXL = "whole.safetensors", "edm.safetensors", "hollow_sdxl.safetensors"
+WHOLE, SDXL, LCM = "whole.safetensors", "hollow_sdxl.safetensors", "hollow_lcm.safetensors"
+EDM_INPAINTING = "hollow_edm_inpainting.safetensors"
 PICKLED = "sub/whole.ckpt"
 EVERYWHERE, STATUS = "/parallel_mmdit/everywhere", "/parallel_mmdit/status"
 # A loader's node id, and its MODEL, CLIP and VAE.
@@ -29,7 +30,7 @@ Loader = Callable[[Prompt], tuple[str, Link, Link, Link]]
 
 @pytest.fixture(scope="module")
 def checkpoints(workflow_models: Path) -> Path:
-    """An SD3.5 checkpoint of all three parts; a UNet of SDXL's, and one that only ComfyUI itself knows, without a value in them."""
+    """An SD3.5 checkpoint of all three parts; UNets of SDXL's, one of which only ComfyUI itself knows, without a value in them."""
     folder = workflow_models / "checkpoints"
     mmdit = load_file(workflow_models / "diffusion_models" / "sd3.5-medium.safetensors")
     clip = load_file(workflow_models / "text_encoders" / "clip_l.safetensors")
@@ -50,7 +51,9 @@ def checkpoints(workflow_models: Path) -> Path:
         if name.startswith("model.diffusion_model.")
     }
     write_hollow(folder / SDXL, unet)
-    write_hollow(folder / EDM, unet | {"edm_mean": [4], "edm_std": [4]})
+    write_hollow(folder / LCM, unet | {"model.diffusion_model.time_embed.cond_proj.weight": [320, 256]})
+    first = {"model.diffusion_model.input_blocks.0.0.weight": [320, 9, 3, 3]}
+    write_hollow(folder / EDM_INPAINTING, unet | first | {"edm_mean": [4], "edm_std": [4]})
     return folder
 
 
@@ -221,11 +224,13 @@ def test_the_setting_makes_unchanged_prompts_parallel_and_off_again_local(
         outcome, loader, *latents = drawn(server, load_checkpoint)
         assert_equal((latents[0], latents[1]), local)
         assert "MiB held, in float32" in outcome.texts[loader][-1]
-        classes = model_classes(server, SDXL, EDM, PICKLED)
-        assert classes == ["RemotePatcher", "ModelPatcher", "RemotePatcher", "RemotePatcher"]
+        parallel = [SDXL, EDM_INPAINTING, PICKLED]
+        classes = model_classes(server, LCM, *parallel)
+        assert classes == ["ModelPatcher", *["RemotePatcher"] * 4]
         told = server.get(STATUS)["everywhere"]
-        assert told["on"] and told["parallel"] == sorted([SDXL, "sd3.5-medium.safetensors", WHOLE, "whole.ckpt"])
-        assert "EDM form" in told["local"][EDM]
+        drawn_with = ["sd3.5-medium.safetensors", WHOLE, "whole.ckpt"]
+        assert told["on"] and told["parallel"] == sorted([*parallel[:2], *drawn_with])
+        assert "guidance embedding" in told["local"][LCM]
     finally:
         server.post(EVERYWHERE, {"on": False})
     assert model_classes(server) == ["ModelPatcher"], "the very same prompt as before: nothing of it was kept"

@@ -244,14 +244,20 @@ def changed(path: Path, **changes: Tensor | None) -> Path:
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"input_blocks.0.0.weight": torch.zeros(64, 9, 3, 3)}, UnsupportedError, "takes 9 channels: an inpainting"),
+        ({"input_blocks.0.0.weight": torch.zeros(64, 3, 3, 3)}, UnsupportedError, "takes 3 channels and gives 4"),
+        (
+            {"out.2.weight": torch.zeros(8, 64, 3, 3), "out.2.bias": torch.zeros(8)},
+            UnsupportedError,
+            "takes 4 channels and gives 8; SDXL's latents have 4",
+        ),
         ({"label_emb.0.0.weight": None}, UnsupportedError, "without micro-conditioning"),
         ({"label_emb.0.0.weight": torch.zeros(256, 1000)}, UnsupportedError, "widths 2048 and 1000"),
-        ({"edm_mean": torch.zeros(4)}, UnsupportedError, "EDM form"),
+        ({"edm_vpred.sigma_max": torch.zeros(())}, CheckpointError, "marks of EDM that can't be used: sigma_max=0.0"),
+        ({"edm_vpred.sigma_max": torch.zeros(2)}, CheckpointError, "edm_vpred.sigma_max is not one number"),
         ({"out.2.bias": None}, CheckpointError, "1 missing: conv_out.bias"),
         ({"out.2.bias": torch.zeros(5)}, CheckpointError, "out_?.*bias has shape"),
     ],
-    ids=["inpainting", "sd1", "widths", "edm", "missing", "shape"],
+    ids=["in", "out", "sd1", "widths", "edm range", "edm numbers", "missing", "shape"],
 )
 def test_files_of_other_kinds_are_refused_by_name(
     changes: dict[str, Tensor | None],

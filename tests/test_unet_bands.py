@@ -61,7 +61,13 @@ def fits(name: str, rows: int, world_size: int) -> bool:
 
 @pytest.mark.parametrize(
     ("name", "size", "world_size"),
-    [(n, s, w) for n in ("tiny", "refiner") for s in SIZES for w in (1, 2, 3, 4) if fits(n, s[1], w)],
+    [
+        (n, s, w)
+        for n in ("tiny", "inpainting", "editing", "refiner")
+        for s in (SIZES if n in ("tiny", "refiner") else SIZES[1:2])
+        for w in (1, 2, 3, 4)
+        if fits(n, s[1], w)
+    ],
     ids=str,
 )
 def test_output_equals_diffusers(

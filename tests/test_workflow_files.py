@@ -328,8 +328,10 @@ def test_a_class_that_nobody_knows_is_told_and_not_refused() -> None:
         ("svdq-int4-sdxl.safetensors", "SVDQuant"),
         ("sdxl-nf4.safetensors", ""),
         ("SDXL\\old.ckpt", ""),
-        ("cosxl.safetensors", "EDM"),
-        ("sd_xl_base_1.0_inpainting_0.1.safetensors", "more input channels"),
+        ("cosxl_edit.safetensors", ""),
+        ("playground-v2.5-1024px-aesthetic.fp16.safetensors", ""),
+        ("sd_xl_base_1.0_inpainting_0.1.safetensors", ""),
+        ("SDXL/iclight_fbc.safetensors", "changes the network's own layers"),
         ("sd3.5_medium_incl_clips_t5xxlfp8scaled.safetensors", ""),
         ("dreamshaperXL_v2-1.safetensors", ""),
         ("SDXL\\name.safetensors", ""),
@@ -443,7 +445,7 @@ def test_the_command_writes_a_copy_beside_the_file(tmp_path: Path, capsys: pytes
 def test_the_commands_status_and_last_line_say_how_many_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     contents = {
         "a": plain(),
-        "b": prompt("cosxl.safetensors"),
+        "b": prompt("svdq-int4-sdxl.safetensors"),
         "c": plain("flux1.safetensors"),
         "d": [],
     }

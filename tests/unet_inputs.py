@@ -18,6 +18,7 @@ def unet_prompt(config: UNetConfig, seed: int, tokens: int = 77, rows: int = 1) 
 def inputs(name: str, size: tuple[int, int, int], seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, rows, columns = size
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(batch, 4, rows, columns, generator=generator)
+    config = CONFIGS[name]
+    x = torch.randn(batch, config.channels + config.extra_channels, rows, columns, generator=generator)
     timesteps = torch.linspace(900, 20, batch)
-    return x, timesteps, *unet_prompt(CONFIGS[name], seed + 1, 77, batch)
+    return x, timesteps, *unet_prompt(config, seed + 1, 77, batch)

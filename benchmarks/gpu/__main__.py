@@ -35,7 +35,10 @@ SECTIONS = (
     Section("faults", _HERE + "faults", 150, 45),
 )
 # Where the ten minutes have no room left for them: run when they are named.
-BY_NAME = (Section("quantised weights", _HERE + "quantised", 40, 90),)
+BY_NAME = (
+    Section("quantised weights", _HERE + "quantised", 40, 90),
+    Section("ControlNet", _HERE + "controlnet", 30, 60),
+)
 
 
 def main() -> None:

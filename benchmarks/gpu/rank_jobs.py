@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,7 +21,16 @@ from parallel_backend.models.prediction import Predictor
 from parallel_backend.rank.engine import Engine
 from parallel_backend.rank.jobs import Job
 from parallel_backend.rpc.conditioning import Conditioning
-from parallel_backend.rpc.messages import Decode, LoadModel, LoadVAE, Request, RequestHeader, Sample
+from parallel_backend.rpc.messages import (
+    ControlUse,
+    Decode,
+    LoadControl,
+    LoadModel,
+    LoadVAE,
+    Request,
+    RequestHeader,
+    Sample,
+)
 from parallel_backend.rpc.wire import tensor_meta
 
 Prompts = tuple[Conditioning, Conditioning]
@@ -44,12 +54,29 @@ def _load(device: str, path: Path, mesh: MeshSpec) -> str:
     return loaded.model
 
 
-def sampled(device: str, path: Path, mesh: MeshSpec, latent: Tensor, prompts: Prompts, spec: SamplerSpec) -> Tensor:
-    """The latent of a job that all ranks run."""
+def sampled(
+    device: str,
+    path: Path,
+    mesh: MeshSpec,
+    latent: Tensor,
+    prompts: Prompts,
+    spec: SamplerSpec,
+    control: tuple[Path, Tensor] | None = None,
+) -> Tensor:
+    """The latent of a job that all ranks run; `control` is a ControlNet on both prompts, and its hint."""
     name = _load(device, path, mesh)
     positive, negative = prompts
-    tensors = [latent, positive.context, positive.pooled, negative.context, negative.pooled]
-    _, (out, *_) = _ask(device, Sample(name, spec, 0, positive.prompt(1, 2), negative.prompt(3, 4)), tensors)
+    tensors, controls = [latent], list[ControlUse]()
+
+    def attach(tensor: Tensor) -> int:
+        tensors.append(tensor)
+        return len(tensors) - 1
+
+    if control is not None:
+        loaded, _ = _ask(device, LoadControl(str(control[0]), content_key(control[0]), name))
+        controls = [ControlUse(loaded.model, attach(control[1]), 0.8)]
+    named = [msgspec.structs.replace(prompt.prompt(attach), controls=controls) for prompt in (positive, negative)]
+    _, (out, *_) = _ask(device, Sample(name, spec, 0, *named), tensors)
     return out.cpu()
 
 

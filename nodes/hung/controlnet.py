@@ -183,8 +183,9 @@ def take_over(conds: Mapping[str, list[dict[str, Any]]], model: Any) -> list[str
 def _members(control: ControlBase, model: Any, entry: Mapping[str, Any]) -> tuple[list[ControlBase], list[str]]:
     """A prompt's ControlNets, those that the ranks can compute as such; and why others can't be."""
     members, reasons = [], []
+    is_patched = bool(model.patches or model.hook_patches)
     for member in chain_of(control):
-        name, why = _named(member), unknown_to_ranks(member)
+        name, why = _named(member), unknown_to_ranks(member, is_patched=is_patched)
         if entry.get("cross_attn_controlnet") is not None:
             why = "it has a prompt of its own"
         if not why and (path := file_of(member)) is None:

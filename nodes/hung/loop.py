@@ -28,7 +28,7 @@ from .model_sampling import read_sampling
 _NEUTRAL: Mapping[str, Any] = {"strength": 1.0}
 _READ = ("area", "mask", "strength", "timestep_start", "timestep_end", "control", "gligen", "hooks", "default")
 _NAMED = {"control": "a ControlNet"}
-_INPUTS = {"c_crossattn", "y"}
+_INPUTS, _MAY_HAVE = {"c_crossattn", "y"}, {"c_concat"}
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,18 @@ def read_loop(
     if found or name is None or seed is None or isinstance(sampling, str):
         return found
     shapes = known_to(comfy.samplers.process_conds, latent_shapes=[latent.shape])
-    processed = comfy.samplers.process_conds(model.model, noise, conds, model.load_device, latent, mask, seed, **shapes)
+    # What goes in beside the latent is made of it, as the model sees it.
+    seen = latent.float()
+    if torch.count_nonzero(seen) > 0:
+        seen = model.model.process_latent_in(seen)
+    given = (noise.float(), conds, model.load_device, seen, mask, seed)
+    processed = comfy.samplers.process_conds(model.model, *given, **shapes)
     prompts, controls = {}, {}
     for kind, (entry,) in processed.items():
         inputs = {key: value.cond for key, value in entry["model_conds"].items()}
-        if set(inputs) != _INPUTS:
-            return [f"model inputs {', '.join(sorted(set(inputs) ^ _INPUTS))} of the {kind} conditioning"]
-        prompts[kind] = Conditioning(inputs["c_crossattn"], inputs["y"])
+        if odd := (set(inputs) - _MAY_HAVE) ^ _INPUTS:
+            return [f"model inputs {', '.join(sorted(odd))} of the {kind} conditioning"]
+        prompts[kind] = Conditioning(inputs["c_crossattn"], inputs["y"], concat=inputs.get("c_concat"))
         members = entry["control"].in_ranks if "control" in entry else []
         controls[kind] = [member.use_of_loop(latent, sigmas[0], inputs) for member in members]
     mask = None if mask is None else mask[:, :1]

@@ -22,8 +22,14 @@ _KINDS = tuple(
 _NETWORKS = ("comfy.cldm.cldm", "comfy.cldm.mmdit", "comfy.cldm.dit_embedder")
 
 
-def unknown_to_ranks(control: ControlBase) -> str:
-    """Why only ComfyUI can compute it; empty where the ranks may."""
+def unknown_to_ranks(control: ControlBase, *, is_patched: bool) -> str:
+    """Why only ComfyUI can compute it; empty where the ranks may.
+
+    Args:
+        is_patched: patches, or hooks that have some, lie on the weights of the parallel MODEL.
+    """
+    if is_patched and type(control).__name__ == "ControlLora":
+        return "it is made of the MODEL's weights, on which patches lie"
     if type(control) not in _KINDS:
         return f"{type(control).__module__}.{type(control).__qualname__} is no ControlNet that the ranks know"
     network = getattr(control, "control_model", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import msgspec
@@ -180,7 +181,7 @@ class RemoteModel(Held[LoadModel]):
         hint = self._attacher(attachments, kept=True)
 
         def prompt(conditioning: Conditioning, controls: Sequence[ControlUse]) -> Prompt:
-            named = conditioning.prompt(attach(conditioning.context, kept=True), attach(conditioning.pooled, kept=True))
+            named = conditioning.prompt(partial(attach, kept=True))
             return msgspec.structs.replace(named, controls=[use.named(hint) for use in controls])
 
         of_negative = controls if negative_controls is None else negative_controls
@@ -235,7 +236,7 @@ class RemoteModel(Held[LoadModel]):
         """One exact evaluation: the output, fp32, at the model's own input; rows spread over cfg and dp.
 
         Args:
-            x: (B, C, Y, X). timesteps: (B,), 1000 * sigma for flow models. context: (B, L, E). pooled: (B, A).
+            x: (B, C, Y, X), extra channels included. timesteps: (B,), 1000 * sigma for flow models. context: (B, L, E). pooled: (B, A).
             residuals: a ControlNet's, whole, of B rows or one for all, by `input`, `middle` and `output`, each in the order of
                 the model's blocks. They travel in the dtype in which the model computes.
             controls: ControlNets in the ranks, on all rows.
@@ -283,4 +284,5 @@ class RemoteModel(Held[LoadModel]):
 def _tensors_of(positive: Conditioning, negative: Conditioning | None) -> dict[str, Tensor]:
     named = {"positive": positive} | ({} if negative is None else {"negative": negative})
     found = {f"{name} conditioning": prompt.context for name, prompt in named.items()}
+    found |= {f"{name} concat": prompt.concat for name, prompt in named.items() if prompt.concat is not None}
     return found | {f"{name} pooled conditioning": prompt.pooled for name, prompt in named.items()}

@@ -164,7 +164,7 @@ class PatchedWeights:
         place: Place,
         later: Mapping[str, Callable[[Tensor | None], None]],
     ) -> None:
-        self._held, self._source, self._place, self._later = held, source, place, later
+        self._held, self.source, self._place, self._later = held, source, place, later
         self._lying: dict[str, tuple[Any, ...]] = {}
         self._worn: Patches | None = Patches()
 
@@ -180,15 +180,15 @@ class PatchedWeights:
         if patches == self._worn:  # as at most evaluations
             return Swap()
         self._worn = None
-        start, read = time.perf_counter(), self._source.bytes_read
+        start, read = time.perf_counter(), self.source.bytes_read
         wanted = files.by_parameter(patches, self._place)
-        for name in wanted.keys() - set(self._source.names()):
-            raise InputError(f"{self._source.path.name} has no weight {name}.", "Remove the node that patches it.")
+        for name in wanted.keys() - set(self.source.names()):
+            raise InputError(f"{self.source.path.name} has no weight {name}.", "Remove the node that patches it.")
         marks = {name: tuple(patch.mark for patch in on_it) for name, on_it in wanted.items()}
         changed = [name for name in {**self._lying, **marks} if self._lying.get(name) != marks.get(name)]
         here = [name for name in changed if name in self._held or name in self._later]
         if here:
-            self._source.check_unchanged()
+            self.source.check_unchanged()
         onto_device = cache(placing)  # its pinned buffers are made once for all weights
         for name in here:
             beat()
@@ -196,7 +196,7 @@ class PatchedWeights:
             self._lying[name] = marks.get(name, ())
         self._lying = {name: mark for name, mark in self._lying.items() if mark}
         self._worn = patches
-        return Swap(len(here), self._source.bytes_read - read, time.perf_counter() - start)
+        return Swap(len(here), self.source.bytes_read - read, time.perf_counter() - start)
 
     def _change(
         self, name: str, patches: Sequence[Patch], onto_device: Callable[[torch.device], Callable[..., Tensor]]
@@ -211,7 +211,7 @@ class PatchedWeights:
         if isinstance(parameter, QuantizedWeight):
             _lay_beside(parameter, held, patches)
             return
-        base = onto_device(parameter.device)(self._source.read(name, held.shard), parameter.dtype)
+        base = onto_device(parameter.device)(self.source.read(name, held.shard), parameter.dtype)
         if patches:
             local = base.float().reshape(base.shape[0], -1)
             for patch in patches:

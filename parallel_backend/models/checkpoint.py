@@ -92,6 +92,10 @@ class SafetensorsSource:
         self.dtype(name)
         return self._stored(name, shard)
 
+    def number(self, name: str) -> float:
+        """The value of a tensor that has one, whatever its dtype."""
+        return float(self._stored(name).reshape(()))
+
     def _stored(self, name: str, shard: Shard | None = None) -> Tensor:
         """That part of what the file has under the name, whatever it means."""
         try:

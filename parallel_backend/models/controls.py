@@ -11,8 +11,10 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 
+from ..checkpoint_files.header import entries_of
 from ..distributed.mesh import Mesh
 from .checkpoint import TensorSource
+from .control_lora import is_control_lora, open_control_lora
 from .control_use import ControlNetwork
 from .mmdit import JointBlock
 from .mmdit_control import ImageBlock, ImageControl, JointControl, TokenControlNet
@@ -31,6 +33,7 @@ class OpenedControl:
         network: (that module with its weights, mesh, kernel, device, dtype) -> what is asked. The mesh is the model's.
         repeated: the block that most of it is made of.
         unread: names in the file of tensors that a rank doesn't read when it loads.
+        is_of_weights: it is made of the model's own weights, as its file has them: patches on these are not in it.
     """
 
     source: TensorSource
@@ -38,25 +41,34 @@ class OpenedControl:
     network: Callable[[Any, Mesh, str, torch.device, torch.dtype], ControlNetwork]
     repeated: type[nn.Module]
     unread: frozenset[str] = frozenset()
+    is_of_weights: bool = False
 
 
-def open_control(path: Path, model: Network) -> OpenedControl:
+def open_control(path: Path, model: Network, weights: TensorSource) -> OpenedControl:
     """The ControlNet at `path`, for that model.
 
+    Args:
+        weights: the model's, as its file has them.
     Raises: CheckpointError: the file is not whole, or holds something else. UnsupportedError: a ControlNet of another kind, or of
         another model; the message says which.
     """
-    return _of_transformer(path, model) if isinstance(model, TokenNetwork) else _of_unet(path, model)
+    return _of_transformer(path, model) if isinstance(model, TokenNetwork) else _of_unet(path, model, weights)
 
 
-def _of_unet(path: Path, unet: Network) -> OpenedControl:
-    source, config = open_unet_control(path)
-    config.check_fits(unet.config, path.name)
+def _of_unet(path: Path, unet: Network, weights: TensorSource) -> OpenedControl:
+    source: TensorSource
+    of_weights = is_control_lora(entries_of(path))
+    if of_weights:
+        source, config = open_control_lora(path, weights, unet.config)
+    else:
+        source, config = open_unet_control(path)
+        config.check_fits(unet.config, path.name)
     return OpenedControl(
         source,
         lambda mesh, kernel: loadable_unet_control(config, mesh),
         lambda module, mesh, kernel, device, dtype: BandControlNet(module, config, mesh, kernel),
         BasicTransformerBlock,
+        is_of_weights=of_weights,
     )
 
 

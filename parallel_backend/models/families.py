@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -31,22 +31,32 @@ from .unet_checkpoint import is_unet, open_unet, unet_places
 class Kind:
     """What a family takes, and how its users are told so.
 
-    A VAE's latent becomes the model's by (latent - shift) * scale. `prediction` is what its output means. `edges`: how the names
-    of the layers begin by which latents come in and go out.
+    A VAE's latent becomes the model's by (latent - shift) * scale, numbers for all of its channels or one for each. `prediction` is
+    what its output means. `edges`: how the names of the layers begin by which latents come in and go out.
     """
 
     name: str
     axes: tuple[str, ...]
     rest: str
-    scale: float
-    shift: float
+    scale: float | tuple[float, ...]
+    shift: float | tuple[float, ...]
     prediction: str
     latent_remedy: str
     prompt_remedy: str
     edges: tuple[str, ...]
 
+    def to_model(self, latent: Tensor) -> Tensor:
+        return (latent - _by_channel(self.shift, latent)) * _by_channel(self.scale, latent)
 
-# Sources of the scales: the configurations of SD3's, FLUX's and SDXL's VAE. From-scratch models add the shift last.
+    def to_vae(self, latent: Tensor) -> Tensor:
+        return latent / _by_channel(self.scale, latent) + _by_channel(self.shift, latent)
+
+
+def _by_channel(values: float | tuple[float, ...], latent: Tensor) -> float | Tensor:
+    return latent.new_tensor(values).view(-1, 1, 1) if isinstance(values, tuple) else values
+
+
+# Sources of the scales: the configurations of SD3's, FLUX's, SDXL's and Playground 2.5's VAE. From-scratch models add the shift last.
 SD3 = Kind(
     "mmdit",
     MMDIT_AXES,
@@ -79,6 +89,12 @@ SDXL = Kind(
     "Use an SDXL latent, from EmptyLatentImage or a VAE of 4 channels.",
     "Encode the prompt with this model's text encoders: base and refiner have different ones.",
     ("conv_in.", "conv_out."),
+)
+# Its latents have a standard deviation of a half, EDM's sigma_data.
+PLAYGROUND = replace(
+    SDXL,
+    scale=tuple(0.5 / deviation for deviation in (8.4927, 5.9022, 6.5498, 5.2299)),
+    shift=(-1.6574, 1.886, -1.383, 2.5155),
 )
 
 
@@ -153,11 +169,12 @@ def _open_mmdit(path: Path, held: Held) -> OpenedModel:
 
 def _open_unet(path: Path, held: Held) -> OpenedModel:
     found, config = open_unet(path)
-    source = held(found, SDXL)
+    kind = PLAYGROUND if config.edm is not None and config.edm.prediction == "edm" else SDXL
+    source = held(found, kind)
     return OpenedModel(
         source,
         config,
-        SDXL,
+        kind,
         lambda mesh, kernel: loadable_unet(config, mesh),
         lambda model, mesh, kernel, device, dtype: BandUNet(model, config, mesh, kernel),
         BasicTransformerBlock,

@@ -42,6 +42,7 @@ class FromScratchConfig:
     pooled_width: int
     family: str = "sd3-from-scratch"
     pos_embed_size: int = 4096  # rotary positions have no table that ends
+    extra_channels = 0
 
     @property
     def head_dim(self) -> int:

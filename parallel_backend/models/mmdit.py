@@ -46,6 +46,7 @@ class MMDiTConfig:
     mlp_width: int
 
     head_dim = HEAD_DIM
+    extra_channels = 0
 
     @property
     def hidden(self) -> int:

@@ -20,7 +20,9 @@ from .opened_file import open_diffusion
 POS_EMBED = "pos_embed"
 # Of positions of sizes and of their patches that are kept; a large one takes 40 MB, and its patches as much again.
 KEPT_BYTES = 2**27
+_TEXT_QUERY = "transformer_blocks.0.attn.add_q_proj.weight"
 _OTHER_FAMILIES = (
+    ("controlnet_blocks.0.weight", "a ControlNet"),
     ("input_blocks.0.0.weight", "a UNet (SDXL or SD1/SD2)"),
     ("down_blocks.0.resnets.0.conv1.weight", "a diffusers UNet (SDXL or SD1/SD2)"),
     ("double_blocks.0.img_attn.qkv.weight", "Flux"),
@@ -39,10 +41,7 @@ def open_mmdit(path: Path) -> TensorSource:
     names = set(source.names())
     if any(name.startswith("joint_blocks.") for name in names):
         return source
-    if (
-        any(name.startswith("transformer_blocks.0.attn.add_q_proj") for name in names)
-        and "pos_embed.pos_embed" in names
-    ):
+    if {_TEXT_QUERY, "pos_embed.pos_embed"} <= names and "controlnet_blocks.0.weight" not in names:
         return RenamedSource(source, diffusers_pieces(source))
     kind = next((kind for name, kind in _OTHER_FAMILIES if name in names), "something this version doesn't know")
     raise CheckpointError(
@@ -140,18 +139,18 @@ def diffusers_pieces(source: TensorSource, control_blocks: int | None = None) ->
         control_blocks: of an SD3ControlNetModel, which has no final layer, how many blocks are wanted.
     """
     names = set(source.names())
-    depth = control_blocks or diffusers_blocks(names)
+    depth, hidden = control_blocks or diffusers_blocks(names), source.shape(_TEXT_QUERY)[0]
     pieces: dict[str, list[Piece]] = {"pos_embed": [Piece("pos_embed.pos_embed")]}
 
     def linear(ours: str, *theirs: str) -> None:
         for leaf in ("weight", "bias"):
             pieces[f"{ours}.{leaf}"] = [Piece(f"{name}.{leaf}") for name in theirs]
 
-    def swapped(ours: str, theirs: str) -> None:
-        # diffusers' AdaLayerNormContinuous stores (scale, shift), the single file (shift, scale).
+    def vectors(ours: str, theirs: str, *numbers: int) -> None:
+        # diffusers' AdaLayerNormContinuous stores (scale, shift), the single file (shift, scale): they are given as 1, 0.
+        rows = [(i * hidden, (i + 1) * hidden) for i in numbers]
         for leaf in ("weight", "bias"):
-            half = source.shape(f"{theirs}.{leaf}")[0] // 2
-            pieces[f"{ours}.{leaf}"] = [Piece(f"{theirs}.{leaf}", half, 2 * half), Piece(f"{theirs}.{leaf}", 0, half)]
+            pieces[f"{ours}.{leaf}"] = [Piece(f"{theirs}.{leaf}", *span) for span in rows]
 
     def norms(ours: str, query: str, key: str) -> None:
         if f"{query}.weight" in names:
@@ -165,7 +164,7 @@ def diffusers_pieces(source: TensorSource, control_blocks: int | None = None) ->
         linear(f"{ours}.mlp.2", f"time_text_embed.{theirs}.linear_2")
     if control_blocks is None:
         linear("final_layer.linear", "proj_out")
-        swapped("final_layer.adaLN_modulation.1", "norm_out.linear")
+        vectors("final_layer.adaLN_modulation.1", "norm_out.linear", 1, 0)
     for i in range(depth):
         theirs, x, c = f"transformer_blocks.{i}", f"joint_blocks.{i}.x_block", f"joint_blocks.{i}.context_block"
         linear(f"{x}.attn.qkv", *(f"{theirs}.attn.to_{p}" for p in "qkv"))
@@ -182,20 +181,22 @@ def diffusers_pieces(source: TensorSource, control_blocks: int | None = None) ->
             linear(f"{x}.attn2.proj", f"{theirs}.attn2.to_out.0")
         if i == depth - 1 and control_blocks is not None:
             # Nobody reads the text after it: of its six vectors, the two before the attention are enough.
-            rows = 2 * source.shape("pos_embed.proj.weight")[0]
-            for leaf in ("weight", "bias"):
-                pieces[f"{c}.adaLN_modulation.1.{leaf}"] = [Piece(f"{theirs}.norm1_context.linear.{leaf}", 0, rows)]
+            vectors(f"{c}.adaLN_modulation.1", f"{theirs}.norm1_context.linear", 0, 1)
         elif i == depth - 1:
-            swapped(f"{c}.adaLN_modulation.1", f"{theirs}.norm1_context.linear")
+            vectors(f"{c}.adaLN_modulation.1", f"{theirs}.norm1_context.linear", 1, 0)
         else:
             linear(f"{c}.adaLN_modulation.1", f"{theirs}.norm1_context.linear")
             linear(f"{c}.attn.proj", f"{theirs}.attn.to_add_out")
             linear(f"{c}.mlp.fc1", f"{theirs}.ff_context.net.0.proj")
             linear(f"{c}.mlp.fc2", f"{theirs}.ff_context.net.2")
-    used = {piece.name for parts in pieces.values() for piece in parts}
+    return _whole(source, pieces, "SD3Transformer2DModel" if control_blocks is None else "SD3ControlNetModel")
+
+
+def _whole(source: TensorSource, pieces: dict[str, list[Piece]], kind: str) -> dict[str, list[Piece]]:
+    """These, and under its own name all else that the file has. Raises: CheckpointError: it lacks one of these."""
+    used, names = {piece.name for parts in pieces.values() for piece in parts}, set(source.names())
     if absent := sorted(used - names):
-        whole = "SD3Transformer2DModel" if control_blocks is None else "SD3ControlNetModel"
-        raise CheckpointError(f"{source.path.name} is not a whole {whole}: missing {absent[:5]}.", "Download it again.")
+        raise CheckpointError(f"{source.path.name} is not a whole {kind}: missing {absent[:5]}.", "Download it again.")
     return pieces | {name: [Piece(name)] for name in names - used}
 
 

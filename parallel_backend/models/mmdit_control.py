@@ -2,7 +2,7 @@
 
 Sources: Zhang et al. 2023 (arXiv 2302.05543), on the blocks of Esser et al. 2024 (arXiv 2403.03206). Parameter names are
 ComfyUI's.
-Shapes: as in mmdit.py; S adaLN vectors, lists of (B, 1, D).
+Shapes: as in mmdit.py.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ class ControlModel(nn.Module):
 
     def vectors(self, timesteps_B: Tensor, y_BA: Tensor) -> list[list[Tensor]]:
         """The adaLN vectors of all blocks. Comm: as `modulation_vectors`."""
-        # ComfyUI rounds a ControlNet's timesteps to its dtype, other than the main model's.
-        times = timestep_frequencies(timesteps_B.to(y_BA.dtype)).to(y_BA.dtype)
+        # Not rounded to half precision first, as ComfyUI does: bf16 knows one timestep in four.
+        times = timestep_frequencies(timesteps_B).to(y_BA.dtype)
         vector = self.t_embedder(times) + self.y_embedder(y_BA)
         return modulation_vectors(list(self.modulations()), vector, self.tp)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, UnsupportedError
-from .checkpoint import Piece, RenamedSource, TensorSource
+from .checkpoint import Piece, RenamedSource, SafetensorsSource, TensorSource
 from .control_positions import CentredSines
 from .mmdit import HEAD_DIM, MMDiTConfig
 from .mmdit_checkpoint import POS_EMBED, PositionTable, diffusers_blocks, diffusers_pieces, mmdit_config
@@ -151,9 +151,16 @@ def _open_image_only(found: TensorSource, names: set[str]) -> tuple[TensorSource
     )
     # Source of the count: ComfyUI.
     repeats = (-(-heads // blocks),) * blocks
-    control_type = round(found.read(CONTROL_TYPE).item()) if CONTROL_TYPE in names else None
+    control_type = _control_type(found) if CONTROL_TYPE in names else None
     borrowed = "y_embedder" if hidden == pooled else "x_embedder"
     return source, ControlConfig(model, repeats, hint, True, borrowed, control_type)  # type: ignore[arg-type]
+
+
+def _control_type(found: TensorSource) -> int:
+    """It is stored as an integer or as a float."""
+    if isinstance(found, SafetensorsSource):
+        return round(found.number(CONTROL_TYPE))
+    return round(float(found.read(CONTROL_TYPE).reshape(())))
 
 
 def _layer_name(name: str) -> str:

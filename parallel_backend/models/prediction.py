@@ -28,17 +28,22 @@ KEPT_PROMPTS = 8
 
 @dataclass(frozen=True)
 class Prompt:
-    """Text tokens (B, L, E) and pooled prompt (B, A), in the model's dtype and on its device, and the ControlNets on it."""
+    """Text tokens (B, L, E) and pooled prompt (B, A), in the model's dtype and on its device, and the ControlNets on it.
+
+    `concat`: (B, extra channels, Y, X), which the model takes beside the latent's own, where its input doesn't have them already.
+    """
 
     context: Tensor
     pooled: Tensor
+    concat: Tensor | None = None
     controls: tuple[ControlUse, ...] = ()
 
     def share(self, axis: MeshAxis) -> Prompt:
         """That of this rank's rows."""
         rows = self.context.shape[0]
         controls = tuple(use.share(axis, rows) for use in self.controls)
-        return Prompt(shard_batch(self.context, axis), shard_batch(self.pooled, axis), controls)
+        concat = None if self.concat is None else shard_batch(self.concat, axis)
+        return Prompt(shard_batch(self.context, axis), shard_batch(self.pooled, axis), concat, controls)
 
     def is_like(self, other: Prompt) -> bool:
         """Whether one call of the model can be of both."""
@@ -48,7 +53,9 @@ class Prompt:
     def __add__(self, other: Prompt) -> Prompt:
         """Both, one after the other, for twice the rows."""
         context, pooled = (torch.cat(pair) for pair in ((self.context, other.context), (self.pooled, other.pooled)))
-        return Prompt(context, pooled, tuple(use.twice() for use in self.controls))
+        concats = [prompt.concat for prompt in (self, other) if prompt.concat is not None]
+        controls = tuple(use.twice() for use in self.controls)
+        return Prompt(context, pooled, torch.cat(concats) if concats else None, controls)
 
 
 @dataclass(frozen=True)
@@ -156,6 +163,46 @@ class Predictor:
             )
         self.network.check_size(x.shape[2], x.shape[3], text_tokens)
 
+    def check_input(self, x: Tensor, text_tokens: int) -> None:
+        """As `check_latent`, of a latent that has its extra channels already."""
+        channels, extra = self.network.config.channels, self.network.config.extra_channels
+        if x.ndim != 4:
+            self.check_latent(x, text_tokens)
+        if x.shape[1] > channels and x.shape[1] != channels + extra:
+            raise InputError(
+                f"An input of {x.shape[1]} channels came; this model takes {self._taken()}.",
+                f"{self.kind.latent_remedy} Leave out what puts others beside the latent (c_concat), or load the model for them.",
+            )
+        if extra and x.shape[1] == channels:
+            self.concat(None, x)
+        self.check_latent(x[:, :channels], text_tokens)
+
+    def concat(self, given: Tensor | None, latent: Tensor) -> Tensor | None:
+        """What goes in beside the latent: a row for each of its own, repeated where there are fewer, cut where there are more.
+
+        Raises: InputError: this model takes none, or others.
+        """
+        extra = self.network.config.extra_channels
+        if given is None and not extra:
+            return None
+        wanted = f"(batch, {extra}, {latent.shape[2]}, {latent.shape[3]})"
+        if given is None:
+            raise InputError(
+                f"Nothing came beside the latent; this model takes {self._taken()}.",
+                f"Give each Conditioning its concat of shape {wanted}: an inpainting model's mask and masked latent, an edit model's "
+                "latent. ComfyUI makes it itself.",
+            )
+        if given.ndim != 4 or given.shape[0] < 1 or given.shape[1] != extra or given.shape[2:] != latent.shape[2:]:
+            raise InputError(
+                f"A concat of shape {list(given.shape)} came beside the latent; this model takes {self._taken()}.",
+                f"Give it the shape {wanted}." if extra else "Leave it out, or load the model that it is for.",
+            )
+        return self._repeated(given, latent.shape[0]).to(self.device, self.dtype)
+
+    def _taken(self) -> str:
+        channels, extra = self.network.config.channels, self.network.config.extra_channels
+        return f"the latent's {channels} and {extra} beside them" if extra else f"the latent's {channels} alone"
+
     def prompt(self, context: Tensor, pooled: Tensor, rows: int, sizes: Sequence[float] | None = None) -> Prompt:
         """A prompt for `rows` latents: repeated where it has fewer rows, cut where it has more.
 
@@ -229,9 +276,12 @@ class Predictor:
     def _local(self, rows: Rows, step: Step) -> Tensor:
         x, prompt = rows.x, rows.prompt
         if x.shape[0] == 0:  # fewer rows than ranks of dp: all ranks of this share wait together
-            return x.float()
+            return x[:, : self.network.config.channels].float()
         own = self.network.own_residuals(rows.residuals, x.shape[2], x.shape[3])
         added, given = own.each(lambda tensor: tensor.to(self.device, self.dtype)), x.to(self.dtype)
+        latent = given[:, : self.network.config.channels]  # what lies beside it is the model's alone
         for use in prompt.controls:
-            added = added + use.residuals(given, rows.timesteps, prompt.context, prompt.pooled, step)
+            added = added + use.residuals(latent, rows.timesteps, prompt.context, prompt.pooled, step)
+        if prompt.concat is not None:
+            given = torch.cat([given, prompt.concat], dim=1)
         return self.network(given, rows.timesteps, prompt.context, prompt.pooled, step, added).float()

@@ -37,10 +37,15 @@ class Residuals:
         return (tensor for tensor in (*self.input, self.middle, *self.output) if tensor is not None)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Residuals:
-        """`change` done to every tensor."""
+        """`change` done to every tensor; to one that stands in several places, once."""
+        changed: dict[int, Tensor] = {}
 
         def done(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else change(tensor)
+            if tensor is None:
+                return None
+            if id(tensor) not in changed:
+                changed[id(tensor)] = change(tensor)
+            return changed[id(tensor)]
 
         return Residuals([done(t) for t in self.input], done(self.middle), [done(t) for t in self.output])
 

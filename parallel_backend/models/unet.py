@@ -21,6 +21,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from ..config import ContinuousSampling
 from ..distributed.collectives import all_gather, split_sizes
 from ..distributed.mesh import Mesh, MeshAxis
 from ..distributed.patch_layers import Band, CuttingConv2d, join_projections, place_band_layers
@@ -39,7 +40,11 @@ SLICED_BLOCKS = (ResnetBlock2D, BasicTransformerBlock, Downsample2D, Upsample2D)
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Sizes of one UNet, as its checkpoint's header gives them. Depths are transformer blocks, by block and layer."""
+    """Sizes of one UNet, as its checkpoint's header gives them. Depths are transformer blocks, by block and layer.
+
+    `channels` are the latent's, in and out; `extra_channels` go in beside them: an inpainting model's mask and masked latent, an
+    edit model's picture. `edm` is the sampling that the file says, where it isn't Stable Diffusion's.
+    """
 
     family: str
     channels: int
@@ -52,6 +57,8 @@ class UNetConfig:
     pooled_width: int
     v_prediction: bool = False
     zero_snr: bool = False
+    extra_channels: int = 0
+    edm: ContinuousSampling | None = None
     head_dim = HEAD_DIM
 
     @property
@@ -82,7 +89,7 @@ class UNetConfig:
         )  # unused where there is no attention
         mid = {None: None, 0: "UNetMidBlock2D"}.get(self.mid_depth, "UNetMidBlock2DCrossAttn")
         return {
-            "in_channels": self.channels,
+            "in_channels": self.channels + self.extra_channels,
             "out_channels": self.channels,
             "block_out_channels": self.block_channels,
             "layers_per_block": self.layers_per_block,
@@ -214,7 +221,7 @@ class BandUNet(InBands):
         """What the model predicts (noise, or v) at `x`.
 
         Args:
-            x_BCYX: full latent, scaled as the model takes it, in the model's dtype.
+            x_BCYX: full latent, scaled as the model takes it, and its extra channels, in the model's dtype.
             y_BA: pooled prompt and the embedded sizes.
             residuals: of this rank's band, on the device and in the model's dtype.
         Returns: (B, C, Y, X), whole on every rank.

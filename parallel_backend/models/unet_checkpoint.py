@@ -9,16 +9,23 @@ from pathlib import Path
 
 from ..checkpoint_files.diffusion_part import diffusion_prefix
 from ..checkpoint_files.header import entries_of
-from ..errors import CheckpointError, InputError, UnsupportedError
+from ..config import ContinuousSampling
+from ..errors import BackendError, CheckpointError, InputError, UnsupportedError
+from ..quantized.whole_file import WholeFile
 from .checkpoint import Piece, RenamedSource, TensorSource
 from .opened_file import open_source
 from .unet import HEAD_DIM, UNetConfig
 
+LATENT_CHANNELS = 4
 # (context width, micro-conditioning width) of the families.
 _FAMILIES = {(2048, 2816): "sdxl", (1280, 2560): "sdxl-refiner"}
 # What single files hold beside the weights: they say what the model's output means.
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
-_OTHER_OUTPUTS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+_EDM = "edm_"
+_EDM_PLAIN, _EDM_V = ("edm_mean", "edm_std"), ("edm_vpred.sigma_max", "edm_vpred.sigma_min")
+# Of Playground 2.5, whose files don't say it, and of CosXL where its file doesn't: ComfyUI's, and the models' own.
+_PLAYGROUND = ContinuousSampling("edm", "log", 0.002, 80.0, 0.5)
+_SIGMA_MAX, _SIGMA_MIN = 120.0, 0.002
 
 # What LCM's distilled UNets have more than others: a layer that takes the guidance scale.
 _GUIDANCE = ("time_embedding.cond_proj.weight", "time_embed.cond_proj.weight")
@@ -55,16 +62,37 @@ def open_unet(path: Path) -> tuple[RenamedSource, UNetConfig]:
     """
     entries = entries_of(path)
     source = open_source(path, diffusion_prefix(entries))
-    flags = {V_PREDICTION, ZERO_SNR, *_OTHER_OUTPUTS}.intersection(entries)
-    if other := flags.intersection(_OTHER_OUTPUTS):
-        raise UnsupportedError(f"{path.name} is a model in EDM form ({sorted(other)[0]}).", "Use ComfyUI's own loader.")
+    flags = {V_PREDICTION, ZERO_SNR, *_EDM_PLAIN, *_EDM_V}.intersection(entries)
     layers = layers_per_block(source)
     by_theirs = {diffusers_name(name, layers): name for name in source.names() if name not in flags}
     pieces = joined({theirs: [Piece(ours)] for theirs, ours in by_theirs.items()})
     config = unet_sizes(by_theirs, source)
-    return RenamedSource(source, pieces), replace(
-        config, v_prediction=V_PREDICTION in flags, zero_snr=ZERO_SNR in flags
-    )
+    edm = _edm_sampling(path, flags)
+    by_v = edm is None and V_PREDICTION in flags
+    config = replace(config, v_prediction=by_v, zero_snr=by_v and ZERO_SNR in flags, edm=edm)
+    return RenamedSource(source, pieces), config
+
+
+def _edm_sampling(path: Path, marks: Collection[str]) -> ContinuousSampling | None:
+    """What the file's marks say of a model that knows any sigma of a range; None where they say nothing of it.
+
+    Raises: CheckpointError: they say it in no way that can be used.
+    """
+    if all(mark in marks for mark in _EDM_PLAIN):
+        return _PLAYGROUND
+    if _EDM_V[0] not in marks:
+        return None
+    values = WholeFile(path, _EDM)
+    try:
+        high, low = (
+            float(values[mark.removeprefix(_EDM)].item()) if mark in marks else usual
+            for mark, usual in zip(_EDM_V, (_SIGMA_MAX, _SIGMA_MIN), strict=True)
+        )
+        return ContinuousSampling("v_prediction", "log", low, high)
+    except BackendError as error:
+        raise CheckpointError(f"{path.name} has marks of EDM that can't be used: {error}", "Get it again.") from error
+    except RuntimeError:  # of a tensor with more than one value
+        raise CheckpointError(f"{path.name}: {_EDM_V[0]} is not one number.", "Get it again.") from None
 
 
 def unet_places(source: RenamedSource, config: UNetConfig) -> Callable[[str], tuple[str, int]]:
@@ -141,7 +169,9 @@ def joined(pieces: dict[str, list[Piece]]) -> dict[str, list[Piece]]:
     return found
 
 
-def unet_sizes(names: dict[str, str], source: TensorSource, what: str = "UNet") -> UNetConfig:
+def unet_sizes(
+    names: dict[str, str], source: TensorSource, what: str = "UNet", *, has_output: bool = True
+) -> UNetConfig:
     """Sizes, read from names and shapes alone.
 
     Args:
@@ -168,11 +198,12 @@ def unet_sizes(names: dict[str, str], source: TensorSource, what: str = "UNet") 
         raise UnsupportedError(
             f"{source.path.name} is a {what} without micro-conditioning (SD1 or SD2).", "Choose an SDXL model."
         )
-    channels = shape("conv_in.weight")[1]
-    if channels != 4:
+    taken = shape("conv_in.weight")[1]
+    channels = shape("conv_out.weight")[0] if has_output else LATENT_CHANNELS
+    if channels != LATENT_CHANNELS or taken < channels:
         raise UnsupportedError(
-            f"{source.path.name} takes {channels} channels: an inpainting or edit model; 4 are supported.",
-            "Choose a text-to-image model; a noise mask works with every one of them.",
+            f"{source.path.name} takes {taken} channels and gives {channels}; SDXL's latents have {LATENT_CHANNELS}.",
+            "Choose an SDXL model: of text to image, inpainting or editing.",
         )
     blocks = count(r"down_blocks\.(\d+)\.")
     layers = count(r"down_blocks\.0\.resnets\.(\d+)\.")
@@ -199,6 +230,7 @@ def unet_sizes(names: dict[str, str], source: TensorSource, what: str = "UNet") 
         mid_depth=_mid_depth(names, count),
         context_width=context,
         pooled_width=pooled,
+        extra_channels=taken - channels,
     )
 
 

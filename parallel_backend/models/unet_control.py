@@ -8,7 +8,7 @@ the first block, T kinds of control image, D width of the timestep's embedding.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from diffusers import ControlNetModel
 from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
 from torch import Tensor, nn
 
-from ..distributed.mesh import Mesh
+from ..distributed.mesh import Mesh, MeshAxis
 from ..distributed.stale import Step
 from ..errors import InputError, UnsupportedError
 from .residuals import Residuals
@@ -166,8 +166,7 @@ class BandControlNet(InBands):
             control_types: kinds of this image, for a model that is told them. As in ComfyUI the image is embedded as the first.
         Raises: InputError: a control image of another size than the latent's, or a kind that the model doesn't know; on every
             rank alike, before anything is sent.
-        Comm: as the layers say. In displaced steps the UNet's evaluation must follow, which ends that of the stale tensors. Where
-            weights are sliced, every rank of the mesh must make the same calls.
+        Comm: as the layers say. In displaced steps the UNet's evaluation must follow, which ends that of the stale tensors.
         """
         self.check(prepared_BWYX, control_types, x_BCYX.shape)
         embedding_BD = self.embed_y(y_BA)
@@ -200,8 +199,9 @@ def _check_prepared(prepared_BWYX: Tensor, shape: Sequence[int]) -> None:
 
 
 def loadable_unet_control(config: UNetControlConfig, mesh: Mesh) -> Any:
-    """As `loadable_unet`, of a ControlNet."""
-    model = with_joined_projections(ControlNetModel, config, mesh)
+    """As `loadable_unet`, of a ControlNet, whose weights are never sliced: it may be on one prompt alone, and all ranks that share
+    slices have to gather them together."""
+    model = with_joined_projections(ControlNetModel, config, replace(mesh, weights=MeshAxis("weights")))
     if config.mid_depth is None:
         model.mid_block = None
     width = config.block_channels[0]

@@ -48,7 +48,7 @@ def open_unet_control(path: Path) -> tuple[RenamedSource, UNetControlConfig]:
     _refuse_others(names, path.name)
     source = open_source(path, _PREFIX if any(name.startswith(_PREFIX) for name in names) else "")
     layers = layers_per_block(source)
-    by_theirs = {_diffusers_name(name, layers): name for name in source.names()}
+    by_theirs = {control_name(name, layers): name for name in source.names()}
     pieces = joined({theirs: [Piece(ours)] for theirs, ours in by_theirs.items()})
     for leaf in ("weight", "bias"):
         if (found := by_theirs.get(_IN_PROJECTION + leaf)) is not None:
@@ -74,7 +74,8 @@ def _refuse_others(names: Collection[str], file_name: str) -> None:
         raise CheckpointError(f"{file_name} holds no ControlNet of a UNet.", "Choose an SDXL ControlNet.")
 
 
-def _diffusers_name(name: str, layers: int) -> str:
+def control_name(name: str, layers: int) -> str:
+    """diffusers' name, or that of our own module, for a tensor of either layout; `layers` is as `layers_per_block` counts them."""
     for theirs, ours in _TYPES.items():
         if name.startswith(theirs):
             return ours + name.removeprefix(theirs)
@@ -90,7 +91,12 @@ def _diffusers_name(name: str, layers: int) -> str:
 
 
 def _config(names: dict[str, str], source: TensorSource) -> UNetControlConfig:
-    sizes = unet_sizes(names, source, "ControlNet")
+    sizes = unet_sizes(names, source, "ControlNet", has_output=False)
+    if sizes.extra_channels:
+        raise UnsupportedError(
+            f"{source.path.name} takes {sizes.channels + sizes.extra_channels} channels; a latent has {sizes.channels}.",
+            "Use a ControlNet of a text-to-image model.",
+        )
     hint, tasks = names.get("controlnet_cond_embedding.conv_in.weight"), names.get("types.task_embedding")
     if hint is None:
         raise CheckpointError(f"{source.path.name} lacks the embedding of its image.", "Get the file again.")

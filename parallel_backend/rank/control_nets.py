@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..distributed.kernel_trial import choose_kernel
 from ..distributed.kernels import Use
-from ..errors import InputError, UnknownModelError
+from ..errors import InputError, UnknownModelError, UnsupportedError
 from ..models.checkpoint import bytes_held, load_parameters
 from ..models.control_use import ControlNetwork, ControlUse
 from ..models.controls import OpenedControl, open_control
@@ -61,7 +61,9 @@ class ControlNets:
         mesh, dtype, device = base.mesh, base.dtype, base.device
 
         def build() -> tuple[OpenedControl, nn.Module, str, int, list[str]]:
-            opened = open_control(self._files.checked(body.path, body.key), base.network)
+            weights = self._residents[body.model].weights
+            assert weights is not None
+            opened = open_control(self._files.checked(body.path, body.key), base.network, weights.source)
             config = base.network.config
             heads = -(-config.heads // (mesh.tp.degree * mesh.ulysses.degree))
             kernel, note = choose_kernel(body.kernel, Use(device, dtype, mesh.ring.degree > 1, heads, config.head_dim))
@@ -77,10 +79,6 @@ class ControlNets:
         evicted = self._residents.make_room(needed, path.name, "controlnet", mesh.spec, job.control)
 
         def read() -> ControlNetwork:
-            if body.model not in self._residents:
-                raise UnknownModelError(
-                    f"There is no room for {path.name} beside its model.", "Use more ranks, or fp8."
-                )
             load_parameters(
                 module, opened.source, device=device, dtype=dtype, unread=opened.unread, should_stop=job.given_up
             )
@@ -92,7 +90,7 @@ class ControlNets:
         network = job.control.agreed(read)
         name = self.name(body)
         state = ModelState(name, path.name, "controlnet", mesh.spec.describe(), str(dtype).split(".")[-1], needed)
-        self._residents[name] = Resident(network, state, 0, base=body.model)
+        self._residents[name] = Resident(network, state, 0, base=body.model, is_of_weights=opened.is_of_weights)
         return evicted, opened.source.bytes_read, notes
 
     def _tell_block(self) -> None:
@@ -106,14 +104,22 @@ class ControlNets:
         predictor: Predictor,
         x: Tensor,
         known: dict[messages.ControlUse, ControlUse],
+        *,
+        is_patched: bool,
     ) -> tuple[ControlUse, ...]:
         """Of a prompt of latents `x`, ready to be evaluated; one that two prompts share is one.
 
         Args:
             known: of this job, added to.
+            is_patched: patches lie on the model's weights.
         Raises: UnknownModelError: one isn't held (any more). InputError, UnsupportedError: it doesn't fit the latents.
         """
         for use in asked:
+            if is_patched and use.net in self._residents and self._residents[use.net].is_of_weights:
+                raise UnsupportedError(
+                    f"{self._residents[use.net].state.name} is made of the model's weights, on which patches lie now.",
+                    "Remove the LoRA, or the Control-LoRA, or use a whole ControlNet.",
+                )
             if use not in known:
                 known[use] = self._use(use, tensors, predictor, x, len(known))
         return tuple(known[use] for use in asked)

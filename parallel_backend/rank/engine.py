@@ -396,11 +396,12 @@ class Engine:
             predictor, swap = self._patched(body.model, body.patches)
             x, timesteps = tensors[body.x].to(self.device), tensors[body.timesteps].to(self.device)
             context = tensors[body.context]
-            predictor.check_latent(x, context.shape[1] if context.ndim == 3 else 0)
+            predictor.check_input(x, context.shape[1] if context.ndim == 3 else 0)
             if timesteps.shape != x.shape[:1]:
                 raise InputError(f"{list(timesteps.shape)} timesteps for {x.shape[0]} latents.", "Give one per latent.")
             prompt = predictor.prompt(context, tensors[body.pooled], x.shape[0])
-            prompt = replace(prompt, controls=self.control_nets.uses(body.controls, tensors, predictor, x, {}))
+            uses = self.control_nets.uses(body.controls, tensors, predictor, x, {}, is_patched=bool(body.patches.files))
+            prompt = replace(prompt, controls=uses)
             residuals = _residuals(body.control, tensors, x.shape[0])
             predictor.network.own_residuals(residuals, x.shape[2], x.shape[3])  # which raises what doesn't fit
             return predictor, Rows(x, timesteps, prompt, residuals), swap

@@ -28,8 +28,13 @@ class OneProcess:
 
     def sample(self, latent: Tensor, positive: Conditioning, negative: Conditioning, spec: SamplerSpec) -> Tensor:
         """As `RemoteModel.sample`, of the same settings."""
-        tensors = [latent, positive.context, positive.pooled, negative.context, negative.pooled]
-        body = Sample(self.loaded.model, spec, 0, positive.prompt(1, 2), negative.prompt(3, 4))
+        tensors = [latent]
+
+        def attach(tensor: Tensor) -> int:
+            tensors.append(tensor)
+            return len(tensors) - 1
+
+        body = Sample(self.loaded.model, spec, 0, positive.prompt(attach), negative.prompt(attach))
         _, (sampled,) = self._ask(body, tensors)
         return sampled
 

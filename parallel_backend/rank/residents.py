@@ -27,7 +27,7 @@ from .room import check_fits, fits
 class Resident:
     """A model that is held, and what is said of it; `weights` of what can be patched.
 
-    `base`: the name of the model that a ControlNet is for, with which it leaves.
+    `base`: the name of the model that a ControlNet is for, with which it leaves; `is_of_weights`: it is made of that one's.
     """
 
     model: Predictor | BandVAE | ControlNetwork
@@ -35,6 +35,7 @@ class Resident:
     channels: int
     weights: PatchedWeights | None = None
     base: str = ""
+    is_of_weights: bool = False
 
 
 class _Sizes(msgspec.Struct):
@@ -76,31 +77,38 @@ class Residents(OrderedDict[str, Resident]):
         self.give_back_memory()
         self._on_leave()
 
-    def make_room(self, needed: int, name: str, kind: str, spec: MeshSpec, control: Control) -> list[str]:
+    def make_room(
+        self, needed: int, name: str, kind: str, spec: MeshSpec, control: Control, *, beside: str = ""
+    ) -> list[str]:
         """Lets models go, oldest use first, until `needed` more bytes fit the budget and the memory of every rank.
 
+        Args:
+            beside: the model that is to stay in any case.
         Returns: those that left. Raises: ConfigError, OutOfMemoryError: they don't fit without any other; then all stay.
         """
+        stays = self[beside].state.rank_bytes if beside else 0
 
         def check(without: int) -> None:
             """Whether they would fit once so many bytes of other models are gone."""
             free = self.free_bytes() + without
             check_fits(needed, free, self._device.type, name, kind, spec, control.world_size, control.rank)
 
-        most = max(sizes.needed for sizes in self._everywhere(needed, control))
+        most = max(sizes.needed for sizes in self._everywhere(needed + stays, control))
         if self._budget and most > self._budget:
+            both = f"{name} and {self[beside].state.name} need" if beside else f"{name} needs"
             raise ConfigError(
-                f"{name} needs {most / 2**20:.0f} MiB on a rank; the budget is {self._budget / 2**20:.0f} MiB.",
+                f"{both} {most / 2**20:.0f} MiB on a rank; the budget is {self._budget / 2**20:.0f} MiB.",
                 "Raise the memory budget, use a smaller dtype, or spread the weights further with tp.",
             )
-        control.agreed(lambda: check(self.held_bytes))
+        most = max(sizes.needed for sizes in self._everywhere(needed, control))
+        control.agreed(lambda: check(self.held_bytes - stays))
         evicted: list[str] = []
-        while self:
+        while others := [other for other in self if other != beside]:
             ranks = self._everywhere(needed, control)
             short = any(not fits(rank.needed, rank.free, self._device.type) for rank in ranks)
             if not short and not (self._budget and most + max(rank.held for rank in ranks) > self._budget):
                 break
-            oldest = next(iter(self))
+            oldest = others[0]
             evicted.append(self[oldest].state.name)
             self.let_go(oldest)
         control.agreed(lambda: check(0))

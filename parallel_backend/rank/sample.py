@@ -122,7 +122,7 @@ def run_sample(
     if _sigma_count(body, tensors) == 0:
         out = tensors[body.latent].float()
     else:
-        out = (out / predictor.kind.scale + predictor.kind.shift).cpu()  # which waits for the device
+        out = predictor.kind.to_vae(out).cpu()  # which waits for the device
     costs = [
         AxisCost(axis.name, axis.traffic.sent_bytes - sent, axis.traffic.waited - waited if timed else None)
         for axis, (sent, waited) in zip(axes, before, strict=True)
@@ -147,13 +147,12 @@ def _prepare(
         latent = latent.repeat(len(body.batch_index), 1, 1, 1)
     rows = latent.shape[0]
     known: dict[ControlUse, Any] = {}
-    prompts = [
-        replace(
-            predictor.prompt(tensors[p.context], tensors[p.pooled], rows, p.sizes),
-            controls=control_nets.uses(p.controls, tensors, predictor, latent, known),
-        )
-        for p in wanted
-    ]
+    prompts = []
+    for p in wanted:
+        prompt_of_rows = predictor.prompt(tensors[p.context], tensors[p.pooled], rows, p.sizes)
+        concat = predictor.concat(None if p.concat is None else tensors[p.concat], latent)
+        controls = control_nets.uses(p.controls, tensors, predictor, latent, known, is_patched=bool(body.patches.files))
+        prompts.append(replace(prompt_of_rows, concat=concat, controls=controls))
     kept = _kept(predictor, spec, _sigma_count(body, tensors) - 1, latent.shape[2])
     pipeline = None
     if kept.token_kv is not None and known:
@@ -165,7 +164,7 @@ def _prepare(
         pipeline = Pipeline(predictor, prompts, latent.shape, kept, spec.first_displaced, job.cancelled)
     latent = latent.to(predictor.device)
     if torch.count_nonzero(latent) > 0:
-        latent = (latent - predictor.kind.shift) * predictor.kind.scale
+        latent = predictor.kind.to_model(latent)
     return SampleJob(body, job, predictor, prompts, latent, kept, pipeline, swap)
 
 
@@ -213,4 +212,6 @@ def _parameterization(predictor: Predictor, spec: SamplerSpec) -> Parameterizati
     if predictor.kind.prediction == "flow":
         return Flow(spec.shift)
     config = predictor.network.config
+    if config.edm is not None:
+        return parameterization_of(config.edm)
     return Discrete("v_prediction" if config.v_prediction else "eps", zero_snr=config.zero_snr)

@@ -95,12 +95,18 @@ class ControlUse(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Prompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`sizes`: of SDXL's micro-conditioning, where the pooled tensor doesn't hold them embedded."""
+    """`sizes`: of SDXL's micro-conditioning, where the pooled tensor doesn't hold them embedded. `concat`: see Conditioning."""
 
     context: TensorIndex
     pooled: TensorIndex
     sizes: list[float] | None = None
+    concat: TensorIndex | None = None
     controls: list[ControlUse] = []
+
+    @property
+    def tensors(self) -> list[TensorIndex]:
+        beside = [] if self.concat is None else [self.concat]
+        return [self.context, self.pooled, *beside, *(use.hint for use in self.controls)]
 
 
 class Patches(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -396,8 +402,7 @@ def tensor_indices(body: Request | Reply) -> list[TensorIndex]:
     if isinstance(body, Sample):
         prompts = [body.cond] if body.uncond is None else [body.cond, body.uncond]
         chosen = [body.latent, body.mask, body.noise, body.sigmas]
-        of_prompts = [i for p in prompts for i in (p.context, p.pooled, *(use.hint for use in p.controls))]
-        return of_prompts + [i for i in chosen if i is not None]
+        return [i for p in prompts for i in p.tensors] + [i for i in chosen if i is not None]
     if isinstance(body, Forward):
         hints = [use.hint for use in body.controls]
         return [body.x, body.timesteps, body.context, body.pooled, *body.control.indices, *hints]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,15 +19,19 @@ Layout = Literal["diffusers", "single file"]
 
 BASE = {"family": "sdxl", "channels": 4, "context_width": 2048, "pooled_width": 2816}
 REFINER = {"family": "sdxl-refiner", "channels": 4, "context_width": 1280, "pooled_width": 2560}
+TINY = UNetConfig(
+    **BASE,  # type: ignore[arg-type]
+    block_channels=(64, 128, 128),
+    layers_per_block=1,
+    down_depths=((0,), (1,), (2,)),
+    up_depths=((2, 2), (1, 1), (0, 0)),
+    mid_depth=1,
+)
 CONFIGS = {
-    "tiny": UNetConfig(
-        **BASE,  # type: ignore[arg-type]
-        block_channels=(64, 128, 128),
-        layers_per_block=1,
-        down_depths=((0,), (1,), (2,)),
-        up_depths=((2, 2), (1, 1), (0, 0)),
-        mid_depth=1,
-    ),
+    "tiny": TINY,
+    # Beside the latent go a mask and the masked latent, or the latent of the picture that is edited.
+    "inpainting": replace(TINY, extra_channels=5),
+    "editing": replace(TINY, extra_channels=4),
     # With as many layers in a block as SDXL has: a T2I-Adapter's residuals are for these places.
     "two layers": UNetConfig(
         **BASE,  # type: ignore[arg-type]

@@ -16,6 +16,9 @@ from ..models.unet import UNetConfig
 from ..models.unet_control import TYPE_FREQUENCIES, UNetControlConfig
 from .unet import Layout, single_file_name
 
+# 1 / the root mean square of SiLU of normal numbers.
+SILU_GAIN = 1.68
+
 
 def control_config(unet: UNetConfig, control_types: int = 0, **changes: Any) -> UNetControlConfig:
     """A ControlNet for that UNet, of its own encoder's depths where `changes` don't say otherwise."""
@@ -75,7 +78,9 @@ def _random(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
     if name == "task_embedding":
         return values
     if len(shape) > 1:
-        return values / shape[1:].numel() ** 0.5
+        # Of the image's embedding eight layers in a row: each makes good what the activation before it takes.
+        gain = SILU_GAIN if name.startswith("controlnet_cond_embedding.") else 1.0
+        return gain * values / shape[1:].numel() ** 0.5
     is_scale = ("norm" in name or ".ln_" in name) and name.endswith("weight")
     return float(is_scale) + 0.05 * values
 
@@ -95,3 +100,19 @@ def write_unet_control(
     tensors = {prefix + name: value.to(dtype) for name, value in unet_control_tensors(config, layout, seed).items()}
     save_file(tensors | dict(extra or {}), path, metadata={"format": "pt", "note": "random weights"})
     return path
+
+
+def control_lora_tensors(config: UNetControlConfig, rank: int = 4, seed: int = 0) -> dict[str, Tensor]:
+    """A Control-LoRA's, under the names of single files: pairs of low rank for the encoder's matrices, all that a UNet lacks whole."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {"lora_controlnet": torch.zeros(0)}
+    for name, tensor in unet_control_tensors(config, "single file", seed).items():
+        stem, _, leaf = name.rpartition(".")
+        if name.startswith(("zero_convs.", "input_hint_block.", "middle_block_out.")):
+            found[name] = tensor
+        elif leaf == "weight" and tensor.ndim > 1:
+            rows, columns, *kernel = tensor.shape
+            ones = [1] * len(kernel)
+            found[f"{stem}.up"] = 0.1 * torch.randn(rows, rank, *ones, generator=generator)
+            found[f"{stem}.down"] = 0.1 * torch.randn(rank, columns, *kernel, generator=generator)
+    return found

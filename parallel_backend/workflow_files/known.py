@@ -30,7 +30,7 @@ _ON_CONDITIONING = (
     "CLIPTextEncode CLIPTextEncodeSDXL CLIPTextEncodeSDXLRefiner CLIPTextEncodeSD3 CLIPTextEncodeControlnet ConditioningAverage "
     "ConditioningCombine ConditioningConcat ConditioningMultiply ConditioningSetArea ConditioningSetAreaPercentage "
     "ConditioningSetAreaStrength ConditioningSetMask ConditioningZeroOut ConditioningSetTimestepRange unCLIPConditioning "
-    "InpaintModelConditioning ReferenceLatent PhotoMakerEncode ConditioningSetProperties ConditioningSetPropertiesAndCombine "
+    "InpaintModelConditioning InstructPixToPixConditioning ReferenceLatent PhotoMakerEncode ConditioningSetProperties ConditioningSetPropertiesAndCombine "
     "PairConditioningSetProperties PairConditioningSetPropertiesAndCombine ConditioningSetDefaultCombine PairConditioningSetDefaultCombine "
     "PairConditioningCombine LoadConditioning DemoCaption SaveConditioning"
 )

@@ -12,7 +12,7 @@ IMAGE_PROMPT = "image prompts (IP-Adapter, InstantID, PuLID) aren't honoured on 
 ATTENTION = "patches of attention and blocks aren't honoured on a parallel MODEL yet"
 CACHE = "caches of steps live inside the model, and aren't honoured on a parallel MODEL yet"
 LAYERS = "it changes the network's own layers, and those of a parallel MODEL live in the backend"
-CHANNELS = "models with more input channels than a picture has aren't taken yet"
+CHANNELS = "it gives the model more input channels than its file has"
 COMPILE = "the weights live in the backend: set `compile` of Mesh Config instead"
 DEVICES = "it copies the weights to other GPUs; a parallel MODEL has them there already"
 TRAINING = "a parallel MODEL can't be trained"
@@ -31,7 +31,6 @@ _CLASSES = {
     COMPILE: "TorchCompileModel",
     DEVICES: "MultiGPU_WorkUnits SelectModelDevice",
     TRAINING: "TrainLoraNode",
-    CHANNELS: "InstructPixToPixConditioning",
 }  # fmt: skip
 _BY_CLASS = {name: why for why, names in _CLASSES.items() for name in names.split()}
 # Packs name their nodes in families; the first that fits tells.
@@ -54,8 +53,7 @@ _BY_FILE = tuple(
     (re.compile(pattern, re.I), why)
     for pattern, why in (
         (r"svdq|int4", "SVDQuant and int4 files aren't taken: take the fp8, GGUF or fp16 one"),
-        (r"cosxl|playground[-_.]?v?2[-_.]?5", "EDM files (CosXL, Playground 2.5) aren't taken yet"),
-        (r"in[-_]?paint|ip2p|pix2pix|ic[-_]?light", CHANNELS),
+        (r"ic[-_]?light", LAYERS),
     )
 )
 _BY_LOADER = (

@@ -1,5 +1,6 @@
 """ControlNets of every kind that core makes, on the prompts of a local MODEL and of its parallel twin, for twins.py."""
 
+import functools
 import importlib
 import os
 from pathlib import Path
@@ -15,6 +16,7 @@ import comfy.utils
 import torch
 from comfy_extras.nodes_controlnet import SetUnionControlNetType
 from comfy_extras.nodes_mahiro import Mahiro
+from patch_cases import lora_file as lora_of_weights
 from safetensors.torch import save_file
 from twins import call
 
@@ -28,7 +30,7 @@ WORLDS = {
         "sdxl, patch": ("unet-layers.safetensors", {"patch": 2}),
         "sdxl, dp": ("unet-layers.safetensors", {"dp": 2}),
         "sdxl, sliced": ("unet-layers.safetensors", {"patch": 2, "sliced": True}),
-        "koala": ("unet-koala.safetensors", {"patch": 2}),
+        "union": ("unet-320.safetensors", {"patch": 2}),
         "sd3": ("sd3-medium.safetensors", {"tp": 2}),
         "sd3.5-large, ulysses": ("sd3.5-large.safetensors", {"ulysses": 2}),
         "sd3.5-large, ring": ("sd3.5-large.safetensors", {"ring": 2}),
@@ -44,7 +46,13 @@ WORLD = int(os.environ["TWINS_WORLD"])
 MODELS = WORLDS[WORLD]
 # On meshes beside the common ones: of each kind the case that asks the most of it.
 FEW = {
-    *("file, an odd size", "two files with ranges", "file, a batch of 3 step by step", "file, on one prompt"),
+    *(
+        "file of a Control-LoRA",
+        "file, an odd size",
+        "two files with ranges",
+        "file, a batch of 3 step by step",
+        "file, on one prompt",
+    ),
     *("ControlNet, an odd size", "ControlNet, two hints for two latents", "Control-LoRA"),
     *("InstantX's file, an odd size", "file of stability", "file of stability, double"),
     *("InstantX's ControlNet, an odd size", "Stability's ControlNet, True", "Stability's ControlNet, False"),
@@ -173,7 +181,7 @@ def cases(twins):
     importlib.import_module("pack.nodes.controlnet_files").remember_files()
     for name in MODELS:
         model, found = twins.pair(name, *MODELS[name])[0], []
-        if name == "koala":
+        if name == "union":
             found = [union_cases(twins, model)]
         elif name.startswith("sdxl"):
             found = [sharded_cases(twins, model), sdxl_cases(twins, model)]
@@ -189,8 +197,18 @@ def loaded(twins, name):
     return comfy.controlnet.load_controlnet(os.path.join(twins.folder, name), model_options={"dtype": torch.float32})
 
 
+def lora_file(twins, model):
+    path = os.path.join(twins.folder, "control-lora.safetensors")
+    save_file(control_lora(model, seed=11).control_weights, path)
+    return comfy.controlnet.load_controlnet(path)
+
+
 def sharded_cases(twins, model):
     """Of files that the ranks know."""
+    lora = lora_file(twins, model)
+    used = applied(twins, model, (lora, 0.8, 0.0, 1.0, image()))
+    yield "file of a Control-LoRA", same, used
+    yield "file of a Control-LoRA on a MODEL with a LoRA", with_lora, used
     first, second = loaded(twins, "control-one.safetensors"), loaded(twins, "control-two.safetensors")
     whole = applied(twins, model, (first, 0.8, 0.0, 1.0, image()))
     yield "file", same, whole
@@ -204,10 +222,15 @@ def sharded_cases(twins, model):
     one_side = {"positive": whole["positive"]}
     yield "file, on one prompt", same, one_side
     yield "file, on one prompt step by step", mahiro, one_side
+    by_node = functools.partial(twins.by_parallel_sampler, latent={"samples": twins.latent(model)}, **whole)
+    yield "file, by Parallel Sampler", same, {"of": by_node}
+    stock = applied(twins, model, (sdxl_control(model), 0.8, 0.0, 1.0, image()))
+    by_node = functools.partial(twins.by_parallel_sampler, latent={"samples": twins.latent(model)}, **stock)
+    yield "a ControlNet without a file, by Parallel Sampler", same, {"of": by_node}
     yield "file, cfg 1", same, whole | {"cfg": 1.0}
     yield "file, heun", same, two | {"sampler": "heun", "steps": 3}
-    lora = control_lora(model)
-    mixed = applied(twins, model, (first, 0.7, 0.0, 1.0, image()), (lora, 0.5, 0.3, 1.0, image(seed=8)))
+    alone = control_lora(model)
+    mixed = applied(twins, model, (first, 0.7, 0.0, 1.0, image()), (alone, 0.5, 0.3, 1.0, image(seed=8)))
     yield "file, then a Control-LoRA", same, mixed | {"steps": 3}
     below = applied(twins, model, (sdxl_control(model), 0.7, 0.0, 1.0, image()), (first, 0.5, 0.0, 1.0, image()))
     yield "a ControlNet without a file, then a file", same, below
@@ -260,6 +283,11 @@ def sharded_sd3_cases(twins, model, name):
         used = applied(twins, model, (control, 0.7, 0.0, 0.8, image()), **VAE)
         yield f"file of {kind}", same, used | {"steps": 3}
         yield f"file of {kind}, an odd size step by step", mahiro, used | {"latent": twins.latent(model, 10, 14)}
+
+
+def with_lora(model):
+    tensors = lora_of_weights(model, "lora", seed=4)
+    return comfy.sd.load_lora_for_models(model, None, tensors, 0.7, 0.0)[0]
 
 
 def mahiro(model):

@@ -17,7 +17,7 @@ def main(comfy_folder, pack, folder, out_path, *names):
     import comfy.sd
     import comfy.supported_models
 
-    comfy.supported_models.models.append(shims.narrow_sdxl(comfy.supported_models.SDXL))
+    comfy.supported_models.models.extend(shims.narrow_sdxl(comfy.supported_models))
     spec = importlib.util.spec_from_file_location("pack", f"{pack}/__init__.py", submodule_search_locations=[pack])
     sys.modules["pack"] = importlib.util.module_from_spec(spec)
     base_weights = importlib.import_module("pack.nodes.base_weights").BaseWeights

@@ -24,7 +24,7 @@ def main(comfy_folder, model_path, cases_path, out_path):
     import comfy_extras.nodes_differential_diffusion
     import comfy_extras.nodes_model_advanced
 
-    comfy.supported_models.models.append(shims.narrow_sdxl(comfy.supported_models.SDXL))
+    comfy.supported_models.models.extend(shims.narrow_sdxl(comfy.supported_models))
     torch.set_num_threads(1)
     models, results = {}, {}
     with safe_open(cases_path, framework="pt") as file, torch.inference_mode():

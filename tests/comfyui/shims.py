@@ -33,10 +33,11 @@ def start_core(folder: str) -> None:
     import_module("utils.extra_config")
 
 
-def narrow_sdxl(of: type) -> type:
-    """Asked last: SDXL at widths that ComfyUI's loaders know no name for, which its code computes all the same."""
+def narrow_sdxl(supported_models: ModuleType) -> list[type]:
+    """Asked last: SDXL at widths that ComfyUI's loaders know no name for, which its code computes all the same; edit models first."""
     config = {"context_dim": 2048, "adm_in_channels": 2816, "use_temporal_attention": False}
-    return type("NarrowSDXL", (of,), {"unet_config": config})
+    kinds = {supported_models.SDXL_instructpix2pix: config | {"in_channels": 8}, supported_models.SDXL: config}
+    return [type(f"Narrow{kind.__name__}", (kind,), {"unet_config": known}) for kind, known in kinds.items()]
 
 
 def _declare_torchvision_ops() -> None:

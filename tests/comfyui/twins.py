@@ -34,17 +34,18 @@ class Twins:
         import comfy.sd
         import comfy.supported_models
 
-        comfy.supported_models.models.append(shims.narrow_sdxl(comfy.supported_models.SDXL))
+        comfy.supported_models.models.extend(shims.narrow_sdxl(comfy.supported_models))
         torch.set_num_threads(1)
         self.comfy, self.comfy_folder, self.folder = comfy, comfy_folder, folder
         spec = importlib.util.spec_from_file_location("pack", f"{pack}/__init__.py", submodule_search_locations=[pack])
         sys.modules["pack"] = importlib.util.module_from_spec(spec)
-        self.core_dtype, self.core_memory, self.remote_model, self.whole_loop, backends = (
+        self.core_dtype, self.core_memory, self.remote_model, self.parallel_sampler, self.whole_loop, backends = (
             importlib.import_module(f"pack.{part}")
             for part in (
                 "nodes.core_dtype",
                 "nodes.core_memory",
                 "nodes.remote_model",
+                "nodes.parallel_sampler",
                 "nodes.whole_loop",
                 "parallel_backend",
             )
@@ -118,6 +119,21 @@ class Twins:
         noise = self.comfy.sample.prepare_noise(latent, seed)
         more = {"denoise": 0.8, "seed": seed, "disable_pbar": True} | more
         return self.comfy.sample.sample(model, noise, steps, cfg, sampler, scheduler, *prompts, latent, **more)
+
+    def by_parallel_sampler(self, model, latent, positive, negative):
+        """ParallelSampler's latent, and KSampler's of a local MODEL."""
+        pair = {"positive": positive, "negative": negative, "latent_image": latent}
+        settings = {
+            "seed": 5,
+            "steps": 2,
+            "cfg": 3.0,
+            "sampler_name": "dpmpp_2m",
+            "scheduler": "karras",
+            "denoise": 0.8,
+        }
+        if not isinstance(model, self.remote_model.RemotePatcher):
+            return importlib.import_module("nodes").KSampler().sample(model, **settings, **pair)[0]["samples"]
+        return self.parallel_sampler.ParallelSampler.execute(model, **settings, **pair).result[0]["samples"]
 
 
 def call(node, *args, **inputs):

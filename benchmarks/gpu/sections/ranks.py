@@ -20,8 +20,10 @@ from parallel_backend.config import UNET_AXES, MeshSpec, SamplerSpec
 from parallel_backend.rpc.conditioning import Conditioning
 from parallel_backend.small_checkpoints.kl_vae import write_kl_vae
 from parallel_backend.small_checkpoints.mmdit import small_config, write_mmdit
+from parallel_backend.small_checkpoints.mmdit_control import STABILITY, write_control
 from parallel_backend.small_checkpoints.prompts import random_prompt, random_sdxl_prompt
 from parallel_backend.small_checkpoints.unet import CONFIGS, write_unet
+from parallel_backend.small_checkpoints.unet_control import control_config, write_unet_control
 
 from ..one_card import last_line, prepare, ranks_on_one_card
 from ..options import Options
@@ -50,13 +52,18 @@ class Files:
     mmdit: Path
     unet: Path
     vae: Path
+    unet_control: Path
+    mmdit_control: Path
 
     @classmethod
     def written(cls, folder: Path) -> Files:
+        mmdit, unet = small_config("sd3.5-medium"), CONFIGS["tiny"]
         return cls(
-            write_mmdit(folder / "mmdit.safetensors", small_config("sd3.5-medium")),
-            write_unet(folder / "unet.safetensors", CONFIGS["tiny"], "single file"),
+            write_mmdit(folder / "mmdit.safetensors", mmdit),
+            write_unet(folder / "unet.safetensors", unet, "single file"),
             write_kl_vae(folder / "vae.safetensors", latent_channels=16, quant=False),
+            write_unet_control(folder / "unet_control.safetensors", control_config(unet)),
+            write_control(folder / "mmdit_control.safetensors", STABILITY, mmdit),
         )
 
 
@@ -99,6 +106,8 @@ def cases(files: Files, options: Options, world: int) -> Iterator[Case]:
     yield make.stale("MMDiT", files.mmdit, MeshSpec(ring=world), _mmdit_inputs())
     yield make.pipefusion(MeshSpec(pp=world), world + 1)
     yield make.vae()
+    yield make.unet_control(bands)
+    yield from map(make.mmdit_control, plain)
     if options.tiny:
         return
     mixed = [mesh for mesh in MeshSpec.all_of(world) if mesh not in plain]
@@ -124,6 +133,22 @@ class Makers:
 
     def unet(self, mesh: MeshSpec) -> Case:
         return Case(f"UNet, {mesh.describe()}", partial(self._unet, mesh, *self._unet_job), self._unet_alone)
+
+    def unet_control(self, mesh: MeshSpec) -> Case:
+        rows, columns = (8 * side for side in UNET_LATENT[2:])
+        hint = torch.rand(1, 3, rows, columns, generator=torch.Generator().manual_seed(4))
+        run = partial(self._unet, control=(self.files.unet_control, hint))
+        return self._controlled("UNet", mesh, run, self._unet_job)
+
+    def mmdit_control(self, mesh: MeshSpec) -> Case:
+        hint = torch.randn(1, 16, *MMDIT_LATENT[2:], generator=torch.Generator().manual_seed(4))
+        run = partial(self._mmdit, control=(self.files.mmdit_control, hint))
+        return self._controlled("MMDiT", mesh, run, self._mmdit_job)
+
+    @staticmethod
+    def _controlled(what: str, mesh: MeshSpec, run: Callable[..., Tensor], job: tuple[Any, ...]) -> Case:
+        name = f"{what} with a ControlNet, {mesh.describe()}"
+        return Case(name, partial(run, mesh, *job), partial(run, MeshSpec(), *job))
 
     def stale(self, what: str, path: Path, mesh: MeshSpec, given: Sequence[Tensor]) -> Case:
         """Of one input again and again, what another rank had before is what it has now: displaced is then exact."""
