@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import comfy.controlnet
 import torch
+from torch import Tensor
+
+from .hung.weights import PREFIX
 
 _MARK = "parallel_mmdit_file"
 
@@ -17,16 +21,41 @@ class _Weights(dict[str, Any]):
 
 
 def remember_files() -> None:
-    """From now on, every ControlNet that core loads tells its file."""
+    """From now on, every ControlNet that core loads tells its file; one of differences is laid on a parallel MODEL's weights too."""
     load = comfy.controlnet.load_controlnet
 
     @functools.wraps(load)
-    def load_controlnet(ckpt_path: str, *args: Any, **kwargs: Any) -> Any:
-        control = load(ckpt_path, *args, **kwargs)
+    def load_controlnet(ckpt_path: str, model: Any = None, *args: Any, **kwargs: Any) -> Any:
+        control = load(ckpt_path, _with_weights(model), *args, **kwargs)
         leave_file(control, Path(ckpt_path))
         return control
 
     comfy.controlnet.load_controlnet = load_controlnet
+
+
+def _with_weights(model: Any) -> Any:
+    """A MODEL whose `model_state_dict` has weights: a parallel one's are asked for."""
+    if not hasattr(model, "patched_weights"):
+        return model
+    asked = model.clone()
+    asked.model_state_dict = lambda: _OfModel(model.patched_weights())
+    return asked
+
+
+class _OfModel(Mapping[str, Tensor]):
+    """A network's weights by their names in core's model."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self._weights = weights
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._weights[name.removeprefix(PREFIX)]
+
+    def __iter__(self) -> Iterator[str]:
+        return (PREFIX + name for name in self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
 
 
 def leave_file(control: Any, path: Path, *, in_ranks_alone: bool = False) -> None:

@@ -21,6 +21,8 @@ from parallel_backend.demo.scenes import parse
 from parallel_backend.demo.score import shows
 from parallel_backend.demo.trained import MMDIT
 from parallel_backend.small_checkpoints.kl_vae import LdmVaeWeights
+from parallel_backend.small_checkpoints.unet import CONFIGS
+from parallel_backend.small_checkpoints.unet_control import control_config, write_unet_control
 
 TWINS = sorted((WORKFLOWS / "api").glob("*.json"))
 SIZE, STEPS = 128, 3
@@ -139,6 +141,20 @@ def test_a_controlnet_draws_what_it_draws_in_stock_comfyui(
         prompt[node_id] |= {"class_type": kind, "inputs": inputs}
     stock = picture_of(editor, prompt)
     assert np.abs(stock.astype(int) - pictures(path).astype(int)).max() <= 1
+
+
+def test_a_controlnet_of_differences_is_laid_on_a_parallel_models_weights(
+    editor: ComfyServer, workflow_models: Path
+) -> None:
+    file = workflow_models / "controlnet" / "difference.safetensors"
+    mark, koala = {"difference": torch.tensor([])}, control_config(CONFIGS["koala"])
+    write_unet_control(file, koala, "single file", prefix="control_model.", dtype=torch.float16, extra=mark)
+    prompt = small(json.loads((WORKFLOWS / "api" / "sdxl_controlnet.json").read_text()))
+    loaded = {"model": ["3", 0], "control_net_name": file.name}
+    prompt["10"] |= {"class_type": "DiffControlNetLoader", "inputs": loaded}
+    ours = picture_of(editor, prompt)
+    loaded["model"] = prompt["13"]["inputs"]["model"] = ["2", 0]
+    assert np.abs(picture_of(editor, prompt).astype(int) - ours.astype(int)).max() <= 1
 
 
 @pytest.mark.parametrize("name", ["sd35", "demo", "demo_sdxl"])

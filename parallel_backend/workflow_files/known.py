@@ -37,7 +37,7 @@ _ON_CONDITIONING = (
 # Their residuals go to the ranks, or the ranks compute them; of packs too.
 _CONTROLNETS = (
     "ControlNetApply ControlNetApplyAdvanced ControlNetApplySD3 ControlNetInpaintingAliMamaApply SetUnionControlNetType ControlNetLoader "
-    "LoadParallelControlNet ACN_AdvancedControlNetApply ACN_AdvancedControlNetApply_v2 ACN_AdvancedControlNetApplySingle "
+    "DiffControlNetLoader LoadParallelControlNet ACN_AdvancedControlNetApply ACN_AdvancedControlNetApply_v2 ACN_AdvancedControlNetApplySingle "
     "ACN_AdvancedControlNetApplySingle_v2 ControlNetLoaderAdvanced ACN_ControlNetLoaderAdvanced ACN_ControlNet++LoaderSingle "
     "ACN_ControlNet++LoaderAdvanced ApplyInstantIDControlNet"
 )
