@@ -139,8 +139,8 @@ class RemotePatcher(WeightsElsewhere):
         Raises: CheckpointError, UnsupportedError: they know no such ControlNet, or none for this model.
         """
         backend = self.remote.backend
-        room = make_room(backend, path.stat().st_size, path.name)
-        if room:
+        held_as = f"{backend.key(path)}/control/{self.remote.name}"
+        if room := make_room(backend, path.stat().st_size, held_as):
             say(room, log=True)
         return interruptible(backend, backend.load_control, path, self.remote, name_elsewhere(path))
 

@@ -19,6 +19,9 @@ from .hung.layers import AsMade
 from .hung.refusal import ELSEWHERE, RELOAD, refuse
 from .node_text import say
 
+# Core hands a ControlNet's own prompt to the network as well, which takes no notice of it.
+_OF_CONTROLNETS = "crossattn_controlnet"
+
 
 class RemoteNetwork(torch.nn.Module):
     """What a network of ComfyUI's becomes: an evaluation of it is a request, and its layers compute nothing."""
@@ -88,7 +91,8 @@ def step_of(options: dict[str, Any]) -> tuple[int, int]:
 
 def _unsendable(options: dict[str, Any], kwargs: dict[str, Any]) -> Iterator[str]:
     yield from transformer_patches(options)
-    yield from (f"the model argument {name!r}" for name, value in kwargs.items() if value is not None)
+    given = (name for name, value in kwargs.items() if value is not None and name != _OF_CONTROLNETS)
+    yield from (f"the model argument {name!r}" for name in given)
 
 
 def make_remote(network: torch.nn.Module, remote: RemoteModel, dtype: torch.dtype) -> None:

@@ -28,7 +28,9 @@ def local_network(path: Path, mesh: Mesh, device: torch.device = CPU, dtype: tor
 
 
 def local_control(path: Path, base: Network, mesh: Mesh, dtype: torch.dtype = torch.float32) -> Any:
-    opened = open_control(path, base)
+    """No Control-LoRA, which alone asks for the base's weights."""
+    weights: Any = None
+    opened = open_control(path, base, weights)
     with torch.device("meta"):
         module = opened.build(mesh, "native")
     load_parameters(module, opened.source, device=CPU, dtype=dtype, unread=opened.unread)

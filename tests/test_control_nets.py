@@ -23,7 +23,7 @@ from parallel_backend import (
     WeightPatches,
 )
 from parallel_backend.checkpoint_files.patch_file import LowRank
-from parallel_backend.errors import CheckpointError, InputError, UnsupportedError
+from parallel_backend.errors import CheckpointError, ConfigError, InputError, UnsupportedError
 from parallel_backend.small_checkpoints.mmdit import small_config
 from parallel_backend.small_checkpoints.mmdit_control import INSTANTX, STABILITY, write_control
 from parallel_backend.small_checkpoints.unet import CONFIGS
@@ -199,6 +199,28 @@ def test_control_loras_that_can_not_be_are_named(
     with pytest.raises(UnsupportedError, match="holds quantised"):
         backend2.load_control(control_lora, in_fp8)
     assert drawn(model, *uses(net)).isfinite().all()
+
+
+def test_controlnets_without_room_are_named_once_and_their_model_stays(
+    runtime_folder: Path, unet_file: Path, control_file: Path, tmp_path: Path
+) -> None:
+    sizes = [sum(tensor.nbytes for tensor in load_file(path).values()) for path in (unet_file, control_file)]
+    second = Path(shutil.copy(control_file, tmp_path / "second.safetensors"))
+    for share, named in (
+        (1.5, "There is no room for"),
+        (0.5, r"control-tiny\.safetensors and unet-tiny\.safetensors need"),
+    ):
+        budget = sizes[0] + round(share * sizes[1])
+        backend = Backend.attach_or_start(1, "cpu", "narrow", memory_budget=budget, idle_seconds=300)
+        try:
+            model = backend.load_model(unet_file, MeshSpec(), "float32")
+            with pytest.raises(ConfigError, match=named):
+                nets = [backend.load_control(path, model) for path in (control_file, second)]
+                drawn(model, *(ControlUse(net, pixels()) for net in nets))
+            assert model.name in [state.model for state in backend.status().models]
+            assert drawn(model).isfinite().all()
+        finally:
+            backend.stop()
 
 
 WRONG = [

@@ -17,6 +17,7 @@ from parallel_backend.distributed.attention import ParallelAttention
 from parallel_backend.distributed.control import Control
 from parallel_backend.distributed.mesh import MeshAxis, build_mesh
 from parallel_backend.errors import BackendError, InputError, RankError
+from parallel_backend.rpc.wire import MAX_TENSORS
 
 
 def world_axis() -> MeshAxis:
@@ -68,6 +69,8 @@ def test_halo_is_the_neighbours_rows_and_zeros_outside(
 
 def control_case() -> list[object]:
     control = Control()
+    most = [memoryview(bytearray([number])) for number in range(1 + MAX_TENSORS)] if control.rank == 0 else None
+    assert [frame[0] for frame in control.hand_on(most)] == list(range(1 + MAX_TENSORS))
     frames = [memoryview(bytearray(b"header")), memoryview(bytearray(range(200)))] if control.rank == 0 else None
     handed = [bytes(frame) for frame in control.hand_on(frames)]
     said = []

@@ -287,8 +287,14 @@ def test_wrong_hints_are_refused_with_their_values(alone: dict[str, TokenControl
     with pytest.raises(InputError, match="3 hints for 2 images"):
         first_residual(alone[STABILITY], given, hint=torch.zeros(3, 16, 16, 16))
     large = torch.zeros(1, 16, 16, 40)
-    with pytest.raises(InputError, match="larger than this model's position table"):
+    with pytest.raises(InputError, match="larger than the ControlNet's position table"):
         first_residual(alone[INSTANTX], inputs(INSTANTX, SIZES[1]), x=large, hint=large)
+
+
+def test_a_latent_beyond_its_positions_is_refused_before_any_rank_computes(alone: dict[str, TokenControlNet]) -> None:
+    net = alone[INSTANTX]
+    with pytest.raises(InputError, match="larger than the ControlNet's position table"):
+        net.check(net.prepare(torch.zeros(1, 16, 16, 400)), (), (1, 16, 16, 400))
 
 
 @pytest.mark.parametrize("kept", [Kept(token_kv={}), Kept(token_kv={}, num_patches=4)])
@@ -313,9 +319,10 @@ def test_another_models_controlnet_is_refused(controls: Path) -> None:
 
 def test_heads_spread_too_thin_are_refused(controls: Path) -> None:
     mesh = build_mesh(MeshSpec())
+    no_weights: Any = None
     thin = replace(mesh, tp=replace(mesh.tp, degree=8))
     for kind in (INSTANTX, STABILITY):
-        opened = open_control(control(controls, kind), local_network(main(controls, kind), mesh))
+        opened = open_control(control(controls, kind), local_network(main(controls, kind), mesh), no_weights)
         with pytest.raises(ConfigError, match="spreads 4 heads too thin"):
             opened.build(thin, "native")
 

@@ -16,7 +16,7 @@ import torch
 from comfy.controlnet import ControlBase
 from torch import Tensor
 
-from ...parallel_backend.errors import CheckpointError, UnsupportedError
+from ...parallel_backend.errors import CheckpointError, ConfigError, OutOfMemoryError, UnsupportedError
 from ..controlnet_files import file_of, is_for_ranks_alone
 from .sharded_control import ShardedControl, unknown_to_ranks
 
@@ -164,36 +164,41 @@ def take_over(conds: Mapping[str, list[dict[str, Any]]], model: Any) -> list[str
         model: the RemotePatcher.
     Returns: which ControlNets ComfyUI computes, and why.
     """
-    chains: dict[int, ControlChain] = {}
+    chains: dict[tuple[int, bool], ControlChain] = {}
     local: dict[str, None] = {}
     for entry in (entry for entries in conds.values() for entry in entries):
         control = entry.get("control")
         if not isinstance(control, ControlBase) or isinstance(control, ControlChain):
             continue
-        if id(control) not in chains:
-            members, reasons = _members(control, model, entry)
+        has_prompt = entry.get("cross_attn_controlnet") is not None
+        if (key := (id(control), has_prompt)) not in chains:
+            members, reasons = _members(control, model, has_prompt=has_prompt)
             local |= dict.fromkeys(reasons)
-            chains[id(control)] = ControlChain(members, model.patched_weights)
-        chain = chains[id(control)]
+            chains[key] = ControlChain(members, model.patched_weights)
+        chain = chains[key]
         if any(isinstance(member, (ShardedControl, *_READERS)) for member in chain.members):
             entry["control"] = chain
     return list(local)
 
 
-def _members(control: ControlBase, model: Any, entry: Mapping[str, Any]) -> tuple[list[ControlBase], list[str]]:
-    """A prompt's ControlNets, those that the ranks can compute as such; and why others can't be."""
+def _members(control: ControlBase, model: Any, *, has_prompt: bool) -> tuple[list[ControlBase], list[str]]:
+    """A prompt's ControlNets, those that the ranks can compute as such; and why others can't be.
+
+    Args:
+        has_prompt: they have a prompt of their own, beside the model's.
+    """
     members, reasons = [], []
     is_patched = bool(model.patches or model.hook_patches)
     for member in chain_of(control):
         name, why = _named(member), unknown_to_ranks(member, is_patched=is_patched)
-        if entry.get("cross_attn_controlnet") is not None:
+        if has_prompt:
             why = "it has a prompt of its own"
         if not why and (path := file_of(member)) is None:
             why = "its file is not known: another loader than core's has loaded it"
         if not why:
             try:
                 member = ShardedControl(member, model.control_net(path))
-            except (UnsupportedError, CheckpointError) as error:
+            except (UnsupportedError, CheckpointError, ConfigError, OutOfMemoryError) as error:
                 why = error.message
         if why and is_for_ranks_alone(member):
             raise UnsupportedError(

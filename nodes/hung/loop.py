@@ -91,7 +91,7 @@ def read_loop(
     if torch.count_nonzero(seen) > 0:
         seen = model.model.process_latent_in(seen)
     given = (noise.float(), conds, model.load_device, seen, mask, seed)
-    processed = comfy.samplers.process_conds(model.model, *given, **shapes)
+    processed = comfy.samplers.process_conds(_AsPatched(model), *given, **shapes)
     prompts, controls = {}, {}
     for kind, (entry,) in processed.items():
         inputs = {key: value.cond for key, value in entry["model_conds"].items()}
@@ -103,6 +103,16 @@ def read_loop(
     mask = None if mask is None else mask[:, :1]
     named = (sigmas, name, float(guider.cfg), seed)
     return Loop(latent, noise, *named, prompts["positive"], prompts.get("negative"), mask, sampling, settings, controls)
+
+
+class _AsPatched:
+    """The model as it will be while it samples, when core has put a MODEL's own model sampling in its place: ranges are by that."""
+
+    def __init__(self, model: Any) -> None:
+        self._model, self.model_sampling = model.model, model.get_model_object("model_sampling")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
 
 def sampler_name(sampler: Any) -> str | None:

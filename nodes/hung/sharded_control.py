@@ -35,6 +35,9 @@ def unknown_to_ranks(control: ControlBase, *, is_patched: bool) -> str:
     network = getattr(control, "control_model", None)
     if network is not None and type(network).__module__ not in _NETWORKS:
         return f"its network is {type(network).__module__}.{type(network).__qualname__}"
+    wrapped = getattr(control, "control_model_wrapped", None)
+    if any(getattr(wrapped, held, None) for held in ("patches", "object_patches", "hook_patches")):
+        return "its own weights are patched"
     if control.global_average_pooling:
         return "it pools its residuals over the picture"
     kinds = getattr(comfy.controlnet, "StrengthType", None)

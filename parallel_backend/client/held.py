@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from ..errors import BackendLostError, NotFiniteError, StartError, UnknownModelError
+from ..errors import BackendLostError, ConfigError, NotFiniteError, StartError, UnknownModelError
 from ..rpc.messages import LoadControl, Loaded, LoadModel, LoadVAE, Request, Result, Unload
 from .connection import Connection, OnEvent
 from .not_finite import NotFinite
@@ -98,6 +98,7 @@ class Held(Generic[Load]):
                         raise
                     for held in needed:
                         held.ensure_loaded(should_cancel)
+                        _check_together(held, needed)
             assert isinstance(reply, Result)
             self.last = reply
             return tensors
@@ -108,3 +109,13 @@ class Held(Generic[Load]):
             raise NotFiniteError(found.message, found.remedy)
         self.note = f"{found.message} {found.remedy}"
         log.warning("%s", self.note)
+
+
+def _check_together(loaded: Held[Any], needed: Sequence[Held[Any]]) -> None:
+    """Raises: ConfigError: one that a request needs had to leave for another one that it needs."""
+    gone = [held.file for held in needed if held is not loaded and held.file in loaded.loaded.evicted]
+    if gone:
+        raise ConfigError(
+            f"There is no room for {loaded.file} beside {', '.join(gone)}, and all are needed at once.",
+            "Use fewer ControlNets, hold the model in fp8, use more ranks, or raise the memory budget.",
+        )

@@ -25,7 +25,8 @@ log = logging.getLogger("parallel_backend")
 T = TypeVar("T")
 Note = TypeVar("Note", bound=msgspec.Struct)
 
-_MAX_FRAMES = 32
+# A message's header, and as many tensors as one may have: see rpc/wire.py.
+_MAX_FRAMES = 1 + 100
 _SIZES_BYTES = 8 * (_MAX_FRAMES + 1)
 _ENVELOPE_BYTES = 32 * 1024
 _ALIGNED = 16

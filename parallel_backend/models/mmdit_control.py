@@ -245,8 +245,7 @@ class TokenControlNet:
                 "ControlNets in the ranks can't run on patches of an image that are at different steps.",
                 "Use ring in place of pp in Mesh Config, or turn displaced off.",
             )
-        sizes = self.base.config if self.config.image_only else self.config.model
-        tokens = tokens_for(sizes, self.mesh, x_BCYX.shape[2], x_BCYX.shape[3], context_BLE.shape[1])
+        tokens = tokens_for(self._token_sizes, self.mesh, x_BCYX.shape[2], x_BCYX.shape[3], context_BLE.shape[1])
         x, hint = (tokens.take_image(patchify(t, patch)) for t in (whole, prepared_BCYX))
         x = self._embedded(x)
         if self.positions is not None:
@@ -260,7 +259,13 @@ class TokenControlNet:
 
     def check(self, prepared_BCYX: Tensor, control_types: Sequence[int], shape: Sequence[int]) -> None:
         """Raises: InputError: a hint that latents of that shape can't be computed with."""
-        patch = self.config.model.patch_size
+        patch, sizes = self.config.model.patch_size, self._token_sizes
+        limit = sizes.pos_embed_size
+        if max(shape[2:]) > limit * patch:
+            raise InputError(
+                f"{shape[2] * 8}x{shape[3] * 8} pixels is larger than the ControlNet's position table.",
+                f"Use sides of at most {limit * patch * 8} pixels with it.",
+            )
         if [-(-side // patch) * patch for side in shape[2:]] != list(prepared_BCYX.shape[2:]):
             raise InputError(
                 f"The ControlNet's hint is a latent of {prepared_BCYX.shape[3]}x{prepared_BCYX.shape[2]} cells, "
@@ -272,6 +277,11 @@ class TokenControlNet:
                 f"The ControlNet has {prepared_BCYX.shape[0]} hints for {shape[0]} images.",
                 "Give one for all, or each one.",
             )
+
+    @property
+    def _token_sizes(self) -> MMDiTConfig:
+        """Of those whose positions it has: its own, or, computed for any size, the main model's."""
+        return self.base.config if self.config.image_only else self.config.model
 
     def _pooled(self, y_BA: Tensor) -> Tensor:
         if self.config.borrowed != "y_embedder":

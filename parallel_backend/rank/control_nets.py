@@ -75,8 +75,7 @@ class ControlNets:
 
         opened, module, kernel, needed, notes = job.control.agreed(build)
         path = opened.source.path
-        self._residents.move_to_end(body.model)  # what it is for leaves last
-        evicted = self._residents.make_room(needed, path.name, "controlnet", mesh.spec, job.control)
+        evicted = self._residents.make_room(needed, path.name, "controlnet", mesh.spec, job.control, beside=body.model)
 
         def read() -> ControlNetwork:
             load_parameters(
@@ -114,6 +113,8 @@ class ControlNets:
             is_patched: patches lie on the model's weights.
         Raises: UnknownModelError: one isn't held (any more). InputError, UnsupportedError: it doesn't fit the latents.
         """
+        if len(set(asked)) < len(asked):
+            raise InputError("A ControlNet is named twice with one hint and strength.", "Name it once, with their sum.")
         for use in asked:
             if is_patched and use.net in self._residents and self._residents[use.net].is_of_weights:
                 raise UnsupportedError(
@@ -147,10 +148,18 @@ class ControlNets:
         network.check(prepared, use.types, x.shape)
         return ControlUse(network, prepared, use.strength, start, end, use.types, number)
 
+    def _is_used(self, key: tuple[object, ...], kept: _Hint) -> bool:
+        return kept.given() is not None and key[1] in self._residents
+
+    def forget(self) -> None:
+        """Hints of ControlNets that have left."""
+        self._hints.clear()
+
     def _prepared(
         self, use: messages.ControlUse, hint: Tensor, network: ControlNetwork, predictor: Predictor
     ) -> Tensor:
         """Once for a hint that is kept: a sampling step by step asks with it at every evaluation."""
+        self._hints = OrderedDict((key, kept) for key, kept in self._hints.items() if self._is_used(key, kept))
         key = (id(hint), use.net)
         found = self._hints.pop(key, None)
         if found is None or found.given() is not hint:

@@ -357,6 +357,8 @@ class Engine:
         )
 
     def _unload(self, body: Unload, _: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
+        self.control_nets.forget()
+        self.shared_tensors.forget()
         self.residents.let_go(*(body.models or list(self.residents)))
         if not body.models:
             self.kept_tensors.clear()
@@ -364,6 +366,7 @@ class Engine:
 
     def _forget(self, body: Forget, _: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         self.kept_tensors.forget(body.keys)
+        self.shared_tensors.forget()
         return Done(), []
 
     # -- computing ----------------------------------------------------------------------------------------------

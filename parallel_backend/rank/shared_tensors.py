@@ -35,6 +35,10 @@ class SharedTensors:
             tensor if meta.shared is None else self._mapped(meta) for meta, tensor in zip(metas, tensors, strict=True)
         ]
 
+    def forget(self) -> None:
+        """The file is let go of: its client may be gone, and its memory is held as long as it is mapped."""
+        self._map = None
+
     def _mapped(self, meta: TensorMeta) -> Tensor:
         assert meta.shared is not None
         dtype, count, start = dtype_named(meta), prod(meta.shape), meta.shared.start

@@ -13,6 +13,7 @@ import comfy.latent_formats
 import comfy.ops
 import comfy.t2i_adapter.adapter
 import comfy.utils
+import comfy_extras.nodes_model_advanced as advanced
 import torch
 from comfy_extras.nodes_controlnet import SetUnionControlNetType
 from comfy_extras.nodes_mahiro import Mahiro
@@ -54,7 +55,12 @@ FEW = {
         "file, on one prompt",
     ),
     *("ControlNet, an odd size", "ControlNet, two hints for two latents", "Control-LoRA"),
-    *("InstantX's file, an odd size", "file of stability", "file of stability, double"),
+    *(
+        "InstantX's file, a range by the MODEL's own shift",
+        "InstantX's file, an odd size",
+        "file of stability",
+        "file of stability, double",
+    ),
     *("InstantX's ControlNet, an odd size", "Stability's ControlNet, True", "Stability's ControlNet, False"),
 }
 CPU = torch.device("cpu")
@@ -276,6 +282,10 @@ def sharded_sd3_cases(twins, model, name):
     )
     yield "InstantX's file", same, whole
     yield "InstantX's file, an odd size", same, whole | {"latent": twins.latent(model, 11, 7)}
+    half = applied(
+        twins, model, (loaded(twins, f"control-{family}-instantx.safetensors"), 0.8, 0.0, 0.5, image()), **VAE
+    )
+    yield "InstantX's file, a range by the MODEL's own shift", shifted, half | {"steps": 4, "denoise": 1.0}
     if family == "sd3":
         return
     for kind in ("stability", "stability, double"):
@@ -283,6 +293,10 @@ def sharded_sd3_cases(twins, model, name):
         used = applied(twins, model, (control, 0.7, 0.0, 0.8, image()), **VAE)
         yield f"file of {kind}", same, used | {"steps": 3}
         yield f"file of {kind}, an odd size step by step", mahiro, used | {"latent": twins.latent(model, 10, 14)}
+
+
+def shifted(model):
+    return call(advanced.ModelSamplingSD3, model, 12.0)
 
 
 def with_lora(model):
