@@ -202,7 +202,7 @@ def _members(control: ControlBase, model: Any, *, has_prompt: bool) -> tuple[lis
                 why = error.message
         if why and is_for_ranks_alone(member):
             raise UnsupportedError(
-                f"The ranks can't compute {name}: {why}.",
+                f"The ranks can't compute {name}: {why.rstrip('.')}.",
                 "Load it with ComfyUI's Load ControlNet Model, which computes it itself.",
             )
         if why:

@@ -228,6 +228,9 @@ def sharded_cases(twins, model):
     one_side = {"positive": whole["positive"]}
     yield "file, on one prompt", same, one_side
     yield "file, on one prompt step by step", mahiro, one_side
+    of_its_own = {"cross_attn_controlnet": twins.prompt(model, 5)[0][0]}
+    prompted = applied(twins, model, (first, 0.8, 0.0, 1.0, image()), positive=twins.prompt(model, 1, **of_its_own))
+    yield "file, then a prompt of its own", same, prompted
     by_node = functools.partial(twins.by_parallel_sampler, latent={"samples": twins.latent(model)}, **whole)
     yield "file, by Parallel Sampler", same, {"of": by_node}
     stock = applied(twins, model, (sdxl_control(model), 0.8, 0.0, 1.0, image()))
