@@ -27,7 +27,7 @@ def files(models: Path) -> Path:
     folder = models / "diffusion_models"
     write_unet(folder / "unet-layers.safetensors", CONFIGS["two layers"], "single file")
     # Core knows unions of this width alone.
-    wide = {"block_channels": (320, 320), "down_depths": ((0,), (1,)), "up_depths": ((1, 1), (0, 0))}
+    wide = {"block_channels": (320,), "down_depths": ((1,),), "up_depths": ((1, 1),)}
     write_unet(folder / "unet-320.safetensors", replace(CONFIGS["tiny"], **wide), "single file")
     config = control_config(CONFIGS["two layers"])
     write_unet_control(folder / "control-one.safetensors", config, "single file", seed=1)
