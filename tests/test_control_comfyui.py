@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from comfyui.installation import HERE, ComfyInstallation
+from comfyui.installation import ComfyInstallation
+from comfyui.twin_run import run_twins
 
 from parallel_backend import Backend
 from parallel_backend.small_checkpoints.mmdit import small_config
@@ -40,19 +38,8 @@ def files(models: Path) -> Path:
 
 
 def run(comfy: ComfyInstallation, backend: Backend, files: Path) -> Outcomes:
-    command = [comfy.python, HERE / "twins.py", comfy.folder, HERE.parents[1], backend.spec.name, files]
-    done = subprocess.run(
-        list(map(str, [*command, "control_cases"])),
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-        env=os.environ | {"PYTHONPATH": str(HERE), "TWINS_WORLD": str(backend.world_size)},
-    )
-    backend.unload()
-    (files / f"times{backend.world_size}.txt").write_text(done.stderr)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    world = str(backend.world_size)
+    found = run_twins(comfy, backend, files, "control_cases", seconds=400, TWINS_WORLD=world)
     return {f"{model}, {case}": outcome for model, cases in found.items() for case, outcome in cases.items()}
 
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from comfyui.installation import HERE, ComfyInstallation
+from comfyui.installation import ComfyInstallation
+from comfyui.twin_run import Outcomes, run_twins
 
 from parallel_backend import Backend
 from parallel_backend.small_checkpoints.unet import CONFIGS, write_unet
 
-Outcomes = dict[str, dict[str, dict[str, Any]]]
 CHANNELS = torch.linspace(-1, 1, 4)
 COSXL = {"edm_vpred.sigma_max": torch.tensor(90.0), "edm_vpred.sigma_min": torch.tensor(0.004)}
 FILES = {
@@ -35,19 +32,7 @@ def outcomes(comfy: ComfyInstallation, unets: Path, backend2: Backend) -> Outcom
         write_unet(unets / f"unet-{name}.safetensors", CONFIGS[config], "single file", extra=marks)
     for name in ("inpainting", "editing"):
         write_unet(unets / "renamed" / f"unet-{name}.safetensors", CONFIGS[name])
-    command = [comfy.python, HERE / "twins.py", comfy.folder, HERE.parents[1], backend2.spec.name, unets]
-    environment = os.environ | {"PYTHONPATH": str(HERE)}
-    done = subprocess.run(
-        [*map(str, command), "inpaint_cases"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env=environment,
-    )
-    backend2.unload()  # nobody else asks for these
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_twins(comfy, backend2, unets, "inpaint_cases", seconds=300)
 
 
 def named(outcomes: Outcomes) -> dict[tuple[str, str], dict[str, Any]]:

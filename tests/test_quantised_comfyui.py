@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from comfyui.installation import HERE, ComfyInstallation
+from comfyui.installation import ComfyInstallation
+from comfyui.twin_run import Outcomes, run_twins
 from quantised_files import GGUF, SAFETENSORS, scaled_fp8, write_gguf, write_quantised
 from safetensors.torch import load_file, save_file
 
@@ -23,7 +21,6 @@ ROUNDED = 0.03
 IN_FP8 = 0.06
 # What ComfyUI's own rounding of a patched fp8 weight to fp8 does to these latents, at most.
 REQUANTISED = 0.06
-Outcomes = dict[str, dict[str, dict[str, Any]]]
 # ComfyUI-GGUF knows no function for it on a device and asks the gguf package at each product, which takes its time.
 AS_COMFYUI = "LoRA as ComfyUI lays it"
 SLOW = {"TQ1_0"}
@@ -50,19 +47,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, unets: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def outcomes(comfy: ComfyInstallation, files: Path, backend2: Backend) -> Outcomes:
-    command = [comfy.python, HERE / "twins.py", comfy.folder, HERE.parents[1], backend2.spec.name, files]
-    environment = os.environ | {"PYTHONPATH": str(HERE), "QUANTISED_FILES": str(files)}
-    done = subprocess.run(
-        [*map(str, command), "quantised_cases"],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-        env=environment,
-    )
-    backend2.unload()  # nobody else asks for these
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_twins(comfy, backend2, files, "quantised_cases", seconds=500, QUANTISED_FILES=str(files))
 
 
 def named(outcomes: Outcomes, *cases: str) -> dict[str, dict[str, Any]]:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from comfyui.installation import HERE, ComfyInstallation
+from comfyui.installation import ComfyInstallation
+from comfyui.twin_run import Outcomes, run_twins
 
 from parallel_backend import Backend
 
-Outcomes = dict[str, dict[str, dict[str, Any]]]
 # What changes nothing, here as on a local MODEL.
 WITHOUT_EFFECT = {
     *("strength 0", "no key fits", "denoise 0", "ReferenceLatent", "DifferentialDiffusion"),
@@ -45,15 +42,8 @@ OLDER = {"RescaleCFG of older cores"}
 
 @pytest.fixture(scope="module")
 def outcomes(comfy: ComfyInstallation, unets: Path, backend2: Backend) -> Outcomes:
-    command = [comfy.python, HERE / "twins.py", comfy.folder, HERE.parents[1], backend2.spec.name, unets]
-    command += ["patch_cases", "node_cases", "size_cases"]
-    environment = os.environ | {"PYTHONPATH": str(HERE)}
-    done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, timeout=500, check=False, env=environment
-    )
-    backend2.unload()  # nobody else asks for these
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    modules = ("patch_cases", "node_cases", "size_cases")
+    return run_twins(comfy, backend2, unets, *modules, seconds=500)
 
 
 def named(outcomes: Outcomes) -> dict[str, dict[str, Any]]:
