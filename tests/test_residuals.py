@@ -19,6 +19,7 @@ from torch import Tensor
 from unet_inputs import unet_prompt
 
 from parallel_backend import Backend, MeshSpec, RemoteModel
+from parallel_backend.client.connection import Connection
 from parallel_backend.client.sent_tensors import Attachment, SentTensors
 from parallel_backend.client.shared_area import SharedArea
 from parallel_backend.distributed.mesh import build_mesh
@@ -29,7 +30,7 @@ from parallel_backend.models.prediction import Predictor, Prompt, Rows
 from parallel_backend.models.residuals import Residuals
 from parallel_backend.models.unet import input_blocks
 from parallel_backend.rank.shared_tensors import SharedTensors
-from parallel_backend.rpc.messages import SharedPlace, TensorMeta
+from parallel_backend.rpc.messages import Forget, SharedPlace, TensorMeta
 from parallel_backend.rpc.shared_memory import folders, new_name
 from parallel_backend.small_checkpoints.unet import CONFIGS, random_unet
 
@@ -204,6 +205,34 @@ def test_they_lie_in_memory_and_go_by_the_socket_where_ranks_do_not_see_it(unet:
     assert not path.is_file()
     assert torch.equal(evaluated(unet, residuals=fitting()), by_memory)
     assert not torch.equal(evaluated(unet), by_memory)
+
+
+@pytest.mark.parametrize("first", ["freed", "unseen"])
+def test_a_request_whose_tensors_are_freed_and_not_seen_is_answered(
+    first: str, unet: RemoteModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line, exchange, tries = unet.backend, Connection._exchange, [0]
+    expected = evaluated(unet, residuals=fitting())
+    other, keys, area = Backend.attach("test2"), list(line._sent._copies), line._sent.area
+    assert area is not None and area._path is not None
+    elsewhere = area._path.with_name(new_name())
+    happen = {"freed": lambda: other.request(Forget(keys)), "unseen": lambda: setattr(area, "_path", elsewhere)}
+
+    def exchanged(connection: Connection, *args: Any) -> Any:
+        if connection is line:
+            if tries[0] == 1:
+                happen.popitem()[1]()
+            tries[0] += 1
+        return exchange(connection, *args)
+
+    happen.pop(first)()
+    monkeypatch.setattr(Connection, "_exchange", exchanged)
+    try:
+        assert torch.equal(evaluated(unet, residuals=fitting()), expected) and tries[0] == 3
+    finally:
+        area.close()
+        line._sent.area = SharedArea()
+        other.close()
 
 
 def test_what_is_laid_is_read_and_rewritten() -> None:

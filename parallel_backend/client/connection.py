@@ -62,6 +62,8 @@ PING_SECONDS = 2.0
 SILENT_SECONDS = 20.0
 CONTROL_SECONDS = 10.0
 CONTROL = (Hello, Status, Cancel, Stop)
+# Once whole, once by the socket, in whatever order the ranks find what they lack.
+RESENDS = 2
 # A backend that has ended is not started for these.
 NEVER_STARTING = (Status, Stop, Unload)
 ENDING = (RankError.code, OutOfMemoryError.code, BackendLostError.code)
@@ -143,16 +145,27 @@ class Connection:
             self.follow_restarts(should_cancel, start=not isinstance(body, NEVER_STARTING))
             self.asking = True
             try:
+                return self._delivered(body, attachments, on_event, should_cancel)
+            finally:
+                self.asking = False
+
+    def _delivered(
+        self,
+        body: Request,
+        attachments: Sequence[Attachment],
+        on_event: OnEvent | None,
+        should_cancel: Callable[[], bool] | None,
+    ) -> tuple[Reply, list[Tensor]]:
+        """As `_exchange`, sent again where the ranks lack tensors that it names: each remedy holds for the tries after it."""
+        for _ in range(RESENDS):
+            try:
                 return self._exchange(body, attachments, on_event, should_cancel)
             except MissingTensorsError:
                 # Another client may push out, or free, the others too before this is there again: all travel with it now.
                 self._sent.forget()
-                return self._exchange(body, attachments, on_event, should_cancel)
             except UnseenTensorsError:  # ranks of other machines have joined this one's
                 self._close_area()
-                return self._exchange(body, attachments, on_event, should_cancel)
-            finally:
-                self.asking = False
+        return self._exchange(body, attachments, on_event, should_cancel)
 
     def _close_area(self) -> None:
         if self._sent.area is not None:
