@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -34,6 +36,7 @@ from parallel_backend.rpc.messages import Forget, SharedPlace, TensorMeta
 from parallel_backend.rpc.shared_memory import folders, new_name
 from parallel_backend.small_checkpoints.unet import CONFIGS, random_unet
 
+ROOT = Path(__file__).parents[1]
 ROWS, SIZES = 3, [(16, 12), (13, 9)]
 
 
@@ -254,10 +257,27 @@ def test_what_is_laid_is_read_and_rewritten() -> None:
         SharedTensors().complete(metas, [None] * 3)
 
 
-def test_files_of_processes_that_have_ended_are_removed() -> None:
-    left = folders()[0] / f"parallel-mmdit-{2**22 + 1}-{'0' * 32}.tensors"
-    left.touch()
-    area = SharedArea()
-    assert area.lay([torch.zeros(3)])
-    area.close()
-    assert not left.exists()
+# It may have any number, as in a container: that of none here.
+OTHER_CLIENT = """
+import os, sys
+os.getpid = lambda: 2**22 + 1
+import torch
+from parallel_backend.client.shared_area import SharedArea
+area = SharedArea()
+print(area.lay([torch.zeros(3)])[0].name, flush=True)
+input()
+"""
+
+
+def test_files_of_processes_that_have_ended_are_removed_and_no_others() -> None:
+    command = [sys.executable, "-c", OTHER_CLIENT]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        path = folders()[0] / other.stdout.readline().strip()
+        for is_alive in (True, False):
+            area = SharedArea()
+            assert area.lay([torch.zeros(3)])
+            area.close()
+            assert path.is_file() == is_alive
+            other.kill()
+            other.wait()

@@ -12,8 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..rpc.messages import SharedPlace
-from ..rpc.runtime_dir import is_alive
-from ..rpc.shared_memory import ALIGNED, folders, new_name, writer_of
+from ..rpc.shared_memory import ALIGNED, folders, is_shared_file, new_name
 from ..rpc.wire import tensor_frame
 
 log = logging.getLogger("parallel_backend")
@@ -56,12 +55,31 @@ class SharedArea:
         for folder in folders():
             _remove_left(folder)
             with suppress(OSError):
-                path = folder / new_name()
-                self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-                self._path, self._end = path, weakref.finalize(self, _remove, path, self._file)
+                self._path, self._file = _made(folder)
+                self._end = weakref.finalize(self, _remove, self._path, self._file)
                 return True
         self._full = True
         return False
+
+
+def _made(folder: Path) -> tuple[Path, int]:
+    """A new file there, whose lock this process holds as long as it lives.
+
+    Raises: OSError.
+    """
+    import fcntl  # not there where ranks can't run
+
+    while True:
+        path = folder / new_name()
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if os.fstat(file).st_nlink:  # else a client that began just then has found it without its lock
+                return path, file
+        except OSError:
+            _remove(path, file)
+            raise
+        os.close(file)
 
 
 def _remove(path: Path, file: int) -> None:
@@ -72,9 +90,18 @@ def _remove(path: Path, file: int) -> None:
 
 
 def _remove_left(folder: Path) -> None:
-    """What processes left that have ended without a chance to remove it."""
-    for path in folder.glob("parallel-mmdit-*.tensors"):
-        pid = writer_of(path.name)
-        with suppress(OSError):
-            if pid is not None and not is_alive(pid) and path.stat().st_uid == os.getuid():
-                path.unlink()
+    """What processes left that have ended without a chance to remove it.
+
+    Its lock tells, which the system lets go of. Numbers of processes can't: containers that share the folder have their own.
+    """
+    import fcntl
+
+    for path in filter(lambda path: is_shared_file(path.name), folder.glob("parallel-mmdit-*")):
+        with suppress(OSError):  # of another user's, and of one that is locked
+            file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                if os.fstat(file).st_uid == os.getuid():
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+            finally:
+                os.close(file)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import ProtocolError, UnseenTensorsError
 from ..rpc.messages import TensorMeta
-from ..rpc.shared_memory import folders, writer_of
+from ..rpc.shared_memory import folders, is_shared_file
 from ..rpc.wire import dtype_named
 
 _UNSEEN = "Run the prompt again: they go by the socket then."
@@ -59,7 +59,7 @@ class SharedTensors:
 
 
 def _open(name: str) -> mmap.mmap:
-    if writer_of(name) is None:
+    if not is_shared_file(name):
         raise ProtocolError(f"{name!r} is no file of a client's.", "Name one that a client has written.")
     for folder in folders():
         with suppress(FileNotFoundError):

@@ -1,31 +1,28 @@
 """Tensors of a request that lie in a file of memory, which ranks of the same machine map in place of a frame on the socket.
 
 Each rank then reads the rows or tokens that are its own, where a frame goes to all of them whole. A client rewrites its file with
-each request; its ranks have read it when they answer. The name tells who wrote it; a random part keeps others from guessing it.
+each request; its ranks have read it when they answer. Its name is random, which keeps others from guessing it.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import uuid
 from pathlib import Path
 
 # Memory where there is a file system of it, else what the system keeps in memory as long as it can.
 _FOLDERS = (Path("/dev/shm"), Path("/tmp"))
-_NAME = re.compile(r"parallel-mmdit-(\d+)-[0-9a-f]{32}\.tensors")
+_NAME = re.compile(r"parallel-mmdit-[0-9a-f]{32}\.tensors")
 ALIGNED = 64
 
 
 def new_name() -> str:
-    """For a file that this process is to write."""
-    return f"parallel-mmdit-{os.getpid()}-{uuid.uuid4().hex}.tensors"
+    """Of a file that is nowhere yet."""
+    return f"parallel-mmdit-{uuid.uuid4().hex}.tensors"
 
 
-def writer_of(name: str) -> int | None:
-    """The process that wrote the file of that name; None of another file."""
-    match = _NAME.fullmatch(name)
-    return int(match[1]) if match is not None else None
+def is_shared_file(name: str) -> bool:
+    return _NAME.fullmatch(name) is not None
 
 
 def folders() -> list[Path]:
