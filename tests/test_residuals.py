@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,6 +34,7 @@ from parallel_backend.models.prediction import Predictor, Prompt, Rows
 from parallel_backend.models.residuals import Residuals
 from parallel_backend.models.unet import input_blocks
 from parallel_backend.rank.shared_tensors import SharedTensors
+from parallel_backend.rpc import shared_memory
 from parallel_backend.rpc.messages import Forget, SharedPlace, TensorMeta
 from parallel_backend.rpc.shared_memory import folders, new_name
 from parallel_backend.small_checkpoints.unet import CONFIGS, random_unet
@@ -255,6 +258,35 @@ def test_what_is_laid_is_read_and_rewritten() -> None:
     area.close()
     with pytest.raises(UnseenTensorsError, match=new_name().split("-")[0]):
         SharedTensors().complete(metas, [None] * 3)
+
+
+def test_where_one_place_is_full_they_lie_in_the_next_and_at_last_go_by_the_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    room, places = {tmp_path / "memory": 2**10, tmp_path / "disk": 2**14}, (tmp_path / "memory", tmp_path / "disk")
+    allocate = os.posix_fallocate
+
+    def allocated(file: int, start: int, size: int) -> None:
+        if size > room[Path(os.readlink(f"/proc/self/fd/{file}")).parent]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        allocate(file, start, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", allocated)
+    monkeypatch.setattr(shared_memory, "_FOLDERS", places)
+    for place in places:
+        place.mkdir()
+    area, ranks = SharedArea(), SharedTensors()
+    sent = SentTensors(area)
+    for count, held in ((100, (1, 0)), (1000, (0, 1)), (100, (0, 1)), (10_000, (0, 0)), (100, (0, 0))):
+        tensor = torch.randn(count)
+        metas, travelling, _ = sent.prepare([Attachment(tensor, shared=True)])
+        (found,) = travelling or ranks.complete(metas, [None])
+        assert torch.equal(found, tensor) and bool(travelling) == (held == (0, 0))
+        files = [list(place.iterdir()) for place in places]
+        assert tuple(map(len, files)) == held
+        assert all(file.stat().st_blocks * 512 >= file.stat().st_size for here in files for file in here)
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.partition(": ")[2] for line in said] == [f"they go in {places[1]} instead", "they go by the socket"]
 
 
 # It may have any number, as in a container: that of none here.

@@ -7,6 +7,7 @@ import os
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 
 from torch import Tensor
@@ -22,44 +23,50 @@ class SharedArea:
     """Made with the first tensor, removed when it is closed, collected, or its process has ended."""
 
     def __init__(self) -> None:
+        # Those that may have room; it lies in the first.
+        self._folders = folders()
         self._path: Path | None = None
         self._file = -1
         self._end = lambda: None
-        self._full = False
 
     def lay(self, tensors: Sequence[Tensor]) -> list[SharedPlace] | None:
         """Where each of them lies until the next call; None where this machine has no room for them."""
-        if self._full or (self._path is None and not self._open()):
-            return None
-        assert self._path is not None
-        places, start = [], 0
-        try:
-            for tensor in tensors:
-                places.append(SharedPlace(self._path.name, start))
-                frame, written = tensor_frame(tensor), 0
-                while written < len(frame):
-                    written += os.pwrite(self._file, frame[written:], start + written)
-                start += -(-len(frame) // ALIGNED) * ALIGNED
-            return places
-        except OSError as error:
-            log.warning("no room for %d tensors in %s (%s): they go by the socket", len(tensors), self._path, error)
-            self.close()
-            self._full = True
-            return None
+        starts = [0, *accumulate(-(-tensor.nbytes // ALIGNED) * ALIGNED for tensor in tensors)]
+        size = starts.pop()
+        while self._folders:
+            try:
+                path = self._with_room(self._folders[0], max(ALIGNED, size))
+                for tensor, start in zip(tensors, starts, strict=True):
+                    self._write(tensor_frame(tensor), start)
+                return [SharedPlace(path.name, start) for start in starts]
+            except OSError as error:
+                self.close()
+                full = self._folders.pop(0)
+                where = f"in {self._folders[0]} instead" if self._folders else "by the socket"
+                log.warning("no room for %d tensors in %s (%s): they go %s", len(tensors), full, error.strerror, where)
+        return None
 
     def close(self) -> None:
         self._end()
         self._path, self._end = None, lambda: None
 
-    def _open(self) -> bool:
-        for folder in folders():
+    def _with_room(self, folder: Path, size: int) -> Path:
+        """The file, `size` bytes of which are there: what a system only promises may fail a rank that reads it.
+
+        Raises: OSError: the folder has no room for it.
+        """
+        if self._path is None:
             _remove_left(folder)
-            with suppress(OSError):
-                self._path, self._file = _made(folder)
-                self._end = weakref.finalize(self, _remove, self._path, self._file)
-                return True
-        self._full = True
-        return False
+            self._path, self._file = _made(folder)
+            self._end = weakref.finalize(self, _remove, self._path, self._file)
+        if os.fstat(self._file).st_size < size:
+            os.posix_fallocate(self._file, 0, size)
+        return self._path
+
+    def _write(self, frame: memoryview, start: int) -> None:
+        written = 0
+        while written < len(frame):
+            written += os.pwrite(self._file, frame[written:], start + written)
 
 
 def _made(folder: Path) -> tuple[Path, int]:
