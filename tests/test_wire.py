@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from parallel_backend import SamplerSpec
-from parallel_backend.client.sent_tensors import Attachment, SentTensors
+from parallel_backend.client.sent_tensors import REMEMBERED, Attachment, SentTensors
 from parallel_backend.errors import ConfigError, ProtocolError
+from parallel_backend.rank import kept_tensors
+from parallel_backend.rank.kept_tensors import KeptTensors
 from parallel_backend.rpc.messages import Forward, Prompt, RequestHeader, Sample, Status, TensorMeta
 from parallel_backend.rpc.wire import pack, tensor_meta, unpack
 from parallel_backend.serving.sent_keys import MOST_CLIENTS, MOST_KEYS, SentKeys
@@ -122,3 +124,25 @@ def test_tensors_that_a_backend_misses_all_travel_again() -> None:
     sent.forget()
     metas, travelling, _ = sent.prepare(prompt)
     assert len(travelling) == 2 and all(meta.sent for meta in metas)
+
+
+def test_what_one_request_names_stays_for_the_next_however_much_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of others, as much as there is room for; a request that names none leaves all as it is."""
+    monkeypatch.setattr(kept_tensors, "MOST_BYTES", 100)
+    sent, kept = SentTensors(), KeptTensors()
+
+    def travelling(*values: int) -> int:
+        attachments = [Attachment(torch.full((5,), float(value)), kept=True) for value in values]
+        metas, tensors, keys = sent.prepare(attachments)
+        rest = iter(tensors)
+        found = kept.complete(metas, [next(rest) if meta.sent else None for meta in metas])
+        assert [tensor[0].item() for tensor in found] == list(values)
+        sent.note_sent(keys)
+        return len(tensors)
+
+    job = range(2 * REMEMBERED)
+    assert travelling(-1) == 1 and travelling(-1) == 0
+    assert travelling(*job) == len(job)
+    kept.complete([], [])
+    assert travelling(*job) == 0 and len(kept) == len(job)
+    assert travelling(-1) == 1 and kept.nbytes == 100

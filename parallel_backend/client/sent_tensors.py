@@ -16,7 +16,7 @@ from ..rpc.messages import SharedPlace, TensorMeta
 from ..rpc.wire import tensor_frame, tensor_meta
 from .shared_area import SharedArea
 
-# Two prompts of two tensors each, and the hints of their ControlNets; twice.
+# Two prompts of two tensors each, and the hints of their ControlNets; twice. More, where one request names more.
 REMEMBERED = 16
 
 Words: TypeAlias = "np.ndarray[Any, np.dtype[np.uint64]]"
@@ -54,7 +54,7 @@ class SentTensors:
             if attachment.shared and places:
                 metas.append(msgspec.structs.replace(tensor_meta(tensor, sent=False), shared=places.pop(0)))
                 continue
-            key = self._key_of(tensor.detach().cpu()) if attachment.kept else None
+            key = self._key_of(tensor.detach().cpu(), metas) if attachment.kept else None
             known = key is not None and (key in self._sent or key in keys)
             metas.append(tensor_meta(tensor, sent=not known, key=key))
             if not known:
@@ -74,7 +74,8 @@ class SentTensors:
         """The backend may hold none of them."""
         self._sent.clear()
 
-    def _key_of(self, tensor: Tensor) -> str:
+    def _key_of(self, tensor: Tensor, before: Sequence[TensorMeta]) -> str:
+        """Of a tensor of a request; the copies of those that came before it there stay."""
         # In numpy: torch would wake its threads, which then spin for a while on the ranks' cores.
         data = _words(np.asarray(tensor_frame(tensor)))
         kind = (tensor.dtype, tensor.shape, int(data.sum()))
@@ -84,8 +85,11 @@ class SentTensors:
                 return key
         self._count += 1
         key = f"{self._client}-{self._count}"
-        if len(self._copies) == REMEMBERED:  # before the copy, which then finds its memory free and mapped
-            self._sent.discard(self._copies.popitem(last=False)[0])
+        named = {meta.key for meta in before}
+        # Before the copy, which then finds its memory free and mapped.
+        while len(self._copies) >= REMEMBERED and (oldest := next(iter(self._copies))) not in named:
+            del self._copies[oldest]
+            self._sent.discard(oldest)
         # The caller may write into its own tensor, and must not be taken for unchanged then.
         self._copies[key] = kind, data.copy()
         return key

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import MissingTensorsError
 from ..rpc.messages import TensorMeta
 
+# Beside those of the last request that named any.
 MOST_BYTES = 2**28
 
 
@@ -45,8 +46,10 @@ class KeptTensors:
             if meta.key is not None:
                 self._tensors.move_to_end(meta.key)
             full.append(tensor if tensor is not None else self._tensors[str(meta.key)])
-        while self.nbytes > MOST_BYTES:
-            self._tensors.popitem(last=False)
+        named = {meta.key for meta in metas if meta.key is not None}
+        # The next request of a sampling names the same, which therefore stay, however much they are.
+        while named and self.nbytes > MOST_BYTES and (oldest := next(iter(self._tensors))) not in named:
+            del self._tensors[oldest]
         return full
 
     def forget(self, keys: Sequence[str]) -> None:
