@@ -297,13 +297,6 @@ def test_a_latent_beyond_its_positions_is_refused_before_any_rank_computes(alone
         net.check(net.prepare(torch.zeros(1, 16, 16, 400)), (), (1, 16, 16, 400))
 
 
-@pytest.mark.parametrize("kept", [Kept(token_kv={}), Kept(token_kv={}, num_patches=4)])
-def test_patches_at_different_steps_are_refused(kept: Kept, alone: dict[str, TokenControlNet]) -> None:
-    net, (*given, hint) = alone[INSTANTX], inputs(INSTANTX, SIZES[0])
-    with pytest.raises(UnsupportedError, match=r"at different steps\. Use ring in place of pp"):
-        net(*given, net.prepare(hint), Step(kept=kept))
-
-
 def test_another_models_controlnet_is_refused(controls: Path) -> None:
     wide = small_config("sd3.5-large", depth=6)
     for kind in CONTROL_KINDS:

@@ -21,7 +21,7 @@ from ..distributed.collectives import Handle, broadcast, split_range
 from ..distributed.mesh import Mesh, MeshAxis
 from ..distributed.stale import Step
 from ..distributed.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from ..errors import InputError, UnsupportedError
+from ..errors import InputError
 from ..quantized.weight import QuantizedWeight
 from .mmdit import (
     FREQUENCIES,
@@ -228,23 +228,16 @@ class TokenControlNet:
             x_BCYX, timesteps_B, context_BLE, y_BA: full, as the main model gets them.
             prepared_BCYX: of `prepare`; of as many rows as `x`, or of one for all.
             control_types: a union's; these are made for one kind, and take no notice.
-            step: in displaced steps its `branch` is of this use alone, and the first evaluation of that is in sync. The
-                main model ends the evaluation.
+            step: of no pipeline of patches. In displaced steps its `branch` is of this use alone, and the first evaluation
+                of that is in sync. The main model ends the evaluation.
         Returns: (B, L, D) each; one that goes to several blocks is the same tensor.
-        Raises:
-            InputError: the latent and the hint are of different sizes, or too large.
-            UnsupportedError: the step is one of a pipeline of patches.
+        Raises: InputError: the latent and the hint are of different sizes, or too large.
         Comm: as attention and tp say, one all-reduce of each residual over tp, and under pp `x_embedder` where that is
             borrowed.
         """
         patch = self.config.model.patch_size
         whole = padded(x_BCYX.to(self.dtype), patch)
         self.check(prepared_BCYX, control_types, x_BCYX.shape)
-        if step.kept is not None and (step.kept.num_patches > 1 or step.kept.token_kv is not None):
-            raise UnsupportedError(
-                "ControlNets in the ranks can't run on patches of an image that are at different steps.",
-                "Use ring in place of pp in Mesh Config, or turn displaced off.",
-            )
         tokens = tokens_for(self._token_sizes, self.mesh, x_BCYX.shape[2], x_BCYX.shape[3], context_BLE.shape[1])
         x, hint = (tokens.take_image(patchify(t, patch)) for t in (whole, prepared_BCYX))
         x = self._embedded(x)

@@ -153,13 +153,8 @@ def _prepare(
         concat = predictor.concat(None if p.concat is None else tensors[p.concat], latent)
         controls = control_nets.uses(p.controls, tensors, predictor, latent, known, is_patched=bool(body.patches.files))
         prompts.append(replace(prompt_of_rows, concat=concat, controls=controls))
-    kept = _kept(predictor, spec, _sigma_count(body, tensors) - 1, latent.shape[2])
+    kept = _kept(predictor, spec, _sigma_count(body, tensors) - 1, latent.shape[2], has_controls=bool(known))
     pipeline = None
-    if kept.token_kv is not None and known:
-        raise UnsupportedError(
-            "ControlNets in the ranks can't run on patches of an image that are at different steps.",
-            "Leave displaced off, or set ring in place of pp in Mesh Config.",
-        )
     if kept.token_kv is not None and spec.first_displaced is not None:
         pipeline = Pipeline(predictor, prompts, latent.shape, kept, spec.first_displaced, job.cancelled)
     latent = latent.to(predictor.device)
@@ -175,11 +170,12 @@ def _sigma_count(body: Sample, tensors: list[Tensor]) -> int:
     return 0 if body.spec.denoise == 0 else body.spec.steps + 1
 
 
-def _kept(predictor: Predictor, spec: SamplerSpec, steps: int, height: int) -> Kept:
+def _kept(predictor: Predictor, spec: SamplerSpec, steps: int, height: int, *, has_controls: bool) -> Kept:
     """What the job keeps between its evaluations.
 
     Args:
         height: of the latent.
+        has_controls: ControlNets are added to it.
     Raises: ConfigError, UnsupportedError: displaced steps that can't be had.
     """
     displaced, stages = spec.first_displaced is not None and spec.first_displaced < steps, predictor.spec.pp
@@ -197,6 +193,11 @@ def _kept(predictor: Predictor, spec: SamplerSpec, steps: int, height: int) -> K
         raise UnsupportedError(
             "rescale_cfg needs the spread of the whole image, whose patches are at different steps.",
             "Leave displaced off, or RescaleCFG out.",
+        )
+    if displaced and stages > 1 and has_controls:
+        raise UnsupportedError(
+            "ControlNets in the ranks can't run on patches of an image that are at different steps.",
+            "Leave displaced off, or set ring in place of pp in Mesh Config.",
         )
     return predictor.network.new_job(displaced, spec.num_patches or min(stages, predictor.network.most_patches(height)))
 
