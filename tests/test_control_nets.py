@@ -138,7 +138,11 @@ def test_it_is_loaded_once_leaves_with_its_model_and_comes_back(
     model = backend2.load_model(unet_file, MeshSpec(patch=2), "float32")
     net = backend2.load_control(control_file, model)
     first = drawn(model, *uses(net))
-    assert sum(backend2.load_control(control_file, model).loaded.bytes_read) == 0
+    jobs = backend2.status().jobs_done
+    assert backend2.load_control(control_file, model) is net and backend2.status().jobs_done == jobs
+    assert (
+        sum(backend2.load_control(control_file, RemoteModel(backend2, model.load, model.loaded)).loaded.bytes_read) == 0
+    )
     names = [state.model for state in backend2.status().models]
     assert {model.name, net.name} <= set(names)
     backend2.unload([model.name])
@@ -146,6 +150,8 @@ def test_it_is_loaded_once_leaves_with_its_model_and_comes_back(
     assert torch.equal(drawn(model, *uses(net)), first)
     backend2.unload([net.name])
     assert torch.equal(drawn(model, *uses(net)), first)
+    backend2.unload([net.name])
+    assert all(backend2.load_control(control_file, model).loaded.bytes_read)
     assert (
         model.forward(
             torch.zeros(1, 4, 12, 10), torch.tensor([500.0]), SDXL[0].context, SDXL[0].pooled, controls=uses(net)[:1]

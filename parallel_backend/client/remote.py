@@ -52,20 +52,30 @@ class RemoteModel(Held[LoadModel]):
 
     timeline: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._controls: dict[LoadControl, RemoteControl] = {}
+
     def __deepcopy__(self, memo: dict[int, Any]) -> RemoteModel:
         """Itself: copies of a MODEL share it."""
         return self
 
     def load_control(self, path: str, key: str, on_event: OnEvent | None = None, **settings: Any) -> RemoteControl:
-        """The ControlNet at `path`, as the backend finds it, for this model: see `Backend.load_control`."""
+        """The ControlNet at `path`, as the backend finds it, for this model: see `Backend.load_control`.
+
+        For one that it holds no job is asked for, which would wait for those of other clients.
+        """
         should_cancel = settings.get("should_cancel")
         load = LoadControl(path, key, self.name, self.load.kernel)
+        if load in self._controls and self._controls[load].is_held(should_cancel):
+            return self._controls[load]
         try:
             loaded = self.backend.load(load, on_event, should_cancel)
         except UnknownModelError:  # another client has freed the model
             self.ensure_loaded(should_cancel)
             loaded = self.backend.load(load, on_event, should_cancel)
-        return RemoteControl(self.backend, load, loaded)
+        self._controls[load] = RemoteControl(self.backend, load, loaded)
+        return self._controls[load]
 
     def _patched_request(
         self,
