@@ -101,60 +101,52 @@ class ControlChain(ControlBase):
 
     def pre_run(self, model: Any, percent_to_timestep_function: Callable[[float], float]) -> None:
         seen = _WithWeights(model, self._weights)
-        for member in self._alone():
-            member.pre_run(seen, percent_to_timestep_function)
+        with self._answering() as members:
+            for member in members:
+                member.pre_run(seen, percent_to_timestep_function)
 
     def get_control(self, *args: Any, **kwargs: Any) -> Control | None:
         added: Control | None = None
         uses = []
-        for member in self._alone():
-            if isinstance(member, ShardedControl):
-                uses.append(member.use(*args))
-            elif (control := member.get_control(*args, **kwargs)) is not None:
-                added = control if added is None else summed(added, control)
+        with self._answering() as members:
+            for member in members:
+                if isinstance(member, ShardedControl):
+                    uses.append(member.use(*args))
+                else:
+                    added = member.get_control(*args, **kwargs)
         if used := [use for use in uses if use is not None]:
             return {**(added or {}), USES: used}
         return added
 
     def get_models(self) -> list[Any]:
-        return [model for member in self._alone() for model in member.get_models()]
+        with self._answering() as members:
+            return [model for member in members for model in member.get_models()]
 
     def get_extra_hooks(self) -> list[Any]:
-        return [hooks for member in self._alone() for hooks in member.get_extra_hooks()]
+        with self._answering() as members:
+            return [hooks for member in members for hooks in member.get_extra_hooks()]
 
     def inference_memory_requirements(self, dtype: torch.dtype) -> int:
-        return sum(member.inference_memory_requirements(dtype) for member in self._alone())
+        with self._answering() as members:
+            return sum(member.inference_memory_requirements(dtype) for member in members)
 
     def cleanup(self) -> None:
-        for member in self._alone():
-            member.cleanup()
+        with self._answering() as members:
+            for member in members:
+                member.cleanup()
 
-    def _alone(self) -> Iterator[ControlBase]:
-        """Each without those before it, which would answer too."""
-        for member in self.members:
-            with _without_previous(member):
-                yield member
-
-
-@contextmanager
-def _without_previous(control: ControlBase) -> Iterator[None]:
-    previous, control.previous_controlnet = control.previous_controlnet, None
-    try:
-        yield
-    finally:
-        control.previous_controlnet = previous
-
-
-def summed(first: Control, second: Control) -> Control:
-    """Both on one MODEL, in core's order of addition."""
-
-    def side(name: str) -> list[Tensor | None]:
-        a, b = (list(control.get(name) or ()) for control in (first, second))
-        length = max(len(a), len(b))
-        a, b = ([*part, *[None] * (length - len(part))] for part in (a, b))
-        return [y if x is None else x if y is None else x + y for x, y in zip(a, b, strict=True)]
-
-    return {name: side(name) for name in SIDES}
+    @contextmanager
+    def _answering(self) -> Iterator[list[ControlBase]]:
+        """Each that the ranks compute; and of the others the last, which answers for those before it: core adds them up."""
+        local = [member for member in self.members if not isinstance(member, ShardedControl)]
+        before = [member.previous_controlnet for member in local]
+        for member, previous in zip(local, [None, *local], strict=False):
+            member.previous_controlnet = previous
+        try:
+            yield [member for member in self.members if isinstance(member, ShardedControl) or member is local[-1]]
+        finally:
+            for member, previous in zip(local, before, strict=True):
+                member.previous_controlnet = previous
 
 
 def take_over(conds: Mapping[str, list[dict[str, Any]]], model: Any) -> list[str]:
