@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import msgspec
 import torch
@@ -15,14 +14,12 @@ from ..config import ModelSampling, SamplerSpec
 from ..errors import UnknownModelError, UnknownPatchesError
 from ..rpc.conditioning import Conditioning
 from ..rpc.messages import (
-    Control,
     Forward,
     LoadControl,
     LoadModel,
     PatchFilePart,
     Preview,
     Progress,
-    Prompt,
     Sample,
     StepDone,
 )
@@ -30,11 +27,9 @@ from .connection import OnEvent
 from .held import Held
 from .not_finite import NotFinite, held_by, is_finite
 from .remote_control import ControlUse, RemoteControl
+from .request_tensors import RequestTensors, Residuals
 from .sent_tensors import Attachment
 from .weight_patches import WeightPatches, parts_of
-
-SIDES = ("input", "middle", "output")
-Residuals: TypeAlias = Mapping[str, Sequence[Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -167,6 +162,7 @@ class RemoteModel(Held[LoadModel]):
         """
         inputs = {"latent": latent, "noise": noise, "noise mask": noise_mask} | _tensors_of(positive, negative)
         self._begin(inputs)
+        of_negative = controls if negative_controls is None else negative_controls
         spec = SamplerSpec(
             sampler,
             scheduler,
@@ -181,42 +177,23 @@ class RemoteModel(Held[LoadModel]):
             rescale_cfg,
             differential,
         )
+        given = self._tensors()
         halves = (torch.float16, torch.bfloat16)  # KSampler rounds its noise to them
-        attachments = [Attachment(latent if latent.dtype in halves else latent.float())]
-
-        def attach(tensor: Tensor, kept: bool = False) -> int:
-            attachments.append(Attachment(tensor, kept))
-            return len(attachments) - 1
-
-        hint = self._attacher(attachments, kept=True)
-
-        def prompt(conditioning: Conditioning, controls: Sequence[ControlUse]) -> Prompt:
-            named = conditioning.prompt(partial(attach, kept=True))
-            return msgspec.structs.replace(named, controls=[use.named(hint) for use in controls])
-
-        of_negative = controls if negative_controls is None else negative_controls
-
         body = Sample(
             self.name,
             spec,
-            0,
-            prompt(positive, controls),
-            None if negative is None else prompt(negative, of_negative),
-            mask=None if noise_mask is None else attach(noise_mask.float()),
-            noise=None if noise is None else attach(noise.float()),
-            sigmas=None if sigmas is None else attach(sigmas.float()),
-            batch_index=None if batch_index is None else list(batch_index),
-            preview=preview,
-            trace=trace,
+            given.place(latent if latent.dtype in halves else latent.float()),
+            given.prompt(positive, controls),
+            None if negative is None else given.prompt(negative, of_negative),
+            given.in_fp32(noise_mask),
+            given.in_fp32(noise),
+            given.in_fp32(sigmas),
+            None if batch_index is None else list(batch_index),
+            preview,
+            trace,
         )
-
-        def on_event(event: Progress | StepDone, tensors: Sequence[Tensor]) -> None:
-            if on_step is not None and isinstance(event, StepDone):
-                x, denoised = tensors if tensors else (None, None)
-                on_step(Step(event.index, event.total, x, denoised))
-
-        callbacks: dict[str, Any] = {"on_event": on_event, "should_cancel": should_cancel}
-        tensors = self._patched_request(body, attachments, patches, [*controls, *of_negative], **callbacks)
+        callbacks: dict[str, Any] = {"on_event": _telling(on_step), "should_cancel": should_cancel}
+        tensors = self._patched_request(body, given.attachments, patches, [*controls, *of_negative], **callbacks)
         self.timeline = tensors[1].clone() if trace else None
         if not is_finite(tensors[0]):
             assert self.last is not None
@@ -254,15 +231,17 @@ class RemoteModel(Held[LoadModel]):
         Raises: as `sample`.
         """
         self.note = ""
-        attachments = [
-            Attachment(x),
-            Attachment(timesteps.float()),
-            Attachment(context, True),
-            Attachment(pooled, True),
-        ]
-        control, hint = self._attach(residuals or {}, attachments), self._attacher(attachments, kept=True)
-        body = Forward(self.name, 0, 1, 2, 3, control=control, controls=[use.named(hint) for use in controls])
-        tensors = self._patched_request(body, attachments, patches, controls, should_cancel=should_cancel)
+        given = self._tensors()
+        body = Forward(
+            self.name,
+            given.place(x),
+            given.place(timesteps.float()),
+            given.place(context, kept=True),
+            given.place(pooled, kept=True),
+            control=given.residuals(residuals or {}),
+            controls=[use.named(given.hint) for use in controls],
+        )
+        tensors = self._patched_request(body, given.attachments, patches, controls, should_cancel=should_cancel)
         if not is_finite(tensors[0]):
             prompt = {"conditioning": context, "pooled conditioning": pooled}
             number, steps = step()
@@ -271,24 +250,17 @@ class RemoteModel(Held[LoadModel]):
             self._tell(NotFinite(held_by(made | prompt), number, steps))
         return tensors[0].clone()
 
-    def _attach(self, residuals: Residuals, attachments: list[Attachment]) -> Control:
-        """How a request names them."""
-        attach = self._attacher(attachments, shared=True)
-        sides = ([None if x is None else attach(x) for x in residuals.get(side, ())] for side in SIDES)
-        inputs, middle, outputs = sides
-        return Control(inputs, middle[0] if middle else None, outputs)
+    def _tensors(self) -> RequestTensors:
+        return RequestTensors(getattr(torch, self.load.dtype))
 
-    def _attacher(self, attachments: list[Attachment], **how: bool) -> Callable[[Tensor], int]:
-        """Takes tensors along in the model's dtype, one that stands in several places once, and tells where they are."""
-        dtype, places = getattr(torch, self.load.dtype), dict[int, int]()
 
-        def attach(tensor: Tensor) -> int:
-            if id(tensor) not in places:
-                places[id(tensor)] = len(attachments)
-                attachments.append(Attachment(tensor.to(dtype), **how))
-            return places[id(tensor)]
+def _telling(on_step: Callable[[Step], None] | None) -> OnEvent:
+    def on_event(event: Progress | StepDone, tensors: Sequence[Tensor]) -> None:
+        if on_step is not None and isinstance(event, StepDone):
+            x, denoised = tensors if tensors else (None, None)
+            on_step(Step(event.index, event.total, x, denoised))
 
-        return attach
+    return on_event
 
 
 def _tensors_of(positive: Conditioning, negative: Conditioning | None) -> dict[str, Tensor]:

@@ -188,16 +188,7 @@ def unet_sizes(
     def count(pattern: str) -> int:
         return 1 + max((int(m[1]) for name in names if (m := re.match(pattern, name))), default=-1)
 
-    if guidance := sorted(set(_GUIDANCE).intersection(names)):
-        raise UnsupportedError(
-            f"{source.path.name} is a whole LCM UNet: its guidance embedding ({guidance[0]}) takes a scale that no sampler gives.",
-            "Use the model that it was made from with the LCM LoRA (lcm-lora-sdxl), which needs none; ComfyUI's own loader "
-            "draws without the embedding.",
-        )
-    if "class_embedding.linear_1.weight" not in names:
-        raise UnsupportedError(
-            f"{source.path.name} is a {what} without micro-conditioning (SD1 or SD2).", "Choose an SDXL model."
-        )
+    _check_inputs(names, source.path.name, what)
     taken = shape("conv_in.weight")[1]
     channels = shape("conv_out.weight")[0] if has_output else LATENT_CHANNELS
     if channels != LATENT_CHANNELS or taken < channels:
@@ -232,6 +223,18 @@ def unet_sizes(
         pooled_width=pooled,
         extra_channels=taken - channels,
     )
+
+
+def _check_inputs(names: Collection[str], file: str, what: str) -> None:
+    """Raises: UnsupportedError: it takes more beside latent, timestep and prompt than SDXL's do, or less."""
+    if guidance := sorted(set(_GUIDANCE).intersection(names)):
+        raise UnsupportedError(
+            f"{file} is a whole LCM UNet: its guidance embedding ({guidance[0]}) takes a scale that no sampler gives.",
+            "Use the model that it was made from with the LCM LoRA (lcm-lora-sdxl), which needs none; ComfyUI's own loader "
+            "draws without the embedding.",
+        )
+    if "class_embedding.linear_1.weight" not in names:
+        raise UnsupportedError(f"{file} is a {what} without micro-conditioning (SD1 or SD2).", "Choose an SDXL model.")
 
 
 def _context_width(names: dict[str, str], source: TensorSource, pooled: int) -> int:
