@@ -11,6 +11,9 @@ import comfy.controlnet
 import torch
 from torch import Tensor
 
+from ..parallel_backend.checkpoint_files.header import entries_of
+from ..parallel_backend.checkpoint_files.unet_control_files import is_control_lora, is_difference, is_unet_control
+from ..parallel_backend.errors import CheckpointError, UnsupportedError
 from .hung.weights import PREFIX
 
 _MARK = "parallel_mmdit_file"
@@ -56,6 +59,41 @@ class _OfModel(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._weights)
+
+
+class InRanksAlone(torch.nn.Module):
+    """In the place of a network that ComfyUI doesn't load, since only the ranks are to compute it."""
+
+    dtype = torch.float32
+
+    def __init__(self, file_name: str) -> None:
+        super().__init__()
+        self.file_name = file_name
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedError(
+            f"{self.file_name} comes from Load Parallel ControlNet, and this MODEL is not parallel.",
+            "Make the MODEL parallel, or load the file with ComfyUI's Load ControlNet Model.",
+        )
+
+
+def control_in_ranks(path: Path) -> Any:
+    """The CONTROL_NET of a file that the ranks alone are to compute; its weights stay where they are, if its kind lets them.
+
+    Raises: CheckpointError: the file can't be read, or holds no ControlNet.
+    """
+    names = entries_of(path)
+    if is_unet_control(names) and not (is_control_lora(names) or is_difference(names)):
+        network = InRanksAlone(path.name)
+        # By the file's name, as core does: nothing in such a file tells it.
+        pools = path.stem.endswith(("_shuffle", "_shuffle_fp16"))
+        control = comfy.controlnet.ControlNet(network, global_average_pooling=pools, load_device=torch.device("cpu"))
+    else:
+        control = comfy.controlnet.load_controlnet(str(path))
+    if control is None:
+        raise CheckpointError(f"{path.name} holds no ControlNet.", "Choose a ControlNet's file.")
+    leave_file(control, path, in_ranks_alone=True)
+    return control
 
 
 def leave_file(control: Any, path: Path, *, in_ranks_alone: bool = False) -> None:

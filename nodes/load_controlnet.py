@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import comfy.controlnet
 import folder_paths
 from comfy_api.latest import io
 
-from ..parallel_backend.errors import CheckpointError
-from .controlnet_files import leave_file
+from .controlnet_files import control_in_ranks
 from .known_to_core import search_aliases
 from .model_files import fingerprint, path_of, taken_for, validity
 from .node_text import say
@@ -50,10 +48,6 @@ class LoadParallelControlNet(io.ComfyNode):
 
     @classmethod
     def execute(cls, control_net_name: str) -> io.NodeOutput:
-        path = path_of(control_net_name, FOLDER)
-        control = comfy.controlnet.load_controlnet(str(path))
-        if control is None:
-            raise CheckpointError(f"{path.name} holds no ControlNet.", "Choose a ControlNet's file.")
-        leave_file(control, path, in_ranks_alone=True)
+        control = control_in_ranks(path_of(control_net_name, FOLDER))
         say(taken_for(control_net_name, FOLDER), log=True)
         return io.NodeOutput(control)

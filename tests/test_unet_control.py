@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from unet_inputs import inputs
 
 from parallel_backend import MeshSpec
+from parallel_backend.checkpoint_files.unet_control_files import is_unet_control
 from parallel_backend.distributed.mesh import build_mesh
 from parallel_backend.distributed.stale import Phase, Step
 from parallel_backend.errors import CheckpointError, InputError, UnsupportedError
 from parallel_backend.models.network import Network
 from parallel_backend.models.residuals import Residuals
 from parallel_backend.models.unet_control import BandControlNet, UNetControlConfig
-from parallel_backend.models.unet_control_checkpoint import is_unet_control, open_unet_control
+from parallel_backend.models.unet_control_checkpoint import open_unet_control
 from parallel_backend.small_checkpoints.unet import CONFIGS, Layout, unet_tensors
 from parallel_backend.small_checkpoints.unet_control import control_config, unet_control_tensors, write_unet_control
 

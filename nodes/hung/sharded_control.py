@@ -12,6 +12,7 @@ from comfy.controlnet import ControlBase, ControlNet
 from torch import Tensor
 
 from ...parallel_backend import ControlUse, RemoteControl
+from ..controlnet_files import InRanksAlone
 
 # Of core's classes those whose networks the ranks know, by where these come from.
 _KINDS = tuple(
@@ -33,7 +34,7 @@ def unknown_to_ranks(control: ControlBase, *, is_patched: bool) -> str:
     if type(control) not in _KINDS:
         return f"{type(control).__module__}.{type(control).__qualname__} is no ControlNet that the ranks know"
     network = getattr(control, "control_model", None)
-    if network is not None and type(network).__module__ not in _NETWORKS:
+    if network is not None and not isinstance(network, InRanksAlone) and type(network).__module__ not in _NETWORKS:
         return f"its network is {type(network).__module__}.{type(network).__qualname__}"
     wrapped = getattr(control, "control_model_wrapped", None)
     if any(getattr(wrapped, held, None) for held in ("patches", "object_patches", "hook_patches")):

@@ -6,7 +6,6 @@ Source: Stability's Control-LoRAs, on Hu et al. 2021 (arXiv 2106.09685).
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint_files.unet_control_files import CONTROL_LORA
 from ..distributed.tensor_parallel import Shard, cut
 from ..errors import CheckpointError, UnsupportedError
 from .checkpoint import SourceOver, TensorSource, is_quantised
@@ -22,14 +22,9 @@ from .unet import UNetConfig
 from .unet_control import UNetControlConfig
 from .unet_control_checkpoint import control_name
 
-_MARK = "lora_controlnet"
 _UP, _DOWN = "up", "down"
 # By our joint projections, the parts of them that files have.
 _PARTS = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v")}
-
-
-def is_control_lora(names: Collection[str]) -> bool:
-    return _MARK in names
 
 
 def open_control_lora(path: Path, base: TensorSource, unet: UNetConfig) -> tuple[ControlLoraSource, UNetControlConfig]:
@@ -45,7 +40,7 @@ def open_control_lora(path: Path, base: TensorSource, unet: UNetConfig) -> tuple
             "Use the UNet in half precision, or a whole ControlNet.",
         )
     given = open_source(path, "")
-    names = {control_name(name, unet.layers_per_block): name for name in given.names() if name != _MARK}
+    names = {control_name(name, unet.layers_per_block): name for name in given.names() if name != CONTROL_LORA}
     hint = names.get("controlnet_cond_embedding.conv_in.weight")
     if hint is None:
         raise CheckpointError(f"{path.name} lacks the embedding of its image.", "Get the file again.")

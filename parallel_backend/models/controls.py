@@ -12,9 +12,10 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 
 from ..checkpoint_files.header import entries_of
+from ..checkpoint_files.unet_control_files import is_control_lora
 from ..distributed.mesh import Mesh
 from .checkpoint import TensorSource
-from .control_lora import is_control_lora, open_control_lora
+from .control_lora import open_control_lora
 from .control_use import ControlNetwork
 from .mmdit import JointBlock
 from .mmdit_control import ImageBlock, ImageControl, JointControl, TokenControlNet

@@ -7,16 +7,13 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ..checkpoint_files.header import entries_of
+from ..checkpoint_files.unet_control_files import PREFIX, is_control_lora, is_difference, is_unet_control
 from ..errors import CheckpointError, UnsupportedError
 from .checkpoint import Piece, RenamedSource, TensorSource
 from .opened_file import open_source
 from .unet_checkpoint import diffusers_name, joined, layers_per_block, unet_sizes
 from .unet_control import UNetControlConfig
 
-_PREFIX = "control_model."
-# One of each layout, that every ControlNet has.
-_MARKS = ("zero_convs.0.0.weight", "controlnet_cond_embedding.conv_in.weight")
-_CONTROL_LORA, _DIFFERENCE = "lora_controlnet", "difference"
 _ADAPTER_MARKS = ("body.", "adapter.body.")
 
 _FIRST, _LAST = 0, 14  # of input_hint_block's convolutions; between any two is an activation
@@ -34,11 +31,6 @@ _TYPES = {
 _IN_PROJECTION = "transformer_layes.0.attn.in_proj_"
 
 
-def is_unet_control(names: Collection[str]) -> bool:
-    """Whether a file of these names is a ControlNet of the Stable Diffusion line's UNets, of whatever kind and version."""
-    return not {*_MARKS, *(_PREFIX + mark for mark in _MARKS), _CONTROL_LORA}.isdisjoint(names)
-
-
 def open_unet_control(path: Path) -> tuple[RenamedSource, UNetControlConfig]:
     """The ControlNet at `path` under diffusers' names, queries, keys and values joined, and its sizes.
 
@@ -46,7 +38,7 @@ def open_unet_control(path: Path) -> tuple[RenamedSource, UNetControlConfig]:
     """
     names = entries_of(path)
     _refuse_others(names, path.name)
-    source = open_source(path, _PREFIX if any(name.startswith(_PREFIX) for name in names) else "")
+    source = open_source(path, PREFIX if any(name.startswith(PREFIX) for name in names) else "")
     layers = layers_per_block(source)
     by_theirs = {control_name(name, layers): name for name in source.names()}
     pieces = joined({theirs: [Piece(ours)] for theirs, ours in by_theirs.items()})
@@ -59,12 +51,12 @@ def open_unet_control(path: Path) -> tuple[RenamedSource, UNetControlConfig]:
 
 
 def _refuse_others(names: Collection[str], file_name: str) -> None:
-    if _CONTROL_LORA in names:
+    if is_control_lora(names):
         raise UnsupportedError(
             f"{file_name} is a Control-LoRA: it needs the weights of a model under its own.",
             "Use the whole ControlNet that does the same (controlnet-canny-sdxl and others).",
         )
-    if _DIFFERENCE in names:
+    if is_difference(names):
         raise UnsupportedError(
             f"{file_name} is a DiffControlNet: it has differences from a model's weights.", "Use a whole ControlNet."
         )
