@@ -10,7 +10,7 @@ import msgspec
 
 from parallel_backend.errors import ConfigError
 
-TASKS = ("autoencoder", "mmdit", "unet")
+TASKS = ("autoencoder", "mmdit", "unet", "controlnet")
 DTYPES = ("auto", "float32", "bfloat16")
 # A resumed run may change these and no others: they don't touch what a step computes.
 FREE_ON_RESUME = ("output", "until", "save_every", "sheet_every")
@@ -20,12 +20,12 @@ class TrainSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One run. `batch` is images per model rank and micro-step; a step is `accumulate` of these on every model rank.
 
     An autoencoder's images are crops of `crop` pixels a side; 0 mixes crops and whole pictures, with as many pixels as
-    crops of 64. `initial` is the folder of a run whose weights this one starts from. `until`: ends and exports after so many of the
+    crops of 64. `initial` is the folder of a run whose weights this one starts from; `unet` that of the UNet that a ControlNet is for. `until`: ends and exports after so many of the
     steps, as if it were cut off there; 0 is all of them. `latent_noise`: what an autoencoder's decoder learns to bear on its
     latents, as a standard deviation, at most; it sets colours apart there, which a model of few channels needs.
     """
 
-    task: Literal["autoencoder", "mmdit", "unet"]
+    task: Literal["autoencoder", "mmdit", "unet", "controlnet"]
     output: str
     steps: int
     batch: int = 32
@@ -43,6 +43,7 @@ class TrainSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     first_scenes: int = 512
     fresh_scenes: int = 4
     autoencoder: str = ""
+    unet: str = ""
     initial: str = ""
     crop: int = 0
     latent_noise: float = 0.0
@@ -70,10 +71,17 @@ class TrainSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(
                 f"The task {self.task} is trained on latents.", "Name the folder of a trained autoencoder."
             )
-        if self.channels != {"mmdit": 16, "unet": 4}.get(self.task, self.channels) or self.channels not in (4, 16):
+        if (self.task == "controlnet") != bool(self.unet):
+            raise ConfigError(
+                f"unet={self.unet!r} is not possible for the task {self.task}.",
+                "A ControlNet needs the folder of a trained UNet; the other tasks take none.",
+            )
+        if self.channels != {"mmdit": 16, "unet": 4, "controlnet": 4}.get(
+            self.task, self.channels
+        ) or self.channels not in (4, 16):
             raise ConfigError(
                 f"channels={self.channels} is not possible for the task {self.task}.",
-                "An MMDiT has latents of 16 channels, a UNet of 4, an autoencoder either.",
+                "An MMDiT has latents of 16 channels, a UNet and its ControlNet of 4, an autoencoder either.",
             )
 
     @property

@@ -14,10 +14,12 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from parallel_backend.demo.captions import word_ids
 from parallel_backend.demo.drawing import draw
+from parallel_backend.demo.edges import hints as edges_of
 from parallel_backend.demo.scenes import Scene, training_scenes
 
 from .config import TrainSpec
@@ -31,10 +33,12 @@ Encode = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Batch:
-    """Pixels in 0..1 or latents (B, C, Y, X), and the word numbers (B, W) of their captions."""
+    """Pixels in 0..1 or latents (B, C, Y, X), the word numbers (B, W) of their captions, and the edges (B, 1, 8Y, 8X) in 0..1 of the
+    latents' pictures, (B, 0, 0, 0) for a task without use for them."""
 
     images: Tensor
     words: Tensor
+    hints: Tensor
 
 
 class Source(Protocol):
@@ -60,7 +64,7 @@ class PixelSource:
         else:
             size = rng.choice(self.spec.buckets)
             images = [pixels(draw(scene, *size, rng)) for scene in islice(scenes, self._worth(*size))]
-        return Batch(torch.stack(images), torch.zeros(len(images), 0, dtype=torch.int64))
+        return Batch(torch.stack(images), torch.zeros(len(images), 0, dtype=torch.int64), no_hints(len(images)))
 
     def _worth(self, width: int, height: int) -> int:
         return max(1, round(self.spec.batch * BATCH_SIDE**2 / (width * height)))
@@ -74,10 +78,10 @@ class PixelSource:
 class LatentSource:
     """Latents of a growing set of scenes: each is drawn and encoded once, when a batch first holds it."""
 
-    def __init__(self, spec: TrainSpec, rank: int, encode: Encode) -> None:
+    def __init__(self, spec: TrainSpec, rank: int, encode: Encode, *, with_edges: bool = False) -> None:
         """`encode` takes pixels (B, 3, Y, X) in 0..1 to latents."""
-        self.spec, self.rank, self.encode = spec, rank, encode
-        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+        self.spec, self.rank, self.encode, self.with_edges = spec, rank, encode, with_edges
+        self._known: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def batch(self, number: int) -> Batch:
         rng = random.Random(f"{self.spec.seed}/{self.rank}/{number}")
@@ -85,23 +89,37 @@ class LatentSource:
         bucket, buckets = rng.randrange(len(self.spec.buckets)), len(self.spec.buckets)
         chosen = [rng.randrange(max(1, available // buckets)) * buckets + bucket for _ in range(self.spec.batch)]
         self._learn(sorted({index for index in chosen if index not in self._known}))
-        latents, words = zip(*(self._known[index] for index in chosen), strict=True)
+        latents, words, hints = zip(*(self._known[index] for index in chosen), strict=True)
         # Each to fp32 first: below a CPU's autocast, half precision can't be stacked.
-        return Batch(torch.stack([latent.float() for latent in latents]), torch.stack(words))
+        return Batch(
+            torch.stack([latent.float() for latent in latents]), torch.stack(words), torch.stack(hints).float()
+        )
 
     def _learn(self, indices: list[int]) -> None:
         if not indices:
             return
-        images, words = [], []
+        images, words, hints = [], [], []
         for index in indices:
             rng = random.Random(f"scene {self.spec.seed}/{self.rank}/{index}")
             scene = next(training_scenes(rng.getrandbits(62)))
-            images.append(pixels(draw(scene, *self.spec.buckets[index % len(self.spec.buckets)], rng)))
+            picture = draw(scene, *self.spec.buckets[index % len(self.spec.buckets)], rng)
+            images.append(pixels(picture))
+            # Lines are white or black: bytes hold them.
+            hints.append(hint_of(picture).byte() if self.with_edges else no_hints(1)[0])
             words.append(torch.tensor(word_ids(scene)))
         # Half precision, since thousands of latents stay in memory.
         # One by one: a latent must not depend, by rounding, on what else was new at its time.
         latents = torch.cat([self.encode(image[None]) for image in images]).half()
-        self._known |= {i: (latent, w) for i, latent, w in zip(indices, latents, words, strict=True)}
+        self._known |= dict(zip(indices, zip(latents, words, hints, strict=True), strict=True))
+
+
+def hint_of(picture: Image.Image) -> Tensor:
+    """(1, Y, X) in 0..1: the picture's edges."""
+    return edges_of([picture])[0, :1]
+
+
+def no_hints(rows: int) -> Tensor:
+    return torch.zeros(rows, 0, 0, 0)
 
 
 def pixels(picture: object) -> Tensor:

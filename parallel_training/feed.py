@@ -10,13 +10,14 @@ import torch.distributed as dist
 from .config import Roles
 from .data import Batch, Source
 
-HEADER = 6
+# Images and hints have four dimensions, words two.
+HEADER = 10
 
 
 def feed(source: Source, fed: list[int], first: int, last: int) -> None:
     """Sends batches `first` to `last` of the source: each rank of `fed` in turn, one ahead of what it has taken.
 
-    Comm: a header of 6 integers and the two tensors of each batch, to one rank.
+    Comm: a header of 10 integers and the three tensors of each batch, to one rank.
     """
     under_way: dict[int, list[dist.Work | None]] = {rank: [] for rank in fed}
     kept: dict[int, list[torch.Tensor]] = {}
@@ -25,8 +26,9 @@ def feed(source: Source, fed: list[int], first: int, last: int) -> None:
             batch = source.batch(number * len(fed) + place)
             for work in filter(None, under_way[rank]):
                 work.wait()
-            header = torch.tensor([*batch.images.shape, *batch.words.shape])
-            kept[rank] = [header, batch.images.contiguous(), batch.words.contiguous()]
+            tensors = batch.images, batch.hints, batch.words
+            header = torch.tensor([side for tensor in tensors for side in tensor.shape])
+            kept[rank] = [header, *(tensor.contiguous() for tensor in tensors)]
             under_way[rank] = [dist.isend(tensor, rank) for tensor in kept[rank]]
     for work in (work for works in under_way.values() for work in works if work is not None):
         work.wait()
@@ -41,7 +43,8 @@ def batches(source: Source | None, roles: Roles, rank: int, first: int, last: in
             loader = roles.loader_of(rank)
             header = torch.empty(HEADER, dtype=torch.int64)
             dist.recv(header, loader)
-            images, words = torch.empty(header[:4].tolist()), torch.empty(header[4:].tolist(), dtype=torch.int64)
-            dist.recv(images, loader)
-            dist.recv(words, loader)
-            yield Batch(images, words)
+            images, hints = torch.empty(header[:4].tolist()), torch.empty(header[4:8].tolist())
+            words = torch.empty(header[8:].tolist(), dtype=torch.int64)
+            for tensor in (images, hints, words):
+                dist.recv(tensor, loader)
+            yield Batch(images, words, hints)

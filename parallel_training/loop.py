@@ -20,6 +20,7 @@ from parallel_backend.demo.progress import progress
 from . import snapshots
 from .autoencoder import AutoencoderTask
 from .config import Roles, TrainSpec
+from .controlnet import ControlNetTask
 from .data import Batch
 from .feed import batches, feed
 from .mmdit import MMDiTTask
@@ -27,7 +28,12 @@ from .sheets import plot_losses
 from .unet import UNetTask
 
 Task = AutoencoderTask | MMDiTTask | UNetTask
-TASKS: dict[str, type[Task]] = {"autoencoder": AutoencoderTask, "mmdit": MMDiTTask, "unet": UNetTask}
+TASKS: dict[str, type[Task]] = {
+    "autoencoder": AutoencoderTask,
+    "mmdit": MMDiTTask,
+    "unet": UNetTask,
+    "controlnet": ControlNetTask,
+}
 LOWEST_RATE = 0.02
 
 

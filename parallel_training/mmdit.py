@@ -50,7 +50,8 @@ class MMDiTTask(LatentTask):
         dropped = torch.rand(rows, generator=draws) < self.spec.prompt_dropout
         sigmas_B111 = sigmas.view(-1, 1, 1, 1)
         x = sigmas_B111 * noise + (1 - sigmas_B111) * latents
-        velocity = self.output(model, x, 1000 * sigmas, batch.words.masked_fill(dropped[:, None], 0))
+        words = batch.words.masked_fill(dropped[:, None], 0)
+        velocity = self.output(model, x, 1000 * sigmas, words, batch.hints)
         return F.mse_loss(velocity.float(), noise - latents)
 
     def export(self, model: nn.Module, folder: Path) -> list[Path]:
@@ -60,7 +61,7 @@ class MMDiTTask(LatentTask):
         save_file(tensors | {"pos_embed": self.positions.half()}, path, metadata={"format": "pt"})
         return [path]
 
-    def output(self, model: nn.Module, x: Tensor, timesteps: Tensor, words: Tensor) -> Tensor:
+    def output(self, model: nn.Module, x: Tensor, timesteps: Tensor, words: Tensor, hints: Tensor) -> Tensor:
         context, pooled = (t.to(self.device) for t in embed(words))
         rows, columns = (side // 2 for side in x.shape[2:])
         top, left = (POSITIONS - rows) // 2, (POSITIONS - columns) // 2

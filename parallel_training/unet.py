@@ -24,23 +24,29 @@ from .data import Batch
 from .latents import LatentTask
 
 FILE = "unet.safetensors"
-WIDTHS, DEPTHS = (64, 128, 128), (0, 1, 1)
+CONFIG = small_unet_config((64, 128, 128), (0, 1, 1))
 # Of a timestep, at most. Beyond it, at the most noise, a step would learn little else.
 LARGEST_WEIGHT = 26.0
 
 
 class UNetTask(LatentTask):
+    file = FILE
+
     def __init__(self, spec: TrainSpec, device: torch.device) -> None:
         self.schedule = Discrete()
         super().__init__(spec, device, self.schedule, "normal")
         torch.manual_seed(spec.seed)
-        model: Any = UNet2DConditionModel(**small_unet_config(WIDTHS, DEPTHS).diffusers())
+        self.model: nn.Module = self.network().to(device)
+
+    def network(self) -> nn.Module:
+        """What is trained, as it begins."""
+        model: Any = UNet2DConditionModel(**CONFIG.diffusers())
         nn.init.zeros_(model.conv_out.weight)
-        self.model: nn.Module = model.to(device)
+        return model
 
     def start_from(self, folder: Path) -> None:
         """Takes the weights of an exported run."""
-        self.model.load_state_dict(load_file(folder / FILE))
+        self.model.load_state_dict(load_file(folder / self.file))
 
     def loss(self, model: nn.Module, batch: Batch, draws: torch.Generator) -> Tensor:
         """The noise's squared error at evenly drawn timesteps; some prompts are dropped, for guidance.
@@ -53,19 +59,25 @@ class UNetTask(LatentTask):
         noise = torch.randn(latents.shape, generator=draws).to(self.device)
         dropped = torch.rand(rows, generator=draws) < self.spec.prompt_dropout
         x = self.schedule.model_input(self.schedule.add_noise(latents, noise, sigmas_B111), sigmas_B111)
-        predicted = self.output(model, x, timesteps.to(self.device), batch.words.masked_fill(dropped[:, None], 0))
+        words = batch.words.masked_fill(dropped[:, None], 0)
+        predicted = self.output(model, x, timesteps.to(self.device), words, batch.hints)
         weights_B111 = (1 + sigmas_B111.square()).clamp(max=LARGEST_WEIGHT)
         return (weights_B111 * (predicted.float() - noise).square()).mean()
 
     def export(self, model: nn.Module, folder: Path) -> list[Path]:
         """One file in half precision, under diffusers' names."""
-        path = folder / FILE
+        path = folder / self.file
         tensors = {name: t.detach().half().cpu().contiguous() for name, t in model.state_dict().items()}
         save_file(tensors, path, metadata={"format": "pt"})
         return [path]
 
-    def output(self, model: nn.Module, x: Tensor, timesteps: Tensor, words: Tensor) -> Tensor:
+    def output(self, model: nn.Module, x: Tensor, timesteps: Tensor, words: Tensor, hints: Tensor) -> Tensor:
+        context, vector = self.prompt(x, words)
+        return model(x, timesteps, context, class_labels=vector, return_dict=False)[0]
+
+    def prompt(self, x: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+        """Context and micro-conditioning of captions, for whole pictures of x's size."""
         context, pooled = embed(words, SDXL_WIDTHS)
         height, width = (8 * side for side in x.shape[2:])
         vector = micro_conditioning(pooled, [height, width, 0, 0, height, width])
-        return model(x, timesteps, context.to(self.device), class_labels=vector.to(self.device), return_dict=False)[0]
+        return context.to(self.device), vector.to(self.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -15,6 +16,8 @@ from safetensors.torch import load_file
 
 from parallel_backend import Conditioning, SamplerSpec
 from parallel_backend.demo.captions import SDXL_WIDTHS, WORDS, embed
+from parallel_backend.demo.edges import hints, pictures_of
+from parallel_backend.demo.scenes import held_out_scenes
 from parallel_backend.errors import CheckpointError, ConfigError
 from parallel_backend.models.mmdit_checkpoint import mmdit_config, open_mmdit
 from parallel_backend.models.vae_checkpoint import open_vae
@@ -22,6 +25,7 @@ from parallel_backend.rank.one_process import OneProcess
 from parallel_training import snapshots
 from parallel_training.autoencoder import AutoencoderTask, open_autoencoder
 from parallel_training.config import Roles, TrainSpec
+from parallel_training.controlnet import ControlNetTask
 from parallel_training.data import LatentSource, PixelSource
 from parallel_training.loop import averaging, train
 
@@ -145,6 +149,32 @@ def test_a_unet_learns_and_is_one_that_the_backend_samples(
     assert latent.std() > 0.1
 
 
+def test_a_controlnet_begins_as_nothing_and_is_one_that_the_backend_uses(
+    autoencoder_for_unets: Path, tmp_path: Path
+) -> None:
+    settings = {"autoencoder": str(autoencoder_for_unets), "channels": 4, "first_scenes": 16, "steps": 2}
+    train(spec_of(tmp_path / "unet", task="unet", batch=2, **settings), ALONE)
+    settings |= {"task": "controlnet", "unet": str(tmp_path / "unet"), "learning_rate": 0.01}
+    spec = spec_of(tmp_path / "control", **settings)
+    task = ControlNetTask(spec, torch.device("cpu"))
+    batch, timesteps = task.source(0).batch(0), torch.tensor([3, 900])
+    assert set(batch.hints.unique().tolist()) == {0.0, 1.0} and batch.hints.shape[2] == 8 * batch.images.shape[2]
+    context, vector = task.prompt(batch.images, batch.words)
+    alone = task.unet(batch.images, timesteps, context, class_labels=vector, return_dict=False)[0]
+    assert torch.equal(task.output(task.model, batch.images, timesteps, batch.words, batch.hints), alone)
+    train(spec, ALONE)
+    process = OneProcess(tmp_path / "unet" / "unet.safetensors")
+    name = process.load_control(tmp_path / "control" / "controlnet.safetensors")
+    context, pooled = embed(batch.words[:1], SDXL_WIDTHS)
+    prompt = Conditioning(context, pooled, [64, 64, 0, 0, 64, 64])
+    one_step = SamplerSpec(steps=1, cfg_scale=1.0, seed=1)
+    lines = hints(pictures_of(held_out_scenes(1), 64))
+    given = [{}, {name: torch.zeros_like(lines)}, {name: lines}]
+    latents = [process.sample(torch.zeros(1, 4, 8, 8), prompt, prompt, one_step, hint) for hint in given]
+    distances = [float((a - b).abs().max()) for a, b in pairwise(latents)]
+    assert min(distances) > 1e-5, distances
+
+
 def launch(spec: TrainSpec, ranks: int, loaders: str) -> subprocess.CompletedProcess[str]:
     options = [
         f"--{k.replace('_', '-')}={v}" for k, v in msgspec.structs.asdict(spec).items() if k != "task" and v != ""
@@ -215,5 +245,9 @@ def test_a_damaged_snapshot_and_another_run_are_named(autoencoder: Path, tmp_pat
         spec_of(tmp_path, task="mmdit")
     with pytest.raises(ConfigError, match=r"latent_noise=2.0 is not possible"):
         spec_of(tmp_path, latent_noise=2.0)
+    with pytest.raises(ConfigError, match="unet='' is not possible for the task controlnet"):
+        spec_of(tmp_path, task="controlnet", autoencoder="somewhere", channels=4)
+    with pytest.raises(ConfigError, match="unet='elsewhere' is not possible for the task mmdit"):
+        spec_of(tmp_path, task="mmdit", autoencoder="somewhere", unet="elsewhere")
     with pytest.raises(ConfigError, match="channels=16 is not possible for the task unet"):
         spec_of(tmp_path, task="unet", autoencoder="somewhere")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from ..checkpoint_files.content import content_key
 from ..config import MeshSpec, SamplerSpec
 from ..distributed.control import Control
 from ..rpc.conditioning import Conditioning
-from ..rpc.messages import Loaded, LoadModel, Request, RequestHeader, Sample
+from ..rpc.messages import ControlUse, LoadControl, Loaded, LoadModel, Prompt, Request, RequestHeader, Sample
 from ..rpc.wire import tensor_meta
 from .engine import Engine
 from .jobs import Job
@@ -22,21 +24,40 @@ class OneProcess:
 
     def __init__(self, path: Path, dtype: str = "float32", weights: str = "") -> None:
         self._engine = Engine(torch.device("cpu"))
-        loaded, _ = self._ask(LoadModel(str(path), content_key(path), dtype, MeshSpec(), weights=weights), [])
-        assert isinstance(loaded, Loaded)
-        self.loaded = loaded
+        self.loaded = self._load(LoadModel(str(path), content_key(path), dtype, MeshSpec(), weights=weights))
 
-    def sample(self, latent: Tensor, positive: Conditioning, negative: Conditioning, spec: SamplerSpec) -> Tensor:
-        """As `RemoteModel.sample`, of the same settings."""
+    def load_control(self, path: Path) -> str:
+        """The name of the ControlNet at `path`, from now on held for this model."""
+        return self._load(LoadControl(str(path), content_key(path), self.loaded.model)).model
+
+    def sample(
+        self,
+        latent: Tensor,
+        positive: Conditioning,
+        negative: Conditioning,
+        spec: SamplerSpec,
+        hints: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """As `RemoteModel.sample`, of the same settings; `hints` of ControlNets by name, which are on both prompts."""
         tensors = [latent]
 
         def attach(tensor: Tensor) -> int:
             tensors.append(tensor)
             return len(tensors) - 1
 
-        body = Sample(self.loaded.model, spec, 0, positive.prompt(attach), negative.prompt(attach))
+        controls = [ControlUse(name, attach(hint)) for name, hint in (hints or {}).items()]
+
+        def prompt(conditioning: Conditioning) -> Prompt:
+            return msgspec.structs.replace(conditioning.prompt(attach), controls=controls)
+
+        body = Sample(self.loaded.model, spec, 0, prompt(positive), prompt(negative))
         _, (sampled,) = self._ask(body, tensors)
         return sampled
+
+    def _load(self, body: Request) -> Loaded:
+        loaded, _ = self._ask(body, [])
+        assert isinstance(loaded, Loaded)
+        return loaded
 
     def _ask(self, body: Request, tensors: list[Tensor]) -> tuple[object, list[Tensor]]:
         header = RequestHeader(1, body, [tensor_meta(tensor) for tensor in tensors])
