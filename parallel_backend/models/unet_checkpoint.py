@@ -196,7 +196,7 @@ def unet_sizes(
         )
     if "class_embedding.linear_1.weight" not in names:
         raise UnsupportedError(
-            f"{source.path.name} is a {what} without micro-conditioning (SD1 or SD2).", "Choose an SDXL model."
+            f"{source.path.name} is a {what} without micro-conditioning (SD1 or SD2).", f"Choose an SDXL {what}."
         )
     taken = shape("conv_in.weight")[1]
     channels = shape("conv_out.weight")[0] if has_output else LATENT_CHANNELS
