@@ -46,6 +46,10 @@ class BaseWeights(Mapping[str, Tensor]):
         tensors = {name: self._tensors[in_file] for name, in_file in self._in_file.items()}
         return comfy.model_detection.convert_diffusers_mmdit(tensors, "")
 
+    def __contains__(self, name: object) -> bool:
+        """Without reading the weight."""
+        return name in (self._joined if self._is_joined else self._in_file)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._joined if self._is_joined else self._in_file)
 

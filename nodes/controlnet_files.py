@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,30 @@ import comfy.controlnet
 import torch
 from torch import Tensor
 
+from ..parallel_backend.checkpoint_files.bitsandbytes_entries import FOUR_BITS
+from ..parallel_backend.checkpoint_files.gguf_file import is_gguf
 from ..parallel_backend.checkpoint_files.header import entries_of
+from ..parallel_backend.checkpoint_files.packed_entries import FORMS, PackedEntry, has_packing, packed_entries
 from ..parallel_backend.checkpoint_files.unet_control_files import is_control_lora, is_difference, is_unet_control
 from ..parallel_backend.errors import CheckpointError, UnsupportedError
 from .hung.weights import PREFIX
 
 _MARK = "parallel_mmdit_file"
+_READABLE = "Use its .safetensors file in half precision, or in fp8."
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """What is known of a ControlNet.
+
+    Args:
+        in_ranks_alone: where the ranks can't compute it, it is to be refused.
+        lost_scales: its file has scales beside its weights, which core's loader leaves out.
+    """
+
+    path: Path
+    in_ranks_alone: bool
+    lost_scales: bool
 
 
 class _Weights(dict[str, Any]):
@@ -29,7 +48,13 @@ def remember_files() -> None:
 
     @functools.wraps(load)
     def load_controlnet(ckpt_path: str, model: Any = None, *args: Any, **kwargs: Any) -> Any:
-        control = load(ckpt_path, _with_weights(model), *args, **kwargs)
+        try:
+            control = load(ckpt_path, _with_weights(model), *args, **kwargs)
+        except Exception as error:
+            if (what := _unread_by_core(Path(ckpt_path))) is None:
+                raise
+            name = Path(ckpt_path).name
+            raise UnsupportedError(f"{name} is {what}, which ComfyUI reads no ControlNet from.", _READABLE) from error
         leave_file(control, Path(ckpt_path))
         return control
 
@@ -53,6 +78,10 @@ class _OfModel(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._weights[name.removeprefix(PREFIX)]
+
+    def __contains__(self, name: object) -> bool:
+        """Without making the weight."""
+        return isinstance(name, str) and name.startswith(PREFIX) and name.removeprefix(PREFIX) in self._weights
 
     def __iter__(self) -> Iterator[str]:
         return (PREFIX + name for name in self._weights)
@@ -104,23 +133,55 @@ def leave_file(control: Any, path: Path, *, in_ranks_alone: bool = False) -> Non
     """
     if isinstance(weights := getattr(control, "control_weights", None), dict):
         control.control_weights = _Weights(weights)
+    mark = _Mark(path, in_ranks_alone, _has_scales(path))
     for held in _shared_by_copies(control):
-        setattr(held, _MARK, (path, in_ranks_alone))
+        setattr(held, _MARK, mark)
 
 
 def file_of(control: Any) -> Path | None:
     """None where that isn't known."""
-    path, _ = _mark(control)
-    return path
+    mark = _mark(control)
+    return None if mark is None else mark.path
 
 
 def is_for_ranks_alone(control: Any) -> bool:
-    _, in_ranks_alone = _mark(control)
-    return in_ranks_alone
+    mark = _mark(control)
+    return mark is not None and mark.in_ranks_alone
 
 
-def _mark(control: Any) -> tuple[Path | None, bool]:
-    return next((mark for held in _shared_by_copies(control) if (mark := getattr(held, _MARK, None))), (None, False))
+def has_lost_scales(control: Any) -> bool:
+    """Whether ComfyUI holds other weights than its file means: the ranks alone read those as they are meant."""
+    mark = _mark(control)
+    return mark is not None and mark.lost_scales
+
+
+def _unread_by_core(path: Path) -> str | None:
+    """What kind of file it is, where core reads none of that kind."""
+    if is_gguf(path):
+        return "a GGUF file"
+    try:
+        forms = {entry.form for entry in _packed(path).values()}
+    except (CheckpointError, UnsupportedError):
+        return None
+    several = sorted(form for form in forms if form in FOUR_BITS or FORMS[form].packed > 1)
+    return f"quantised as {', '.join(several)}" if several else None
+
+
+def _has_scales(path: Path) -> bool:
+    try:
+        return any(len(entry.parts) > 1 for entry in _packed(path).values())
+    except UnsupportedError:  # it is quantised in some other way, which core heeds as little
+        return True
+    except CheckpointError:
+        return False
+
+
+def _packed(path: Path) -> dict[str, PackedEntry]:
+    return packed_entries(path)[1] if has_packing(path) else {}
+
+
+def _mark(control: Any) -> _Mark | None:
+    return next((mark for held in _shared_by_copies(control) if (mark := getattr(held, _MARK, None))), None)
 
 
 def _shared_by_copies(control: Any) -> list[Any]:

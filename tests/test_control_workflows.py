@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +110,26 @@ def test_a_template_made_parallel_draws_what_it_draws_as_it_is(
     assert [len(nodes_of(prompt, "ParallelizeModel")) for prompt in (stock, ours)] == [0, 1]
     for node in nodes_of(ours, "LoadImage"):
         draw(server.base / "input" / node["inputs"]["image"])
-    expected, said = picture_of(server, stock), len(server.log())
+    with skipped_by_cores_without_lotus(server):
+        expected = picture_of(server, stock)
+    said = len(server.log())
     assert apart(picture_of(server, ours), expected) <= 1
     assert "the whole loop in the backend" in server.log()[said:]
     (apply,) = nodes_of(ours, "ControlNetApplyAdvanced")
     apply["inputs"]["strength"] = 0.0
     assert apart(picture_of(server, ours), expected) > 1
+
+
+@contextmanager
+def skipped_by_cores_without_lotus(server: ComfyServer) -> Iterator[None]:
+    """Older ones open that model in diffusers' layout alone, which they know at its full size."""
+    said = len(server.log())
+    try:
+        yield
+    except AssertionError:
+        if "Either num_heads or num_head_channels has to be set" not in server.log()[said:]:
+            raise
+        pytest.skip("this ComfyUI opens no small Lotus, which the depth template draws its depths with")
 
 
 def nodes_of(prompt: JSON, kind: str) -> list[JSON]:

@@ -16,14 +16,16 @@ import torch
 from comfy.controlnet import ControlBase
 from torch import Tensor
 
-from ...parallel_backend.errors import CheckpointError, ConfigError, OutOfMemoryError, UnsupportedError
-from ..controlnet_files import file_of, is_for_ranks_alone
-from .sharded_control import ShardedControl, unknown_to_ranks
+from ...parallel_backend.errors import BackendError, CheckpointError, ConfigError, OutOfMemoryError, UnsupportedError
+from ..controlnet_files import file_of, has_lost_scales, is_for_ranks_alone
+from .sharded_control import ShardedControl, is_of_another_family, unknown_to_ranks
 
 Control = Mapping[str, Sequence[Tensor | None]]
 SIDES = ("input", "middle", "output")
 # Beside those, in what a chain gives: the ControlNets that the ranks compute at this evaluation.
 USES = "in the ranks"
+# What a network of core's raises that is given what is another model's.
+_MISFITS = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError)
 # These read weights of the model that they are used with.
 _READERS = tuple(
     found for name in ("ControlLora", "ControlNetSD35") if (found := getattr(comfy.controlnet, name, None)) is not None
@@ -85,13 +87,22 @@ class ControlChain(ControlBase):
     Args:
         members: core's objects, or those that the ranks compute.
         weights: of the parallel MODEL, by name, for those that read them.
+        refusals: what the ranks said of the files of those that they don't take.
     """
 
     def __init__(
-        self, members: Sequence[ControlBase | ShardedControl], weights: Callable[[], Mapping[str, Tensor]]
+        self,
+        members: Sequence[ControlBase | ShardedControl],
+        weights: Callable[[], Mapping[str, Tensor]],
+        refusals: Sequence[BackendError],
     ) -> None:
         super().__init__()
-        self.members, self._weights = list(members), weights
+        self.members, self._weights, self._refusals = list(members), weights, list(refusals)
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether core's own chain would not do."""
+        return bool(self._refusals) or any(isinstance(member, (ShardedControl, *_READERS)) for member in self.members)
 
     @property
     def in_ranks(self) -> list[ShardedControl] | None:
@@ -101,14 +112,14 @@ class ControlChain(ControlBase):
 
     def pre_run(self, model: Any, percent_to_timestep_function: Callable[[float], float]) -> None:
         seen = _WithWeights(model, self._weights)
-        with self._answering() as members:
+        with self._answering() as members, self._explained():
             for member in members:
                 member.pre_run(seen, percent_to_timestep_function)
 
     def get_control(self, *args: Any, **kwargs: Any) -> Control | None:
         added: Control | None = None
         uses = []
-        with self._answering() as members:
+        with self._answering() as members, self._explained():
             for member in members:
                 if isinstance(member, ShardedControl):
                     uses.append(member.use(*args))
@@ -148,6 +159,19 @@ class ControlChain(ControlBase):
             for member, previous in zip(local, before, strict=True):
                 member.previous_controlnet = previous
 
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Where core's network stumbles over a MODEL of another family, the ranks have said already what is wrong."""
+        try:
+            yield
+        except _MISFITS as error:
+            if not self._refusals or isinstance(error, torch.cuda.OutOfMemoryError):
+                raise
+            refusal, what = self._refusals[0], f"{type(error).__name__}: {str(error)[:200]}"
+            raise UnsupportedError(
+                f"{refusal.message} ComfyUI can't compute it for this MODEL either ({what}).", refusal.remedy
+            ) from error
+
 
 def take_over(conds: Mapping[str, list[dict[str, Any]]], model: Any) -> list[str]:
     """Chains in the place of those ControlNets that the parallel MODEL has to do something for; one for all prompts that share it.
@@ -164,22 +188,21 @@ def take_over(conds: Mapping[str, list[dict[str, Any]]], model: Any) -> list[str
             continue
         has_prompt = entry.get("cross_attn_controlnet") is not None
         if (key := (id(control), has_prompt)) not in chains:
-            members, reasons = _members(control, model, has_prompt=has_prompt)
+            chains[key], reasons = _chain(control, model, has_prompt=has_prompt)
             local |= dict.fromkeys(reasons)
-            chains[key] = ControlChain(members, model.patched_weights)
-        chain = chains[key]
-        if any(isinstance(member, (ShardedControl, *_READERS)) for member in chain.members):
-            entry["control"] = chain
+        if chains[key].is_needed:
+            entry["control"] = chains[key]
     return list(local)
 
 
-def _members(control: ControlBase, model: Any, *, has_prompt: bool) -> tuple[list[ControlBase], list[str]]:
+def _chain(control: ControlBase, model: Any, *, has_prompt: bool) -> tuple[ControlChain, list[str]]:
     """A prompt's ControlNets, those that the ranks can compute as such; and why others can't be.
 
     Args:
         has_prompt: they have a prompt of their own, beside the model's.
+    Raises: UnsupportedError: ComfyUI can't compute one of those others as it is meant, or isn't to.
     """
-    members, reasons = [], []
+    members, reasons, refusals = [], [], list[BackendError]()
     is_patched = bool(model.patches or model.hook_patches)
     for member in chain_of(control):
         name, why = _named(member), unknown_to_ranks(member, is_patched=is_patched)
@@ -192,6 +215,16 @@ def _members(control: ControlBase, model: Any, *, has_prompt: bool) -> tuple[lis
                 member = ShardedControl(member, model.control_net(path))
             except (UnsupportedError, CheckpointError, ConfigError, OutOfMemoryError) as error:
                 why = error.message
+                if isinstance(error, (UnsupportedError, CheckpointError)):
+                    refusals.append(error)
+        if is_of_another_family(member):
+            what = f"{name} is a ControlNet of another family: {why}."
+            refusals.append(UnsupportedError(what, "Choose a ControlNet of the MODEL's family."))
+        if why and has_lost_scales(member):
+            raise UnsupportedError(
+                f"The ranks can't compute {name}: {why.rstrip('.')}. ComfyUI can't either: it leaves the scales of its weights out.",
+                "Use its file in half precision, or in fp8 without scales.",
+            )
         if why and is_for_ranks_alone(member):
             raise UnsupportedError(
                 f"The ranks can't compute {name}: {why.rstrip('.')}.",
@@ -200,7 +233,7 @@ def _members(control: ControlBase, model: Any, *, has_prompt: bool) -> tuple[lis
         if why:
             reasons.append(f"{name}: {why}")
         members.append(member)
-    return members, reasons
+    return ControlChain(members, model.patched_weights, refusals), reasons
 
 
 def _named(control: ControlBase) -> str:

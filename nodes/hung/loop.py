@@ -83,6 +83,7 @@ def read_loop(
     conds = {kind: [dict(entry) for entry in entries] for kind, entries in guider.conds.items()}
     for kind, entries in conds.items():
         found += _odd_entries(kind, entries)
+    found += _mixed_hints(conds, len(latent))
     if found or name is None or seed is None or isinstance(sampling, str):
         return found
     shapes = known_to(comfy.samplers.process_conds, latent_shapes=[latent.shape])
@@ -172,6 +173,17 @@ def _odd_entries(kind: str, entries: Sequence[Mapping[str, Any]]) -> Iterator[st
             continue
         if any(key in entry and entry[key] is not None and entry[key] != _NEUTRAL.get(key) for entry in entries):
             yield f"{_NAMED.get(key, repr(key))} in the {kind} conditioning"
+
+
+def _mixed_hints(conds: Mapping[str, Sequence[Mapping[str, Any]]], latents: int) -> Iterator[str]:
+    """Twice as many pictures of a ControlNet as latents: where ComfyUI computes two prompts at once, each gets others of them."""
+    if len(conds) < 2:
+        return
+    chains = {id(chain): chain for entries in conds.values() for entry in entries if (chain := entry.get("control"))}
+    for chain in chains.values():
+        for member in (chain.in_ranks or ()) if isinstance(chain, ControlChain) else ():
+            if member.hints == 2 * latents:
+                yield f"a ControlNet's {member.hints} pictures for {latents} latents"
 
 
 def _in_ranks(control: Any) -> bool:

@@ -47,6 +47,12 @@ def unknown_to_ranks(control: ControlBase, *, is_patched: bool) -> str:
     return ""
 
 
+def is_of_another_family(control: ControlBase) -> bool:
+    """Whether it is one of core's whose network goes with models that are neither SD3 nor SDXL."""
+    network = type(getattr(control, "control_model", None)).__module__
+    return type(control).__module__ == comfy.controlnet.__name__ and network.startswith("comfy.ldm.")
+
+
 class _Asked(torch.nn.Module):
     """In the place of a ControlNet's network: keeps what core has made ready for it."""
 
@@ -73,6 +79,11 @@ class ShardedControl(ControlBase):
 
     def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
         self._probe.pre_run(model, percent_to_timestep_function)
+
+    @property
+    def hints(self) -> int:
+        """Pictures that it was given."""
+        return len(self._probe.cond_hint_original)
 
     def use(self, *args: Any) -> ControlUse | None:
         """At the evaluation that core asks for; None outside the range."""

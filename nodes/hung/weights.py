@@ -117,6 +117,10 @@ class PatchedWeights(Mapping[str, Tensor]):
             return patched_weight(self._patches[name], self._base, name, self._device, self._dtype)
         return self._base[name].to(self._dtype)
 
+    def __contains__(self, name: object) -> bool:
+        """Without making the weight."""
+        return name in self._base
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._base)
 

@@ -234,7 +234,9 @@ def _check_inputs(names: Collection[str], file: str, what: str) -> None:
             "draws without the embedding.",
         )
     if "class_embedding.linear_1.weight" not in names:
-        raise UnsupportedError(f"{file} is a {what} without micro-conditioning (SD1 or SD2).", "Choose an SDXL model.")
+        raise UnsupportedError(
+            f"{file} is a {what} without micro-conditioning (SD1 or SD2).", f"Choose an SDXL {what}."
+        )
 
 
 def _context_width(names: dict[str, str], source: TensorSource, pooled: int) -> int:

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import os
 import pathlib
 
 import comfy_extras.nodes_custom_sampler as custom
@@ -33,6 +34,8 @@ STEP_BY_STEP = "euler_cfg_pp"
 
 class Encoder:
     """A VAE as nodes ask it, which takes no time: the means of squares of 8 pixels, mixed."""
+
+    downscale_ratio = 8  # as older cores ask
 
     def __init__(self, model):
         self.channels = model.model.latent_format.latent_channels
@@ -202,13 +205,15 @@ def parallelized(twins, name, model):
     """Parallelize Model on the local MODEL, in place of the parallel one."""
     if not isinstance(model, twins.remote_model.RemotePatcher):
         return model
-    pack = {
-        part: importlib.import_module(f"pack.{part}") for part in ("nodes.parallel_mesh", "parallel_backend.config")
-    }
+    names = ("nodes.parallel_mesh", "nodes.loader_file", "parallel_backend.config")
+    pack = {part: importlib.import_module(f"pack.{part}") for part in names}
     spec = pack["parallel_backend.config"].BackendSpec(twins.backend.spec.name, 2)
     mesh = pack["nodes.parallel_mesh"].ParallelMesh(spec, {"cfg": 2, "patch": 1}, "float32", "auto")
     mesh._backend = twins.backend
     local, _ = twins.pair(name, *MODELS[name])
+    if pack["nodes.loader_file"].left(local) is None:  # an older core, where Everywhere leaves it
+        args = (os.path.join(twins.folder, MODELS[name][0]), {"dtype": torch.float32})
+        pack["nodes.loader_file"].leave(local, twins.comfy.sd.load_diffusion_model, args)
     return importlib.import_module("pack.nodes.parallelize").parallelized(local, mesh)[0]
 
 
