@@ -21,7 +21,6 @@ from ..parallel_backend.errors import CheckpointError, UnsupportedError
 from .hung.weights import PREFIX
 
 _MARK = "parallel_mmdit_file"
-_READABLE = "Use its .safetensors file in half precision, or in fp8."
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,9 @@ def remember_files() -> None:
         except Exception as error:
             if (what := _unread_by_core(Path(ckpt_path))) is None:
                 raise
-            name = Path(ckpt_path).name
-            raise UnsupportedError(f"{name} is {what}, which ComfyUI reads no ControlNet from.", _READABLE) from error
+            path, use = Path(ckpt_path), "use its .safetensors file in half precision, or in fp8."
+            remedy = f"Load it with Load Parallel ControlNet, or {use}" if _is_for_ranks(path) else use.capitalize()
+            raise UnsupportedError(f"{path.name} is {what}, which ComfyUI reads no ControlNet from.", remedy) from error
         leave_file(control, Path(ckpt_path))
         return control
 
@@ -111,8 +111,7 @@ def control_in_ranks(path: Path) -> Any:
 
     Raises: CheckpointError: the file can't be read, or holds no ControlNet.
     """
-    names = entries_of(path)
-    if is_unet_control(names) and not (is_control_lora(names) or is_difference(names)):
+    if _is_for_ranks(path):
         network = InRanksAlone(path.name)
         # By the file's name, as core does: nothing in such a file tells it.
         pools = path.stem.endswith(("_shuffle", "_shuffle_fp16"))
@@ -123,6 +122,12 @@ def control_in_ranks(path: Path) -> Any:
         raise CheckpointError(f"{path.name} holds no ControlNet.", "Choose a ControlNet's file.")
     leave_file(control, path, in_ranks_alone=True)
     return control
+
+
+def _is_for_ranks(path: Path) -> bool:
+    """Whether nothing of core's own loader is needed for it. Raises: CheckpointError: the file can't be read."""
+    names = entries_of(path)
+    return is_unet_control(names) and not (is_control_lora(names) or is_difference(names))
 
 
 def leave_file(control: Any, path: Path, *, in_ranks_alone: bool = False) -> None:

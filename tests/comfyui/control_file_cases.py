@@ -168,7 +168,6 @@ def refusal_cases(twins, name):
     yield "scaled fp8 with a prompt of its own", words, functools.partial(with_prompt_of_its_own, twins)
     for file, what in (("gguf.gguf", "a GGUF file"), ("nvfp4.safetensors", "quantised as nvfp4")):
         words = f"{file} is {what}", "half precision"
-        yield f"{file} by Load Parallel ControlNet", words, functools.partial(by_our_loader, twins, file)
         yield f"{file} by ComfyUI's loader", words, of_file("other", file)
 
 
@@ -179,7 +178,11 @@ def with_prompt_of_its_own(twins, model):
 
 
 def by_our_loader(twins, file, model):
-    folder_paths.folder_names_and_paths["controlnet"] = ([os.path.join(twins.folder, "other")], {".safetensors"})
+    """The ranks read what core reads no ControlNet from; the local MODEL's is of its values."""
+    place = os.path.join(twins.folder, "other")
+    if not is_parallel(twins, model):
+        return with_file(twins, model, os.path.join(place, "values", f"{file}.safetensors"))
+    folder_paths.folder_names_and_paths["controlnet"] = ([place], {".safetensors"})
     loader = importlib.import_module("pack.nodes.load_controlnet").LoadParallelControlNet
     assert loader.validate_inputs(file) is True
     return twins.sample(model, **used(twins, model, loader.execute(file).result[0]))
@@ -228,5 +231,9 @@ def cases(twins):
             found += [refusals, hint_cases(twins, name)]
         if name == "sdxl":
             found.append([("a file that goes", same, {"of": functools.partial(file_that_goes, twins)})])
+            files = ("gguf.gguf", "nvfp4.safetensors")
+            found.append(
+                [(f"our loader: {file}", same, {"of": functools.partial(by_our_loader, twins, file)}) for file in files]
+            )
         for group in found:
             yield from ((name, *case) for case in group)
