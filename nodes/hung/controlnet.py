@@ -234,20 +234,28 @@ def _chain(control: ControlBase, model: Any, *, has_prompt: bool) -> tuple[Contr
             refusals[id(member)] = UnsupportedError(
                 f"{name} is a ControlNet of another family: {why}.", "Choose a ControlNet of the MODEL's family."
             )
-        if why and has_lost_scales(member):
-            raise UnsupportedError(
-                f"The ranks can't compute {name}: {why.rstrip('.')}. ComfyUI can't either: it leaves the scales of its weights out.",
-                "Use its file in half precision, or in fp8 without scales.",
-            )
-        if why and is_for_ranks_alone(member):
-            raise UnsupportedError(
-                f"The ranks can't compute {name}: {why.rstrip('.')}.",
-                "Load it with ComfyUI's Load ControlNet Model, which computes it itself.",
-            )
         if why:
+            _check_left_to_core(member, f"The ranks can't compute {name}: {why.rstrip('.')}.", refusals.get(id(member)))
             reasons.append(f"{name}: {why}")
         members.append(member)
     return ControlChain(members, model.patched_weights, refusals), reasons
+
+
+def _check_left_to_core(control: ControlBase, why: str, refusal: BackendError | None) -> None:
+    """Raises: UnsupportedError: ComfyUI may not compute what the ranks don't, or not as it is meant.
+
+    Args:
+        refusal: what the ranks said of its file, if that is the reason.
+    """
+    if has_lost_scales(control):
+        words = "ComfyUI can't either: it leaves the scales of its weights out."
+        raise UnsupportedError(f"{why} {words}", "Use its file in half precision, or in fp8 without scales.")
+    if is_for_ranks_alone(control):
+        remedy = "Load it with ComfyUI's Load ControlNet Model, which computes it itself."
+        if refusal is not None:
+            loader = "ComfyUI's Load ControlNet Model"
+            remedy = f"{refusal.remedy} Or load it with {loader}, which computes itself what it can."
+        raise UnsupportedError(why, remedy)
 
 
 def _named(control: ControlBase) -> str:
