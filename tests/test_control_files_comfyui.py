@@ -123,7 +123,7 @@ def save_values(path: Path, name: str = "") -> None:
 
 @pytest.fixture(scope="module")
 def outcomes(comfy: ComfyInstallation, files: Path, backend2: Backend) -> Outcomes:
-    found = run_twins(comfy, backend2, files, "control_file_cases", seconds=400, TWINS_WORLD="2")
+    found = run_twins(comfy, backend2, files, "control_file_cases", seconds=500, TWINS_WORLD="2")
     return {f"{model}, {case}": outcome for model, cases in found.items() for case, outcome in cases.items()}
 
 

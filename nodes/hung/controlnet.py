@@ -97,7 +97,7 @@ class ControlChain(ControlBase):
         refusals: Sequence[BackendError],
     ) -> None:
         super().__init__()
-        self.members, self._weights, self._refusals = list(members), weights, list(refusals)
+        self.members, self._weights, self._refusals = list(members), weights, refusals
 
     @property
     def is_needed(self) -> bool:
@@ -202,7 +202,7 @@ def _chain(control: ControlBase, model: Any, *, has_prompt: bool) -> tuple[Contr
         has_prompt: they have a prompt of their own, beside the model's.
     Raises: UnsupportedError: ComfyUI can't compute one of those others as it is meant, or isn't to.
     """
-    members, reasons, refusals = [], [], list[BackendError]()
+    members, reasons, refusals = [], [], dict[int, BackendError]()
     is_patched = bool(model.patches or model.hook_patches)
     for member in chain_of(control):
         name, why = _named(member), unknown_to_ranks(member, is_patched=is_patched)
@@ -216,24 +216,32 @@ def _chain(control: ControlBase, model: Any, *, has_prompt: bool) -> tuple[Contr
             except (UnsupportedError, CheckpointError, ConfigError, OutOfMemoryError) as error:
                 why = error.message
                 if isinstance(error, (UnsupportedError, CheckpointError)):
-                    refusals.append(error)
+                    refusals[id(member)] = error
         if is_of_another_family(member):
             what = f"{name} is a ControlNet of another family: {why}."
-            refusals.append(UnsupportedError(what, "Choose a ControlNet of the MODEL's family."))
-        if why and has_lost_scales(member):
-            raise UnsupportedError(
-                f"The ranks can't compute {name}: {why.rstrip('.')}. ComfyUI can't either: it leaves the scales of its weights out.",
-                "Use its file in half precision, or in fp8 without scales.",
-            )
-        if why and is_for_ranks_alone(member):
-            raise UnsupportedError(
-                f"The ranks can't compute {name}: {why.rstrip('.')}.",
-                "Load it with ComfyUI's Load ControlNet Model, which computes it itself.",
-            )
+            refusals[id(member)] = UnsupportedError(what, "Choose a ControlNet of the MODEL's family.")
         if why:
+            _check_left_to_core(member, f"The ranks can't compute {name}: {why.rstrip('.')}.", refusals.get(id(member)))
             reasons.append(f"{name}: {why}")
         members.append(member)
-    return ControlChain(members, model.patched_weights, refusals), reasons
+    return ControlChain(members, model.patched_weights, list(refusals.values())), reasons
+
+
+def _check_left_to_core(control: ControlBase, why: str, refusal: BackendError | None) -> None:
+    """Raises: UnsupportedError: ComfyUI may not compute what the ranks don't, or not as it is meant.
+
+    Args:
+        refusal: what the ranks said of its file, if that is the reason.
+    """
+    if has_lost_scales(control):
+        words = "ComfyUI can't either: it leaves the scales of its weights out."
+        raise UnsupportedError(f"{why} {words}", "Use its file in half precision, or in fp8 without scales.")
+    if is_for_ranks_alone(control):
+        remedy = "Load it with ComfyUI's Load ControlNet Model, which computes it itself."
+        if refusal is not None:
+            loader = "ComfyUI's Load ControlNet Model"
+            remedy = f"{refusal.remedy} Or load it with {loader}, which computes itself what it can."
+        raise UnsupportedError(why, remedy)
 
 
 def _named(control: ControlBase) -> str:

@@ -166,6 +166,13 @@ def refusal_cases(twins, name):
     yield "Stability's of SD3.5", words, of_file("sd3.5-large", "fp16, stability.safetensors")
     words = "it has a prompt of its own", "leaves the scales of its weights out", "fp8 without scales"
     yield "scaled fp8 with a prompt of its own", words, functools.partial(with_prompt_of_its_own, twins)
+    by_ours = functools.partial(functools.partial, by_our_loader, twins)
+    words = "The ranks can't compute sd1.safetensors", "Choose an SDXL ControlNet. Or load it with ComfyUI's"
+    yield "SD1's by Load Parallel ControlNet", words, by_ours("sd1.safetensors")
+    words = "The ranks can't compute going.safetensors: There is no file", "Check the name"
+    yield "a file that goes, by Load Parallel ControlNet", words, functools.partial(file_that_goes, twins, by_ours=True)
+    words = "is a DiffControlNet", "Use a whole ControlNet. Or load it"
+    yield "a DiffControlNet by Load Parallel ControlNet", words, by_ours("difference.safetensors")
     for file, what in (("gguf.gguf", "a GGUF file"), ("nvfp4.safetensors", "quantised as nvfp4")):
         words = f"{file} is {what}", "half precision"
         yield f"{file} by ComfyUI's loader", words, of_file("other", file)
@@ -178,14 +185,19 @@ def with_prompt_of_its_own(twins, model):
 
 
 def by_our_loader(twins, file, model):
-    """The ranks read what core reads no ControlNet from; the local MODEL's is of its values."""
-    place = os.path.join(twins.folder, "other")
-    if not is_parallel(twins, model):
-        return with_file(twins, model, os.path.join(place, "values", f"{file}.safetensors"))
-    folder_paths.folder_names_and_paths["controlnet"] = ([place], {".safetensors"})
+    """Of what core reads no ControlNet from, a local MODEL's is of its values."""
+    values = os.path.join(twins.folder, "other", "values", f"{file}.safetensors")
+    if not is_parallel(twins, model) and os.path.exists(values):
+        return with_file(twins, model, values)
+    return twins.sample(model, **used(twins, model, loaded_by_ours(twins, file)))
+
+
+def loaded_by_ours(twins, file):
+    folders = [os.path.join(twins.folder, name) for name in ("other", "of weights")]
+    folder_paths.folder_names_and_paths["controlnet"] = (folders, {".safetensors"})
     loader = importlib.import_module("pack.nodes.load_controlnet").LoadParallelControlNet
     assert loader.validate_inputs(file) is True
-    return twins.sample(model, **used(twins, model, loader.execute(file).result[0]))
+    return loader.execute(file).result[0]
 
 
 # As small as can be: no file that core opens has these sizes.
@@ -205,11 +217,12 @@ def flux_on(twins, model):
     return twins.sample(model, **used(twins, model, control))
 
 
-def file_that_goes(twins, model):
+def file_that_goes(twins, model, by_ours=False):
     """Deleted when the loader has read it, before it is sampled with."""
     path = os.path.join(twins.folder, "other", "going.safetensors")
     shutil.copy(os.path.join(twins.folder, "sdxl", "fp16.safetensors"), path)
-    prompts = used(twins, model, opened(model, path))
+    control = loaded_by_ours(twins, os.path.basename(path)) if by_ours else opened(model, path)
+    prompts = used(twins, model, control)
     os.remove(path)
     return twins.sample(model, **prompts)
 
