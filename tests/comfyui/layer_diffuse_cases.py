@@ -1,0 +1,91 @@
+"""ComfyUI-layerdiffuse's nodes for SDXL on a local MODEL and on its parallel twin, for twins.py; small files of its layouts."""
+
+import functools
+import importlib
+import os
+
+import folder_paths
+import torch
+from packs import pack
+from patch_cases import lora_file
+from safetensors.torch import save_file
+from twins import call
+
+MODELS = {
+    "sdxl, cfg": ("unet-layers.safetensors", {"cfg": 2}),
+    "sdxl, patch": ("unet-layers.safetensors", {"patch": 2}),
+    "sdxl, sliced": ("unet-layers.safetensors", {"patch": 2, "sliced": True}),
+}
+FOREGROUND = "SDXL, Foreground"
+
+
+def of_pack(twins):
+    """Its nodes; where they look for their files, these lie."""
+    folder = os.path.join(twins.folder, "layer_model")
+    folder_paths.folder_names_and_paths["layer_model"] = ([folder], {".safetensors"})
+    pack("layer_diffuse", os.environ["LAYERDIFFUSE_PATH"])
+    return importlib.import_module("layer_diffuse.layered_diffusion")
+
+
+def write_files(twins, model):
+    """By the weights' names, kinds and numbers of parts, as its files have them."""
+    folder = os.path.join(twins.folder, "layer_model")
+    os.makedirs(folder, exist_ok=True)
+    generator, network = torch.Generator().manual_seed(13), model.model.diffusion_model.state_dict()
+    attention, convolutions = {}, {}
+    for name, weight in network.items():
+        key = f"diffusion_model.{name}"
+        if "attn" in name and name.endswith("weight"):
+            attention[f"{key}::lora::0"] = 0.05 * torch.randn(weight.shape[0], 4, generator=generator)
+            attention[f"{key}::lora::1"] = torch.randn(4, weight.shape[1], generator=generator)
+        elif weight.ndim == 4:
+            convolutions[f"{key}::diff::0"] = 0.01 * torch.randn(weight.shape, generator=generator)
+    save_file(attention, os.path.join(folder, "layer_xl_transparent_attn.safetensors"))
+    save_file(convolutions, os.path.join(folder, "layer_xl_transparent_conv.safetensors"))
+    first = network["input_blocks.0.0.weight"]
+    for file, channels in (("layer_xl_fg2ble", 8), ("layer_xl_fgble2bg", 12)):
+        wide = 0.05 * torch.randn(first.shape[0], channels, *first.shape[2:], generator=generator)
+        whole = attention | {"diffusion_model.input_blocks.0.0.weight::diff::0": wide}
+        save_file(whole, os.path.join(folder, f"{file}.safetensors"))
+
+
+def applied(layers, config, weight, model):
+    return call(layers.LayeredDiffusionFG, model=model, config=config, weight=weight)
+
+
+def prompts(twins, model):
+    return {"cond": twins.prompt(model, 1), "uncond": twins.prompt(model, 2), "latent": {"samples": twins.latent(model)}}
+
+
+def conditioned(twins, layers, model, **more):
+    """The latent of Layer Diffuse Cond Apply's MODEL and prompts."""
+    node = layers.LayeredDiffusionDiff if "blended_latent" in more else layers.LayeredDiffusionCond
+    settings = prompts(twins, model) | more | {"config": FOREGROUND, "weight": 1.0}
+    changed, positive, negative = node().apply_layered_diffusion(model, **settings)
+    steps = []
+    return twins.sample(changed, positive=positive, negative=negative, callback=lambda *step: steps.append(step))
+
+
+def with_lora(twins, layers, model):
+    import comfy.sd
+
+    tensors = lora_file(model, "lora", seed=4)
+    return comfy.sd.load_lora_for_models(applied(layers, CONV, 0.6, model), None, tensors, 0.7, 0.0)[0]
+
+
+ATTENTION, CONV = "SDXL, Attention Injection", "SDXL, Conv Injection"
+
+
+def cases(twins):
+    layers = of_pack(twins)
+    for number, name in enumerate(MODELS):
+        model = twins.pair(name, *MODELS[name])[0]
+        if not number:
+            write_files(twins, model)
+        for config in (ATTENTION, CONV):
+            yield name, config, functools.partial(applied, layers, config, 1.0), {}
+        yield name, f"{CONV}, half, euler_ancestral", functools.partial(applied, layers, CONV, 0.5), {"sampler": "euler_ancestral"}
+        yield name, f"{CONV}, with a LoRA", functools.partial(with_lora, twins, layers), {}
+        yield name, "Cond Apply", lambda model: model, {"of": functools.partial(conditioned, twins, layers)}
+        blended = {"blended_latent": {"samples": twins.latent(model)}}
+        yield name, "Diff Apply", lambda model: model, {"of": functools.partial(conditioned, twins, layers, **blended)}
