@@ -8,8 +8,8 @@ import os
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import replace
 from contextlib import suppress
+from dataclasses import replace
 from functools import _lru_cache_wrapper
 from pathlib import Path
 from typing import Any

@@ -19,7 +19,8 @@ from control_cases import (
     t2i_adapter,
     union_control,
 )
-from packs import pack
+from packs import part_of_pack
+from refusals import refused
 from safetensors.torch import save_file
 from twins import call
 
@@ -42,12 +43,12 @@ WORLD = int(os.environ["TWINS_WORLD"])
 MODELS = {name: (FILES[name.split(",")[0]], mesh) for name, mesh in WORLDS[WORLD].items()}
 # On meshes beside the first: of each kind the case that asks the most of it.
 FEW = {"mask, an odd size", "keyframes of all kinds, a batch of 2", "between files of the ranks", "Control-LoRA"}
+LLLITE = "can't honour the ControlNet ControlLLLiteAdvanced of "
 LONG = {"steps": 4, "denoise": 1.0}
 
 
 def of(part):
-    pack("advanced_controlnet", os.environ["ADVANCED_CONTROLNET_PATH"])
-    return importlib.import_module(f"advanced_controlnet.adv_control.{part}")
+    return part_of_pack(os.environ["ADVANCED_CONTROLNET_PATH"], f"adv_control.{part}")
 
 
 def load(name, **keyframes):
@@ -113,7 +114,9 @@ def cases(twins):
     folder_paths.folder_names_and_paths["controlnet"] = ([twins.folder], {".safetensors"})
     for number, name in enumerate(MODELS):
         model, kind = twins.pair(name, *MODELS[name])[0], name.split(",")[0]
-        found = {"sdxl": sdxl_cases, "union": union_cases}.get(kind, functools.partial(sd3_cases, name=name))(twins, model)
+        found = {"sdxl": sdxl_cases, "union": union_cases}.get(kind, functools.partial(sd3_cases, name=name))(
+            twins, model
+        )
         some = None if number == 0 or kind != "sdxl" else FEW
         yield from ((name, *case) for case in found if some is None or case[0] in some)
 
@@ -126,9 +129,11 @@ def sdxl_cases(twins, model):
     yield "mask", same, apply_to(one, mask_optional=mask())
     yield "mask, an odd size", same, apply_to(one, mask_optional=mask()) | {"latent": twins.latent(model, 11, 7)}
     yield "keyframes", same, apply_to(one, timestep_kf=keyframes()) | LONG
-    yield "keyframes of the loader, dpmpp_2s_ancestral", same, apply_to(
-        load("control-two.safetensors", _tk_opt=keyframes())
-    ) | LONG | {"sampler": "dpmpp_2s_ancestral"}
+    yield (
+        "keyframes of the loader, dpmpp_2s_ancestral",
+        same,
+        apply_to(load("control-two.safetensors", _tk_opt=keyframes())) | LONG | {"sampler": "dpmpp_2s_ancestral"},
+    )
     between = {"start_percent": 0.0, "end_percent": 1.0, "strength_start": 1.0, "strength_end": 0.1}
     node = of("nodes_keyframes").TimestepKeyframeInterpolationNode
     many = call(node, **between, interpolation="ease-in", intervals=10)
@@ -158,9 +163,11 @@ def kinds(twins, model, apply_to):
     lora = load("control-lora.safetensors")
     weighted = {"mask_optional": mask(), "timestep_kf": keyframes(), "weights_override": soft_weights()}
     yield "Control-LoRA", same, apply_to(lora, **weighted) | LONG
-    yield "T2I-Adapter", same, apply_to(t2i_adapter(model), hint=image(96, 64), **weighted) | LONG | {
-        "latent": twins.latent(model, 12, 8)
-    }
+    yield (
+        "T2I-Adapter",
+        same,
+        apply_to(t2i_adapter(model), hint=image(96, 64), **weighted) | LONG | {"latent": twins.latent(model, 12, 8)},
+    )
     yield "core's, without a file", same, apply_to(sdxl_control(model), **weighted)
 
 
@@ -195,18 +202,20 @@ def in_blocks(twins, model):
     lllite(twins, model)
     patches = load("control-lllite.safetensors")
     one = load("control-one.safetensors")
-    for case, given in (
-        ("Reference ControlNet", apply_to(reference, hint=hint)),
-        ("Reference ControlNet on a ControlNet", apply_to(reference, **apply_to(one), hint=hint)),
-        ("ControlLLLite", apply_to(patches)),
-        ("ControlLLLite from the second step on", apply_to(patches, start=0.2)),
-        ("ControlLLLite, then a ControlNet", apply_to(one, **apply_to(patches, start=0.2))),
-        (
-            "ControlLLLite, then a file of the ranks",
-            apply_core(twins, model, loaded(twins, "control-two.safetensors"), apply_to(patches, start=0.2)),
-        ),
+    after = apply_core(twins, model, loaded(twins, "control-two.safetensors"), apply_to(patches, start=0.2))
+    for case, words, given in (
+        ("Reference ControlNet", "control_reference has put there", apply_to(reference, hint=hint)),
+        ("Reference ControlNet on another", "control_reference", apply_to(reference, **apply_to(one), hint=hint)),
+        ("ControlLLLite", LLLITE, apply_to(patches)),
+        ("ControlLLLite from the second step on", LLLITE, apply_to(patches, start=0.2)),
+        ("ControlLLLite, then another", LLLITE, apply_to(one, **apply_to(patches, start=0.2))),
+        ("ControlLLLite, then a file of the ranks", LLLITE, after),
     ):
-        yield case, same, {"of": functools.partial(refused, twins, "MODEL can't honour", given | LONG)}
+        yield (
+            case,
+            same,
+            {"of": functools.partial(refused, twins, words, lambda model, given=given: (model, given | LONG))},
+        )
 
 
 def lllite(twins, model):
@@ -219,25 +228,6 @@ def lllite(twins, model):
         {f"{name}.{key}": tensor for key, tensor in tensors.items()},
         os.path.join(twins.folder, "control-lllite.safetensors"),
     )
-
-
-def refused(twins, words, given, model):
-    """The plain latent, where a parallel MODEL has refused this by name, made no step of it, and can be used further."""
-    told, steps = "", []
-    if isinstance(model, twins.remote_model.RemotePatcher):
-        try:
-            twins.sample(model, callback=lambda *step: steps.append(step), **given)
-        except Exception as error:  # noqa: BLE001 - its words are looked at
-            assert words in str(error) and not steps, (error, len(steps))
-            told = str(error)
-        else:
-            raise AssertionError("nothing was refused")
-    else:
-        local = twins.sample(model, **given)
-        assert twins.distance(model, local, twins.sample(model, **LONG)) > 1e-3, "it does nothing"
-    plain = twins.sample(model, **LONG)
-    twins.said.append(told)
-    return plain
 
 
 def sd3_cases(twins, model, name):
@@ -271,8 +261,8 @@ class VAE(SmallVAE):
 def union_cases(twins, model):
     """ControlNet++; core finds no other sizes than the true ones in such a file."""
     union_control(twins, model)
-    config = {k: v for k, v in model.model.model_config.unet_config.items()}
-    found, detection = comfy.model_detection.unet_config_from_diffusers_unet, comfy.model_detection
+    config, detection = model.model.model_config.unet_config, comfy.model_detection
+    found = detection.unet_config_from_diffusers_unet
     detection.unet_config_from_diffusers_unet = lambda *_, **__: dict(config)
     try:
         single = of("nodes_plusplus").PlusPlusLoaderSingle

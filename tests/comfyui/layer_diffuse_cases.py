@@ -1,13 +1,13 @@
 """ComfyUI-layerdiffuse's nodes for SDXL on a local MODEL and on its parallel twin, for twins.py; small files of its layouts."""
 
 import functools
-import importlib
 import os
 
 import folder_paths
 import torch
-from packs import pack
-from patch_cases import lora_file
+from control_cases import mahiro, with_lora
+from packs import part_of_pack
+from refusals import refused
 from safetensors.torch import save_file
 from twins import call
 
@@ -16,20 +16,20 @@ MODELS = {
     "sdxl, patch": ("unet-layers.safetensors", {"patch": 2}),
     "sdxl, sliced": ("unet-layers.safetensors", {"patch": 2, "sliced": True}),
 }
-FOREGROUND = "SDXL, Foreground"
+FOREGROUND, ATTENTION, CONV = "SDXL, Foreground", "SDXL, Attention Injection", "SDXL, Conv Injection"
+WIDER = "can't honour a patch that widens input_blocks.0.0.weight"
 
 
 def of_pack(twins):
     """Its nodes; where they look for their files, these lie."""
     folder = os.path.join(twins.folder, "layer_model")
     folder_paths.folder_names_and_paths["layer_model"] = ([folder], {".safetensors"})
-    pack("layer_diffuse", os.environ["LAYERDIFFUSE_PATH"])
-    return importlib.import_module("layer_diffuse.layered_diffusion")
+    return part_of_pack(os.environ["LAYERDIFFUSE_PATH"], "layered_diffusion")
 
 
-def write_files(twins, model):
+def write_files(model, models):
     """By the weights' names, kinds and numbers of parts, as its files have them."""
-    folder = os.path.join(twins.folder, "layer_model")
+    folder = os.path.join(models, "layer_model")
     os.makedirs(folder, exist_ok=True)
     generator, network = torch.Generator().manual_seed(13), model.model.diffusion_model.state_dict()
     attention, convolutions = {}, {}
@@ -54,38 +54,33 @@ def applied(layers, config, weight, model):
 
 
 def prompts(twins, model):
-    return {"cond": twins.prompt(model, 1), "uncond": twins.prompt(model, 2), "latent": {"samples": twins.latent(model)}}
+    return {
+        "cond": twins.prompt(model, 1),
+        "uncond": twins.prompt(model, 2),
+        "latent": {"samples": twins.latent(model)},
+    }
 
 
-def conditioned(twins, layers, model, **more):
-    """The latent of Layer Diffuse Cond Apply's MODEL and prompts."""
-    node = layers.LayeredDiffusionDiff if "blended_latent" in more else layers.LayeredDiffusionCond
+def conditioned(twins, node, more, model):
+    """The MODEL and prompts of a node that widens the first convolution, for what it puts beside the latent."""
     settings = prompts(twins, model) | more | {"config": FOREGROUND, "weight": 1.0}
     changed, positive, negative = node().apply_layered_diffusion(model, **settings)
-    steps = []
-    return twins.sample(changed, positive=positive, negative=negative, callback=lambda *step: steps.append(step))
-
-
-def with_lora(twins, layers, model):
-    import comfy.sd
-
-    tensors = lora_file(model, "lora", seed=4)
-    return comfy.sd.load_lora_for_models(applied(layers, CONV, 0.6, model), None, tensors, 0.7, 0.0)[0]
-
-
-ATTENTION, CONV = "SDXL, Attention Injection", "SDXL, Conv Injection"
+    return changed, {"positive": positive, "negative": negative}
 
 
 def cases(twins):
     layers = of_pack(twins)
+    blended = {"blended_latent": {"samples": torch.ones(1, 4, 8, 6)}}
+    wider = {"Cond Apply": (layers.LayeredDiffusionCond, {}), "Diff Apply": (layers.LayeredDiffusionDiff, blended)}
     for number, name in enumerate(MODELS):
-        model = twins.pair(name, *MODELS[name])[0]
         if not number:
-            write_files(twins, model)
+            write_files(twins.pair(name, *MODELS[name])[0], twins.folder)
         for config in (ATTENTION, CONV):
             yield name, config, functools.partial(applied, layers, config, 1.0), {}
-        yield name, f"{CONV}, half, euler_ancestral", functools.partial(applied, layers, CONV, 0.5), {"sampler": "euler_ancestral"}
-        yield name, f"{CONV}, with a LoRA", functools.partial(with_lora, twins, layers), {}
-        yield name, "Cond Apply", lambda model: model, {"of": functools.partial(conditioned, twins, layers)}
-        blended = {"blended_latent": {"samples": twins.latent(model)}}
-        yield name, "Diff Apply", lambda model: model, {"of": functools.partial(conditioned, twins, layers, **blended)}
+        half = functools.partial(applied, layers, CONV, 0.5)
+        yield name, f"{CONV}, half, euler_ancestral", half, {"sampler": "euler_ancestral"}
+        yield name, f"{CONV}, step by step", lambda model: mahiro(applied(layers, CONV, 1.0, model)), {}
+        yield name, f"{CONV}, with a LoRA", lambda model: with_lora(applied(layers, CONV, 0.6, model)), {}
+        for case, (node, more) in wider.items():
+            make = functools.partial(conditioned, twins, node, more)
+            yield name, case, lambda model: model, {"of": functools.partial(refused, twins, WIDER, make)}
