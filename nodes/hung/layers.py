@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
+from pathlib import PurePath
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -125,7 +126,10 @@ def _maker(put: Any) -> str:
     while isinstance(put, partial):
         put = put.func
     put = getattr(put, "__func__", put)
-    module = module_of(put if isinstance(put, FunctionType | type) else type(put))
+    if isinstance(put, FunctionType):  # what wraps another calls itself by the other's name
+        module = PurePath(put.__globals__["__name__"]).name
+    else:
+        module = module_of(put if isinstance(put, type) else type(put))
     return "" if module.split(".")[0] in _NO_PACKS else module
 
 

@@ -41,14 +41,22 @@ WORLDS = {
 }
 WORLD = int(os.environ["TWINS_WORLD"])
 MODELS = {name: (FILES[name.split(",")[0]], mesh) for name, mesh in WORLDS[WORLD].items()}
-# On meshes beside the first: of each kind the case that asks the most of it.
-FEW = {"mask, an odd size", "keyframes of all kinds, a batch of 2", "between files of the ranks", "Control-LoRA"}
+PACK = "ComfyUI-Advanced-ControlNet"
+# On meshes beside the first, and on one rank: of each kind the case that asks the most of it.
+FEW = {
+    *("mask, an odd size", "keyframes of all kinds, a batch of 2", "between files of the ranks", "Control-LoRA"),
+    *("T2I-Adapter", "InstantX's, mask and keyframes", "stability, mask and keyframes", "stability, double"),
+}
 LLLITE = "can't honour the ControlNet ControlLLLiteAdvanced of "
 LONG = {"steps": 4, "denoise": 1.0}
 
 
 def of(part):
     return part_of_pack(os.environ["ADVANCED_CONTROLNET_PATH"], f"adv_control.{part}")
+
+
+# Packs are there before MODELs are.
+of("nodes_main")
 
 
 def load(name, **keyframes):
@@ -117,8 +125,8 @@ def cases(twins):
         found = {"sdxl": sdxl_cases, "union": union_cases}.get(kind, functools.partial(sd3_cases, name=name))(
             twins, model
         )
-        some = None if number == 0 or kind != "sdxl" else FEW
-        yield from ((name, *case) for case in found if some is None or case[0] in some)
+        some = None if WORLD == 2 and (number == 0 or kind != "sdxl") else FEW
+        yield from ((name, f"{PACK}: {case}", *more) for case, *more in found if some is None or case in some)
 
 
 def sdxl_cases(twins, model):

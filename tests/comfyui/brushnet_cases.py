@@ -10,11 +10,16 @@ from control_cases import random_weights
 from packs import part_of_pack
 from refusals import refused
 
-MODELS = {"sdxl": ("unet-layers.safetensors", {"cfg": 2})}
+PACK = "ComfyUI-BrushNet"
+MODELS = {"sdxl, cfg": ("unet-layers.safetensors", {"cfg": 2})}
 
 
 def of(part):
     return part_of_pack(os.environ["BRUSHNET_PATH"], part)
+
+
+# Packs are there before MODELs are.
+of("brushnet_nodes")
 
 
 def brushnet():
@@ -70,4 +75,4 @@ def cases(twins):
     for name in MODELS:
         for make in (brushed, raunet):
             of_node = functools.partial(refused, twins, words, functools.partial(make, twins))
-            yield name, make.__name__, lambda model: model, {"of": of_node}
+            yield name, f"{PACK}: {make.__name__}", lambda model: model, {"of": of_node}

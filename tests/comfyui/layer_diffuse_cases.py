@@ -3,7 +3,6 @@
 import functools
 import os
 
-import folder_paths
 import torch
 from control_cases import mahiro, with_lora
 from packs import part_of_pack
@@ -13,23 +12,17 @@ from twins import call
 
 MODELS = {
     "sdxl, cfg": ("unet-layers.safetensors", {"cfg": 2}),
-    "sdxl, patch": ("unet-layers.safetensors", {"patch": 2}),
     "sdxl, sliced": ("unet-layers.safetensors", {"patch": 2, "sliced": True}),
 }
+# Packs are there before MODELs are: this one puts a function of its own around that of all transformer blocks.
+layers = part_of_pack(os.environ["LAYERDIFFUSE_PATH"], "layered_diffusion")
+PACK = "ComfyUI-layerdiffuse"
 FOREGROUND, ATTENTION, CONV = "SDXL, Foreground", "SDXL, Attention Injection", "SDXL, Conv Injection"
 WIDER = "can't honour a patch that widens input_blocks.0.0.weight"
 
 
-def of_pack(twins):
-    """Its nodes; where they look for their files, these lie."""
-    folder = os.path.join(twins.folder, "layer_model")
-    folder_paths.folder_names_and_paths["layer_model"] = ([folder], {".safetensors"})
-    return part_of_pack(os.environ["LAYERDIFFUSE_PATH"], "layered_diffusion")
-
-
-def write_files(model, models):
+def write_files(model, folder):
     """By the weights' names, kinds and numbers of parts, as its files have them."""
-    folder = os.path.join(models, "layer_model")
     os.makedirs(folder, exist_ok=True)
     generator, network = torch.Generator().manual_seed(13), model.model.diffusion_model.state_dict()
     attention, convolutions = {}, {}
@@ -49,7 +42,7 @@ def write_files(model, models):
         save_file(whole, os.path.join(folder, f"{file}.safetensors"))
 
 
-def applied(layers, config, weight, model):
+def applied(config, weight, model):
     return call(layers.LayeredDiffusionFG, model=model, config=config, weight=weight)
 
 
@@ -69,18 +62,19 @@ def conditioned(twins, node, more, model):
 
 
 def cases(twins):
-    layers = of_pack(twins)
+    # Where its nodes look for their files.
+    layers.layer_model_root = os.path.join(twins.folder, "layer_model")
     blended = {"blended_latent": {"samples": torch.ones(1, 4, 8, 6)}}
     wider = {"Cond Apply": (layers.LayeredDiffusionCond, {}), "Diff Apply": (layers.LayeredDiffusionDiff, blended)}
     for number, name in enumerate(MODELS):
         if not number:
-            write_files(twins.pair(name, *MODELS[name])[0], twins.folder)
+            write_files(twins.pair(name, *MODELS[name])[0], layers.layer_model_root)
         for config in (ATTENTION, CONV):
-            yield name, config, functools.partial(applied, layers, config, 1.0), {}
-        half = functools.partial(applied, layers, CONV, 0.5)
-        yield name, f"{CONV}, half, euler_ancestral", half, {"sampler": "euler_ancestral"}
-        yield name, f"{CONV}, step by step", lambda model: mahiro(applied(layers, CONV, 1.0, model)), {}
-        yield name, f"{CONV}, with a LoRA", lambda model: with_lora(applied(layers, CONV, 0.6, model)), {}
+            yield name, f"{PACK}: {config}", functools.partial(applied, config, 1.0), {}
+        half = functools.partial(applied, CONV, 0.5)
+        yield name, f"{PACK}: {CONV}, half, euler_ancestral", half, {"sampler": "euler_ancestral"}
+        yield name, f"{PACK}: {CONV}, step by step", lambda model: mahiro(applied(CONV, 1.0, model)), {}
+        yield name, f"{PACK}: {CONV}, with a LoRA", lambda model: with_lora(applied(CONV, 0.6, model)), {}
         for case, (node, more) in wider.items():
             make = functools.partial(conditioned, twins, node, more)
-            yield name, case, lambda model: model, {"of": functools.partial(refused, twins, WIDER, make)}
+            yield name, f"{PACK}: {case}", lambda model: model, {"of": functools.partial(refused, twins, WIDER, make)}
