@@ -45,13 +45,13 @@ class AsMade:
         self.classes = {kind: _functions(kind) for _, kind, _ in self.layers.values()}
 
     def changes(self) -> Iterator[str]:
-        """What has been changed since, of its name: a few, and how many others."""
+        """What has been changed since, of its name: a few, how many others, and whose functions and objects they are."""
         found = list(self._changes())
         yield from (told for told, _ in found[:NAMED])
         if len(found) > NAMED:
             yield f"{len(found) - NAMED} more changes of its layers"
         if makers := sorted({maker for _, put in found if (maker := _maker(put))}):
-            yield f"all that {', '.join(makers)} has put there"
+            yield f"put there by {', '.join(makers)}"
 
     def _changes(self) -> Iterator[tuple[str, Any]]:
         """Each with what has been put there."""

@@ -18,10 +18,11 @@ from control_cases import (
     shifted,
     t2i_adapter,
     union_control,
+    with_lora,
 )
 from packs import part_of_pack
 from refusals import refused
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from twins import call
 
 import nodes
@@ -176,7 +177,19 @@ def kinds(twins, model, apply_to):
         same,
         apply_to(t2i_adapter(model), hint=image(96, 64), **weighted) | LONG | {"latent": twins.latent(model, 12, 8)},
     )
+    difference = functools.partial(of_difference, twins, apply_to, weighted)
+    yield "a file of differences", same, {"of": difference}
+    yield "a file of differences, on a MODEL with a LoRA", with_lora, {"of": difference}
     yield "core's, without a file", same, apply_to(sdxl_control(model), **weighted)
+
+
+def of_difference(twins, apply_to, weighted, model):
+    """Of what is added to the MODEL's own weights when it is loaded."""
+    tensors = load_file(os.path.join(twins.folder, "control-two.safetensors"))
+    save_file(tensors | {"difference": torch.zeros(1)}, os.path.join(twins.folder, "control-difference.safetensors"))
+    node = of("nodes_main").DiffControlNetLoaderAdvanced
+    control = call(node, model=model, cnet="control-difference.safetensors")
+    return twins.sample(model, **apply_to(control, **weighted), **LONG)
 
 
 def chains(twins, model, apply_to, one):
@@ -212,8 +225,12 @@ def in_blocks(twins, model):
     one = load("control-one.safetensors")
     after = apply_core(twins, model, loaded(twins, "control-two.safetensors"), apply_to(patches, start=0.2))
     for case, words, given in (
-        ("Reference ControlNet", "control_reference has put there", apply_to(reference, hint=hint)),
-        ("Reference ControlNet on another", "control_reference", apply_to(reference, **apply_to(one), hint=hint)),
+        ("Reference ControlNet", "adv_control.control_reference", apply_to(reference, hint=hint)),
+        (
+            "Reference ControlNet on another",
+            "adv_control.control_reference",
+            apply_to(reference, **apply_to(one), hint=hint),
+        ),
         ("ControlLLLite", LLLITE, apply_to(patches)),
         ("ControlLLLite from the second step on", LLLITE, apply_to(patches, start=0.2)),
         ("ControlLLLite, then another", LLLITE, apply_to(one, **apply_to(patches, start=0.2))),
