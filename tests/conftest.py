@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import replace
 from functools import _lru_cache_wrapper
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from parallel_backend.errors import StartError
 from parallel_backend.small_checkpoints.clip import write_clip
 from parallel_backend.small_checkpoints.kl_vae import write_kl_vae
 from parallel_backend.small_checkpoints.mmdit import FAMILIES, small_config, write_mmdit
-from parallel_backend.small_checkpoints.mmdit_control import STABILITY, write_control
+from parallel_backend.small_checkpoints.mmdit_control import DOUBLE, INSTANTX, STABILITY, write_control
 from parallel_backend.small_checkpoints.taesd import write_taesd
 from parallel_backend.small_checkpoints.unet import CONFIGS, write_unet
 from parallel_backend.small_checkpoints.unet_control import control_config, write_unet_control
@@ -102,6 +103,24 @@ def unets(models: Path) -> Path:
     folder = models / "diffusion_models"
     for name in ("tiny", "inpainting", "editing", "refiner"):
         write_unet(folder / f"unet-{name}.safetensors", CONFIGS[name], "single file")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def control_files(models: Path) -> Path:
+    """The folder of models, with ControlNets for them beside."""
+    folder = models / "diffusion_models"
+    write_unet(folder / "unet-layers.safetensors", CONFIGS["two layers"], "single file")
+    # Core knows unions of this width alone.
+    wide = {"block_channels": (320,), "down_depths": ((1,),), "up_depths": ((1, 1),)}
+    write_unet(folder / "unet-320.safetensors", replace(CONFIGS["tiny"], **wide), "single file")
+    config = control_config(CONFIGS["two layers"])
+    write_unet_control(folder / "control-one.safetensors", config, "single file", seed=1)
+    write_unet_control(folder / "control-two.safetensors", config, "single file", seed=2, prefix="control_model.")
+    for family, kinds in (("sd3", (INSTANTX,)), ("sd3.5-large", (INSTANTX, STABILITY, DOUBLE))):
+        base = small_config("sd3-medium" if family == "sd3" else family)
+        for kind in kinds:
+            write_control(folder / f"control-{family}-{kind}.safetensors", kind, base)
     return folder
 
 

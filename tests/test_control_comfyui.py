@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +10,8 @@ from comfyui.installation import ComfyInstallation
 from comfyui.twin_run import run_twins
 
 from parallel_backend import Backend
-from parallel_backend.small_checkpoints.mmdit import small_config
-from parallel_backend.small_checkpoints.mmdit_control import DOUBLE, INSTANTX, STABILITY, write_control
-from parallel_backend.small_checkpoints.unet import CONFIGS, write_unet
-from parallel_backend.small_checkpoints.unet_control import control_config, write_unet_control
 
 Outcomes = dict[str, dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def files(models: Path) -> Path:
-    """The folder of models, with ControlNets for them beside."""
-    folder = models / "diffusion_models"
-    write_unet(folder / "unet-layers.safetensors", CONFIGS["two layers"], "single file")
-    # Core knows unions of this width alone.
-    wide = {"block_channels": (320,), "down_depths": ((1,),), "up_depths": ((1, 1),)}
-    write_unet(folder / "unet-320.safetensors", replace(CONFIGS["tiny"], **wide), "single file")
-    config = control_config(CONFIGS["two layers"])
-    write_unet_control(folder / "control-one.safetensors", config, "single file", seed=1)
-    write_unet_control(folder / "control-two.safetensors", config, "single file", seed=2, prefix="control_model.")
-    for family, kinds in (("sd3", (INSTANTX,)), ("sd3.5-large", (INSTANTX, STABILITY, DOUBLE))):
-        base = small_config("sd3-medium" if family == "sd3" else family)
-        for kind in kinds:
-            write_control(folder / f"control-{family}-{kind}.safetensors", kind, base)
-    return folder
 
 
 def run(comfy: ComfyInstallation, backend: Backend, files: Path) -> Outcomes:
@@ -44,8 +21,8 @@ def run(comfy: ComfyInstallation, backend: Backend, files: Path) -> Outcomes:
 
 
 @pytest.fixture(scope="module")
-def outcomes(comfy: ComfyInstallation, files: Path, backend2: Backend) -> Outcomes:
-    return run(comfy, backend2, files)
+def outcomes(comfy: ComfyInstallation, control_files: Path, backend2: Backend) -> Outcomes:
+    return run(comfy, backend2, control_files)
 
 
 def wrong(outcomes: Outcomes) -> dict[str, Any]:
@@ -86,12 +63,12 @@ def test_what_comfyui_computes_is_said_with_its_price(outcomes: Outcomes) -> Non
 
 @pytest.mark.parametrize("world", [1, 3, 4])
 def test_other_numbers_of_ranks_give_the_same(
-    world: int, comfy: ComfyInstallation, files: Path, runtime_folder: Path, request: pytest.FixtureRequest
+    world: int, comfy: ComfyInstallation, control_files: Path, runtime_folder: Path, request: pytest.FixtureRequest
 ) -> None:
     if world == 4:
-        found = run(comfy, request.getfixturevalue("backend4"), files)
+        found = run(comfy, request.getfixturevalue("backend4"), control_files)
     else:
         backend = Backend.attach_or_start(world, "cpu", f"control{world}", idle_seconds=300)
-        found = run(comfy, backend, files)
+        found = run(comfy, backend, control_files)
         backend.stop()
     assert len(found) > 10 and not wrong(found) and not without_effect(found), wrong(found)

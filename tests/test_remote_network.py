@@ -20,7 +20,7 @@ REFUSED = {
     "TGate": "the replaced _forward of input_blocks.3.1.transformer_blocks.0",
     "NAG": "computes with the layer input_blocks.3.1.transformer_blocks.0.attn2.to_k",
     "forward": "the replaced forward of the network",
-    "layer's forward": "the replaced forward of input_blocks.1.0.",
+    "layer's forward": "the replaced forward of input_blocks.1.0; put there by __main__.",
     "hook": "a forward hook of input_blocks.1.0.",
     "pre-hook": "a forward pre-hook of the network",
     "class": "the replaced class of input_blocks.1.0 (Other)",

@@ -18,9 +18,12 @@ from torch import Tensor
 
 from ...parallel_backend.errors import BackendError, CheckpointError, ConfigError, OutOfMemoryError, UnsupportedError
 from ..controlnet_files import file_of, has_lost_scales, is_for_ranks_alone
+from .guidance import patches_blocks
+from .refusal import module_of, refuse
 from .sharded_control import ShardedControl, is_of_another_family, unknown_to_ranks
 
 Control = Mapping[str, Sequence[Tensor | None]]
+REMOVE = "Remove that ControlNet, or load the model with ComfyUI's own loader."
 SIDES = ("input", "middle", "output")
 # Beside those, in what a chain gives: the ControlNets that the ranks compute at this evaluation.
 USES = "in the ranks"
@@ -61,7 +64,7 @@ def by_place(control: Mapping[str, Any], network: torch.nn.Module) -> Control:
     if extra := sorted(key for key, value in control.items() if key not in (*SIDES, USES) and value):
         raise UnsupportedError(
             f"A parallel MODEL can't honour a ControlNet's {', '.join(map(repr, extra))}.",
-            "Remove that ControlNet, or load the model with ComfyUI's own loader.",
+            REMOVE,
         )
     given = {side: list(control.get(side) or ()) for side in SIDES}
     blocks = getattr(network, "input_blocks", None)
@@ -179,7 +182,9 @@ def take_over(conds: Mapping[str, list[dict[str, Any]]], model: Any) -> list[str
     Args:
         model: the RemotePatcher.
     Returns: which ControlNets ComfyUI computes, and why.
+    Raises: UnsupportedError: of a ControlNet that works by patches of the model's blocks, from whatever step on.
     """
+    refuse(_in_blocks(conds), "A parallel MODEL", REMOVE)
     chains: dict[tuple[int, bool], ControlChain] = {}
     local: dict[str, None] = {}
     for entry in (entry for entries in conds.values() for entry in entries):
@@ -193,6 +198,16 @@ def take_over(conds: Mapping[str, list[dict[str, Any]]], model: Any) -> list[str
         if chains[key].is_needed:
             entry["control"] = chains[key]
     return list(local)
+
+
+def _in_blocks(conds: Mapping[str, list[dict[str, Any]]]) -> Iterator[str]:
+    """Of packs' own ControlNets those that leave patches of blocks where others give residuals, each by its name."""
+    found = (entry.get("control") for entries in conds.values() for entry in entries)
+    last = [control for control in found if isinstance(control, ControlBase) and not isinstance(control, ControlChain)]
+    kinds = {type(member): member for control in last for member in chain_of(control)}
+    for kind, member in kinds.items():
+        if module_of(kind) != comfy.controlnet.__name__ and patches_blocks(member.get_control):
+            yield f"the ControlNet {kind.__qualname__} of {module_of(kind)}, which patches blocks of the model"
 
 
 def _chain(control: ControlBase, model: Any, *, has_prompt: bool) -> tuple[ControlChain, list[str]]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from pathlib import PurePath
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from comfy.model_patcher import ModelPatcher
 
 from .loop_patches import OWN
+from .refusal import module_of
 
 # What a function names that patches attention or blocks: ComfyUI's functions for it, and where they leave the patches.
 _PATCHING = frozenset(
@@ -34,10 +34,14 @@ def patching_functions(model: ModelPatcher) -> Iterator[str]:
         hung += [(kind, fs) for kind, by_key in wrappers.items() for key, fs in by_key.items() if key != OWN]
     for kind, value in hung:
         for function in value if isinstance(value, list | tuple) else [value]:
-            if callable(function) and any(_PATCHING & names(code) for code in _codes(function, set())):
+            if callable(function) and patches_blocks(function):
                 named = function if hasattr(function, "__qualname__") else type(function)
-                module = PurePath(named.__module__).name  # a path, of those that ComfyUI loads from a folder
-                yield f"{named.__qualname__} of {module} ({kind}), which patches blocks of the model"
+                yield f"{named.__qualname__} of {module_of(named)} ({kind}), which patches blocks of the model"
+
+
+def patches_blocks(function: Any) -> bool:
+    """Whether its code, or that of its own package which it calls, names what patches attention or blocks."""
+    return any(_PATCHING & names(code) for code in _codes(function, set()))
 
 
 def names(code: CodeType) -> set[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
-from itertools import islice
+from functools import partial
+from pathlib import PurePath
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -11,7 +13,10 @@ from comfy.model_base import BaseModel
 from torch import Tensor
 from torch.nn import Module
 
+from .refusal import module_of
+
 NAMED = 4
+_NO_PACKS = frozenset({*sys.stdlib_module_names, "torch", "comfy"})
 # What a layer holds its parts in, and what its output doesn't depend on.
 _PARTS = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -40,23 +45,26 @@ class AsMade:
         self.classes = {kind: _functions(kind) for _, kind, _ in self.layers.values()}
 
     def changes(self) -> Iterator[str]:
-        """What has been changed since, of its name: a few, and how many others."""
-        found = self._changes()
-        yield from islice(found, NAMED)
-        others = sum(1 for _ in found)
-        if others:
-            yield f"{others} more changes of its layers"
+        """What has been changed since, of its name: a few, how many others, and whose functions and objects they are."""
+        found = list(self._changes())
+        yield from (told for told, _ in found[:NAMED])
+        if len(found) > NAMED:
+            yield f"{len(found) - NAMED} more changes of its layers"
+        if makers := sorted({maker for _, put in found if (maker := _maker(put))}):
+            yield f"put there by {', '.join(makers)}"
 
-    def _changes(self) -> Iterator[str]:
+    def _changes(self) -> Iterator[tuple[str, Any]]:
+        """Each with what has been put there."""
         for kind, functions in self.classes.items():
-            for name in _differing(functions, _functions(kind)):
-                yield f"the replaced {name} of all {kind.__name__} layers"
+            now = _functions(kind)
+            for name in _differing(functions, now):
+                yield f"the replaced {name} of all {kind.__name__} layers", now.get(name)
         for name, (layer, kind, state) in self.layers.items():
             if type(layer) is not kind:
-                yield f"the replaced class of {name or 'the network'} ({type(layer).__name__})"
+                yield f"the replaced class of {name or 'the network'} ({type(layer).__name__})", type(layer)
             now = _state(layer)
             for attribute in _differing(state, now):
-                yield _told(name, attribute, state.get(attribute, now.get(attribute)))
+                yield _told(name, attribute, state.get(attribute, now.get(attribute))), now.get(attribute)
 
 
 def network_changes(model: BaseModel) -> Iterator[str]:
@@ -111,6 +119,18 @@ def _is_own(owner: object, name: str, value: Any) -> bool:
     """Whether an attribute is its class's own method: ComfyUI leaves it so where an object patch was taken back."""
     own = getattr(type(owner), name, None)
     return isinstance(value, MethodType) and value.__self__ is owner and value.__func__ is own
+
+
+def _maker(put: Any) -> str:
+    """The module whose function or object it is; empty where it is torch's, Python's or core's."""
+    while isinstance(put, partial):
+        put = put.func
+    put = getattr(put, "__func__", put)
+    if isinstance(put, FunctionType):  # what wraps another calls itself by the other's name
+        module = PurePath(put.__globals__["__name__"]).name
+    else:
+        module = module_of(put if isinstance(put, type) else type(put))
+    return "" if module.split(".")[0] in _NO_PACKS else module
 
 
 def _told(layer: str, attribute: str, value: Any) -> str:

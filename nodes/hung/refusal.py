@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import PurePath
+from typing import Any
 
 from ...parallel_backend.errors import UnsupportedError
 
@@ -11,6 +13,11 @@ IN_MESH_CONFIG = "Remove that node; Mesh Config has the ranks' dtype, and compil
 RELOAD = (
     "The weights live in the backend. Remove that node and free the models and node cache, or use ComfyUI's own loader."
 )
+
+
+def module_of(made: Any) -> str:
+    """The module of a class or function, a pack's by its folder: ComfyUI loads those under their whole path."""
+    return PurePath(made.__module__ or "").name
 
 
 def refuse(found: Iterator[str], where: str, remedy: str) -> None:

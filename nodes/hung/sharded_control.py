@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...parallel_backend import ControlUse, RemoteControl
 from ..controlnet_files import InRanksAlone
+from .refusal import module_of
 
 # Of core's classes those whose networks the ranks know, by where these come from.
 _KINDS = tuple(
@@ -32,7 +33,7 @@ def unknown_to_ranks(control: ControlBase, *, is_patched: bool) -> str:
     if is_patched and type(control).__name__ == "ControlLora":
         return "it is made of the MODEL's weights, on which patches lie"
     if type(control) not in _KINDS:
-        return f"{type(control).__module__}.{type(control).__qualname__} is no ControlNet that the ranks know"
+        return f"{module_of(type(control))}.{type(control).__qualname__} is no ControlNet that the ranks know"
     network = getattr(control, "control_model", None)
     if network is not None and not isinstance(network, InRanksAlone) and type(network).__module__ not in _NETWORKS:
         return f"its network is {type(network).__module__}.{type(network).__qualname__}"

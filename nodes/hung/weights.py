@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain
 from math import prod
 from typing import Any
 
@@ -26,6 +25,7 @@ from ...parallel_backend.errors import UnsupportedError
 PREFIX = "diffusion_model."
 # Older cores have it beside their patcher.
 _seed_of = getattr(comfy.utils, "string_to_seed", None) or comfy.model_patcher.string_to_seed
+_shape_of = getattr(comfy.lora, "calculate_shape", None)
 # As ComfyUI keeps a patch: strength, value, strength of the model's own weight, rows that it concerns, function of it.
 Entry = tuple[float, Any, float, Any, Any]
 
@@ -36,12 +36,21 @@ def unsendable_weights(model: ModelPatcher) -> Iterator[str]:
         yield "weight wrappers"
     if getattr(model, "injections", None):
         yield f"injections ({', '.join(model.injections)})"
-    for key in chain(model.patches, *model.hook_patches.values()):
-        if not key.startswith(PREFIX):
-            yield f"a patch on {key}, which is outside the diffusion model"
+    for patches in (model.patches, *model.hook_patches.values()):
+        for key, entries in patches.items():
+            if not key.startswith(PREFIX):
+                yield f"a patch on {key}, which is outside the diffusion model"
+            else:
+                yield from _widened(key, entries, comfy.utils.get_attr(model.model, key))
     for key in model.object_patches:
         if key.split(".")[0] in ("diffusion_model", "apply_model", "_apply_model"):
             yield f"the object patch {key!r}"
+
+
+def _widened(key: str, entries: Sequence[Entry], weight: Tensor) -> Iterator[str]:
+    """A weight that its patches make larger: a layer that takes more than the ranks' model does."""
+    if _shape_of is not None and (shape := tuple(_shape_of(entries, weight, key))) != tuple(weight.shape):
+        yield f"a patch that widens {key.removeprefix(PREFIX)} from {list(weight.shape)} to {list(shape)}"
 
 
 def all_patches(model: ModelPatcher, hooks: HookGroup | None) -> dict[str, list[Entry]]:

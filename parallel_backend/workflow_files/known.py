@@ -39,7 +39,7 @@ _CONTROLNETS = (
     "ControlNetApply ControlNetApplyAdvanced ControlNetApplySD3 ControlNetInpaintingAliMamaApply SetUnionControlNetType ControlNetLoader "
     "DiffControlNetLoader LoadParallelControlNet ACN_AdvancedControlNetApply ACN_AdvancedControlNetApply_v2 ACN_AdvancedControlNetApplySingle "
     "ACN_AdvancedControlNetApplySingle_v2 ControlNetLoaderAdvanced ACN_ControlNetLoaderAdvanced ACN_ControlNet++LoaderSingle "
-    "ACN_ControlNet++LoaderAdvanced ApplyInstantIDControlNet"
+    "ACN_ControlNet++LoaderAdvanced DiffControlNetLoaderAdvanced ACN_DiffControlNetLoaderAdvanced ApplyInstantIDControlNet"
 )
 # Of packs: they call core's samplers, hang LoRA, or only hand on what they are given.
 _OF_PACKS = (

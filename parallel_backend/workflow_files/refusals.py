@@ -27,7 +27,7 @@ _CLASSES = {
         "INPAINT_ApplyFooocusInpaint"
     ),
     CACHE: "EasyCache LazyCache TeaCache DeepCache ApplyFBCacheOnModel ApplyTeaCachePatch ApplyTeaCachePatchAdvanced",
-    LAYERS: "SeamlessTile LoraLoaderBypass LoraLoaderBypassModelOnly LoadAndApplyICLightUnet BrushNet PowerPaint",
+    LAYERS: "SeamlessTile LoraLoaderBypass LoraLoaderBypassModelOnly LoadAndApplyICLightUnet BrushNet PowerPaint RAUNet",
     COMPILE: "TorchCompileModel",
     DEVICES: "MultiGPU_WorkUnits SelectModelDevice",
     TRAINING: "TrainLoraNode",

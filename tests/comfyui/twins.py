@@ -7,7 +7,6 @@ latent is from the local one, how far that is from the plain model's, and what t
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import json
@@ -17,6 +16,7 @@ import sys
 import time
 import traceback
 
+import packs
 import shims
 import torch
 
@@ -81,18 +81,8 @@ class Twins:
             return self.comfy.sd.load_diffusion_model(path, model_options=options or {"dtype": torch.float32})
         folder_paths = importlib.import_module("folder_paths")
         folder_paths.folder_names_and_paths["diffusion_models"] = ([os.path.dirname(path)], {".gguf"})
-        return self.gguf_pack.nodes.UnetLoaderGGUF().load_unet(os.path.basename(path))[0]
-
-    @functools.cached_property
-    def gguf_pack(self):
-        """Where users have it: its folder is no name that Python imports."""
-        folder = os.path.join(self.comfy_folder, "custom_nodes", "ComfyUI-GGUF")
-        spec = importlib.util.spec_from_file_location(
-            "gguf_pack", f"{folder}/__init__.py", submodule_search_locations=[folder]
-        )
-        pack = sys.modules["gguf_pack"] = importlib.util.module_from_spec(spec)
-        pack.nodes = importlib.import_module("gguf_pack.nodes")
-        return pack
+        nodes = packs.part_of_pack(os.path.join(self.comfy_folder, "custom_nodes", "ComfyUI-GGUF"), "nodes")
+        return nodes.UnetLoaderGGUF().load_unet(os.path.basename(path))[0]
 
     def prompt(self, model, seed, tokens=24, **options):
         """Random CONDITIONING of the widths that the model takes."""
