@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import folder_paths
 from comfy_api.latest import io
 
+from ..parallel_backend.demo.files import CONTROL_FILE
 from .controlnet_files import control_in_ranks
 from .known_to_core import search_aliases
-from .model_files import fingerprint, path_of, taken_for, validity
+from .model_files import fingerprint, own_names_in, path_of, taken_for, validity
 from .node_text import say
 
 FOLDER = "controlnet"
@@ -27,8 +27,8 @@ class LoadParallelControlNet(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "control_net_name",
-                    options=folder_paths.get_filename_list(FOLDER),
-                    tooltip="An SDXL ControlNet (union ones too), or one of SD3 or SD3.5.",
+                    options=list(dict.fromkeys([*own_names_in(FOLDER), CONTROL_FILE.listed])),
+                    tooltip="An SDXL ControlNet (union ones and GGUF too), one of SD3 or SD3.5, or the demo's, for its UNet and edges.",
                 )
             ],
             outputs=[

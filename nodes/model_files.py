@@ -15,7 +15,7 @@ import folder_paths
 from ..parallel_backend.checkpoint_files.gguf_file import SUFFIX
 from ..parallel_backend.checkpoint_files.layout import files_of, has_common_name, model_folder, vae_folder
 from ..parallel_backend.checkpoint_files.taesd_files import DECODER, ENCODER, FAMILIES
-from ..parallel_backend.demo.files import FILES, OWN, DemoFile, present
+from ..parallel_backend.demo.files import FILES, OWN, DemoFile, demo_of, present
 from ..parallel_backend.errors import CheckpointError
 from .node_text import say
 
@@ -29,19 +29,20 @@ _TAESD = "vae_approx"
 def names_in(folder: str, demo: DemoFile | None = None) -> list[str]:
     """Files of the folder, then those of the checkpoints folder and the folders of diffusers' pipelines, with what tells them
     from the first before their names, and the demo's, if any."""
-    own = _listed(folder)
+    own = own_names_in(folder)
     others = [CHECKPOINTS + name for name in folder_paths.get_filename_list("checkpoints")]
     others += [DIFFUSERS + name for name in _pipelines()]
     return list(dict.fromkeys([*own, *others, *([demo.listed] if demo else [])]))
 
 
-def _listed(folder: str) -> list[str]:
-    """ComfyUI's list of the folder, and of the models' its GGUF files, which that lacks."""
+def own_names_in(folder: str) -> list[str]:
+    """ComfyUI's list of the folder, and of those with models for the ranks its GGUF files, which that lacks."""
     own: list[str] = folder_paths.get_filename_list(folder)
-    if folder != "diffusion_models":
+    if folder not in ("diffusion_models", "controlnet"):
         return own
-    folder_paths.folder_names_and_paths[_GGUF] = (folder_paths.get_folder_paths(folder), {SUFFIX})
-    return [*own, *folder_paths.get_filename_list(_GGUF)]
+    name = f"{_GGUF}_{folder}"
+    folder_paths.folder_names_and_paths[name] = (folder_paths.get_folder_paths(folder), {SUFFIX})
+    return [*own, *folder_paths.get_filename_list(name)]
 
 
 def path_of(name: str, folder: str) -> Path:
@@ -153,7 +154,7 @@ def _of_the_same_name(name: str, folder: str) -> list[str]:
     """Files of the folder, or of the checkpoints folder where the name says that, in whatever subfolder."""
     said = folder != "checkpoints" and name.replace("\\", "/").startswith(CHECKPOINTS)
     prefix, place = (CHECKPOINTS, "checkpoints") if said else ("", folder)
-    listed = _listed(place)
+    listed = own_names_in(place)
     return [prefix + other for other in listed if _file_name(other) == _file_name(name)]
 
 
@@ -181,7 +182,10 @@ def fetching(file: DemoFile, done: int) -> None:
 
 
 def name_elsewhere(path: Path) -> str:
-    """How another machine's backend finds a file of this one's model folders, below its own; its own name where none has it."""
+    """How another machine's backend finds a file of this one's model folders, below its own, or one of the demo's; its own name where
+    none has it."""
+    if demo := demo_of(path):
+        return demo.listed
     kinds = ("checkpoints", "diffusion_models", "controlnet", "vae", _TAESD, "diffusers")
     folders = [Path(folder) for kind in kinds for folder in folder_paths.get_folder_paths(kind)]
     inside = (path.relative_to(folder) for folder in folders if path.is_relative_to(folder))

@@ -20,17 +20,18 @@ from parallel_backend.bench.pictures import draw_plot, figures
 from parallel_backend.bench.weights import rows
 from parallel_backend.demo import command, yardsticks
 from parallel_backend.demo.drawing import as_picture
+from parallel_backend.demo.edges import pictures_of
 from parallel_backend.demo.files import MODELS
 from parallel_backend.demo.scenes import CAPTIONS, held_out_scenes, parse
 from parallel_backend.demo.score import shows
-from parallel_backend.demo.trained import MMDIT, SHIPPED, UNET, Trained, trained_in
-from parallel_backend.demo.yardsticks import psnr
+from parallel_backend.demo.trained import CONTROLNET, MMDIT, SHIPPED, UNET, Trained, trained_in
+from parallel_backend.demo.yardsticks import agreement, psnr, sampled_pictures
 from parallel_backend.errors import CheckpointError
 from parallel_backend.models.unet import micro_conditioning
 from parallel_backend.small_checkpoints.taesd import write_taesd
-from parallel_backend.small_checkpoints.unet import small_unet_config, write_unet
+from parallel_backend.small_checkpoints.unet import write_unet
 from parallel_training.config import TrainSpec
-from parallel_training.unet import DEPTHS, WIDTHS
+from parallel_training.unet import CONFIG
 
 pytestmark = pytest.mark.busy
 
@@ -48,15 +49,25 @@ def demo_backend(monkeypatch: pytest.MonkeyPatch, backend2: Backend) -> Backend:
 
 def test_files_are_small_and_say_what_they_are() -> None:
     assert sum(path.stat().st_size for path in (MMDIT.path, *MMDIT.vae)) <= 30e6
-    assert sum(path.stat().st_size for path in MODELS.rglob("*.safetensors")) <= 60e6
+    assert sum(path.stat().st_size for path in MODELS.rglob("*.safetensors")) <= 70e6
     card = (MODELS / "README.md").read_text()
     assert all(
-        word in card for word in ("steps", "seed", "train mmdit", "train unet", "train autoencoder", "loss", "samples")
+        word in card
+        for word in (
+            "steps",
+            "seed",
+            "train mmdit",
+            "train unet",
+            "train controlnet",
+            "train autoencoder",
+            "loss",
+            "samples",
+        )
     )
     assert all(path.name in card for path in MODELS.rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize(("model", "mesh"), [("mmdit", "cfg=2"), ("unet", "patch=2")])
+@pytest.mark.parametrize(("model", "mesh"), [("mmdit", "cfg=2"), ("unet", "patch=2"), ("controlnet", "patch=2")])
 def test_demo_draws_compares_and_writes_a_sheet(
     model: str, mesh: str, demo_backend: Backend, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -69,7 +80,8 @@ def test_demo_draws_compares_and_writes_a_sheet(
     assert 0 <= float(difference) <= 1e-4
     sheet = Image.open(tmp_path / "demo.png")
     assert sheet.width >= 2 * 128 and sheet.height >= 2 * 128
-    above, below = (sheet.crop((6, top, 134, top + 128)) for top in (6, 140))
+    top = 140 if model == "controlnet" else 6  # below the edges
+    above, below = (sheet.crop((6, top, 134, top + 128)) for top in (top, top + 134))
     assert (
         max(
             max(abs(a - b) for a, b in zip(p, q, strict=True))
@@ -84,12 +96,14 @@ def test_pictures_show_their_captions(trained: Trained, backend2: Backend) -> No
     """Of held-out captions, and a control: pictures of other captions show them far less often."""
     scenes = held_out_scenes(12)
     model = backend2.load_model(trained.path, trained.mesh, "float32")
-    latent = trained.sample(model, [scene.caption() for scene in scenes], 128)
-    images = backend2.load_vae(trained.vae, "float32").decode(latent)
+    vae, net = backend2.load_vae(trained.vae, "float32"), trained.net(backend2, model)
+    images = sampled_pictures(trained, model, vae, scenes, 128, "pictures", net, leave=False)
     pictures = [as_picture(image) for image in images]
     found = sum(shows(picture, scene) for picture, scene in zip(pictures, scenes, strict=True))
     crossed = sum(shows(picture, scene) for picture, scene in zip(pictures, scenes[1:] + scenes[:1], strict=True))
     assert found >= 6 and crossed <= 1, (found, crossed)
+    alike = agreement(images, pictures_of(scenes, 128))
+    assert (alike > 0.97) == (net is not None), alike
 
 
 @pytest.fixture
@@ -97,7 +111,7 @@ def unet_run(tmp_path: Path) -> Path:
     """A folder as `parallel-mmdit train unet` leaves it, with random weights."""
     folder = tmp_path / "run"
     write_taesd(folder / "autoencoder", "taesdxl", 4)
-    write_unet(folder / "unet.safetensors", small_unet_config(WIDTHS, DEPTHS))
+    write_unet(folder / "unet.safetensors", CONFIG)
     spec = TrainSpec(task="unet", output=str(folder), steps=1, channels=4, autoencoder=str(folder / "autoencoder"))
     (folder / "run.json").write_bytes(msgspec.json.encode(spec))
     return folder
@@ -120,7 +134,7 @@ def test_a_folder_without_an_ended_run_is_named(unet_run: Path, tmp_path: Path) 
 
 
 def test_diffusers_opens_the_unets_file_and_computes_what_its_bands_do(backend2: Backend) -> None:
-    reference: Any = UNet2DConditionModel(**small_unet_config(WIDTHS, DEPTHS).diffusers())
+    reference: Any = UNet2DConditionModel(**CONFIG.diffusers())
     reference.load_state_dict(load_file(UNET.path))
     latent, prompt, _ = UNET.job(ASKED, 128)
     assert prompt.sizes is not None
@@ -149,7 +163,11 @@ def test_score_prints_its_figures(demo_backend: Backend, capsys: pytest.CaptureF
     assert float(least) > 60
 
 
-@pytest.mark.parametrize(("trained", "mesh"), [(MMDIT, MeshSpec(pp=2)), (UNET, MeshSpec(patch=2))], ids=SHIPPED)
+@pytest.mark.parametrize(
+    ("trained", "mesh"),
+    [(MMDIT, MeshSpec(pp=2)), (UNET, MeshSpec(patch=2)), (CONTROLNET, MeshSpec(patch=2))],
+    ids=SHIPPED,
+)
 def test_displaced_pictures_are_measured_against_exact_ones(
     trained: Trained, mesh: MeshSpec, backend2: Backend, tmp_path: Path
 ) -> None:
@@ -164,7 +182,7 @@ def test_displaced_pictures_are_measured_against_exact_ones(
     assert Image.open(tmp_path / "plot.png").width > 100
 
 
-@pytest.mark.parametrize("trained", [MMDIT, UNET], ids=SHIPPED)
+@pytest.mark.parametrize("trained", [MMDIT, UNET], ids=["mmdit", "unet"])
 def test_pictures_of_weights_in_fp8_are_measured_against_the_files_own(trained: Trained, backend2: Backend) -> None:
     fewer = replace(trained, spec=msgspec.structs.replace(trained.spec, steps=4))
     own, fp8, cast, coarse, fast = rows(fewer, backend2, held_out_scenes(2), 128)

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from comfyui.server import ComfyServer
+from comfyui.server import ComfyServer, Outcome
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from ui_workflow import WORKFLOWS, api_prompt, ui_workflow
 
-from parallel_backend.demo.scenes import parse
-from parallel_backend.demo.score import shows
+from parallel_backend.demo.scenes import COLORS, parse
+from parallel_backend.demo.score import label_colors, shows
 from parallel_backend.demo.trained import MMDIT
 from parallel_backend.small_checkpoints.kl_vae import LdmVaeWeights
 from parallel_backend.small_checkpoints.unet import CONFIGS
@@ -101,8 +101,12 @@ def picture_of(editor: ComfyServer, prompt: dict[str, Any]) -> Picture:
     outcome = editor.run(prompt)
     assert outcome.error is None, outcome.error
     (save,) = (node_id for node_id, node in prompt.items() if node["class_type"] == "SaveImage")
-    image = outcome.outputs[save]["images"][0]
-    return np.asarray(Image.open(editor.base / "output" / image["subfolder"] / image["filename"]))
+    return np.asarray(saved(editor, outcome, save))
+
+
+def saved(editor: ComfyServer, outcome: Outcome, node_id: str) -> Image.Image:
+    image = outcome.outputs[node_id]["images"][0]
+    return Image.open(editor.base / image["type"] / image["subfolder"] / image["filename"])
 
 
 @pytest.mark.parametrize("path", TWINS, ids=lambda p: p.stem)
@@ -204,6 +208,8 @@ def test_the_demos_files_are_listed_by_this_packs_nodes_alone(editor: ComfyServe
     assert listed(editor, "VAELoader", "vae_name") == []
     assert listed(editor, "LoadParallelMMDiT", "model_name") == ["parallel_demo/mmdit.safetensors"]
     assert listed(editor, "LoadParallelUNet", "model_name") == ["parallel_demo/unet.safetensors"]
+    assert listed(editor, "ControlNetLoader", "control_net_name") == []
+    assert listed(editor, "LoadParallelControlNet", "control_net_name") == ["parallel_demo/controlnet.safetensors"]
     assert listed(editor, "PatchParallelVAE", "vae_name") == ["parallel_demo/taesd3", "parallel_demo/taesdxl"]
     assert not any("parallel_demo" in str(node) for node in object_info.values() if is_core(node))
 
@@ -225,6 +231,33 @@ def test_a_users_own_file_goes_before_the_demos(editor: ComfyServer, workflow_mo
 def test_the_demos_unet_draws_its_caption(name: str, pictures: Callable[[Path], Picture]) -> None:
     path = WORKFLOWS / "api" / f"demo_sdxl_{name}.json"
     assert shows(Image.fromarray(pictures(path)), parse(caption_of(json.loads(path.read_text()))))
+
+
+def test_the_demos_second_picture_has_the_firsts_outlines_and_colours_of_its_own(editor: ComfyServer) -> None:
+    prompt = json.loads((WORKFLOWS / "api" / "demo_sdxl_controlnet.json").read_text())
+    outcome = editor.run(prompt)
+    assert outcome.error is None, outcome.error
+    first, second = (saved(editor, outcome, node_id) for node_id in ("15", "17"))
+    captions = [parse(prompt[node_id]["inputs"]["caption"]) for node_id in ("3", "11")]
+    assert shows(first, captions[0]) and shows(second, captions[1])
+    outlines = [
+        label_colors(picture) != list(COLORS).index(scene.background)
+        for picture, scene in zip((first, second), captions, strict=True)
+    ]
+    assert np.mean(outlines[0] == outlines[1]) > 0.97
+
+
+def test_a_controlnet_for_the_ranks_alone_is_refused_on_another_model(editor: ComfyServer) -> None:
+    prompt = small(json.loads((WORKFLOWS / "api" / "sdxl_controlnet.json").read_text()))
+    prompt["10"]["class_type"] = "LoadParallelControlNet"
+    assert editor.run(prompt).error is None
+    kind, inputs = LOCAL["sdxl_controlnet"]["3"]
+    prompt["3"] |= {"class_type": kind, "inputs": inputs}
+    said = editor.run(prompt).message
+    assert (
+        "comes from Load Parallel ControlNet, and this MODEL is not parallel" in said
+        and "Load ControlNet Model" in said
+    )
 
 
 def test_a_graph_from_before_demo_caption_had_a_model_is_the_graph_that_it_was(

@@ -51,10 +51,11 @@ def figures(
 ) -> list[Figures]:
     """Prints the rows of one mesh; the exact pictures come first."""
     model, vae = backend.load_model(trained.path, mesh, "float32"), backend.load_vae(trained.vae, "float32")
+    net = trained.net(backend, model)
 
     def pictures(warmup: int | None) -> list[Tensor]:
         title = f"{model.loaded.family}, warm-up {warmup}"
-        return sampled_pictures(trained, model, vae, scenes, size, title, leave=False, warmup_steps=warmup)
+        return sampled_pictures(trained, model, vae, scenes, size, title, net, leave=False, warmup_steps=warmup)
 
     exact, found = pictures(None), []
     for warmup in (None, *warmups):

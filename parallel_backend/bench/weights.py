@@ -49,7 +49,8 @@ def rows(trained: Trained, backend: Backend, scenes: Sequence[Scene], size: int)
         in_fp8 = weights == FAST
         dtype = CAST_TO[0] if in_fp8 else weights
         model = backend.load_model(trained.path, MESH, dtype, fast_fp8=in_fp8, has_fp8=in_fp8)
-        images = sampled_pictures(trained, model, vae, scenes, size, weights, leave=False)
+        net = trained.net(backend, model)
+        images = sampled_pictures(trained, model, vae, scenes, size, weights, net, leave=False)
         exact = exact or images
         distances = [psnr(a, b) for a, b in zip(images, exact, strict=True)]
         held = max(model.loaded.resident_bytes) / 2**20

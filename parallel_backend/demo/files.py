@@ -54,18 +54,19 @@ class DemoFile:
         return f"{RELEASE}/{self.name}"
 
 
-_MODEL, _VAE = "diffusion_models", "vae_approx"
+_MODEL, _CONTROL, _VAE = "diffusion_models", "controlnet", "vae_approx"
 # As the release has them; a test holds this table to the files of the clone.
 _PUBLISHED = (
     (_MODEL, "mmdit.safetensors", 23479488, "2ac93b299e09c2c3cde184c8fe2a8301888b5ccc5602212d76ee95623f20fbcd"),
     (_MODEL, "unet.safetensors", 21924304, "58a68754c93df4b7c1ecfff3076d52fbf363085fcb483e320066918c20d4ac7b"),
+    (_CONTROL, "controlnet.safetensors", 8717928, "226aa97ccdbc387fac45c4180342e1ba7415989123e28b1460ec3286487b81ab"),
     (_VAE, "taesd3_decoder.safetensors", 2464382, "3a009735a158fd03ccd14ef37afb18c96caae513190a4d9f7ba7c70b3308099b"),
     (_VAE, "taesd3_encoder.safetensors", 2464384, "b4bb0315866ab9ec16d261fe6999481cb1ada1409b3feca3be358297a7ea210b"),
     (_VAE, "taesdxl_decoder.safetensors", 2450550, "c2a9c8998292411422186c736510808fbd89b10b7f8c8b206417204d40f71c81"),
     (_VAE, "taesdxl_encoder.safetensors", 2450536, "23231e11e70ffc49fa2ddd8499078569b2518edb1f1ba2749fa34cd184690b07"),
 )
 FILES = {row[1]: DemoFile(*row) for row in _PUBLISHED}
-MMDIT_FILE, UNET_FILE = FILES["mmdit.safetensors"], FILES["unet.safetensors"]
+MMDIT_FILE, UNET_FILE, CONTROL_FILE = (FILES[f"{name}.safetensors"] for name in ("mmdit", "unet", "controlnet"))
 
 
 def pair(name: str) -> tuple[DemoFile, DemoFile]:
@@ -90,6 +91,12 @@ def present(file: DemoFile, fetching: Fetching = say_first) -> Path:
     if not kept.is_file() or _sha256(kept) != file.sha256:
         _fetch(file, kept, fetching)
     return kept
+
+
+def demo_of(path: Path) -> DemoFile | None:
+    """Which of the demo's files lies there."""
+    file = FILES.get(path.name)
+    return file if file is not None and path in (file.shipped, cache_folder() / file.name) else None
 
 
 def cache_folder() -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from ..checkpoint_files.taesd_files import FAMILIES, taesd_files
+from ..client.backend import Backend
 from ..client.remote import RemoteModel
+from ..client.remote_control import ControlUse, RemoteControl
 from ..config import MeshSpec, SamplerSpec
 from ..errors import CheckpointError
 from ..rpc.conditioning import Conditioning
 from .captions import SD3_WIDTHS, SDXL_WIDTHS, encode
-from .files import MMDIT_FILE, UNET_FILE, DemoFile, pair, present
+from .files import CONTROL_FILE, MMDIT_FILE, UNET_FILE, DemoFile, pair, present
 
 # A file on this machine, or one that may have to be fetched first.
 Source = Path | DemoFile
@@ -30,6 +32,7 @@ class Trained:
     """A checkpoint, the autoencoder of its latents, and how it is sampled.
 
     Args:
+        control: a ControlNet for it, which takes edges.
         channels: of its latents.
         widths: of context and pooled prompt.
         mesh: of two ranks.
@@ -41,6 +44,7 @@ class Trained:
     widths: tuple[int, int]
     spec: SamplerSpec
     mesh: MeshSpec
+    control: Source | None = None
 
     @property
     def path(self) -> Path:
@@ -52,6 +56,15 @@ class Trained:
         """Encoder and decoder. Raises: CheckpointError: as `path`."""
         encoder, decoder = self.autoencoder
         return _on_disk(encoder), _on_disk(decoder)
+
+    @property
+    def control_path(self) -> Path | None:
+        """Raises: CheckpointError: as `path`."""
+        return None if self.control is None else _on_disk(self.control)
+
+    def net(self, backend: Backend, model: RemoteModel) -> RemoteControl | None:
+        """Its ControlNet beside the model there. Raises: CheckpointError: as `path`."""
+        return None if self.control_path is None else backend.load_control(self.control_path, model)
 
     @property
     def is_unet(self) -> bool:
@@ -66,18 +79,33 @@ class Trained:
         positive, negative = (Conditioning(*encode(asked, self.widths), sizes) for asked in (captions, [""]))
         return torch.zeros(len(captions), self.channels, size // 8, size // 8), positive, negative
 
-    def sample(self, model: RemoteModel, captions: Sequence[str], size: int, **changed: Any) -> Tensor:
+    def sample(
+        self,
+        model: RemoteModel,
+        captions: Sequence[str],
+        size: int,
+        controls: Sequence[ControlUse] = (),
+        **changed: Any,
+    ) -> Tensor:
         """The latents of a batch, by the checkpoint's own settings or others of `spec`."""
         spec = msgspec.structs.replace(self.spec, **changed)
-        return model.sample(*self.job(captions, size), **msgspec.structs.asdict(spec))
+        return model.sample(*self.job(captions, size), controls=controls, **msgspec.structs.asdict(spec))
 
 
 def add_choice(parser: argparse.ArgumentParser) -> None:
     """The options that `chosen` reads."""
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--model", choices=tuple(SHIPPED), default="mmdit", help="of this pack's two small checkpoints")
     which.add_argument(
-        "--trained", type=Path, metavar="FOLDER", help="of `train mmdit` or `train unet`, in their place"
+        "--model",
+        choices=tuple(SHIPPED),
+        default="mmdit",
+        help="of this pack's small checkpoints; controlnet is the unet along the edges of a picture",
+    )
+    which.add_argument(
+        "--trained",
+        type=Path,
+        metavar="FOLDER",
+        help="of `train mmdit`, `train unet` or `train controlnet`, in their place",
     )
 
 
@@ -90,7 +118,7 @@ def chosen(args: argparse.Namespace) -> Trained:
 
 
 def trained_in(folder: Path) -> Trained:
-    """What `parallel-mmdit train mmdit` or `train unet` left in a folder.
+    """What `parallel-mmdit train mmdit`, `train unet` or `train controlnet` left in a folder.
 
     Raises: CheckpointError: no such run is there, or not to its end.
     """
@@ -98,20 +126,25 @@ def trained_in(folder: Path) -> Trained:
         run = msgspec.json.decode((folder / "run.json").read_bytes(), type=_Run)
     except (OSError, msgspec.MsgspecError) as error:
         raise CheckpointError(
-            f"{folder} holds no run of a model ({error}).", "Name the --output of `train mmdit` or `train unet`."
+            f"{folder} holds no run of a model ({error}).",
+            "Name the --output of `train mmdit`, `train unet` or `train controlnet`.",
         ) from None
     path = folder / f"{run.task}.safetensors"
     if not path.is_file():
         raise CheckpointError(f"The run in {folder} has left no {path.name} yet.", "Let it end; --until ends it early.")
     made, family = (_mmdit, FAMILIES[16]) if run.task == "mmdit" else (_unet, FAMILIES[4])
-    return made(path, taesd_files(Path(run.autoencoder), family))
+    autoencoder = taesd_files(Path(run.autoencoder), family)
+    if run.task == "controlnet":
+        return replace(_unet(Path(run.unet) / "unet.safetensors", autoencoder), control=path)
+    return made(path, autoencoder)
 
 
 class _Run(msgspec.Struct):
     """What `train` writes of its settings, as far as it matters here."""
 
-    task: Literal["mmdit", "unet"]
+    task: Literal["mmdit", "unet", "controlnet"]
     autoencoder: str
+    unet: str = ""
 
 
 def _on_disk(file: Source) -> Path:
@@ -129,4 +162,5 @@ def _unet(checkpoint: Source, autoencoder: tuple[Source, Source]) -> Trained:
 
 MMDIT = _mmdit(MMDIT_FILE, pair(FAMILIES[16]))
 UNET = _unet(UNET_FILE, pair(FAMILIES[4]))
-SHIPPED = {"mmdit": MMDIT, "unet": UNET}
+CONTROLNET = replace(UNET, control=CONTROL_FILE)
+SHIPPED = {"mmdit": MMDIT, "unet": UNET, "controlnet": CONTROLNET}
