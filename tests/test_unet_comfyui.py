@@ -18,8 +18,8 @@ from parallel_backend import Backend, MeshSpec, SamplerSpec
 from parallel_backend.config import SAMPLERS, SCHEDULERS
 from parallel_backend.sampling.parameterization import Discrete
 from parallel_backend.sampling.schedules import sigmas_for
-from parallel_backend.small_checkpoints.unet import CONFIGS, small_unet_config, write_unet
-from parallel_training.unet import DEPTHS, WIDTHS
+from parallel_backend.small_checkpoints.unet import CONFIGS, write_unet
+from parallel_training.unet import CONFIG
 
 NAME = "sdxl-koala.safetensors"
 BASE = {"latent": "empty", "positive": "long", "negative": "short", "seed": 7, "steps": 3, "cfg": 1.0}
@@ -106,8 +106,7 @@ def v_prediction(models: Path) -> Path:
 @pytest.fixture(scope="module")
 def narrow(models: Path) -> Path:
     """As `parallel-mmdit train unet` writes them: SDXL's layout at widths that ComfyUI has no detection for."""
-    config = small_unet_config(WIDTHS, DEPTHS)
-    return write_unet(models / "diffusion_models" / "narrow.safetensors", config)
+    return write_unet(models / "diffusion_models" / "narrow.safetensors", CONFIG)
 
 
 @pytest.fixture(scope="module")
