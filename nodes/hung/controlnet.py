@@ -219,8 +219,13 @@ def _chain(control: ControlBase, model: Any, *, has_prompt: bool) -> tuple[Contr
     """
     members, reasons, refusals = [], [], dict[int, BackendError]()
     is_patched = bool(model.patches or model.hook_patches)
+    of_hooks = {key for patches in model.hook_patches.values() for key in patches}
     for member in chain_of(control):
-        name, why = _named(member), unknown_to_ranks(member, is_patched=is_patched)
+        name = _named(member)
+        if of_hooks and type(member).__name__ == "ControlLora":
+            what = f"{name} is made of the MODEL's weights, which hooks on prompts patch."
+            raise UnsupportedError(what, "Use a whole ControlNet, or lay the LoRA on the MODEL.")
+        why = unknown_to_ranks(member, is_patched=is_patched, of_hooks=of_hooks)
         if has_prompt:
             why = "it has a prompt of its own"
         if not why and (path := file_of(member)) is None:
