@@ -73,7 +73,7 @@ def network_changes(model: BaseModel) -> Iterator[str]:
     if model.diffusion_model is not as_made.network:
         yield f"the replaced diffusion_model ({type(model.diffusion_model).__name__})"
     for name in ("apply_model", "_apply_model"):
-        if name in vars(model) and not _is_own(model, name, vars(model)[name]):
+        if name in vars(model) and not is_own(model, name, vars(model)[name]):
             yield f"the replaced {name} of the model"
     yield from as_made.changes()
 
@@ -98,7 +98,7 @@ def _state(layer: Module) -> dict[str, Any]:
             continue
         if type(value) is list:
             value = tuple(value)
-        if type(value) is not MethodType or not _is_own(layer, name, value):
+        if type(value) is not MethodType or not is_own(layer, name, value):
             state[name] = value
     for part in _PARTS:
         state |= getattr(layer, part)
@@ -127,7 +127,7 @@ def _equal(old: Any, new: Any) -> bool:
     return bool(old == new)
 
 
-def _is_own(owner: object, name: str, value: Any) -> bool:
+def is_own(owner: object, name: str, value: Any) -> bool:
     """Whether an attribute is its class's own method: ComfyUI leaves it so where an object patch was taken back."""
     own = getattr(type(owner), name, None)
     return isinstance(value, MethodType) and value.__self__ is owner and value.__func__ is own

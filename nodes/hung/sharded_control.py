@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...parallel_backend import ControlUse, RemoteControl
 from ..controlnet_files import InRanksAlone, has_changed_since
-from .layers import maker_of
+from .layers import is_own, maker_of
 from .refusal import module_of
 
 # Of core's classes those whose networks the ranks know, by where these come from.
@@ -69,8 +69,8 @@ def _replaced(control: ControlBase, network: torch.nn.Module | None) -> Iterator
             if maker := maker_of(function):
                 yield f"{maker} has replaced {name} of {of}"
     for part, of in named:
-        for name in vars(part):
-            if isinstance(getattr(type(part), name, None), FunctionType):
+        for name, value in vars(part).items():
+            if isinstance(getattr(type(part), name, None), FunctionType) and not is_own(part, name, value):
                 yield f"{name} of {of} is replaced"
         if getattr(part, "_forward_hooks", None) or getattr(part, "_forward_pre_hooks", None):
             yield f"a hook is on {of}"

@@ -13,6 +13,7 @@ import comfy.controlnet
 import comfy.hooks
 import comfy.latent_formats
 import comfy.ops
+import comfy.samplers
 import comfy.t2i_adapter.adapter
 import comfy.utils
 import comfy_extras.nodes_model_advanced as advanced
@@ -242,6 +243,8 @@ def sharded_cases(twins, model):
     yield "file, heun", same, two | {"sampler": "heun", "steps": 3}
     for case, change in CHANGES.items():
         yield f"file, {case}, step by step", same, {"of": functools.partial(with_changed, twins, change)}
+    yield "file, whose picture a node turns, step by step", turning, two
+    yield "file, a tensor among the MODEL's options, step by step", with_tensor, whole
     alone = control_lora(model)
     mixed = applied(twins, model, (first, 0.7, 0.0, 1.0, image()), (alone, 0.5, 0.3, 1.0, image(seed=8)))
     yield "file, then a Control-LoRA", same, mixed | {"steps": 3}
@@ -290,6 +293,41 @@ def with_changed(twins, change, model):
     used = applied(twins, model, (loaded(twins, os.path.basename(path)), 0.8, 0.0, 1.0, image()))
     change(used["positive"][0][1]["control"], path)
     return twins.sample(model, **used)
+
+
+class Turned:
+    """Of all prompts the ControlNets' pictures, as a node sees to it while it samples."""
+
+    @torch.inference_mode()
+    def __call__(self, args):
+        controls = [entry.get("control") for entries in args["conds"] for entry in entries or ()]
+        self.turn(controls)
+        options = {key: value for key, value in args["model_options"].items() if value is not self}
+        out = comfy.samplers.calc_cond_batch(args["model"], args["conds"], args["input"], args["sigma"], options)
+        self.turn(controls)
+        return out
+
+    def turn(self, controls):
+        for control in {id(control): control for last in controls for control in before(last)}.values():
+            control.cond_hint_original, control.cond_hint = control.cond_hint_original.flip(-1), None
+
+
+def before(control):
+    while control is not None:
+        yield control
+        control = control.previous_controlnet
+
+
+def turning(model):
+    model = model.clone()
+    model.model_options["sampler_calc_cond_batch_function"] = Turned()
+    return model
+
+
+def with_tensor(model):
+    model = model.clone()
+    model.model_options["sigmas"] = torch.ones(3)
+    return model
 
 
 def with_hooks(twins, prompts, model):
