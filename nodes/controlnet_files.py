@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..parallel_backend.checkpoint_files.bitsandbytes_entries import FOUR_BITS
+from ..parallel_backend.checkpoint_files.content import content_key
 from ..parallel_backend.checkpoint_files.gguf_file import is_gguf
 from ..parallel_backend.checkpoint_files.header import entries_of
 from ..parallel_backend.checkpoint_files.packed_entries import FORMS, PackedEntry, has_packing, packed_entries
@@ -28,11 +29,13 @@ class _Mark:
     """What is known of a ControlNet.
 
     Args:
+        content: of the file when it was loaded; empty where that can't be told.
         in_ranks_alone: where the ranks can't compute it, it is to be refused.
         lost_scales: its file has scales beside its weights, which core's loader leaves out.
     """
 
     path: Path
+    content: str
     in_ranks_alone: bool
     lost_scales: bool
 
@@ -101,7 +104,8 @@ class InRanksAlone(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise UnsupportedError(
-            f"{self.file_name} comes from Load Parallel ControlNet, and this MODEL is not parallel.",
+            f"{self.file_name} comes from Load Parallel ControlNet, whose weights only the ranks read; here ComfyUI is to compute it: "
+            "the MODEL is not parallel, or its sampler hands ControlNets on in a way of its own.",
             "Make the MODEL parallel, or load the file with ComfyUI's Load ControlNet Model.",
         )
 
@@ -138,7 +142,7 @@ def leave_file(control: Any, path: Path, *, in_ranks_alone: bool = False) -> Non
     """
     if isinstance(weights := getattr(control, "control_weights", None), dict):
         control.control_weights = _Weights(weights)
-    mark = _Mark(path, in_ranks_alone, _has_scales(path))
+    mark = _Mark(path, _content(path), in_ranks_alone, _has_scales(path))
     for held in _shared_by_copies(control):
         setattr(held, _MARK, mark)
 
@@ -152,6 +156,14 @@ def file_of(control: Any) -> Path | None:
 def is_for_ranks_alone(control: Any) -> bool:
     mark = _mark(control)
     return mark is not None and mark.in_ranks_alone
+
+
+def has_changed_since(control: Any) -> bool:
+    """Whether its file holds something else than ComfyUI has loaded from it; one that the ranks alone compute is what its file is."""
+    mark = _mark(control)
+    if mark is None or mark.in_ranks_alone:
+        return False
+    return bool(mark.content and (now := _content(mark.path)) and now != mark.content)
 
 
 def has_lost_scales(control: Any) -> bool:
@@ -170,6 +182,13 @@ def _unread_by_core(path: Path) -> str | None:
         return None
     several = sorted(form for form in forms if form in FOUR_BITS or FORMS[form].packed > 1)
     return f"quantised as {', '.join(several)}" if several else None
+
+
+def _content(path: Path) -> str:
+    try:
+        return content_key(path, timed=False)
+    except CheckpointError:
+        return ""
 
 
 def _has_scales(path: Path) -> bool:

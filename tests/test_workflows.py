@@ -255,7 +255,8 @@ def test_a_controlnet_for_the_ranks_alone_is_refused_on_another_model(editor: Co
     prompt["3"] |= {"class_type": kind, "inputs": inputs}
     said = editor.run(prompt).message
     assert (
-        "comes from Load Parallel ControlNet, and this MODEL is not parallel" in said
+        "comes from Load Parallel ControlNet" in said
+        and "the MODEL is not parallel" in said
         and "Load ControlNet Model" in said
     )
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from .refusal import is_set
+
 # What stock sampling passes to a model's forward by itself, or says of the part of a latent that it passes.
 FORWARD_OPTIONS = frozenset(
     {
@@ -21,5 +23,5 @@ def transformer_patches(options: Mapping[str, Any]) -> Iterator[str]:
             if entries:
                 yield f"{kind} {name!r}"
     for key, value in options.items():
-        if key not in FORWARD_OPTIONS and key not in ("patches", "patches_replace") and value:
+        if key not in FORWARD_OPTIONS and key not in ("patches", "patches_replace") and is_set(value):
             yield f"transformer option {key!r}"

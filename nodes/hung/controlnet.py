@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ...parallel_backend.errors import BackendError, CheckpointError, ConfigError, OutOfMemoryError, UnsupportedError
 from ..controlnet_files import file_of, has_lost_scales, is_for_ranks_alone
-from .guidance import patches_blocks
-from .refusal import module_of, refuse
+from .guidance import functions_on_controls, patches_blocks
+from .refusal import is_set, module_of, refuse
 from .sharded_control import ShardedControl, is_of_another_family, unknown_to_ranks
 
 Control = Mapping[str, Sequence[Tensor | None]]
@@ -61,7 +61,7 @@ def by_place(control: Mapping[str, Any], network: torch.nn.Module) -> Control:
     Core's UNets take them from the end of each list, its transformers from the start; what is left over is not used.
     Raises: UnsupportedError: of another form than core's.
     """
-    if extra := sorted(key for key, value in control.items() if key not in (*SIDES, USES) and value):
+    if extra := sorted(key for key, value in control.items() if key not in (*SIDES, USES) and is_set(value)):
         raise UnsupportedError(
             f"A parallel MODEL can't honour a ControlNet's {', '.join(map(repr, extra))}.",
             REMOVE,
@@ -187,15 +187,16 @@ def take_over(conds: Mapping[str, list[dict[str, Any]]], model: Any) -> list[str
     refuse(_in_blocks(conds), "A parallel MODEL", REMOVE)
     chains: dict[tuple[int, bool], ControlChain] = {}
     local: dict[str, None] = {}
+    looking = next(functions_on_controls(model), "")
     for entry in (entry for entries in conds.values() for entry in entries):
         control = entry.get("control")
         if not isinstance(control, ControlBase) or isinstance(control, ControlChain):
             continue
         has_prompt = entry.get("cross_attn_controlnet") is not None
         if (key := (id(control), has_prompt)) not in chains:
-            chains[key], reasons = _chain(control, model, has_prompt=has_prompt)
+            chains[key], reasons = _chain(control, model, has_prompt=has_prompt, looking=looking)
             local |= dict.fromkeys(reasons)
-        if chains[key].is_needed:
+        if chains[key].is_needed and not looking:
             entry["control"] = chains[key]
     return list(local)
 
@@ -210,19 +211,27 @@ def _in_blocks(conds: Mapping[str, list[dict[str, Any]]]) -> Iterator[str]:
             yield f"the ControlNet {kind.__qualname__} of {module_of(kind)}, which patches blocks of the model"
 
 
-def _chain(control: ControlBase, model: Any, *, has_prompt: bool) -> tuple[ControlChain, list[str]]:
+def _chain(control: ControlBase, model: Any, *, has_prompt: bool, looking: str) -> tuple[ControlChain, list[str]]:
     """A prompt's ControlNets, those that the ranks can compute as such; and why others can't be.
 
     Args:
         has_prompt: they have a prompt of their own, beside the model's.
+        looking: what looks at core's own objects while it samples, if anything.
     Raises: UnsupportedError: ComfyUI can't compute one of those others as it is meant, or isn't to.
     """
     members, reasons, refusals = [], [], dict[int, BackendError]()
     is_patched = bool(model.patches or model.hook_patches)
+    of_hooks = {key for patches in model.hook_patches.values() for key in patches}
     for member in chain_of(control):
-        name, why = _named(member), unknown_to_ranks(member, is_patched=is_patched)
+        name = _named(member)
+        if of_hooks and type(member).__name__ == "ControlLora":
+            what = f"{name} is made of the MODEL's weights, which hooks on prompts patch."
+            raise UnsupportedError(what, "Use a whole ControlNet, or lay the LoRA on the MODEL.")
+        why = unknown_to_ranks(member, is_patched=is_patched, of_hooks=of_hooks)
         if has_prompt:
             why = "it has a prompt of its own"
+        if looking:
+            why = f"{looking} looks at its picture"
         if not why and (path := file_of(member)) is None:
             why = "its file is not known: another loader than core's has loaded it"
         if not why:
@@ -236,6 +245,9 @@ def _chain(control: ControlBase, model: Any, *, has_prompt: bool) -> tuple[Contr
             what = f"{name} is a ControlNet of another family: {why}."
             refusals[id(member)] = UnsupportedError(what, "Choose a ControlNet of the MODEL's family.")
         if why:
+            if looking and isinstance(member, _READERS):
+                what = f"{name} takes weights of the MODEL, and {looking} looks at ControlNets by itself."
+                raise UnsupportedError(what, "Remove one of them, or load the model with ComfyUI's own loader.")
             _check_left_to_core(member, f"The ranks can't compute {name}: {why.rstrip('.')}.", refusals.get(id(member)))
             reasons.append(f"{name}: {why}")
         members.append(member)

@@ -21,6 +21,9 @@ _PATCHING = frozenset(
     }
 )
 
+# What a function names that looks at the ControlNets of prompts by itself, to cut their pictures into tiles or batches.
+_OF_CONTROLS = frozenset({"cond_hint", "cond_hint_original", "previous_controlnet"})
+
 _FUNCTIONS = (FunctionType, MethodType, partial)
 
 
@@ -29,19 +32,32 @@ def patching_functions(model: ModelPatcher) -> Iterator[str]:
 
     Read from their code, before anything calls them, and from that of what they call in their own package.
     """
+    yield from (f"{function}, which patches blocks of the model" for function in _functions_naming(_PATCHING, model))
+
+
+def functions_on_controls(model: ModelPatcher) -> Iterator[str]:
+    """Of those the ones that look at ControlNets by themselves."""
+    return _functions_naming(_OF_CONTROLS, model)
+
+
+def _functions_naming(words: frozenset[str], model: ModelPatcher) -> Iterator[str]:
     hung: list[tuple[str, Any]] = [(key, value) for key, value in model.model_options.items()]
     for wrappers in (model.wrappers, model.model_options["transformer_options"].get("wrappers", {})):
         hung += [(kind, fs) for kind, by_key in wrappers.items() for key, fs in by_key.items() if key != OWN]
     for kind, value in hung:
         for function in value if isinstance(value, list | tuple) else [value]:
-            if callable(function) and patches_blocks(function):
+            if callable(function) and _names_any(words, function):
                 named = function if hasattr(function, "__qualname__") else type(function)
-                yield f"{named.__qualname__} of {module_of(named)} ({kind}), which patches blocks of the model"
+                yield f"{named.__qualname__} of {module_of(named)} ({kind})"
 
 
 def patches_blocks(function: Any) -> bool:
     """Whether its code, or that of its own package which it calls, names what patches attention or blocks."""
-    return any(_PATCHING & names(code) for code in _codes(function, set()))
+    return _names_any(_PATCHING, function)
+
+
+def _names_any(words: frozenset[str], function: Any) -> bool:
+    return any(words & names(code) for code in _codes(function, set()))
 
 
 def names(code: CodeType) -> set[str]:
@@ -71,7 +87,9 @@ def _called(function: FunctionType, owner: Any, used: set[str]) -> Iterator[Any]
     package = _package(function)
     cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
     # Whatever else a closure holds is followed too, but not into ComfyUI's sampling, which all of them lead to.
-    yield from (value for value in cells if isinstance(value, _FUNCTIONS) and _package(value) != "comfy")
+    others = (value for value in cells if isinstance(value, _FUNCTIONS) and _package(value) != "comfy")
+    # A method's decorator holds the plain function, which is the same object's.
+    yield from (MethodType(f, owner) if owner is not None and isinstance(f, FunctionType) else f for f in others)
     found = [function.__globals__.get(name) for name in used]
     modules = [value for value in found if isinstance(value, ModuleType) and value.__name__.split(".")[0] == package]
     found += [vars(module).get(name) for module in modules for name in used]

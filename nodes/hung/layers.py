@@ -50,7 +50,7 @@ class AsMade:
         yield from (told for told, _ in found[:NAMED])
         if len(found) > NAMED:
             yield f"{len(found) - NAMED} more changes of its layers"
-        if makers := sorted({maker for _, put in found if (maker := _maker(put))}):
+        if makers := sorted({maker for _, put in found if (maker := maker_of(put))}):
             yield f"put there by {', '.join(makers)}"
 
     def _changes(self) -> Iterator[tuple[str, Any]]:
@@ -73,9 +73,21 @@ def network_changes(model: BaseModel) -> Iterator[str]:
     if model.diffusion_model is not as_made.network:
         yield f"the replaced diffusion_model ({type(model.diffusion_model).__name__})"
     for name in ("apply_model", "_apply_model"):
-        if name in vars(model) and not _is_own(model, name, vars(model)[name]):
+        if name in vars(model) and not is_own(model, name, vars(model)[name]):
             yield f"the replaced {name} of the model"
     yield from as_made.changes()
+
+
+def maker_of(put: Any) -> str:
+    """The module whose function or object it is; empty where it is torch's, Python's or core's."""
+    while isinstance(put, partial):
+        put = put.func
+    put = getattr(put, "__func__", put)
+    if isinstance(put, FunctionType):  # what wraps another calls itself by the other's name
+        module = PurePath(put.__globals__["__name__"]).name
+    else:
+        module = module_of(put if isinstance(put, type) else type(put))
+    return "" if module.split(".")[0] in _NO_PACKS else module
 
 
 def _state(layer: Module) -> dict[str, Any]:
@@ -86,7 +98,7 @@ def _state(layer: Module) -> dict[str, Any]:
             continue
         if type(value) is list:
             value = tuple(value)
-        if type(value) is not MethodType or not _is_own(layer, name, value):
+        if type(value) is not MethodType or not is_own(layer, name, value):
             state[name] = value
     for part in _PARTS:
         state |= getattr(layer, part)
@@ -115,22 +127,10 @@ def _equal(old: Any, new: Any) -> bool:
     return bool(old == new)
 
 
-def _is_own(owner: object, name: str, value: Any) -> bool:
+def is_own(owner: object, name: str, value: Any) -> bool:
     """Whether an attribute is its class's own method: ComfyUI leaves it so where an object patch was taken back."""
     own = getattr(type(owner), name, None)
     return isinstance(value, MethodType) and value.__self__ is owner and value.__func__ is own
-
-
-def _maker(put: Any) -> str:
-    """The module whose function or object it is; empty where it is torch's, Python's or core's."""
-    while isinstance(put, partial):
-        put = put.func
-    put = getattr(put, "__func__", put)
-    if isinstance(put, FunctionType):  # what wraps another calls itself by the other's name
-        module = PurePath(put.__globals__["__name__"]).name
-    else:
-        module = module_of(put if isinstance(put, type) else type(put))
-    return "" if module.split(".")[0] in _NO_PACKS else module
 
 
 def _told(layer: str, attribute: str, value: Any) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 import comfy.samplers
 from comfy.model_patcher import ModelPatcher
 
+from .refusal import is_set
+
 # The wrapper by which a parallel MODEL's own loop is entered.
 OWN = "parallel_mmdit"
 # What ComfyUI's guiders put together of the other options.
@@ -35,7 +37,7 @@ def replaced_functions() -> Iterator[str]:
 def loop_patches(model: ModelPatcher, options: Mapping[str, Any]) -> Iterator[str]:
     """What acts between model calls, of the MODEL and of a guider's options: only ComfyUI's own loop can heed it."""
     for key, value in options.items():
-        if key not in _OF_GUIDERS and value:
+        if key not in _OF_GUIDERS and is_set(value):
             yield f"model option {key!r}"
     transformer_options = options.get("transformer_options", {})
     for kind in ("wrappers", "callbacks"):

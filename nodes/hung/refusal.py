@@ -20,6 +20,11 @@ def module_of(made: Any) -> str:
     return PurePath(made.__module__ or "").name
 
 
+def is_set(value: Any) -> bool:
+    """Whether an option says anything; a tensor does, whatever its values."""
+    return value is not None and (hasattr(value, "shape") or bool(value))
+
+
 def refuse(found: Iterator[str], where: str, remedy: str) -> None:
     """Raises UnsupportedError that names everything in `found`; nothing where it is empty."""
     names = list(found)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 import comfy.controlnet
@@ -12,7 +13,8 @@ from comfy.controlnet import ControlBase, ControlNet
 from torch import Tensor
 
 from ...parallel_backend import ControlUse, RemoteControl
-from ..controlnet_files import InRanksAlone
+from ..controlnet_files import InRanksAlone, has_changed_since
+from .layers import is_own, maker_of
 from .refusal import module_of
 
 # Of core's classes those whose networks the ranks know, by where these come from.
@@ -22,21 +24,30 @@ _KINDS = tuple(
     if (found := getattr(comfy.controlnet, name, None)) is not None
 )
 _NETWORKS = ("comfy.cldm.cldm", "comfy.cldm.mmdit", "comfy.cldm.dit_embedder")
+# What the networks of Stability's ControlNets for SD3.5 take of the model's own layers.
+_BORROWED = ("diffusion_model.x_embedder.", "diffusion_model.y_embedder.")
 
 
-def unknown_to_ranks(control: ControlBase, *, is_patched: bool) -> str:
+def unknown_to_ranks(control: ControlBase, *, is_patched: bool, of_hooks: Collection[str]) -> str:
     """Why only ComfyUI can compute it; empty where the ranks may.
 
     Args:
         is_patched: patches, or hooks that have some, lie on the weights of the parallel MODEL.
+        of_hooks: the names of those weights that hooks patch, by turns.
     """
     if is_patched and type(control).__name__ == "ControlLora":
         return "it is made of the MODEL's weights, on which patches lie"
     if type(control) not in _KINDS:
         return f"{module_of(type(control))}.{type(control).__qualname__} is no ControlNet that the ranks know"
+    if type(control).__name__ == "ControlNetSD35" and any(name.startswith(_BORROWED) for name in of_hooks):
+        return "it borrows layers of the MODEL, which hooks patch"
+    if has_changed_since(control):
+        return "its file has changed since ComfyUI loaded it"
     network = getattr(control, "control_model", None)
     if network is not None and not isinstance(network, InRanksAlone) and type(network).__module__ not in _NETWORKS:
         return f"its network is {type(network).__module__}.{type(network).__qualname__}"
+    if replaced := next(_replaced(control, network), None):
+        return replaced
     wrapped = getattr(control, "control_model_wrapped", None)
     if any(getattr(wrapped, held, None) for held in ("patches", "object_patches", "hook_patches")):
         return "its own weights are patched"
@@ -46,6 +57,30 @@ def unknown_to_ranks(control: ControlBase, *, is_patched: bool) -> str:
     if kinds is not None and control.strength_type != kinds.CONSTANT:
         return f"its strength is {control.strength_type.name}"
     return ""
+
+
+def _replaced(control: ControlBase, network: torch.nn.Module | None) -> Iterator[str]:
+    """What packs have put in the place of core's functions, of it and of its network, or hung on that one's layers."""
+    layers = {} if network is None or isinstance(network, InRanksAlone) else dict(network.named_modules())
+    named: list[tuple[object, str]] = [(control, type(control).__name__)]
+    named += [(layer, name or "its network") for name, layer in layers.items()]
+    for part, of in named[:2]:
+        for name, function in _functions(type(part)):
+            if maker := maker_of(function):
+                yield f"{maker} has replaced {name} of {of}"
+    for part, of in named:
+        for name, value in vars(part).items():
+            if isinstance(getattr(type(part), name, None), FunctionType) and not is_own(part, name, value):
+                yield f"{name} of {of} is replaced"
+        if getattr(part, "_forward_hooks", None) or getattr(part, "_forward_pre_hooks", None):
+            yield f"a hook is on {of}"
+
+
+def _functions(kind: type) -> Iterator[tuple[str, FunctionType]]:
+    """Of a class, below what Python and torch give all."""
+    for base in kind.__mro__:
+        if base not in (object, torch.nn.Module):
+            yield from ((name, value) for name, value in vars(base).items() if isinstance(value, FunctionType))
 
 
 def is_of_another_family(control: ControlBase) -> bool:

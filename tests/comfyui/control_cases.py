@@ -3,14 +3,17 @@
 import functools
 import importlib
 import os
+import shutil
 from pathlib import Path
 
 import comfy.cldm.cldm
 import comfy.cldm.dit_embedder
 import comfy.cldm.mmdit
 import comfy.controlnet
+import comfy.hooks
 import comfy.latent_formats
 import comfy.ops
+import comfy.samplers
 import comfy.t2i_adapter.adapter
 import comfy.utils
 import comfy_extras.nodes_model_advanced as advanced
@@ -238,6 +241,10 @@ def sharded_cases(twins, model):
     yield "a ControlNet without a file, by Parallel Sampler", same, {"of": by_node}
     yield "file, cfg 1", same, whole | {"cfg": 1.0}
     yield "file, heun", same, two | {"sampler": "heun", "steps": 3}
+    for case, change in CHANGES.items():
+        yield f"file, {case}, step by step", same, {"of": functools.partial(with_changed, twins, change)}
+    yield "file, whose picture a node turns, step by step", turning, two
+    yield "file, a tensor among the MODEL's options, step by step", with_tensor, whole
     alone = control_lora(model)
     mixed = applied(twins, model, (first, 0.7, 0.0, 1.0, image()), (alone, 0.5, 0.3, 1.0, image(seed=8)))
     yield "file, then a Control-LoRA", same, mixed | {"steps": 3}
@@ -247,6 +254,97 @@ def sharded_cases(twins, model):
     yield "file by ControlNetApply", same, {"positive": positive}
     area = call(nodes.ConditioningSetArea, whole["positive"], 32, 48, 0, 0, 0.9)
     yield "file in an area", same, {"positive": area + twins.prompt(model, 3), "negative": whole["negative"]}
+
+
+def with_new_forward(control, path):
+    forward = control.control_model.forward
+    control.control_model.forward = lambda *a, **k: {
+        "output": [2 * x for x in forward(*a, **k)["output"]],
+        "middle": [],
+    }
+
+
+def with_hook(control, path):
+    control.control_model.zero_convs[0].register_forward_hook(lambda layer, given, out: 2 * out)
+
+
+def with_new_merge(control, path):
+    merge = control.control_merge
+    control.control_merge = lambda control, *args, **more: merge(control | {"middle": []}, *args, **more)
+
+
+def with_new_file(control, path):
+    shutil.copy(os.path.join(os.path.dirname(path), "control-two.safetensors"), f"{path}.new")
+    os.replace(f"{path}.new", path)
+
+
+# What is no more as ComfyUI loaded it when the prompt is sampled.
+CHANGES = {
+    "whose network has another forward": with_new_forward,
+    "whose layer has a hook": with_hook,
+    "which merges otherwise": with_new_merge,
+    "which another has replaced": with_new_file,
+}
+
+
+def with_changed(twins, change, model):
+    path = os.path.join(twins.folder, "control-changed.safetensors")
+    shutil.copy(os.path.join(twins.folder, "control-one.safetensors"), path)
+    used = applied(twins, model, (loaded(twins, os.path.basename(path)), 0.8, 0.0, 1.0, image()))
+    change(used["positive"][0][1]["control"], path)
+    return twins.sample(model, **used)
+
+
+class Turned:
+    """Of all prompts the ControlNets' pictures, as a node sees to it while it samples."""
+
+    @torch.inference_mode()
+    def __call__(self, args):
+        controls = [entry.get("control") for entries in args["conds"] for entry in entries or ()]
+        self.turn(controls)
+        options = {key: value for key, value in args["model_options"].items() if value is not self}
+        out = comfy.samplers.calc_cond_batch(args["model"], args["conds"], args["input"], args["sigma"], options)
+        self.turn(controls)
+        return out
+
+    def turn(self, controls):
+        for control in {id(control): control for last in controls for control in before(last)}.values():
+            control.cond_hint_original, control.cond_hint = control.cond_hint_original.flip(-1), None
+
+
+def before(control):
+    while control is not None:
+        yield control
+        control = control.previous_controlnet
+
+
+def turning(model):
+    model = model.clone()
+    model.model_options["sampler_calc_cond_batch_function"] = Turned()
+    return model
+
+
+def with_tensor(model):
+    model = model.clone()
+    model.model_options["sigmas"] = torch.ones(3)
+    return model
+
+
+def with_hooks(twins, prompts, model):
+    """KSampler's latent, where a LoRA lies on the weights for the positive prompt alone."""
+    hooks = comfy.hooks.create_hook_lora(lora=lora_of_embedders(model), strength_model=1.0, strength_clip=0.0)
+    positive = comfy.hooks.set_hooks_for_conditioning(prompts["positive"], hooks)
+    return twins.sample(model, **prompts | {"positive": positive})
+
+
+def lora_of_embedders(model):
+    """Of the layers that Stability's ControlNets borrow."""
+    generator, weights = torch.Generator().manual_seed(1), model.model.diffusion_model.state_dict()
+    shapes = {name: weights[f"{name}.weight"].shape for name in ("x_embedder.proj", "y_embedder.mlp.0")}
+    return {
+        f"diffusion_model.{name}.diff": torch.randn(shape, generator=generator) / shape[1:].numel() ** 0.5
+        for name, shape in shapes.items()
+    }
 
 
 def union_control(twins, model, seed=9, types=6):
@@ -295,6 +393,7 @@ def sharded_sd3_cases(twins, model, name):
         control = loaded(twins, f"control-{family}-{kind}.safetensors")
         used = applied(twins, model, (control, 0.7, 0.0, 0.8, image()), **VAE)
         yield f"file of {kind}", same, used | {"steps": 3}
+        yield f"file of {kind}, hooks step by step", same, {"of": functools.partial(with_hooks, twins, used)}
         yield f"file of {kind}, an odd size step by step", mahiro, used | {"latent": twins.latent(model, 10, 14)}
 
 

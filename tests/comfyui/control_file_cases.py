@@ -11,6 +11,7 @@ import shutil
 from contextlib import contextmanager
 
 import comfy.controlnet
+import comfy.hooks
 import comfy.latent_formats
 import comfy.ldm.flux.controlnet
 import comfy.ldm.flux.model
@@ -20,6 +21,7 @@ import folder_paths
 import torch
 from comfy_extras.nodes_controlnet import SetUnionControlNetType
 from control_cases import VAE, applied, image, made, mahiro, same, with_lora
+from patch_cases import lora_file as lora_of_weights
 from twins import call
 
 MODELS = {
@@ -166,6 +168,8 @@ def refusal_cases(twins, name):
     yield "Stability's of SD3.5", words, of_file("sd3.5-large", "fp16, stability.safetensors")
     words = "it has a prompt of its own", "leaves the scales of its weights out", "fp8 without scales"
     yield "scaled fp8 with a prompt of its own", words, functools.partial(with_prompt_of_its_own, twins)
+    words = "lora.safetensors is made of the MODEL's weights, which hooks", "lay the LoRA on the MODEL"
+    yield "a Control-LoRA where hooks patch", words, functools.partial(control_lora_and_hooks, twins)
     by_ours = functools.partial(functools.partial, by_our_loader, twins)
     words = "The ranks can't compute sd1.safetensors", "Choose an SDXL ControlNet. Or load it with ComfyUI's"
     yield "SD1's by Load Parallel ControlNet", words, by_ours("sd1.safetensors")
@@ -182,6 +186,15 @@ def with_prompt_of_its_own(twins, model):
     path = os.path.join(twins.folder, "sdxl", "scaled fp8.safetensors")
     positive = twins.prompt(model, 1, cross_attn_controlnet=twins.prompt(model, 5)[0][0])
     return twins.sample(model, **used(twins, model, opened(model, path), positive=positive))
+
+
+def control_lora_and_hooks(twins, model):
+    prompts = used(twins, model, opened(model, os.path.join(twins.folder, "of weights", "lora.safetensors")))
+    hooks = comfy.hooks.create_hook_lora(
+        lora=lora_of_weights(model, "lora", seed=4), strength_model=1.0, strength_clip=0.0
+    )
+    prompts["positive"] = comfy.hooks.set_hooks_for_conditioning(prompts["positive"], hooks)
+    return twins.sample(model, **prompts)
 
 
 def by_our_loader(twins, file, model):
