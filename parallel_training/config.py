@@ -20,9 +20,10 @@ class TrainSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One run. `batch` is images per model rank and micro-step; a step is `accumulate` of these on every model rank.
 
     An autoencoder's images are crops of `crop` pixels a side; 0 mixes crops and whole pictures, with as many pixels as
-    crops of 64. `initial` is the folder of a run whose weights this one starts from; `unet` that of the UNet that a ControlNet is for. `until`: ends and exports after so many of the
-    steps, as if it were cut off there; 0 is all of them. `latent_noise`: what an autoencoder's decoder learns to bear on its
-    latents, as a standard deviation, at most; it sets colours apart there, which a model of few channels needs.
+    crops of 64. `initial` is the folder of a run whose weights this one starts from, `unet` that of the UNet that a ControlNet
+    is for. `until`: ends and exports after so many of the steps, as if it were cut off there; 0 is all of them. `latent_noise`:
+    what an autoencoder's decoder learns to bear on its latents, as a standard deviation, at most; it sets colours apart there,
+    which a model of few channels needs.
     """
 
     task: Literal["autoencoder", "mmdit", "unet", "controlnet"]
@@ -76,9 +77,8 @@ class TrainSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 f"unet={self.unet!r} is not possible for the task {self.task}.",
                 "A ControlNet needs the folder of a trained UNet; the other tasks take none.",
             )
-        if self.channels != {"mmdit": 16, "unet": 4, "controlnet": 4}.get(
-            self.task, self.channels
-        ) or self.channels not in (4, 16):
+        wanted = {"autoencoder": (4, 16), "mmdit": (16,), "unet": (4,), "controlnet": (4,)}[self.task]
+        if self.channels not in wanted:
             raise ConfigError(
                 f"channels={self.channels} is not possible for the task {self.task}.",
                 "An MMDiT has latents of 16 channels, a UNet and its ControlNet of 4, an autoencoder either.",

@@ -13,6 +13,7 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from parallel_backend.errors import ConfigError
 from parallel_backend.small_checkpoints.unet_control import control_config
 
 from . import unet
@@ -27,8 +28,14 @@ class ControlNetTask(unet.UNetTask):
     wants_edges = True
 
     def __init__(self, spec: TrainSpec, device: torch.device) -> None:
+        """Raises: ConfigError: there is no UNet in the folder that the run names."""
+        path = Path(spec.unet) / unet.FILE
+        if not path.is_file():
+            raise ConfigError(
+                f"{spec.unet} holds no trained UNet.", "Name the folder of a `train unet` that has ended."
+            )
         model: Any = UNet2DConditionModel(**unet.CONFIG.diffusers())
-        model.load_state_dict(load_file(Path(spec.unet) / unet.FILE))
+        model.load_state_dict(load_file(path))
         self.unet: nn.Module = model.requires_grad_(False).to(device)
         super().__init__(spec, device)
 

@@ -245,6 +245,11 @@ def test_a_damaged_snapshot_and_another_run_are_named(autoencoder: Path, tmp_pat
         spec_of(tmp_path, task="mmdit")
     with pytest.raises(ConfigError, match=r"latent_noise=2.0 is not possible"):
         spec_of(tmp_path, latent_noise=2.0)
+    with pytest.raises(ConfigError, match="holds no trained UNet"):
+        ControlNetTask(
+            spec_of(tmp_path, task="controlnet", autoencoder="somewhere", channels=4, unet=str(tmp_path)),
+            torch.device("cpu"),
+        )
     with pytest.raises(ConfigError, match="unet='' is not possible for the task controlnet"):
         spec_of(tmp_path, task="controlnet", autoencoder="somewhere", channels=4)
     with pytest.raises(ConfigError, match="unet='elsewhere' is not possible for the task mmdit"):
