@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..parallel_backend import RemoteControl, RemoteModel, WeightPatches
 from ..parallel_backend.errors import UnsupportedError
+from ..parallel_backend.rpc.messages import LoadControl
 from .base_weights import BaseWeights
 from .core_memory import WeightsElsewhere, interruptible, make_room
 from .core_model import base_model
@@ -139,8 +140,8 @@ class RemotePatcher(WeightsElsewhere):
         Raises: CheckpointError, UnsupportedError: they know no such ControlNet, or none for this model.
         """
         backend = self.remote.backend
-        held_as = f"{backend.key(path)}/control/{self.remote.name}"
-        if room := make_room(backend, path.stat().st_size, held_as):
+        load = LoadControl(str(path), backend.key(path), self.remote.name)
+        if room := make_room(backend, path.stat().st_size, load.held_as):
             say(room, log=True)
         return interruptible(backend, backend.load_control, path, self.remote, name_elsewhere(path))
 

@@ -18,7 +18,7 @@ from parallel_backend.sampling.parameterization import Parameterization
 
 from .autoencoder import open_autoencoder
 from .config import TrainSpec
-from .data import LatentSource, hint_of
+from .data import LatentSource, hint_of, no_hints
 from .sheets import tile
 
 SHEET_STEPS, SHEET_GUIDANCE = 20, 3.0
@@ -50,7 +50,8 @@ class LatentTask:
         """Held-out captions, sampled with guidance."""
         scenes, size = held_out_scenes(16), self.spec.size
         words, side = torch.tensor([word_ids(scene) for scene in scenes]), size // 8
-        hints = torch.stack([hint_of(draw(scene, size, size, random.Random(0))) for scene in scenes])
+        drawn = [draw(scene, size, size, random.Random(0)) for scene in scenes] if self.wants_edges else []
+        hints = torch.stack([hint_of(picture) for picture in drawn]) if drawn else no_hints(len(scenes))
         latents = sample_latent(
             lambda x, t, *_: [
                 self.output(model, x, t.to(self.device).expand(len(x)), w, hints)

@@ -219,11 +219,12 @@ def _chain(control: ControlBase, model: Any, *, has_prompt: bool, looking: str) 
         looking: what looks at core's own objects while it samples, if anything.
     Raises: UnsupportedError: ComfyUI can't compute one of those others as it is meant, or isn't to.
     """
-    members, reasons, refusals = [], [], dict[int, BackendError]()
+    members, reasons, refusals = [], [], list[BackendError]()
     is_patched = bool(model.patches or model.hook_patches)
     of_hooks = {key for patches in model.hook_patches.values() for key in patches}
     for member in chain_of(control):
         name = _named(member)
+        refusal: BackendError | None = None
         if of_hooks and type(member).__name__ == "ControlLora":
             what = f"{name} is made of the MODEL's weights, which hooks on prompts patch."
             raise UnsupportedError(what, "Use a whole ControlNet, or lay the LoRA on the MODEL.")
@@ -240,18 +241,20 @@ def _chain(control: ControlBase, model: Any, *, has_prompt: bool, looking: str) 
             except (UnsupportedError, CheckpointError, ConfigError, OutOfMemoryError) as error:
                 why = error.message
                 if isinstance(error, (UnsupportedError, CheckpointError)):
-                    refusals[id(member)] = error
+                    refusal = error
         if is_of_another_family(member):
             what = f"{name} is a ControlNet of another family: {why}."
-            refusals[id(member)] = UnsupportedError(what, "Choose a ControlNet of the MODEL's family.")
+            refusal = UnsupportedError(what, "Choose a ControlNet of the MODEL's family.")
         if why:
             if looking and isinstance(member, _READERS):
                 what = f"{name} takes weights of the MODEL, and {looking} looks at ControlNets by itself."
                 raise UnsupportedError(what, "Remove one of them, or load the model with ComfyUI's own loader.")
-            _check_left_to_core(member, f"The ranks can't compute {name}: {why.rstrip('.')}.", refusals.get(id(member)))
+            _check_left_to_core(member, f"The ranks can't compute {name}: {why.rstrip('.')}.", refusal)
             reasons.append(f"{name}: {why}")
+        if refusal is not None:
+            refusals.append(refusal)
         members.append(member)
-    return ControlChain(members, model.patched_weights, list(refusals.values())), reasons
+    return ControlChain(members, model.patched_weights, refusals), reasons
 
 
 def _check_left_to_core(control: ControlBase, why: str, refusal: BackendError | None) -> None:

@@ -42,7 +42,7 @@ class AsMade:
     def __init__(self, network: Module) -> None:
         self.network, self.unseen = network, True
         self.layers = {name: (layer, type(layer), _state(layer)) for name, layer in network.named_modules()}
-        self.classes = {kind: _functions(kind) for _, kind, _ in self.layers.values()}
+        self.classes = {kind: dict(functions_of(kind)) for _, kind, _ in self.layers.values()}
 
     def changes(self) -> Iterator[str]:
         """What has been changed since, of its name: a few, how many others, and whose functions and objects they are."""
@@ -56,7 +56,7 @@ class AsMade:
     def _changes(self) -> Iterator[tuple[str, Any]]:
         """Each with what has been put there."""
         for kind, functions in self.classes.items():
-            now = _functions(kind)
+            now = dict(functions_of(kind))
             for name in _differing(functions, now):
                 yield f"the replaced {name} of all {kind.__name__} layers", now.get(name)
         for name, (layer, kind, state) in self.layers.items():
@@ -107,10 +107,11 @@ def _state(layer: Module) -> dict[str, Any]:
     return state
 
 
-def _functions(kind: type) -> dict[str, Any]:
-    """The functions of a class, as its layers run them: only those below torch's base of all layers."""
-    own = [ancestor for ancestor in reversed(kind.__mro__) if ancestor not in (object, Module)]
-    return {n: f for ancestor in own for n, f in vars(ancestor).items() if isinstance(f, FunctionType)}
+def functions_of(kind: type) -> Iterator[tuple[str, FunctionType]]:
+    """The functions of a class and of those that it is of, which come before it: only those below torch's base of all layers."""
+    for ancestor in reversed(kind.__mro__):
+        if ancestor not in (object, Module):
+            yield from ((name, value) for name, value in vars(ancestor).items() if isinstance(value, FunctionType))
 
 
 def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

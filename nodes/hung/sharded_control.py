@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ...parallel_backend import ControlUse, RemoteControl
 from ..controlnet_files import InRanksAlone, has_changed_since
-from .layers import is_own, maker_of
+from .layers import functions_of, is_own, maker_of
 from .refusal import module_of
+from .weights import PREFIX
 
 # Of core's classes those whose networks the ranks know, by where these come from.
 _KINDS = tuple(
@@ -25,7 +26,7 @@ _KINDS = tuple(
 )
 _NETWORKS = ("comfy.cldm.cldm", "comfy.cldm.mmdit", "comfy.cldm.dit_embedder")
 # What the networks of Stability's ControlNets for SD3.5 take of the model's own layers.
-_BORROWED = ("diffusion_model.x_embedder.", "diffusion_model.y_embedder.")
+_BORROWED = (f"{PREFIX}x_embedder.", f"{PREFIX}y_embedder.")
 
 
 def unknown_to_ranks(control: ControlBase, *, is_patched: bool, of_hooks: Collection[str]) -> str:
@@ -65,7 +66,7 @@ def _replaced(control: ControlBase, network: torch.nn.Module | None) -> Iterator
     named: list[tuple[object, str]] = [(control, type(control).__name__)]
     named += [(layer, name or "its network") for name, layer in layers.items()]
     for part, of in named[:2]:
-        for name, function in _functions(type(part)):
+        for name, function in functions_of(type(part)):
             if maker := maker_of(function):
                 yield f"{maker} has replaced {name} of {of}"
     for part, of in named:
@@ -74,13 +75,6 @@ def _replaced(control: ControlBase, network: torch.nn.Module | None) -> Iterator
                 yield f"{name} of {of} is replaced"
         if getattr(part, "_forward_hooks", None) or getattr(part, "_forward_pre_hooks", None):
             yield f"a hook is on {of}"
-
-
-def _functions(kind: type) -> Iterator[tuple[str, FunctionType]]:
-    """Of a class, below what Python and torch give all."""
-    for base in kind.__mro__:
-        if base not in (object, torch.nn.Module):
-            yield from ((name, value) for name, value in vars(base).items() if isinstance(value, FunctionType))
 
 
 def is_of_another_family(control: ControlBase) -> bool:

@@ -7,6 +7,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import zmq
 from torch import Tensor
@@ -145,27 +146,21 @@ class Connection:
             self.follow_restarts(should_cancel, start=not isinstance(body, NEVER_STARTING))
             self.asking = True
             try:
-                return self._delivered(body, attachments, on_event, should_cancel)
+                return self._delivered(partial(self._exchange, body, attachments, on_event, should_cancel))
             finally:
                 self.asking = False
 
-    def _delivered(
-        self,
-        body: Request,
-        attachments: Sequence[Attachment],
-        on_event: OnEvent | None,
-        should_cancel: Callable[[], bool] | None,
-    ) -> tuple[Reply, list[Tensor]]:
-        """As `_exchange`, sent again where the ranks lack tensors that it names: each remedy holds for the tries after it."""
+    def _delivered(self, exchange: Callable[[], tuple[Reply, list[Tensor]]]) -> tuple[Reply, list[Tensor]]:
+        """What comes of it, done again where the ranks lack tensors that it names: each remedy holds for the tries after it."""
         for _ in range(RESENDS):
             try:
-                return self._exchange(body, attachments, on_event, should_cancel)
+                return exchange()
             except MissingTensorsError:
                 # Another client may push out, or free, the others too before this is there again: all travel with it now.
                 self._sent.forget()
             except UnseenTensorsError:  # ranks of other machines have joined this one's
                 self._close_area()
-        return self._exchange(body, attachments, on_event, should_cancel)
+        return exchange()
 
     def _close_area(self) -> None:
         if self._sent.area is not None:

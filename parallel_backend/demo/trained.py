@@ -64,7 +64,8 @@ class Trained:
 
     def net(self, backend: Backend, model: RemoteModel) -> RemoteControl | None:
         """Its ControlNet beside the model there. Raises: CheckpointError: as `path`."""
-        return None if self.control_path is None else backend.load_control(self.control_path, model)
+        path = self.control_path
+        return None if path is None else backend.load_control(path, model)
 
     @property
     def is_unet(self) -> bool:

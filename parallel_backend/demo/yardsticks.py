@@ -75,7 +75,7 @@ def sampled_pictures(
         leave: the bar stays.
     """
     images: list[Tensor] = []
-    drawn = pictures_of(scenes, size)
+    drawn = pictures_of(scenes, size) if net else []
     for start in each(range(0, len(scenes), BATCH), title, leave=leave):
         captions = [scene.caption() for scene in scenes[start : start + BATCH]]
         controls = [ControlUse(net, hints(drawn[start : start + BATCH]))] if net else []

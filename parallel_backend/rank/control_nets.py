@@ -49,10 +49,6 @@ class ControlNets:
         self._residents, self._files, self._beat = residents, files, beat
         self._hints: OrderedDict[tuple[object, ...], _Hint] = OrderedDict()
 
-    @staticmethod
-    def name(body: LoadControl) -> str:
-        return f"{body.key}/control/{body.model}"
-
     def load(self, body: LoadControl, base: Predictor, job: Job) -> tuple[list[str], int, list[str]]:
         """It is held. Returns: the models that left for it, bytes read, and what the user should know.
 
@@ -87,7 +83,7 @@ class ControlNets:
 
         job.emit(Progress(f"Loading {path.name}", 0, 1), [])
         network = job.control.agreed(read)
-        name = self.name(body)
+        name = body.held_as
         state = ModelState(name, path.name, "controlnet", mesh.spec.describe(), str(dtype).split(".")[-1], needed)
         self._residents[name] = Resident(network, state, 0, base=body.model, is_of_weights=opened.is_of_weights)
         return evicted, opened.source.bytes_read, notes

@@ -290,7 +290,7 @@ class Engine:
     def _load_control(self, body: LoadControl, _: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         start = time.perf_counter()
         base: Predictor = job.control.agreed(lambda: self._resident(body.model, Predictor))
-        name, evicted, read, notes = ControlNets.name(body), list[str](), 0, list[str]()
+        name, evicted, read, notes = body.held_as, list[str](), 0, list[str]()
         if name not in self.residents:
             evicted, read, notes = self.control_nets.load(body, base, job)
         return self._loaded(name, _Sizes(read, 0, notes), evicted, start, job), []

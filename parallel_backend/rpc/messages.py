@@ -76,6 +76,11 @@ class LoadControl(Message, frozen=True):
     model: str
     kernel: str = "auto"
 
+    @property
+    def held_as(self) -> str:
+        """The name under which it is held."""
+        return f"{self.key}/control/{self.model}"
+
 
 class ControlUse(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A resident ControlNet on a prompt, computed by the ranks.
