@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import replace
 from functools import _lru_cache_wrapper
 from pathlib import Path
 from typing import Any
@@ -111,9 +110,7 @@ def control_files(models: Path) -> Path:
     """The folder of models, with ControlNets for them beside."""
     folder = models / "diffusion_models"
     write_unet(folder / "unet-layers.safetensors", CONFIGS["two layers"], "single file")
-    # Core knows unions of this width alone.
-    wide = {"block_channels": (320,), "down_depths": ((1,),), "up_depths": ((1, 1),)}
-    write_unet(folder / "unet-320.safetensors", replace(CONFIGS["tiny"], **wide), "single file")
+    write_unet(folder / "unet-320.safetensors", CONFIGS["for unions"], "single file")
     config = control_config(CONFIGS["two layers"])
     write_unet_control(folder / "control-one.safetensors", config, "single file", seed=1)
     write_unet_control(folder / "control-two.safetensors", config, "single file", seed=2, prefix="control_model.")

@@ -19,14 +19,13 @@ from parallel_backend import Backend
 from parallel_backend.quantized.whole_file import WholeFile
 from parallel_backend.small_checkpoints.mmdit import small_config
 from parallel_backend.small_checkpoints.mmdit_control import DOUBLE, INSTANTX, STABILITY, control_tensors
-from parallel_backend.small_checkpoints.unet import CONFIGS, write_unet
+from parallel_backend.small_checkpoints.unet import CONFIGS
 from parallel_backend.small_checkpoints.unet_control import control_config, control_lora_tensors, unet_control_tensors
 
 Outcomes = dict[str, dict[str, Any]]
 Tensors = dict[str, Tensor]
 UNET = CONFIGS["two layers"]
-# Core knows unions of this width alone.
-UNION = replace(CONFIGS["tiny"], block_channels=(320,), down_depths=((1,),), up_depths=((1, 1),))
+UNION = CONFIGS["for unions"]
 TYPES = {
     "fp8": bare_fp8,
     "fp8 e5m2": partial(bare_fp8, dtype=torch.float8_e5m2),
@@ -92,10 +91,8 @@ def others() -> dict[str, Tensors]:
 
 
 @pytest.fixture(scope="module")
-def files(models: Path) -> Path:
-    folder = models / "diffusion_models"
-    write_unet(folder / "unet-layers.safetensors", UNET, "single file")
-    write_unet(folder / "unet-320.safetensors", UNION, "single file")
+def files(control_files: Path) -> Path:
+    folder = control_files
     for name, tensors in (written() | others()).items():
         path = folder / f"{name}.safetensors"
         (path.parent / "values").mkdir(parents=True, exist_ok=True)

@@ -58,6 +58,8 @@ CONFIGS = {
         up_depths=((0, 0), (0, 0), (0, 0)),
         mid_depth=0,
     ),
+    # Of the width of SDXL's first block, which ComfyUI takes union ControlNets of alone.
+    "for unions": replace(TINY, block_channels=(320,), down_depths=((1,),), up_depths=((1, 1),)),
     # The smallest that ComfyUI takes for SDXL's refiner.
     "comfy-refiner": UNetConfig(
         **REFINER,  # type: ignore[arg-type]

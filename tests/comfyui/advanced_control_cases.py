@@ -14,6 +14,7 @@ from control_cases import (
     lora_file,
     mahiro,
     random_weights,
+    same,
     sdxl_control,
     shifted,
     t2i_adapter,
@@ -112,10 +113,6 @@ def own_weights():
 def latent_keyframes():
     node = of("nodes_keyframes").LatentKeyframeNode
     return call(node, batch_index=1, strength=0.9, prev_latent_kf=call(node, batch_index=0, strength=0.3))
-
-
-def same(model):
-    return model
 
 
 def cases(twins):

@@ -22,6 +22,7 @@ import torch
 from comfy_extras.nodes_controlnet import SetUnionControlNetType
 from control_cases import VAE, applied, image, made, mahiro, same, with_lora
 from patch_cases import lora_file as lora_of_weights
+from refusals import named
 from twins import call
 
 MODELS = {
@@ -128,19 +129,6 @@ def hint_cases(twins, name):
 
 def with_hint(twins, path, hint, more, model):
     return twins.sample(model, **used(twins, model, opened(model, path), hint), **more)
-
-
-def refused(twins, words, run, model):
-    """Zero where on the parallel MODEL an error has these words; what a local one says is ComfyUI's own."""
-    if is_parallel(twins, model):
-        try:
-            run(model)
-        except Exception as error:  # noqa: BLE001 - its words are looked at
-            missing = [word for word in words if word not in str(error)]
-            assert not missing, f"{missing} not in: {type(error).__name__}: {error}"
-            return torch.zeros(1, 4, 1, 1)
-        raise AssertionError("nothing was refused")
-    return torch.zeros(1, 4, 1, 1)
 
 
 def refusal_cases(twins, name):
@@ -251,7 +239,7 @@ def cases(twins):
         if name in ("sdxl", "sd3"):
             # What follows a refusal is as if nothing had been.
             refusals = (
-                (f"refused: {case}", same, {"of": functools.partial(refused, twins, words, run)})
+                (f"refused: {case}", same, {"of": functools.partial(named, twins, words, run)})
                 for case, words, run in refusal_cases(twins, name)
             )
             found += [refusals, hint_cases(twins, name)]

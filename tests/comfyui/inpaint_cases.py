@@ -11,6 +11,7 @@ import comfy_extras.nodes_ip2p as ip2p
 import comfy_extras.nodes_model_merging as merging
 import patch_cases
 import torch
+from refusals import named
 from twins import call
 
 import nodes
@@ -169,15 +170,10 @@ def beside_a_plain_latent(model):
 
 
 def refused(twins, words, change, given, model):
-    """Zero where the parallel MODEL names what it can't take; a local one fails in a layer."""
-    if not isinstance(model, twins.remote_model.RemotePatcher):
-        return torch.zeros(1, 4, 1, 1)
-    try:
-        twins.sample(change(model), positive=twins.prompt(model, 1, **given))
-    except Exception as error:  # noqa: BLE001 - its words are looked at
-        assert words in str(error), error
-        return torch.zeros(1, 4, 1, 1)
-    raise AssertionError("nothing was refused")
+    """Where the parallel MODEL names what it can't take; a local one fails in a layer."""
+    return named(
+        twins, (words,), lambda model: twins.sample(change(model), positive=twins.prompt(model, 1, **given)), model
+    )
 
 
 def in_core(model):
