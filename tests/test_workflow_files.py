@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -381,54 +379,6 @@ def test_a_model_that_nothing_samples_is_left_alone() -> None:
     loader = sheet.checkpoint("sdxl.safetensors")
     sheet.add("ModelSave", model=(loader, 0, MODEL))
     assert not made(sheet.whole())[1].found.concerns_us
-
-
-def damaged(change: Callable[[JSON], None]) -> JSON:
-    content = plain()
-    change(content)
-    return content
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ([1, 2], "a list of 2 entries"),
-        ("text", "the single value"),
-        ({"version": 1, "name": "index"}, "it has 'version', 'name'"),
-        ({}, "it has nothing"),
-        ({"1": {"class_type": "KSampler"}, "2": {"inputs": {}}}, "Node '2'"),
-        (damaged(lambda w: w["nodes"].append({"id": 9})), "missing required field `type` - at `$.nodes[3]`"),
-        (damaged(lambda w: w["nodes"].append(dict(w["nodes"][0]))), "two nodes have the id 1"),
-        (damaged(lambda w: w["links"].append([1])), "length 5, got 1"),
-        (damaged(lambda w: w.update(links=5)), "`$.links`"),
-    ],
-)
-def test_what_is_no_workflow_is_told_by_what_it_is(content: Any, words: str) -> None:
-    with pytest.raises(InputError) as raised:
-        workflow_in(content, "it")
-    assert words in raised.value.message and raised.value.remedy
-
-
-def test_whatever_is_of_another_type_is_named_or_left_alone() -> None:
-    """Each single part of a workflow, replaced."""
-    for content in (subgraph("sdxl.safetensors"), prompt()):
-        for path in paths(content):
-            for other in (None, "x", 7, [], {}):
-                broken = deepcopy(content)
-                inside = broken
-                for key in path[:-1]:
-                    inside = inside[key]
-                inside[path[-1]] = other
-                with suppress(InputError):
-                    make_parallel(workflow_in(broken, "it"), swapped=True)
-
-
-def paths(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    if path:
-        yield path
-    entries = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
-    for key, value in entries:
-        yield from paths(value, (*path, key))
 
 
 def test_the_command_writes_a_copy_beside_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
