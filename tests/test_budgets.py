@@ -9,7 +9,7 @@ from fake_cuda.device import fake_cuda
 from fake_cuda.networks import Evaluations, kl_vae, large, predictor
 from fake_cuda.watch import Watch
 
-from parallel_backend.distributed.patch_layers import BandGroupNorm
+from parallel_backend.distributed.band_norm import BandGroupNorm
 from parallel_backend.models.transformer import Attend
 
 MIB, GIB = 2**20, 2**30

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from parallel_backend import Backend
 from parallel_backend.checkpoint_files.content import content_key
+from parallel_backend.distributed.band_attention import BandImageAttention
+from parallel_backend.distributed.band_conv import BandConv2d
+from parallel_backend.distributed.band_norm import BandGroupNorm
 from parallel_backend.distributed.control import Control
 from parallel_backend.distributed.device_faults import OutOfStep, breaks_rank
-from parallel_backend.distributed.patch_layers import BandConv2d, BandGroupNorm, BandImageAttention
 from parallel_backend.errors import CancelledError, OutOfMemoryError
 from parallel_backend.models import vae
 from parallel_backend.rank.engine import Engine

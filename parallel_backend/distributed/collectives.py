@@ -90,15 +90,17 @@ def all_gather(x: Tensor, dim: int, sizes: Sequence[int], axis: MeshAxis) -> Ten
     return full.movedim(0, dim)
 
 
-def start_all_gather(x: Tensor, axis: MeshAxis) -> Handle:
+def start_all_gather(x: Tensor, axis: MeshAxis, into: Tensor | None = None) -> Handle:
     """The ranks' tensors, alike in shape, joined along dim 0.
 
+    Args:
+        into: where the result is put, contiguous; None is a new tensor.
     Comm: (degree - 1) * x.numel() elements received by each rank.
     """
     if axis.degree == 1:
         return Handle(x)
     x = x.contiguous()
-    full = x.new_empty(axis.degree * x.shape[0], *x.shape[1:])
+    full = x.new_empty(axis.degree * x.shape[0], *x.shape[1:]) if into is None else into
     if x.is_meta:
         _pay(lambda part: start_all_gather(part, axis), [x], axis)
         return Handle(full)
@@ -182,69 +184,6 @@ def first_says(flag: bool, axis: MeshAxis) -> bool:
     axis.traffic.count(0)
     dist.broadcast(shared, axis.global_rank(0), group=axis.group)
     return bool(shared)
-
-
-def exchange_halo(x_BCYX: Tensor, above: int, below: int, axis: MeshAxis) -> Tensor:
-    """The band with `above` rows of the band above it and `below` rows of the band below; outer edges are zeros.
-
-    Every band has at least max(above, below) rows: the caller sees to it.
-    Comm: above rows to the rank below and below rows to the rank above, B * C * X elements a row.
-    """
-    if not (above or below):
-        return x_BCYX
-    sizes = halo_sizes(x_BCYX, above, below)
-    received = start_neighbour_exchange(*facing_rows(x_BCYX, above, below), sizes, axis).wait()
-    return with_halo(x_BCYX, received, above, below)
-
-
-def facing_rows(x_BCYX: Tensor, above: int, below: int) -> tuple[Tensor, Tensor]:
-    """The rows, flat, that the rank above takes as its `below`, and those that the rank below takes as its `above`."""
-    return x_BCYX[:, :, :below].flatten(), x_BCYX[:, :, x_BCYX.shape[2] - above :].flatten()
-
-
-def halo_sizes(x_BCYX: Tensor, above: int, below: int) -> tuple[int, int]:
-    """Elements of the rows that come from above and from below."""
-    row = x_BCYX.numel() // x_BCYX.shape[2]
-    return above * row, below * row
-
-
-def with_halo(x_BCYX: Tensor, received_N: Tensor, above: int, below: int) -> Tensor:
-    """The band between the rows that came from above and from below, given flat."""
-    B, C, _, X = x_BCYX.shape
-    top, bottom = received_N.split(list(halo_sizes(x_BCYX, above, below)))
-    parts = [top.view(B, C, above, X), x_BCYX, bottom.view(B, C, below, X)]
-    if x_BCYX.is_contiguous(memory_format=torch.channels_last):
-        # Parts of mixed layouts would be joined in the one that convolutions are slower on.
-        parts = [part.contiguous(memory_format=torch.channels_last) for part in parts]
-    return torch.cat(parts, dim=2)
-
-
-def start_neighbour_exchange(up_N: Tensor, down_N: Tensor, arriving: tuple[int, int], axis: MeshAxis) -> Handle:
-    """`up` goes to the rank above and `down` to the rank below; `arriving` elements come from each of them.
-
-    The result is flat: what came from above, then what came from below; zeros at the outer edges.
-    Comm: up.numel() and down.numel() elements, each to one neighbour.
-    """
-    received = up_N.new_zeros(sum(arriving))
-    if up_N.is_meta:
-        _pay(lambda up, down: start_neighbour_exchange(up, down, arriving, axis), [up_N, down_N], axis)
-        return Handle(received)
-    parts = received.split(list(arriving))
-    ops, keep = [], []
-    for at_edge, turn, sent, part in (
-        (axis.rank == 0, -1, up_N, parts[0]),
-        (axis.rank == axis.degree - 1, 1, down_N, parts[1]),
-    ):
-        if at_edge:
-            continue
-        neighbour = axis.global_rank(axis.rank + turn)
-        if sent.numel():
-            keep.append(sent.contiguous())
-            ops.append(dist.P2POp(dist.isend, keep[-1], neighbour, group=axis.group))
-        if part.numel():
-            ops.append(dist.P2POp(dist.irecv, part, neighbour, group=axis.group))
-    axis.traffic.count(sum(sent.nbytes for sent in keep))
-    return Handle(received, dist.batch_isend_irecv(ops) if ops else (), tuple(keep), axis.traffic)
 
 
 def gather_to_first(

@@ -6,7 +6,7 @@ they travel as a few large messages, while the rest of this evaluation and the s
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Literal
@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .collectives import Handle, all_gather, start_all_gather, start_neighbour_exchange
+from .collectives import Handle, start_all_gather
 from .mesh import MeshAxis
 from .traffic import Timeline
 
@@ -114,177 +114,152 @@ class TokenKV:
 
 
 class StaleExchange:
-    """Tensors of the other ranks, by slot: those of the evaluation before this one.
+    """Messages of all ranks of an axis, by slot: those of the evaluation before this one.
 
-    Every rank uses the same slots in the same order, and calls `end_evaluation` after each evaluation.
+    Every rank uses the same slots in the same order, and calls `end_evaluation` after each evaluation. What is sent and
+    what has come lie in buckets, at the same addresses from the first displaced evaluation to the last of a job.
     """
 
     def __init__(self, axis: MeshAxis) -> None:
         self.axis = axis
-        self._kept: dict[Hashable, _Gathered | _Facing] = {}
-        self._bucket = _Bucket(axis)
+        self._exact: dict[Hashable, Tensor] = {}
+        self._places: dict[Hashable, _Place] = {}
+        self._open: _Bucket | None = None
 
-    def keep_gathered(self, slot: Hashable, by_rank: Sequence[Tensor]) -> None:
+    def keep(self, slot: Hashable, gathered_RN: Tensor) -> None:
         """In a synchronous evaluation: what came fresh is what the next evaluation reads."""
-        self._kept[slot] = _Gathered(by_rank)
+        self._exact[slot] = gathered_RN
 
-    def keep_facing(self, slot: Hashable, received_N: Tensor) -> None:
-        self._kept[slot] = _Facing(received_N)
+    def swap(self, slot: Hashable, write: Callable[[Tensor], object]) -> Tensor:
+        """Every rank's message (R, N) of the last evaluation, to be read before this one ends.
 
-    def swap_gathered(self, slot: Hashable, fresh: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Every rank's tensor of the last evaluation; `fresh`, of shapes[rank], is sent for the next one.
-
-        Comm: later, in a bucket: (degree - 1) * fresh.numel() elements, padded to the largest rank's bucket.
+        Args:
+            write: puts this rank's message (N,) in the tensor that it is given, from where it is sent for the next evaluation.
+        Comm: later, in a bucket: (degree - 1) * N elements.
         """
-        stale = self._kept[slot].tensors()
-        self._kept[slot] = self._bucket.share(fresh, shapes)
-        self._start_if_full()
-        return list(stale)
-
-    def swap_facing(self, slot: Hashable, up_N: Tensor, down_N: Tensor, arriving: tuple[int, int]) -> Tensor:
-        """What the neighbours sent in the last evaluation, flat, above before below; ours is sent for the next one.
-
-        Comm: later, in a bucket: up.numel() and down.numel() elements, each to one neighbour.
-        """
-        (stale,) = self._kept[slot].tensors()
-        self._kept[slot] = self._bucket.face(up_N, down_N, arriving)
-        self._start_if_full()
-        return stale
+        if slot in self._exact:
+            self._settle()
+        place = self._places[slot]
+        if self._open is not place.bucket:
+            self._send()
+            self._open = place.bucket
+            place.bucket.arrive()
+        write(place.own())
+        return place.all()
 
     def joined(self, slot: Hashable, own: Tensor, dim: int, counts: Sequence[int], phase: Phase) -> Tensor:
         """Every rank's tensor along `dim`: in sync all fresh, in displaced steps the others' of the last evaluation.
 
         Args:
             counts: each rank's length of `dim`.
-        Comm: one all-gather, or as `swap_gathered`.
+        Comm: one all-gather, or as `swap`; of the longest rank's length.
         """
+        shapes = [(*own.shape[:dim], count, *own.shape[dim + 1 :]) for count in counts]
         if phase == "sync":
-            whole = all_gather(own, dim, counts, self.axis)
-            self.keep_gathered(slot, whole.split(list(counts), dim=dim))
-            return whole
-        parts = self.swap_gathered(slot, own, [(*own.shape[:dim], n, *own.shape[dim + 1 :]) for n in counts])
+            message = own.new_empty(1, prod(shapes[0]) // max(1, counts[0]) * max(counts))
+            message[0, : own.numel()].view(own.shape).copy_(own)
+            gathered = start_all_gather(message, self.axis).wait()
+            self.keep(slot, gathered)
+        else:
+            gathered = self.swap(slot, lambda sent: sent[: own.numel()].view(own.shape).copy_(own))
+        parts = [row[: prod(shape)].view(shape) for row, shape in zip(gathered, shapes, strict=True)]
         parts[self.axis.rank] = own
         return torch.cat(parts, dim=dim)
 
     def end_evaluation(self) -> None:
         """What is still to be sent goes on its way."""
-        self._bucket.start()
-        self._bucket = _Bucket(self.axis)
+        self._send()
 
     def nbytes(self) -> int:
-        """Of the tensors that the next evaluation reads. Waits for those under way."""
-        return sum(tensor.nbytes for kept in self._kept.values() for tensor in kept.tensors())
+        """Of the messages that the next evaluation reads, and of those on their way."""
+        buckets = {id(place.bucket): place.bucket for place in self._places.values()}
+        return sum(kept.nbytes for kept in self._exact.values()) + sum(b.nbytes() for b in buckets.values())
 
     def close(self) -> None:
         """Waits for all that is under way, so that the next job finds the lines free."""
-        self.end_evaluation()
-        for kept in self._kept.values():
-            kept.tensors()
-        self._kept.clear()
+        self._send()
+        for place in self._places.values():
+            place.bucket.arrive()
+        self._exact.clear()
+        self._places.clear()
 
-    def _start_if_full(self) -> None:
-        if self._bucket.size >= BUCKET_BYTES:
-            self.end_evaluation()
+    def _send(self) -> None:
+        """Not before another bucket is read: what comes lies where this one's last message is read until then."""
+        if self._open is not None:
+            self._open.start(self.axis)
+            self._open = None
+
+    def _settle(self) -> None:
+        """Messages of a synchronous evaluation get their places in buckets."""
+        self._send()
+        group: list[Hashable] = []
+        size = 0
+        for slot in [slot for slot in self._exact if slot not in self._places]:
+            group.append(slot)
+            size += _aligned(self._exact[slot][0].nbytes)
+            if size >= BUCKET_BYTES:
+                self._place(group, size)
+                group, size = [], 0
+        if group:
+            self._place(group, size)
+        for slot, gathered in self._exact.items():
+            place = self._places[slot]
+            place.bucket.arrive()
+            place.all().copy_(gathered)
+            place.own().copy_(gathered[self.axis.rank])
+        self._exact.clear()
+
+    def _place(self, slots: Sequence[Hashable], size: int) -> None:
+        bucket = _Bucket.of(size, self.axis.degree, self._exact[slots[0]].device)
+        start = 0
+        for slot in slots:
+            message = self._exact[slot][0]
+            self._places[slot] = _Place(bucket, start, message.nbytes, message.dtype)
+            start += _aligned(message.nbytes)
 
 
+@dataclass
 class _Bucket:
-    """Tensors that travel together, as bytes: some to every rank of the axis, some to a neighbour."""
+    """Messages that travel together, as bytes: this rank's, and those of all ranks that came last."""
 
-    def __init__(self, axis: MeshAxis) -> None:
-        self.axis = axis
-        self.to_all: list[Tensor] = []
-        self.used = [0] * axis.degree
-        self.up: list[Tensor] = []
-        self.down: list[Tensor] = []
-        self.arriving = (0, 0)
-        self._gathering: Handle | None = None
-        self._facing: Handle | None = None
+    sent: Tensor
+    received: Tensor
+    _under_way: Handle | None = None
 
-    @property
-    def size(self) -> int:
-        """Alike on every rank, so that all start a bucket at the same slot."""
-        return max(self.used)
+    @classmethod
+    def of(cls, size: int, degree: int, device: torch.device) -> _Bucket:
+        return cls(
+            torch.empty(size, dtype=torch.uint8, device=device),
+            torch.empty(degree, size, dtype=torch.uint8, device=device),
+        )
 
-    def share(self, fresh: Tensor, shapes: Sequence[Sequence[int]]) -> _Gathered:
-        places = []
-        for rank, shape in enumerate(shapes):
-            places.append((self.used[rank], tuple(shape)))
-            self.used[rank] += _aligned(prod(shape) * fresh.itemsize)
-        self.to_all.append(_as_bytes(fresh))
-        return _Gathered((), self, places, fresh.dtype)
+    def start(self, axis: MeshAxis) -> None:
+        self._under_way = start_all_gather(self.sent.unsqueeze(0), axis, into=self.received)
 
-    def face(self, up_N: Tensor, down_N: Tensor, arriving: tuple[int, int]) -> _Facing:
-        self.up.append(_as_bytes(up_N))
-        self.down.append(_as_bytes(down_N))
-        starts = self.arriving
-        above, below = (_aligned(count * up_N.itemsize) for count in arriving)
-        self.arriving = (starts[0] + above, starts[1] + below)
-        return _Facing(None, self, starts, arriving, up_N.dtype)
+    def arrive(self) -> None:
+        if self._under_way is not None:
+            self._under_way.wait()
+            self._under_way = None
 
-    def start(self) -> None:
-        if self.to_all:
-            padding = self.to_all[0].new_zeros(max(self.used) - self.used[self.axis.rank])
-            self._gathering = start_all_gather(torch.cat([*self.to_all, padding]), self.axis)
-        if self.up:
-            self._facing = start_neighbour_exchange(torch.cat(self.up), torch.cat(self.down), self.arriving, self.axis)
-        self.to_all, self.up, self.down = [], [], []
-
-    def gathered(self, rank: int, start: int, size: int) -> Tensor:
-        assert self._gathering is not None, "read before the evaluation ended"
-        start += rank * max(self.used)
-        return self._gathering.wait()[start : start + size]
-
-    def faced(self, side: int, start: int, size: int) -> Tensor:
-        assert self._facing is not None, "read before the evaluation ended"
-        start += side * self.arriving[0]
-        return self._facing.wait()[start : start + size]
+    def nbytes(self) -> int:
+        return self.sent.nbytes + self.received.nbytes
 
 
-@dataclass
-class _Gathered:
-    """A tensor of each rank: here already, or as places in a bucket."""
+@dataclass(frozen=True)
+class _Place:
+    """Where a slot's message lies in its bucket: `nbytes` from `start` on."""
 
-    here: Sequence[Tensor]
-    bucket: _Bucket | None = None
-    places: Sequence[tuple[int, tuple[int, ...]]] = ()
-    dtype: torch.dtype = torch.float32
+    bucket: _Bucket
+    start: int
+    nbytes: int
+    dtype: torch.dtype
 
-    def tensors(self) -> Sequence[Tensor]:
-        if self.bucket is None:
-            return self.here
-        found = []
-        for rank, (start, shape) in enumerate(self.places):
-            data = self.bucket.gathered(rank, start, prod(shape) * self.dtype.itemsize)
-            found.append(data.view(self.dtype).view(shape))
-        return found
+    def own(self) -> Tensor:
+        return self.bucket.sent[self.start : self.start + self.nbytes].view(self.dtype)
 
-
-@dataclass
-class _Facing:
-    """What both neighbours sent, flat: here already, or as two places in a bucket."""
-
-    here: Tensor | None
-    bucket: _Bucket | None = None
-    starts: Sequence[int] = ()
-    counts: Sequence[int] = ()
-    dtype: torch.dtype = torch.float32
-
-    def tensors(self) -> Sequence[Tensor]:
-        if self.bucket is None:
-            assert self.here is not None
-            return [self.here]
-        sides = [
-            self.bucket.faced(side, start, count * self.dtype.itemsize).view(self.dtype)
-            for side, (start, count) in enumerate(zip(self.starts, self.counts, strict=True))
-        ]
-        return [torch.cat(sides)]
+    def all(self) -> Tensor:
+        return self.bucket.received[:, self.start : self.start + self.nbytes].view(self.dtype)
 
 
 def _aligned(size: int) -> int:
     return -(-size // ALIGNED) * ALIGNED
-
-
-def _as_bytes(x: Tensor) -> Tensor:
-    data = x.contiguous().flatten().view(torch.uint8)
-    missing = _aligned(data.numel()) - data.numel()
-    return torch.cat([data, data.new_zeros(missing)]) if missing else data

@@ -14,7 +14,6 @@ from .collectives import (
     Handle,
     all_to_all,
     start_all_reduce,
-    start_neighbour_exchange,
     start_receive,
     start_ring_exchange,
     start_send,
@@ -35,8 +34,7 @@ def warm_up(mesh: Mesh, device: torch.device) -> None:
     all_to_all([one] * mesh.ulysses.degree, [(1,)] * mesh.ulysses.degree, mesh.ulysses)
     if mesh.ring.degree > 1:
         start_ring_exchange(one, (1,), mesh.ring).wait()
-    if mesh.patch.degree > 1:
-        start_neighbour_exchange(one, one, (1, 1), mesh.patch).wait()
+    all_to_all([one] * mesh.patch.degree, [(1,)] * mesh.patch.degree, mesh.patch)
     if mesh.pp.degree > 1:
         _meet_neighbours(mesh.pp, device)
         _meet_over_the_way_back(mesh.way_back, device)

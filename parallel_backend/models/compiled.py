@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..distributed import collectives, patch_layers
+from ..distributed import collectives
+from ..distributed.band_attention import BandSelfAttention, CachedCrossAttention
 from ..distributed.graph_breaks import keep_out_of_graphs
 from ..errors import ConfigError
 from .checkpoint import TensorSource, is_quantised
@@ -17,7 +18,7 @@ from .transformer import Attend
 # A block's code is made again for each of: branch of the guidance, kind of step, shape; torch's own limit is 8.
 MOST_VARIANTS = 64
 # All that has functions with the mark.
-MARKED = (collectives, collectives.Handle, patch_layers.BandSelfAttention, patch_layers.CachedCrossAttention, Attend)
+MARKED = (collectives, collectives.Handle, BandSelfAttention, CachedCrossAttention, Attend)
 
 
 def check_compiler(device: torch.device) -> None:

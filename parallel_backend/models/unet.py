@@ -22,9 +22,11 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from ..config import ContinuousSampling
+from ..distributed.band import Band
+from ..distributed.band_conv import CuttingConv2d
 from ..distributed.collectives import all_gather, split_sizes
 from ..distributed.mesh import Mesh, MeshAxis
-from ..distributed.patch_layers import Band, CuttingConv2d, join_projections, place_band_layers
+from ..distributed.patch_layers import join_projections, place_band_layers
 from ..distributed.sliced_weights import SlicedWeights
 from ..distributed.stale import Kept, StaleExchange, Step
 from ..errors import ConfigError

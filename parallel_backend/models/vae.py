@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ..config import CELL
+from ..distributed.band import Band
 from ..distributed.collectives import first_says, gather_to_first, slots_on_first, split_sizes
 from ..distributed.device_faults import OutOfStep
 from ..distributed.device_memory import as_out_of_memory
 from ..distributed.mesh import BandAxes
-from ..distributed.patch_layers import Band
 from ..distributed.traffic import Debt
 from ..errors import CancelledError, InputError
 

@@ -14,8 +14,9 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 
 from ..checkpoint_files.header import entries_of
 from ..checkpoint_files.vae_part import vae_prefix
+from ..distributed.band import Band
 from ..distributed.mesh import BandAxes
-from ..distributed.patch_layers import Band, place_band_layers
+from ..distributed.patch_layers import place_band_layers
 from ..errors import CancelledError, CheckpointError
 from .checkpoint import Piece, RenamedSource, check_names
 from .left_over import left_over_note

@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from parallel_backend.distributed import patch_layers
+from parallel_backend.fused.group_norm import shares_of
 from parallel_backend.quantized import forms
 
 from .stand_ins import stand_ins
@@ -42,7 +42,7 @@ def fake_cuda(rank: int = 0, world_size: int = 1) -> Iterator[None]:
 
 def _let_go() -> None:
     """Of tensors that are kept by their device."""
-    patch_layers._shares.cache_clear()
+    shares_of.cache_clear()
     forms.constant.cache_clear()
 
 

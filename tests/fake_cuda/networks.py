@@ -11,9 +11,11 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
 from parallel_backend.config import MeshSpec
+from parallel_backend.distributed.band import Band
 from parallel_backend.distributed.mesh import BandAxes, Mesh, build_mesh
-from parallel_backend.distributed.patch_layers import Band, _shares, place_band_layers
+from parallel_backend.distributed.patch_layers import place_band_layers
 from parallel_backend.distributed.stale import Kept, Phase, Step
+from parallel_backend.fused.group_norm import part_sizes, shares_of
 from parallel_backend.models.families import FROM_SCRATCH, SD3, SDXL
 from parallel_backend.models.from_scratch import FromScratch, FromScratchConfig, GridPositions
 from parallel_backend.models.mmdit import MMDiT, MMDiTConfig
@@ -135,11 +137,14 @@ class Evaluations:
     def __post_init__(self) -> None:
         network, mesh = self.predictor.network, self.predictor.mesh
         self.kept = network.new_job(self.displaced, mesh.pp.degree)
-        if isinstance(network, BandUNet) and mesh.patch.degree > 1:
-            # As after the first evaluation of this size: the shares of the bands are on the device.
+        if isinstance(network, BandUNet):
+            # As after the first evaluation of this size: the shares of bands and of parts of them are on the device.
             rows = band_rows(self.shape[2], mesh.patch.degree, network.config.row_unit)
             for scale in range(len(network.config.block_channels)):
-                _shares(tuple(-(-count // 2**scale) for count in rows), DEVICE)
+                counts = [-(-count // 2**scale) for count in rows]
+                pixels = counts[mesh.patch.rank] * -(-self.shape[3] // 2**scale)
+                shares_of(tuple(counts), DEVICE)
+                shares_of(part_sizes(pixels), DEVICE)
 
     @property
     def prompts(self) -> list[Prompt]:
