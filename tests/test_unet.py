@@ -160,7 +160,10 @@ def test_bytes_sent_are_those_that_the_method_needs(backend2: Backend, unets: Pa
 
 
 def needed_bytes(path: Path, rows: int, columns: int) -> int:
-    """What rank 0 of two sends in an evaluation of one picture in fp32: rows, statistics, keys and values, the output."""
+    """What rank 0 of two sends in an evaluation of one picture in fp32: rows, statistics, keys and values, the output.
+
+    Rows go to all ranks with the statistics: both its first and its last ones. Those before an upsampling are half as wide.
+    """
     total = 4 * (rows // 2) * columns
     for name, shape, level in layers_of(path):
         height, width = rows // 2**level, columns // 2**level
@@ -185,8 +188,8 @@ def layers_of(path: Path) -> list[tuple[str, int, int]]:
         if level is None or not name.endswith("weight"):
             continue
         if tensor.ndim == 4 and tensor.shape[2] == 3:
-            up = name.endswith(".conv.weight")  # after an upsampling: at the finer scale
-            found.append(("halo", tensor.shape[1], level - up))
+            sides = 1 if name.endswith(".op.weight") else 2  # a stride of 2 sees no row below
+            found.append(("halo", sides * tensor.shape[1], level))
         elif name.endswith("attn1.to_k.weight"):
             found.append(("kv", tensor.shape[0], level))
         elif tensor.ndim == 1 and ("_layers.0" in name or name.endswith(".1.norm.weight") or name == "out.0.weight"):

@@ -9,12 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
+from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_blocks import UpDecoderBlock2D
 from torch import Tensor, nn
 
+from ..fused.gated_gelu import GATED_GELU
 from .band import Band
 from .band_attention import BandImageAttention, BandSelfAttention, CachedCrossAttention
 from .band_conv import BandConv2d, BandDownsample, BandUpsamplingConv2d, NormedRowsConv2d
@@ -28,8 +30,19 @@ class ActivatedAlready(nn.Module):
         return F.silu(x) if x.ndim == 2 else x
 
 
+class GatedLinear(nn.Module):
+    """diffusers' GEGLU, its gate in one kernel."""
+
+    def __init__(self, geglu: GEGLU) -> None:
+        super().__init__()
+        self.proj: nn.Module = geglu.proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        return GATED_GELU(self.proj(x))
+
+
 def place_band_layers(module: nn.Module, band: Band, kernel: str = "native", path: str = "") -> None:
-    """Every layer below `module` that looks beyond its own rows is put in its banded form; weights stay.
+    """Every layer below `module` that looks beyond its own rows is put in its banded form, others in quicker ones; weights stay.
 
     A UNet's attentions must have joint projections already: see `join_projections`.
     """
@@ -42,6 +55,8 @@ def place_band_layers(module: nn.Module, band: Band, kernel: str = "native", pat
             setattr(module, name, BandDownsample(child, band, slot))
             continue
         place_band_layers(child, band, kernel, slot)
+        if isinstance(child, GEGLU):
+            setattr(module, name, GatedLinear(child))
         if isinstance(child, UpDecoderBlock2D):
             upsamplers: Any = child.upsamplers or ()
             for upsample in upsamplers:

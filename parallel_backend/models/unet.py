@@ -156,6 +156,10 @@ class BandUNet(InBands):
     def __init__(self, model: Any, config: UNetConfig, mesh: Mesh, kernel: str) -> None:
         super().__init__(model, config, mesh, kernel)
         self._added = NONE
+        # Blocks take the embedding of the timestep with its SiLU: computed once in place of once for each.
+        model.time_embed_act = nn.SiLU()
+        for block in [module for module in model.modules() if isinstance(module, ResnetBlock2D)]:
+            block.skip_time_act = True
         for place, block in enumerate(input_blocks(model)):
             block.register_forward_hook(partial(self._add, place))
 
