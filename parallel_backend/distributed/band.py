@@ -5,7 +5,7 @@ Shapes: B batch, C channels, Y rows of the band, X columns, L tokens, R ranks, N
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -21,13 +21,15 @@ from .stale import Step
 class Band:
     """How the image of the current request is cut, and where in its job it is. All layers of a model share one.
 
-    `rows` of every band and `columns` of the image are those of the model's input.
+    `rows` of every band and `columns` of the image are those of the model's input. `prompt_kv` are the keys and values of the
+    prompt, (B, L, 2 * D), by the slot of the attention that takes them.
     """
 
     axis: MeshAxis = field(default_factory=lambda: MeshAxis("band"))
     rows: list[int] = field(default_factory=lambda: [1])
     columns: int = 1
     step: Step = field(default_factory=Step)
+    prompt_kv: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def own_rows(self) -> tuple[int, int]:

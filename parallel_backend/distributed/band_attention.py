@@ -95,26 +95,21 @@ class BandSelfAttention:
 
 
 class CachedCrossAttention:
-    """Processor of a UNet's attention to the prompt, whose keys and values a job computes once.
+    """Processor of a UNet's attention to the prompt, whose keys and values are there before an evaluation.
 
-    The attention has one product for keys and values, `to_kv`.
+    The attention has one product for keys and values, `to_kv`, which makes them.
     """
 
     def __init__(self, band: Band, kernel: str, slot: str) -> None:
         self.band, self.kernel, self.slot = band, kernel, slot
 
     def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        k, v = self._keys_values(attn.to_kv, encoder_hidden_states).chunk(2, dim=-1)
+        k, v = self._keys_values().chunk(2, dim=-1)
         return attn.to_out[0](_attend(self.kernel, attn.heads, attn.to_q(hidden_states), k, v))
 
     @breaks_graph
-    def _keys_values(self, to_kv: nn.Module, prompt_BLE: Tensor) -> Tensor:
-        kept, place = self.band.step.kept, (self.slot, self.band.step.branch)
-        if kept is None:
-            return to_kv(prompt_BLE)
-        if place not in kept.prompt_kv:
-            kept.prompt_kv[place] = to_kv(prompt_BLE)
-        return kept.prompt_kv[place]
+    def _keys_values(self) -> Tensor:
+        return self.band.prompt_kv[self.slot]
 
 
 def _attend(kernel: str, heads: int, q_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor) -> Tensor:
