@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import EllipsisType
 from typing import Any
 from unittest.mock import patch
@@ -62,6 +62,27 @@ def _pinned(x: Tensor) -> Tensor:
     return copy
 
 
+class _Stream:
+    """What is queued on it is done at once."""
+
+    def __init__(self, device: object = None) -> None:
+        del device
+
+    def wait_stream(self, other: object) -> None:
+        del other
+
+
+class _Event:
+    def __init__(self, **_: object) -> None:
+        pass
+
+    def record(self, stream: object = None) -> None:
+        del stream
+
+    def synchronize(self) -> None:
+        pass
+
+
 def _otherwise(name: str, value: Any) -> Any:
     """Tensor's method of this name for all tensors but those of cuda."""
     own = getattr(Tensor, name)
@@ -82,6 +103,10 @@ _STAND_INS: list[tuple[Any, str, Any]] = [
     *((Tensor, name, _otherwise(name, _number)) for name in ("__float__", "__int__", "__bool__", "__index__")),
     (torch, "Generator", lambda device="cpu": _Generator("cpu")),
     (torch.cuda, "_lazy_init", lambda: None),
+    (torch.cuda, "Stream", _Stream),
+    (torch.cuda, "Event", _Event),
+    (torch.cuda, "stream", nullcontext),
+    (torch.cuda, "current_stream", _Stream),
     (torch.cuda, "get_device_capability", lambda *_: HOPPER),
 ]
 
