@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..rpc.host_copies import pinned_like
 from ..rpc.messages import StepDone
 
 Emit = Callable[[StepDone, Sequence[Tensor]], None]
@@ -47,7 +48,7 @@ class SideStream:
         self._stream = torch.cuda.Stream(device)
 
     def buffer(self, like: Tensor) -> Tensor:
-        return torch.empty(like.shape, dtype=like.dtype).pin_memory()
+        return pinned_like(like)
 
     def start(self, tensors: Sequence[Tensor], buffers: Sequence[Tensor]) -> Copied:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
