@@ -10,7 +10,7 @@ from torch import Tensor
 
 def pinned_like(x: Tensor) -> Tensor:
     """Memory that a GPU reads and writes by itself, for the values of `x`."""
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    return x.new_empty(x.shape, device="cpu", pin_memory=True)
 
 
 def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:

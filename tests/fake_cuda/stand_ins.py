@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 HOPPER = (9, 0)
-_getitem, _setitem, _contiguous, _Generator = (
+_getitem, _setitem, _contiguous, _new_empty, _Generator = (
     Tensor.__getitem__,
     Tensor.__setitem__,
     Tensor.contiguous,
+    Tensor.new_empty,
     torch.Generator,
 )
 
@@ -62,6 +63,10 @@ def _pinned(x: Tensor) -> Tensor:
     return copy
 
 
+def _new(x: Tensor, *size: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
+    return _pinned(torch.empty(*size, dtype=x.dtype)) if pin_memory else _new_empty(x, *size, **kwargs)
+
+
 class _Stream:
     """What is queued on it is done at once."""
 
@@ -70,6 +75,9 @@ class _Stream:
 
     def wait_stream(self, other: object) -> None:
         del other
+
+    def synchronize(self) -> None:
+        pass
 
 
 class _Event:
@@ -98,6 +106,7 @@ _STAND_INS: list[tuple[Any, str, Any]] = [
     (Tensor, "__setitem__", _set),
     (Tensor, "contiguous", _in_order),
     (Tensor, "pin_memory", _pinned),
+    (Tensor, "new_empty", _new),
     (Tensor, "copy_", _otherwise("copy_", torch.ops.aten.copy_)),
     (Tensor, "nonzero", _otherwise("nonzero", torch.ops.aten.nonzero)),
     *((Tensor, name, _otherwise(name, _number)) for name in ("__float__", "__int__", "__bool__", "__index__")),
