@@ -171,7 +171,7 @@ class Rank:
         self._finish(queued, self._failed(cancelled_by_client(), "A job that waited"), [])
 
     def _run(self, queued: QueuedJob | None, frames: list[memoryview]) -> None:
-        board, kind, label, start = self.board, "?", "?", time.perf_counter()
+        board, kind, label, start, level = self.board, "?", "?", time.perf_counter(), logging.INFO
         results: Sequence[Sendable]
 
         def cancelled() -> bool:
@@ -196,7 +196,8 @@ class Rank:
             label = queued.label if queued is not None else str(header.job)
             if board is not None:
                 board.note(running=kind)
-            log.info("job %s: %s begins", label, kind)
+            level = logging.DEBUG if kind == Forward.__name__ else logging.INFO  # many in a row, one after each step
+            log.log(level, "job %s: %s begins", label, kind)
             body, given = self.engine.handle(header, tensors, job)
             results = laid(header.room, given) if queued is not None else []
         except BackendError as error:
@@ -211,7 +212,7 @@ class Rank:
         if board is not None and queued is not None and queued.client:
             board.count_job(isinstance(body, Failed))
         self._tell(queued, kind, body, results)
-        log.info("job %s: %s took %.3f s", label, kind, seconds)
+        log.log(level, "job %s: %s took %.3f s", label, kind, seconds)
         self.pulse.end()
 
     def _tell(self, queued: QueuedJob | None, kind: str, body: Reply, results: Sequence[Sendable]) -> None:
