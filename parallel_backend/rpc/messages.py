@@ -435,10 +435,24 @@ class TensorMeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shared: SharedPlace | None = None
 
 
+class SharedRoom(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Bytes of a client's file of memory that are free, from `start` on, for the tensors of the final reply."""
+
+    name: str
+    start: int
+    nbytes: int
+
+    def holds(self, start: int, nbytes: int) -> bool:
+        return self.start <= start and start + nbytes <= self.start + self.nbytes
+
+
 class RequestHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`room`: where the reply's tensors may lie, if rank 0 sees that file; else they go by the socket."""
+
     job: int
     body: Request
     tensors: list[TensorMeta] = []
+    room: SharedRoom | None = None
     version: str = __version__
 
 
