@@ -32,7 +32,8 @@ def warm_up(mesh: Mesh, device: torch.device) -> None:
     for axis in mesh.axes:  # not first_stage, which sends flags on the CPU alone
         start_all_reduce(one.clone(), axis).wait()
     # Ranks that send each other messages are connected pair by pair, at the first one.
-    all_to_all([one] * mesh.ulysses.degree, [(1,)] * mesh.ulysses.degree, mesh.ulysses)
+    ones = [1] * mesh.ulysses.degree
+    all_to_all(one.repeat(len(ones)), ones, ones, mesh.ulysses)
     if mesh.ring.degree > 1:
         start_ring_exchange(one, (1,), mesh.ring).wait()
     if mesh.patch.degree > 1:
