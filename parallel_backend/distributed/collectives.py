@@ -109,20 +109,20 @@ def start_all_gather(x: Tensor, axis: MeshAxis, into: Tensor | None = None) -> H
     return Handle(full, [work], keep=(x,), traffic=axis.traffic)
 
 
-def all_to_all(parts: Sequence[Tensor], shapes: Sequence[torch.Size | tuple[int, ...]], axis: MeshAxis) -> list[Tensor]:
-    """`parts[i]` goes to axis rank i; what rank i sent here comes back in place i, of shape `shapes[i]`.
+def all_to_all(sent_N: Tensor, leaving: Sequence[int], arriving: Sequence[int], axis: MeshAxis) -> Tensor:
+    """The first leaving[0] elements go to axis rank 0, and so on; what the ranks sent here lies one after the other.
 
-    Comm: one message, all parts but this rank's own.
+    Args:
+        arriving: elements that each rank sends here.
+    Comm: one message, all but what this rank keeps.
     """
     if axis.degree == 1:
-        return list(parts)
-    sent = torch.cat([part.reshape(-1) for part in parts])
-    numels = [torch.Size(shape).numel() for shape in shapes]
-    received = sent.new_empty(sum(numels))
-    axis.traffic.count(sent.nbytes - parts[axis.rank].nbytes)
-    with axis.traffic.waiting(sent.device):
-        dist.all_to_all_single(received, sent, numels, [part.numel() for part in parts], group=axis.group)
-    return [flat.view(shape) for flat, shape in zip(received.split(numels), shapes, strict=True)]
+        return sent_N
+    received = sent_N.new_empty(sum(arriving))
+    axis.traffic.count(sent_N.nbytes - leaving[axis.rank] * sent_N.element_size())
+    with axis.traffic.waiting(sent_N.device):
+        dist.all_to_all_single(received, sent_N, list(arriving), list(leaving), group=axis.group)
+    return received
 
 
 def start_ring_exchange(x: Tensor, received_shape: Sequence[int], axis: MeshAxis) -> Handle:

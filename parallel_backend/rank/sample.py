@@ -135,6 +135,7 @@ def run_sample(
                 batch_index=body.batch_index,
                 noise_dtype=tensors[body.latent].dtype,
                 share=job.control.share,
+                on_schedule=run.share.foresee,
                 on_step=run.on_step,
                 pipeline=run.pipeline,
             )

@@ -32,6 +32,7 @@ Config = MMDiTConfig | FromScratchConfig | UNetConfig
 _SD3 = {"qk_norm": True, "channels": 16, "patch_size": 2, "context_width": 4096, "pooled_width": 2048}
 # Of 256 values.
 _BYTES = {"Q8_0": 272, "Q4_K": 144, "Q6_K": 210, "IQ4_XS": 136}
+TIMESTEPS = [torch.tensor(500.0), torch.tensor(400.0)]
 _SDXL = {"family": "sdxl", "channels": 4, "context_width": 2048, "pooled_width": 2816}
 
 
@@ -133,6 +134,7 @@ class Evaluations:
     tokens: tuple[int, int] = (154, 154)
     rows: int = 1
     kept: Kept = field(init=False)
+    _step: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         network, mesh = self.predictor.network, self.predictor.mesh
@@ -166,8 +168,12 @@ class Evaluations:
         return self.predictor.share(self.rows, self.prompts)
 
     def next(self, phase: Phase = "sync", share: Share | None = None) -> list[Tensor]:
-        step = Step(0, phase, kept=self.kept)
-        return self.predictor.outputs(on_cuda(*self.shape), torch.tensor(500.0), share or self.share(), step)
+        """Of the first timestep, then of the next in turn: a job of two steps over and over."""
+        share = share or self.share()
+        share.foresee(TIMESTEPS)
+        self._step += 1
+        timestep = TIMESTEPS[(self._step - 1) % len(TIMESTEPS)]
+        return self.predictor.outputs(on_cuda(*self.shape), timestep, share, Step(0, phase, kept=self.kept))
 
 
 def kl_vae(dtype: torch.dtype, layers: int = 2) -> BandVAE:
