@@ -203,7 +203,7 @@ class MeshConfig(io.ComfyNode):
                     default=False,
                     optional=True,
                     tooltip="torch.compile of the model's blocks: faster steps, but the first one of each kind of size takes a "
-                    "minute longer. Needs a C++ compiler where the ranks run, and triton on GPUs.",
+                    "minute longer. Needs a C++ compiler where the ranks run, and triton on GPUs. Not with tp.",
                     **ADVANCED,
                 ),
                 io.Boolean.Input(

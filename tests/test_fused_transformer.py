@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel_backend.fused import joint_heads, modulated_norm
+from parallel_backend.fused import joint_heads, merged_attention, modulated_norm
 from parallel_backend.fused.joint_heads import head_ranges, join_heads, part_heads
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +54,18 @@ def modulated_arguments(tokens: int, width: int, pairs: int, dtype: torch.dtype)
     return [x, list(vectors[:pairs]), list(vectors[pairs:]), 1e-6]
 
 
+def merge_arguments(tokens: int, head_dim: int, dtype: torch.dtype) -> list[Tensor]:
+    """Each laid out in another way, as attention kernels give them."""
+    generator = torch.Generator().manual_seed(0)
+    out = torch.randn(ROWS, HEADS, tokens, head_dim, generator=generator).transpose(1, 2)
+    block = torch.randn(ROWS, tokens, HEADS, head_dim, generator=generator).to(dtype)
+    lse = torch.randn(ROWS, tokens, HEADS, generator=generator)
+    return [out, lse, block, torch.randn(ROWS, HEADS, tokens, generator=generator).transpose(1, 2)]
+
+
+MERGES = merged_attention._launch, merged_attention._plain
+
+
 def assert_close(found: Tensor, wanted: Tensor) -> None:
     assert found.shape == wanted.shape and found.dtype == wanted.dtype
     if wanted.numel():
@@ -81,6 +93,9 @@ def interpreted() -> None:
             given = modulated_arguments(length, width, pairs, dtype)
             for found, wanted in zip(modulated_norm._launch(*given), modulated_norm._plain(*given), strict=True):
                 assert_close(found, wanted)
+    for dtype, tokens_, (head_dim, _) in product(TOLERANCES, (0, 3), sizes):
+        for found, wanted in zip(*(c(*merge_arguments(tokens_, head_dim, dtype)) for c in MERGES), strict=True):
+            assert_close(found, wanted)
     wrong = join_arguments((2, 3), 8, 2, (True, True), torch.float32)
     other = [*wrong[:4], 5, wrong[5]]
     assert not torch.equal(joint_heads._join_launch(*wrong), joint_heads._join_plain(*other)), "this would be noticed"

@@ -96,6 +96,12 @@ class ParallelAttention:
         self.kernel = kernel
         self.lse_kernel = KERNELS[kernel].lse if mesh.ring.degree > 1 else None
 
+    def alone(self, joined: Joined) -> tuple[Tensor, Tensor]:
+        """As a call, where this rank has all tokens."""
+        rows, heads, head_dim = joined.sizes
+        q, k, v = joined.sent.view(-1, rows, 3, heads, head_dim).permute(2, 1, 0, 3, 4).unbind(0)
+        return part_heads(attend(self.kernel, q, k, v), rows, joined.lengths[0], heads, head_dim, 1)
+
     def __call__(
         self, joined: Joined, token_counts: Sequence[int], memory: Memory | None = None
     ) -> tuple[Tensor, Tensor]:

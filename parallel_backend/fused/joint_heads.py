@@ -45,10 +45,10 @@ def _join_plain(
         ranges = head_ranges(heads, parts)
         for message_LB3NH, (first, last) in zip(_messages(sent, B, L, heads, head_dim, parts), ranges, strict=True):
             place = message_LB3NH[start : start + x_LBNH.shape[0], :, number % 3]
-            if rates is None or weight is None:
-                place.copy_(x_LBNH[:, :, first:last])
-            else:  # without a tensor of its own, which costs a CPU more than the numbers
-                torch.mul(x_LBNH[:, :, first:last], rates[:, :, first:last], out=place).mul_(weight)
+            place.copy_(x_LBNH[:, :, first:last])
+            if rates is not None and weight is not None:
+                # In place: memory for a tensor more costs a CPU more than another pass.
+                place.mul_(rates[:, :, first:last]).mul_(weight)
     return sent
 
 

@@ -171,3 +171,49 @@ def part_kernel(
     else:
         place_2 = row * (length - first_tokens) + token - first_tokens
         tl.store(two + place_2 * (HEADS * HEAD_DIM) + inside, values, mask=is_here)
+
+
+@triton.jit
+def merge_kernel(
+    out: Any,
+    lse: Any,
+    block_out: Any,
+    block_lse: Any,
+    merged: Any,
+    merged_lse: Any,
+    out_row: Any,
+    out_token: Any,
+    out_head: Any,
+    lse_row: Any,
+    lse_token: Any,
+    lse_head: Any,
+    block_row: Any,
+    block_token: Any,
+    block_head: Any,
+    block_lse_row: Any,
+    block_lse_token: Any,
+    block_lse_head: Any,
+    length: Any,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEADS_BLOCK: tl.constexpr,
+    DIM_BLOCK: tl.constexpr,
+) -> None:
+    place = tl.program_id(0).to(tl.int64)
+    row, token = place // length, place % length
+    head, dim = tl.arange(0, HEADS_BLOCK), tl.arange(0, DIM_BLOCK)[None, :]
+    is_head = head < HEADS
+    is_here = is_head[:, None] & (dim < HEAD_DIM)
+    before = tl.load(lse + row * lse_row + token * lse_token + head * lse_head, mask=is_head, other=0.0)
+    now = tl.load(
+        block_lse + row * block_lse_row + token * block_lse_token + head * block_lse_head, mask=is_head, other=0.0
+    )
+    weight = tl.sigmoid(now - before)[:, None]
+    of_out = row * out_row + token * out_token + head[:, None] * out_head + dim
+    of_block = row * block_row + token * block_token + head[:, None] * block_head + dim
+    one = tl.load(out + of_out, mask=is_here, other=0.0)
+    two = tl.load(block_out + of_block, mask=is_here, other=0.0).to(tl.float32)
+    at = (place * HEADS + head[:, None]) * HEAD_DIM + dim
+    tl.store(merged + at, one + weight * (two - one), mask=is_here)
+    most, least = tl.maximum(before, now), tl.minimum(before, now)
+    tl.store(merged_lse + place * HEADS + head, most + tl.log(1.0 + tl.exp(least - most)), mask=is_head)

@@ -68,13 +68,21 @@ class Attend:
         Args:
             eps: of the norms of queries and keys; None is that of the dtype.
         """
-        return self._joint(self._joined(text, image, eps))
+        joined = self._joined(text, image, eps)
+        return self.attention.alone(joined) if self._is_alone else self._joint(joined)
 
     def image(self, image: Stream, eps: float | None) -> Tensor:
         """Image tokens to all image tokens."""
         q, k, v = (x[:, :0] for x in image.qkv_BLF)
         none = Stream(q, k, v, image.heads)
-        return self._image(self._joined(none, image, eps))[1]
+        joined = self._joined(none, image, eps)
+        return (self.attention.alone(joined) if self._is_alone else self._image(joined))[1]
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether this rank has all tokens, and nothing is remembered: compiled code then contains the attention."""
+        kept, mesh = self.step.kept, self.attention.mesh
+        return mesh.sp_degree == 1 and (kept is None or (kept.stale is None and kept.token_kv is None))
 
     def _joined(self, one: Stream, two: Stream, eps: float | None) -> Joined:
         (B, L, F), heads, parts = one.q_BLF.shape, one.heads, self.attention.mesh.ulysses.degree

@@ -24,7 +24,7 @@ from ..extras.weights import PatchedWeights, PatchFiles
 from ..fused.all import FUSED
 from ..fused.operation import note_of
 from ..models.checkpoint import HeldWeight, TensorSource, bytes_held, is_quantised, load_parameters
-from ..models.compiled import check_compiler, compile_blocks, refuse_quantised
+from ..models.compiled import check_compiler, compile_blocks, refuse_quantised, refuse_tensor_parallel
 from ..models.families import OpenedModel, open_model
 from ..models.fp8_products import cards_multiply_fp8, make_products_in_fp8
 from ..models.fp8_source import FP8Source
@@ -220,6 +220,7 @@ class Engine:
             use = Use(self.device, dtype, mesh.ring.degree > 1, heads, opened.config.head_dim)
             kernel, note = choose_kernel(body.kernel, use)
             if body.compile:
+                refuse_tensor_parallel(spec)
                 refuse_quantised(opened.source)
                 check_compiler(self.device)
             with torch.device("meta"):

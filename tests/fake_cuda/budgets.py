@@ -37,7 +37,7 @@ class Budget(NamedTuple):
 BUDGETS = {
     "SD3.5-Large, one rank": Budget(large(), MeshSpec(), 0, 1024, False, 810, 0, 565),
     "SD3.5-Large, cfg=2 ulysses=4": Budget(large(), MeshSpec(cfg=2, ulysses=4), 1, 1024, False, 840, 78, 85),
-    "SD3.5-Large, cfg=2 ring=4": Budget(large(), MeshSpec(cfg=2, ring=4), 1, 1024, False, 1570, 116, 110),
+    "SD3.5-Large, cfg=2 ring=4": Budget(large(), MeshSpec(cfg=2, ring=4), 1, 1024, False, 1110, 116, 100),
     "8 blocks of it, cfg=2 ring=4, displaced": Budget(large(8), MeshSpec(cfg=2, ring=4), 1, 1024, True, 210, 10, 105),
     "SD3.5-Large, tp=4": Budget(large(), MeshSpec(tp=4), 1, 1024, False, 810, 150, 305),
     "SD3.5-Medium, one rank": Budget(medium(), MeshSpec(), 0, 1024, False, 590, 0, 405),
