@@ -9,7 +9,6 @@ import msgspec
 
 from ..config import choose
 from ..distributed.journal import Kind
-from ..distributed.links import LinkTime
 from ..errors import ConfigError
 
 MEASURED, LOOPBACK = "measured", "loopback"
@@ -39,7 +38,7 @@ class Link(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     call: float = 0.0
 
     def of(self, kind: Kind) -> Speed:
-        return self.kinds.get(kind, self.speed)
+        return self.kinds.get("send" if kind == "receive" else kind, self.speed)
 
     def waits(self, kind: Kind, degree: int) -> float:
         """Seconds that a message takes however small it is."""
@@ -51,7 +50,7 @@ class Link(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return nbytes / self.of(kind).bandwidth
 
 
-def rounds(kind: Kind, degree: int) -> int:
+def rounds(kind: str, degree: int) -> int:
     """How often ranks wait for each other in one message: rings and trees, as NCCL and gloo have them."""
     turns = {"sum": 2 * (degree - 1), "gather": degree - 1, "broadcast": ceil(log2(max(degree, 2)))}
     return max(1, turns.get(kind, 1))
@@ -80,7 +79,7 @@ def stated(name: str) -> Link:
     return STATED[choose(name, tuple(STATED), "Link")]
 
 
-def from_times(times: Sequence[LinkTime], degree: int, device: str) -> Link:
+def from_times(times: Sequence[tuple[str, int, float]], degree: int, device: str) -> Link:
     """The link that ranks have measured between each other: a line through the least and the most bytes of each kind.
 
     Raises: ConfigError: nothing was measured.
@@ -88,13 +87,12 @@ def from_times(times: Sequence[LinkTime], degree: int, device: str) -> Link:
     if not times:
         raise ConfigError("One rank has no link to measure.", "Ask for a stated link, or on two devices or more.")
     kinds: dict[str, Speed] = {}
-    for kind in dict.fromkeys(time.kind for time in times):
-        own = sorted((time for time in times if time.kind == kind), key=lambda time: time.nbytes)
-        least, most = own[0], own[-1]
-        slope = max(1e-12, (most.seconds - least.seconds) / max(1, most.nbytes - least.nbytes))
-        wait = max(0.0, least.seconds - slope * least.nbytes)
-        on_cpu = device == "cpu"
+    on_cpu = device == "cpu"
+    for kind in dict.fromkeys(kind for kind, _, _ in times):
+        own = sorted((nbytes, seconds) for of, nbytes, seconds in times if of == kind)
+        (few, least), (many, most) = own[0], own[-1]
+        slope = max(1e-12, (most - least) / max(1, many - few))
+        wait = max(0.0, least - slope * few)
         kinds[kind] = Speed(0.0 if on_cpu else wait, wait / rounds(kind, degree) if on_cpu else 0.0, 1 / slope)
     slowest = min(kinds.values(), key=lambda speed: speed.bandwidth)
-    on_cpu = device == "cpu"
     return Link(MEASURED, slowest, kinds, taken=1.0 if on_cpu else 0.0, call=0.0 if on_cpu else _CALL)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import msgspec
 
 from ..config import MeshSpec
+from ..distributed.journal import Entry
 from .links import Link
 from .replay import Replay
 from .stand_in import Played, Run
@@ -29,6 +31,11 @@ class Predicted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     launching: float | None
     nbytes: int
     messages: int
+    displaced: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.mesh.describe() + ", displaced" * self.displaced
 
     @property
     def computing(self) -> float:
@@ -42,28 +49,39 @@ def predicted(run: Run, played: Sequence[Played], link: Link) -> Predicted:
     """
     journals = [rank.entries for rank in played]
     schedule = Replay(run.mesh, journals, link).schedule()
-    ends, computed = schedule.steps[0], schedule.computed[0]
-    own = _after(ends, run.counted)
-    step, computing = statistics.median(own), statistics.median(_after(computed, run.counted))
-    counts = [_steps_of(entries, run.counted) for entries in journals]
-    messages = max(sum(e.what == "start" for e in steps) for steps in counts) // len(own)
-    nbytes = max(sum(e.nbytes for e in steps) for steps in counts) // len(own)
+    step = statistics.median(_lengths(schedule.steps[0], run.counted))
+    exposed = max(0.0, step - statistics.median(_lengths(schedule.computed[0], run.counted)))
+    costs = [_Cost.of(entries, run) for entries in journals]
+    messages, nbytes = max(cost.messages for cost in costs), max(cost.nbytes for cost in costs)
+    displaced = run.warmup is not None
     busy = max((rank.busy or 0.0) for rank in played)
     if not busy:
-        return Predicted(run.mesh, step, max(0.0, step - computing), None, nbytes, messages)
-    host = max(sum(e.host for e in steps) / len(own) for steps in counts) + messages * link.call
-    whole = max(step, host)
-    exposed = max(0.0, step - computing)
-    return Predicted(run.mesh, whole, exposed, max(0.0, whole - exposed - busy), nbytes, messages)
+        return Predicted(run.mesh, step, exposed, None, round(nbytes), round(messages), displaced)
+    whole = max(step, *(cost.host + cost.messages * link.call * (not run.graphs) for cost in costs))
+    launching = max(0.0, whole - exposed - busy)
+    return Predicted(run.mesh, whole, exposed, launching, round(nbytes), round(messages), displaced)
 
 
-def _after(ends: Sequence[float], first: int) -> list[float]:
+def _lengths(ends: Sequence[float], first: int) -> list[float]:
+    """Of the steps after the first ones, of the times at which each was done."""
     return [b - a for a, b in pairwise(ends[first - 1 :])]
 
 
-def _steps_of(entries: Sequence[object], first: int) -> list[object]:
-    """What follows the first `first` steps; of stages that don't tell of steps, their share of all."""
-    raise NotImplementedError
+class _Cost(NamedTuple):
+    """Of a step that counts, on one rank: the mean. Ranks of later stages tell of exact steps alone."""
+
+    messages: float
+    nbytes: float
+    host: float
+
+    @classmethod
+    def of(cls, entries: Sequence[Entry], run: Run) -> _Cost:
+        ends = [at + 1 for at, entry in enumerate(entries) if entry.what == "step"]
+        skipped = min(run.counted, len(ends))
+        stop = ends[-1] if len(ends) == run.steps else len(entries)
+        own, steps = entries[ends[skipped - 1] : stop], run.steps - skipped
+        started = [entry.nbytes for entry in own if entry.what == "start"]
+        return cls(len(started) / steps, sum(started) / steps, sum(entry.host for entry in own) / steps)
 
 
 def fastest(rows: Iterable[Predicted]) -> dict[int, Predicted]:
@@ -92,7 +110,7 @@ def table(rows: Sequence[Predicted], title: str) -> str:
         shares = [row.computing / row.step, row.exposed / row.step]
         launching = "-" if row.launching is None else f"{row.launching / row.step:.0%}"
         lines.append(
-            f"| {ranks} | {row.mesh.describe()}{mark} | {row.step:.4f} | {times} | {shares[0]:.0%} | {shares[1]:.0%} | "
+            f"| {ranks} | {row.name}{mark} | {row.step:.4f} | {times} | {shares[0]:.0%} | {shares[1]:.0%} | "
             f"{launching} | {row.messages} | {row.nbytes / 1e6:.2f} |"
         )
     return "\n".join(lines)

@@ -6,8 +6,8 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
-import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -76,7 +76,7 @@ def prove_links(device: torch.device, trying: Callable[[str], None]) -> None:
         log.info("%s, 1 MiB: %.1f ms, %.2f GB/s", what, seconds * 1000, received.nbytes / seconds / 1e9)
 
 
-class LinkTime(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class LinkTime(NamedTuple):
     """Seconds of one message of a kind, the median of several; `nbytes` are those that a rank sends, as `Traffic` counts."""
 
     kind: Kind
