@@ -91,7 +91,13 @@ def _predict_arguments(predict: argparse.ArgumentParser) -> None:
     predict.add_argument(
         "--check", action="store_true", help="beside what two CPU ranks take; 1 where they are 15 %% apart"
     )
-    predict.add_argument("--rounds", type=int, default=5, help="of --check")
+    predict.add_argument("--rounds", type=int, default=3, help="of which the medians are taken")
+    predict.add_argument(
+        "--write-defaults", type=Path, metavar="FILE", help="the fastest meshes into a file of default meshes"
+    )
+    predict.add_argument(
+        "--figures", choices=("h100",), help="write those of a machine that was measured, not of this one"
+    )
     predict.set_defaults(run=_predict)
 
 
@@ -102,6 +108,12 @@ def _predict(args: argparse.Namespace) -> int:
     from .predict_check import run_check
     from .trace import mesh_of
 
+    if args.figures:
+        from ..mesh_choice.tables import FILE, write
+        from .h100_figures import tables
+
+        write(args.write_defaults or FILE, tables())
+        return 0
     if args.check:
         return 0 if run_check(args.size or 256, args.rounds) else 1
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -109,7 +121,7 @@ def _predict(args: argparse.Namespace) -> int:
     meshes = [MeshSpec(), mesh_of(args.mesh)] if args.mesh else []
     dtype, size = args.dtype or ("bfloat16" if on_gpu else "float32"), args.size or (1024 if on_gpu else 256)
     asked = Asked(args.layout, args.model, device, dtype, size, args.gpus, meshes, args.displaced, args.graphs)
-    run_predict(asked, args.link or ("nvlink4" if on_gpu else "loopback"))
+    run_predict(asked, args.link or ("nvlink4" if on_gpu else "loopback"), args.rounds, args.write_defaults)
     return 0
 
 

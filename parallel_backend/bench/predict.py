@@ -19,13 +19,14 @@ from ..client.cards import choose_ranks, seen
 from ..client.links import measure_links
 from ..config import DTYPES, MMDIT_AXES, UNET_AXES, BackendSpec, MeshSpec, choose
 from ..errors import ConfigError
+from ..mesh_choice.tables import Row, Table, write
 from ..models.families import open_model
 from ..small_checkpoints.mmdit import small_config, write_mmdit
 from ..small_checkpoints.unet import small_unet_config, write_unet
 from .layouts import LAYOUTS
 from .links import MEASURED, NAMES, Link, from_times, stated
 from .players import Play, on_cores, on_device
-from .prediction_table import Predicted, fastest, predicted, table
+from .prediction_table import Predicted, fastest, median_of, predicted, table
 from .random_model import random_model
 from .stand_in import FIRST_STEPS, Run, Subject
 
@@ -86,15 +87,19 @@ def candidates(count: int, axes: Sequence[str]) -> list[MeshSpec]:
     return found or [MeshSpec()]
 
 
-def run_predict(asked: Asked, link: str) -> list[Predicted]:
-    """Prints the table and the fastest mesh of each number of ranks.
+def run_predict(asked: Asked, link: str, rounds: int = 1, defaults: Path | None = None) -> list[Predicted]:
+    """Prints the table and the fastest mesh of each number of ranks; each mesh is played `rounds` times, in turn with the others.
 
+    Args:
+        defaults: a file of tables, into which the exact meshes go that are the fastest of as many ranks.
     Raises: BackendError: what is asked can't be had.
     """
     choose(link, NAMES, "Link")
     between = measured(asked.device) if link == MEASURED else stated(link)
     with player(asked) as (play, axes, name):
-        rows = [predicted(run, play(run), between) for run in asked.runs(axes)]
+        runs = asked.runs(axes)
+        found = [[predicted(run, play(run), between) for run in runs] for _ in range(rounds)]
+    rows = [median_of(of_mesh) for of_mesh in zip(*found, strict=True)]
     place = torch.cuda.get_device_name() if asked.device == "cuda" else "CPU, a core a rank"
     graphs = ", as CUDA graphs" if asked.graphs else ""
     title = f"Predicted: {name}, {asked.size} x {asked.size} pixels, guidance, {asked.dtype}{graphs}; {place}; link {between.name}"
@@ -102,7 +107,17 @@ def run_predict(asked: Asked, link: str) -> list[Predicted]:
     for count, best in fastest(rows).items():
         print(f"\nfastest of {count}: {best.name}, {best.step:.4f} s a step", end="")
     print()
+    if defaults is not None:
+        write(defaults, [_defaults(asked, rows, title, "unet" if tuple(axes) == UNET_AXES else "mmdit")])
     return rows
+
+
+def _defaults(asked: Asked, rows: Sequence[Predicted], basis: str, kind: str) -> Table:
+    best = fastest(row for row in rows if not row.displaced)
+    degrees = {count: {axis: n for axis, n in best[count].mesh.degrees.items() if n > 1} for count in sorted(best)}
+    ordered = [Row(degrees[count], round(best[count].step, 5)) for count in degrees]
+    layout = asked.layout if asked.model is None else asked.model.name
+    return Table(asked.device, kind, asked.graphs, asked.size, layout, basis, ordered)
 
 
 def measured(device: str) -> Link:

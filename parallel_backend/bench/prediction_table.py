@@ -62,6 +62,11 @@ def predicted(run: Run, played: Sequence[Played], link: Link) -> Predicted:
     return Predicted(run.mesh, whole, exposed, launching, round(nbytes), round(messages), displaced)
 
 
+def median_of(rounds: Sequence[Predicted]) -> Predicted:
+    """Of one mesh in several rounds, that with the median step; of an even number the faster of both."""
+    return sorted(rounds, key=lambda row: row.step)[(len(rounds) - 1) // 2]
+
+
 def _lengths(ends: Sequence[float], first: int) -> list[float]:
     """Of the steps after the first ones, of the times at which each was done."""
     return [b - a for a, b in pairwise(ends[first - 1 :])]

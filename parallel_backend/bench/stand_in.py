@@ -102,8 +102,8 @@ def play(subject: Subject, run: Run, rank: int) -> Played:
     control = Control()  # made alone: what ranks tell each other beside tensors, this one tells itself
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=run.mesh.world_size)
     try:
-        predictor = _predictor(subject, build_mesh(run.mesh))
-        entries = _journal(subject, predictor, run, control)
+        predictor = predictor_of(subject, build_mesh(run.mesh))
+        entries = journal_of(subject, predictor, run, control)
         if run.graphs:
             entries = paced(entries, run, graph_seconds(subject, predictor, run))
         return Played(entries, _busy(subject, predictor, run, control))
@@ -112,7 +112,7 @@ def play(subject: Subject, run: Run, rank: int) -> Played:
         gc.collect()
 
 
-def _predictor(subject: Subject, mesh: Mesh) -> Predictor:
+def predictor_of(subject: Subject, mesh: Mesh) -> Predictor:
     """This rank's part of the model, as an engine loads it."""
     opened, device, dtype = subject.opened, subject.device, subject.dtype
     heads = -(-opened.config.heads // (mesh.tp.degree * mesh.ulysses.degree))
@@ -124,7 +124,7 @@ def _predictor(subject: Subject, mesh: Mesh) -> Predictor:
     return Predictor(network, mesh, dtype, device, opened.kind)
 
 
-def _journal(subject: Subject, predictor: Predictor, run: Run, control: Control) -> list[Entry]:
+def journal_of(subject: Subject, predictor: Predictor, run: Run, control: Control) -> list[Entry]:
     axes = {axis.name: axis.traffic for axis in predictor.mesh.axes}
     with Journal(axes, predictor.device) as journal:
         _sample(subject, predictor, run, control, journal.step)

@@ -21,6 +21,7 @@ from ..distributed.peer_access import cards_reach_each_other
 from ..distributed.warm_up import warm_up
 from ..errors import BackendError, InputError, ProtocolError, UnknownModelError
 from ..extras.weights import PatchedWeights, PatchFiles
+from ..mesh_choice.choice import default_mesh
 from ..models.checkpoint import HeldWeight, TensorSource, bytes_held, is_quantised, load_parameters
 from ..models.compiled import check_compiler, compile_blocks, refuse_quantised
 from ..models.families import OpenedModel, open_model
@@ -199,7 +200,7 @@ class Engine:
 
         if spec is None:
             opened = job.control.agreed(find)
-            spec = MeshSpec.exact_default(job.control.world_size, opened.kind.rest)
+            spec = default_mesh(job.control.world_size, opened.kind.name, self.device.type).mesh
         name = f"{body.held_as}{spec.describe()}/{'-'.join(spec.order)}{COMPILED * body.compile}"
         if name in self.residents and body.kind in ("any", self._resident(name, Predictor).kind.name):
             return self._loaded(name, _Sizes(0, 0), [], start, job), []
