@@ -93,6 +93,9 @@ def _predict_arguments(predict: argparse.ArgumentParser) -> None:
     )
     predict.add_argument("--rounds", type=int, default=3, help="of which the medians are taken")
     predict.add_argument(
+        "--patience", type=float, default=0.0, help="seconds to wait for others to leave --check the cores"
+    )
+    predict.add_argument(
         "--write-defaults", type=Path, metavar="FILE", help="the fastest meshes into a file of default meshes"
     )
     predict.add_argument(
@@ -115,7 +118,7 @@ def _predict(args: argparse.Namespace) -> int:
         write(args.write_defaults or FILE, tables())
         return 0
     if args.check:
-        return 0 if run_check(args.size or 256, args.rounds) else 1
+        return 0 if run_check(args.size or 256, args.rounds, args.patience) else 1
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device == "cuda"
     meshes = [MeshSpec(), mesh_of(args.mesh)] if args.mesh else []
