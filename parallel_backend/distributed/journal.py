@@ -51,7 +51,8 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Journal:
     """Kept while it is entered, of the traffic of these axes by name.
 
-    On a GPU times are those of events on the computing stream, which cost the host a few microseconds each.
+    On a GPU times are those of events on the computing stream, which cost the host a few microseconds each; on a CPU the
+    thread's own, so that other programs on its core don't count.
     """
 
     def __init__(self, axes: Mapping[str, Traffic], device: torch.device) -> None:
@@ -105,9 +106,9 @@ class _Moment:
         self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
         if self._event is not None:
             self._event.record()
-        self.host = time.perf_counter()
+        self.host, self._computed = time.perf_counter(), time.thread_time()
 
     def after(self, earlier: _Moment) -> float:
         if self._event is None or earlier._event is None:
-            return max(0.0, self.host - earlier.host)
+            return max(0.0, self._computed - earlier._computed)
         return max(0.0, earlier._event.elapsed_time(self._event) / 1000)
