@@ -48,12 +48,17 @@ class Alone:
         prompts = [Conditioning(*random_sdxl_prompt(seed)) for seed in (1, 2)]
         x, timesteps = torch.randn(2, 4, side, side), torch.full((2,), 500.0)
         self.given = (x, timesteps, *(torch.cat([getattr(p, name) for p in prompts]) for name in ("context", "pooled")))
+        self.prompt, self.control_prompt = (
+            self.network.prepare(*self.given[2:]),
+            self.control.prepare_prompt(*self.given[2:]),
+        )
 
     def residuals(self) -> Any:
-        return self.control(*self.given, self.prepared, EXACT, ())
+        return self.control(*self.given[:2], self.control_prompt, self.prepared, EXACT, ())
 
     def evaluated(self, with_control: bool) -> Tensor:
-        return self.network(*self.given, EXACT, self.residuals()) if with_control else self.network(*self.given, EXACT)
+        added = [self.residuals()] if with_control else []
+        return self.network(*self.given[:2], self.prompt, EXACT, *added)
 
 
 def timed(call: Callable[[], object], threads: int) -> Callable[[], float]:

@@ -100,21 +100,23 @@ def timed(path: Path, clone: Path | None, given: Given, rounds: int, repeats: in
     """Seconds of an evaluation of each case in each round, as this rank sees them; the ranks take turns together."""
     network, kept = local_network(path, build_mesh(MeshSpec(patch=2), groups())), Kept()
     displaced = network.new_job(displaced=True)
-    network(*given, Step(0, "sync", kept=displaced))
+    x, timesteps, context, pooled = given
+    ours = x, timesteps, network.prepare(context, pooled)
+    network(*ours, Step(0, "sync", kept=displaced))
     first = dist.get_rank() == 0
     single = local_network(path, Mesh(MeshSpec(), **{axis: MeshAxis(axis) for axis in AXES})) if first else None
 
     def alone(threads: int) -> None:
         if single is not None:
             torch.set_num_threads(threads)
-            single(*given, Step())
+            single(*ours, Step())
             torch.set_num_threads(1)
 
     cases: dict[str, Callable[[], object]] = {
         "one process, 1 thread": lambda: alone(1),
         "one process, 2 threads": lambda: alone(2),
-        "two ranks, patch=2, sync": lambda: network(*given, Step(kept=kept)),
-        OURS: lambda: network(*given, Step(1, "displaced", kept=displaced)),
+        "two ranks, patch=2, sync": lambda: network(*ours, Step(kept=kept)),
+        OURS: lambda: network(*ours, Step(1, "displaced", kept=displaced)),
     }
     if clone is not None:
         cases[THEIRS] = theirs(path, clone, given)

@@ -136,17 +136,19 @@ def timed(
     single = Predictor(local_network(path, alone_mesh), alone_mesh, torch.float32, CPU, SD3) if first else None
     step, timestep = theirs(method, path, x, prompts), torch.tensor(500.0)  # type: ignore[arg-type]
 
-    def alone() -> None:
-        if single is not None:
-            single.outputs(x, timestep, prompts, EXACT)
+    share, single_share = ours.share(1, prompts), single.share(1, prompts) if single is not None else None
 
-    out, expected = step(), torch.cat(ours.outputs(x, timestep, prompts, EXACT))
+    def alone() -> None:
+        if single is not None and single_share is not None:
+            single.outputs(x, timestep, single_share, EXACT)
+
+    out, expected = step(), torch.cat(ours.outputs(x, timestep, share, EXACT))
     if method == "ulysses":
         expected = expected.chunk(2, dim=2)[dist.get_rank()]
     difference = float((out - expected).abs().max() / expected.abs().max())
     cases: dict[str, Callable[[], object]] = {
         "one process, 1 thread": alone,
-        f"two ranks, {method}=2": lambda: ours.outputs(x, timestep, prompts, EXACT),
+        f"two ranks, {method}=2": lambda: ours.outputs(x, timestep, share, EXACT),
         f"two ranks, xfuser, {method} 2": step,
     }
 

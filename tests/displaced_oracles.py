@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from local_network import CPU, local_network
+from local_network import CPU, evaluated, local_network
 from served import NEGATIVE, POSITIVE
 from torch import Tensor
 
@@ -45,7 +45,9 @@ class OneAfterTheOther:
     def outputs(self, x: Tensor, timestep: Tensor, index: int, sigma: Tensor) -> list[Tensor]:
         steps = [Step(index, "sync", branch, self.kept) for branch in range(len(self.prompts))]
         times = timesteps_of(timestep, x.shape[0], x.device)
-        return [self.network(x, times, *prompt, step) for prompt, step in zip(self._rows(x), steps, strict=True)]
+        return [
+            evaluated(self.network, x, times, *prompt, step) for prompt, step in zip(self._rows(x), steps, strict=True)
+        ]
 
     def begin(self, timestep: Tensor) -> None:
         self._timestep = timestep
@@ -55,8 +57,9 @@ class OneAfterTheOther:
         for branch, (context, pooled) in enumerate(self._rows(x)):
             tokens = model.tokens_for(self.shape[2], self.shape[3], context.shape[1], len(self.rows)).of_patch(patch)
             attend = Attend(model.attention, tokens, Step(0, "displaced", branch, self.kept))
-            vectors = model.vectors(times, pooled, x.dtype)
-            out.append(model.stage(x, context, self.network.places(self.shape, tokens), vectors, attend, None))
+            prepared = self.network.prepare(context, pooled)
+            vectors = model.vectors(times, prepared.tensors["pooled"])
+            out.append(model.stage(x, prepared, self.network.places(self.shape, tokens), vectors, attend, None))
         self._out.append(out)
 
     def collect(self, patch: int) -> list[Tensor]:
@@ -146,7 +149,7 @@ def one_process_of_a_ring(path: Path, latent: Tensor, warmup: int, ring: int, ul
             attention.text = prompt.context.shape[1]
             step = Step(index, "sync" if index < warmup else "displaced", branch, kept)
             context, pooled = prompt.context.expand(len(x), -1, -1), prompt.pooled.expand(len(x), -1)
-            out.append(network(x, timestep.expand(len(x)), context, pooled, step))
+            out.append(evaluated(network, x, timestep.expand(len(x)), context, pooled, step))
         return out
 
     out = sample_latent(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from parallel_backend.distributed.mesh import Mesh
 from parallel_backend.models.checkpoint import load_parameters
@@ -13,6 +14,7 @@ from parallel_backend.models.controls import open_control
 from parallel_backend.models.families import open_model
 from parallel_backend.models.left_over import left_over_note
 from parallel_backend.models.network import Network
+from parallel_backend.models.residuals import Residuals
 from parallel_backend.models.unet_control import BandControlNet, loadable_unet_control
 from parallel_backend.models.unet_control_checkpoint import open_unet_control
 
@@ -45,3 +47,15 @@ def local_unet_control(path: Path, mesh: Mesh) -> BandControlNet:
         module = loadable_unet_control(config, mesh)
     load_parameters(module, source, device=CPU, dtype=torch.float32)
     return BandControlNet(module, config, mesh, "native")
+
+
+def evaluated(network: Network, x: Tensor, timesteps: Tensor, context: Tensor, pooled: Tensor, *step: Any) -> Tensor:
+    """An evaluation, and what it takes from the prompt made for it. `step`: and residuals."""
+    return network(x, timesteps, network.prepare(context, pooled), *step)
+
+
+def control_residuals(
+    control: Any, x: Tensor, timesteps: Tensor, context: Tensor, pooled: Tensor, *hint_and_step: Any
+) -> Residuals:
+    """What a ControlNet adds, as `evaluated`."""
+    return control(x, timesteps, control.prepare_prompt(context, pooled), *hint_and_step)

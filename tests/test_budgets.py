@@ -21,12 +21,12 @@ def cost(budget: Budget) -> Budget:
     before = ["sync", "displaced"] if budget.displaced else []
     with fake_cuda(budget.rank, mesh.world_size), torch.inference_mode():
         run = Evaluations(predictor(budget.config, mesh), (budget.pixels, budget.pixels), budget.displaced)
-        prompts, axes = run.prompts, run.predictor.mesh.axes
+        share, axes = run.share(), run.predictor.mesh.axes
         for phase in before:
-            run.next(phase, prompts)
+            run.next(phase, share)
         started = sum(axis.traffic.collectives for axis in axes)
         with Watch() as watch:
-            run.next("displaced" if budget.displaced else "sync", prompts)
+            run.next("displaced" if budget.displaced else "sync", share)
         exchanges = sum(axis.traffic.collectives for axis in axes) - started
     return budget._replace(launches=watch.launches.total(), exchanges=exchanges, mib=-(-watch.memory.peak // MIB))
 

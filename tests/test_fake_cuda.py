@@ -145,9 +145,9 @@ def test_every_stage_of_a_pipeline_stays_on_its_device(name: str, mesh: MeshSpec
                 (77, 154) if mesh.world_size == 2 else (77, 77),
                 mesh.dp,
             )
-            prompts = run.prompts
-            run.next()
-            pipeline = Pipeline(run.predictor, prompts, run.shape, run.kept, 1, lambda: False)
+            share = run.share()
+            run.next("sync", share)
+            pipeline = Pipeline(run.predictor, share, run.shape, run.kept, 1, lambda: False)
             with Watch() as watch:
                 flow(pipeline, run.shape)
                 out = pipeline.finish(on_cuda(*run.shape))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from from_scratch_reference import find_clone, reference_model
-from local_network import local_network
+from local_network import evaluated, local_network
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -82,7 +82,7 @@ def inputs(rows: int, height: int, width: int, text: int) -> tuple[Tensor, Tenso
 
 @torch.inference_mode()
 def velocity(path: Path, mesh: MeshSpec, shape: tuple[int, int, int, int]) -> Tensor:
-    return local_network(path, build_mesh(mesh))(*inputs(*shape), Step())
+    return evaluated(local_network(path, build_mesh(mesh)), *inputs(*shape), Step())
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from parallel_backend.distributed.control import Control
 from parallel_backend.distributed.device_memory import as_out_of_memory, memory_of
 from parallel_backend.errors import CheckpointError, OutOfMemoryError
 from parallel_backend.models.prediction import KEPT_PROMPTS, Predictor
+from parallel_backend.models.prepared import PreparedPrompt, PreparedPrompts
 from parallel_backend.rank.engine import Engine
 from parallel_backend.rank.jobs import Job
 from parallel_backend.rank.residents import Residents
@@ -168,3 +169,27 @@ def test_a_prompt_is_made_ready_once_for_all_evaluations_that_ask_with_it(models
         predictor.prompt(tensor, pooled, 2)
     assert predictor.prompt(context, pooled, 2) is not ready, "the oldest are let go"
     assert len(predictor._prompts) == KEPT_PROMPTS
+
+
+def test_what_a_network_makes_of_a_prompt_is_kept_by_identity_and_leaves_with_it() -> None:
+    class Somebody:
+        pass
+
+    def make() -> PreparedPrompt:
+        made.append(len(made))
+        return PreparedPrompt(torch.zeros(1), torch.zeros(1), {"number": torch.tensor(made[-1])})
+
+    kept, made, network = PreparedPrompts(2), list[int](), Somebody()
+    first, second, pooled = torch.zeros(1, 3, 4), torch.zeros(1, 3, 4), torch.zeros(1, 4)
+    prepared = kept.of(network, first, pooled, make)
+    assert kept.of(network, first, pooled, make) is prepared and made == [0]
+    assert kept.of(network, second, pooled, make) is not prepared, "of other tensors"
+    assert kept.of(Somebody(), first, pooled, make) is not prepared, "of another network"
+    kept.at_version(0)
+    assert kept.of(network, first, pooled, make) is not prepared and len(made) == 4, "the oldest had left"
+    kept.at_version(1)
+    kept.of(network, first, pooled, make)
+    assert len(made) == 5, "weights have changed"
+    leaves = weakref.ref(kept.of(network, torch.zeros(2, 3, 4), pooled, make).tensors["number"])
+    kept.of(network, first, pooled, make)
+    assert leaves() is None, "nobody has its prompt any more"

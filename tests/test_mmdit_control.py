@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from control_references import Inputs, control_outputs
-from local_network import CPU, local_control, local_network
+from local_network import CPU, control_residuals, local_control, local_network
 from quantised_files import bare_fp8
 from rank_pool import RankPool, groups
 from safetensors.torch import load_file, save_file
@@ -113,7 +113,9 @@ def residuals_case(
         kept = Kept(stale=StaleExchange(net.mesh.ring)) if evaluations > 1 else None
         for i in range(evaluations):
             step = Step(i, "displaced" if i else "sync", ("control", 0), kept)
-            found.append([t.clone() for t in net(*given, net.prepare(hint), step).output if t is not None])
+            found.append(
+                [t.clone() for t in control_residuals(net, *given, net.prepare(hint), step).output if t is not None]
+            )
             if step.stale is not None:
                 step.stale.end_evaluation()
         if kept is not None:
@@ -167,9 +169,12 @@ def test_displaced_keys_of_the_same_input_are_as_good_as_new_ones(
 def stale_case(path: Path, base: Path, spec: MeshSpec, first: Inputs, second: Inputs) -> list[Tensor]:
     """Residuals of `second`: exact, and where the other ranks' keys are those of `first`."""
     net = network(path, base, spec)
-    kept, exact = Kept(stale=StaleExchange(net.mesh.ring)), net(*second[:4], net.prepare(second[4]), EXACT).output[0]
+    kept = Kept(stale=StaleExchange(net.mesh.ring))
+    exact = control_residuals(net, *second[:4], net.prepare(second[4]), EXACT).output[0]
     for i, (*given, hint) in enumerate((first, second)):
-        stale = net(*given, net.prepare(hint), Step(i, "displaced" if i else "sync", "use", kept)).output[0]
+        stale = control_residuals(
+            net, *given, net.prepare(hint), Step(i, "displaced" if i else "sync", "use", kept)
+        ).output[0]
         assert kept.stale is not None
         kept.stale.end_evaluation()
     kept.close()
@@ -193,7 +198,7 @@ def alone(controls: Path) -> dict[str, TokenControlNet]:
 def first_residual(net: TokenControlNet, given: Inputs, **changed: Tensor) -> Tensor:
     parts = dict(zip(("x", "timesteps", "context", "pooled", "hint"), given, strict=True)) | changed
     hint = net.prepare(parts.pop("hint"))
-    found = net(*parts.values(), hint, EXACT).output[0]
+    found = control_residuals(net, *parts.values(), hint, EXACT).output[0]
     assert found is not None
     return found
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from comfyui.installation import HERE, ComfyInstallation
-from local_network import local_control, local_network
+from local_network import control_residuals, evaluated, local_control, local_network
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -81,14 +81,14 @@ def test_residuals_and_the_steered_velocity_equal_cores(name: str, folder: Path,
     main: Any = local_network(folder / f"{family}.safetensors", mesh)
     *given, hint = inputs(kind, *size).values()
     network = local_control(folder / f"{name}.safetensors", main, mesh)
-    ours = network(*given, network.prepare(hint), EXACT).output
+    ours = control_residuals(network, *given, network.prepare(hint), EXACT).output
     theirs = [of_core[f"{name}/{i}"] for i in range(sum(key.startswith(f"{name}/") for key in of_core) - 1)]
     # Core's main model looks at no more of them than it has blocks.
     assert 0 < len(ours) == min(len(theirs), main.config.depth)
     for out, expected in zip(ours, theirs, strict=False):
         assert out is not None and difference(out, expected) <= 1e-5
     steered = of_core[f"{name}/velocity"]
-    assert difference(main(*given, EXACT), steered) > 1e-2
+    assert difference(evaluated(main, *given, EXACT), steered) > 1e-2
     for block, added in zip(main.model.joint_blocks.values(), ours, strict=False):
         block.register_forward_hook(lambda module, given, out, added=added: (out[0], out[1] + added))
-    assert difference(main(*given, EXACT), steered) <= 1e-5
+    assert difference(evaluated(main, *given, EXACT), steered) <= 1e-5

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from local_network import local_network
+from local_network import evaluated, local_network
 from rank_pool import RankPool, groups
 from torch import Tensor
 from unet_inputs import inputs
@@ -49,7 +49,7 @@ def forward_case(path: Path, mesh: MeshSpec, given: tuple[Tensor, ...], phases: 
     """The output of each of the phases, for the same input."""
     model = network(path, mesh)
     kept = model.new_job(displaced=len(phases) > 1)
-    outputs = [model(*given, Step(i, phase, kept=kept)).clone() for i, phase in enumerate(phases)]  # type: ignore[call-arg]
+    outputs = [evaluated(model, *given, Step(i, phase, kept=kept)).clone() for i, phase in enumerate(phases)]
     kept.close()
     return outputs
 
@@ -103,10 +103,10 @@ def trajectory_case(path: Path, mesh: MeshSpec, how: str) -> list[Tensor]:
         x = torch.lerp(start, inputs("tiny", (1, 16, 16), seed=9)[0], 0.01 * i)
         if how == "alone":
             half = 8 * groups().rank
-            outputs.append(model(x[:, :, half : half + 8], timesteps, context, y, Step()).clone())
+            outputs.append(evaluated(model, x[:, :, half : half + 8], timesteps, context, y, Step()).clone())
         else:
             phase: Phase = "displaced" if how == "displaced" and i else "sync"
-            outputs.append(model(x, timesteps, context, y, Step(i, phase, kept=kept)).clone())
+            outputs.append(evaluated(model, x, timesteps, context, y, Step(i, phase, kept=kept)).clone())
     kept.close()
     return outputs
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ControlNetModel
 from diffusers.models.embeddings import Timesteps
-from local_network import local_network, local_unet_control
+from local_network import control_residuals, evaluated, local_network, local_unet_control
 from rank_pool import RankPool, groups
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -117,7 +117,7 @@ def control_case(
     path: Path, spec: MeshSpec, given: Sequence[Tensor], hint: Tensor, control_types: Sequence[int] = ()
 ) -> Residuals:
     control = network(path, spec)
-    return control(*given, control.prepare(hint), Step(), control_types)  # type: ignore[call-arg]
+    return control_residuals(control, *given, control.prepare(hint), Step(), control_types)
 
 
 def together(bands: Sequence[Residuals]) -> list[Tensor]:
@@ -193,10 +193,10 @@ def displaced_case(
     for index, phase in enumerate(PHASES):
         step = Step(index, phase, kept=kept)
         found: list[Residuals | Tensor] = [
-            control(*given, image, replace(step, branch=(0, use)))  # type: ignore[call-arg]
+            control_residuals(control, *given, image, replace(step, branch=(0, use)))
             for use, image in enumerate(prepared)
         ]
-        evaluations.append([*found, main(*given, replace(step, branch=(0, 0)))])  # type: ignore[call-arg]
+        evaluations.append([*found, evaluated(main, *given, replace(step, branch=(0, 0)))])
     kept.close()
     return evaluations
 
@@ -221,8 +221,8 @@ def moving_case(path: Path, unet_path: Path, spec: MeshSpec, starts: Sequence[Se
     kept, prepared = main.new_job(displaced=True), control.prepare(hint)
     for index, given in enumerate(starts):
         step = Step(index, PHASES[index], kept=kept)
-        residuals = control(*given, prepared, step)  # type: ignore[call-arg]
-        main(*given, step)  # type: ignore[call-arg]
+        residuals = control_residuals(control, *given, prepared, step)
+        evaluated(main, *given, step)
     kept.close()
     return residuals
 
@@ -408,9 +408,9 @@ def test_images_that_do_not_fit_are_refused_with_their_sizes(controls: Path) -> 
         control.prepare(torch.zeros(1, 3, 124, 64))
     small, many = control.prepare(torch.zeros(1, 3, 64, 64)), control.prepare(torch.zeros(3, 3, 128, 64))
     with pytest.raises(InputError, match=r"has 64 x 64 pixels .* a latent of 16 x 8 takes 128 x 64"):
-        control(*given, small, Step())
+        control_residuals(control, *given, small, Step())
     with pytest.raises(InputError, match="3 control images for 2 latents"):
-        control(*given, many, Step())
+        control_residuals(control, *given, many, Step())
 
 
 @torch.inference_mode()
@@ -418,7 +418,7 @@ def test_images_that_do_not_fit_are_refused_with_their_sizes(controls: Path) -> 
 def test_a_kind_of_image_that_a_union_model_does_not_know_is_refused(kind: int, controls: Path) -> None:
     control, size = network(file(controls, "union"), MeshSpec()), (1, 4, 4)
     with pytest.raises(InputError, match=rf"knows 6 control types, 0 to 5; type {kind} is asked for.*ProMax"):
-        control(*inputs("tiny", size), control.prepare(hint_for(size)), Step(), (kind,))
+        control_residuals(control, *inputs("tiny", size), control.prepare(hint_for(size)), Step(), (kind,))
 
 
 def test_a_controlnet_of_another_model_is_refused() -> None:

@@ -86,12 +86,15 @@ def evaluated(device: str, path: Path, mesh: MeshSpec, given: Sequence[Tensor], 
     engine, _ = _engine(device)
     predictor = engine.residents[_load(device, path, mesh)].model
     assert isinstance(predictor, Predictor)
-    on_device = [tensor.to(predictor.device) for tensor in given]
+    x, timesteps, context, pooled = (tensor.to(predictor.device) for tensor in given)
+    prepared = predictor.network.prepare(context, pooled)
     if not displaced:
-        return predictor.network(*on_device, EXACT).cpu()
+        return predictor.network(x, timesteps, prepared, EXACT).cpu()
     kept = predictor.network.new_job(displaced=True)
     for index in range(3):
-        out = predictor.network(*on_device, Step(index, "displaced" if index else "sync", kept=kept)).clone()
+        out = predictor.network(
+            x, timesteps, prepared, Step(index, "displaced" if index else "sync", kept=kept)
+        ).clone()
     kept.close()
     return out.cpu()
 

@@ -7,7 +7,7 @@ Shapes: B batch, C channels, Y rows of the band, X columns, G groups, L tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -30,13 +30,15 @@ from .stale import Step
 class Band:
     """How the image of the current request is cut, and where in its job it is. All layers of a model share one.
 
-    `rows` of every band and `columns` of the image are those of the model's input.
+    `rows` of every band and `columns` of the image are those of the model's input. `prompt_kv` are the keys and values of the
+    prompt, (B, L, 2 * D), by the slot of the attention that takes them.
     """
 
     axis: MeshAxis = field(default_factory=lambda: MeshAxis("band"))
     rows: list[int] = field(default_factory=lambda: [1])
     columns: int = 1
     step: Step = field(default_factory=Step)
+    prompt_kv: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def own_rows(self) -> tuple[int, int]:
@@ -290,26 +292,21 @@ class BandSelfAttention:
 
 
 class CachedCrossAttention:
-    """Processor of a UNet's attention to the prompt, whose keys and values a job computes once.
+    """Processor of a UNet's attention to the prompt, whose keys and values are there before an evaluation.
 
-    The attention has one product for keys and values, `to_kv`.
+    The attention has one product for keys and values, `to_kv`, which makes them.
     """
 
     def __init__(self, band: Band, kernel: str, slot: str) -> None:
         self.band, self.kernel, self.slot = band, kernel, slot
 
     def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        k, v = self._keys_values(attn.to_kv, encoder_hidden_states).chunk(2, dim=-1)
+        k, v = self._keys_values().chunk(2, dim=-1)
         return attn.to_out[0](_attend(attn.to_q(hidden_states), k, v, attn.heads, self.kernel))
 
     @breaks_graph
-    def _keys_values(self, to_kv: nn.Module, prompt_BLE: Tensor) -> Tensor:
-        kept, place = self.band.step.kept, (self.slot, self.band.step.branch)
-        if kept is None:
-            return to_kv(prompt_BLE)
-        if place not in kept.prompt_kv:
-            kept.prompt_kv[place] = to_kv(prompt_BLE)
-        return kept.prompt_kv[place]
+    def _keys_values(self) -> Tensor:
+        return self.band.prompt_kv[self.slot]
 
 
 def _attend(q_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, heads: int, kernel: str) -> Tensor:

@@ -6,6 +6,8 @@ Source: ZeRO, stage 3 (Rajbhandari et al. 2019, arXiv 1910.02054).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -77,6 +79,25 @@ class SlicedWeights:
             block.slices = [getattr(part, name) for part, name, _ in block.parts]
             module.register_forward_pre_hook(lambda *_, block=block: self._before(block))
             module.register_forward_hook(lambda *_, block=block: block.empty(), always_call=True)
+
+    @contextmanager
+    def whole(self, part: nn.Module) -> Iterator[None]:
+        """Inside, between evaluations, what `part` itself has is whole: it is gathered apart from its block.
+
+        Comm: one all-gather of it, which all ranks of the axis make.
+        """
+        block = _Block(self.axis)
+        for _, sliced in self._blocks:
+            for (module, name, shape), own in zip(sliced.parts, sliced.slices, strict=True):
+                if module is part:
+                    block.parts.append((module, name, shape))
+                    block.slices.append(own)
+        if block.parts:
+            block.fill(block.start())
+        try:
+            yield
+        finally:
+            block.empty()
 
     def begin(self) -> None:
         """A new evaluation starts with the first block; what an evaluation that broke off has asked for is taken in."""

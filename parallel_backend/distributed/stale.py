@@ -30,14 +30,12 @@ class Kept:
     """What one job keeps from evaluation to evaluation; it dies with the job.
 
     `begun` are the uses of ControlNets that have been evaluated. `stale` and `token_kv` are there only in jobs that have displaced steps: the first where ranks share what they have
-    by messages, the second where patches of `num_patches` flow through a pipeline. `prompt_kv` holds keys and values of
-    prompts. `timeline` is there where the job is to be told of in detail.
+    by messages, the second where patches of `num_patches` flow through a pipeline. `timeline` is there where the job is to be told of in detail.
     """
 
     stale: StaleExchange | None = None
     token_kv: dict[Hashable, TokenKV] | None = None
     num_patches: int = 1
-    prompt_kv: dict[Hashable, Tensor] = field(default_factory=dict)
     begun: set[Hashable] = field(default_factory=set)
     timeline: Timeline | None = None
 
@@ -45,7 +43,7 @@ class Kept:
         """Of all that is kept now."""
         kv = self.token_kv.values() if self.token_kv is not None else ()
         stale = self.stale.nbytes() if self.stale is not None else 0
-        return stale + sum(tokens.nbytes() for tokens in kv) + sum(t.nbytes for t in self.prompt_kv.values())
+        return stale + sum(tokens.nbytes() for tokens in kv)
 
     def close(self) -> None:
         """Waits for all that is under way, so that the next job finds the lines free."""

@@ -155,6 +155,7 @@ class PatchedWeights:
     Args:
         source: of the base.
         later: parts that are read when they are needed: told what takes their place, or None for the file's own.
+    `version` is another one after each weight that has changed: what was computed with the weights holds no longer.
     """
 
     def __init__(
@@ -167,6 +168,7 @@ class PatchedWeights:
         self._held, self.source, self._place, self._later = held, source, place, later
         self._lying: dict[str, tuple[Any, ...]] = {}
         self._worn: Patches | None = Patches()
+        self.version = 0
 
     def wear(self, patches: Patches, files: PatchFiles, beat: Callable[[], object] = lambda: None) -> Swap:
         """These patches, and no others, lie on the weights; only those weights change that must.
@@ -192,6 +194,7 @@ class PatchedWeights:
         onto_device = cache(placing)  # its pinned buffers are made once for all weights
         for name in here:
             beat()
+            self.version += 1
             self._change(name, wanted.get(name, []), onto_device)
             self._lying[name] = marks.get(name, ())
         self._lying = {name: mark for name, mark in self._lying.items() if mark}

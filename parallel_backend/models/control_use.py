@@ -13,6 +13,7 @@ from torch import Tensor
 from ..distributed.data import shard_batch
 from ..distributed.mesh import MeshAxis
 from ..distributed.stale import Step
+from .prepared import PreparedPrompt
 from .residuals import NONE, Residuals
 
 
@@ -23,6 +24,10 @@ class ControlNetwork(Protocol):
         """What a job keeps of a hint: the same in all its evaluations, on every rank. Raises: InputError: one that it can't take."""
         ...
 
+    def prepare_prompt(self, context: Tensor, pooled: Tensor, /) -> PreparedPrompt:
+        """What its evaluations take from a prompt alone, as its model is given it."""
+        ...
+
     def check(self, prepared: Tensor, control_types: Sequence[int], shape: Sequence[int], /) -> None:
         """Raises: InputError: latents of that shape can't be computed with it."""
         ...
@@ -31,8 +36,7 @@ class ControlNetwork(Protocol):
         self,
         x: Tensor,
         timesteps: Tensor,
-        context: Tensor,
-        pooled: Tensor,
+        prompt: PreparedPrompt,
         prepared: Tensor,
         step: Step,
         control_types: Sequence[int],
@@ -69,7 +73,7 @@ class ControlUse:
         """Of rows that are computed for two prompts at once."""
         return self if self.hint.shape[0] == 1 else replace(self, hint=torch.cat([self.hint, self.hint]))
 
-    def residuals(self, x: Tensor, timesteps: Tensor, context: Tensor, pooled: Tensor, step: Step) -> Residuals:
+    def residuals(self, x: Tensor, timesteps: Tensor, prompt: PreparedPrompt, step: Step) -> Residuals:
         """This rank's, times the strength; none outside the range.
 
         The first evaluation of a use is exact: there is nothing yet that could be stale.
@@ -82,5 +86,5 @@ class ControlUse:
             phase = phase if place in step.kept.begun else "sync"
             step.kept.begun.add(place)
         own = replace(step, branch=place, phase=phase)
-        added = self.network(x, timesteps, context, pooled, self.hint, own, self.types)
+        added = self.network(x, timesteps, prompt, self.hint, own, self.types)
         return added if self.strength == 1.0 else added.each(lambda tensor: tensor * self.strength)

@@ -227,21 +227,26 @@ class FromScratch(StagedTransformer):
             return not self.is_last
         return part not in ("t_emb2", "cond_MLP", "time_scale") and not self.is_first
 
-    def vectors(self, timesteps_B: Tensor, y_BA: Tensor, dtype: torch.dtype) -> Tensor:
+    def embed_text(self, context_BLE: Tensor, first: int, last: int) -> Tensor:
+        """The prompt is the first encoder's 77 tokens, then the second's; all zeros for none."""
+        split = max(first, min(FIRST_TEXT_TOKENS, last))
+        one, two = context_BLE[:, first:split], context_BLE[:, split:last]
+        embedded = [
+            self.c_proj(self.learnable_scalar * self.pre_c_norm(one)),
+            self.c_proj2(self.learnable_scalar2 * self.pre_c_norm2(two)),
+        ]
+        return torch.cat(embedded, dim=1)
+
+    def embed_pooled(self, y_BA: Tensor) -> Tensor:
+        return self.cond_MLP(y_BA)
+
+    def vectors(self, timesteps_B: Tensor, pooled_BD: Tensor) -> Tensor:
         """(B, D): what every block projects for itself."""
         times = time_waves(timesteps_B / 1000 * self.time_scale, self.config.hidden)
-        return self.t_emb2(times.to(dtype)) + self.cond_MLP(y_BA)
+        return self.t_emb2(times.to(pooled_BD.dtype)) + pooled_BD
 
-    def enter(self, patches_BLP: Tensor, context_BLE: Tensor, text: tuple[int, int], places: Tensor) -> list[Tensor]:
-        """The prompt is the first encoder's 77 tokens, then the second's; all zeros for none."""
-        start, stop = text
-        split = max(start, min(FIRST_TEXT_TOKENS, stop))
-        first, second = context_BLE[:, start:split], context_BLE[:, split:stop]
-        embedded = [
-            self.c_proj(self.learnable_scalar * self.pre_c_norm(first)),
-            self.c_proj2(self.learnable_scalar2 * self.pre_c_norm2(second)),
-        ]
-        return [torch.cat(embedded, dim=1), self.patch_emb(self.pos_enc["proj"](patches_BLP))]
+    def embed_patches(self, patches_BLP: Tensor, places: Tensor) -> Tensor:
+        return self.patch_emb(self.pos_enc["proj"](patches_BLP))
 
     def run_blocks(self, c_BLD: Tensor, x_BLD: Tensor, vectors: Tensor, places: Tensor, attend: Attend) -> list[Tensor]:
         for block in cast(list[Block], list(self.blocks.values())):

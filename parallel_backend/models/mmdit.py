@@ -224,18 +224,24 @@ class MMDiT(StagedTransformer):
             return not self.is_last
         return name.startswith(("x_embedder.", "context_embedder.")) and not self.is_first
 
-    def vectors(self, timesteps_B: Tensor, y_BA: Tensor, dtype: torch.dtype) -> list[list[Tensor]]:
+    def embed_text(self, context_BLE: Tensor, first: int, last: int) -> Tensor:
+        return self.context_embedder(context_BLE[:, first:last])
+
+    def embed_pooled(self, y_BA: Tensor) -> Tensor:
+        return self.y_embedder(y_BA)
+
+    def vectors(self, timesteps_B: Tensor, pooled_BD: Tensor) -> list[list[Tensor]]:
         """The adaLN vectors in the order of use, each a list of (B, 1, D).
 
         Comm: under tp, one all-gather for all blocks of the stage.
         """
-        vector = self.t_embedder(timestep_frequencies(timesteps_B).to(dtype)) + self.y_embedder(y_BA)
+        vector = self.t_embedder(timestep_frequencies(timesteps_B).to(pooled_BD.dtype)) + pooled_BD
         modules = [m for block in self._own() for m in block.modulations()]
         modules += [self.final_layer.adaLN_modulation] if self.is_last else []
         return modulation_vectors(modules, vector, self.mesh.tp)
 
-    def enter(self, patches_BLP: Tensor, context_BLE: Tensor, text: tuple[int, int], places: Tensor) -> list[Tensor]:
-        return [self.context_embedder(context_BLE[:, slice(*text)]), self.x_embedder(patches_BLP) + places]
+    def embed_patches(self, patches_BLP: Tensor, places: Tensor) -> Tensor:
+        return self.x_embedder(patches_BLP) + places
 
     def run_blocks(
         self, c_BLD: Tensor, x_BLD: Tensor, vectors: list[list[Tensor]], places: Tensor, attend: Attend

@@ -39,8 +39,9 @@ from .mmdit import (
     timestep_frequencies,
 )
 from .network import Positions
+from .prepared import PreparedPrompt
 from .residuals import Residuals
-from .tokens import padded, patchify, tokens_for
+from .tokens import own_text, padded, patchify, tokens_for
 from .transformer import Attend, check_heads
 
 Borrowed = Literal["", "x_embedder", "y_embedder"]
@@ -102,16 +103,19 @@ class ControlModel(nn.Module):
 
     @abstractmethod
     def run_blocks(
-        self, context_BLE: Tensor, x_BLD: Tensor, vectors: list[list[Tensor]], attend: Attend
+        self, prepared: PreparedPrompt, x_BLD: Tensor, vectors: list[list[Tensor]], attend: Attend
     ) -> list[Tensor]:
         """(B, L, D) for each block: what it adds to this rank's image tokens."""
 
-    def vectors(self, timesteps_B: Tensor, y_BA: Tensor) -> list[list[Tensor]]:
+    def embedded(self, context_BLE: Tensor, y_BA: Tensor) -> dict[str, Tensor]:
+        """What it takes from a prompt: `pooled`, (B, D). `context`: this rank's tokens."""
+        return {"pooled": self.y_embedder(y_BA)}
+
+    def vectors(self, timesteps_B: Tensor, pooled_BD: Tensor) -> list[list[Tensor]]:
         """The adaLN vectors of all blocks. Comm: as `modulation_vectors`."""
         # Not rounded to half precision first, as ComfyUI does: bf16 knows one timestep in four.
-        times = timestep_frequencies(timesteps_B).to(y_BA.dtype)
-        vector = self.t_embedder(times) + self.y_embedder(y_BA)
-        return modulation_vectors(list(self.modulations()), vector, self.tp)
+        times = timestep_frequencies(timesteps_B).to(pooled_BD.dtype)
+        return modulation_vectors(list(self.modulations()), self.t_embedder(times) + pooled_BD, self.tp)
 
     def start_output(self, block: int, x_BLD: Tensor) -> Handle:
         """What that block adds. Comm: under tp one all-reduce of it, which runs while the next block computes."""
@@ -131,14 +135,15 @@ class JointControl(ControlModel):
         for block in self.joint_blocks:
             yield from cast(JointBlock, block).modulations()
 
-    def vectors(self, timesteps_B: Tensor, y_BA: Tensor) -> list[list[Tensor]]:
+    def embedded(self, context_BLE: Tensor, y_BA: Tensor) -> dict[str, Tensor]:
         # It was trained without the pooled prompt: to it, every prompt's is zeros.
-        return super().vectors(timesteps_B, torch.zeros_like(y_BA))
+        pooled = super().embedded(context_BLE, torch.zeros_like(y_BA))
+        return {**pooled, "text": self.context_embedder(context_BLE)}
 
     def run_blocks(
-        self, context_BLE: Tensor, x_BLD: Tensor, vectors: list[list[Tensor]], attend: Attend
+        self, prepared: PreparedPrompt, x_BLD: Tensor, vectors: list[list[Tensor]], attend: Attend
     ) -> list[Tensor]:
-        c_BLD, under_way = self.context_embedder(context_BLE), []
+        c_BLD, under_way = prepared.tensors["text"], []
         for i, block in enumerate(self.joint_blocks):
             c_BLD, x_BLD = block(c_BLD, x_BLD, vectors[2 * i], vectors[2 * i + 1], attend.of(i))
             under_way.append(self.start_output(i, x_BLD))
@@ -168,7 +173,7 @@ class ImageControl(ControlModel):
         return (cast(ImageBlock, block).adaLN_modulation for block in self.transformer_blocks)
 
     def run_blocks(
-        self, context_BLE: Tensor, x_BLD: Tensor, vectors: list[list[Tensor]], attend: Attend
+        self, prepared: PreparedPrompt, x_BLD: Tensor, vectors: list[list[Tensor]], attend: Attend
     ) -> list[Tensor]:
         under_way = []
         for i, block in enumerate(self.transformer_blocks):
@@ -182,7 +187,8 @@ class ImageControl(ControlModel):
 class TokenControlNet:
     """A ControlNet with its weights, beside the main model `base` and in its mesh: no residual leaves its rank.
 
-    Under pp every stage computes it whole. What it borrows of `base` is read anew each time, with what lies on it.
+    Under pp every stage computes it whole. What it borrows of `base` is read anew for each prompt or evaluation, with what lies on
+    it.
     """
 
     def __init__(
@@ -212,12 +218,16 @@ class TokenControlNet:
             )
         return padded(hint_BCYX.to(device=self.device, dtype=self.dtype), self.config.model.patch_size)
 
+    def prepare_prompt(self, context_BLE: Tensor, y_BA: Tensor) -> PreparedPrompt:
+        """As the main model is given it, full: its text tokens of this rank and its pooled prompt, embedded."""
+        own = context_BLE[:, slice(*own_text(context_BLE.shape[1], self.mesh))].to(self.dtype)
+        return PreparedPrompt(context_BLE, y_BA, self.model.embedded(own, self._pooled(y_BA)))
+
     def __call__(
         self,
         x_BCYX: Tensor,
         timesteps_B: Tensor,
-        context_BLE: Tensor,
-        y_BA: Tensor,
+        prepared: PreparedPrompt,
         prepared_BCYX: Tensor,
         step: Step,
         control_types: Sequence[int] = (),
@@ -225,7 +235,8 @@ class TokenControlNet:
         """What is added to the main model's image tokens of this rank after each of its blocks, at strength 1.
 
         Args:
-            x_BCYX, timesteps_B, context_BLE, y_BA: full, as the main model gets them.
+            x_BCYX, timesteps_B: full, as the main model gets them.
+            prepared: from `prepare_prompt`.
             prepared_BCYX: of `prepare`; of as many rows as `x`, or of one for all.
             control_types: a union's; these are made for one kind, and take no notice.
             step: of no pipeline of patches. In displaced steps its `branch` is of this use alone, and the first evaluation
@@ -238,15 +249,14 @@ class TokenControlNet:
         patch = self.config.model.patch_size
         whole = padded(x_BCYX.to(self.dtype), patch)
         self.check(prepared_BCYX, control_types, x_BCYX.shape)
-        tokens = tokens_for(self._token_sizes, self.mesh, x_BCYX.shape[2], x_BCYX.shape[3], context_BLE.shape[1])
+        tokens = tokens_for(self._token_sizes, self.mesh, x_BCYX.shape[2], x_BCYX.shape[3], prepared.context.shape[1])
         x, hint = (tokens.take_image(patchify(t, patch)) for t in (whole, prepared_BCYX))
         x = self._embedded(x)
         if self.positions is not None:
             x = x + self.positions.rows(whole.shape[2] // patch, whole.shape[3] // patch, tokens.image)
         x = x + self.model.pos_embed_input(hint)
-        context = context_BLE[:, slice(*tokens.text)].to(self.dtype)
-        vectors = self.model.vectors(timesteps_B, self._pooled(y_BA))
-        outputs = self.model.run_blocks(context, x, vectors, Attend(self.attention, tokens, step))
+        vectors = self.model.vectors(timesteps_B, prepared.tensors["pooled"])
+        outputs = self.model.run_blocks(prepared, x, vectors, Attend(self.attention, tokens, step))
         by_block = [out for out, count in zip(outputs, self.config.repeats, strict=True) for _ in range(count)]
         return Residuals(output=by_block[: self.base.config.depth])
 

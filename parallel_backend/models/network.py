@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..distributed.stale import Kept, StaleExchange, Step
 from ..errors import InputError, UnsupportedError
+from .prepared import PreparedPrompt
 from .residuals import NONE, Residuals, check_count, check_residual
 from .tokens import Tokens, padded
 from .transformer import StagedTransformer
@@ -28,6 +29,10 @@ class Network(Protocol):
         """Raises: UnsupportedError: displaced steps are asked for, and this model has none in its mesh."""
         ...
 
+    def prepare(self, context: Tensor, pooled: Tensor) -> PreparedPrompt:
+        """What evaluations take from a prompt alone, for all of them. Comm: where weights are sliced, those that it takes."""
+        ...
+
     def own_residuals(self, whole: Residuals, height: int, width: int) -> Residuals:
         """This rank's part of what is to be added in an evaluation of a latent of that size. Raises: InputError: it doesn't fit."""
         ...
@@ -36,8 +41,7 @@ class Network(Protocol):
         self,
         x: Tensor,
         timesteps: Tensor,
-        context: Tensor,
-        pooled: Tensor,
+        prepared: PreparedPrompt,
         step: Step,
         residuals: Residuals = NONE,
         /,
@@ -76,6 +80,10 @@ class TokenNetwork:
             "Set pp or ring in Mesh Config, or leave displaced off.",
         )
 
+    def prepare(self, context: Tensor, pooled: Tensor) -> PreparedPrompt:
+        """This rank's text tokens on the first stage, and the embedded pooled prompt."""
+        return self.model.prepare(context, pooled)
+
     def own_residuals(self, whole: Residuals, height: int, width: int) -> Residuals:
         """This rank's tokens of residuals that are whole, (B, L, D). Raises: InputError: they don't fit."""
         if not whole:
@@ -97,15 +105,14 @@ class TokenNetwork:
         self,
         x: Tensor,
         timesteps: Tensor,
-        context: Tensor,
-        pooled: Tensor,
+        prepared: PreparedPrompt,
         step: Step,
         residuals: Residuals = NONE,
     ) -> Tensor:
         num_patches = step.kept.num_patches if step.kept is not None else 1
         whole = padded(x, self.config.patch_size)
-        tokens = self.model.tokens_for(x.shape[2], x.shape[3], context.shape[1], num_patches)
-        out = self.model(whole, timesteps, context, pooled, self.places(whole.shape, tokens), step, residuals)
+        tokens = self.model.tokens_for(x.shape[2], x.shape[3], prepared.context.shape[1], num_patches)
+        out = self.model(whole, timesteps, prepared, self.places(whole.shape, tokens), step, residuals)
         if step.stale is not None:
             step.stale.end_evaluation()
         return out[:, :, : x.shape[2], : x.shape[3]]

@@ -23,7 +23,7 @@ from ..distributed.collectives import Handle, broadcast, first_says, start_recei
 from ..distributed.stale import Kept, Step
 from ..errors import CancelledError
 from .network import TokenNetwork
-from .prediction import Predictor, Prompt, Share, timesteps_of
+from .prediction import Predictor, Share, timesteps_of
 from .tokens import padded, patch_rows
 from .transformer import Attend
 
@@ -35,6 +35,7 @@ class Pipeline:
     """The displaced steps of one job, as one rank sees them. Ranks of all stages call the same steps.
 
     Args:
+        share: of the job.
         shape: (B, C, Y, X) of the whole latent, all rows.
         kept: of a job whose exact steps have filled it.
         first_step: the first displaced step.
@@ -44,7 +45,7 @@ class Pipeline:
     def __init__(
         self,
         predictor: Predictor,
-        prompts: Sequence[Prompt],
+        share: Share,
         shape: Sequence[int],
         kept: Kept,
         first_step: int,
@@ -54,18 +55,18 @@ class Pipeline:
         assert isinstance(predictor.network, TokenNetwork)
         self.network, self.mesh, self.device = predictor.network, predictor.mesh, predictor.device
         self.first_step, self.cancelled, self.dtype = first_step, cancelled, predictor.dtype
-        self.share = Share.of(self.mesh, shape[0], prompts)
+        self.share = share
         self.tokens = [
-            self.network.model.tokens_for(shape[2], shape[3], prompt.context.shape[1], kept.num_patches)
-            for prompt in self.share.prompts
+            self.network.model.tokens_for(shape[2], shape[3], call.own.context.shape[1], kept.num_patches)
+            for call in share.calls
         ]
         patch = self.network.config.patch_size
         cuts = patch_rows(-(-shape[2] // patch), kept.num_patches)
         self.rows = [slice(a * patch, min(b * patch, shape[2])) for a, b in cuts]
         self._columns, self._first_rows = shape[3], torch.empty(0)
         self._step = Step(first_step, "displaced", kept=kept)
-        own_rows = self.share.prompts[0].pooled.shape[0]
-        self._calls = range(len(self.share.prompts)) if own_rows else range(0)  # dp can leave a rank without rows
+        own_rows = share.calls[0].own.pooled.shape[0]
+        self._calls = range(len(share.calls)) if own_rows else range(0)  # dp can leave a rank without rows
         width = -(-shape[3] // patch) * patch
         self._shapes = [(own_rows, shape[1], (b - a) * patch, width) for a, b in cuts]
         self._whole = (own_rows, shape[1], cuts[-1][1] * patch, width)
@@ -112,7 +113,7 @@ class Pipeline:
         height = self.rows[patch].stop - self.rows[patch].start
         outputs = [self._due.popleft().wait().float()[:, :, :height, : self._columns] for _ in self._calls]
         none = torch.empty(*self._shapes[patch][:2], height, self._columns, device=self.device)
-        return self.share.gather(outputs or [none for _ in self.share.prompts])
+        return self.share.gather(outputs or [none for _ in self.share.calls])
 
     # -- the others -----------------------------------------------------------------------------------------------
 
@@ -152,10 +153,10 @@ class Pipeline:
             x = torch.empty(self._shapes[patch], dtype=self.dtype, device="meta")
         places = self.network.places(self._whole, tokens)
         attend = Attend(self.network.model.attention, tokens, step)
-        context = self.share.prompts[call].context
+        prepared = self.share.calls[call].own
         timeline = self._step.kept.timeline if self._step.kept is not None else None
         with nullcontext() if timeline is None else timeline.span(patch=patch):
-            return self.network.model.stage(x, context, places, self._vectors[call], attend, arriving)
+            return self.network.model.stage(x, prepared, places, self._vectors[call], attend, arriving)
 
     def _open_step(self) -> None:
         timeline = self._step.kept.timeline if self._step.kept is not None else None
@@ -164,8 +165,8 @@ class Pipeline:
 
     def _vectors_at(self, timestep: Tensor) -> list[Any]:
         times = timesteps_of(timestep, self._shapes[0][0], self.device)
-        pooled = [self.share.prompts[call].pooled for call in self._calls]
-        return [self.network.model.vectors(times, y, self.dtype) for y in pooled]
+        pooled = [self.share.calls[call].own.tensors["pooled"] for call in self._calls]
+        return [self.network.model.vectors(times, y) for y in pooled]
 
     def _start_receive(self, patch: int, call: int) -> Handle:
         tokens, rows = self.tokens[call].of_patch(patch), self._shapes[patch][0]
@@ -173,7 +174,7 @@ class Pipeline:
 
     def _send(self, x: Tensor, to: int, axis: Any) -> None:
         self._sent.append(start_send(x, to, axis))
-        self._wait_for_sent(AHEAD * len(self.rows) * len(self.share.prompts))
+        self._wait_for_sent(AHEAD * len(self.rows) * len(self.share.calls))
 
     def _wait_for_sent(self, but: int) -> None:
         while len(self._sent) > but:

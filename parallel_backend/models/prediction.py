@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from weakref import ref
 
 import torch
@@ -19,11 +20,14 @@ from ..errors import InputError
 from .control_use import ControlUse
 from .families import Kind
 from .network import Network
+from .prepared import PreparedPrompt, PreparedPrompts
 from .residuals import NONE, Residuals
 from .unet import micro_conditioning
 
 # On the device: cond, uncond and what a few others take turns with.
 KEPT_PROMPTS = 8
+# What networks have made of prompts that step by step sampling asks with: SDXL's keys and values are 27 MB a row.
+KEPT_PREPARED = 4
 
 
 @dataclass(frozen=True)
@@ -91,29 +95,50 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Call:
+    """One call of the model: its prompt, and what the model and each ControlNet on it have made of that.
+
+    Nothing is made of a prompt of no rows.
+    """
+
+    prompt: Prompt
+    own: PreparedPrompt
+    controls: tuple[PreparedPrompt, ...]
+
+    def nbytes(self) -> int:
+        """Of what was made."""
+        return sum(prepared.nbytes() for prepared in (self.own, *self.controls))
+
+
+@dataclass(frozen=True)
 class Share:
-    """What of an evaluation with guidance this rank computes: its branches of cfg, its rows of dp.
+    """What of a job's evaluations with guidance this rank computes: its branches of cfg, its rows of dp.
 
     Args:
-        prompts: a call of the model each. Two of equal length are one, for twice the rows.
+        rows: of the whole latent.
+        calls: of each evaluation. Two prompts of equal length are one call, for twice the rows.
         doubled: they are.
     """
 
     mesh: Mesh
     rows: int
     branches: int
-    prompts: list[Prompt]
+    calls: list[Call]
     doubled: bool
 
     @classmethod
-    def of(cls, mesh: Mesh, rows: int, prompts: Sequence[Prompt]) -> Share:
+    def of(cls, mesh: Mesh, rows: int, prompts: Sequence[Prompt], prepare: Callable[[Prompt], Call]) -> Share:
         """Of `rows` latents, each with these prompts (cond, uncond)."""
         whole = own_branches(prompts, mesh.cfg)
         doubled = len(whole) == 2 and whole[0].is_like(whole[1])
         own = [prompt.share(mesh.dp) for prompt in whole]
         if doubled:
             own = [own[0] + own[1]]
-        return cls(mesh, rows, len(prompts), own, doubled)
+        return cls(mesh, rows, len(prompts), [prepare(prompt) for prompt in own], doubled)
+
+    def nbytes(self) -> int:
+        """Of what was made of prompts."""
+        return sum(call.nbytes() for call in self.calls)
 
     def own_rows(self, x: Tensor) -> Tensor:
         """The rows of `x` that each call takes."""
@@ -147,6 +172,7 @@ class Predictor:
     dtype: torch.dtype
     device: torch.device
     kind: Kind
+    prepared: PreparedPrompts = field(init=False, default_factory=lambda: PreparedPrompts(KEPT_PREPARED))
     _prompts: OrderedDict[tuple[object, ...], _Ready] = field(init=False, default_factory=OrderedDict)
 
     @property
@@ -244,9 +270,10 @@ class Predictor:
     def output(self, rows: Rows) -> Tensor:
         """The model's output, fp32, exact; its rows spread over cfg, then dp: for callers that have made one batch of all.
 
-        Comm: the model's, and one all-gather of the output over dp and one over cfg.
+        What is made of a prompt is made once for the same prompt, by identity.
+        Comm: the model's, `Network.prepare`'s, and one all-gather of the output over dp and one over cfg.
         """
-        mesh = self.mesh
+        mesh, context, pooled = self.mesh, rows.prompt.context, rows.prompt.pooled
         # Ranks that hold slices of one model's weights gather them together: all of them have rows, or none has.
         least, more = divmod(rows.x.shape[0], mesh.cfg.degree)
         uneven = mesh.weights.degree > 1 and more > 0 and least < mesh.dp.degree
@@ -255,33 +282,52 @@ class Predictor:
         for axis in axes:
             counts.append(local.x.shape[0])
             local = local.share(axis)
-        out = self._local(local, Step())
+        call = self._prepared(local.prompt, lambda net, make: self.prepared.of(net, context, pooled, make))
+        out = self._local(local, call, Step())
         for axis, count in zip(reversed(axes), reversed(counts), strict=True):
             out = gather_batch(out, count, axis)
         return out
 
-    def outputs(self, x: Tensor, timestep: Tensor, prompts: Sequence[Prompt], step: Step) -> list[Tensor]:
+    def share(self, rows: int, prompts: Sequence[Prompt]) -> Share:
+        """What this rank computes of evaluations of `rows` latents with these prompts (cond, uncond), for a whole job.
+
+        It holds as long as the weights stay. Comm: `Network.prepare`'s.
+        """
+        return Share.of(self.mesh, rows, prompts, lambda prompt: self._prepared(prompt, lambda _, make: make()))
+
+    def _prepared(self, prompt: Prompt, get: Callable[[object, Callable[[], PreparedPrompt]], PreparedPrompt]) -> Call:
+        """`get`: (network, how to make it) -> what that network makes of the prompt."""
+        context, pooled = prompt.context, prompt.pooled
+        if context.shape[0] == 0:
+            nothing = PreparedPrompt(context, pooled, {})
+            return Call(prompt, nothing, tuple(nothing for _ in prompt.controls))
+        own = get(self.network, lambda: self.network.prepare(context, pooled))
+        uses = [(use.network, partial(use.network.prepare_prompt, context, pooled)) for use in prompt.controls]
+        return Call(prompt, own, tuple(get(*use) for use in uses))
+
+    def outputs(self, x: Tensor, timestep: Tensor, share: Share, step: Step) -> list[Tensor]:
         """The model's output for each prompt (cond, uncond), fp32; prompts spread over cfg, the batch over dp.
 
         Args:
+            x: (B, C, Y, X), of as many rows as `share` is of.
             timestep: one for all rows, on the CPU.
         Comm: the model's, and `Share.gather`'s.
         """
-        share = Share.of(self.mesh, x.shape[0], prompts)
         own = share.own_rows(x)
         times = timesteps_of(timestep, own.shape[0], self.device)
-        steps = [replace(step, branch=branch) for branch in range(len(share.prompts))]
-        return share.gather([self._local(Rows(own, times, p), s) for p, s in zip(share.prompts, steps, strict=True)])
+        steps = [replace(step, branch=branch) for branch in range(len(share.calls))]
+        outputs = [self._local(Rows(own, times, c.prompt), c, s) for c, s in zip(share.calls, steps, strict=True)]
+        return share.gather(outputs)
 
-    def _local(self, rows: Rows, step: Step) -> Tensor:
+    def _local(self, rows: Rows, call: Call, step: Step) -> Tensor:
         x, prompt = rows.x, rows.prompt
         if x.shape[0] == 0:  # fewer rows than ranks of dp: all ranks of this share wait together
             return x[:, : self.network.config.channels].float()
         own = self.network.own_residuals(rows.residuals, x.shape[2], x.shape[3])
         added, given = own.each(lambda tensor: tensor.to(self.device, self.dtype)), x.to(self.dtype)
         latent = given[:, : self.network.config.channels]  # what lies beside it is the model's alone
-        for use in prompt.controls:
-            added = added + use.residuals(latent, rows.timesteps, prompt.context, prompt.pooled, step)
+        for use, prepared in zip(prompt.controls, call.controls, strict=True):
+            added = added + use.residuals(latent, rows.timesteps, prepared, step)
         if prompt.concat is not None:
             given = torch.cat([given, prompt.concat], dim=1)
-        return self.network(given, rows.timesteps, prompt.context, prompt.pooled, step, added).float()
+        return self.network(given, rows.timesteps, call.own, step, added).float()

@@ -42,15 +42,12 @@ class Tokens:
     def spread(cls, patches: Sequence[tuple[int, int]], text_tokens: int, mesh: Mesh) -> Tokens:
         """All segments. `patches`: first and one-past-last image token of each."""
         degree, rank = mesh.sp_degree, mesh.sp_rank
-        text = split_sizes(text_tokens, degree)
-        # The rank that gets one image token less gets the odd text token: loads differ by one at most.
-        text.reverse()
-        start = sum(text[:rank])
+        text = _text_counts(text_tokens, mesh)
         images = [split_sizes(stop - first, degree) for first, stop in patches]
         ranges = [split_range(stop - first, degree, rank) for first, stop in patches]
         own = tuple((first + a, first + b) for (first, _), (a, b) in zip(patches, ranges, strict=True))
         segments = (tuple(text), *map(tuple, images))
-        return cls(segments, tuple(range(len(segments))), own, (start, start + text[rank]))
+        return cls(segments, tuple(range(len(segments))), own, own_text(text_tokens, mesh))
 
     def of_patch(self, patch: int) -> Tokens:
         """Those that flow with one patch; the text flows with the first."""
@@ -83,6 +80,18 @@ class Tokens:
         degree = len(self.segments[TEXT])
         parts = gathered_BLX.split([self.segments[s][rank] for rank in range(degree) for s in patches], dim=1)
         return torch.cat([part for i in range(len(patches)) for part in parts[i :: len(patches)]], dim=1)
+
+
+def own_text(text_tokens: int, mesh: Mesh) -> tuple[int, int]:
+    """First and one-past-last text token of this rank."""
+    counts, rank = _text_counts(text_tokens, mesh), mesh.sp_rank
+    start = sum(counts[:rank])
+    return start, start + counts[rank]
+
+
+def _text_counts(text_tokens: int, mesh: Mesh) -> list[int]:
+    """The rank that gets one image token less gets the odd text token: loads differ by one at most."""
+    return split_sizes(text_tokens, mesh.sp_degree)[::-1]
 
 
 class TokenSizes(Protocol):

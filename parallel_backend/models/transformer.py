@@ -20,8 +20,9 @@ from ..distributed.graph_breaks import breaks_graph
 from ..distributed.mesh import Mesh
 from ..distributed.stale import EXACT, Step, TokenKV
 from ..errors import ConfigError
+from .prepared import PreparedPrompt
 from .residuals import NONE, Residuals
-from .tokens import TEXT, Tokens, TokenSizes, patchify, tokens_for
+from .tokens import TEXT, Tokens, TokenSizes, own_text, patchify, tokens_for
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,20 @@ class StagedTransformer(nn.Module):
         """Whether a tensor of the checkpoint belongs to another stage."""
 
     @abstractmethod
-    def vectors(self, timesteps_B: Tensor, y_BA: Tensor, dtype: torch.dtype) -> Any:
-        """What this stage's blocks and output take from the timestep and the pooled prompt."""
+    def embed_text(self, context_BLE: Tensor, first: int, last: int) -> Tensor:
+        """(B, last - first, D): these tokens of the whole prompt. On the first stage."""
 
     @abstractmethod
-    def enter(self, patches_BLP: Tensor, context_BLE: Tensor, text: tuple[int, int], places: Tensor) -> list[Tensor]:
-        """Text and image tokens (B, L, D) from this rank's patches and from its part of the whole prompt."""
+    def embed_pooled(self, y_BA: Tensor) -> Tensor:
+        """(B, D)."""
+
+    @abstractmethod
+    def vectors(self, timesteps_B: Tensor, pooled_BD: Tensor) -> Any:
+        """What this stage's blocks and output take from the timestep and the embedded pooled prompt."""
+
+    @abstractmethod
+    def embed_patches(self, patches_BLP: Tensor, places: Tensor) -> Tensor:
+        """(B, L, D). On the first stage."""
 
     @abstractmethod
     def run_blocks(self, c_BLD: Tensor, x_BLD: Tensor, vectors: Any, places: Tensor, attend: Attend) -> list[Tensor]:
@@ -135,12 +144,18 @@ class StagedTransformer(nn.Module):
         config: TokenSizes = self.config
         return tokens_for(config, self.mesh, height, width, text_tokens, num_patches)
 
+    def prepare(self, context_BLE: Tensor, y_BA: Tensor) -> PreparedPrompt:
+        """`pooled`: (B, D), embedded; on the first stage `text`: (B, L, D), this rank's text tokens."""
+        tensors = {"pooled": self.embed_pooled(y_BA)}
+        if self.is_first:
+            tensors["text"] = self.embed_text(context_BLE, *own_text(context_BLE.shape[1], self.mesh))
+        return PreparedPrompt(context_BLE, y_BA, tensors)
+
     def forward(
         self,
         x_BCYX: Tensor,
         timesteps_B: Tensor,
-        context_BLE: Tensor,
-        y_BA: Tensor,
+        prepared: PreparedPrompt,
         places: Tensor,
         step: Step = EXACT,
         residuals: Residuals = NONE,
@@ -150,8 +165,7 @@ class StagedTransformer(nn.Module):
         Args:
             x_BCYX: full latent, in the model's scale and dtype.
             timesteps_B: 1000 * sigma, fp32.
-            context_BLE: full text tokens.
-            y_BA: pooled prompt.
+            prepared: from `prepare`, of the same rows.
             places: of this rank's image tokens, patch after patch: rows of the position table, or rows and columns.
             residuals: of this rank's image tokens, after each block of the whole model.
         Returns: (B, C, Y, X), whole on every rank.
@@ -159,11 +173,11 @@ class StagedTransformer(nn.Module):
             one broadcast of the output.
         """
         num_patches = step.kept.num_patches if step.kept is not None else 1
-        tokens = self.tokens_for(x_BCYX.shape[2], x_BCYX.shape[3], context_BLE.shape[1], num_patches)
-        vectors = self.vectors(timesteps_B, y_BA, x_BCYX.dtype)
+        tokens = self.tokens_for(x_BCYX.shape[2], x_BCYX.shape[3], prepared.context.shape[1], num_patches)
+        vectors = self.vectors(timesteps_B, prepared.tensors["pooled"])
         arriving = None if self.is_first else self.start_receive(len(x_BCYX), tokens, x_BCYX.dtype, x_BCYX.device)
         attend = Attend(self.attention, tokens, step, residuals=residuals)
-        passed = self.stage(x_BCYX, context_BLE, places, vectors, attend, arriving)
+        passed = self.stage(x_BCYX, prepared, places, vectors, attend, arriving)
         if self.mesh.pp.degree == 1:
             return passed
         if not self.is_last:
@@ -174,7 +188,7 @@ class StagedTransformer(nn.Module):
     def stage(
         self,
         x_BCYX: Tensor,
-        context_BLE: Tensor,
+        prepared: PreparedPrompt,
         places: Tensor,
         vectors: Any,
         attend: Attend,
@@ -190,7 +204,9 @@ class StagedTransformer(nn.Module):
         if arriving is None:
             first = tokens.first_image_token
             patches = tokens.take_image(patchify(x_BCYX, patch), first)
-            c, x = self.enter(patches, context_BLE, tokens.text, places)
+            # With later patches of a pipeline no text flows.
+            c = prepared.tensors["text"][:, : tokens.text[1] - tokens.text[0]]
+            x = self.embed_patches(patches, places)
         else:
             c, x = arriving.wait().split(_lengths(tokens), dim=1)
         c, x = self.run_blocks(c, x, vectors, places, attend)

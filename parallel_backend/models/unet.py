@@ -7,7 +7,7 @@ Shapes: B rows, C latent channels, Y X latent cells, L text tokens, E context wi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from ..config import ContinuousSampling
 from ..distributed.collectives import all_gather, split_sizes
 from ..distributed.mesh import Mesh, MeshAxis
-from ..distributed.patch_layers import Band, CuttingConv2d, join_projections, place_band_layers
+from ..distributed.patch_layers import Band, CachedCrossAttention, CuttingConv2d, join_projections, place_band_layers
 from ..distributed.sliced_weights import SlicedWeights
 from ..distributed.stale import Kept, StaleExchange, Step
 from ..errors import ConfigError
 from ..quantized.weight import QuantizedWeight
+from .prepared import PreparedPrompt
 from .residuals import NONE, Residuals, check_count, check_residual
 
 HEAD_DIM = 64
@@ -131,18 +132,32 @@ class InBands:
         degree, unit = self.mesh.patch.degree, self.config.row_unit
         return self.mesh.patch if height > unit * (degree - 1) and width >= unit else MeshAxis("band")
 
+    def prepare_prompt(self, context_BLE: Tensor, y_BA: Tensor) -> PreparedPrompt:
+        """Keys and values of each attention to the prompt, (B, L, 2 * D) by its slot.
+
+        Comm: where weights are sliced, those that make them.
+        """
+        tensors = {}
+        for layer in self.model.modules():
+            processor = getattr(layer, "processor", None)
+            if isinstance(processor, CachedCrossAttention):
+                with nullcontext() if self.slices is None else self.slices.whole(layer.to_kv):
+                    tensors[processor.slot] = layer.to_kv(context_BLE)
+        return PreparedPrompt(context_BLE, y_BA, tensors)
+
     @contextmanager
-    def cut(self, x_BCYX: Tensor, step: Step) -> Iterator[Band]:
-        """Inside, the model takes a latent of that size in bands, at that step."""
+    def cut(self, x_BCYX: Tensor, prepared: PreparedPrompt, step: Step) -> Iterator[Band]:
+        """Inside, the model takes a latent of that size in bands, with that prompt, at that step."""
         band, (rows, columns) = self.band, x_BCYX.shape[2:]
         band.axis = self._axis_for(rows, columns)
         band.rows, band.columns, band.step = band_rows(rows, band.axis.degree, self.config.row_unit), columns, step
+        band.prompt_kv = prepared.tensors
         if self.slices is not None:
             self.slices.begin()
         try:
             yield band
         finally:
-            band.step = Step()  # what the job keeps must not live on in the model
+            band.step, band.prompt_kv = Step(), {}  # what the job keeps must not live on in the model
 
 
 class BandUNet(InBands):
@@ -166,6 +181,10 @@ class BandUNet(InBands):
     def new_job(self, displaced: bool, num_patches: int = 1) -> Kept:
         """What a job of this model keeps between its evaluations."""
         return Kept(StaleExchange(self.mesh.patch) if displaced and self.mesh.patch.degree > 1 else None)
+
+    def prepare(self, context: Tensor, pooled: Tensor) -> PreparedPrompt:
+        """As `prepare_prompt`. `pooled`: the pooled prompt and the embedded sizes."""
+        return self.prepare_prompt(context, pooled)
 
     def own_residuals(self, whole: Residuals, height: int, width: int) -> Residuals:
         """This rank's bands of residuals that are whole: (B, C, Y, X), Y and X those of their place.
@@ -213,8 +232,7 @@ class BandUNet(InBands):
         self,
         x_BCYX: Tensor,
         timesteps_B: Tensor,
-        context_BLE: Tensor,
-        y_BA: Tensor,
+        prepared: PreparedPrompt,
         step: Step,
         residuals: Residuals = NONE,
     ) -> Tensor:
@@ -222,15 +240,16 @@ class BandUNet(InBands):
 
         Args:
             x_BCYX: full latent, scaled as the model takes it, and its extra channels, in the model's dtype.
-            y_BA: pooled prompt and the embedded sizes.
+            prepared: from `prepare`, of the same rows.
             residuals: of this rank's band, on the device and in the model's dtype.
         Returns: (B, C, Y, X), whole on every rank.
         Comm: as the layers say, and one all-gather of the output.
         """
         self._added, added = residuals, self._handed_on(residuals)
         try:
-            with self.cut(x_BCYX, step) as band:
-                out = self.model(x_BCYX, timesteps_B, context_BLE, class_labels=y_BA, return_dict=False, **added)[0]
+            with self.cut(x_BCYX, prepared, step) as band:
+                given = {"class_labels": prepared.pooled, "return_dict": False, **added}
+                out = self.model(x_BCYX, timesteps_B, prepared.context, **given)[0]
         finally:
             self._added = NONE
         whole = all_gather(out, 2, band.rows, band.axis)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..distributed.mesh import Mesh, MeshAxis
 from ..distributed.stale import Step
 from ..errors import InputError, UnsupportedError
+from .prepared import PreparedPrompt
 from .residuals import Residuals
 from .unet import InBands, UNetConfig, with_joined_projections
 
@@ -151,8 +152,7 @@ class BandControlNet(InBands):
         self,
         x_BCYX: Tensor,
         timesteps_B: Tensor,
-        context_BLE: Tensor,
-        y_BA: Tensor,
+        prepared: PreparedPrompt,
         prepared_BWYX: Tensor,
         step: Step,
         control_types: Sequence[int] = (),
@@ -161,7 +161,7 @@ class BandControlNet(InBands):
 
         Args:
             x_BCYX: full latent, scaled as the model takes it, in the model's dtype.
-            y_BA: pooled prompt and the embedded sizes.
+            prepared: from `prepare_prompt`.
             prepared_BWYX: from `prepare`; of B rows, or of one for all.
             control_types: kinds of this image, for a model that is told them. As in ComfyUI the image is embedded as the first.
         Raises: InputError: a control image of another size than the latent's, or a kind that the model doesn't know; on every
@@ -169,16 +169,16 @@ class BandControlNet(InBands):
         Comm: as the layers say. In displaced steps the UNet's evaluation must follow, which ends that of the stale tensors.
         """
         self.check(prepared_BWYX, control_types, x_BCYX.shape)
-        embedding_BD = self.embed_y(y_BA)
+        embedding_BD = self.embed_y(prepared.pooled)
         if self.types is not None:
             embedding_BD = embedding_BD + self.types.embedded(control_types)
-        with self.cut(x_BCYX, step) as band:
+        with self.cut(x_BCYX, prepared, step) as band:
             start, stop = band.own_rows
             hint_BWYX = prepared_BWYX[:, :, start:stop]
             if self.types is not None and control_types:
                 hint_BWYX = hint_BWYX + self.types.shift(prepared_BWYX, control_types[0])
             output, middle = self.model(
-                x_BCYX, timesteps_B, context_BLE, hint_BWYX, class_labels=embedding_BD, return_dict=False
+                x_BCYX, timesteps_B, prepared.context, hint_BWYX, class_labels=embedding_BD, return_dict=False
             )
         return Residuals(output=list(output), middle=middle)
 

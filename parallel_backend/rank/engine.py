@@ -388,7 +388,9 @@ class Engine:
         predictor: Predictor = self._resident(name, Predictor)
         weights = self.residents[name].weights
         assert weights is not None
-        return predictor, weights.wear(patches, self.patch_files, self._beat)
+        swap = weights.wear(patches, self.patch_files, self._beat)
+        predictor.prepared.at_version(weights.version)
+        return predictor, swap
 
     def _sample(self, body: Sample, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         return run_sample(body, tensors, job, lambda: self._patched(body.model, body.patches), self.control_nets)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ..distributed.stale import Kept, Step
 from ..distributed.traffic import Timeline, with_ranks
 from ..errors import BackendError, ConfigError, UnsupportedError
 from ..models.pipeline import Pipeline
-from ..models.prediction import Predictor, Prompt
+from ..models.prediction import Predictor, Prompt, Share
 from ..rpc.messages import AxisCost, ControlUse, RankCost, Result, Sample, StepDone, Swap
 from ..sampling.driver import StepReport
 from ..sampling.image import sample_latent
@@ -35,10 +36,27 @@ class SampleJob:
     prompts: list[Prompt]
     latent: Tensor
     kept: Kept
-    pipeline: Pipeline | None
     swap: Swap
+    share: Share = field(init=False)
+    pipeline: Pipeline | None = field(init=False, default=None)
     steps: int = field(init=False, default=0)
     sums: list[tuple[int, Tensor]] = field(init=False, default_factory=list)
+
+    def start(self) -> None:
+        """What its evaluations take from the prompts is made.
+
+        Raises: InputError: an image with too few rows for the patches of a pipeline. Comm: `Predictor.share`'s.
+        """
+        spec, shape, kept = self.body.spec, self.latent.shape, self.kept
+        self.share = self.predictor.share(shape[0], self.prompts)
+        first, job = spec.first_displaced, self.job
+        if kept.token_kv is not None and first is not None:
+            make = partial(Pipeline, self.predictor, self.share, shape, kept, first, job.cancelled)
+            self.pipeline = job.control.agreed(make)
+
+    def nbytes(self) -> int:
+        """Of what is kept from evaluation to evaluation."""
+        return self.kept.nbytes() + self.share.nbytes()
 
     def outputs(self, x: Tensor, timestep: Tensor, index: int, sigma: Tensor) -> list[Tensor]:
         """An evaluation that all ranks make together."""
@@ -46,7 +64,7 @@ class SampleJob:
         if timeline is not None:
             timeline.begin(index)
         with nullcontext() if timeline is None else timeline.span():
-            outputs = self.predictor.outputs(x, timestep, self.prompts, step)
+            outputs = self.predictor.outputs(x, timestep, self.share, step)
         self._note(index, outputs)
         return outputs
 
@@ -99,6 +117,7 @@ def run_sample(
         torch.cuda.reset_peak_memory_stats(device)
         held = torch.cuda.memory_allocated(device)
     try:
+        run.start()
         with nullcontext() if kept.timeline is None else kept.timeline:
             out = sample_latent(
                 run.outputs,
@@ -117,7 +136,7 @@ def run_sample(
     except BackendError:
         kept.close()  # all ranks are here together; after any other error they may not be, and waiting could hang
         raise
-    kept_bytes = kept.nbytes()
+    kept_bytes = run.nbytes()
     kept.close()
     if _sigma_count(body, tensors) == 0:
         out = tensors[body.latent].float()
@@ -154,13 +173,10 @@ def _prepare(
         controls = control_nets.uses(p.controls, tensors, predictor, latent, known, is_patched=bool(body.patches.files))
         prompts.append(replace(prompt_of_rows, concat=concat, controls=controls))
     kept = _kept(predictor, spec, _sigma_count(body, tensors) - 1, latent.shape[2], has_controls=bool(known))
-    pipeline = None
-    if kept.token_kv is not None and spec.first_displaced is not None:
-        pipeline = Pipeline(predictor, prompts, latent.shape, kept, spec.first_displaced, job.cancelled)
     latent = latent.to(predictor.device)
     if torch.count_nonzero(latent) > 0:
         latent = predictor.kind.to_model(latent)
-    return SampleJob(body, job, predictor, prompts, latent, kept, pipeline, swap)
+    return SampleJob(body, job, predictor, prompts, latent, kept, swap)
 
 
 def _sigma_count(body: Sample, tensors: list[Tensor]) -> int:

@@ -18,7 +18,7 @@ from parallel_backend.models.families import FROM_SCRATCH, SD3, SDXL
 from parallel_backend.models.from_scratch import FromScratch, FromScratchConfig, GridPositions
 from parallel_backend.models.mmdit import MMDiT, MMDiTConfig
 from parallel_backend.models.network import TokenNetwork
-from parallel_backend.models.prediction import Predictor, Prompt
+from parallel_backend.models.prediction import Predictor, Prompt, Share
 from parallel_backend.models.unet import BandUNet, UNetConfig, band_rows, loadable_unet
 from parallel_backend.models.vae import BandVAE
 from parallel_backend.quantized.forms import GGUF, ScaledFP8
@@ -156,9 +156,13 @@ class Evaluations:
     def shape(self) -> tuple[int, int, int, int]:
         return self.rows, self.predictor.network.config.channels, *(side // 8 for side in self.pixels)  # type: ignore[return-value]
 
-    def next(self, phase: Phase = "sync", prompts: list[Prompt] | None = None) -> list[Tensor]:
+    def share(self) -> Share:
+        """Of a job with prompts of its own."""
+        return self.predictor.share(self.rows, self.prompts)
+
+    def next(self, phase: Phase = "sync", share: Share | None = None) -> list[Tensor]:
         step = Step(0, phase, kept=self.kept)
-        return self.predictor.outputs(on_cuda(*self.shape), torch.tensor(500.0), prompts or self.prompts, step)
+        return self.predictor.outputs(on_cuda(*self.shape), torch.tensor(500.0), share or self.share(), step)
 
 
 def kl_vae(dtype: torch.dtype, layers: int = 2) -> BandVAE:

@@ -115,8 +115,9 @@ def _compare(
     def row(what: str, call: Callable[[], object], differs: float | None) -> None:
         report.row(f"{name}, {what}", timed(call, device, sizes.warm_up, sizes.repeats).whole, differs)
 
-    expected = torch.cat(ours.outputs(x, timestep, prompts, EXACT)[::-1])
-    row("ours, an evaluation", lambda: ours.outputs(x, timestep, prompts, EXACT), None)
+    share = ours.share(len(x), prompts)
+    expected = torch.cat(ours.outputs(x, timestep, share, EXACT)[::-1])
+    row("ours, an evaluation", lambda: ours.outputs(x, timestep, share, EXACT), None)
     twice = torch.cat([x, x])
     for who, model in theirs.items():
         call = partial(model, twice, timestep.to(device))
@@ -125,7 +126,7 @@ def _compare(
     def our_run(steps: int) -> None:
         spec = SamplerSpec(steps=steps, cfg_scale=CFG, scheduler="normal")
         sample_latent(
-            lambda x, t, *_: ours.outputs(x, t, prompts, EXACT), spec, parameterization, latent=torch.zeros_like(x)
+            lambda x, t, *_: ours.outputs(x, t, share, EXACT), spec, parameterization, latent=torch.zeros_like(x)
         )
 
     report.row(f"{name}, ours, a step", _step(our_run, device), None)
@@ -177,11 +178,11 @@ def _comfyui(report: Report, options: Options, sizes: Sizes, device: torch.devic
     dtype = getattr(torch, said["dtype"])
     network = local_network(path, build_mesh(MeshSpec()), device, dtype)
     ours = Predictor(network, build_mesh(MeshSpec()), dtype, device, SD3)
-    on_device = [Prompt(p.context.to(device, dtype), p.pooled.to(device, dtype)) for p in prompts]
+    share = ours.share(1, [Prompt(p.context.to(device, dtype), p.pooled.to(device, dtype)) for p in prompts])
 
     def our_run(steps: int) -> Tensor:
         spec = SamplerSpec(steps=steps, cfg_scale=CFG, seed=1, shift=SHIFT)
-        outputs = lambda x, t, *_: ours.outputs(x, t, on_device, EXACT)  # noqa: E731
+        outputs = lambda x, t, *_: ours.outputs(x, t, share, EXACT)  # noqa: E731
         out = sample_latent(outputs, spec, Flow(SHIFT), latent=latent.to(device))
         return out / SD3.scale + SD3.shift
 

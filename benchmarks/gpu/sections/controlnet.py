@@ -59,12 +59,13 @@ def evaluations(
     x = torch.randn(1, sizes.unet.channels, sizes.cells, sizes.cells, device=device)
     both = plain[0] + plain[1]
     twice, times = torch.cat([x, x]), torch.full((2,), 500.0, device=device)
-    given = twice.to(dtype), times, both.context, both.pooled
-    found = control(*given, prepared, EXACT).each(Tensor.cpu)
+    given = twice.to(dtype), times, control.prepare_prompt(both.context, both.pooled), prepared
+    found = control(*given, EXACT).each(Tensor.cpu)
+    plain_share, used_share = (predictor.share(1, prompts) for prompts in (plain, used))
     rows = Rows(twice, times, both, Residuals(middle=found.middle, output=found.output))
     return {
-        "without": lambda: predictor.outputs(x, torch.tensor(500), plain, EXACT),
-        "ControlNet in the ranks": lambda: predictor.outputs(x, torch.tensor(500), used, EXACT),
-        "ControlNet alone": lambda: control(*given, prepared, EXACT),
+        "without": lambda: predictor.outputs(x, torch.tensor(500), plain_share, EXACT),
+        "ControlNet in the ranks": lambda: predictor.outputs(x, torch.tensor(500), used_share, EXACT),
+        "ControlNet alone": lambda: control(*given, EXACT),
         "residuals from the CPU": lambda: predictor.output(rows),
     }

@@ -70,8 +70,8 @@ def evaluation(sizes: Sizes, predictor: Predictor, prompts: int = 2) -> Callable
     """A step's model call with guidance: two rows."""
     x = torch.randn(1, sizes.mmdit.channels, sizes.cells, sizes.cells, device=predictor.device)
     timestep = torch.tensor(500.0)
-    given = sd3_prompts(sizes.text, predictor.device, predictor.dtype, prompts)
-    return lambda: predictor.outputs(x, timestep, given, EXACT)
+    share = predictor.share(1, sd3_prompts(sizes.text, predictor.device, predictor.dtype, prompts))
+    return lambda: predictor.outputs(x, timestep, share, EXACT)
 
 
 def _steps(report: Report, sizes: Sizes, predictors: list[Predictor], compiled: bool) -> None:
@@ -122,7 +122,8 @@ def _waits(report: Report, sizes: Sizes, predictor: Predictor) -> None:
 def _sampled(sizes: Sizes, predictor: Predictor, prompts: list[Prompt], sampler: str) -> Tensor:
     latent = torch.zeros(1, sizes.mmdit.channels, sizes.cells, sizes.cells, device=predictor.device)
     spec = SamplerSpec(sampler=sampler, steps=STEPS)
-    return sample_latent(lambda x, t, *_: predictor.outputs(x, t, prompts, EXACT), spec, Flow(), latent=latent)
+    share = predictor.share(1, prompts)
+    return sample_latent(lambda x, t, *_: predictor.outputs(x, t, share, EXACT), spec, Flow(), latent=latent)
 
 
 def _busy(report: Report, sizes: Sizes, predictor: Predictor, how: str) -> None:

@@ -60,8 +60,8 @@ def evaluation(sizes: Sizes, predictor: Predictor, rows: int) -> Callable[[], li
     """An evaluation without guidance, or with it: two rows."""
     x = torch.randn(1, sizes.unet.channels, sizes.cells, sizes.cells, device=predictor.device)
     timestep = torch.tensor(500)
-    prompts = sdxl_prompts(sizes.unet, predictor.device, predictor.dtype, rows)
-    return lambda: predictor.outputs(x, timestep, prompts, EXACT)
+    share = predictor.share(1, sdxl_prompts(sizes.unet, predictor.device, predictor.dtype, rows))
+    return lambda: predictor.outputs(x, timestep, share, EXACT)
 
 
 def band_evaluations(sizes: Sizes, device: torch.device, tensors: Tensors) -> dict[str, Callable[[], Tensor]]:
@@ -77,7 +77,7 @@ def band_evaluations(sizes: Sizes, device: torch.device, tensors: Tensors) -> di
     network = unet_predictor(tensors, sizes.unet, device, dtype, mesh=build_mesh(MeshSpec(patch=BANDS))).network
     (prompt,) = sdxl_prompts(sizes.unet, device, dtype, 1)
     x = torch.randn(1, sizes.unet.channels, sizes.cells, sizes.cells, device=device, dtype=dtype)
-    given = x, torch.full((1,), 500.0, device=device), prompt.context, prompt.pooled
+    given = x, torch.full((1,), 500.0, device=device), network.prepare(prompt.context, prompt.pooled)
     kept = network.new_job(displaced=True)
     network(*given, Step(0, "sync", kept=kept))  # displaced steps go on from one
     return {
