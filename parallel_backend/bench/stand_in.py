@@ -147,11 +147,11 @@ def graph_seconds(subject: Subject, predictor: Predictor, run: Run) -> float:
         raise ConfigError("PipeFusion's stages are no CUDA graph.", "Leave graphs out, or displaced.")
     latent, prompts = _inputs(subject, predictor, run)
     x, displaced = latent.to(predictor.device), run.warmup is not None
-    ready = [predictor.prompt(*prompt, 1) for prompt in prompts]
+    share = predictor.share(1, [predictor.prompt(*prompt, 1) for prompt in prompts])
     kept = predictor.network.new_job(displaced)
-    predictor.outputs(x, torch.tensor(500.0), ready, Step(0, "sync", kept=kept))
+    predictor.outputs(x, torch.tensor(500.0), share, Step(0, "sync", kept=kept))
     step = Step(1, "displaced" if displaced else "sync", kept=kept)
-    graph, _ = captured(lambda: predictor.outputs(x, torch.tensor(500.0), ready, step))
+    graph, _ = captured(lambda: predictor.outputs(x, torch.tensor(500.0), share, step))
     return timed(graph.replay, predictor.device, 2, 5).whole / 1000
 
 
