@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import torch
 from rank_pool import RankPool
 
 from parallel_backend.__main__ import main
+from parallel_backend.bench import predict
 from parallel_backend.bench.links import LOOPBACK, STATED, Link, Speed, from_times, rounds, stated
-from parallel_backend.bench.players import roles, takes_turns
+from parallel_backend.bench.players import Play, roles, takes_turns
 from parallel_backend.bench.predict import Asked, candidates
 from parallel_backend.bench.predict_check import Compared
 from parallel_backend.bench.prediction_table import Predicted, fastest, median_of, predicted, table
@@ -25,6 +27,7 @@ from parallel_backend.distributed.journal import Entry
 from parallel_backend.distributed.links import MEASURED_ELEMENTS, measure_links
 from parallel_backend.distributed.mesh import build_mesh
 from parallel_backend.errors import ConfigError
+from parallel_backend.mesh_choice.tables import read
 from parallel_backend.models.families import open_model
 
 # 13 x 9 latent cells: neither they nor the 77 and 154 tokens of prompts divide by 2 and 3.
@@ -354,35 +357,47 @@ def test_what_can_t_be_predicted_is_refused_by_its_value(bad: dict[str, object],
         asked(**bad)
 
 
+def test_meshes_that_the_model_can_t_have_are_left_out_by_name(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def play_planted(run: Run) -> list[Played]:
+        if run.mesh.tp > 1:
+            raise ConfigError("tp is too much.", "Use less.")
+        steps = [step(seconds / run.mesh.world_size) for seconds in (9.0, 2.0, 4.0, 6.0)]
+        return [Played(steps)] * run.mesh.world_size
+
+    @contextmanager
+    def planted(asked: Asked) -> Iterator[tuple[Play, Sequence[str], str]]:
+        yield play_planted, MMDIT_AXES, "planted"
+
+    monkeypatch.setattr(predict, "player", planted)
+    rows = predict.run_predict(asked(gpus=[1, 2]), "loopback")
+    assert [(row.name, row.step) for row in rows] == [
+        ("one rank", 4.0),
+        *((f"{a}=2", 2.0) for a in ("cfg", "pp", "ring", "ulysses")),
+    ]
+    assert "tp=2 is left out: tp is too much." in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="tp is too much"):
+        predict.run_predict(asked(meshes=[MeshSpec(tp=2)]), "loopback")
+
+
 def test_the_command_prints_a_row_for_each_mesh(
     models: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     path, file = models / "diffusion_models" / "sd3-medium.safetensors", tmp_path / "tables.json"
-    command = [
-        "bench",
-        "predict",
-        "--model",
-        str(path),
-        "--size",
-        "64",
-        "--gpus",
-        "1",
-        "2",
-        "--link",
-        "100gbe",
-        "--displaced",
-    ]
-    assert main([*command, "--rounds", "1", "--write-defaults", str(file)]) == 0
+    command = ["bench", "predict", "--model", str(path), "--size", "64", "--link"]
+    asked = [*command, "100gbe", "--mesh", "ring=2", "--displaced", "--rounds", "1", "--write-defaults", str(file)]
+    assert main(asked) == 0
     lines = capsys.readouterr().out.splitlines()
     meshes = [
         line.split("|")[2].replace("**fastest**", "").strip() for line in lines if line.startswith(("| 1", "| 2"))
     ]
-    exact = ["one rank", "cfg=2", "pp=2", "pp=2, displaced", "ring=2", "ring=2, displaced", "ulysses=2", "tp=2"]
-    assert meshes == exact
-    assert lines[-1].startswith("fastest of 2: ") and '"device": "cpu"' in file.read_text()
-    assert main(["bench", "predict", "--model", str(path), "--size", "64", "--link", "token ring"]) == 1
-    assert (
-        main(["bench", "predict", "--model", str(path), "--size", "64", "--mesh", "ulysses=8", "--link", LOOPBACK]) == 1
-    )
+    assert meshes == ["one rank", "ring=2", "ring=2, displaced"]
+    assert lines[-1].startswith("fastest of 2: ring=2")
+    (written,) = read(file)
+    assert (written.device, written.kind, written.size) == ("cpu", "mmdit", 64)
+    assert [row.degrees for row in written.rows] == [{}, {"ring": 2}]
+    assert main([*command, "token ring"]) == 1
+    assert main([*command, LOOPBACK, "--mesh", "ulysses=8"]) == 1
     said = capsys.readouterr().err
     assert "Link 'token ring' is not known" in said and "ulysses=8 spreads 4 heads too thin" in said

@@ -97,9 +97,17 @@ def run_predict(asked: Asked, link: str, rounds: int = 1, defaults: Path | None 
     choose(link, NAMES, "Link")
     between = measured(asked.device) if link == MEASURED else stated(link)
     with player(asked) as (play, axes, name):
-        runs = asked.runs(axes)
-        found = [[predicted(run, play(run), between) for run in runs] for _ in range(rounds)]
-    rows = [median_of(of_mesh) for of_mesh in zip(*found, strict=True)]
+        found: dict[Run, list[Predicted]] = {run: [] for run in asked.runs(axes)}
+        for _ in range(rounds):
+            for run in list(found):
+                try:
+                    found[run].append(predicted(run, play(run), between))
+                except ConfigError as error:
+                    if run.mesh in asked.meshes:
+                        raise
+                    del found[run]
+                    print(f"{run.mesh.describe()} is left out: {error.message}")
+    rows = [median_of(of_mesh) for of_mesh in found.values()]
     place = torch.cuda.get_device_name() if asked.device == "cuda" else "CPU, a core a rank"
     graphs = ", as CUDA graphs" if asked.graphs else ""
     title = f"Predicted: {name}, {asked.size} x {asked.size} pixels, guidance, {asked.dtype}{graphs}; {place}; link {between.name}"
