@@ -358,7 +358,7 @@ def test_what_can_t_be_predicted_is_refused_by_its_value(bad: dict[str, object],
 
 
 def test_meshes_that_the_model_can_t_have_are_left_out_by_name(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def play_planted(run: Run) -> list[Played]:
         if run.mesh.tp > 1:
@@ -377,6 +377,9 @@ def test_meshes_that_the_model_can_t_have_are_left_out_by_name(
         *((f"{a}=2", 2.0) for a in ("cfg", "pp", "ring", "ulysses")),
     ]
     assert "tp=2 is left out: tp is too much." in capsys.readouterr().out
+    predict.run_predict(asked(gpus=[1, 2]), "loopback", defaults=tmp_path / "tables.json")
+    (written,) = read(tmp_path / "tables.json")
+    assert [(row.degrees, row.step) for row in written.rows] == [({}, 4.0), ({"cfg": 2}, 2.0)]
     with pytest.raises(ConfigError, match="tp is too much"):
         predict.run_predict(asked(meshes=[MeshSpec(tp=2)]), "loopback")
 
@@ -396,7 +399,7 @@ def test_the_command_prints_a_row_for_each_mesh(
     assert lines[-1].startswith("fastest of 2: ring=2")
     (written,) = read(file)
     assert (written.device, written.kind, written.size) == ("cpu", "mmdit", 64)
-    assert [row.degrees for row in written.rows] == [{}, {"ring": 2}]
+    assert [row.degrees for row in written.rows] == [{}]  # a ring is nobody's default
     assert main([*command, "token ring"]) == 1
     assert main([*command, LOOPBACK, "--mesh", "ulysses=8"]) == 1
     said = capsys.readouterr().err

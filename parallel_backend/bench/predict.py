@@ -17,7 +17,7 @@ import torch
 
 from ..client.cards import choose_ranks, seen
 from ..client.links import measure_links
-from ..config import DTYPES, MMDIT_AXES, UNET_AXES, BackendSpec, MeshSpec, choose
+from ..config import DTYPES, MMDIT_AXES, MMDIT_REST, UNET_AXES, UNET_REST, BackendSpec, MeshSpec, choose
 from ..errors import ConfigError
 from ..mesh_choice.tables import Row, Table, write
 from ..models.families import open_model
@@ -121,7 +121,10 @@ def run_predict(asked: Asked, link: str, rounds: int = 1, defaults: Path | None 
 
 
 def _defaults(asked: Asked, rows: Sequence[Predicted], basis: str, kind: str) -> Table:
-    best = fastest(row for row in rows if not row.displaced)
+    """Of exact meshes of cfg and the axis that open ranks go to: the others are for who knows why, as weights that don't fit."""
+    rest = UNET_REST if kind == "unet" else MMDIT_REST
+    usual = [row for row in rows if row.mesh.world_size == row.mesh.cfg * getattr(row.mesh, rest)]
+    best = fastest(row for row in usual if not row.displaced)
     degrees = {count: {axis: n for axis, n in best[count].mesh.degrees.items() if n > 1} for count in sorted(best)}
     ordered = [Row(degrees[count], round(best[count].step, 5)) for count in degrees]
     layout = asked.layout if asked.model is None else asked.model.name
