@@ -19,6 +19,7 @@ from ..client.cards import choose_ranks, seen
 from ..client.links import measure_links
 from ..config import DTYPES, MMDIT_AXES, MMDIT_REST, UNET_AXES, UNET_REST, BackendSpec, MeshSpec, choose
 from ..errors import ConfigError
+from ..mesh_choice.choice import WORTH
 from ..mesh_choice.tables import Row, Table, write
 from ..models.families import open_model
 from ..small_checkpoints.mmdit import small_config, write_mmdit
@@ -123,8 +124,11 @@ def run_predict(asked: Asked, link: str, rounds: int = 1, defaults: Path | None 
 def _defaults(asked: Asked, rows: Sequence[Predicted], basis: str, kind: str) -> Table:
     """Of exact meshes of cfg and the axis that open ranks go to: the others are for who knows why, as weights that don't fit."""
     rest = UNET_REST if kind == "unet" else MMDIT_REST
-    usual = [row for row in rows if row.mesh.world_size == row.mesh.cfg * getattr(row.mesh, rest)]
-    best = fastest(row for row in usual if not row.displaced)
+    usual = [r for r in rows if not r.displaced and r.mesh.world_size == r.mesh.cfg * getattr(r.mesh, rest)]
+    quickest = fastest(usual)
+    # In the order of candidates, in which cfg, which sends least, comes first.
+    near = [row for row in usual if row.step <= WORTH * quickest[row.mesh.world_size].step]
+    best = {row.mesh.world_size: row for row in reversed(near)}
     degrees = {count: {axis: n for axis, n in best[count].mesh.degrees.items() if n > 1} for count in sorted(best)}
     ordered = [Row(degrees[count], round(best[count].step, 5)) for count in degrees]
     layout = asked.layout if asked.model is None else asked.model.name
