@@ -24,7 +24,8 @@ from benchmarks.gpu.options import ROOT, Options
 from benchmarks.gpu.report import NO_GPU, Report, Told, shown, summary
 from benchmarks.gpu.runner import Section, run_all
 from benchmarks.gpu.sections import beside, graphs, host, loading, memory, quantised, ranks, sd35, sdxl
-from benchmarks.gpu.timing import covered, profile, synchronizations
+from benchmarks.gpu.timing import synchronizations
+from parallel_backend.bench.device_time import covered, profile
 
 pytestmark = pytest.mark.busy
 

@@ -184,7 +184,7 @@ class Pipeline:
             self._send(torch.tensor([stop], dtype=torch.uint8), self.mesh.pp.rank + 1, self.mesh.pp)
 
     def _hear(self) -> bool:
-        stop = bool(start_receive(torch.empty(1, dtype=torch.uint8), self.mesh.pp.rank - 1, self.mesh.pp).wait())
+        stop = bool(start_receive(torch.zeros(1, dtype=torch.uint8), self.mesh.pp.rank - 1, self.mesh.pp).wait())
         self._say(stop)
         return stop
 

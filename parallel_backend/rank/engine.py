@@ -23,6 +23,7 @@ from ..errors import BackendError, InputError, ProtocolError, UnknownModelError
 from ..extras.weights import PatchedWeights, PatchFiles
 from ..fused.all import FUSED
 from ..fused.operation import note_of
+from ..mesh_choice.choice import default_mesh
 from ..models.checkpoint import HeldWeight, TensorSource, bytes_held, is_quantised, load_parameters
 from ..models.compiled import check_compiler, compile_blocks, refuse_quantised, refuse_tensor_parallel
 from ..models.families import OpenedModel, open_model
@@ -206,7 +207,7 @@ class Engine:
 
         if spec is None:
             opened = job.control.agreed(find)
-            spec = MeshSpec.exact_default(job.control.world_size, opened.kind.rest)
+            spec = default_mesh(job.control.world_size, opened.kind.name, self.device.type).mesh
         name = f"{body.held_as}{spec.describe()}/{'-'.join(spec.order)}{COMPILED * body.compile}"
         if name in self.residents and body.kind in ("any", self._resident(name, Predictor).kind.name):
             return self._loaded(name, _Sizes(0, 0), [], start, job), []

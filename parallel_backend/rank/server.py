@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..config import DEFAULT_IDLE_SECONDS
+from ..distributed.links import measure_links
 from ..errors import BackendError, BackendLostError, CancelledError, OutOfMemoryError, RankError, StartError
 from ..rpc import runtime_dir as files
 from ..rpc.keys import Keys
@@ -294,6 +295,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--keys", type=Path)
     parser.add_argument("--metrics-port", type=int, default=0)
     parser.add_argument("--only-meet", action="store_true", help="end once every rank has heard every other")
+    parser.add_argument(
+        "--measure-links", type=Path, help="time messages of each kind first; rank 0 writes them to this file"
+    )
     return parser.parse_args(argv)
 
 
@@ -316,12 +320,21 @@ def main(argv: Sequence[str]) -> None:
     gc.freeze()
     rank = Rank(args)
     try:
+        if args.measure_links is not None:
+            write_links(rank, args.measure_links)
         if not args.only_meet:
             rank.serve()
     except Exception as error:  # noqa: BLE001 - the ranks are out of step: end this one, torchrun starts all anew
         rank.fail(error)
         os._exit(1)
     _leave(on_gpu=rank.device.type == "cuda")
+
+
+def write_links(rank: Rank, file: Path) -> None:
+    """Comm: `measure_links`'."""
+    times = measure_links(rank.device)
+    if rank.control.rank == 0:
+        file.write_text(json.dumps(times))
 
 
 def _leave(on_gpu: bool) -> NoReturn:

@@ -30,7 +30,7 @@ class Hello(Message, frozen=True):
 class LoadModel(Message, frozen=True):
     """Hold the model at `path`, which must be of that kind; a no-op where it is resident already with these settings.
 
-    Without a mesh the backend takes an exact one that suits the family: see MeshSpec.exact_default.
+    Without a mesh the backend takes an exact one that suits the family: see mesh_choice.
 
     Args:
         dtype: to compute in. weights: of WEIGHTS, what weights are held in; empty: as the file has them quantised, or in dtype.

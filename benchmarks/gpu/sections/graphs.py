@@ -8,11 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from parallel_backend.bench.device_time import Call, captured, timed
+
 from ..attention_kernels import tried
 from ..options import Options
 from ..report import NO_GPU, Report, Value
 from ..sizes import Sizes, dtype_name, sizes_of
-from ..timing import Call, captured, timed
 from ..weights import Tensors, mmdit_predictor, mmdit_tensors, relative_error, unet_predictor, unet_tensors
 from . import sd35, sdxl
 
