@@ -162,5 +162,8 @@ def one_process_of_a_ring(path: Path, latent: Tensor, warmup: int, ring: int, ul
 
 
 class _NoExchange:
+    def of(self, branch: object) -> _NoExchange:
+        return self
+
     def end_evaluation(self) -> None:
         """Nothing is under way."""
