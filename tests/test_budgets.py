@@ -77,11 +77,11 @@ def vae_peak(dtype: torch.dtype, world_size: int, pixels: int = 2048, *, encode:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_two_bands_of_a_vae_take_little_more_than_half_of_one(dtype: torch.dtype) -> None:
+def test_two_bands_of_a_vae_take_half_of_one(dtype: torch.dtype) -> None:
     alone = vae_peak(dtype, 1)
-    assert vae_peak(dtype, 2) <= 0.6 * alone
+    assert vae_peak(dtype, 2) <= 0.51 * alone
     if dtype is torch.bfloat16:
-        assert vae_peak(dtype, 2, encode=True) <= 0.6 * vae_peak(dtype, 1, encode=True)
+        assert vae_peak(dtype, 2, encode=True) <= 0.51 * vae_peak(dtype, 1, encode=True)
         for world_size in (1, 4):
             peak = alone if world_size == 1 else vae_peak(dtype, world_size)
             assert peak <= DECODES[world_size] * GIB, f"{peak / GIB:.3f} GiB on {world_size} ranks"

@@ -13,7 +13,6 @@ from unittest import mock
 import msgspec
 import pytest
 import torch
-from nccl_order.rules import faults
 from nccl_order.trace import Call
 from torch import Tensor
 
@@ -21,7 +20,6 @@ from parallel_backend import MeshSpec
 from parallel_backend.config import MMDIT_AXES, UNET_AXES
 from parallel_backend.distributed import collectives, mesh, warm_up
 from parallel_backend.distributed.mesh import Mesh, MeshAxis, build_mesh
-from parallel_backend.distributed.stale import ALIGNED, _Bucket
 from parallel_backend.rank import world
 
 WORLD = 8
@@ -138,53 +136,15 @@ def test_communicators_are_made_lazily_and_tensors_on_the_cpu_go_by_gloo(device:
     assert begun.call_args.args == (backend,) and "device_id" not in begun.call_args.kwargs
 
 
-# -- messages to neighbours -----------------------------------------------------------------------------------------
+# -- messages -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("degree", [2, 3, 5])
-@pytest.mark.parametrize(("above", "below"), [(1, 1), (1, 0), (0, 1), (2, 1)])
-def test_every_rank_has_a_part_in_an_exchange_with_neighbours(degree: int, above: int, below: int) -> None:
-    """As NCCL wants it of a group's first batch; parts of no size are left out on both sides."""
-    traces = []
-    for rank in range(degree):
-        with as_one_rank(rank, degree) as seen:
-            axis = MeshAxis("patch", degree, rank, seen.group.WORLD)  # type: ignore[arg-type]
-            collectives.exchange_halo(torch.zeros(1, 2, 4 + rank, 3), above, below, axis)
-        (call,) = seen.calls
-        assert all(nbytes > 0 for _, nbytes in call.sends + call.receives)
-        traces.append([call])
-    assert faults(traces) == []
-
-
-@pytest.mark.parametrize("kept", ["start_all_gather", "start_neighbour_exchange"])
-def test_what_is_sent_lives_until_it_is_waited_for(kept: str) -> None:
+def test_what_is_sent_lives_until_it_is_waited_for() -> None:
     x = torch.zeros(6, 4).t()  # what is sent is a copy of it, which nobody else has
     with as_one_rank(0, 2) as seen, mock.patch.object(collectives, "_all_gather_flat") as gathering:
         axis = MeshAxis("patch", 2, 0, seen.group.WORLD)  # type: ignore[arg-type]
-        if kept == "start_all_gather":
-            handle = collectives.start_all_gather(x, axis)
-            assert gathering.call_args.args[1] is handle.keep[0]
-        else:
-            handle = collectives.start_neighbour_exchange(x, x, (24, 24), axis)
-            handle.works = [mock.Mock()]
+        handle = collectives.start_all_gather(x, axis)
+        assert gathering.call_args.args[1] is handle.keep[0]
         assert len(handle.keep) == 1 and torch.equal(handle.keep[0], x)
         handle.wait()
     assert handle.keep == () and handle.works == ()
-
-
-# -- buckets --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_tensors_in_a_bucket_of_bytes_start_where_any_type_may(dtype: torch.dtype) -> None:
-    """Of odd sizes, for three ranks; and what neighbours send."""
-    axis = MeshAxis("patch", 3, 1)
-    bucket, sizes = _Bucket(axis), [(1, 3, 7), (5,), (2, 9), (1,)]
-    for number, shape in enumerate(sizes):
-        shapes = [(n + rank, *shape[1:]) for rank in range(3) for n in shape[:1]]
-        shared = bucket.share(torch.zeros(shapes[1], dtype=dtype), shapes)
-        faced = bucket.face(torch.zeros(3 + number, dtype=dtype), torch.zeros(5, dtype=dtype), (number + 1, 7))
-        starts = [start for start, _ in shared.places] + list(faced.starts)
-        assert all(start % ALIGNED == 0 for start in starts)
-    assert sum(x.numel() for x in bucket.to_all) == bucket.used[1]
-    assert ALIGNED % 16 == 0 and all(used % ALIGNED == 0 for used in (*bucket.used, *bucket.arriving))

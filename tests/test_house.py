@@ -38,7 +38,7 @@ ALLOWED = {
     "extras": {"models", "quantized", "distributed", "checkpoint_files", "rpc", "errors"},
     "serving": {"rpc", "errors", "version"},
     "rank": {
-        *("extras", "serving", "sampling", "models", "distributed"),
+        *("extras", "serving", "sampling", "models", "distributed", "fused"),
         *("rpc", "checkpoint_files", "config", "errors", "version"),
     },
     "small_checkpoints": {"models", "distributed.mesh", "checkpoint_files", "config"},

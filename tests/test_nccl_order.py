@@ -205,7 +205,6 @@ def every_kind_of_call() -> Trace:
         collectives.start_all_reduce(x, axis).wait()
         collectives.first_says(True, axis)
         collectives.all_to_all([x, x[:1]], [(4,), (4,)] if up else [(1,), (1,)], axis)
-        collectives.start_neighbour_exchange(x, x[:2], (2, 4), axis).wait()
         handle = collectives.start_send(x, other, axis) if up else collectives.start_receive(x, other, axis)
         handle.wait()
         collectives.gather_to_first(x, 0, [4, 4], axis)
@@ -219,12 +218,11 @@ def test_calls_are_written_down_with_their_sizes_and_waits(ranks: RankPool) -> N
         "all_reduce 16 B on [0, 1]",
         "broadcast 1 B of rank 0 on [0, 1] by gloo",
         "all_to_all 16 B to 0, 4 B to 1, 16 B from 0, 16 B from 1 on [0, 1]",
-        "batch 8 B to 1, 16 B from 1 on [0, 1]",
         "send 16 B to 1 on [0, 1]",
         "gather 16 B of rank 0 on [0, 1]",
     ]
     own_stream = [call.on_own_stream for _, call in calls(traces[0])]
-    assert own_stream == [True, False, False, True, True, False]
+    assert own_stream == [True, False, False, True, False]
     waits = [entry.of for entry in traces[1] if isinstance(entry, Wait)]
     assert sorted(set(waits)) == [number for number, _ in calls(traces[1])] and waits == sorted(waits)
     assert faults(traces) == []

@@ -35,7 +35,7 @@ NO_MEMORY = "CUDA out of memory. Tried to allocate 2.00 MiB."
 PLACES = {
     "first convolution": (BandConv2d, "forward", 1),
     "after its exchange": (BandConv2d, "of_rows", 4),
-    "before a norm's": (BandGroupNorm, "by_kernel", 2),
+    "before a norm's": (BandGroupNorm, "on_cpu", 2),
     "attention": (BandImageAttention, "forward", 1),
     "of the second image": (BandConv2d, "of_rows", 30),
 }

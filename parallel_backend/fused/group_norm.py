@@ -110,7 +110,7 @@ MESSAGE = Fused(
 
 
 def _message_trial(device: torch.device) -> Sequence[Any]:
-    x = _some(device, 2, 64, 4, 6)
+    x = _some(device, 2, 64, 4, 6, dtype=torch.float32)  # as fp32 is all of a message then
     parts = _some(device, 3, 2, 2, 32, dtype=torch.float32).abs()
     shares = torch.tensor([0.5, 0.25, 0.25], device=device)
     return [parts, shares, x, 1, 1, x.new_empty(message_size(x, 32, 1, 1))]

@@ -7,13 +7,12 @@ As an operation it is one launch to whoever counts, compiles or captures.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 log = logging.getLogger("parallel_backend")
 
@@ -38,7 +37,8 @@ class Fused:
     ) -> None:
         """
         Args:
-            schema: of its arguments and results, as torch writes an operation's: "(Tensor x, float eps) -> Tensor".
+            schema: of its arguments and results, as torch writes an operation's: "(Tensor x, float eps) -> Tensor". One without
+                results writes into its last argument.
             launch: as `plain`, by a Triton kernel; it imports triton when it is called.
             trial: arguments to try it with, on that device.
         """
@@ -50,6 +50,12 @@ class Fused:
 
     def __call__(self, x: Tensor, *others: Any) -> Any:
         return self.plain(x, *others) if x.device.type in ("cpu", "meta") else self._operation(x, *others)
+
+    def tried(self, compute: Callable[..., Any], device: torch.device) -> Tensor:
+        """The trial's result; of what writes where it is told, its last argument."""
+        arguments = self.trial(device)
+        result = compute(*arguments)
+        return arguments[-1] if result is None else result
 
     def _on_gpu(self, x: Tensor, *others: Any) -> Any:
         compute = self.launch if fault_of(self, x.device) is None else self.plain
@@ -64,11 +70,10 @@ def fault_of(fused: Fused, device: torch.device) -> str | None:
     """
     fault = None
     try:
-        pairs = [tree_leaves(compute(*fused.trial(device))) for compute in (fused.launch, fused.plain)]
-        for found, wanted in zip(*pairs, strict=True):
-            worst = float((found.float() - wanted.float()).abs().max())
-            if not worst <= _TOLERANCE:
-                fault = f"gave wrong numbers (off by {worst:.2g})"
+        found, wanted = (fused.tried(compute, device) for compute in (fused.launch, fused.plain))
+        worst = float((found.float() - wanted.float()).abs().max())
+        if not worst <= _TOLERANCE:
+            fault = f"gave wrong numbers (off by {worst:.2g})"
     except Exception as error:
         if isinstance(error, (torch.OutOfMemoryError, *_CONTEXT_LOST)):
             raise
@@ -77,3 +82,11 @@ def fault_of(fused: Fused, device: torch.device) -> str | None:
     if fault is not None:
         log.warning("fused kernel %s %s on %s: plain operations compute in its place", fused.name, fault, device)
     return fault
+
+
+def note_of(kernels: Iterable[Fused], device: torch.device) -> str:
+    """What the user should know of those that don't work on that device; nothing of a CPU, where none is wanted."""
+    if device.type != "cuda":
+        return ""
+    faults = [f"{fused.name!r} {fault}" for fused in kernels if (fault := fault_of(fused, device)) is not None]
+    return f"on {device} plain operations compute in place of fused kernels: {'; '.join(faults)}" if faults else ""

@@ -21,6 +21,8 @@ from ..distributed.peer_access import cards_reach_each_other
 from ..distributed.warm_up import warm_up
 from ..errors import BackendError, InputError, ProtocolError, UnknownModelError
 from ..extras.weights import PatchedWeights, PatchFiles
+from ..fused.all import FUSED
+from ..fused.operation import note_of
 from ..models.checkpoint import HeldWeight, TensorSource, bytes_held, is_quantised, load_parameters
 from ..models.compiled import check_compiler, compile_blocks, refuse_quantised
 from ..models.families import OpenedModel, open_model
@@ -218,7 +220,12 @@ class Engine:
             with torch.device("meta"):
                 model = opened.build(mesh, kernel)
             wanted = {*dict(model.named_parameters()), *opened.unread(model)}
-            notes = [note, left_over_note(wanted, opened.source.names(), path.name), _held_note(opened.source, body)]
+            notes = [
+                note,
+                note_of(FUSED, self.device),
+                left_over_note(wanted, opened.source.names(), path.name),
+                _held_note(opened.source, body),
+            ]
             return model, kernel, bytes_held(model, opened.source, dtype), notes
 
         model, kernel, needed, notes = job.control.agreed(build)

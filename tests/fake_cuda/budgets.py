@@ -48,5 +48,5 @@ BUDGETS = {
 
 
 # GiB that a decode of 2048 pixels squared by SD3's VAE holds at most beside its weights, by ranks, in half precision; fp32
-# takes twice as much. Encoding takes 5.03 and 2.52.
-DECODES = {1: 6.01, 2: 3.51, 4: 1.76, 8: 0.88}
+# takes twice as much. Encoding takes 5.07 and 2.54.
+DECODES = {1: 6.01, 2: 3.01, 4: 1.51, 8: 0.76}
