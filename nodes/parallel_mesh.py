@@ -45,10 +45,11 @@ class ParallelMesh:
         compile: bool = False,
         note: str = "",
         nan_is_error: bool = False,
+        graphs: bool = False,
     ) -> None:
         """`degrees` of 0 are left open; `sliced` is of UNets; `note` tells of the GPUs. Raises: ConfigError: they don't fit the ranks."""
         self.spec, self.degrees, self.dtype, self.kernel, self.compile = spec, degrees, dtype, kernel, compile
-        self.note, self.nan_is_error = note, nan_is_error
+        self.note, self.nan_is_error, self.graphs = note, nan_is_error, graphs
         self.mmdit, self.unet = self._filled(MMDIT_REST), self._filled(UNET_REST, sliced)
         self._backend: Backend | None = None
 

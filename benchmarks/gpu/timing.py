@@ -10,11 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
-T = TypeVar("T")
 Call = Callable[[], object]
 
 
@@ -108,18 +106,3 @@ def synchronizations(call: Call) -> dict[str, int]:
             torch.cuda.set_sync_debug_mode("default")
     found = [w for w in caught if "called a synchronizing" in str(w.message)]
     return dict(Counter(f"{os.path.join(*Path(w.filename).parts[-2:])}:{w.lineno}" for w in found))
-
-
-def captured(call: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
-    """A CUDA graph of a call and the result that each replay writes. The tensors that it reads must stay where they are."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries set themselves up here, which a capture forbids
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        result = call()
-    return graph, result

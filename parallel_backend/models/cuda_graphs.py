@@ -33,15 +33,19 @@ class Recorder(Protocol):
         ...
 
 
+def check_graphs(device: torch.device, *, sliced: bool) -> None:
+    """Raises: ConfigError: ranks on that device, with weights in slices or whole, have no graphs."""
+    off = "Turn graphs off in Mesh Config."
+    if device.type != "cuda":
+        raise ConfigError(f"graphs are CUDA's, and the ranks compute on {device.type}.", off)
+    if sliced:
+        raise ConfigError("graphs would hold the weights that sliced gathers from block to block.", off)
+
+
 class CUDAGraphs:
     """Those of one GPU, with one pool of memory for all."""
 
     def __init__(self, device: torch.device) -> None:
-        """Raises: ConfigError: the device is no GPU."""
-        if device.type != "cuda":
-            raise ConfigError(
-                f"graphs are CUDA's, and the ranks compute on {device.type}.", "Turn graphs off in Mesh Config."
-            )
         self._device = device
         # Functions are tried on the stream on which they are recorded: the workspaces that libraries keep for each stream are
         # then there before, and not in the pool.
