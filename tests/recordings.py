@@ -32,8 +32,10 @@ class NotRecordableError(RuntimeError):
 class Recording(TorchDispatchMode):
     """Operations with their arguments and results, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_messages: int | None = None) -> None:
+        """More than `most_messages` fail."""
         super().__init__()
+        self._most, self._active = most_messages, False
         self._calls: list[Callable[[], object]] = []
         self._works: dict[int, Any] = {}
         self._unjoined: set[int] = set()
@@ -74,6 +76,8 @@ class Recording(TorchDispatchMode):
         return result
 
     def _message(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
+        if self._started == self._most:
+            raise NotRecordableError("planted")
         number, self._started = self._started, self._started + 1
         self._unjoined.add(number)
         self.operations += 1
@@ -83,6 +87,8 @@ class Recording(TorchDispatchMode):
             self._works[number] = (results if isinstance(results, tuple | list) else (results,))[-1]
 
         def wait(_: Any) -> bool:
+            if not self._active:
+                raise NotRecordableError("what was started in a recording is waited for after it")
             self._waits += 1
             if number in self._unjoined:
                 self._unjoined.discard(number)
@@ -105,8 +111,12 @@ class Recording(TorchDispatchMode):
             if self._waits != before + count:
                 raise NotRecordableError("it waits for what was started before it")
 
-        with patch.object(Handle, "_arrive", checked), self:
-            yield
+        self._active = True
+        try:
+            with patch.object(Handle, "_arrive", checked), self:
+                yield
+        finally:
+            self._active = False
         if self._unjoined:
             raise NotRecordableError(f"{len(self._unjoined)} messages are under way at its end")
 
@@ -125,7 +135,7 @@ def _changed(func: OpOverload, args: Any, kwargs: Any) -> Any:
 
 
 class Recorder:
-    """Stands for `CUDAGraphs`. `fails` makes recordings fail, once their function has run so far."""
+    """Stands for `CUDAGraphs`. `fails` makes recordings fail: in the middle of their messages, or at their end."""
 
     def __init__(self, *, fails: bool = False) -> None:
         self.fails = fails
@@ -138,7 +148,7 @@ class Recorder:
 
     def recorded(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         self.recorded_ones += 1
-        recording = Recording()
+        recording = Recording(3 if self.fails else None)
         with recording.watched():
             result = function()
             if self.fails:

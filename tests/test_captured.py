@@ -18,6 +18,7 @@ from torch import Tensor
 from unet_inputs import unet_prompt
 
 from parallel_backend import MeshSpec
+from parallel_backend.distributed import stale
 from parallel_backend.distributed.mesh import build_mesh
 from parallel_backend.distributed.stale import Step
 from parallel_backend.models import captured
@@ -202,8 +203,10 @@ def test_the_least_recently_used_recordings_leave(files: dict[str, Path], monkey
 def failing_case(path: Path, kind: str, spec: MeshSpec, job: Job, on: int) -> tuple[list[str], int, int]:
     plain, recorder = predictor(kind, path, spec), Recorder(fails=groups().rank == on)
     model = with_recordings(plain, recorder)
-    expected, counts = evaluated(plain, job)
-    found, found_counts = evaluated(model, job)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(stale, "BUCKET_BYTES", 1)  # so that many are on their way where it fails
+        expected, counts = evaluated(plain, job)
+        found, found_counts = evaluated(model, job)
     assert same(found, expected) and found_counts == counts
     assert model.captured is not None
     return model.captured.take_notes(), recorder.recorded_ones, recorder.done_again
