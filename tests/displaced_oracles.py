@@ -113,16 +113,17 @@ class AllRingRanks:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, counts: Sequence[int], memory: StaleKV) -> Tensor:
         (kind, *_), total = memory.slot, q.shape[1]
+        place = (memory.exchange.branch, memory.slot)  # type: ignore[attr-defined]
         text = 0 if kind == "image" else self.text
         own = self._owners(text, total - text)
         fresh = [torch.stack([k, v])[:, :, own == rank] for rank in range(self.degree)]
-        before = self._before.get(memory.slot, fresh) if memory.phase == "displaced" else fresh
+        before = self._before.get(place, fresh) if memory.phase == "displaced" else fresh
         out = torch.empty_like(q)
         for rank in range(self.degree):
             keys = torch.cat([fresh[r] if r == rank else before[r] for r in range(self.degree)], dim=2)
             given = [t.transpose(1, 2) for t in (q[:, own == rank], keys[0], keys[1])]
             out[:, own == rank] = torch.nn.functional.scaled_dot_product_attention(*given).transpose(1, 2)
-        self._before[memory.slot] = fresh
+        self._before[place] = fresh
         return out
 
     def _owners(self, text: int, image: int) -> Tensor:
@@ -162,8 +163,11 @@ def one_process_of_a_ring(path: Path, latent: Tensor, warmup: int, ring: int, ul
 
 
 class _NoExchange:
+    def __init__(self, branch: object = None) -> None:
+        self.branch = branch
+
     def of(self, branch: object) -> _NoExchange:
-        return self
+        return _NoExchange(branch)
 
     def end_evaluation(self) -> None:
         """Nothing is under way."""

@@ -116,9 +116,7 @@ class CapturedNetwork:
         if graph is None:
             return self._evaluated((place, step.phase), inputs, step)
         self.beat()
-        if (
-            stale is not None
-        ):  # a recording neither waits for what was started before it nor is waited for by what comes after
+        if stale is not None:  # a recording can't wait for what was started before it
             stale.settle()
             stale.arrive()
         return graph(inputs)
