@@ -24,6 +24,7 @@ from parallel_backend.small_checkpoints.prompts import random_prompt
 
 LATENT = torch.zeros(1, 16, 128, 128)  # 1 MB
 SMALL = torch.randn(1, 16, 16, 16)
+GUIDED = torch.randn(2, 16, 128, 128)  # cond and uncond of 1024 pixels, 2 MB
 TOKENS = 336  # 5.5 MB of context
 
 
@@ -77,6 +78,7 @@ def main() -> None:
             model = backend.load_model(path, MeshSpec(cfg=2), "float32")
             context, pooled = random_prompt(1, TOKENS)
             brief = Conditioning(*random_prompt(2, 77))
+            two = (brief.context.repeat(2, 2, 1), brief.pooled.repeat(2, 1))
             fresh = iter(range(10**9))
 
             def with_new_prompt() -> object:
@@ -93,6 +95,9 @@ def main() -> None:
                     model, lambda: model.sample(LATENT, brief, steps=1, cfg_scale=1.0)
                 ),
                 "Forward, one model call of a stock sampler": beyond(model, one_call),
+                "Forward of 1024 pixels with guidance, 2 MB latent": beyond(
+                    model, lambda: model.forward(GUIDED, torch.ones(2), *two)
+                ),
             }
             times = interleaved(cases, args.rounds, "wire")
         finally:

@@ -64,7 +64,7 @@ def load_remote_model(
     remote = interruptible(backend, backend.load_asked, load, on_event=on_event)
     bar.update_absolute(1, 1)
     remote.nan_is_error = mesh.nan_is_error
-    return remote, "\n".join(filter(None, [load_report(remote), *unheeded, room, mesh.differs()]))
+    return remote, "\n".join(filter(None, [load_report(remote), mesh.idle[kind], *unheeded, room, mesh.differs()]))
 
 
 def _most_bytes(path: Path, degrees: MeshSpec, load: LoadModel) -> int:

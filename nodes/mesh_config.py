@@ -75,7 +75,7 @@ class MeshConfig(io.ComfyNode):
             display_name="Mesh Config (parallel)",
             category="parallel",
             description="Says how many GPUs work on one image and how they share it. "
-            "Left as it is, it takes all GPUs and an exact split.",
+            "Left as it is, it takes all GPUs and an exact split over as many of them as make an image of 1024 x 1024 pixels faster.",
             **search_aliases("multi gpu", "parallel", "tensor parallel", "ulysses", "ring attention"),
             inputs=[
                 io.Int.Input(
@@ -122,7 +122,12 @@ class MeshConfig(io.ComfyNode):
                     tooltip="MMDiT: weights over ranks: each holds 1/tp of the model. For models that don't fit one GPU.",
                 ),
                 io.Int.Input(
-                    "dp", default=1, min=1, max=64, tooltip="The batch over ranks. Only for batches of several images."
+                    "dp",
+                    default=0,
+                    min=0,
+                    max=64,
+                    tooltip="The batch over ranks, for batches of several images. 0: 1; but where no degree is set, the ranks "
+                    "that a single image is not faster with.",
                 ),
                 io.Combo.Input(
                     "dtype",
@@ -204,7 +209,7 @@ class MeshConfig(io.ComfyNode):
                     default=False,
                     optional=True,
                     tooltip="torch.compile of the model's blocks: faster steps, but the first one of each kind of size takes a "
-                    "minute longer. Needs a C++ compiler where the ranks run, and triton on GPUs.",
+                    "minute longer. Needs a C++ compiler where the ranks run, and triton on GPUs. Not with tp.",
                     **ADVANCED,
                 ),
                 io.Boolean.Input(

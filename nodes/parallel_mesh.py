@@ -14,8 +14,11 @@ from ..parallel_backend import Backend, MeshSpec
 from ..parallel_backend.client.cards import seen
 from ..parallel_backend.client.gpu_environment import difference
 from ..parallel_backend.config import AUTO, MMDIT_REST, UNET_REST, BackendSpec
+from ..parallel_backend.mesh_choice.choice import default_mesh
 from .node_text import say
 
+# Degrees that 0 leaves open; of the others 1 is what they are where nobody has asked for more.
+OPEN = ("dp", "cfg", "ulysses", "patch")
 # Core has a socket named MESH, for 3D shapes.
 MeshSocket = io.Custom("PARALLEL_MESH")
 
@@ -47,15 +50,24 @@ class ParallelMesh:
         nan_is_error: bool = False,
         graphs: bool = False,
     ) -> None:
-        """`degrees` of 0 are left open; `sliced` is of UNets; `note` tells of the GPUs. Raises: ConfigError: they don't fit the ranks."""
+        """`degrees` of 0 are left open; `sliced` is of UNets; `note` tells of the GPUs, `idle` of ranks that one picture leaves idle,
+        by kind of model. Raises: ConfigError: they don't fit the ranks."""
         self.spec, self.degrees, self.dtype, self.kernel, self.compile = spec, degrees, dtype, kernel, compile
-        self.note, self.nan_is_error, self.graphs = note, nan_is_error, graphs
-        self.mmdit, self.unet = self._filled(MMDIT_REST), self._filled(UNET_REST, sliced)
+        self.nan_is_error, self.graphs = nan_is_error, graphs
+        self.mmdit, mmdit_note = self._filled("mmdit", MMDIT_REST)
+        self.unet, unet_note = self._filled("unet", UNET_REST, sliced)
+        self.note, self.idle = note, {"mmdit": mmdit_note, "unet": unet_note}
         self._backend: Backend | None = None
 
-    def _filled(self, rest: str, sliced: bool = False) -> MeshSpec:
-        """The mesh in which the axis `rest` takes the ranks that nothing was said of."""
-        return MeshSpec.filled(self.spec.world_size, rest, sliced=sliced, **self.degrees)
+    def _filled(self, kind: str, rest: str, sliced: bool = False) -> tuple[MeshSpec, str]:
+        """The mesh in which the axis `rest` takes the ranks that nothing was said of, and what to tell of it.
+
+        Where no degree was asked for, it is as many ranks as a picture is worth.
+        """
+        if not sliced and all(degree == (axis not in OPEN) for axis, degree in self.degrees.items()):
+            choice = default_mesh(self.spec.world_size, kind, self.spec.device)
+            return choice.mesh, choice.note
+        return MeshSpec.filled(self.spec.world_size, rest, sliced=sliced, **self.degrees), ""
 
     def backend(self) -> Backend:
         """The running backend, or one started now; an interrupt in ComfyUI ends the wait.
@@ -90,7 +102,9 @@ class ParallelMesh:
         if self.unet != self.mmdit:
             mesh += f" (UNet: {self.unet.describe()})"
         dtype = "dtype auto" if self.dtype == AUTO else self.dtype
-        return "\n".join(filter(None, [f"{self.spec.world_size} ranks on {place}: {mesh}, {dtype}", self.note]))
+        return "\n".join(
+            filter(None, [f"{self.spec.world_size} ranks on {place}: {mesh}, {dtype}", self.note, *self.idle.values()])
+        )
 
     def differs(self) -> str:
         """What the backend on this machine was started with otherwise than ComfyUI; empty where nothing."""

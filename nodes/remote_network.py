@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..parallel_backend import RemoteModel, WeightPatches
 from ..parallel_backend.errors import UnsupportedError
+from ..parallel_backend.rpc.host_copies import onto_device
 from .core_memory import interruptible
 from .hung.attention_patches import transformer_patches
 from .hung.controlnet import USES, ControlCost, by_place
@@ -72,7 +73,7 @@ class RemoteNetwork(torch.nn.Module):
         if self.remote.note and not self.has_told:  # of NaN, which is in every evaluation after the first as well
             say(self.remote.note, log=True)
             self.has_told = True
-        return out.to(device=x.device, dtype=x.dtype)
+        return onto_device(out, x.device).to(x.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> RemoteNetwork:
         """Unchanged: ComfyUI moves its models between devices, and what has no values can't be moved."""

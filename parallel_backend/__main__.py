@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     status.set_defaults(run=_status)
 
     doctor = commands.add_parser("doctor", help="what is wrong with this installation, and what to do")
+    doctor.add_argument("--links", action="store_true", help="only time messages of each kind between ranks")
     doctor.set_defaults(run=_doctor)
 
     flow = commands.add_parser(
@@ -205,8 +206,11 @@ def _page(name: str | None, as_json: bool) -> str:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from .doctor import print_page
+    from .doctor import print_links, print_page
 
+    if args.links:
+        print_links()
+        return 0
     return 0 if print_page() else 1
 
 

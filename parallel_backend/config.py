@@ -220,7 +220,7 @@ class MeshSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def filled(cls, world_size: int, rest: str = MMDIT_REST, *, sliced: bool = False, **degrees: int) -> MeshSpec:
-        """The mesh of these degrees, where 0 leaves one open: cfg is 2 where that fits, `rest` takes what is left.
+        """The mesh of these degrees, where 0 leaves one open: cfg is 2 where that fits, `rest` takes what is left, dp is 1.
 
         Raises: ConfigError: the degrees don't fit `world_size` ranks.
         """
@@ -237,7 +237,7 @@ class MeshSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def exact_default(cls, world_size: int, rest: str = MMDIT_REST) -> MeshSpec:
-        """The mesh used when nothing is asked for: cfg 2 where it fits, the rest ulysses, or bands for a UNet."""
+        """cfg 2 where it fits, the rest ulysses, or bands for a UNet: what mesh_choice takes where it has no figures."""
         return cls.filled(world_size, rest, cfg=0)
 
     @classmethod

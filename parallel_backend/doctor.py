@@ -19,11 +19,11 @@ from .client.backend import Backend
 from .client.cards import choose_ranks, seen
 from .client.environment import loopback_interface
 from .client.gpu_environment import difference
-from .client.links import prove_links
+from .client.links import measure_links, prove_links
 from .client.requirements import COMMANDS_NEED, FILES_NEED, RANKS_NEED, shortfall
 from .config import BackendSpec
 from .distributed.device_memory import memory_of
-from .errors import BackendError
+from .errors import BackendError, ConfigError
 from .rpc import runtime_dir as files
 from .version import __version__
 
@@ -158,6 +158,21 @@ def links() -> Iterator[Finding]:
         yield Finding("wrong", error.message, error.remedy)
         return
     yield from (Finding("ok", f"{ranks.count} ranks on {ranks.device}: {figure}") for figure in figures)
+
+
+def print_links() -> None:
+    """Prints what messages of each kind take between ranks as a backend would have them.
+
+    Raises: ConfigError: there is one rank alone. StartError: they don't hear each other.
+    """
+    here = seen()
+    ranks = choose_ranks(here, "cuda" if here.cards else "cpu")
+    if ranks.count < 2:
+        raise ConfigError("One GPU has no link to another.", "Nothing is to be measured here.")
+    print(f"{ranks.count} ranks on {ranks.device}; seconds and bytes are one rank's\n")
+    print("| message | bytes sent | ms | GB/s |\n|---|---|---|---|")
+    for kind, nbytes, seconds in measure_links(BackendSpec("doctor", ranks.count, ranks.device, ranks.devices)):
+        print(f"| {kind} | {nbytes:,} | {seconds * 1000:.3f} | {nbytes / seconds / 1e9:.2f} |")
 
 
 def backends() -> Iterator[Finding]:

@@ -17,7 +17,8 @@ from parallel_backend.small_checkpoints.unet import CONFIGS, write_unet
 
 # Displaced jobs have synchronous steps too; guidance has two branches where the mesh has no cfg axis.
 CASES: dict[str, tuple[str, MeshSpec, dict[str, Any]]] = {
-    "tp": ("mmdit", MeshSpec(tp=2), {}),
+    "attention in the graph": ("mmdit", MeshSpec(cfg=2), {}),
+    "attention between graphs": ("mmdit", MeshSpec(ulysses=2), {}),
     "bands": ("unet", MeshSpec(patch=2), {"warmup_steps": 1}),
     "sliced bands": ("unet", MeshSpec(patch=2, sliced=True), {"warmup_steps": 1}),
 }

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from parallel_backend import Conditioning, MeshSpec
 from parallel_backend.config import SamplerSpec
-from parallel_backend.distributed.attention import StaleKV
+from parallel_backend.distributed.attention import Joined, StaleKV
 from parallel_backend.distributed.collectives import split_sizes
 from parallel_backend.distributed.mesh import Mesh, build_mesh
 from parallel_backend.distributed.stale import Kept, Step
@@ -111,9 +111,10 @@ class AllRingRanks:
         self.text = 0
         self._before: dict[Any, list[Tensor]] = {}
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, counts: Sequence[int], memory: StaleKV) -> Tensor:
-        (kind, *_), total = memory.slot, q.shape[1]
+    def __call__(self, joined: Joined, counts: Sequence[int], memory: StaleKV) -> tuple[Tensor, Tensor]:
+        total, (rows, heads, head_dim), (kind, *_) = sum(joined.lengths), joined.sizes, memory.slot
         place = (memory.exchange.branch, memory.slot)  # type: ignore[attr-defined]
+        q, k, v = joined.sent.view(total, rows, 3, heads, head_dim).permute(2, 1, 0, 3, 4)
         text = 0 if kind == "image" else self.text
         own = self._owners(text, total - text)
         fresh = [torch.stack([k, v])[:, :, own == rank] for rank in range(self.degree)]
@@ -124,7 +125,8 @@ class AllRingRanks:
             given = [t.transpose(1, 2) for t in (q[:, own == rank], keys[0], keys[1])]
             out[:, own == rank] = torch.nn.functional.scaled_dot_product_attention(*given).transpose(1, 2)
         self._before[place] = fresh
-        return out
+        one, two = out.flatten(2).split(list(joined.lengths), dim=1)
+        return one, two
 
     def _owners(self, text: int, image: int) -> Tensor:
         """The ring rank of each token; a ring rank is several where there is ulysses in it."""

@@ -218,6 +218,38 @@ def test_mesh_config_left_alone_says_what_it_takes(server: ComfyServer) -> None:
     assert outcome.texts[link[0]] == ["2 ranks on cpu: cfg=2, dtype auto"]
 
 
+@pytest.mark.parametrize(
+    ("degrees", "words"),
+    [
+        (
+            {"dp": 0},
+            [
+                "dp=2 cfg=2 ulysses=2 (UNet: dp=4 cfg=2)",
+                "MMDiT: ",
+                "4 of 8 ranks",
+                "UNet: ",
+                "2 of 8 ranks",
+                "other 6 wait",
+            ],
+        ),
+        ({"dp": 1}, ["cfg=2 ulysses=4 (UNet: cfg=2 patch=4)"]),
+        ({"dp": 0, "cfg": 1}, ["ulysses=8 (UNet: patch=8)"]),
+    ],
+    ids=str,
+)
+def test_the_node_says_which_gpus_a_picture_is_not_worth(
+    degrees: dict[str, int], words: list[str], server: ComfyServer
+) -> None:
+    """Of a backend elsewhere, which is not asked before a model is loaded. Degrees that are set are taken as they are."""
+    prompt = Prompt()
+    there = {"ranks": 8, "device": "cuda", "address": "tcp://127.0.0.1:1", "keys": "none"}
+    link = mesh(prompt, **there | degrees)
+    prompt.add("PreviewAny", source=link)
+    (text,) = server.run(prompt.nodes).texts[link[0]]
+    assert all(word in text for word in words)
+    assert ("wait" in text) == (degrees == {"dp": 0})
+
+
 def refused(server: ComfyServer, prompt: Prompt) -> str:
     """The error's text on the node; afterwards the next prompt must work."""
     outcome = server.run(prompt.nodes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,15 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import parallel_backend
+from parallel_backend.config import MeshSpec
+from parallel_backend.distributed.graph_breaks import keep_out_of_graphs
+from parallel_backend.distributed.mesh import build_mesh
+from parallel_backend.distributed.stale import EXACT
 from parallel_backend.errors import ConfigError
-from parallel_backend.models.compiled import MARKED, check_compiler, compile_blocks
+from parallel_backend.models.compiled import MARKED, check_compiler, compile_blocks, refuse_tensor_parallel
+from parallel_backend.models.mmdit import MMDiT
+from parallel_backend.models.network import TokenNetwork
+from parallel_backend.small_checkpoints.mmdit import small_config
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -57,3 +65,31 @@ def test_without_a_compiler_it_is_refused_by_name() -> None:
     with nowhere, torch._inductor.utils.fresh_cache(), pytest.raises(ConfigError, match="turn compile off"):
         check_compiler(torch.device("cpu"))
     check_compiler(torch.device("cpu"))
+
+
+def test_tensor_parallel_blocks_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="compile is for ranks that have whole layers; here is cfg=2 tp=2"):
+        refuse_tensor_parallel(MeshSpec(cfg=2, tp=2))
+    refuse_tensor_parallel(MeshSpec(cfg=2, ulysses=2))
+
+
+@torch.inference_mode()
+def test_a_block_that_sends_nothing_is_one_graph() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    with torch.device("meta"):
+        model = MMDiT(small_config("sd3.5-medium", depth=3), build_mesh(MeshSpec()), "native")
+    model = model.to_empty(device="cpu")
+    network = TokenNetwork(model, NoPositions())
+    x, prepared = torch.zeros(1, 16, 4, 4), network.prepare(torch.zeros(1, 3, 4096), torch.zeros(1, 2048))
+    with torch._dynamo.config.patch(suppress_errors=False):
+        for block in model.joint_blocks.values():
+            block.forward = torch.compile(block.forward, backend="eager", fullgraph=True)
+        keep_out_of_graphs(*MARKED)
+        network(x, torch.ones(1), prepared, EXACT)
+    assert counters["stats"]["unique_graphs"] == 3, "with a second attention, without, and the last"
+
+
+class NoPositions:
+    def rows(self, rows: int, columns: int, ranges: Sequence[tuple[int, int]]) -> Tensor:
+        return torch.zeros(())

@@ -6,7 +6,7 @@ All meshes of up to eight ranks, both ends of each: PARALLEL_MMDIT_ALL_MESHES=1 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -151,7 +151,7 @@ def test_every_stage_of_a_pipeline_stays_on_its_device(name: str, mesh: MeshSpec
             with Watch() as watch:
                 flow(pipeline, run.shape)
                 out = pipeline.finish(on_cuda(*run.shape))
-            assert watch.launches["cat"] and out.shape == run.shape
+            assert watch.launches["addcmul"] and out.shape == run.shape
 
 
 def flow(pipeline: Pipeline, shape: tuple[int, ...]) -> None:
@@ -218,13 +218,13 @@ def test_what_costs_no_wait_is_let_through() -> None:
 def test_a_planted_sync_in_a_model_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     from parallel_backend.models import mmdit
 
-    norm = mmdit.layer_norm
+    hidden = mmdit.mlp_hidden
 
-    def curious(x: Tensor) -> Tensor:
+    def curious(mlp: mmdit.Mlp, x: Tensor, mod: Sequence[Tensor]) -> Tensor:
         assert float(x.sum()) == float(x.sum())
-        return norm(x)
+        return hidden(mlp, x, mod)
 
-    monkeypatch.setattr(mmdit, "layer_norm", curious)
+    monkeypatch.setattr(mmdit, "mlp_hidden", curious)
     with pytest.raises(HostSyncError, match="_local_scalar_dense"):
         checked(large(2), MeshSpec(), 0)
 

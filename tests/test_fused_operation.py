@@ -11,6 +11,7 @@ import torch
 from fake_cuda.device import fake_cuda, on_cuda
 from fake_cuda.watch import Watch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from parallel_backend.fused.all import FUSED
 from parallel_backend.fused.operation import Fused, fault_of, note_of
@@ -85,15 +86,17 @@ def test_on_a_gpu_each_is_one_launch_of_the_twins_shape() -> None:
     with fake_cuda(), torch.inference_mode():
         for fused in FUSED:
             plain = fused.tried(fused.plain, CPU)
-            arguments = [
-                on_cuda(*a.shape, dtype=a.dtype).as_strided(a.shape, a.stride()) if isinstance(a, Tensor) else a
-                for a in fused.trial(CPU)
-            ]
+            arguments = tree_map_only(Tensor, _on_cuda, list(fused.trial(CPU)))
             with Watch() as watch:
                 found = fused(*arguments)
-            found = arguments[-1] if found is None else found
+            found = tree_leaves(arguments[-1] if found is None else found)
             assert watch.launches.total() == 1, fused.name
-            assert (found.shape, found.dtype, found.stride()) == (plain.shape, plain.dtype, plain.stride()), fused.name
+            laid = [[(x.shape, x.dtype, x.stride()) for x in results] for results in (found, plain)]
+            assert laid[0] == laid[1], fused.name
+
+
+def _on_cuda(x: Tensor) -> Tensor:
+    return on_cuda(*x.shape, dtype=x.dtype).as_strided(x.shape, x.stride())
 
 
 def test_a_note_names_those_that_do_not_work_on_a_gpu() -> None:

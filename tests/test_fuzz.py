@@ -19,10 +19,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from parallel_backend import Backend, Conditioning, MeshSpec, RemoteModel, SamplerSpec
+from parallel_backend.client.shared_area import SharedArea
 from parallel_backend.distributed.device_memory import anonymous_bytes
 from parallel_backend.errors import ProtocolError
 from parallel_backend.rpc.messages import Decode, Forward, LoadModel, ReplyHeader, RequestHeader, Sample, Unload
 from parallel_backend.rpc.messages import Prompt as WirePrompt
+from parallel_backend.rpc.shared_memory import new_name
 from parallel_backend.rpc.wire import pack, tensor_meta, unpack
 from parallel_backend.small_checkpoints.prompts import random_prompt
 
@@ -31,12 +33,15 @@ FLAT_BYTES = 64 * 2**20
 
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20), st.binary(max_size=20))
 TREES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=8), inner))
+NAMES = st.text(max_size=8) | st.builds(new_name)
+PLACES = st.fixed_dictionaries({"name": NAMES, "start": st.integers()})
+ROOMS = st.fixed_dictionaries({"name": NAMES, "start": st.integers(), "nbytes": st.integers()})
 METAS = st.fixed_dictionaries(
     {
         "dtype": st.sampled_from(["float32", "uint8", "float16", "object", ""]),
         "shape": st.lists(st.integers(), max_size=9),
     },
-    optional={"sent": st.booleans(), "key": st.none() | st.text(max_size=5)},
+    optional={"sent": st.booleans(), "key": st.none() | st.text(max_size=5), "shared": st.none() | PLACES},
 )
 TAGS = [
     "Hello",
@@ -55,7 +60,11 @@ TAGS = [
 ]
 HEADERS = st.fixed_dictionaries(
     {"job": st.integers(), "body": st.fixed_dictionaries({"type": st.sampled_from([*TAGS, "Nothing"])}) | TREES},
-    optional={"tensors": st.lists(METAS, max_size=3) | TREES, "version": st.just("0.1.0") | st.text(max_size=5)},
+    optional={
+        "tensors": st.lists(METAS, max_size=3) | TREES,
+        "room": ROOMS | TREES,
+        "version": st.just("0.1.0") | st.text(max_size=5),
+    },
 )
 
 
@@ -74,7 +83,7 @@ def test_whatever_comes_is_read_or_refused(header: Any, frames: list[bytes]) -> 
     assert len(tensors) == len(decoded.tensors)
 
 
-def base_frames(model: str) -> list[list[bytes]]:
+def base_frames(model: str, area: SharedArea) -> list[list[bytes]]:
     """Whole messages of each kind, to be damaged."""
     x, context, pooled = torch.zeros(1, 16, 16, 16), *random_prompt(1, 8)
     metas = [tensor_meta(t) for t in (x, context, pooled)]
@@ -86,6 +95,9 @@ def base_frames(model: str) -> list[list[bytes]]:
     whole = [pack(RequestHeader(1, body, metas), [x, context, pooled]) for body in bodies]
     whole += [pack(RequestHeader(1, LoadModel("/etc/passwd", "key", "float32", MeshSpec(cfg=2))), [])]
     whole += [pack(RequestHeader(1, Unload(["nothing"])), [])]
+    (place,) = area.lay([x]) or []
+    in_memory = [tensor_meta(x, sent=False, shared=place), *metas[1:]]
+    whole += [pack(RequestHeader(1, bodies[1], in_memory, area.room(x.nbytes)), [context, pooled])]
     return [[bytes(frame) for frame in frames] for frames in whole]
 
 
@@ -116,7 +128,8 @@ def target(runtime_folder: Path) -> Iterator[Backend]:
 def test_a_backend_under_fire_answers_each_message_and_stays_as_it_was(target: Backend, models: Path) -> None:
     model = target.load_model(models / "diffusion_models" / "sd3.5-large.safetensors", MeshSpec(cfg=2), "float32")
     expected = picture(model)
-    rng, whole = random.Random(0), base_frames(model.name)
+    area = SharedArea()
+    rng, whole = random.Random(0), base_frames(model.name, area)
     fire(target, whole, rng, MESSAGES // 10)  # so that every path has run once
     pids = [rank.pid for rank in target.status().ranks]
     before, generation = [anonymous_bytes(pid) for pid in pids], target.generation
@@ -126,6 +139,7 @@ def test_a_backend_under_fire_answers_each_message_and_stays_as_it_was(target: B
     assert Backend.attach("fuzz").generation == generation
     grown = [anonymous_bytes(pid) - held for pid, held in zip(pids, before, strict=True)]
     assert max(grown) < FLAT_BYTES, f"grown by {grown} bytes"
+    area.close()
     state = target.status()
     assert state.refused > MESSAGES // 10 and state.queued == 0
 

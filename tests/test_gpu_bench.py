@@ -23,8 +23,9 @@ from benchmarks.gpu.one_card import Ranks, ranks_on_one_card
 from benchmarks.gpu.options import ROOT, Options
 from benchmarks.gpu.report import NO_GPU, Report, Told, shown, summary
 from benchmarks.gpu.runner import Section, run_all
-from benchmarks.gpu.sections import beside, graphs, loading, memory, quantised, ranks, sd35, sdxl
-from benchmarks.gpu.timing import covered, profile, synchronizations
+from benchmarks.gpu.sections import beside, graphs, host, loading, memory, quantised, ranks, sd35, sdxl
+from benchmarks.gpu.timing import synchronizations
+from parallel_backend.bench.device_time import covered, profile
 
 pytestmark = pytest.mark.busy
 
@@ -285,6 +286,12 @@ def test_a_rank_that_torchrun_starts_is_a_host_of_its_own_and_sleeps_at_a_signal
     env = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks/gpu/rank_hooks"), "RANK": "3", "LOCAL_RANK": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["sleeps", "True", "rank3"]
+
+
+def test_previews_and_copies_have_their_rows(tmp_path: Path) -> None:
+    steps, copies = told(host.run, tmp_path).tables
+    assert [row[0] for row in steps.rows] == ["none", "copied in their step", "copied beside the next step"]
+    assert len(copies.rows) == 4 and all(float(value) > 0 for row in (*steps.rows, *copies.rows) for value in row[1:])
 
 
 def test_every_quantised_form_has_a_row(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ ALLOWED = {
     "errors": set(),
     "version": set(),
     "config": {"errors"},
+    "mesh_choice": {"config", "errors"},
     "checkpoint_files": {"errors"},
     "workflow_files": {"errors"},
     "rpc": {"config", "errors", "version"},
@@ -38,7 +39,7 @@ ALLOWED = {
     "extras": {"models", "quantized", "distributed", "checkpoint_files", "rpc", "errors"},
     "serving": {"rpc", "errors", "version"},
     "rank": {
-        *("extras", "serving", "sampling", "models", "distributed", "fused"),
+        *("extras", "serving", "sampling", "models", "distributed", "fused", "mesh_choice"),
         *("rpc", "checkpoint_files", "config", "errors", "version"),
     },
     "small_checkpoints": {"models", "distributed.mesh", "checkpoint_files", "config"},
@@ -49,9 +50,11 @@ ALLOWED = {
         "small_checkpoints",
         "client",
         "rpc",
-        "distributed.traffic",
-        "distributed.device_memory",
-        "models.unet",
+        "distributed",
+        "models",
+        # The predictor plays a rank: its model in its mesh, and a job as ranks run it.
+        *("rank.sample", "rank.jobs", "rank.control_nets", "rank.residents", "rank.allowed_files"),
+        "mesh_choice",
         "sampling",
         "config",
         "errors",
@@ -66,9 +69,19 @@ ALLOWED = {
 # Inside the ranks' room, from the bottom up: a file imports only those before it.
 RANK_ORDER = (
     *("lean_imports", "jobs", "room", "allowed_files", "pulse", "watch", "world", "place", "residents"),
-    *("kept_tensors", "shared_tensors", "control_nets", "sample", "engine", "one_process", "server"),
+    *("kept_tensors", "shared_tensors", "control_nets", "step_messages", "sample", "engine", "one_process", "server"),
 )
-KNOWN_TO_NODES = {"config", "errors", "client", "rpc", "checkpoint_files", "demo", "workflow_files", "quantized"}
+KNOWN_TO_NODES = {
+    "mesh_choice",
+    "config",
+    "errors",
+    "client",
+    "rpc",
+    "checkpoint_files",
+    "demo",
+    "workflow_files",
+    "quantized",
+}
 
 
 def imported_parts(file: Path, package: Path) -> set[str]:

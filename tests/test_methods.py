@@ -13,11 +13,12 @@ from torch import Tensor
 
 from parallel_backend import MeshSpec
 from parallel_backend.distributed import cfg, collectives, data
-from parallel_backend.distributed.attention import ParallelAttention
+from parallel_backend.distributed.attention import Joined, ParallelAttention
 from parallel_backend.distributed.band import Band, facing_rows, with_rows_around
 from parallel_backend.distributed.control import Control
 from parallel_backend.distributed.mesh import MeshAxis, build_mesh
 from parallel_backend.errors import BackendError, InputError, RankError
+from parallel_backend.fused.joint_heads import join_heads
 from parallel_backend.rpc.wire import MAX_TENSORS
 
 
@@ -162,6 +163,16 @@ def test_cond_and_uncond_are_computed_by_one_rank_each(ranks: RankPool) -> None:
 # -- attention --------------------------------------------------------------------------------------------------
 
 
+def attended(attention: ParallelAttention, qkv_BLNH: list[Tensor], counts: list[int]) -> Tensor:
+    """Of tokens in two streams, as text and image are."""
+    (B, L, N, H), text = qkv_BLNH[0].shape, qkv_BLNH[0].shape[1] // 3
+    streams = [[x.flatten(2)[:, part] for x in qkv_BLNH] for part in (slice(text), slice(text, None))]
+    no_norms, parts = (None, None), attention.mesh.ulysses.degree
+    sent = join_heads(*streams, no_norms, no_norms, heads=N, parts=parts, eps=None)
+    out = attention(Joined(sent, B, (text, L - text), N, H), counts)
+    return torch.cat(out, dim=1).unflatten(2, (N, H))
+
+
 def attention_case(mesh: MeshSpec, counts: list[int], heads: int, dtype: torch.dtype, alone: bool) -> float:
     """The largest relative error of this rank's part; with `alone` each rank attends to its own tokens only."""
     built = build_mesh(mesh, groups())
@@ -172,7 +183,7 @@ def attention_case(mesh: MeshSpec, counts: list[int], heads: int, dtype: torch.d
     if alone:
         out = F.scaled_dot_product_attention(*(x[:, mine].transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
     else:
-        out = ParallelAttention(built, "native")(q[:, mine], k[:, mine], v[:, mine], counts)
+        out = attended(ParallelAttention(built, "native"), [x[:, mine] for x in (q, k, v)], counts)
     assert out.dtype == dtype
     return float((out - expected[:, mine]).abs().max() / expected.abs().max())
 

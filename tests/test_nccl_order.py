@@ -204,7 +204,7 @@ def every_kind_of_call() -> Trace:
         x, other, up = torch.ones(4, device="cpu"), 1 - axis.rank, axis.rank == 0
         collectives.start_all_reduce(x, axis).wait()
         collectives.first_says(True, axis)
-        collectives.all_to_all([x, x[:1]], [(4,), (4,)] if up else [(1,), (1,)], axis)
+        collectives.all_to_all(torch.cat([x, x[:1]]), [4, 1], [4, 4] if up else [1, 1], axis)
         handle = collectives.start_send(x, other, axis) if up else collectives.start_receive(x, other, axis)
         handle.wait()
         collectives.gather_to_first(x, 0, [4, 4], axis)

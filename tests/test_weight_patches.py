@@ -21,6 +21,7 @@ from parallel_backend.models.checkpoint import SafetensorsSource, load_parameter
 from parallel_backend.models.families import open_model
 from parallel_backend.rpc.messages import Patches
 from parallel_backend.rpc.runtime_dir import patches_folder
+from parallel_backend.small_checkpoints.prompts import random_prompt
 from parallel_backend.small_checkpoints.unet import CONFIGS, write_unet
 
 CPU = torch.device("cpu")
@@ -222,6 +223,18 @@ def test_jobs_name_base_and_patches_and_two_clients_get_their_own(
     assert models[0].last.swap.weights == 0
     for backend in (first, second):
         backend.close()
+
+
+def test_what_was_made_of_a_prompt_is_made_anew_once_weights_have_changed(model: RemoteModel, large: Path) -> None:
+    """Step by step with one prompt: its text tokens, embedded by weights that a patch comes to and leaves."""
+    name = "context_embedder.weight"
+    patch = WeightPatches([(low_rank(name, shapes_of(large)[name], 1), 0.8)], [])
+    generator = torch.Generator().manual_seed(1)
+    given = torch.randn(1, 16, 8, 8, generator=generator), torch.tensor([500.0]), *random_prompt(1, 21)
+    before = model.forward(*given)
+    assert torch.equal(model.forward(*given), before)
+    assert (model.forward(*given, patches=patch) - before).abs().max() > 1e-3 * before.abs().max()
+    assert torch.equal(model.forward(*given), before)
 
 
 def test_patch_files_that_ranks_do_not_find_are_written_again_or_sent(

@@ -12,6 +12,7 @@ from parallel_backend.errors import ConfigError, ProtocolError
 from parallel_backend.rank import kept_tensors
 from parallel_backend.rank.kept_tensors import KeptTensors
 from parallel_backend.rpc.messages import Forward, Prompt, RequestHeader, Sample, Status, TensorMeta
+from parallel_backend.rpc.shared_memory import new_name
 from parallel_backend.rpc.wire import pack, tensor_meta, unpack
 from parallel_backend.serving.sent_keys import MOST_CLIENTS, MOST_KEYS, SentKeys
 
@@ -58,6 +59,11 @@ def test_an_unchanged_tensor_is_sent_once_and_a_changed_one_again() -> None:
     assert frames(x) == 1
 
 
+PLACE = {"name": new_name(), "start": 0}
+IN_MEMORY = {"dtype": "float32", "shape": [1], "sent": False, "shared": PLACE}
+ROOM = {"name": new_name(), "start": 0, "nbytes": 64}
+
+
 def header(**changes: object) -> bytes:
     plain = msgspec.to_builtins(RequestHeader(1, Status()))
     return msgspec.msgpack.encode(plain | changes)
@@ -83,6 +89,13 @@ def header(**changes: object) -> bytes:
             r"'float32' \[-1, -4\] can't be read",
         ),
         ([header(tensors=[{"dtype": "float32", "shape": [2**30, 2**30]}]), b""], "needs"),
+        ([header(tensors=[{"dtype": "float32", "shape": [1], "shared": PLACE}]), b"\0" * 4], "is sent or kept as well"),
+        ([header(tensors=[IN_MEMORY | {"key": "k"}])], "is sent or kept as well"),
+        ([header(room=ROOM | {"name": "../../etc/passwd"})], "passwd' is no file of a client's"),
+        ([header(room=ROOM | {"start": -64})], "from byte -64 on"),
+        ([header(room=ROOM | {"start": 3})], "from byte 3 on"),
+        ([header(room=ROOM | {"nbytes": 2**40})], f"{2**40} bytes of room"),
+        ([header(room=ROOM | {"more": 1})], "more"),
     ],
 )
 def test_messages_that_lie_or_are_of_another_kind_are_refused(frames: list[bytes], words: str) -> None:

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from parallel_backend.bench.device_time import timed
 from parallel_backend.distributed.kernel_trial import choose_kernel
 from parallel_backend.distributed.kernels import KERNELS, Use, attend, resolve_kernel
 from parallel_backend.errors import ConfigError
@@ -19,7 +20,6 @@ from parallel_backend.models.mmdit import HEAD_DIM
 
 from .report import Report, Value
 from .sizes import Sizes, dtype_name
-from .timing import timed
 from .weights import relative_error
 
 NAMES = ("native", "flash", "flash3", "cudnn", "efficient")

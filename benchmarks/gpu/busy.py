@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from parallel_backend.bench.device_time import Call, Profile, Timed, profile
+
 from .report import NO_GPU, Report, Value
-from .timing import Call, Profile, Timed, profile
 
 COLUMNS = ("evaluation", "ms", "of the host", "kernels", "copies and fills", "ms in which one runs", "busy share")
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from parallel_backend.bench.layouts import SD35_LARGE, SDXL
 from parallel_backend.models.mmdit import MMDiTConfig
 from parallel_backend.models.unet import UNetConfig
 from parallel_backend.small_checkpoints.mmdit import small_config
@@ -14,31 +15,6 @@ from parallel_backend.small_checkpoints.unet import CONFIGS
 from .options import Options
 
 CELL = 8  # pixels
-
-SD35_LARGE = MMDiTConfig(
-    family="sd3.5-large",
-    depth=38,
-    heads=38,
-    dual_blocks=(),
-    qk_norm=True,
-    channels=16,
-    patch_size=2,
-    pos_embed_size=192,
-    context_width=4096,
-    pooled_width=2048,
-    mlp_width=9728,
-)
-SDXL = UNetConfig(
-    family="sdxl",
-    channels=4,
-    block_channels=(320, 640, 1280),
-    layers_per_block=2,
-    down_depths=((0, 0), (2, 2), (10, 10)),
-    up_depths=((10, 10, 10), (2, 2, 2), (0, 0, 0)),
-    mid_depth=10,
-    context_width=2048,
-    pooled_width=2816,
-)
 
 
 @dataclass(frozen=True)

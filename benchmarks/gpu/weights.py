@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from parallel_backend.bench.random_model import OnDevice, random_tensor
 from parallel_backend.config import MeshSpec
 from parallel_backend.distributed.mesh import Mesh, build_mesh
-from parallel_backend.distributed.tensor_parallel import Shard, ShardedParameter, cut
+from parallel_backend.distributed.tensor_parallel import Shard, ShardedParameter
 from parallel_backend.models.families import SD3, SDXL
 from parallel_backend.models.mmdit import MMDiT, MMDiTConfig
 from parallel_backend.models.mmdit_checkpoint import POS_EMBED, PositionTable
@@ -23,33 +22,6 @@ from parallel_backend.models.unet import BandUNet, UNetConfig, loadable_unet
 from parallel_backend.small_checkpoints.prompts import random_prompt, random_sdxl_prompt
 
 Tensors = dict[str, Tensor]
-
-
-@dataclass
-class OnDevice:
-    """A checkpoint's tensors as a source that models read from, slices as views where they are whole."""
-
-    tensors: Mapping[str, Tensor]
-    path: Path = Path("random weights")
-    bytes_read: int = field(default=0, init=False)
-
-    def names(self) -> list[str]:
-        return list(self.tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
-
-    def read(self, name: str, shard: Shard | None = None) -> Tensor:
-        return cut(self.tensors[name], shard)
-
-
-def random_tensor(name: str, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Scaled so that activations stay near 1."""
-    tensor = torch.empty(tuple(shape), device=device, dtype=dtype)
-    if len(shape) > 1:
-        return tensor.normal_(0.0, tensor[0].numel() ** -0.5)
-    is_norm = name.endswith("weight")  # every other weight has two dims or more
-    return tensor.normal_(1.0 if is_norm else 0.0, 0.02)
 
 
 def mmdit_tensors(config: MMDiTConfig, device: torch.device, dtype: torch.dtype) -> Tensors:

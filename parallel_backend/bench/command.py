@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..config import MeshSpec
 from ..demo.trained import UNET, add_choice, chosen, trained_in
 
 
@@ -57,6 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     swap.add_argument("--rounds", type=int, default=5)
     swap.add_argument("--depth", type=int, default=12, help="blocks of the small model")
     swap.set_defaults(run=_swap)
+    _predict_arguments(
+        benches.add_parser("predict", help="seconds of a step on 1, 2, 4, 8 GPUs by mesh, from one device")
+    )
     _trace_arguments(benches.add_parser("trace", help="a job rank by rank: a picture, a Chrome trace, waits and bytes"))
 
 
@@ -70,6 +74,58 @@ def _trace_arguments(trace: argparse.ArgumentParser) -> None:
     trace.add_argument("--model", type=Path, help="an MMDiT; a small one with random weights where left out")
     trace.add_argument("--output", type=Path, default=Path("trace"), help="folder")
     trace.set_defaults(run=_trace)
+
+
+def _predict_arguments(predict: argparse.ArgumentParser) -> None:
+    of = predict.add_mutually_exclusive_group()
+    of.add_argument("--model", type=Path, help="in place of random weights")
+    of.add_argument("--layout", default="sd3.5-large", help="sd3.5-large, sd3.5-medium or sdxl; small ones on a CPU")
+    predict.add_argument("--size", type=int, help="pixels; 1024 on a GPU, 256 on a CPU where left out")
+    predict.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4, 8])
+    predict.add_argument("--mesh", nargs="+", default=[], metavar="AXIS=DEGREE", help="this one beside one rank alone")
+    predict.add_argument("--link", help="nvlink4, nvlink3, pcie5, pcie4, 100gbe, loopback or measured")
+    predict.add_argument("--device", choices=("cuda", "cpu"))
+    predict.add_argument("--dtype", help="bfloat16 on a GPU, float32 on a CPU where left out")
+    predict.add_argument("--displaced", action="store_true", help="displaced steps too, of meshes that have them")
+    predict.add_argument("--graphs", action="store_true", help="each evaluation as one CUDA graph")
+    predict.add_argument(
+        "--check", action="store_true", help="beside what two CPU ranks take; 1 where they are 15 %% apart"
+    )
+    predict.add_argument("--rounds", type=int, default=3, help="of which the medians are taken")
+    predict.add_argument(
+        "--patience", type=float, default=0.0, help="seconds to wait for others to leave --check the cores"
+    )
+    predict.add_argument(
+        "--write-defaults", type=Path, metavar="FILE", help="the fastest meshes into a file of default meshes"
+    )
+    predict.add_argument(
+        "--figures", choices=("h100",), help="write those of a machine that was measured, not of this one"
+    )
+    predict.set_defaults(run=_predict)
+
+
+def _predict(args: argparse.Namespace) -> int:
+    import torch
+
+    from .predict import Asked, run_predict
+    from .predict_check import run_check
+    from .trace import mesh_of
+
+    if args.figures:
+        from ..mesh_choice.tables import FILE, write
+        from .h100_figures import tables
+
+        write(args.write_defaults or FILE, tables())
+        return 0
+    if args.check:
+        return 0 if run_check(args.size or 256, args.rounds, args.patience) else 1
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = device == "cuda"
+    meshes = [MeshSpec(), mesh_of(args.mesh)] if args.mesh else []
+    dtype, size = args.dtype or ("bfloat16" if on_gpu else "float32"), args.size or (1024 if on_gpu else 256)
+    asked = Asked(args.layout, args.model, device, dtype, size, args.gpus, meshes, args.displaced, args.graphs)
+    run_predict(asked, args.link or ("nvlink4" if on_gpu else "loopback"), args.rounds, args.write_defaults)
+    return 0
 
 
 def _quality(args: argparse.Namespace) -> int:

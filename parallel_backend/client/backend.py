@@ -117,7 +117,7 @@ class Backend(Connection):
         Args:
             dtype: auto is ComfyUI's choice for the ranks' cards; float32 on CPUs. fp8 holds weights of half precision in fp8, a
                 scale for each row, float8_e4m3fn and float8_e5m2 cast them, which are computed with in `computes`.
-            mesh: None takes cfg 2 where the ranks are even; the rest is ulysses, or bands (patch) for a UNet.
+            mesh: None takes as many ranks for a picture as make it faster, by the predictor's tables; what is left is dp.
             kind: refuses a file of another one.
             compile: torch.compile of the repeated blocks; their first step in each kind of shape takes much longer.
             graphs: on GPUs, each kind of evaluation is a CUDA graph from its second time on: a step costs the host next to

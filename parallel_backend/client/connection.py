@@ -132,10 +132,12 @@ class Connection:
         *,
         on_event: OnEvent | None = None,
         should_cancel: Callable[[], bool] | None = None,
+        room: int = 0,
     ) -> tuple[Reply, list[Tensor]]:
-        """Send a request and wait for its final reply.
+        """Send a request and wait for its final reply, whose tensors are the caller's own.
 
         Args:
+            room: bytes that its tensors may take in memory, where the ranks are of this machine.
             on_event: told of progress and steps. What it raises cancels the job and is raised again.
             should_cancel: asked about twenty times a second.
         Raises: CancelledError, BackendLostError, ConfigError after `close`, or what the backend says.
@@ -146,7 +148,7 @@ class Connection:
             self.follow_restarts(should_cancel, start=not isinstance(body, NEVER_STARTING))
             self.asking = True
             try:
-                return self._delivered(partial(self._exchange, body, attachments, on_event, should_cancel))
+                return self._delivered(partial(self._exchange, body, attachments, on_event, should_cancel, room))
             finally:
                 self.asking = False
 
@@ -173,30 +175,33 @@ class Connection:
         attachments: Sequence[Attachment],
         on_event: OnEvent | None,
         should_cancel: Callable[[], bool] | None,
+        room: int = 0,
     ) -> tuple[Reply, list[Tensor]]:
         self._jobs += 1
         job = self._jobs
         metas, sent, keys = self._sent.prepare(attachments)
         assert self._socket is not None
-        self._socket.send_multipart(pack(RequestHeader(job, body, metas), sent), copy=False)
+        header = RequestHeader(job, body, metas, self._sent.room(room) if room else None)
+        self._socket.send_multipart(pack(header, sent), copy=False)
         line = _Line(self, job, pinged=not isinstance(body, CONTROL))
         try:
-            return self._await(line, job, keys, on_event, should_cancel)
-        except BackendError:
+            reply, tensors, pending = self._await(line, job, on_event, should_cancel)
+        except BaseException as error:
+            if not isinstance(error, BackendError):  # a Ctrl-C here must not leave the job running there
+                self._send(Cancel(job))
+            if attachments:
+                self._sent.give_up()
             raise
-        except BaseException:  # a Ctrl-C here must not leave the job running there
-            self._send(Cancel(job))
-            raise
+        return self._final(reply, tensors, keys, pending)
 
     def _await(
         self,
         line: _Line,
         job: int,
-        keys: list[str],
         on_event: OnEvent | None,
         should_cancel: Callable[[], bool] | None,
-    ) -> tuple[Reply, list[Tensor]]:
-        """The final reply of a request that was sent."""
+    ) -> tuple[Reply, list[Tensor], BaseException | None]:
+        """The final reply of a request that was sent, and what a callback has raised meanwhile."""
         assert self._socket is not None
         pending: BaseException | None = None
         while True:
@@ -206,13 +211,15 @@ class Connection:
                 line.heard(header)
                 if header.job != job:
                     continue  # of a ping or a cancel, or the end of a job that was given up
-                full = [t for t in tensors if t is not None]
                 if isinstance(header.body, FINAL_REPLIES):
-                    return self._final(header.body, full, keys, pending)
+                    there = zip(header.tensors, tensors, strict=True)
+                    # A frame's memory is read-only.
+                    own = [self._sent.read(meta) if tensor is None else tensor.clone() for meta, tensor in there]
+                    return header.body, own, pending
                 if on_event is not None and pending is None:
                     assert isinstance(header.body, (Progress, StepDone))
                     try:
-                        on_event(header.body, full)
+                        on_event(header.body, [t for t in tensors if t is not None])
                     except BaseException as error:  # noqa: BLE001 - ComfyUI interrupts with a BaseException
                         pending = error
                         self._send(Cancel(job))

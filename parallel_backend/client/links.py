@@ -6,7 +6,9 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 import time
+from pathlib import Path
 
 import msgspec
 
@@ -25,13 +27,29 @@ def prove_links(spec: BackendSpec) -> list[str]:
 
     Raises: StartError: they don't hear each other; the message has what they said last.
     """
+    return _FIGURES.findall(_meet(spec))
+
+
+def measure_links(spec: BackendSpec) -> list[tuple[str, int, float]]:
+    """Of each kind of message, small and large ones: bytes that a rank sends, and seconds, in ranks as `prove_links` starts them.
+
+    Raises: StartError: as `prove_links`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "links.json"
+        _meet(spec, "--measure-links", str(file))
+        return msgspec.json.decode(file.read_bytes(), type=list[tuple[str, int, float]])
+
+
+def _meet(spec: BackendSpec, *arguments: str) -> str:
+    """What ranks have said that met and ended."""
     own = msgspec.structs.replace(spec, name=f"{spec.name}-links-{os.getpid()}")
     launcher.check_here(own, launcher.LOCAL)
     folder, begun = files.runtime_dir(own.name), time.time()
     command = [part for part in launcher.command(own) if not part.startswith("--max-restarts")]
     try:
         done = subprocess.run(
-            [*command, "--only-meet"],
+            [*command, "--only-meet", *arguments],
             env=launcher.environment(own),
             cwd="/",
             capture_output=True,
@@ -42,7 +60,7 @@ def prove_links(spec: BackendSpec) -> list[str]:
         if done.returncode:
             words = files.last_words(own.name, begun) or "\n".join(done.stderr.splitlines()[-15:])
             raise StartError(f"The ranks don't reach each other: {words}")
-        return _FIGURES.findall(done.stderr)
+        return done.stderr
     except subprocess.TimeoutExpired:
         raise StartError(f"The ranks had not met after {MOST_SECONDS:.0f} s.", "See nvidia-smi and dmesg.") from None
     finally:

@@ -194,12 +194,12 @@ class RemoteModel(Held[LoadModel]):
         )
         callbacks: dict[str, Any] = {"on_event": _telling(on_step), "should_cancel": should_cancel}
         tensors = self._patched_request(body, given.attachments, patches, [*controls, *of_negative], **callbacks)
-        self.timeline = tensors[1].clone() if trace else None
+        self.timeline = tensors[1] if trace else None
         if not is_finite(tensors[0]):
             assert self.last is not None
             step = (0, 0) if self.last.bad_step is None else (self.last.bad_step + 1, self.last.steps)
             self._tell(NotFinite(held_by(inputs), *step))
-        return tensors[0].clone()
+        return tensors[0]
 
     def _begin(self, inputs: Mapping[str, Tensor | None]) -> None:
         """Nothing is told yet. Raises: NotFiniteError: an input holds what is to be an error, before anything is computed."""
@@ -234,21 +234,23 @@ class RemoteModel(Held[LoadModel]):
         given = self._tensors()
         body = Forward(
             self.name,
-            given.place(x),
+            given.place(x, shared=True),
             given.place(timesteps.float()),
             given.place(context, kept=True),
             given.place(pooled, kept=True),
             control=given.residuals(residuals or {}),
             controls=[use.named(given.hint) for use in controls],
         )
-        tensors = self._patched_request(body, given.attachments, patches, controls, should_cancel=should_cancel)
+        room = x.numel() * torch.float32.itemsize
+        callbacks: dict[str, Any] = {"should_cancel": should_cancel, "room": room}
+        tensors = self._patched_request(body, given.attachments, patches, controls, **callbacks)
         if not is_finite(tensors[0]):
             prompt = {"conditioning": context, "pooled conditioning": pooled}
             number, steps = step()
             # In a sampling, x has been made: at the first step of what came in, later on the way.
             made = ({"latent": x}, {"latent (or its noise or mask)": x}, {})[min(number, 2)]
             self._tell(NotFinite(held_by(made | prompt), number, steps))
-        return tensors[0].clone()
+        return tensors[0]
 
     def _tensors(self) -> RequestTensors:
         return RequestTensors(getattr(torch, self.load.dtype))

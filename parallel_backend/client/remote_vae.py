@@ -65,7 +65,7 @@ class RemoteVAE(Held[LoadVAE]):
         elif left:
             self.note = left
             log.warning("%s", left)
-        return out.clone()
+        return out
 
     def _leave_float16(self, should_cancel: Callable[[], bool] | None) -> str:
         """It is loaded in what suits the ranks' cards. Returns: what is to be told of that."""

@@ -1,4 +1,4 @@
-"""A file of memory in which a client lays the large tensors of its requests, for ranks of this machine."""
+"""A file of memory in which a client lays the large tensors of its requests, and ranks of this machine their results."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import os
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import accumulate
+from math import prod
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from ..rpc.messages import SharedPlace
-from ..rpc.shared_memory import ALIGNED, folders, is_shared_file, new_name
-from ..rpc.wire import tensor_frame
+from ..errors import ProtocolError
+from ..rpc.messages import SharedPlace, SharedRoom, TensorMeta
+from ..rpc.shared_memory import ALIGNED, folders, is_shared_file, new_name, starts, write
+from ..rpc.wire import dtype_named, tensor_frame
 
 log = logging.getLogger("parallel_backend")
 
@@ -27,18 +29,21 @@ class SharedArea:
         self._folders = folders()
         self._path: Path | None = None
         self._file = -1
+        # Behind what was laid last.
+        self._free = 0
+        self._room: SharedRoom | None = None
         self._end = lambda: None
 
     def lay(self, tensors: Sequence[Tensor]) -> list[SharedPlace] | None:
         """Where each of them lies until the next call; None where this machine has no room for them."""
-        starts = [0, *accumulate(-(-tensor.nbytes // ALIGNED) * ALIGNED for tensor in tensors)]
-        size = starts.pop()
+        *places, size = starts([tensor.nbytes for tensor in tensors])
+        self._free = size
         while self._folders:
             try:
                 path = self._with_room(self._folders[0], max(ALIGNED, size))
-                for tensor, start in zip(tensors, starts, strict=True):
-                    self._write(tensor_frame(tensor), start)
-                return [SharedPlace(path.name, start) for start in starts]
+                for tensor, start in zip(tensors, places, strict=True):
+                    write(self._file, tensor_frame(tensor), start)
+                return [SharedPlace(path.name, start) for start in places]
             except OSError as error:
                 self.close()
                 full = self._folders.pop(0)
@@ -46,9 +51,38 @@ class SharedArea:
                 log.warning("no room for %d tensors in %s (%s): they go %s", len(tensors), full, error.strerror, where)
         return None
 
+    def room(self, nbytes: int) -> SharedRoom | None:
+        """So many bytes for the reply, behind what was laid for the request; None where there is no room for them."""
+        self._room = None
+        if self._path is not None and nbytes:
+            try:
+                path = self._with_room(self._folders[0], self._free + nbytes)
+                self._room = SharedRoom(path.name, self._free, nbytes)
+            except OSError as error:
+                log.warning("no room for a result in %s (%s): it goes by the socket", self._folders[0], error.strerror)
+        return self._room
+
+    def read(self, meta: TensorMeta) -> Tensor:
+        """What a rank has laid into the room of the last request, copied out of it.
+
+        Raises: ProtocolError: it lies elsewhere.
+        """
+        place, room, dtype = meta.shared, self._room, dtype_named(meta)
+        nbytes = prod(meta.shape) * dtype.itemsize
+        if place is None or room is None or place.name != room.name or not room.holds(place.start, nbytes):
+            raise ProtocolError("A reply's tensor lies where no room was made for it.", "Run the prompt again.")
+        tensor = torch.empty(meta.shape, dtype=dtype)
+        frame, done = tensor_frame(tensor), 0
+        while done < len(frame):
+            read = os.preadv(self._file, [frame[done:]], place.start + done)
+            if not read:
+                raise ProtocolError("A reply's tensor ends before its last byte.", "Run the prompt again.")
+            done += read
+        return tensor
+
     def close(self) -> None:
         self._end()
-        self._path, self._end = None, lambda: None
+        self._path, self._room, self._end = None, None, lambda: None
 
     def _with_room(self, folder: Path, size: int) -> Path:
         """The file, `size` bytes of which are there: what a system only promises may fail a rank that reads it.
@@ -62,11 +96,6 @@ class SharedArea:
         if os.fstat(self._file).st_size < size:
             os.posix_fallocate(self._file, 0, size)
         return self._path
-
-    def _write(self, frame: memoryview, start: int) -> None:
-        written = 0
-        while written < len(frame):
-            written += os.pwrite(self._file, frame[written:], start + written)
 
 
 def _made(folder: Path) -> tuple[Path, int]:

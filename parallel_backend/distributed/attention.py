@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..fused.joint_heads import part_heads
 from .kernels import KERNELS, attend
 from .mesh import Mesh
 from .ring import ring_attention
@@ -62,8 +63,29 @@ class StaleKV:
         return k, v, None
 
 
+@dataclass(frozen=True)
+class Joined:
+    """This rank's queries, keys and values of two streams, as `join_heads` lays them for the ranks of ulysses.
+
+    Args:
+        lengths: tokens of each stream.
+        heads: N, of all ranks of ulysses.
+    """
+
+    sent: Tensor
+    rows: int
+    lengths: tuple[int, int]
+    heads: int
+    head_dim: int
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """B, N, H."""
+        return self.rows, self.heads, self.head_dim
+
+
 class ParallelAttention:
-    """attention(q, k, v, token_counts) over a mesh: ulysses inside, ring around it.
+    """Attention over a mesh: ulysses inside, ring around it.
 
     Args:
         kernel: a name in `KERNELS` that works on this rank.
@@ -74,38 +96,38 @@ class ParallelAttention:
         self.kernel = kernel
         self.lse_kernel = KERNELS[kernel].lse if mesh.ring.degree > 1 else None
 
+    def alone(self, joined: Joined) -> tuple[Tensor, Tensor]:
+        """As a call, where this rank has all tokens."""
+        rows, heads, head_dim = joined.sizes
+        q, k, v = joined.sent.view(-1, rows, 3, heads, head_dim).permute(2, 1, 0, 3, 4).unbind(0)
+        return part_heads(attend(self.kernel, q, k, v), rows, joined.lengths[0], heads, head_dim, 1)
+
     def __call__(
-        self,
-        q_BLNH: Tensor,
-        k_BLNH: Tensor,
-        v_BLNH: Tensor,
-        token_counts: Sequence[int],
-        memory: Memory | None = None,
-    ) -> Tensor:
+        self, joined: Joined, token_counts: Sequence[int], memory: Memory | None = None
+    ) -> tuple[Tensor, Tensor]:
         """What this rank's tokens take from the tokens of all ranks.
 
         Args:
-            q_BLNH, k_BLNH, v_BLNH: this rank's tokens; their order among ranks doesn't matter.
+            joined: this rank's tokens; their order among ranks doesn't matter.
             token_counts: tokens of each sequence-parallel rank, ring outer, ulysses inner.
             memory: more tokens than these; None in exact jobs.
-        Returns: (B, L, N, H), this rank's tokens.
+        Returns: (B, L, N * H), of each stream.
         Comm: ulysses: two all-to-all; ring: degree - 1 exchanges of keys and values; and the memory's.
         """
-        ring, ulysses = self.mesh.ring, self.mesh.ulysses
+        ring, ulysses, (rows, heads, head_dim) = self.mesh.ring, self.mesh.ulysses, joined.sizes
         own = in_ring_rank(token_counts, self.mesh)
         ring_counts: list[int] | None = by_ring(token_counts, self.mesh)
-        heads = q_BLNH.shape[2]
-        if ulysses.degree == 1:
-            q, k, v = q_BLNH, k_BLNH, v_BLNH
-        else:
-            q, k, v = tokens_to_heads(torch.stack([q_BLNH, k_BLNH, v_BLNH]), own, ulysses).unbind(0)
+        qkv_LB3nH = tokens_to_heads(joined.sent, own, rows, heads, head_dim, ulysses)
+        q, k, v = qkv_LB3nH.permute(2, 1, 0, 3, 4).unbind(0)
         if memory is not None:
             k, v, ring_counts = memory.keys(k, v)
         if self.lse_kernel is not None and ring_counts is not None:
             out = ring_attention(q, k, v, ring_counts, ring, self.lse_kernel)
         else:
             out = attend(self.kernel, q, k, v)
-        return heads_to_tokens(out, own, heads, ulysses)
+        if ulysses.degree > 1:
+            out = heads_to_tokens(out, own, heads, ulysses)
+        return part_heads(out, rows, joined.lengths[0], heads, head_dim, ulysses.degree)
 
 
 def by_ring(token_counts: Sequence[int], mesh: Mesh) -> list[int]:

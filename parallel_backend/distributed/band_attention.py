@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from ..fused.joint_heads import join_heads, part_heads
 from .band import Band
 from .collectives import all_gather, start_all_gather
 from .graph_breaks import breaks_graph
@@ -73,10 +74,13 @@ class BandSelfAttention:
         return _attend(self.kernel, heads, q, *self._whole(kv, tokens).chunk(2, dim=-1))
 
     def _by_heads(self, qkv_BLD: Tensor, heads: int, tokens: Sequence[int]) -> Tensor:
-        axis = self.band.axis
-        qkv_SBLNH = qkv_BLD.unflatten(-1, (3, heads, -1)).movedim(2, 0)
-        own = attend(self.kernel, *tokens_to_heads(qkv_SBLNH, tokens, axis).unbind(0))
-        return heads_to_tokens(own, tokens, heads, axis).flatten(2)
+        axis, (B, _, D) = self.band.axis, qkv_BLD.shape
+        head_dim, (stream, none) = D // (3 * heads), (x.chunk(3, dim=-1) for x in (qkv_BLD, qkv_BLD[:, :0]))
+        no_norms = (None, None)
+        sent = join_heads(stream, none, no_norms, no_norms, heads=heads, parts=axis.degree, eps=None)
+        q, k, v = tokens_to_heads(sent, tokens, B, heads, head_dim, axis).permute(2, 1, 0, 3, 4).unbind(0)
+        out = heads_to_tokens(attend(self.kernel, q, k, v), tokens, heads, axis)
+        return part_heads(out, B, 0, heads, head_dim, axis.degree)[1]
 
     def _whole(self, kv_BLD: Tensor, tokens: Sequence[int]) -> Tensor:
         """Keys and values of the whole image; the order of bands doesn't matter to attention."""

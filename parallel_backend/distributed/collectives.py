@@ -7,7 +7,7 @@ identity. `start_*` returns a handle; the result of `.wait()` may be read, the t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,11 @@ class Handle:
     works: Sequence[dist.Work] = ()
     keep: tuple[Tensor, ...] = ()
     traffic: Traffic | None = None
+    number: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        if self.traffic is not None:
+            self.number = self.traffic.collectives  # whoever starts works has just counted them
 
     def wait(self) -> Tensor:
         if self.works:
@@ -51,7 +56,7 @@ class Handle:
     @breaks_graph
     def _arrive(self) -> None:
         assert self.traffic is not None, "whoever starts works counts them"
-        with self.traffic.waiting(self.result.device):
+        with self.traffic.waiting(self.result.device, self.number):
             for work in self.works:
                 work.wait()
         self.works, self.keep = (), ()
@@ -68,7 +73,7 @@ def start_all_reduce(x: Tensor, axis: MeshAxis) -> Handle:
 @breaks_graph
 def _start_all_reduce(x: Tensor, axis: MeshAxis) -> Handle:
     x = x.contiguous()
-    axis.traffic.count(2 * (axis.degree - 1) * x.nbytes // axis.degree)
+    axis.traffic.count(2 * (axis.degree - 1) * x.nbytes // axis.degree, "sum")
     return Handle(x, [dist.all_reduce(x, group=axis.group, async_op=True)], traffic=axis.traffic)
 
 
@@ -109,20 +114,20 @@ def start_all_gather(x: Tensor, axis: MeshAxis, into: Tensor | None = None) -> H
     return Handle(full, [work], keep=(x,), traffic=axis.traffic)
 
 
-def all_to_all(parts: Sequence[Tensor], shapes: Sequence[torch.Size | tuple[int, ...]], axis: MeshAxis) -> list[Tensor]:
-    """`parts[i]` goes to axis rank i; what rank i sent here comes back in place i, of shape `shapes[i]`.
+def all_to_all(sent_N: Tensor, leaving: Sequence[int], arriving: Sequence[int], axis: MeshAxis) -> Tensor:
+    """The first leaving[0] elements go to axis rank 0, and so on; what the ranks sent here lies one after the other.
 
-    Comm: one message, all parts but this rank's own.
+    Args:
+        arriving: elements that each rank sends here.
+    Comm: one message, all but what this rank keeps.
     """
     if axis.degree == 1:
-        return list(parts)
-    sent = torch.cat([part.reshape(-1) for part in parts])
-    numels = [torch.Size(shape).numel() for shape in shapes]
-    received = sent.new_empty(sum(numels))
-    axis.traffic.count(sent.nbytes - parts[axis.rank].nbytes)
-    with axis.traffic.waiting(sent.device):
-        dist.all_to_all_single(received, sent, numels, [part.numel() for part in parts], group=axis.group)
-    return [flat.view(shape) for flat, shape in zip(received.split(numels), shapes, strict=True)]
+        return sent_N
+    received = sent_N.new_empty(sum(arriving))
+    axis.traffic.count(sent_N.nbytes - leaving[axis.rank] * sent_N.element_size(), "exchange")
+    with axis.traffic.waiting(sent_N.device):
+        dist.all_to_all_single(received, sent_N, list(arriving), list(leaving), group=axis.group)
+    return received
 
 
 def start_ring_exchange(x: Tensor, received_shape: Sequence[int], axis: MeshAxis) -> Handle:
@@ -137,7 +142,7 @@ def start_ring_exchange(x: Tensor, received_shape: Sequence[int], axis: MeshAxis
         dist.P2POp(dist.isend, x, following, group=axis.group),
         dist.P2POp(dist.irecv, received, previous, group=axis.group),
     ]
-    axis.traffic.count(x.nbytes)
+    axis.traffic.count(x.nbytes, "ring")
     return Handle(received, dist.batch_isend_irecv(ops), keep=(x,), traffic=axis.traffic)
 
 
@@ -147,14 +152,14 @@ def start_send(x: Tensor, to: int, axis: MeshAxis) -> Handle:
     Comm: x.numel() elements.
     """
     x = x.contiguous()
-    axis.traffic.count(x.nbytes)
+    axis.traffic.count(x.nbytes, "send", to)
     work = dist.isend(x, axis.global_rank(to), group=axis.group)
     return Handle(x, [work] if work is not None else [], traffic=axis.traffic)
 
 
 def start_receive(into: Tensor, source: int, axis: MeshAxis) -> Handle:
     """What axis rank `source` sends, in `into`; ranks take messages of one sender in the order that it sent them."""
-    axis.traffic.count(0)
+    axis.traffic.count(0, "receive", source)
     work = dist.irecv(into, axis.global_rank(source), group=axis.group)
     return Handle(into, [work] if work is not None else [], traffic=axis.traffic)
 
@@ -166,7 +171,7 @@ def broadcast(x: Tensor, source: int, axis: MeshAxis) -> Tensor:
     """
     if axis.degree > 1:
         x = x.contiguous()
-        axis.traffic.count((axis.degree - 1) * x.nbytes if axis.rank == source else 0)
+        axis.traffic.count((axis.degree - 1) * x.nbytes if axis.rank == source else 0, "broadcast")
         with axis.traffic.waiting(x.device):
             dist.broadcast(x, axis.global_rank(source), group=axis.group)
     return x
@@ -181,7 +186,7 @@ def first_says(flag: bool, axis: MeshAxis) -> bool:
     if axis.degree == 1 or (debt is not None and debt.is_given()):
         return flag and debt is None
     shared = torch.tensor([flag], dtype=torch.uint8)
-    axis.traffic.count(0)
+    axis.traffic.count(0, "broadcast")
     dist.broadcast(shared, axis.global_rank(0), group=axis.group)
     return bool(shared)
 

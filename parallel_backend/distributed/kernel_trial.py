@@ -18,6 +18,7 @@ from .kernels import HALF, KERNELS, Use, attend, resolve_kernel
 log = logging.getLogger("parallel_backend")
 
 _TOKENS = 130  # more than a block of any kernel, and no multiple of one
+_ROWS = 2
 _WORDS = 200
 
 
@@ -52,10 +53,10 @@ def tried(kernel: str, use: Use) -> str | None:
     Raises: OutOfMemoryError: torch's, which says nothing about the kernel.
     """
     generator = torch.Generator().manual_seed(0)
-    # One product gives a model its queries, keys and values, so they lie side by side.
-    joint = torch.randn(1, _TOKENS, 3, use.heads, use.head_dim, generator=generator).to(use.dtype)
-    plain_out, plain_lse = _plain(*joint.float().unbind(2))
-    q, k, v = joint.to(use.device).unbind(2)
+    # As a model has them: side by side, tokens outside, rows inside.
+    joint = torch.randn(_TOKENS, _ROWS, 3, use.heads, use.head_dim, generator=generator).to(use.dtype)
+    plain_out, plain_lse = _plain(*joint.float().permute(2, 1, 0, 3, 4))
+    q, k, v = joint.to(use.device).permute(2, 1, 0, 3, 4)
     with_lse = KERNELS[kernel].lse if use.ring else None
     try:
         results = [(attend(kernel, q, k, v), plain_out)]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..fused.merged_attention import merge_attention
 from .collectives import start_ring_exchange
 from .mesh import MeshAxis
 
@@ -49,5 +50,4 @@ def merge(out: Tensor | None, lse: Tensor | None, block_out: Tensor, block_lse: 
     """Attention over the union of two disjoint sets of keys, from the attention over each, in fp32."""
     if out is None or lse is None:
         return block_out.float(), block_lse
-    weight = torch.sigmoid(block_lse - lse).unsqueeze(-1)
-    return torch.lerp(out, block_out.float(), weight), torch.logaddexp(lse, block_lse)
+    return merge_attention(out, lse, block_out, block_lse)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from .journal import NOBODY, Journal, Kind
+
 # Rows of a timeline's table: kind, step, patch, start, end, bytes. Kinds above 0 are waits, those below are bytes sent, by
 # the number of the axis.
 COMPUTE = 0
@@ -111,11 +113,14 @@ class Traffic:
     timeline: Timeline | None = None
     number: int = 0
     debt: Debt | None = None
+    journal: Journal | None = None
 
-    def count(self, nbytes: int) -> None:
-        """A collective that sends so much starts."""
+    def count(self, nbytes: int, kind: Kind = "gather", peer: int = NOBODY) -> None:
+        """A collective that sends so much starts; `kind` and `peer` as a journal has them."""
         self.sent_bytes += nbytes
         self.collectives += 1
+        if self.journal is not None:
+            self.journal.start(self, self.collectives, kind, nbytes, peer)
 
     def count_again(self, nbytes: int, collectives: int) -> None:
         """What was counted of an evaluation that runs once more, without Python."""
@@ -123,8 +128,12 @@ class Traffic:
         self.collectives += collectives
 
     @contextmanager
-    def waiting(self, device: torch.device) -> Iterator[None]:
-        """The block ends when what others send is there."""
+    def waiting(self, device: torch.device, message: int | None = None) -> Iterator[None]:
+        """The block ends when what others send is there: of the collective of that number, or of the last that started."""
+        if self.journal is not None:
+            with self.journal.waiting(self, self.collectives if message is None else message):
+                yield
+            return
         if device.type != "cpu" and self.timeline is None:
             yield
             return

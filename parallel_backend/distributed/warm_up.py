@@ -31,10 +31,11 @@ def warm_up(mesh: Mesh, device: torch.device) -> None:
     for axis in mesh.axes:  # not first_stage, which sends flags on the CPU alone
         start_all_reduce(one.clone(), axis).wait()
     # Ranks that send each other messages are connected pair by pair, at the first one.
-    all_to_all([one] * mesh.ulysses.degree, [(1,)] * mesh.ulysses.degree, mesh.ulysses)
+    for axis in (mesh.ulysses, mesh.patch):
+        ones = [1] * axis.degree
+        all_to_all(one.repeat(len(ones)), ones, ones, axis)
     if mesh.ring.degree > 1:
         start_ring_exchange(one, (1,), mesh.ring).wait()
-    all_to_all([one] * mesh.patch.degree, [(1,)] * mesh.patch.degree, mesh.patch)
     if mesh.pp.degree > 1:
         _meet_neighbours(mesh.pp, device)
         _meet_over_the_way_back(mesh.way_back, device)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 log = logging.getLogger("parallel_backend")
 
@@ -51,11 +52,11 @@ class Fused:
     def __call__(self, x: Tensor, *others: Any) -> Any:
         return self.plain(x, *others) if x.device.type in ("cpu", "meta") else self._operation(x, *others)
 
-    def tried(self, compute: Callable[..., Any], device: torch.device) -> Tensor:
-        """The trial's result; of what writes where it is told, its last argument."""
+    def tried(self, compute: Callable[..., Any], device: torch.device) -> list[Tensor]:
+        """The trial's results; of what writes where it is told, its last argument."""
         arguments = self.trial(device)
         result = compute(*arguments)
-        return arguments[-1] if result is None else result
+        return tree_leaves(arguments[-1] if result is None else result)
 
     def _on_gpu(self, x: Tensor, *others: Any) -> Any:
         compute = self.launch if fault_of(self, x.device) is None else self.plain
@@ -70,10 +71,11 @@ def fault_of(fused: Fused, device: torch.device) -> str | None:
     """
     fault = None
     try:
-        found, wanted = (fused.tried(compute, device) for compute in (fused.launch, fused.plain))
-        worst = float((found.float() - wanted.float()).abs().max())
-        if not worst <= _TOLERANCE:
-            fault = f"gave wrong numbers (off by {worst:.2g})"
+        results = [fused.tried(compute, device) for compute in (fused.launch, fused.plain)]
+        for found, wanted in zip(*results, strict=True):
+            worst = float((found.float() - wanted.float()).abs().max())
+            if not worst <= _TOLERANCE:
+                fault = f"gave wrong numbers (off by {worst:.2g})"
     except Exception as error:
         if isinstance(error, (torch.OutOfMemoryError, *_CONTEXT_LOST)):
             raise

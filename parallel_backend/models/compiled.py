@@ -1,6 +1,7 @@
 """torch.compile of a model's repeated blocks, one block at a time: all blocks of a kind share the compiled code.
 
-What ranks send each other is left out of it: see the functions marked with `breaks_graph`.
+What ranks send each other is left out of it: see the functions marked with `breaks_graph`. Where they send nothing within a block,
+the block is one graph, its attention included.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..config import MeshSpec
 from ..distributed import collectives
 from ..distributed.band_attention import BandSelfAttention, CachedCrossAttention
 from ..distributed.graph_breaks import keep_out_of_graphs
@@ -39,6 +41,15 @@ def refuse_quantised(source: TensorSource) -> None:
         raise ConfigError(
             f"{source.path.name} is quantised or to be held in fp8, and compile is for weights of half precision or float32.",
             "Turn compile off in Mesh Config, or use the half-precision file without fp8.",
+        )
+
+
+def refuse_tensor_parallel(spec: MeshSpec) -> None:
+    """Raises: ConfigError: its sums break every block's graph in a dozen pieces, whose calls cost more than compiling wins."""
+    if spec.tp > 1:
+        raise ConfigError(
+            f"compile is for ranks that have whole layers; here is {spec.describe()}.",
+            "Turn compile off in Mesh Config, or use cfg, ulysses or pp in place of tp.",
         )
 
 

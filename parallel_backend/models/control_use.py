@@ -28,6 +28,12 @@ class ControlNetwork(Protocol):
         """What its evaluations take from a prompt alone, as its model is given it."""
         ...
 
+    def at_steps(
+        self, prepared: PreparedPrompt, timesteps: Sequence[float], most_bytes: int, /
+    ) -> list[PreparedPrompt]:
+        """As `Timed` says."""
+        ...
+
     def check(self, prepared: Tensor, control_types: Sequence[int], shape: Sequence[int], /) -> None:
         """Raises: InputError: latents of that shape can't be computed with it."""
         ...
@@ -73,13 +79,17 @@ class ControlUse:
         """Of rows that are computed for two prompts at once."""
         return self if self.hint.shape[0] == 1 else replace(self, hint=torch.cat([self.hint, self.hint]))
 
+    def is_at(self, sigma: float | None) -> bool:
+        """Whether it is added there."""
+        return sigma is None or self.end <= sigma <= self.start
+
     def residuals(self, x: Tensor, timesteps: Tensor, prompt: PreparedPrompt, step: Step) -> Residuals:
         """This rank's, times the strength; none outside the range.
 
         The first evaluation of a use is exact: there is nothing yet that could be stale.
         Comm: as the network says.
         """
-        if step.sigma is not None and not self.end <= step.sigma <= self.start:
+        if not self.is_at(step.sigma):
             return NONE
         place, phase = (step.branch, self.number), step.phase
         if step.kept is not None:

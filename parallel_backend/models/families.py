@@ -19,11 +19,11 @@ from .checkpoint import TensorSource
 from .fp8_source import FP8Source
 from .from_scratch import Block, FromScratch, GridPositions
 from .from_scratch_file import from_scratch_config
-from .mmdit import JointBlock, MMDiT
+from .mmdit import JointBlock, MMDiT, MMDiTConfig
 from .mmdit_checkpoint import POS_EMBED, PositionTable, mmdit_config, open_mmdit
 from .network import Network, TokenNetwork
 from .opened_file import open_diffusion
-from .unet import BandUNet, loadable_unet
+from .unet import BandUNet, UNetConfig, loadable_unet
 from .unet_checkpoint import is_unet, open_unet, unet_places
 
 
@@ -152,7 +152,11 @@ def open_model(path: Path, kind: str = "any", weights: str = "", device: torch.d
 
 def _open_mmdit(path: Path, held: Held) -> OpenedModel:
     source = held(open_mmdit(path), SD3)
-    config = mmdit_config(source)
+    return mmdit_model(source, mmdit_config(source))
+
+
+def mmdit_model(source: TensorSource, config: MMDiTConfig) -> OpenedModel:
+    """SD3's transformer of these sizes, from tensors under the single-file names."""
     return OpenedModel(
         source,
         config,
@@ -170,7 +174,11 @@ def _open_mmdit(path: Path, held: Held) -> OpenedModel:
 def _open_unet(path: Path, held: Held) -> OpenedModel:
     found, config = open_unet(path)
     kind = PLAYGROUND if config.edm is not None and config.edm.prediction == "edm" else SDXL
-    source = held(found, kind)
+    return replace(unet_model(held(found, kind), config, kind), place=unet_places(found, config))
+
+
+def unet_model(source: TensorSource, config: UNetConfig, kind: Kind = SDXL) -> OpenedModel:
+    """SDXL's UNet of these sizes, from tensors under the names of the module that it builds."""
     return OpenedModel(
         source,
         config,
@@ -178,7 +186,6 @@ def _open_unet(path: Path, held: Held) -> OpenedModel:
         lambda mesh, kernel: loadable_unet(config, mesh),
         lambda model, mesh, kernel, device, dtype: BandUNet(model, config, mesh, kernel),
         BasicTransformerBlock,
-        place=unet_places(found, config),
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import cast
 
 import torch
@@ -19,11 +20,14 @@ from torch import Tensor, nn
 from ..distributed.collectives import split_range
 from ..distributed.mesh import Mesh, MeshAxis
 from ..distributed.tensor_parallel import ColumnParallelLinear, RowParallelLinear, sharded_parameter
-from .transformer import Attend, StagedTransformer
+from ..fused.modulated_norm import modulated_norm
+from .transformer import Attend, StagedTransformer, Stream
 
 # Tokens of the first text encoder (Gemma); those after them are the second's (ModernBERT).
 FIRST_TEXT_TOKENS = 77
 LAYER_NORM_EPS = 1e-5
+# Vectors of a block's image tokens; its text's come after them.
+OF_IMAGE = 6
 
 
 @dataclass(frozen=True)
@@ -68,17 +72,19 @@ class JointAttention(nn.Module):
         if config.rotary:
             self.rotary_emb = nn.ParameterDict({"freqs": sharded_parameter((config.head_dim // 4,), fp32=True)})
 
-    def qkv(self, stream: str, tokens_BLD: Tensor, positions_L2: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, L, N, H) each. Image tokens are turned by their row and column."""
-        query, key, value = (
-            self.get_submodule(f"{part}_proj_{stream}")(tokens_BLD).unflatten(-1, (-1, self.head_dim))
-            for part in ("query", "key", "value")
+    def stream(self, of: str, tokens_BLD: Tensor, positions_L2: Tensor | None) -> Stream:
+        """Image tokens are normed, and turned by their row and column."""
+        query, key, value = (self.get_submodule(f"{part}_proj_{of}")(tokens_BLD) for part in ("query", "key", "value"))
+        heads = query.shape[-1] // self.head_dim
+        q_norm, k_norm = (cast(HeadNorm, self.get_submodule(f"{part}_norm_{of}")) for part in "qk")
+        if positions_L2 is None:
+            return Stream(query, key, value, heads, (q_norm.weight, k_norm.weight))
+        angles = rotary_angles(positions_L2, self.rotary_emb["freqs"])
+        query, key = (
+            rotate(norm(x.unflatten(-1, (heads, -1))), angles).flatten(2)
+            for norm, x in ((q_norm, query), (k_norm, key))
         )
-        query, key = self.get_submodule(f"q_norm_{stream}")(query), self.get_submodule(f"k_norm_{stream}")(key)
-        if positions_L2 is not None:
-            angles = rotary_angles(positions_L2, self.rotary_emb["freqs"])
-            query, key = rotate(query, angles), rotate(key, angles)
-        return query, key, value
+        return Stream(query, key, value, heads)
 
 
 class HeadNorm(nn.Module):
@@ -141,9 +147,12 @@ class Norm(nn.Module):
         self.c_shift = ColumnParallelLinear(hidden, hidden, bias=False)
         self.c_scale = ColumnParallelLinear(hidden, hidden, bias=False)
 
-    def forward(self, x_BLD: Tensor, y_BD: Tensor) -> Tensor:
-        normed = F.layer_norm(x_BLD, x_BLD.shape[-1:], eps=LAYER_NORM_EPS)
-        return normed * (1 + self.c_scale(y_BD)[:, None]) + self.c_shift(y_BD)[:, None]
+    def vectors(self, y_BD: Tensor) -> list[Tensor]:
+        """Shift and scale, (B, D) each."""
+        return [self.c_shift(y_BD), self.c_scale(y_BD)]
+
+    def forward(self, x_BLD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
+        return modulated_norm(x_BLD, LAYER_NORM_EPS, (shift_B1D, scale_B1D))[0]
 
 
 class Block(nn.Module):
@@ -165,25 +174,34 @@ class Block(nn.Module):
             self.scale1_c = ColumnParallelLinear(hidden, hidden, bias=False)
             self.scale2_c = ColumnParallelLinear(hidden, hidden, bias=False)
 
+    @property
+    def vector_count(self) -> int:
+        return OF_IMAGE + (2 if self.last else 6)
+
+    def vectors(self, y_BD: Tensor) -> list[Tensor]:
+        """(B, D) each: shift and scale before the image's attention, gate after it, the same of its MLP; then the text's."""
+        y = F.silu(self.y_proj["0"](y_BD))
+        image = [*self.norm1_x.vectors(y), self.scale1_x(y), *self.norm2_x.vectors(y), self.scale2_x(y)]
+        text = self.norm1_c.vectors(y)
+        return (
+            [*image, *text]
+            if self.last
+            else [*image, *text, self.scale1_c(y), *self.norm2_c.vectors(y), self.scale2_c(y)]
+        )
+
     def forward(
-        self,
-        x: Tensor,
-        c: Tensor,
-        y_BD: Tensor,
-        positions_L2: Tensor,
-        attend: Attend,
+        self, x: Tensor, c: Tensor, vectors: Sequence[Tensor], positions_L2: Tensor, attend: Attend
     ) -> tuple[Tensor, Tensor]:
-        y, attn = F.silu(self.y_proj["0"](y_BD)), self.attn
-        x_qkv = attn.qkv("x", self.norm1_x(x, y), positions_L2 if self.rotary else None)
-        c_qkv = attn.qkv("c", self.norm1_c(c, y), None)
-        q, k, v = (torch.cat(pair, dim=1) for pair in zip(x_qkv, c_qkv, strict=True))
-        attended = attend.joint(q, k, v).flatten(2)
-        x_attended, c_attended = attended.split([x.shape[1], c.shape[1]], dim=1)
-        x = x + attn.get_submodule("out_proj_x")(x_attended) * self.scale1_x(y)[:, None]
-        x = x + self.MLP_x(self.norm2_x(x, y)) * self.scale2_x(y)[:, None]
+        """`vectors`: (B, 1, D) each."""
+        attn, of_x, of_c = self.attn, vectors[:OF_IMAGE], vectors[OF_IMAGE:]
+        of_image = attn.stream("x", self.norm1_x(x, *of_x[:2]), positions_L2 if self.rotary else None)
+        of_text = attn.stream("c", self.norm1_c(c, *of_c[:2]), None)
+        c_attended, x_attended = attend.joint(of_text, of_image, None)
+        x = torch.addcmul(x, attn.get_submodule("out_proj_x")(x_attended), of_x[2])
+        x = torch.addcmul(x, self.MLP_x(self.norm2_x(x, *of_x[3:5])), of_x[5])
         if not self.last:
-            c = c + attn.get_submodule("out_proj_c")(c_attended) * self.scale1_c(y)[:, None]
-            c = c + self.MLP_c(self.norm2_c(c, y)) * self.scale2_c(y)[:, None]
+            c = torch.addcmul(c, attn.get_submodule("out_proj_c")(c_attended), of_c[2])
+            c = torch.addcmul(c, self.MLP_c(self.norm2_c(c, *of_c[3:5])), of_c[5])
         return x, c
 
 
@@ -240,23 +258,36 @@ class FromScratch(StagedTransformer):
     def embed_pooled(self, y_BA: Tensor) -> Tensor:
         return self.cond_MLP(y_BA)
 
+    @property
+    def vector_width(self) -> int:
+        return self.config.hidden * (sum(block.vector_count for block in self._own()) + 2 * self.is_last)
+
     def vectors(self, timesteps_B: Tensor, pooled_BD: Tensor) -> Tensor:
-        """(B, D): what every block projects for itself."""
+        """What every block projects for itself, and the output's norm."""
         times = time_waves(timesteps_B / 1000 * self.time_scale, self.config.hidden)
-        return self.t_emb2(times.to(pooled_BD.dtype)) + pooled_BD
+        y = self.t_emb2(times.to(pooled_BD.dtype)) + pooled_BD
+        vectors = [vector for block in self._own() for vector in block.vectors(y)]
+        return torch.cat([*vectors, *self.out_norm.vectors(y)] if self.is_last else vectors, dim=1)
+
+    def _own(self) -> list[Block]:
+        return cast(list[Block], list(self.blocks.values()))
 
     def embed_patches(self, patches_BLP: Tensor, places: Tensor) -> Tensor:
         return self.patch_emb(self.pos_enc["proj"](patches_BLP))
 
-    def run_blocks(self, c_BLD: Tensor, x_BLD: Tensor, vectors: Tensor, places: Tensor, attend: Attend) -> list[Tensor]:
-        for block in cast(list[Block], list(self.blocks.values())):
+    def run_blocks(
+        self, c_BLD: Tensor, x_BLD: Tensor, vectors_BW: Tensor, places: Tensor, attend: Attend
+    ) -> list[Tensor]:
+        vectors = iter(vectors_BW.unsqueeze(1).split(self.config.hidden, dim=2))
+        for block in self._own():
             own = attend.of(block.index)
-            x_BLD, c_BLD = block(x_BLD, c_BLD, vectors, places, own)
+            x_BLD, c_BLD = block(x_BLD, c_BLD, list(islice(vectors, block.vector_count)), places, own)
             x_BLD = own.with_residual(x_BLD)
         return [c_BLD, x_BLD]
 
-    def leave(self, x_BLD: Tensor, vectors: Tensor) -> Tensor:
-        return self.out_proj(self.out_norm(x_BLD, vectors))
+    def leave(self, x_BLD: Tensor, vectors_BW: Tensor) -> Tensor:
+        shift, scale = vectors_BW[:, None, -2 * self.config.hidden :].chunk(2, dim=2)
+        return self.out_proj(self.out_norm(x_BLD, shift, scale))
 
     def unpatchify(self, x_BLP: Tensor, shape: torch.Size) -> Tensor:
         """In a patch, channels come first."""

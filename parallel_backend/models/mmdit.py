@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import cast
 
 import torch
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 from ..distributed.collectives import all_gather, split_range, split_sizes
 from ..distributed.mesh import Mesh, MeshAxis
 from ..distributed.tensor_parallel import ColumnParallelLinear, RowParallelLinear, sharded_parameter
-from .transformer import Attend, StagedTransformer
+from ..fused.modulated_norm import modulated_norm
+from .transformer import Attend, StagedTransformer, Stream
 
 HEAD_DIM = 64
 FREQUENCIES = 256
@@ -54,14 +56,11 @@ class MMDiTConfig:
 
 
 class HeadNorm(nn.Module):
-    """RMS norm of each head's queries or keys."""
+    """The weight of an RMS norm of each head's queries or keys."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = sharded_parameter((HEAD_DIM,))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (HEAD_DIM,), self.weight, EPS)
 
 
 class SelfAttention(nn.Module):
@@ -77,11 +76,10 @@ class SelfAttention(nn.Module):
         if with_proj:
             self.proj = RowParallelLinear(hidden, hidden, (first, last), tp)
 
-    def pre_attention(self, x_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (part.unflatten(-1, (-1, HEAD_DIM)) for part in self.qkv(x_BLD).chunk(3, dim=-1))
-        if self.ln_q is not None and self.ln_k is not None:
-            q, k = self.ln_q(q), self.ln_k(k)
-        return q, k, v
+    def stream(self, x_BLD: Tensor) -> Stream:
+        q, k, v = self.qkv(x_BLD).chunk(3, dim=-1)
+        norms = None if self.ln_q is None else self.ln_q.weight, None if self.ln_k is None else self.ln_k.weight
+        return Stream(q, k, v, q.shape[-1] // HEAD_DIM, norms)
 
 
 class Mlp(nn.Module):
@@ -141,28 +139,25 @@ class JointBlock(nn.Module):
         attend: Attend,
     ) -> tuple[Tensor, Tensor]:
         c_block, x_block = self.context_block, self.x_block
-        x_normed = layer_norm(x_BLD)
-        c_qkv = c_block.attn.pre_attention(modulate(layer_norm(c_BLD), *c_mod[:2]))
-        x_qkv = x_block.attn.pre_attention(modulate(x_normed, *x_mod[:2]))
-        q, k, v = (torch.cat(pair, dim=1) for pair in zip(c_qkv, x_qkv, strict=True))
-        attended = attend.joint(q, k, v).flatten(2)
-        c_attended, x_attended = attended.split([c_BLD.shape[1], x_BLD.shape[1]], dim=1)
+        (c_in,) = modulated_norm(c_BLD, EPS, (c_mod[0], c_mod[1]))
+        of_dual = [(x_mod[6], x_mod[7])] if x_block.dual else []
+        x_in, *x_in_2 = modulated_norm(x_BLD, EPS, (x_mod[0], x_mod[1]), *of_dual)
+        c_attended, x_attended = attend.joint(c_block.attn.stream(c_in), x_block.attn.stream(x_in), EPS)
 
         # The sums over tp run while the other stream's products are computed.
         x_sum = x_block.attn.proj.start(x_attended)
         c_sum = None if c_block.pre_only else c_block.attn.proj.start(c_attended)
         if x_block.dual:
-            own = x_block.attn2.pre_attention(modulate(x_normed, *x_mod[6:8]))
-            own_sum = x_block.attn2.proj.start(attend.image(*own).flatten(2))
-        x_BLD = x_BLD + x_mod[2] * x_sum.wait()
+            own_sum = x_block.attn2.proj.start(attend.image(x_block.attn2.stream(*x_in_2), EPS))
+        x_BLD = torch.addcmul(x_BLD, x_mod[2], x_sum.wait())
         if x_block.dual:
-            x_BLD = x_BLD + x_mod[8] * own_sum.wait()
-        x_sum = x_block.mlp.fc2.start(mlp_hidden(x_block.mlp, modulate(layer_norm(x_BLD), *x_mod[3:5])))
+            x_BLD = torch.addcmul(x_BLD, x_mod[8], own_sum.wait())
+        x_sum = x_block.mlp.fc2.start(mlp_hidden(x_block.mlp, x_BLD, x_mod))
         if c_sum is not None:
-            c_BLD = c_BLD + c_mod[2] * c_sum.wait()
-            c_sum = c_block.mlp.fc2.start(mlp_hidden(c_block.mlp, modulate(layer_norm(c_BLD), *c_mod[3:5])))
-            c_BLD = c_BLD + c_mod[5] * c_sum.wait()
-        return c_BLD, x_BLD + x_mod[5] * x_sum.wait()
+            c_BLD = torch.addcmul(c_BLD, c_mod[2], c_sum.wait())
+            c_sum = c_block.mlp.fc2.start(mlp_hidden(c_block.mlp, c_BLD, c_mod))
+            c_BLD = torch.addcmul(c_BLD, c_mod[5], c_sum.wait())
+        return c_BLD, torch.addcmul(x_BLD, x_mod[5], x_sum.wait())
 
 
 class FinalLayer(nn.Module):
@@ -172,7 +167,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = Modulation(config.hidden, 2, tp)
 
     def forward(self, x_BLD: Tensor, mod: list[Tensor]) -> Tensor:
-        return self.linear(modulate(layer_norm(x_BLD), *mod))
+        return self.linear(*modulated_norm(x_BLD, EPS, (mod[0], mod[1])))
 
 
 class Embedder(nn.Module):
@@ -230,30 +225,35 @@ class MMDiT(StagedTransformer):
     def embed_pooled(self, y_BA: Tensor) -> Tensor:
         return self.y_embedder(y_BA)
 
-    def vectors(self, timesteps_B: Tensor, pooled_BD: Tensor) -> list[list[Tensor]]:
-        """The adaLN vectors in the order of use, each a list of (B, 1, D).
+    @property
+    def vector_width(self) -> int:
+        return self.config.hidden * sum(module.count for module in self._modulations())
 
-        Comm: under tp, one all-gather for all blocks of the stage.
-        """
+    def vectors(self, timesteps_B: Tensor, pooled_BD: Tensor) -> Tensor:
+        """The adaLN vectors in the order of use. Comm: as `modulation_vectors`."""
         vector = self.t_embedder(timestep_frequencies(timesteps_B).to(pooled_BD.dtype)) + pooled_BD
+        return modulation_vectors(self._modulations(), vector, self.mesh.tp)
+
+    def _modulations(self) -> list[Modulation]:
         modules = [m for block in self._own() for m in block.modulations()]
-        modules += [self.final_layer.adaLN_modulation] if self.is_last else []
-        return modulation_vectors(modules, vector, self.mesh.tp)
+        return [*modules, self.final_layer.adaLN_modulation] if self.is_last else modules
 
     def embed_patches(self, patches_BLP: Tensor, places: Tensor) -> Tensor:
         return self.x_embedder(patches_BLP) + places
 
     def run_blocks(
-        self, c_BLD: Tensor, x_BLD: Tensor, vectors: list[list[Tensor]], places: Tensor, attend: Attend
+        self, c_BLD: Tensor, x_BLD: Tensor, vectors_BW: Tensor, places: Tensor, attend: Attend
     ) -> list[Tensor]:
-        for i, block in enumerate(self._own()):
+        vectors = by_module(vectors_BW, self._modulations(), self.config.hidden)
+        for block in self._own():
             own = attend.of(block.index)
-            c_BLD, x_BLD = block(c_BLD, x_BLD, vectors[2 * i], vectors[2 * i + 1], own)
+            c_BLD, x_BLD = block(c_BLD, x_BLD, next(vectors), next(vectors), own)
             x_BLD = own.with_residual(x_BLD)
         return [c_BLD, x_BLD]
 
-    def leave(self, x_BLD: Tensor, vectors: list[list[Tensor]]) -> Tensor:
-        return self.final_layer(x_BLD, vectors[-1])
+    def leave(self, x_BLD: Tensor, vectors_BW: Tensor) -> Tensor:
+        last = vectors_BW[:, None, -2 * self.config.hidden :]
+        return self.final_layer(x_BLD, list(last.chunk(2, dim=2)))
 
     def unpatchify(self, x_BLP: Tensor, shape: torch.Size) -> Tensor:
         B, C, Y, X = shape
@@ -265,8 +265,8 @@ class MMDiT(StagedTransformer):
         return [cast(JointBlock, block) for block in self.joint_blocks.values()]
 
 
-def modulation_vectors(modules: Sequence[Modulation], vector_BD: Tensor, tp: MeshAxis) -> list[list[Tensor]]:
-    """The adaLN vectors of each module, (B, 1, D) each, from the sum of the timestep's and the prompt's.
+def modulation_vectors(modules: Sequence[Modulation], vector_BD: Tensor, tp: MeshAxis) -> Tensor:
+    """(B, W): the adaLN vectors of one module after the other, from the sum of the timestep's and the prompt's.
 
     Comm: under tp, one all-gather for all modules.
     """
@@ -274,26 +274,23 @@ def modulation_vectors(modules: Sequence[Modulation], vector_BD: Tensor, tp: Mes
     rows = [split_sizes(m.count * hidden, degree) for m in modules]
     activated = F.silu(vector_BD)
     local = torch.cat([m(activated) for m in modules], dim=1)
-    if degree > 1:
-        shares = all_gather(local, 1, [sum(r[i] for r in rows) for i in range(degree)], tp)
-        by_rank = shares.split([sum(r[i] for r in rows) for i in range(degree)], dim=1)
-        parts = [share.split([r[i] for r in rows], dim=1) for i, share in enumerate(by_rank)]
-        full = [torch.cat(same, dim=1) for same in zip(*parts, strict=True)]
-    else:
-        full = list(local.split([sum(r) for r in rows], dim=1))
-    return [list(vector.unsqueeze(1).split(hidden, dim=2)) for vector in full]
+    if degree == 1:
+        return local
+    shares = all_gather(local, 1, [sum(r[i] for r in rows) for i in range(degree)], tp)
+    by_rank = shares.split([sum(r[i] for r in rows) for i in range(degree)], dim=1)
+    parts = [share.split([r[i] for r in rows], dim=1) for i, share in enumerate(by_rank)]
+    return torch.cat([part for same in zip(*parts, strict=True) for part in same], dim=1)
 
 
-def mlp_hidden(mlp: Mlp, x: Tensor) -> Tensor:
-    return F.gelu(mlp.fc1(x), approximate="tanh")
+def by_module(vectors_BW: Tensor, modules: Sequence[Modulation], hidden: int) -> Iterator[list[Tensor]]:
+    """Each module's vectors, (B, 1, D) each: shift and scale before the attention, gate after it, the same of the MLP."""
+    vectors = iter(vectors_BW.unsqueeze(1).split(hidden, dim=2))
+    for module in modules:
+        yield list(islice(vectors, module.count))
 
 
-def layer_norm(x: Tensor) -> Tensor:
-    return F.layer_norm(x, (x.shape[-1],), eps=EPS)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(shift, x, 1 + scale)
+def mlp_hidden(mlp: Mlp, x_BLD: Tensor, mod: Sequence[Tensor]) -> Tensor:
+    return F.gelu(mlp.fc1(*modulated_norm(x_BLD, EPS, (mod[3], mod[4]))), approximate="tanh")
 
 
 def timestep_frequencies(timesteps_B: Tensor) -> Tensor:

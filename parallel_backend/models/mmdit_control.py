@@ -22,8 +22,10 @@ from ..distributed.mesh import Mesh, MeshAxis
 from ..distributed.stale import Step
 from ..distributed.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from ..errors import InputError
+from ..fused.modulated_norm import modulated_norm
 from ..quantized.weight import QuantizedWeight
 from .mmdit import (
+    EPS,
     FREQUENCIES,
     Embedder,
     JointBlock,
@@ -32,15 +34,15 @@ from .mmdit import (
     Modulation,
     PatchEmbed,
     StreamBlock,
-    layer_norm,
+    by_module,
     mlp_hidden,
-    modulate,
     modulation_vectors,
     timestep_frequencies,
 )
 from .network import Positions
 from .prepared import PreparedPrompt
 from .residuals import Residuals
+from .steps_ahead import with_vectors
 from .tokens import own_text, padded, patchify, tokens_for
 from .transformer import Attend, check_heads
 
@@ -103,7 +105,7 @@ class ControlModel(nn.Module):
 
     @abstractmethod
     def run_blocks(
-        self, prepared: PreparedPrompt, x_BLD: Tensor, vectors: list[list[Tensor]], attend: Attend
+        self, prepared: PreparedPrompt, x_BLD: Tensor, vectors: Iterator[list[Tensor]], attend: Attend
     ) -> list[Tensor]:
         """(B, L, D) for each block: what it adds to this rank's image tokens."""
 
@@ -111,8 +113,8 @@ class ControlModel(nn.Module):
         """What it takes from a prompt: `pooled`, (B, D). `context`: this rank's tokens."""
         return {"pooled": self.y_embedder(y_BA)}
 
-    def vectors(self, timesteps_B: Tensor, pooled_BD: Tensor) -> list[list[Tensor]]:
-        """The adaLN vectors of all blocks. Comm: as `modulation_vectors`."""
+    def vectors(self, timesteps_B: Tensor, pooled_BD: Tensor) -> Tensor:
+        """(B, W): the adaLN vectors of all blocks. Comm: as `modulation_vectors`."""
         # Not rounded to half precision first, as ComfyUI does: bf16 knows one timestep in four.
         times = timestep_frequencies(timesteps_B).to(pooled_BD.dtype)
         return modulation_vectors(list(self.modulations()), self.t_embedder(times) + pooled_BD, self.tp)
@@ -141,11 +143,11 @@ class JointControl(ControlModel):
         return {**pooled, "text": self.context_embedder(context_BLE)}
 
     def run_blocks(
-        self, prepared: PreparedPrompt, x_BLD: Tensor, vectors: list[list[Tensor]], attend: Attend
+        self, prepared: PreparedPrompt, x_BLD: Tensor, vectors: Iterator[list[Tensor]], attend: Attend
     ) -> list[Tensor]:
         c_BLD, under_way = prepared.tensors["text"], []
         for i, block in enumerate(self.joint_blocks):
-            c_BLD, x_BLD = block(c_BLD, x_BLD, vectors[2 * i], vectors[2 * i + 1], attend.of(i))
+            c_BLD, x_BLD = block(c_BLD, x_BLD, next(vectors), next(vectors), attend.of(i))
             under_way.append(self.start_output(i, x_BLD))
         return [output.wait() for output in under_way]
 
@@ -157,9 +159,9 @@ class ImageBlock(StreamBlock):
         super().__init__(config, tp, pre_only=False, dual=False)
 
     def forward(self, x_BLD: Tensor, mod: list[Tensor], attend: Attend) -> Tensor:
-        qkv = self.attn.pre_attention(modulate(layer_norm(x_BLD), *mod[:2]))
-        x_BLD = x_BLD + mod[2] * self.attn.proj(attend.image(*qkv).flatten(2))
-        return x_BLD + mod[5] * self.mlp.fc2(mlp_hidden(self.mlp, modulate(layer_norm(x_BLD), *mod[3:5])))
+        (x_in,) = modulated_norm(x_BLD, EPS, (mod[0], mod[1]))
+        x_BLD = torch.addcmul(x_BLD, mod[2], self.attn.proj(attend.image(self.attn.stream(x_in), EPS)))
+        return torch.addcmul(x_BLD, mod[5], self.mlp.fc2(mlp_hidden(self.mlp, x_BLD, mod)))
 
 
 class ImageControl(ControlModel):
@@ -173,11 +175,11 @@ class ImageControl(ControlModel):
         return (cast(ImageBlock, block).adaLN_modulation for block in self.transformer_blocks)
 
     def run_blocks(
-        self, prepared: PreparedPrompt, x_BLD: Tensor, vectors: list[list[Tensor]], attend: Attend
+        self, prepared: PreparedPrompt, x_BLD: Tensor, vectors: Iterator[list[Tensor]], attend: Attend
     ) -> list[Tensor]:
         under_way = []
         for i, block in enumerate(self.transformer_blocks):
-            out = block(x_BLD, vectors[i], attend.of(i))
+            out = block(x_BLD, next(vectors), attend.of(i))
             under_way.append(self.start_output(i, out))
             if self.config.borrowed != "y_embedder":
                 x_BLD = out
@@ -223,6 +225,11 @@ class TokenControlNet:
         own = context_BLE[:, slice(*own_text(context_BLE.shape[1], self.mesh))].to(self.dtype)
         return PreparedPrompt(context_BLE, y_BA, self.model.embedded(own, self._pooled(y_BA)))
 
+    def at_steps(self, prepared: PreparedPrompt, timesteps: Sequence[float], most_bytes: int) -> list[PreparedPrompt]:
+        """With `vectors`."""
+        width = self.config.model.hidden * sum(module.count for module in self.model.modulations())
+        return with_vectors(prepared, timesteps, most_bytes, width, self.model.vectors)
+
     def __call__(
         self,
         x_BCYX: Tensor,
@@ -236,7 +243,7 @@ class TokenControlNet:
 
         Args:
             x_BCYX, timesteps_B: full, as the main model gets them.
-            prepared: from `prepare_prompt`.
+            prepared: from `prepare_prompt`; with `vectors` where these are there already.
             prepared_BCYX: of `prepare`; of as many rows as `x`, or of one for all.
             control_types: a union's; these are made for one kind, and take no notice.
             step: of no pipeline of patches. In displaced steps its `branch` is of this use alone, and the first evaluation
@@ -255,10 +262,13 @@ class TokenControlNet:
         if self.positions is not None:
             x = x + self.positions.rows(whole.shape[2] // patch, whole.shape[3] // patch, tokens.image)
         x = x + self.model.pos_embed_input(hint)
-        vectors = self.model.vectors(timesteps_B, prepared.tensors["pooled"])
-        outputs = self.model.run_blocks(prepared, x, vectors, Attend(self.attention, tokens, step))
-        by_block = [out for out, count in zip(outputs, self.config.repeats, strict=True) for _ in range(count)]
-        return Residuals(output=by_block[: self.base.config.depth])
+        vectors = prepared.tensors.get("vectors")
+        if vectors is None:
+            vectors = self.model.vectors(timesteps_B, prepared.tensors["pooled"])
+        by_block = by_module(vectors, list(self.model.modulations()), self.config.model.hidden)
+        outputs = self.model.run_blocks(prepared, x, by_block, Attend(self.attention, tokens, step))
+        added = [out for out, count in zip(outputs, self.config.repeats, strict=True) for _ in range(count)]
+        return Residuals(output=added[: self.base.config.depth])
 
     def check(self, prepared_BCYX: Tensor, control_types: Sequence[int], shape: Sequence[int]) -> None:
         """Raises: InputError: a hint that latents of that shape can't be computed with."""

@@ -12,6 +12,7 @@ from ..errors import InputError, UnsupportedError
 from .inputs import Inputs
 from .prepared import PreparedPrompt
 from .residuals import NONE, Residuals, check_count, check_residual
+from .steps_ahead import with_vectors
 from .tokens import Tokens, padded
 from .transformer import StagedTransformer
 
@@ -32,6 +33,12 @@ class Network(Protocol):
 
     def prepare(self, context: Tensor, pooled: Tensor) -> PreparedPrompt:
         """What evaluations take from a prompt alone, for all of them. Comm: where weights are sliced, those that it takes."""
+        ...
+
+    def at_steps(
+        self, prepared: PreparedPrompt, timesteps: Sequence[float], most_bytes: int, /
+    ) -> list[PreparedPrompt]:
+        """As `Timed` says. Comm: under tp one all-gather."""
         ...
 
     def own_residuals(self, whole: Residuals, height: int, width: int) -> Residuals:
@@ -96,6 +103,10 @@ class TokenNetwork:
     def prepare(self, context: Tensor, pooled: Tensor) -> PreparedPrompt:
         """This rank's text tokens on the first stage, and the embedded pooled prompt."""
         return self.model.prepare(context, pooled)
+
+    def at_steps(self, prepared: PreparedPrompt, timesteps: Sequence[float], most_bytes: int) -> list[PreparedPrompt]:
+        """With `vectors`, of this stage."""
+        return with_vectors(prepared, timesteps, most_bytes, self.model.vector_width, self.model.vectors)
 
     def own_residuals(self, whole: Residuals, height: int, width: int) -> Residuals:
         """This rank's tokens of residuals that are whole, (B, L, D). Raises: InputError: they don't fit."""

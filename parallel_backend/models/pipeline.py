@@ -23,7 +23,7 @@ from ..distributed.collectives import Handle, broadcast, first_says, start_recei
 from ..distributed.stale import Kept, Step
 from ..errors import CancelledError
 from .network import TokenNetwork
-from .prediction import Predictor, Share, timesteps_of
+from .prediction import Predictor, Share
 from .tokens import padded, patch_rows
 from .transformer import Attend
 
@@ -70,7 +70,7 @@ class Pipeline:
         width = -(-shape[3] // patch) * patch
         self._shapes = [(own_rows, shape[1], (b - a) * patch, width) for a, b in cuts]
         self._whole = (own_rows, shape[1], cuts[-1][1] * patch, width)
-        self._vectors: list[Any] = []
+        self._vectors: list[Tensor] = []
         self._due: deque[Handle] = deque()
         self._sent: deque[Handle] = deque()
 
@@ -163,10 +163,9 @@ class Pipeline:
         if timeline is not None:
             timeline.begin(max(timeline.step + 1, self.first_step))
 
-    def _vectors_at(self, timestep: Tensor) -> list[Any]:
-        times = timesteps_of(timestep, self._shapes[0][0], self.device)
-        pooled = [self.share.calls[call].own.tensors["pooled"] for call in self._calls]
-        return [self.network.model.vectors(times, y) for y in pooled]
+    def _vectors_at(self, timestep: Tensor) -> list[Tensor]:
+        calls = self.share.at(timestep, None)
+        return [calls[call].own.tensors["vectors"] for call in self._calls]
 
     def _start_receive(self, patch: int, call: int) -> Handle:
         tokens, rows = self.tokens[call].of_patch(patch), self._shapes[patch][0]
@@ -185,7 +184,7 @@ class Pipeline:
             self._send(torch.tensor([stop], dtype=torch.uint8), self.mesh.pp.rank + 1, self.mesh.pp)
 
     def _hear(self) -> bool:
-        stop = bool(start_receive(torch.empty(1, dtype=torch.uint8), self.mesh.pp.rank - 1, self.mesh.pp).wait())
+        stop = bool(start_receive(torch.zeros(1, dtype=torch.uint8), self.mesh.pp.rank - 1, self.mesh.pp).wait())
         self._say(stop)
         return stop
 

@@ -23,6 +23,7 @@ from .families import Kind
 from .network import Network
 from .prepared import PreparedPrompt, PreparedPrompts
 from .residuals import NONE, Residuals
+from .steps_ahead import AHEAD_BYTES, PromptAtSteps
 from .unet import micro_conditioning
 
 # On the device: cond, uncond and what a few others take turns with.
@@ -106,6 +107,11 @@ class Call:
     own: PreparedPrompt
     controls: tuple[PreparedPrompt, ...]
 
+    @property
+    def is_empty(self) -> bool:
+        """Of no rows."""
+        return self.own.context.shape[0] == 0
+
     def nbytes(self) -> int:
         """Of what was made."""
         return sum(prepared.nbytes() for prepared in (self.own, *self.controls))
@@ -119,6 +125,7 @@ class Share:
         rows: of the whole latent.
         calls: of each evaluation. Two prompts of equal length are one call, for twice the rows.
         doubled: they are.
+        steps: of each call, the model's prompt at the steps of the job, and its ControlNets'.
     """
 
     mesh: Mesh
@@ -126,20 +133,59 @@ class Share:
     branches: int
     calls: list[Call]
     doubled: bool
+    steps: list[list[PromptAtSteps]]
 
     @classmethod
-    def of(cls, mesh: Mesh, rows: int, prompts: Sequence[Prompt], prepare: Callable[[Prompt], Call]) -> Share:
+    def of(
+        cls, network: Network, mesh: Mesh, rows: int, prompts: Sequence[Prompt], prepare: Callable[[Prompt], Call]
+    ) -> Share:
         """Of `rows` latents, each with these prompts (cond, uncond)."""
         whole = own_branches(prompts, mesh.cfg)
         doubled = len(whole) == 2 and whole[0].is_like(whole[1])
         own = [prompt.share(mesh.dp) for prompt in whole]
         if doubled:
             own = [own[0] + own[1]]
-        return cls(mesh, rows, len(prompts), [prepare(prompt) for prompt in own], doubled)
+        calls = [prepare(prompt) for prompt in own]
+        most = AHEAD_BYTES // sum(1 + len(call.controls) for call in calls)
+        steps = [
+            [
+                PromptAtSteps(network, call.own, most),
+                *(
+                    PromptAtSteps(use.network, p, most)
+                    for use, p in zip(call.prompt.controls, call.controls, strict=True)
+                ),
+            ]
+            for call in calls
+        ]
+        return cls(mesh, rows, len(prompts), calls, doubled, steps)
+
+    def foresee(self, timesteps: Sequence[Tensor]) -> None:
+        """Those of the schedule, on the CPU, in their order."""
+        for at_steps in self.steps:
+            for prompt in at_steps:
+                prompt.foresee([float(timestep) for timestep in timesteps])
+
+    def at(self, timestep: Tensor, sigma: float | None) -> list[Call]:
+        """The calls of an evaluation, with what networks take from its timestep, which is on the CPU.
+
+        Comm: the networks', where that wasn't made ahead.
+        """
+        return [
+            call if call.is_empty else self._at(call, at_steps, float(timestep), sigma)
+            for call, at_steps in zip(self.calls, self.steps, strict=True)
+        ]
+
+    @staticmethod
+    def _at(call: Call, at_steps: Sequence[PromptAtSteps], timestep: float, sigma: float | None) -> Call:
+        own, *controls = at_steps
+        of_controls = zip(call.prompt.controls, controls, call.controls, strict=True)
+        added = tuple(at.at(timestep) if use.is_at(sigma) else prepared for use, at, prepared in of_controls)
+        return replace(call, own=own.at(timestep), controls=added)
 
     def nbytes(self) -> int:
-        """Of what was made of prompts."""
-        return sum(call.nbytes() for call in self.calls)
+        """Of what was made of prompts and timesteps."""
+        steps = sum(prompt.nbytes() for at_steps in self.steps for prompt in at_steps)
+        return steps + sum(call.nbytes() for call in self.calls)
 
     def own_rows(self, x: Tensor) -> Tensor:
         """The rows of `x` that each call takes."""
@@ -298,7 +344,9 @@ class Predictor:
 
         It holds as long as the weights stay. Comm: `Network.prepare`'s.
         """
-        return Share.of(self.mesh, rows, prompts, lambda prompt: self._prepared(prompt, lambda _, make: make()))
+        return Share.of(
+            self.network, self.mesh, rows, prompts, lambda prompt: self._prepared(prompt, lambda _, make: make())
+        )
 
     def _prepared(self, prompt: Prompt, get: Callable[[object, Callable[[], PreparedPrompt]], PreparedPrompt]) -> Call:
         """`get`: (network, how to make it) -> what that network makes of the prompt."""
@@ -316,12 +364,14 @@ class Predictor:
         Args:
             x: (B, C, Y, X), of as many rows as `share` is of.
             timestep: one for all rows, on the CPU.
-        Comm: the model's, and `Share.gather`'s.
+        Comm: the model's, `Share.at`'s and `Share.gather`'s.
         """
         own = share.own_rows(x)
         times = timesteps_of(timestep, own.shape[0], self.device)
-        steps = [replace(step, branch=branch) for branch in range(len(share.calls))]
-        outputs = [self._local(Rows(own, times, c.prompt), c, s) for c, s in zip(share.calls, steps, strict=True)]
+        outputs = [
+            self._local(Rows(own, times, call.prompt), call, replace(step, branch=branch))
+            for branch, call in enumerate(share.at(timestep, step.sigma))
+        ]
         return share.gather(outputs)
 
     def _local(self, rows: Rows, call: Call, step: Step) -> Tensor:

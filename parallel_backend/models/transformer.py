@@ -1,7 +1,7 @@
 """What the transformers share: blocks in stages over the pp axis, tokens over ring and ulysses.
 
 Shapes: B rows, L this rank's tokens of an evaluation, D hidden, P values of a patch, C latent channels, Y X latent
-cells, E context width, A pooled width, N heads, H head dim.
+cells, E context width, A pooled width, N heads, H head dim, F = N * H.
 """
 
 from __future__ import annotations
@@ -14,15 +14,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed.attention import Memory, ParallelAttention, PipelinedKV, StaleKV, by_ring, in_ring_rank
+from ..distributed.attention import Joined, Memory, ParallelAttention, PipelinedKV, StaleKV, by_ring, in_ring_rank
 from ..distributed.collectives import Handle, all_gather, broadcast, start_receive, start_send
 from ..distributed.graph_breaks import breaks_graph
 from ..distributed.mesh import Mesh
 from ..distributed.stale import EXACT, Step, TokenKV
 from ..errors import ConfigError
+from ..fused.joint_heads import join_heads
 from .prepared import PreparedPrompt
 from .residuals import NONE, Residuals
 from .tokens import TEXT, Tokens, TokenSizes, own_text, patchify, tokens_for
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Queries, keys and values of text or image tokens, of this tp rank's heads; `norms_H`: weights of the RMS norms of each
+    head's queries and keys, which are yet to come."""
+
+    q_BLF: Tensor
+    k_BLF: Tensor
+    v_BLF: Tensor
+    heads: int
+    norms_H: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    @property
+    def qkv_BLF(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q_BLF, self.k_BLF, self.v_BLF
 
 
 @dataclass(frozen=True)
@@ -45,18 +62,43 @@ class Attend:
         added = given[self.block] if self.block < len(given) else None
         return x_BLD if added is None else x_BLD + added
 
-    @breaks_graph
-    def joint(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
-        """Text and image tokens to all of both."""
-        return self._to(("joint", self.block), self.tokens.present, q_BLNH, k_BLNH, v_BLNH)
+    def joint(self, text: Stream, image: Stream, eps: float | None) -> tuple[Tensor, Tensor]:
+        """Text and image tokens to all of both: (B, L, N * H) of each.
 
-    @breaks_graph
-    def image(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
+        Args:
+            eps: of the norms of queries and keys; None is that of the dtype.
+        """
+        joined = self._joined(text, image, eps)
+        return self.attention.alone(joined) if self._is_alone else self._joint(joined)
+
+    def image(self, image: Stream, eps: float | None) -> Tensor:
         """Image tokens to all image tokens."""
-        return self._to(("image", self.block), self.tokens.image_segments, q_BLNH, k_BLNH, v_BLNH)
+        q, k, v = (x[:, :0] for x in image.qkv_BLF)
+        none = Stream(q, k, v, image.heads)
+        joined = self._joined(none, image, eps)
+        return (self.attention.alone(joined) if self._is_alone else self._image(joined))[1]
 
-    def _to(self, slot: tuple[str, int], present: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.attention(q, k, v, self.tokens.counts(present), self._memory(slot, present))
+    @property
+    def _is_alone(self) -> bool:
+        """Whether this rank has all tokens, and nothing is remembered: compiled code then contains the attention."""
+        kept, mesh = self.step.kept, self.attention.mesh
+        return mesh.sp_degree == 1 and (kept is None or (kept.stale is None and kept.token_kv is None))
+
+    def _joined(self, one: Stream, two: Stream, eps: float | None) -> Joined:
+        (B, L, F), heads, parts = one.q_BLF.shape, one.heads, self.attention.mesh.ulysses.degree
+        sent = join_heads(one.qkv_BLF, two.qkv_BLF, one.norms_H, two.norms_H, heads=heads, parts=parts, eps=eps)
+        return Joined(sent, B, (L, two.q_BLF.shape[1]), heads, F // heads)
+
+    @breaks_graph
+    def _joint(self, joined: Joined) -> tuple[Tensor, Tensor]:
+        return self._to(("joint", self.block), self.tokens.present, joined)
+
+    @breaks_graph
+    def _image(self, joined: Joined) -> tuple[Tensor, Tensor]:
+        return self._to(("image", self.block), self.tokens.image_segments, joined)
+
+    def _to(self, slot: tuple[str, int], present: tuple[int, ...], joined: Joined) -> tuple[Tensor, Tensor]:
+        return self.attention(joined, self.tokens.counts(present), self._memory(slot, present))
 
     def _memory(self, slot: tuple[str, int], present: tuple[int, ...]) -> Memory | None:
         kept, stale = self.step.kept, self.step.stale
@@ -118,20 +160,27 @@ class StagedTransformer(nn.Module):
     def embed_pooled(self, y_BA: Tensor) -> Tensor:
         """(B, D)."""
 
+    @property
     @abstractmethod
-    def vectors(self, timesteps_B: Tensor, pooled_BD: Tensor) -> Any:
-        """What this stage's blocks and output take from the timestep and the embedded pooled prompt."""
+    def vector_width(self) -> int:
+        """W of `vectors`."""
+
+    @abstractmethod
+    def vectors(self, timesteps_B: Tensor, pooled_BD: Tensor) -> Tensor:
+        """(B, W): what this stage's blocks and output take from the timestep and the embedded pooled prompt."""
 
     @abstractmethod
     def embed_patches(self, patches_BLP: Tensor, places: Tensor) -> Tensor:
         """(B, L, D). On the first stage."""
 
     @abstractmethod
-    def run_blocks(self, c_BLD: Tensor, x_BLD: Tensor, vectors: Any, places: Tensor, attend: Attend) -> list[Tensor]:
+    def run_blocks(
+        self, c_BLD: Tensor, x_BLD: Tensor, vectors_BW: Tensor, places: Tensor, attend: Attend
+    ) -> list[Tensor]:
         """Text and image tokens after this stage's blocks."""
 
     @abstractmethod
-    def leave(self, x_BLD: Tensor, vectors: Any) -> Tensor:
+    def leave(self, x_BLD: Tensor, vectors_BW: Tensor) -> Tensor:
         """(B, L, P): the output of this rank's image tokens."""
 
     @abstractmethod
@@ -164,7 +213,7 @@ class StagedTransformer(nn.Module):
         Args:
             x_BCYX: full latent, in the model's scale and dtype.
             timesteps_B: 1000 * sigma, fp32.
-            prepared: from `prepare`, of the same rows.
+            prepared: from `prepare`, of the same rows; with `vectors` where these are there already.
             places: of this rank's image tokens, patch after patch: rows of the position table, or rows and columns.
             residuals: of this rank's image tokens, after each block of the whole model.
         Returns: (B, C, Y, X), whole on every rank.
@@ -173,7 +222,9 @@ class StagedTransformer(nn.Module):
         """
         num_patches = step.kept.num_patches if step.kept is not None else 1
         tokens = self.tokens_for(x_BCYX.shape[2], x_BCYX.shape[3], prepared.context.shape[1], num_patches)
-        vectors = self.vectors(timesteps_B, prepared.tensors["pooled"])
+        vectors = prepared.tensors.get("vectors")
+        if vectors is None:
+            vectors = self.vectors(timesteps_B, prepared.tensors["pooled"])
         arriving = None if self.is_first else self.start_receive(len(x_BCYX), tokens, x_BCYX.dtype, x_BCYX.device)
         attend = Attend(self.attention, tokens, step, residuals=residuals)
         passed = self.stage(x_BCYX, prepared, places, vectors, attend, arriving)
@@ -189,7 +240,7 @@ class StagedTransformer(nn.Module):
         x_BCYX: Tensor,
         prepared: PreparedPrompt,
         places: Tensor,
-        vectors: Any,
+        vectors_BW: Tensor,
         attend: Attend,
         arriving: Handle | None,
     ) -> Tensor:
@@ -208,10 +259,10 @@ class StagedTransformer(nn.Module):
             x = self.embed_patches(patches, places)
         else:
             c, x = arriving.wait().split(_lengths(tokens), dim=1)
-        c, x = self.run_blocks(c, x, vectors, places, attend)
+        c, x = self.run_blocks(c, x, vectors_BW, places, attend)
         if not self.is_last:
             return torch.cat([c, x], dim=1)
-        out = self.leave(x, vectors)
+        out = self.leave(x, vectors_BW)
         for axis, counts in gathers(self.mesh, tokens.counts(tokens.image_segments)):
             out = all_gather(out, 1, counts, axis)
         return self.unpatchify(tokens.in_order(out), x_BCYX.shape)

@@ -149,6 +149,10 @@ class InBands:
                     tensors[processor.slot] = layer.to_kv(context_BLE)
         return PreparedPrompt(context_BLE, y_BA, tensors)
 
+    def at_steps(self, prepared: PreparedPrompt, timesteps: Sequence[float], most_bytes: int) -> list[PreparedPrompt]:
+        """It makes nothing of timesteps ahead."""
+        return [prepared for _ in timesteps]
+
     @contextmanager
     def cut(self, x_BCYX: Tensor, prepared: PreparedPrompt, step: Step) -> Iterator[Band]:
         """Inside, the model takes a latent of that size in bands, with that prompt, at that step."""

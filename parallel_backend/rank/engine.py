@@ -23,9 +23,10 @@ from ..errors import BackendError, InputError, ProtocolError, UnknownModelError
 from ..extras.weights import PatchedWeights, PatchFiles
 from ..fused.all import FUSED
 from ..fused.operation import note_of
+from ..mesh_choice.choice import default_mesh
 from ..models.captured import CapturedNetwork
 from ..models.checkpoint import HeldWeight, TensorSource, bytes_held, is_quantised, load_parameters
-from ..models.compiled import check_compiler, compile_blocks, refuse_quantised
+from ..models.compiled import check_compiler, compile_blocks, refuse_quantised, refuse_tensor_parallel
 from ..models.cuda_graphs import CUDAGraphs, check_graphs
 from ..models.families import OpenedModel, open_model
 from ..models.fp8_products import cards_multiply_fp8, make_products_in_fp8
@@ -37,6 +38,7 @@ from ..models.residuals import Residuals
 from ..models.shared_reading import pass_on
 from ..models.vae import BandVAE
 from ..models.vae_checkpoint import open_vae
+from ..rpc.host_copies import on_host, onto_device
 from ..rpc.messages import (
     Control,
     Decode,
@@ -151,7 +153,6 @@ class Engine:
             LoadVAE: self._load_vae,
             LoadControl: self._load_control,
             Sample: self._sample,
-            Forward: self._forward,
             PatchFilePart: self._keep_patches,
             Decode: self._decode,
             Encode: self._encode,
@@ -171,14 +172,19 @@ class Engine:
 
         Raises: BackendError: on every rank alike; the models stay. Any other exception: ranks may be out of step.
         """
-        if any(meta.shared is not None for meta in header.tensors):
-            tensors = job.control.agreed(lambda: self.shared_tensors.complete(header.tensors, tensors))
-        full = self.kept_tensors.complete(header.tensors, tensors)
-        handler = self._handlers.get(type(header.body))
-        if handler is None:
-            raise ProtocolError(f"{type(header.body).__name__} is not a job.", "Send it as a control message.")
+        kept = self.kept_tensors.complete(header.tensors, tensors)
+
+        def given() -> list[Tensor]:
+            return self.shared_tensors.complete(header.tensors, kept)
+
         try:
-            return handler(header.body, full, job)
+            if isinstance(header.body, Forward):  # many in a row: ranks agree once on all that each of them needs
+                return self._forward(header.body, given, job)
+            handler = self._handlers.get(type(header.body))
+            if handler is None:
+                raise ProtocolError(f"{type(header.body).__name__} is not a job.", "Send it as a control message.")
+            lies_in_memory = any(meta.shared is not None for meta in header.tensors)
+            return handler(header.body, job.control.agreed(given) if lies_in_memory else given(), job)
         except BackendError:
             self._joining = None
             if isinstance(header.body, (LoadModel, LoadVAE, LoadControl)):
@@ -204,7 +210,7 @@ class Engine:
 
         if spec is None:
             opened = job.control.agreed(find)
-            spec = MeshSpec.exact_default(job.control.world_size, opened.kind.rest)
+            spec = default_mesh(job.control.world_size, opened.kind.name, self.device.type).mesh
         name = f"{body.held_as}{spec.describe()}/{'-'.join(spec.order)}{COMPILED * body.compile}"
         if name in self.residents and body.kind in ("any", self._resident(name, Predictor).kind.name):
             self._capture(self._resident(name, Predictor), body.graphs)
@@ -219,6 +225,7 @@ class Engine:
             use = Use(self.device, dtype, mesh.ring.degree > 1, heads, opened.config.head_dim)
             kernel, note = choose_kernel(body.kernel, use)
             if body.compile:
+                refuse_tensor_parallel(spec)
                 refuse_quantised(opened.source)
                 check_compiler(self.device)
             with torch.device("meta"):
@@ -420,12 +427,13 @@ class Engine:
     def _sample(self, body: Sample, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         return run_sample(body, tensors, job, lambda: self._patched(body.model, body.patches), self.control_nets)
 
-    def _forward(self, body: Forward, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
+    def _forward(self, body: Forward, given: Callable[[], list[Tensor]], job: Job) -> tuple[Reply, list[Tensor]]:
         start = time.perf_counter()
 
         def prepare() -> tuple[Predictor, Rows, Swap]:
+            tensors = given()
             predictor, swap = self._patched(body.model, body.patches)
-            x, timesteps = tensors[body.x].to(self.device), tensors[body.timesteps].to(self.device)
+            x, timesteps = (onto_device(tensors[index], self.device) for index in (body.x, body.timesteps))
             context = tensors[body.context]
             predictor.check_input(x, context.shape[1] if context.ndim == 3 else 0)
             if timesteps.shape != x.shape[:1]:
@@ -438,10 +446,10 @@ class Engine:
             return predictor, Rows(x, timesteps, prompt, residuals), swap
 
         predictor, rows, swap = job.control.agreed(prepare)
-        output = predictor.output(rows).cpu()  # which waits for the device
+        output = on_host([predictor.output(rows)])  # which waits for the device
         notes = predictor.captured.take_notes() if predictor.captured is not None else []
         ranks = [RankCost([], notes=notes)] if notes else []
-        return Result(time.perf_counter() - start, 1, ranks, swap), [output]
+        return Result(time.perf_counter() - start, 1, ranks, swap), output
 
     def _keep_patches(self, body: PatchFilePart, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         job.control.agreed(lambda: self.patch_files.add(body.file, body.part, tensors[body.data], last=body.last))

@@ -28,7 +28,7 @@ class Job:
     def check_cancelled(self) -> None:
         """Raises CancelledError on all ranks alike. Comm: one byte from rank 0."""
         if self.control.any(self.cancelled()):
-            raise CancelledError("The job was cancelled by its client.")
+            raise cancelled_by_client()
 
     def given_up(self) -> bool:
         """Whether the job was cancelled, on any rank, which need not be where the others are.
@@ -36,3 +36,7 @@ class Job:
         Comm: a look into the ranks' common store.
         """
         return self.control.heard(self.cancelled())
+
+
+def cancelled_by_client() -> CancelledError:
+    return CancelledError("The job was cancelled by its client.")

@@ -27,25 +27,26 @@ class KeptTensors:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._tensors.values())
 
-    def complete(self, metas: Sequence[TensorMeta], tensors: Sequence[Tensor | None]) -> list[Tensor]:
-        """All tensors of a message; those sent with a key are kept, those named by it alone are looked up.
+    def complete(self, metas: Sequence[TensorMeta], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """All tensors of a message but those that lie in memory; those sent with a key are kept, those named by it alone looked up.
 
         Raises: MissingTensorsError: some are not kept (any more).
         """
         for meta, tensor in zip(metas, tensors, strict=True):
             if meta.key is not None and tensor is not None:
                 self._tensors[meta.key] = tensor
-        unsent = [meta.key for meta, tensor in zip(metas, tensors, strict=True) if tensor is None]
+        here = [(meta, tensor) for meta, tensor in zip(metas, tensors, strict=True) if meta.shared is None]
+        unsent = [meta.key for meta, tensor in here if tensor is None]
         missing = [name for name in unsent if name not in self._tensors]
         if missing:
             raise MissingTensorsError(
                 f"The backend no longer holds {len(missing)} tensors that were named by key.", "Send all of them again."
             )
-        full = []
+        full: list[Tensor | None] = []
         for meta, tensor in zip(metas, tensors, strict=True):
             if meta.key is not None:
                 self._tensors.move_to_end(meta.key)
-            full.append(tensor if tensor is not None else self._tensors[str(meta.key)])
+            full.append(tensor if tensor is not None or meta.shared is not None else self._tensors[str(meta.key)])
         named = {meta.key for meta in metas if meta.key is not None}
         # The next request of a sampling names the same, which therefore stay, however much they are.
         while named and self.nbytes > MOST_BYTES and (oldest := next(iter(self._tensors))) not in named:

@@ -24,6 +24,7 @@ from ..sampling.image import sample_latent
 from ..sampling.parameterization import Discrete, Flow, Parameterization, parameterization_of
 from .control_nets import ControlNets
 from .jobs import Job
+from .step_messages import StepMessages, step_messages
 
 # Of a rank and a job: they are as good as alike.
 MOST_NOTES = 2
@@ -42,8 +43,12 @@ class SampleJob:
     swap: Swap
     share: Share = field(init=False)
     pipeline: Pipeline | None = field(init=False, default=None)
+    messages: StepMessages = field(init=False)
     steps: int = field(init=False, default=0)
     sums: list[tuple[int, Tensor]] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.messages = step_messages(self.job.emit, self.latent.device, tells=self.job.control.rank == 0)
 
     def start(self) -> None:
         """What its evaluations take from the prompts is made.
@@ -88,7 +93,7 @@ class SampleJob:
         may_be_last = report.index == report.total - 1 or self.body.spec.sampler in SAMPLERS_OF_OWN_STEPS
         shown = self.body.preview == "all" or (self.body.preview == "last" and may_be_last)
         tensors = [report.x, report.denoised] if shown else []
-        self.job.emit(StepDone(report.index, report.total), tensors)
+        self.messages.tell(StepDone(report.index, report.total), tensors)
         if self.pipeline is None or report.index < self.pipeline.first_step:  # after that, it asks by itself
             self.job.check_cancelled()
 
@@ -133,6 +138,7 @@ def run_sample(
                 batch_index=body.batch_index,
                 noise_dtype=tensors[body.latent].dtype,
                 share=job.control.share,
+                on_schedule=run.share.foresee,
                 on_step=run.on_step,
                 pipeline=run.pipeline,
             )
@@ -145,6 +151,7 @@ def run_sample(
         out = tensors[body.latent].float()
     else:
         out = predictor.kind.to_vae(out).cpu()  # which waits for the device
+    run.messages.finish()
     costs = [
         AxisCost(axis.name, axis.traffic.sent_bytes - sent, axis.traffic.waited - waited if timed else None)
         for axis, (sent, waited) in zip(axes, before, strict=True)

@@ -28,11 +28,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..config import DEFAULT_IDLE_SECONDS
+from ..distributed.links import measure_links
 from ..errors import BackendError, BackendLostError, CancelledError, OutOfMemoryError, RankError, StartError
 from ..rpc import runtime_dir as files
 from ..rpc.keys import Keys
 from ..rpc.messages import Done, Failed, Forward, Loaded, RankState, Reply, RequestHeader, Unload, Welcome
-from ..rpc.wire import unpack
+from ..rpc.wire import Sendable, unpack
 from ..serving.metrics import serve_metrics
 from ..serving.socket_server import SocketServer
 from ..serving.state_board import StateBoard
@@ -41,9 +42,10 @@ from ..version import __version__
 from . import lean_imports  # noqa: F401 - before anything that imports diffusers
 from .allowed_files import AllowedFiles
 from .engine import Engine, is_compiled
-from .jobs import Job
+from .jobs import Job, cancelled_by_client
 from .place import own_device, rank_state
 from .pulse import COMPILING_SECONDS, STILL_SECONDS, Pulse
+from .shared_tensors import laid
 from .watch import Watch
 from .world import meet, restart_count
 
@@ -135,6 +137,9 @@ class Rank:
 
     def _one_job(self) -> bool:
         queued = self._next_job() if self.server is not None else None
+        if queued is not None and queued.cancelled.is_set():
+            self._give_up_waiting(queued)
+            return True
         frames = None if self.server is None else queued.frames if queued is not None else [memoryview(_STOP)]
         frames = self.control.hand_on(frames)
         if len(frames) == 1 and frames[0] == _STOP:
@@ -159,8 +164,16 @@ class Rank:
         self._emptied = False
         return queued
 
+    def _give_up_waiting(self, queued: QueuedJob) -> None:
+        """A job that was cancelled before its turn is answered; the other ranks never hear of it."""
+        assert self.board is not None
+        self.board.count_job(failed=True)
+        log.info("job %s was cancelled before its turn", queued.label)
+        self._finish(queued, self._failed(cancelled_by_client(), "A job that waited"), [])
+
     def _run(self, queued: QueuedJob | None, frames: list[memoryview]) -> None:
-        board, kind, label, start = self.board, "?", "?", time.perf_counter()
+        board, kind, label, start, level = self.board, "?", "?", time.perf_counter(), logging.INFO
+        results: Sequence[Sendable]
 
         def cancelled() -> bool:
             return queued is not None and queued.cancelled.is_set()
@@ -184,9 +197,10 @@ class Rank:
             label = queued.label if queued is not None else str(header.job)
             if board is not None:
                 board.note(running=kind)
-            log.info("job %s: %s begins", label, kind)
-            job.check_cancelled()
-            body, results = self.engine.handle(header, tensors, job)
+            level = logging.DEBUG if kind == Forward.__name__ else logging.INFO  # many in a row, one after each step
+            log.log(level, "job %s: %s begins", label, kind)
+            body, given = self.engine.handle(header, tensors, job)
+            results = laid(header.room, given) if queued is not None else []
         except BackendError as error:
             body, results = self._failed(error, kind), []
         except Exception as error:
@@ -195,20 +209,19 @@ class Rank:
                 raise
             body, results = self._failed(named, kind), []
             self.engine.residents.let_go_of_graphs()
-        log.info("job %s: %s took %.3f s", label, kind, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
         if board is not None and queued is not None and queued.client:
             board.count_job(isinstance(body, Failed))
         self._tell(queued, kind, body, results)
+        log.log(level, "job %s: %s took %.3f s", label, kind, seconds)
         self.pulse.end()
 
-    def _tell(self, queued: QueuedJob | None, kind: str, body: Reply, results: Sequence[Tensor]) -> None:
+    def _tell(self, queued: QueuedJob | None, kind: str, body: Reply, results: Sequence[Sendable]) -> None:
         """The end of a job, to its client and to whoever asks for the state."""
         board = self.board
         if board is not None:
             kept = self.engine.kept_tensors
             board.note(running="", cached_tensors=len(kept), cached_bytes=kept.nbytes)
-            with suppress(OSError, BackendError):  # a full disk costs at most a pause
-                files.note_good(self.args.name, restart_count())
         # What is resident has changed: a status asked for after the reply must tell so. Other replies need not wait.
         changed = isinstance(body, (Loaded, Done))
         if not changed:
@@ -219,13 +232,16 @@ class Rank:
                 board.note(ranks=states, models=[resident.state for resident in self.engine.residents.values()])
         if changed:
             self._finish(queued, body, results)
+        if board is not None:
+            with suppress(OSError, BackendError):  # a full disk costs at most a pause
+                files.note_good(self.args.name, restart_count())
 
     def _failed(self, error: BackendError, kind: str) -> Failed:
         level = logging.INFO if isinstance(error, CancelledError) else logging.WARNING
         log.log(level, "%s failed: %s", kind, error)
         return Failed(error.code, error.message, error.remedy)
 
-    def _finish(self, queued: QueuedJob | None, body: Reply, results: Sequence[Tensor]) -> None:
+    def _finish(self, queued: QueuedJob | None, body: Reply, results: Sequence[Sendable]) -> None:
         if self.server is not None and queued is not None:
             self.server.send(queued, body, results, final=True)
 
@@ -279,6 +295,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--keys", type=Path)
     parser.add_argument("--metrics-port", type=int, default=0)
     parser.add_argument("--only-meet", action="store_true", help="end once every rank has heard every other")
+    parser.add_argument(
+        "--measure-links", type=Path, help="time messages of each kind first; rank 0 writes them to this file"
+    )
     return parser.parse_args(argv)
 
 
@@ -301,6 +320,8 @@ def main(argv: Sequence[str]) -> None:
     gc.freeze()
     rank = Rank(args)
     try:
+        if args.measure_links is not None:
+            write_links(rank, args.measure_links)
         if not args.only_meet:
             rank.serve()
     except Exception as error:  # noqa: BLE001 - the ranks are out of step: end this one, torchrun starts all anew
@@ -308,6 +329,13 @@ def main(argv: Sequence[str]) -> None:
         os._exit(1)
     rank.engine.residents.let_go_of_graphs()  # NCCL waits for those that know its communicators
     _leave(on_gpu=rank.device.type == "cuda")
+
+
+def write_links(rank: Rank, file: Path) -> None:
+    """Comm: `measure_links`'."""
+    times = measure_links(rank.device)
+    if rank.control.rank == 0:
+        file.write_text(json.dumps(times))
 
 
 def _leave(on_gpu: bool) -> NoReturn:

@@ -30,7 +30,7 @@ class Hello(Message, frozen=True):
 class LoadModel(Message, frozen=True):
     """Hold the model at `path`, which must be of that kind; a no-op where it is resident already with these settings.
 
-    Without a mesh the backend takes an exact one that suits the family: see MeshSpec.exact_default.
+    Without a mesh the backend takes an exact one that suits the family: see mesh_choice.
 
     Args:
         dtype: to compute in. weights: of WEIGHTS, what weights are held in; empty: as the file has them quantised, or in dtype.
@@ -443,10 +443,24 @@ class TensorMeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shared: SharedPlace | None = None
 
 
+class SharedRoom(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Bytes of a client's file of memory that are free, from `start` on, for the tensors of the final reply."""
+
+    name: str
+    start: int
+    nbytes: int
+
+    def holds(self, start: int, nbytes: int) -> bool:
+        return self.start <= start and start + nbytes <= self.start + self.nbytes
+
+
 class RequestHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`room`: where the reply's tensors may lie, if rank 0 sees that file; else they go by the socket."""
+
     job: int
     body: Request
     tensors: list[TensorMeta] = []
+    room: SharedRoom | None = None
     version: str = __version__
 
 

@@ -13,6 +13,7 @@ import stat
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -77,7 +78,8 @@ def runtime_dir(name: str) -> Path:
             info = folder.lstat()
             if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid():
                 raise StartError(f"{folder} belongs to another user.", remedy)
-            folder.chmod(0o700)
+            if stat.S_IMODE(info.st_mode) != 0o700:
+                folder.chmod(0o700)
         except OSError as error:
             raise StartError(f"{folder} can't be used: {error.strerror}.", remedy) from None
     if len(os.fsencode(folder / "socket")) > _LONGEST_SOCKET_PATH:
@@ -116,7 +118,8 @@ def _written_record(name: str) -> BackendRecord | None:
 
 def lives(pid: int, ticks: int) -> bool:
     """Whether the process of that number runs that was started then; with 0 ticks, any of that number."""
-    return is_alive(pid) and ticks in (0, start_ticks(pid))
+    fields = _process_fields(pid)
+    return _runs(fields) and ticks in (0, int(fields[19]))
 
 
 def running_names() -> list[str]:
@@ -162,8 +165,7 @@ def write_record(name: str, record: BackendRecord) -> None:
 
 def is_alive(pid: int) -> bool:
     """Whether the process runs; a zombie doesn't."""
-    fields = _process_fields(pid)
-    return bool(fields) and fields[0] not in "ZX"
+    return _runs(_process_fields(pid))
 
 
 def is_stopped(pid: int) -> bool:
@@ -190,6 +192,10 @@ def machine() -> str:
     if sys.platform != "linux":
         return f"{sys.platform}/{uuid.getnode()}"
     return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{os.readlink('/proc/self/ns/pid')}"
+
+
+def _runs(fields: Sequence[str]) -> bool:
+    return bool(fields) and fields[0] not in "ZX"
 
 
 def _process_fields(pid: int) -> list[str]:

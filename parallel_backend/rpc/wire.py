@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..errors import ProtocolError
 from ..version import __version__
-from .messages import ReplyHeader, RequestHeader, TensorMeta, tensor_indices
+from .messages import ReplyHeader, RequestHeader, SharedPlace, SharedRoom, TensorMeta, tensor_indices
+from .shared_memory import ALIGNED, is_shared_file
 
 # A frame's memory is read-only, and so are the tensors made of it: they are copied to a device or cast, never written.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
@@ -34,19 +35,23 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 Header = TypeVar("Header", RequestHeader, ReplyHeader)
 Frame = bytes | bytearray | memoryview
+# A tensor that travels, or what is said of one that lies in memory.
+Sendable = Tensor | TensorMeta
 
 
 class _Version(msgspec.Struct):
     version: str = "unknown"
 
 
-def tensor_meta(tensor: Tensor, *, sent: bool = True, key: str | None = None) -> TensorMeta:
+def tensor_meta(
+    tensor: Tensor, *, sent: bool = True, key: str | None = None, shared: SharedPlace | None = None
+) -> TensorMeta:
     """Raises: ProtocolError: a dtype that does not travel."""
     if tensor.dtype not in _NAMES:
         raise ProtocolError(
             f"A tensor of {tensor.dtype} can't be sent.", f"Convert it to one of: {', '.join(_DTYPES)}."
         )
-    return TensorMeta(_NAMES[tensor.dtype], list(tensor.shape), sent, key)
+    return TensorMeta(_NAMES[tensor.dtype], list(tensor.shape), sent, key, shared)
 
 
 def dtype_named(meta: TensorMeta) -> torch.dtype:
@@ -72,7 +77,7 @@ def pack(header: RequestHeader | ReplyHeader, tensors: Sequence[Tensor]) -> list
 
 
 def unpack(frames: Sequence[Frame], kind: type[Header]) -> tuple[Header, list[Tensor | None]]:
-    """The header and its tensors; None in the place of a tensor that is named by its key alone.
+    """The header and its tensors; None in the place of one that is named by its key alone, or lies in memory.
 
     Raises: ProtocolError: another version, an unknown message or field, or frames that don't fit the header.
     """
@@ -95,8 +100,22 @@ def unpack(frames: Sequence[Frame], kind: type[Header]) -> tuple[Header, list[Te
         raise ProtocolError(
             f"A message points at tensor {wrong[0]} of {len(header.tensors)}.", "Point at tensors that travel with it."
         )
+    if any(meta.shared is not None and (meta.sent or meta.key is not None) for meta in header.tensors):
+        raise ProtocolError("A tensor lies in memory and is sent or kept as well.", "Say one of them.")
+    if isinstance(header, RequestHeader) and header.room is not None:
+        _check_room(header.room)
     rest = iter(frames[1:])
     return header, [_tensor(meta, next(rest)) if meta.sent else None for meta in header.tensors]
+
+
+def _check_room(room: SharedRoom) -> None:
+    if not is_shared_file(room.name):
+        raise ProtocolError(f"{room.name[:80]!r} is no file of a client's.", "Name one that a client has written.")
+    if room.start < 0 or room.start % ALIGNED or not 0 <= room.nbytes <= MAX_FRAME_BYTES:
+        raise ProtocolError(
+            f"A reply has {room.nbytes} bytes of room from byte {room.start} on.",
+            f"Begin at a multiple of {ALIGNED}; at most {MAX_FRAME_BYTES} bytes.",
+        )
 
 
 def _check_version(frame: Frame) -> None:

@@ -31,6 +31,7 @@ def sample_latent(
     batch_index: Sequence[int] | None = None,
     noise_dtype: torch.dtype = torch.float32,
     share: Callable[[Tensor], Tensor] = lambda x: x,
+    on_schedule: Callable[[Sequence[Tensor]], None] = lambda timesteps: None,
     on_step: Callable[[StepReport], None] = lambda report: None,
     pipeline: Pipeline | None = None,
     draw_ahead: bool | None = None,
@@ -46,6 +47,7 @@ def sample_latent(
             comes back as it is.
         batch_index: which draws of the seed's stream the rows get; one draw goes to all.
         noise_dtype: what the drawn noise is rounded to, as KSampler rounds it to the latent's.
+        on_schedule: told the timesteps of all steps before the first, on the CPU; samplers may ask at others in between.
         pipeline: for displaced steps, where patches flow through stages.
         draw_ahead: whether a thread draws Brownian noise ahead; None where a GPU leaves the CPU the time.
     Raises: InputError: noise, sigmas or batch_index that don't fit the latent.
@@ -62,6 +64,7 @@ def sample_latent(
     sigmas = sigmas_for(spec, model) if sigmas is None else check_sigmas(sigmas, spec, model)
     if len(sigmas) == 0:
         return latent
+    on_schedule([model.timestep(sigma) for sigma in sigmas[:-1]])
     noise = noise.to(device)
     # ComfyUI's ddim draws the noise of the masked part from the next seed.
     mask_noise = initial_noise(latent.shape, (spec.seed + 1) % 2**64).to(device) if spec.sampler == "ddim" else noise

@@ -35,8 +35,9 @@ from ..rpc.messages import (
     RequestHeader,
     Status,
     Stop,
+    TensorMeta,
 )
-from ..rpc.wire import MAX_FRAME_BYTES, Frame, pack, tensor_meta, unpack
+from ..rpc.wire import MAX_FRAME_BYTES, Frame, Sendable, pack, tensor_meta, unpack
 from .sent_keys import SentKeys
 from .state_board import StateBoard
 from .turns import QueuedJob, Turns, own_job
@@ -94,10 +95,11 @@ class SocketServer(threading.Thread):
 
     # -- called by other threads ------------------------------------------------------------------------------
 
-    def send(self, job: QueuedJob, body: Reply, tensors: Sequence[Tensor] = (), *, final: bool) -> None:
-        header = ReplyHeader(job.number, body, [tensor_meta(t) for t in tensors])
+    def send(self, job: QueuedJob, body: Reply, tensors: Sequence[Sendable] = (), *, final: bool) -> None:
+        header = ReplyHeader(job.number, body, [t if isinstance(t, TensorMeta) else tensor_meta(t) for t in tensors])
         kind, number = _FINAL if final else _MORE, str(job.number).encode()
-        self._hand_over([kind, job.client, number, *pack(header, [t.cpu() for t in tensors])])
+        sent = [t for t in tensors if isinstance(t, Tensor)]
+        self._hand_over([kind, job.client, number, *pack(header, sent)])
 
     def close(self, failed: Failed | None = None) -> None:
         """Everything sent so far goes out, and `failed` to whoever still waits; then the thread ends."""

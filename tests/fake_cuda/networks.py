@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
+from parallel_backend.bench.layouts import SD35_LARGE, SD35_MEDIUM
+from parallel_backend.bench.layouts import SDXL as SDXL_SIZES
 from parallel_backend.config import MeshSpec
 from parallel_backend.distributed.band import Band
 from parallel_backend.distributed.mesh import BandAxes, Mesh, build_mesh
@@ -29,20 +31,18 @@ from parallel_backend.quantized.weight import Part, QuantizedWeight, multiply_in
 from .device import DEVICE, on_cuda, put_weights
 
 Config = MMDiTConfig | FromScratchConfig | UNetConfig
-_SD3 = {"qk_norm": True, "channels": 16, "patch_size": 2, "context_width": 4096, "pooled_width": 2048}
 # Of 256 values.
 _BYTES = {"Q8_0": 272, "Q4_K": 144, "Q6_K": 210, "IQ4_XS": 136}
+TIMESTEPS = [torch.tensor(500.0), torch.tensor(400.0)]
 _SDXL = {"family": "sdxl", "channels": 4, "context_width": 2048, "pooled_width": 2816}
 
 
 def large(depth: int = 38) -> MMDiTConfig:
-    sizes: Any = {"depth": depth, "heads": 38, "mlp_width": 9728, "dual_blocks": (), "pos_embed_size": 192}
-    return MMDiTConfig(family="sd3.5-large", **sizes, **_SD3)
+    return replace(SD35_LARGE, depth=depth)
 
 
 def medium(depth: int = 24, dual: int = 13) -> MMDiTConfig:
-    sizes: Any = {"depth": depth, "heads": 24, "mlp_width": 6144, "pos_embed_size": 384}
-    return MMDiTConfig(family="sd3.5-medium", dual_blocks=tuple(range(dual)), **sizes, **_SD3)
+    return replace(SD35_MEDIUM, depth=depth, dual_blocks=tuple(range(dual)))
 
 
 def from_scratch(depth: int = 19) -> FromScratchConfig:
@@ -51,14 +51,7 @@ def from_scratch(depth: int = 19) -> FromScratchConfig:
 
 
 def sdxl() -> UNetConfig:
-    return UNetConfig(
-        **_SDXL,  # type: ignore[arg-type]
-        block_channels=(320, 640, 1280),
-        layers_per_block=2,
-        down_depths=((0, 0), (2, 2), (10, 10)),
-        up_depths=((10, 10, 10), (2, 2, 2), (0, 0, 0)),
-        mid_depth=10,
-    )
+    return SDXL_SIZES
 
 
 def shallow_sdxl() -> UNetConfig:
@@ -133,6 +126,7 @@ class Evaluations:
     tokens: tuple[int, int] = (154, 154)
     rows: int = 1
     kept: Kept = field(init=False)
+    _step: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         network, mesh = self.predictor.network, self.predictor.mesh
@@ -166,8 +160,12 @@ class Evaluations:
         return self.predictor.share(self.rows, self.prompts)
 
     def next(self, phase: Phase = "sync", share: Share | None = None) -> list[Tensor]:
-        step = Step(0, phase, kept=self.kept)
-        return self.predictor.outputs(on_cuda(*self.shape), torch.tensor(500.0), share or self.share(), step)
+        """Of the first timestep, then of the next in turn: a job of two steps over and over."""
+        share = share or self.share()
+        share.foresee(TIMESTEPS)
+        self._step += 1
+        timestep = TIMESTEPS[(self._step - 1) % len(TIMESTEPS)]
+        return self.predictor.outputs(on_cuda(*self.shape), timestep, share, Step(0, phase, kept=self.kept))
 
 
 def kl_vae(dtype: torch.dtype, layers: int = 2) -> BandVAE:

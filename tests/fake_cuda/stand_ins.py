@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import EllipsisType
 from typing import Any
 from unittest.mock import patch
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 HOPPER = (9, 0)
-_getitem, _setitem, _contiguous, _Generator = (
+_getitem, _setitem, _contiguous, _new_empty, _Generator = (
     Tensor.__getitem__,
     Tensor.__setitem__,
     Tensor.contiguous,
+    Tensor.new_empty,
     torch.Generator,
 )
 
@@ -62,6 +63,34 @@ def _pinned(x: Tensor) -> Tensor:
     return copy
 
 
+def _new(x: Tensor, *size: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
+    return _pinned(torch.empty(*size, dtype=x.dtype)) if pin_memory else _new_empty(x, *size, **kwargs)
+
+
+class _Stream:
+    """What is queued on it is done at once."""
+
+    def __init__(self, device: object = None) -> None:
+        del device
+
+    def wait_stream(self, other: object) -> None:
+        del other
+
+    def synchronize(self) -> None:
+        pass
+
+
+class _Event:
+    def __init__(self, **_: object) -> None:
+        pass
+
+    def record(self, stream: object = None) -> None:
+        del stream
+
+    def synchronize(self) -> None:
+        pass
+
+
 def _otherwise(name: str, value: Any) -> Any:
     """Tensor's method of this name for all tensors but those of cuda."""
     own = getattr(Tensor, name)
@@ -77,11 +106,16 @@ _STAND_INS: list[tuple[Any, str, Any]] = [
     (Tensor, "__setitem__", _set),
     (Tensor, "contiguous", _in_order),
     (Tensor, "pin_memory", _pinned),
+    (Tensor, "new_empty", _new),
     (Tensor, "copy_", _otherwise("copy_", torch.ops.aten.copy_)),
     (Tensor, "nonzero", _otherwise("nonzero", torch.ops.aten.nonzero)),
     *((Tensor, name, _otherwise(name, _number)) for name in ("__float__", "__int__", "__bool__", "__index__")),
     (torch, "Generator", lambda device="cpu": _Generator("cpu")),
     (torch.cuda, "_lazy_init", lambda: None),
+    (torch.cuda, "Stream", _Stream),
+    (torch.cuda, "Event", _Event),
+    (torch.cuda, "stream", nullcontext),
+    (torch.cuda, "current_stream", _Stream),
     (torch.cuda, "get_device_capability", lambda *_: HOPPER),
 ]
 

@@ -63,7 +63,8 @@ class Watch(TorchDispatchMode):
             return func(*args, **kwargs)
         _check_devices(func, name, given)
         if self.armed:
-            _check_waiting(name, given, kwargs)
+            non_blocking = args[2:3] == (True,) if name == "copy_" else bool(kwargs.get("non_blocking"))
+            _check_waiting(name, given, non_blocking, kwargs)
         result = func(*args, **kwargs)
         made = [x for x in _tensors((result,)) if x.device.type == "cuda"]
         if result is None and func._schema.is_mutable:  # a kernel that writes where it is told
@@ -97,7 +98,7 @@ def _check_devices(func: OpOverload, name: str, given: list[Tensor]) -> None:
         raise MixedDevicesError(f"{name} of {sorted(devices)} at {_place()}")
 
 
-def _check_waiting(name: str, given: list[Tensor], kwargs: dict[str, Any]) -> None:
+def _check_waiting(name: str, given: list[Tensor], non_blocking: bool, kwargs: dict[str, Any]) -> None:
     devices = [x.device.type for x in given]
     if name in _READ and "cuda" in devices:
         raise HostSyncError(f"{name} at {_place()}")
@@ -106,8 +107,8 @@ def _check_waiting(name: str, given: list[Tensor], kwargs: dict[str, Any]) -> No
     source, target = (devices[-1], devices[0]) if name == "copy_" else (devices[0], _device_of(kwargs, devices[0]))
     if source == target or (name == "copy_" and target == "cuda" and given[-1].ndim == 0):
         return
-    queued = kwargs.get("non_blocking") and target == "cuda" and getattr(given[-1], "is_pinned_here", False)
-    if not queued:
+    on_host = given[0] if name == "copy_" and target == "cpu" else given[-1]
+    if not (non_blocking and getattr(on_host, "is_pinned_here", False)):
         raise HostSyncError(f"a copy from {source} to {target} at {_place()}")
 
 

@@ -9,12 +9,12 @@ import sys
 
 import torch
 
+from parallel_backend.bench.device_time import timed
 from parallel_backend.distributed.stale import EXACT
 
 from ..options import ROOT, Options
 from ..report import NO_GPU, Report
 from ..sizes import CELL, Sizes, sizes_of
-from ..timing import timed
 from ..weights import mmdit_predictor, mmdit_tensors, sd3_prompts
 
 SETTINGS = {

@@ -17,6 +17,7 @@ from reference_models import diffusers_mmdit
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from parallel_backend.bench.device_time import synchronize, timed
 from parallel_backend.config import MeshSpec, SamplerSpec
 from parallel_backend.distributed.mesh import build_mesh
 from parallel_backend.distributed.stale import EXACT
@@ -28,7 +29,6 @@ from parallel_backend.sampling.parameterization import Discrete, Flow, Parameter
 from ..options import ROOT, Options
 from ..report import Report
 from ..sizes import Sizes, dtype_name, sizes_of
-from ..timing import synchronize, timed
 from ..weights import (
     diffusers_unet,
     mmdit_predictor,

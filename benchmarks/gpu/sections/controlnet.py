@@ -9,6 +9,7 @@ import torch
 from diffusers import ControlNetModel
 from torch import Tensor
 
+from parallel_backend.bench.device_time import timed
 from parallel_backend.distributed.stale import EXACT
 from parallel_backend.models.control_use import ControlUse
 from parallel_backend.models.prediction import Predictor, Prompt, Rows
@@ -20,7 +21,6 @@ from ..busy import COLUMNS, busy_row
 from ..options import Options
 from ..report import Report
 from ..sizes import CELL, Sizes, sizes_of
-from ..timing import timed
 from ..weights import OnDevice, fill, joined, random_tensor, sdxl_prompts, unet_predictor, unet_tensors
 
 

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from parallel_backend.bench.device_time import Call, timed
 from parallel_backend.models.captured import CapturedNetwork
 from parallel_backend.models.cuda_graphs import CUDAGraphs
 from parallel_backend.models.prediction import Predictor
@@ -15,7 +16,6 @@ from ..attention_kernels import tried
 from ..options import Options
 from ..report import NO_GPU, Report, Value
 from ..sizes import Sizes, dtype_name, sizes_of
-from ..timing import Call, timed
 from ..weights import mmdit_predictor, mmdit_tensors, unet_predictor, unet_tensors
 from . import sd35, sdxl
 

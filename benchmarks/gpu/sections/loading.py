@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from parallel_backend.bench.device_time import synchronize
 from parallel_backend.config import MeshSpec
 from parallel_backend.distributed.mesh import build_mesh
 from parallel_backend.models.checkpoint import load_parameters
@@ -21,7 +22,6 @@ from ..checkpoint_on_disk import bytes_of, write_tensors
 from ..options import Options
 from ..report import Report
 from ..sizes import sizes_of
-from ..timing import synchronize
 from ..weights import mmdit_tensors
 
 FILE = "sd35.safetensors"

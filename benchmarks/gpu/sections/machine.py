@@ -9,9 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from parallel_backend.bench.device_time import timed
+
 from ..options import Options
 from ..report import NO_GPU, Report
-from ..timing import timed
 
 PACKAGES = (
     "torch",

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from parallel_backend.bench.device_time import timed
 from parallel_backend.checkpoint_files.gguf_file import gguf_package
 from parallel_backend.models.fp8_source import scaled_by_row
 from parallel_backend.models.network import TokenNetwork
@@ -18,7 +19,6 @@ from parallel_backend.quantized.weight import Part, QuantizedWeight, multiply_in
 from ..options import Options
 from ..report import Report, Value
 from ..sizes import Sizes, sizes_of
-from ..timing import timed
 from ..weights import mmdit_predictor, mmdit_tensors, relative_error
 from .sd35 import evaluation
 

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from parallel_backend.bench.device_time import timed
 from parallel_backend.config import SamplerSpec
 from parallel_backend.distributed.kernels import Use, resolve_kernel
 from parallel_backend.distributed.stale import EXACT
@@ -24,7 +25,7 @@ from ..busy import COLUMNS, busy_row, tell_slowest
 from ..options import Options
 from ..report import NO_GPU, Report, Value
 from ..sizes import Sizes, dtype_name, sizes_of
-from ..timing import synchronizations, timed
+from ..timing import synchronizations
 from ..weights import mmdit_predictor, mmdit_tensors, relative_error, sd3_prompts
 
 SAMPLERS = ("euler", "dpmpp_2m", "uni_pc", "dpmpp_2m_sde")

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel_backend.bench.device_time import Profile, timed
 from parallel_backend.config import MeshSpec
 from parallel_backend.distributed.mesh import build_mesh
 from parallel_backend.distributed.stale import EXACT, Step
@@ -18,7 +19,6 @@ from ..busy import COLUMNS, busy_row, tell_slowest
 from ..options import Options
 from ..report import Report
 from ..sizes import Sizes, dtype_name, sizes_of
-from ..timing import Profile, timed
 from ..weights import Tensors, sdxl_prompts, unet_predictor, unet_tensors
 
 BANDS, RANK = 4, 1
