@@ -50,7 +50,8 @@ def load_remote_model(
     """The model in the backend, and lines about how it came there; the rest as for `parallel_model`."""
     backend, degrees = mesh.backend(), mesh.unet if kind == "unet" else mesh.mmdit
     dtype, unheeded = weights_dtype(mesh.dtype, mesh.compile, options)
-    settings = {"kind": kind, "compile": mesh.compile, "computes": computing_dtype(dtype), **fp8_products(options)}
+    how = {"kind": kind, "compile": mesh.compile, "graphs": mesh.graphs}
+    settings = {**how, "computes": computing_dtype(dtype), **fp8_products(options)}
     load = backend.asked(path, degrees, dtype, mesh.kernel, name, **settings)
     room = make_room(backend, _most_bytes(path, degrees, load), f"{load.held_as}{degrees.describe()}/")
     bar = comfy.utils.ProgressBar(1)

@@ -36,6 +36,7 @@ def parallel_mesh(
     keys: str = "",
     compile: bool = False,
     nan_is_error: bool = False,
+    graphs: bool = False,
 ) -> ParallelMesh:
     """The settings as one object.
 
@@ -58,7 +59,7 @@ def parallel_mesh(
     limits = (idle_minutes * 60.0, memory_budget_mib * 2**20)
     spec = BackendSpec(backend, chosen.count, chosen.device, chosen.devices, *limits, address, keys)
     degrees = {"dp": dp, "cfg": cfg, "pp": pp, "patch": patch, "ring": ring, "ulysses": ulysses, "tp": tp}
-    return ParallelMesh(spec, degrees, dtype, attention, sliced, compile, chosen.note, nan_is_error)
+    return ParallelMesh(spec, degrees, dtype, attention, sliced, compile, chosen.note, nan_is_error, graphs)
 
 
 def default_mesh() -> ParallelMesh:
@@ -217,6 +218,14 @@ class MeshConfig(io.ComfyNode):
                     optional=True,
                     tooltip="Latents and pictures with NaN or infinity end the prompt. Off: they are drawn as ComfyUI draws them, and the "
                     "node says at which step they began.",
+                    **ADVANCED,
+                ),
+                io.Boolean.Input(
+                    "graphs",
+                    default=False,
+                    optional=True,
+                    tooltip="CUDA graphs: from the second one of each kind of size on, a step is launched as one piece, which helps most "
+                    "where ranks are many and pictures small. Takes memory for each kind of size. Not tried on a GPU yet.",
                     **ADVANCED,
                 ),
             ],

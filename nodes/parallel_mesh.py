@@ -48,11 +48,12 @@ class ParallelMesh:
         compile: bool = False,
         note: str = "",
         nan_is_error: bool = False,
+        graphs: bool = False,
     ) -> None:
         """`degrees` of 0 are left open; `sliced` is of UNets; `note` tells of the GPUs, `idle` of ranks that one picture leaves idle,
         by kind of model. Raises: ConfigError: they don't fit the ranks."""
         self.spec, self.degrees, self.dtype, self.kernel, self.compile = spec, degrees, dtype, kernel, compile
-        self.nan_is_error = nan_is_error
+        self.nan_is_error, self.graphs = nan_is_error, graphs
         self.mmdit, mmdit_note = self._filled("mmdit", MMDIT_REST)
         self.unet, unet_note = self._filled("unet", UNET_REST, sliced)
         self.note, self.idle = note, {"mmdit": mmdit_note, "unet": unet_note}

@@ -113,17 +113,18 @@ class AllRingRanks:
 
     def __call__(self, joined: Joined, counts: Sequence[int], memory: StaleKV) -> tuple[Tensor, Tensor]:
         total, (rows, heads, head_dim), (kind, *_) = sum(joined.lengths), joined.sizes, memory.slot
+        place = (memory.exchange.branch, memory.slot)  # type: ignore[attr-defined]
         q, k, v = joined.sent.view(total, rows, 3, heads, head_dim).permute(2, 1, 0, 3, 4)
         text = 0 if kind == "image" else self.text
         own = self._owners(text, total - text)
         fresh = [torch.stack([k, v])[:, :, own == rank] for rank in range(self.degree)]
-        before = self._before.get(memory.slot, fresh) if memory.phase == "displaced" else fresh
+        before = self._before.get(place, fresh) if memory.phase == "displaced" else fresh
         out = torch.empty_like(q)
         for rank in range(self.degree):
             keys = torch.cat([fresh[r] if r == rank else before[r] for r in range(self.degree)], dim=2)
             given = [t.transpose(1, 2) for t in (q[:, own == rank], keys[0], keys[1])]
             out[:, own == rank] = torch.nn.functional.scaled_dot_product_attention(*given).transpose(1, 2)
-        self._before[memory.slot] = fresh
+        self._before[place] = fresh
         one, two = out.flatten(2).split(list(joined.lengths), dim=1)
         return one, two
 
@@ -164,5 +165,11 @@ def one_process_of_a_ring(path: Path, latent: Tensor, warmup: int, ring: int, ul
 
 
 class _NoExchange:
+    def __init__(self, branch: object = None) -> None:
+        self.branch = branch
+
+    def of(self, branch: object) -> _NoExchange:
+        return _NoExchange(branch)
+
     def end_evaluation(self) -> None:
         """Nothing is under way."""

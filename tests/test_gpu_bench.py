@@ -219,7 +219,7 @@ def test_what_fails_in_a_section_costs_the_rest_nothing() -> None:
 @pytest.mark.usefixtures("no_group_stays")
 def test_graphs_are_named_as_needing_a_gpu(tmp_path: Path) -> None:
     rows = told(graphs.run, tmp_path).tables[0].rows
-    assert len(rows) == 6 and all(row[1] > 0 and row[2] == NO_GPU for row in rows)
+    assert len(rows) == 6 and all(row[1] > 0 and row[3] == NO_GPU for row in rows)
 
 
 def test_loading_is_measured_beside_safetensors_own(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from parallel_backend import MeshSpec
 from parallel_backend.distributed.mesh import build_mesh
-from parallel_backend.distributed.stale import EXACT, Kept, StaleExchange, Step
+from parallel_backend.distributed.stale import EXACT, Kept, StaleExchanges, Step
 from parallel_backend.errors import CheckpointError, ConfigError, InputError, UnsupportedError
 from parallel_backend.models.checkpoint import load_parameters
 from parallel_backend.models.controls import open_control
@@ -110,7 +110,7 @@ def residuals_case(
     """This rank's place in the order of tokens, and for each case and evaluation its residuals."""
     found, net = [], network(path, base, spec)
     for *given, hint in cases:
-        kept = Kept(stale=StaleExchange(net.mesh.ring)) if evaluations > 1 else None
+        kept = Kept(stale=StaleExchanges(net.mesh.ring)) if evaluations > 1 else None
         for i in range(evaluations):
             step = Step(i, "displaced" if i else "sync", ("control", 0), kept)
             found.append(
@@ -169,14 +169,13 @@ def test_displaced_keys_of_the_same_input_are_as_good_as_new_ones(
 def stale_case(path: Path, base: Path, spec: MeshSpec, first: Inputs, second: Inputs) -> list[Tensor]:
     """Residuals of `second`: exact, and where the other ranks' keys are those of `first`."""
     net = network(path, base, spec)
-    kept = Kept(stale=StaleExchange(net.mesh.ring))
+    kept = Kept(stale=StaleExchanges(net.mesh.ring))
     exact = control_residuals(net, *second[:4], net.prepare(second[4]), EXACT).output[0]
     for i, (*given, hint) in enumerate((first, second)):
-        stale = control_residuals(
-            net, *given, net.prepare(hint), Step(i, "displaced" if i else "sync", "use", kept)
-        ).output[0]
-        assert kept.stale is not None
-        kept.stale.end_evaluation()
+        step = Step(i, "displaced" if i else "sync", "use", kept)
+        stale = control_residuals(net, *given, net.prepare(hint), step).output[0]
+        assert step.stale is not None
+        step.stale.end_evaluation()
     kept.close()
     assert exact is not None and stale is not None
     return [exact, stale]

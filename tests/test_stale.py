@@ -10,7 +10,7 @@ from torch import Tensor
 
 from parallel_backend.distributed import stale
 from parallel_backend.distributed.mesh import MeshAxis
-from parallel_backend.distributed.stale import ALIGNED, StaleExchange
+from parallel_backend.distributed.stale import ALIGNED, StaleExchange, StaleExchanges
 
 # Odd sizes of several types, so that places in a bucket need their alignment.
 SLOTS: dict[str, tuple[int, torch.dtype]] = {
@@ -41,15 +41,16 @@ def stale_case(bucket_bytes: int) -> tuple[int, int, int]:
     """(buckets, messages of one displaced evaluation, bytes kept) of this rank; what it reads is checked on the way."""
     stale.BUCKET_BYTES, before = bucket_bytes, stale.BUCKET_BYTES
     axis = world_axis()
-    exchange = StaleExchange(axis)
+    exchanges = StaleExchanges(axis)
+    exchange, other = exchanges.of("model"), exchanges.of("a ControlNet")
     written: dict[str, int] = {}
 
-    def exact(slots: list[str], evaluation: int) -> None:
+    def exact(slots: list[str], evaluation: int, exchange: StaleExchange = exchange) -> None:
         for slot in slots:
             exchange.keep(slot, all_messages(slot, evaluation, axis.degree))
             written[slot] = evaluation
 
-    def displaced(slots: list[str], evaluation: int) -> None:
+    def displaced(slots: list[str], evaluation: int, exchange: StaleExchange = exchange) -> None:
         for slot in slots:
             read = exchange.swap(slot, lambda sent, slot=slot: sent.copy_(message(slot, evaluation, axis.rank)))
             assert torch.equal(read, all_messages(slot, written[slot], axis.degree)), (slot, evaluation)
@@ -68,20 +69,27 @@ def stale_case(bucket_bytes: int) -> tuple[int, int, int]:
         messages = axis.traffic.collectives - started
         displaced(["a", "d"], 3)  # the others are read an evaluation later, as they were
         exchange.end_evaluation()
-        exact(["later"], 4)  # beside the displaced: a ControlNet that begins now
+        exact(list(LATER), 4, other)  # a ControlNet that begins now: its evaluations are between the model's
+        other.end_evaluation()
         displaced(everything, 4)
         exchange.end_evaluation()
-        displaced([*everything, "later"], 5)
+        displaced(list(LATER), 5, other)
+        other.end_evaluation()
+        displaced(everything, 5)
         exchange.end_evaluation()
-        displaced(["later", *everything], 6)  # two branches' evaluations may share a bucket
         exact(everything, 7)
-        displaced([*everything, "later"], 8)
         exchange.end_evaluation()
-        places = [exchange._places[slot] for slot in everything]
+        displaced(list(LATER), 8, other)
+        other.end_evaluation()
+        displaced(everything, 8)
+        exchange.end_evaluation()
+        assert exchange.buckets is not None
+        buckets = exchange.buckets
+        places = [buckets.places[slot] for slot in everything]
         assert all(place.start % ALIGNED == 0 for place in places)
         kept = exchange.nbytes()
-        exchange.close()
-        assert exchange.nbytes() == 0
+        exchanges.close()
+        assert exchanges.nbytes() == 0 and buckets.user is None
         return len({id(place.bucket) for place in places}), messages, kept
     finally:
         stale.BUCKET_BYTES = before
@@ -124,3 +132,46 @@ def joined_case(phase_by_evaluation: list[stale.Phase], dim: int) -> bool:
 def test_joined_tensors_are_fresh_where_they_are_ones_own(world_size: int, dim: int, ranks: RankPool) -> None:
     phases: list[stale.Phase] = ["sync", "displaced", "displaced", "sync", "displaced"]
     assert all(ranks(world_size, joined_case, phases, dim))
+
+
+def adopted_case() -> list[bool]:
+    """The next job's messages lie where the last one's lay, unless another job has that place still."""
+    axis = world_axis()
+    jobs = [StaleExchange(axis) for _ in range(4)]
+    first, second, third, fourth = jobs
+
+    def exact(job: StaleExchange, evaluation: int) -> None:
+        for slot in SLOTS:
+            job.keep(slot, all_messages(slot, evaluation, axis.degree))
+        job.end_evaluation()
+
+    def reads(job: StaleExchange, evaluation: int) -> bool:
+        found = [
+            torch.equal(
+                job.swap(slot, lambda sent, slot=slot: sent.copy_(message(slot, evaluation, axis.rank))),
+                all_messages(slot, evaluation - 1, axis.degree),
+            )
+            for slot in SLOTS
+        ]
+        job.end_evaluation()
+        return all(found)
+
+    exact(first, 0)
+    right = [reads(first, 1), reads(first, 2)]
+    buckets = first.buckets
+    assert buckets is not None
+    second.adopt(buckets)
+    right += [second.buckets is None]
+    first.close()
+    second.adopt(buckets)
+    exact(second, 3)  # in the buckets at once: a recording of it would have nothing to tell Python
+    right += [second.buckets is buckets, not second._exact, reads(second, 4), reads(second, 5)]
+    third.adopt(buckets)
+    del second, jobs  # a job that ended without a word
+    fourth.adopt(buckets)
+    right += [third.buckets is None, fourth.buckets is buckets]
+    return right
+
+
+def test_messages_of_the_next_job_lie_where_the_last_ones_lay(ranks: RankPool) -> None:
+    assert all(all(found) for found in ranks(2, adopted_case))

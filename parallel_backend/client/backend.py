@@ -104,6 +104,7 @@ class Backend(Connection):
         *,
         kind: ModelKind = "any",
         compile: bool = False,
+        graphs: bool = False,
         name: str = "",
         computes: str = AUTO,
         fast_fp8: bool = False,
@@ -119,12 +120,14 @@ class Backend(Connection):
             mesh: None takes as many ranks for a picture as make it faster, by the predictor's tables; what is left is dp.
             kind: refuses a file of another one.
             compile: torch.compile of the repeated blocks; their first step in each kind of shape takes much longer.
+            graphs: on GPUs, each kind of evaluation is a CUDA graph from its second time on: a step costs the host next to
+                nothing. Steps of PipeFusion run without. Not together with a sliced mesh.
             name: of the same file on a remote backend, below its model folders; the file's own name where left out.
             fast_fp8, has_fp8: see LoadModel.
         Raises: CheckpointError, ConfigError.
         """
         fp8: dict[str, Any] = {"computes": computes, "fast_fp8": fast_fp8, "has_fp8": has_fp8}
-        load = self.asked(path, mesh, dtype, kernel, name, kind=kind, compile=compile, **fp8)
+        load = self.asked(path, mesh, dtype, kernel, name, kind=kind, compile=compile, graphs=graphs, **fp8)
         return self.load_asked(load, on_event=on_event, should_cancel=should_cancel)
 
     def load_asked(

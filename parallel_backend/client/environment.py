@@ -37,6 +37,8 @@ KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOL
 NCCL_TELLS = {"NCCL_DEBUG": "WARN", "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
 # Connections are made with a communicator, not at its first large message: what is free once a model is loaded stays so.
 NCCL_CONNECTS = {"NCCL_RUNTIME_CONNECT": "0"}
+# A CUDA graph's messages go through NCCL's own buffers, as all do: a rank without the graph takes part in them as ever.
+NCCL_MIXES = {"NCCL_GRAPH_REGISTER": "0"}
 _ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
@@ -53,7 +55,7 @@ def environment(spec: BackendSpec, hosts: Hosts = Hosts()) -> dict[str, str]:  #
     if spec.device == "cpu":
         chosen |= KEEP_FREED_MEMORY
     else:
-        chosen |= NCCL_TELLS | NCCL_CONNECTS
+        chosen |= NCCL_TELLS | NCCL_CONNECTS | NCCL_MIXES
         env |= _allocator(env)
     if hosts.interface:
         env |= dict.fromkeys(_INTERFACES, hosts.interface)

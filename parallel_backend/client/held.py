@@ -28,7 +28,7 @@ class Held(Generic[Load]):
     """Something loaded in a backend; it is loaded again by itself when the backend has lost it.
 
     `last` is what rank 0 says of the last job: its own seconds, and the steps. `note` is what the user should know of it:
-    NaN or infinity in its result, which with `nan_is_error` is an error. Empty where there is nothing to tell.
+    NaN or infinity in its result, which with `nan_is_error` is an error; what ranks have to tell. Empty where there is nothing.
     """
 
     backend: Connection
@@ -100,7 +100,7 @@ class Held(Generic[Load]):
                         held.ensure_loaded(should_cancel)
                         _check_together(held, needed)
             assert isinstance(reply, Result)
-            self.last = reply
+            self.last, self.note = reply, "\n".join(reply.notes)
             return tensors
 
     def _tell(self, found: NotFinite) -> None:

@@ -69,12 +69,12 @@ class Band:
         and numbers to all would be two. In displaced steps the largest part of what travels are keys and values anyway.
         Comm: N elements to every rank.
         """
-        stale, place = self.step.stale, (slot, self.step.branch)
+        stale = self.step.stale
         if stale is not None and self.step.phase == "displaced":
-            return Handle(stale.swap(place, lambda sent: sent.copy_(message_N)))
+            return Handle(stale.swap(slot, lambda sent: sent.copy_(message_N)))
         handle = start_all_gather(message_N.unsqueeze(0), self.axis)
         if stale is not None:
-            stale.keep(place, handle.result)
+            stale.keep(slot, handle.result)
         return handle
 
     def facing(self, every_RN: Tensor, x_BCYX: Tensor, above: int, below: int) -> tuple[Tensor | None, Tensor | None]:

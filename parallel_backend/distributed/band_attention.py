@@ -84,9 +84,9 @@ class BandSelfAttention:
 
     def _whole(self, kv_BLD: Tensor, tokens: Sequence[int]) -> Tensor:
         """Keys and values of the whole image; the order of bands doesn't matter to attention."""
-        band = self.band
-        if band.step.stale is not None:
-            return band.step.stale.joined((self.slot, band.step.branch), kv_BLD, 1, tokens, band.step.phase)
+        band, stale = self.band, self.band.step.stale
+        if stale is not None:
+            return stale.joined(self.slot, kv_BLD, 1, tokens, band.step.phase)
         B, L, D = kv_BLD.shape
         longest = max(tokens)
         # Tokens outermost: equal bands then lie one after the other as they come.

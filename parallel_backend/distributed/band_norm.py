@@ -104,7 +104,7 @@ class BandGroupNorm(nn.Module):
             MESSAGE(parts_S2BG, shares_S, x_BCYX, *self.halo, message_N)
             sent.append(message_N)
 
-        every = stale.swap((self.slot, band.step.branch), write)
+        every = stale.swap(self.slot, write)
         return every, self._statistics(sent[0].unsqueeze(0), x_BCYX)[0]
 
     def _read(self, every_RN: Tensor, x_BCYX: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:

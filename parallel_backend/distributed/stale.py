@@ -6,10 +6,11 @@ they travel as a few large messages, while the rest of this evaluation and the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Literal
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class Kept:
     by messages, the second where patches of `num_patches` flow through a pipeline. `timeline` is there where the job is to be told of in detail.
     """
 
-    stale: StaleExchange | None = None
+    stale: StaleExchanges | None = None
     token_kv: dict[Hashable, TokenKV] | None = None
     num_patches: int = 1
     begun: set[Hashable] = field(default_factory=set)
@@ -66,7 +67,8 @@ class Step:
 
     @property
     def stale(self) -> StaleExchange | None:
-        return self.kept.stale if self.kept is not None else None
+        """This branch's."""
+        return self.kept.stale.of(self.branch) if self.kept is not None and self.kept.stale is not None else None
 
 
 EXACT = Step()
@@ -112,17 +114,23 @@ class TokenKV:
 
 
 class StaleExchange:
-    """Messages of all ranks of an axis, by slot: those of the evaluation before this one.
+    """Messages of all ranks of an axis, by slot, in the evaluations of one branch: those of the evaluation before this one.
 
     Every rank uses the same slots in the same order, and calls `end_evaluation` after each evaluation. What is sent and
-    what has come lie in buckets, at the same addresses from the first displaced evaluation to the last of a job.
+    what has come lie in buckets, at the same addresses from the first displaced evaluation to the last of a job, and of other
+    jobs with the same messages where these are given the same buckets.
     """
 
     def __init__(self, axis: MeshAxis) -> None:
         self.axis = axis
+        self.buckets: Buckets | None = None
         self._exact: dict[Hashable, Tensor] = {}
-        self._places: dict[Hashable, _Place] = {}
         self._open: _Bucket | None = None
+
+    @property
+    def is_used(self) -> bool:
+        """Whether there are messages."""
+        return bool(self._exact) or self.buckets is not None
 
     def keep(self, slot: Hashable, gathered_RN: Tensor) -> None:
         """In a synchronous evaluation: what came fresh is what the next evaluation reads."""
@@ -135,9 +143,9 @@ class StaleExchange:
             write: puts this rank's message (N,) in the tensor that it is given, from where it is sent for the next evaluation.
         Comm: later, in a bucket: (degree - 1) * N elements.
         """
-        if slot in self._exact:
-            self._settle()
-        place = self._places[slot]
+        self.settle()
+        assert self.buckets is not None, "a displaced evaluation comes after a synchronous one"
+        place = self.buckets.places[slot]
         if self._open is not place.bucket:
             self._send()
             self._open = place.bucket
@@ -165,21 +173,56 @@ class StaleExchange:
         return torch.cat(parts, dim=dim)
 
     def end_evaluation(self) -> None:
-        """What is still to be sent goes on its way."""
+        """What is still to be sent goes on its way; what came fresh lies in the buckets, where there are any."""
         self._send()
+        if self.buckets is not None:
+            self.settle()
+
+    def settle(self) -> None:
+        """Messages of the last synchronous evaluation lie in buckets; the first such get theirs."""
+        if not self._exact:
+            return
+        if self.buckets is None:
+            self.buckets = Buckets(self._exact, self.axis.degree)
+            self.buckets.take(self)
+        for slot, gathered in self._exact.items():
+            place = self.buckets.places[slot]
+            place.bucket.arrive()
+            place.all().copy_(gathered)
+            place.own().copy_(gathered[self.axis.rank])
+        self._exact.clear()
+
+    def adopt(self, buckets: Buckets) -> None:
+        """Messages lie in these, of a job before this one, where they have no place yet and no other job has that one."""
+        if not self.is_used and buckets.user is None:
+            self.buckets = buckets
+            buckets.take(self)
+
+    def arrive(self) -> None:
+        """Nothing is under way."""
+        if self.buckets is not None:
+            self.buckets.arrive()
+
+    def break_off(self) -> None:
+        """What an evaluation that was only recorded has started and kept is forgotten; nothing was under way before it."""
+        self._exact.clear()
+        self._open = None
+        if self.buckets is not None:
+            self.buckets.forget()
 
     def nbytes(self) -> int:
         """Of the messages that the next evaluation reads, and of those on their way."""
-        buckets = {id(place.bucket): place.bucket for place in self._places.values()}
-        return sum(kept.nbytes for kept in self._exact.values()) + sum(b.nbytes() for b in buckets.values())
+        placed = 0 if self.buckets is None else self.buckets.nbytes()
+        return sum(kept.nbytes for kept in self._exact.values()) + placed
 
     def close(self) -> None:
-        """Waits for all that is under way, so that the next job finds the lines free."""
+        """Waits for all that is under way, so that the next job finds the lines and the buckets free."""
         self._send()
-        for place in self._places.values():
-            place.bucket.arrive()
+        self.arrive()
         self._exact.clear()
-        self._places.clear()
+        if self.buckets is not None:
+            self.buckets.leave()
+            self.buckets = None
 
     def _send(self) -> None:
         """Not before another bucket is read: what comes lies where this one's last message is read until then."""
@@ -187,33 +230,76 @@ class StaleExchange:
             self._open.start(self.axis)
             self._open = None
 
-    def _settle(self) -> None:
-        """Messages of a synchronous evaluation get their places in buckets."""
-        self._send()
+
+class StaleExchanges:
+    """Those of a job, one for each branch."""
+
+    def __init__(self, axis: MeshAxis) -> None:
+        self.axis = axis
+        self._of: dict[Hashable, StaleExchange] = {}
+
+    def of(self, branch: Hashable) -> StaleExchange:
+        if branch not in self._of:
+            self._of[branch] = StaleExchange(self.axis)
+        return self._of[branch]
+
+    def nbytes(self) -> int:
+        return sum(exchange.nbytes() for exchange in self._of.values())
+
+    def close(self) -> None:
+        for exchange in self._of.values():
+            exchange.close()
+
+
+class Buckets:
+    """Where the messages of a branch lie, in the order of their slots; one exchange at a time has them."""
+
+    def __init__(self, messages: Mapping[Hashable, Tensor], degree: int) -> None:
+        """`messages`: (R, N) each, whose sizes count."""
+        self.places: dict[Hashable, _Place] = {}
+        self._all: list[_Bucket] = []
+        self._user: ref[StaleExchange] | None = None
         group: list[Hashable] = []
         size = 0
-        for slot in [slot for slot in self._exact if slot not in self._places]:
+        for slot in messages:
             group.append(slot)
-            size += _aligned(self._exact[slot][0].nbytes)
+            size += _aligned(messages[slot][0].nbytes)
             if size >= BUCKET_BYTES:
-                self._place(group, size)
+                self._add({slot: messages[slot] for slot in group}, size, degree)
                 group, size = [], 0
         if group:
-            self._place(group, size)
-        for slot, gathered in self._exact.items():
-            place = self._places[slot]
-            place.bucket.arrive()
-            place.all().copy_(gathered)
-            place.own().copy_(gathered[self.axis.rank])
-        self._exact.clear()
+            self._add({slot: messages[slot] for slot in group}, size, degree)
 
-    def _place(self, slots: Sequence[Hashable], size: int) -> None:
-        bucket = _Bucket.of(size, self.axis.degree, self._exact[slots[0]].device)
+    def _add(self, messages: Mapping[Hashable, Tensor], size: int, degree: int) -> None:
+        bucket = _Bucket.of(size, degree, next(iter(messages.values())).device)
+        self._all.append(bucket)
         start = 0
-        for slot in slots:
-            message = self._exact[slot][0]
-            self._places[slot] = _Place(bucket, start, message.nbytes, message.dtype)
+        for slot, gathered in messages.items():
+            message = gathered[0]
+            self.places[slot] = _Place(bucket, start, message.nbytes, message.dtype)
             start += _aligned(message.nbytes)
+
+    @property
+    def user(self) -> StaleExchange | None:
+        """Who has them, unless it is gone."""
+        return None if self._user is None else self._user()
+
+    def take(self, exchange: StaleExchange) -> None:
+        self._user = ref(exchange)
+
+    def leave(self) -> None:
+        self._user = None
+
+    def arrive(self) -> None:
+        for bucket in self._all:
+            bucket.arrive()
+
+    def forget(self) -> None:
+        for bucket in self._all:
+            bucket.under_way = None
+
+    def nbytes(self) -> int:
+        return sum(bucket.nbytes() for bucket in self._all)
 
 
 @dataclass
@@ -222,7 +308,7 @@ class _Bucket:
 
     sent: Tensor
     received: Tensor
-    _under_way: Handle | None = None
+    under_way: Handle | None = None
 
     @classmethod
     def of(cls, size: int, degree: int, device: torch.device) -> _Bucket:
@@ -232,12 +318,12 @@ class _Bucket:
         )
 
     def start(self, axis: MeshAxis) -> None:
-        self._under_way = start_all_gather(self.sent.unsqueeze(0), axis, into=self.received)
+        self.under_way = start_all_gather(self.sent.unsqueeze(0), axis, into=self.received)
 
     def arrive(self) -> None:
-        if self._under_way is not None:
-            self._under_way.wait()
-            self._under_way = None
+        if self.under_way is not None:
+            self.under_way.wait()
+            self.under_way = None
 
     def nbytes(self) -> int:
         return self.sent.nbytes + self.received.nbytes

@@ -122,6 +122,11 @@ class Traffic:
         if self.journal is not None:
             self.journal.start(self, self.collectives, kind, nbytes, peer)
 
+    def count_again(self, nbytes: int, collectives: int) -> None:
+        """What was counted of an evaluation that runs once more, without Python."""
+        self.sent_bytes += nbytes
+        self.collectives += collectives
+
     @contextmanager
     def waiting(self, device: torch.device, message: int | None = None) -> Iterator[None]:
         """The block ends when what others send is there: of the collective of that number, or of the last that started."""

@@ -155,7 +155,8 @@ class PatchedWeights:
     Args:
         source: of the base.
         later: parts that are read when they are needed: told what takes their place, or None for the file's own.
-    `version` is another one after each weight that has changed: what was computed with the weights holds no longer.
+    `version` is another one after each weight that has changed: what was computed with the weights holds no longer. `moved` is
+    another one after each that lies elsewhere since: what knows them by their place doesn't find them there.
     """
 
     def __init__(
@@ -168,7 +169,7 @@ class PatchedWeights:
         self._held, self.source, self._place, self._later = held, source, place, later
         self._lying: dict[str, tuple[Any, ...]] = {}
         self._worn: Patches | None = Patches()
-        self.version = 0
+        self.version = self.moved = 0
 
     def wear(self, patches: Patches, files: PatchFiles, beat: Callable[[], object] = lambda: None) -> Swap:
         """These patches, and no others, lie on the weights; only those weights change that must.
@@ -213,6 +214,7 @@ class PatchedWeights:
         parameter = held.parameter
         if isinstance(parameter, QuantizedWeight):
             _lay_beside(parameter, held, patches)
+            self.moved += 1
             return
         base = onto_device(parameter.device)(self.source.read(name, held.shard), parameter.dtype)
         if patches:

@@ -7,7 +7,7 @@ Shapes: B batch, C channels, Y rows, X columns, G groups, S parts of the pixels,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -277,8 +277,11 @@ def _norm_trial(device: torch.device) -> Sequence[Any]:
     return [x, every, shares_of((5, 4, 3), device), every[0], 1, weight, bias, 1e-5, True, 1, 1, row.contiguous(), None]
 
 
-@lru_cache(maxsize=256)
+@cache
 def shares_of(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """(R,), fp32: the share that each size has. To put numbers on a GPU anew for each norm would stop the host each time."""
+    """(R,), fp32: the share that each size has. To put numbers on a GPU anew for each norm would stop the host each time.
+
+    They stay for good: a graph knows them by their place.
+    """
     weights = torch.tensor(sizes, dtype=torch.float32)
     return (weights / weights.sum()).to(device)

@@ -97,4 +97,6 @@ class ControlUse:
             step.kept.begun.add(place)
         own = replace(step, branch=place, phase=phase)
         added = self.network(x, timesteps, prompt, self.hint, own, self.types)
+        if own.stale is not None:
+            own.stale.end_evaluation()
         return added if self.strength == 1.0 else added.each(lambda tensor: tensor * self.strength)

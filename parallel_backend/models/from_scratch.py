@@ -8,8 +8,8 @@ Shapes: B rows, L this rank's tokens, D hidden, N heads of this tp rank, H head 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import cast
 
@@ -297,16 +297,26 @@ class FromScratch(StagedTransformer):
         return x.permute(0, 3, 1, 4, 2, 5).reshape(B, C, Y, X)
 
 
+# A few numbers a token: of some sizes, each in patches of a pipeline.
+KEPT_PLACES = 64
+
+
 @dataclass(frozen=True)
 class GridPositions:
     """Rows and columns of image tokens, which no file has to give."""
 
     device: torch.device
+    _made: dict[Hashable, Tensor] = field(default_factory=dict, compare=False)
 
     def rows(self, rows: int, columns: int, ranges: Sequence[tuple[int, int]]) -> Tensor:
         """(L, 2): row and column of tokens (first, one past last) of an image of rows x columns tokens."""
-        index = torch.cat([torch.arange(first, last, device=self.device) for first, last in ranges])
-        return torch.stack([index // columns, index % columns], dim=1).float()
+        key = (columns, tuple(ranges))
+        if key not in self._made:
+            index = torch.cat([torch.arange(first, last, device=self.device) for first, last in ranges])
+            if len(self._made) >= KEPT_PLACES:
+                self._made.clear()
+            self._made[key] = torch.stack([index // columns, index % columns], dim=1).float()
+        return self._made[key]
 
 
 def rotary_angles(positions_L2: Tensor, frequencies: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..distributed.stale import Kept, StaleExchange, Step
+from ..distributed.stale import Kept, StaleExchanges, Step
 from ..errors import InputError, UnsupportedError
+from .inputs import Inputs
 from .prepared import PreparedPrompt
 from .residuals import NONE, Residuals, check_count, check_residual
 from .steps_ahead import with_vectors
@@ -44,6 +45,16 @@ class Network(Protocol):
         """This rank's part of what is to be added in an evaluation of a latent of that size. Raises: InputError: it doesn't fit."""
         ...
 
+    def inputs(
+        self, x: Tensor, timesteps: Tensor, prepared: PreparedPrompt, step: Step, residuals: Residuals = NONE, /
+    ) -> Inputs:
+        """All that `evaluate` reads of a call, as tensors: what is looked up by a number of the step is looked up here."""
+        ...
+
+    def evaluate(self, inputs: Inputs, step: Step, /) -> Tensor:
+        """The output. Of the step it looks at phase and branch, and at what the job keeps: a graph of it holds for other steps."""
+        ...
+
     def __call__(
         self,
         x: Tensor,
@@ -52,7 +63,9 @@ class Network(Protocol):
         step: Step,
         residuals: Residuals = NONE,
         /,
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """`evaluate` of `inputs`."""
+        ...
 
 
 class Positions(Protocol):
@@ -81,7 +94,7 @@ class TokenNetwork:
         if mesh.pp.degree > 1:
             return Kept(token_kv={}, num_patches=num_patches)
         if mesh.ring.degree > 1:
-            return Kept(stale=StaleExchange(mesh.ring))
+            return Kept(stale=StaleExchanges(mesh.ring))
         raise UnsupportedError(
             f"{self.config.family} has displaced steps on two or more pp or ring ranks; here is {mesh.spec.describe()}.",
             "Set pp or ring in Mesh Config, or leave displaced off.",
@@ -112,21 +125,27 @@ class TokenNetwork:
 
         return whole.each(own)
 
-    def __call__(
-        self,
-        x: Tensor,
-        timesteps: Tensor,
-        prepared: PreparedPrompt,
-        step: Step,
-        residuals: Residuals = NONE,
-    ) -> Tensor:
+    def inputs(
+        self, x: Tensor, timesteps: Tensor, prepared: PreparedPrompt, step: Step, residuals: Residuals = NONE
+    ) -> Inputs:
+        patch, (_, _, Y, X) = self.config.patch_size, x.shape
         num_patches = step.kept.num_patches if step.kept is not None else 1
+        tokens = self.model.tokens_for(Y, X, prepared.context.shape[1], num_patches)
+        places = self.places((*x.shape[:2], Y + -Y % patch, X + -X % patch), tokens)
+        return Inputs(x, {"timesteps": timesteps}, prepared, {"places": places}, residuals)
+
+    def evaluate(self, inputs: Inputs, step: Step) -> Tensor:
+        x, (timesteps, places) = inputs.x, (inputs.changing["timesteps"], inputs.lasting["places"])
         whole = padded(x, self.config.patch_size)
-        tokens = self.model.tokens_for(x.shape[2], x.shape[3], prepared.context.shape[1], num_patches)
-        out = self.model(whole, timesteps, prepared, self.places(whole.shape, tokens), step, residuals)
+        out = self.model(whole, timesteps, inputs.prepared, places, step, inputs.residuals)
         if step.stale is not None:
             step.stale.end_evaluation()
         return out[:, :, : x.shape[2], : x.shape[3]]
+
+    def __call__(
+        self, x: Tensor, timesteps: Tensor, prepared: PreparedPrompt, step: Step, residuals: Residuals = NONE
+    ) -> Tensor:
+        return self.evaluate(self.inputs(x, timesteps, prepared, step, residuals), step)
 
     def places(self, shape: Sequence[int], tokens: Tokens) -> Tensor:
         """Of this rank's tokens of a padded latent (B, C, Y, X)."""

@@ -17,6 +17,7 @@ from ..distributed.data import gather_batch, shard_batch
 from ..distributed.mesh import Mesh, MeshAxis
 from ..distributed.stale import Step
 from ..errors import InputError
+from .captured import CapturedNetwork
 from .control_use import ControlUse
 from .families import Kind
 from .network import Network
@@ -211,13 +212,17 @@ def timesteps_of(timestep: Tensor, rows: int, device: torch.device) -> Tensor:
 
 @dataclass
 class Predictor:
-    """A model in its mesh, ready to be asked."""
+    """A model in its mesh, ready to be asked.
+
+    `captured` evaluates the network by graphs, where it is asked to.
+    """
 
     network: Network
     mesh: Mesh
     dtype: torch.dtype
     device: torch.device
     kind: Kind
+    captured: CapturedNetwork | None = field(init=False, default=None)
     prepared: PreparedPrompts = field(init=False, default_factory=lambda: PreparedPrompts(KEPT_PREPARED))
     _prompts: OrderedDict[tuple[object, ...], _Ready] = field(init=False, default_factory=OrderedDict)
 
@@ -380,4 +385,5 @@ class Predictor:
             added = added + use.residuals(latent, rows.timesteps, prepared, step)
         if prompt.concat is not None:
             given = torch.cat([given, prompt.concat], dim=1)
-        return self.network(given, rows.timesteps, call.own, step, added).float()
+        evaluate = self.captured or self.network
+        return evaluate(given, rows.timesteps, call.own, step, added).float()

@@ -101,14 +101,13 @@ class Attend:
         return self.attention(joined, self.tokens.counts(present), self._memory(slot, present))
 
     def _memory(self, slot: tuple[str, int], present: tuple[int, ...]) -> Memory | None:
-        kept, place = self.step.kept, (*slot, self.step.branch)
-        if kept is None:
-            return None
+        kept, stale = self.step.kept, self.step.stale
         mesh, tokens = self.attention.mesh, self.tokens
-        if kept.stale is not None:
-            return StaleKV(kept.stale, place, self.step.phase, by_ring(tokens.counts(present), mesh))
-        if kept.token_kv is None:
+        if stale is not None:
+            return StaleKV(stale, slot, self.step.phase, by_ring(tokens.counts(present), mesh))
+        if kept is None or kept.token_kv is None:
             return None
+        place = (*slot, self.step.branch)
         segments = list(range(len(tokens.segments)))
         if slot[0] == "image":
             segments.remove(TEXT)

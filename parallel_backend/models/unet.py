@@ -29,9 +29,10 @@ from ..distributed.collectives import all_gather, split_sizes
 from ..distributed.mesh import Mesh, MeshAxis
 from ..distributed.patch_layers import join_projections, place_band_layers
 from ..distributed.sliced_weights import SlicedWeights
-from ..distributed.stale import Kept, StaleExchange, Step
+from ..distributed.stale import Kept, StaleExchanges, Step
 from ..errors import ConfigError
 from ..quantized.weight import QuantizedWeight
+from .inputs import Inputs
 from .prepared import PreparedPrompt
 from .residuals import NONE, Residuals, check_count, check_residual
 
@@ -191,7 +192,7 @@ class BandUNet(InBands):
 
     def new_job(self, displaced: bool, num_patches: int = 1) -> Kept:
         """What a job of this model keeps between its evaluations."""
-        return Kept(StaleExchange(self.mesh.patch) if displaced and self.mesh.patch.degree > 1 else None)
+        return Kept(StaleExchanges(self.mesh.patch) if displaced and self.mesh.patch.degree > 1 else None)
 
     def prepare(self, context: Tensor, pooled: Tensor) -> PreparedPrompt:
         """As `prepare_prompt`. `pooled`: the pooled prompt and the embedded sizes."""
@@ -239,6 +240,16 @@ class BandUNet(InBands):
             "mid_block_additional_residual": 0.0 if middle is None else middle,
         }
 
+    def inputs(
+        self,
+        x_BCYX: Tensor,
+        timesteps_B: Tensor,
+        prepared: PreparedPrompt,
+        step: Step,
+        residuals: Residuals = NONE,
+    ) -> Inputs:
+        return Inputs(x_BCYX, {"timesteps": timesteps_B}, prepared, {}, residuals)
+
     def __call__(
         self,
         x_BCYX: Tensor,
@@ -256,16 +267,20 @@ class BandUNet(InBands):
         Returns: (B, C, Y, X), whole on every rank.
         Comm: as the layers say, and one all-gather of the output.
         """
-        self._added, added = residuals, self._handed_on(residuals)
+        return self.evaluate(self.inputs(x_BCYX, timesteps_B, prepared, step, residuals), step)
+
+    def evaluate(self, inputs: Inputs, step: Step) -> Tensor:
+        x_BCYX, prepared = inputs.x, inputs.prepared
+        self._added, added = inputs.residuals, self._handed_on(inputs.residuals)
         try:
             with self.cut(x_BCYX, prepared, step) as band:
                 given = {"class_labels": prepared.pooled, "return_dict": False, **added}
-                out = self.model(x_BCYX, timesteps_B, prepared.context, **given)[0]
+                out = self.model(x_BCYX, inputs.changing["timesteps"], prepared.context, **given)[0]
         finally:
             self._added = NONE
         whole = all_gather(out, 2, band.rows, band.axis)
         # After the output, which the next step waits for: a communicator works in order.
-        if step.stale is not None and step.phase == "displaced" and band.axis.degree > 1:
+        if step.stale is not None:
             step.stale.end_evaluation()
         return whole
 

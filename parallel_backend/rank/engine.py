@@ -24,8 +24,10 @@ from ..extras.weights import PatchedWeights, PatchFiles
 from ..fused.all import FUSED
 from ..fused.operation import note_of
 from ..mesh_choice.choice import default_mesh
+from ..models.captured import CapturedNetwork
 from ..models.checkpoint import HeldWeight, TensorSource, bytes_held, is_quantised, load_parameters
 from ..models.compiled import check_compiler, compile_blocks, refuse_quantised, refuse_tensor_parallel
+from ..models.cuda_graphs import CUDAGraphs, check_graphs
 from ..models.families import OpenedModel, open_model
 from ..models.fp8_products import cards_multiply_fp8, make_products_in_fp8
 from ..models.fp8_source import FP8Source
@@ -52,6 +54,7 @@ from ..rpc.messages import (
     Patches,
     PatchFilePart,
     Progress,
+    RankCost,
     Reply,
     Request,
     RequestHeader,
@@ -210,6 +213,7 @@ class Engine:
             spec = default_mesh(job.control.world_size, opened.kind.name, self.device.type).mesh
         name = f"{body.held_as}{spec.describe()}/{'-'.join(spec.order)}{COMPILED * body.compile}"
         if name in self.residents and body.kind in ("any", self._resident(name, Predictor).kind.name):
+            self._capture(self._resident(name, Predictor), body.graphs)
             return self._loaded(name, _Sizes(0, 0), [], start, job), []
         opened = opened or job.control.agreed(find)
         dtype, path = getattr(torch, body.dtype), opened.source.path
@@ -241,6 +245,7 @@ class Engine:
         network, weights, note = self._read(opened, model, mesh, kernel, body, job)
         config = opened.config
         predictor = Predictor(network, mesh, dtype, self.device, opened.kind)
+        self._capture(predictor, body.graphs)
         state = ModelState(name, path.name, config.family, spec.describe(), body.held_in, needed)
         self.residents[name] = Resident(predictor, state, config.channels, weights)
         sizes = _Sizes(opened.source.bytes_read, needed, [*notes, note])
@@ -284,6 +289,17 @@ class Engine:
         network = job.control.agreed(finish)
         return network, PatchedWeights(held, opened.source, opened.place, opened.later(network)), note
 
+    def _capture(self, predictor: Predictor, asked: bool) -> None:
+        """Its evaluations are graphs from now on, or not."""
+        if asked == (predictor.captured is not None):
+            return
+        if predictor.captured is not None:
+            predictor.captured.drop()
+            predictor.captured = None
+        else:
+            graphs = CUDAGraphs(self.device)
+            predictor.captured = CapturedNetwork(predictor.network, predictor.mesh, graphs, self._tell_block)
+
     def _load_vae(self, body: LoadVAE, _: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         start = time.perf_counter()
         choose(body.dtype, DTYPES, "dtype")
@@ -309,14 +325,15 @@ class Engine:
             evicted, read, notes = self.control_nets.load(body, base, job)
         return self._loaded(name, _Sizes(read, 0, notes), evicted, start, job), []
 
-    @staticmethod
-    def _check_load(body: LoadModel, world_size: int) -> None:
+    def _check_load(self, body: LoadModel, world_size: int) -> None:
         if body.mesh is not None:
             body.mesh.check_world(world_size)
         choose(body.dtype, DTYPES, "dtype")
         if body.weights:
             choose(body.weights, WEIGHTS, "Dtype of weights")
         choose(body.kernel, KERNELS, "Attention kernel")
+        if body.graphs:
+            check_graphs(self.device, sliced=body.mesh is not None and body.mesh.sliced)
 
     def _tell_block(self) -> None:
         """A hook: what it returned would be taken for the block's inputs."""
@@ -403,6 +420,8 @@ class Engine:
         assert weights is not None
         swap = weights.wear(patches, self.patch_files, self._beat)
         predictor.prepared.at_version(weights.version)
+        if predictor.captured is not None:
+            predictor.captured.at_version(weights.moved)
         return predictor, swap
 
     def _sample(self, body: Sample, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
@@ -428,7 +447,9 @@ class Engine:
 
         predictor, rows, swap = job.control.agreed(prepare)
         output = on_host([predictor.output(rows)])  # which waits for the device
-        return Result(time.perf_counter() - start, 1, swap=swap), output
+        notes = predictor.captured.take_notes() if predictor.captured is not None else []
+        ranks = [RankCost([], notes=notes)] if notes else []
+        return Result(time.perf_counter() - start, 1, ranks, swap), output
 
     def _keep_patches(self, body: PatchFilePart, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         job.control.agreed(lambda: self.patch_files.add(body.file, body.part, tensors[body.data], last=body.last))

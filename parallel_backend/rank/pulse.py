@@ -80,7 +80,10 @@ class _Marks(threading.Thread):
         self.start()
 
     def leave(self) -> None:
-        """A mark behind all that the computing stream has been given; none where enough are under way."""
+        """A mark behind all that the computing stream has been given; none where enough are under way, or where what it is given
+        is only recorded."""
+        if torch.cuda.is_current_stream_capturing():
+            return
         with suppress(queue.Empty):
             mark = self._idle.get_nowait()
             mark.record()

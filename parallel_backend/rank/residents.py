@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -100,13 +100,17 @@ class Residents(OrderedDict[str, Resident]):
                 f"{both} {most / 2**20:.0f} MiB on a rank; the budget is {self._budget / 2**20:.0f} MiB.",
                 "Raise the memory budget, use a smaller dtype, or spread the weights further with tp.",
             )
-        most = max(sizes.needed for sizes in self._everywhere(needed, control))
+        ranks = self._everywhere(needed, control)
+        most = max(sizes.needed for sizes in ranks)
+        if self._is_short(ranks):  # what is made anew within a step goes first
+            self.let_go_of_graphs()
         control.agreed(lambda: check(self.held_bytes - stays))
         evicted: list[str] = []
         while others := [other for other in self if other != beside]:
             ranks = self._everywhere(needed, control)
-            short = any(not fits(rank.needed, rank.free, self._device.type) for rank in ranks)
-            if not short and not (self._budget and most + max(rank.held for rank in ranks) > self._budget):
+            if not self._is_short(ranks) and not (
+                self._budget and most + max(rank.held for rank in ranks) > self._budget
+            ):
                 break
             oldest = others[0]
             evicted.append(self[oldest].state.name)
@@ -116,6 +120,16 @@ class Residents(OrderedDict[str, Resident]):
 
     def _everywhere(self, needed: int, control: Control) -> list[_Sizes]:
         return control.gather(_Sizes(needed, self.held_bytes, self.free_bytes()))
+
+    def _is_short(self, ranks: Sequence[_Sizes]) -> bool:
+        return any(not fits(rank.needed, rank.free, self._device.type) for rank in ranks)
+
+    def let_go_of_graphs(self) -> None:
+        """No model has any: they are made again when they are wanted."""
+        for resident in self.values():
+            if isinstance(resident.model, Predictor) and resident.model.captured is not None:
+                resident.model.captured.drop()
+        self.give_back_memory()
 
     def free_bytes(self) -> int:
         """This rank's part of what its device has free."""

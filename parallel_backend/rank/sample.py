@@ -26,6 +26,9 @@ from .control_nets import ControlNets
 from .jobs import Job
 from .step_messages import StepMessages, step_messages
 
+# Of a rank and a job: they are as good as alike.
+MOST_NOTES = 2
+
 
 @dataclass
 class SampleJob:
@@ -154,7 +157,8 @@ def run_sample(
         for axis, (sent, waited) in zip(axes, before, strict=True)
     ]
     peak = torch.cuda.max_memory_allocated(device) - held if device.type == "cuda" else None
-    ranks = job.control.gather(RankCost(costs, kept_bytes, peak))
+    notes = predictor.captured.take_notes() if predictor.captured is not None else []
+    ranks = job.control.gather(RankCost(costs, kept_bytes, peak, notes[:MOST_NOTES]))
     timeline = [] if kept.timeline is None else [with_ranks(job.control.gather_rows(kept.timeline.table()))]
     result = Result(time.perf_counter() - start, run.steps, ranks, run.swap, run.first_bad_step(out))
     return result, [out, *timeline]

@@ -208,7 +208,7 @@ class Rank:
             if named is None:
                 raise
             body, results = self._failed(named, kind), []
-            self.engine.residents.give_back_memory()
+            self.engine.residents.let_go_of_graphs()
         seconds = time.perf_counter() - start
         if board is not None and queued is not None and queued.client:
             board.count_job(isinstance(body, Failed))
@@ -327,6 +327,7 @@ def main(argv: Sequence[str]) -> None:
     except Exception as error:  # noqa: BLE001 - the ranks are out of step: end this one, torchrun starts all anew
         rank.fail(error)
         os._exit(1)
+    rank.engine.residents.let_go_of_graphs()  # NCCL waits for those that know its communicators
     _leave(on_gpu=rank.device.type == "cuda")
 
 

@@ -36,6 +36,7 @@ class LoadModel(Message, frozen=True):
         dtype: to compute in. weights: of WEIGHTS, what weights are held in; empty: as the file has them quantised, or in dtype.
         fast_fp8: products with fp8 weights that have no scale are made in fp8 too, where cards do that.
         has_fp8: ranks' devices count as such that make products in fp8, whatever they say.
+        graphs: evaluations are CUDA graphs from now on, or not: of a resident model too.
     """
 
     path: str
@@ -48,6 +49,7 @@ class LoadModel(Message, frozen=True):
     weights: str = ""
     fast_fp8: bool = False
     has_fp8: bool = False
+    graphs: bool = False
 
     @property
     def held_as(self) -> str:
@@ -285,12 +287,13 @@ class RankCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a job cost a rank.
 
     `kept_bytes`: the most that it kept from step to step: stale tensors of the others, keys and values. `peak_bytes`: the
-    most beyond what it held before; None where it isn't known (on CPUs).
+    most beyond what it held before; None where it isn't known (on CPUs). `notes`: what its user should know.
     """
 
     costs: list[AxisCost]
     kept_bytes: int = 0
     peak_bytes: int | None = None
+    notes: list[str] = []
 
 
 class Swap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -317,6 +320,11 @@ class Result(Message, frozen=True):
     def costs(self) -> list[AxisCost]:
         """Rank 0's."""
         return self.ranks[0].costs if self.ranks else []
+
+    @property
+    def notes(self) -> list[str]:
+        """All ranks', each once."""
+        return list(dict.fromkeys(note for rank in self.ranks for note in rank.notes))
 
 
 class Done(Message, frozen=True):

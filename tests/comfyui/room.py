@@ -65,7 +65,9 @@ def asked(load_models, path):
         ("bfloat16", False, "torch.float8_e5m2"),
     ):
         degrees = importlib.import_module("pack.parallel_backend").MeshSpec(tp=2)
-        mesh = SimpleNamespace(backend=lambda: backend, mmdit=degrees, dtype=dtype, compile=compiles, kernel="auto")
+        mesh = SimpleNamespace(
+            backend=lambda: backend, mmdit=degrees, dtype=dtype, compile=compiles, graphs=False, kernel="auto"
+        )
         mesh.nan_is_error, mesh.differs = False, lambda: ""
         remote, said = load_models.load_remote_model(mesh, "mmdit", Path(path), "", {"dtype": of_loader})
         outcomes[f"{dtype} {compiles} {of_loader}"] = [remote.load.asked["dtype"], said.splitlines()[-1]]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from parallel_backend.bench.device_time import Call, timed
 from parallel_backend.config import SamplerSpec
 from parallel_backend.distributed.stale import EXACT
 from parallel_backend.rank.step_messages import StepMessages, step_messages
@@ -19,7 +20,6 @@ from parallel_backend.sampling.parameterization import Discrete
 from ..options import Options
 from ..report import Report
 from ..sizes import sizes_of
-from ..timing import Call, timed
 from ..weights import sdxl_prompts, unet_predictor, unet_tensors
 
 STEPS = 10

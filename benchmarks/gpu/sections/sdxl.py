@@ -42,7 +42,7 @@ def run(report: Report, options: Options) -> None:
 def _bands(report: Report, sizes: Sizes, device: torch.device, tensors: Tensors) -> None:
     name = f"rank {RANK} of patch={BANDS}, {dtype_name(next(iter(tensors.values())).dtype)}, messages take no time"
     report.table(f"One evaluation of a band of SDXL, {sizes.side} px", *COLUMNS)
-    found = band_evaluations(sizes, device, tensors)
+    found = band_evaluations(sizes, band_predictor(sizes, device, tensors))
     _rows(report, sizes, device, {f"{name}, {phase}": call for phase, call in found.items()})
 
 
@@ -64,23 +64,30 @@ def evaluation(sizes: Sizes, predictor: Predictor, rows: int) -> Callable[[], li
     return lambda: predictor.outputs(x, timestep, share, EXACT)
 
 
-def band_evaluations(sizes: Sizes, device: torch.device, tensors: Tensors) -> dict[str, Callable[[], Tensor]]:
-    """An exact and a displaced evaluation of one band, of one row.
-
-    The process group is torch's fake one: neighbours answer at once, and with nothing.
-    """
+def band_predictor(sizes: Sizes, device: torch.device, tensors: Tensors) -> Predictor:
+    """Of one band. The process group is torch's fake one: neighbours answer at once, and with nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dtype = next(iter(tensors.values())).dtype
     if not dist.is_initialized():
         dist.init_process_group("fake", store=FakeStore(), rank=RANK, world_size=BANDS)
-    network = unet_predictor(tensors, sizes.unet, device, dtype, mesh=build_mesh(MeshSpec(patch=BANDS))).network
+    return unet_predictor(tensors, sizes.unet, device, dtype, mesh=build_mesh(MeshSpec(patch=BANDS)))
+
+
+def band_evaluations(sizes: Sizes, predictor: Predictor) -> dict[str, Callable[[], Tensor]]:
+    """An exact and a displaced evaluation of one band, of one row; by graphs where the predictor has them."""
+    network, device, dtype = predictor.network, predictor.device, predictor.dtype
     (prompt,) = sdxl_prompts(sizes.unet, device, dtype, 1)
     x = torch.randn(1, sizes.unet.channels, sizes.cells, sizes.cells, device=device, dtype=dtype)
     given = x, torch.full((1,), 500.0, device=device), network.prepare(prompt.context, prompt.pooled)
     kept = network.new_job(displaced=True)
     network(*given, Step(0, "sync", kept=kept))  # displaced steps go on from one
+
+    def evaluated(step: Step) -> Tensor:
+        evaluate = predictor.captured or network
+        return evaluate(*given, step)
+
     return {
-        "exact": lambda: network(*given, EXACT),
-        "displaced": lambda: network(*given, Step(1, "displaced", kept=kept)),
+        "exact": partial(evaluated, EXACT),
+        "displaced": partial(evaluated, Step(1, "displaced", kept=kept)),
     }
