@@ -65,7 +65,7 @@ class ParallelMesh:
         Where no degree was asked for, it is as many ranks as a picture is worth.
         """
         if not sliced and all(degree == (axis not in OPEN) for axis, degree in self.degrees.items()):
-            choice = default_mesh(self.spec.world_size, kind, self.spec.device)
+            choice = default_mesh(self.spec.world_size, kind, self.spec.device, graphs=self.graphs)
             return choice.mesh, choice.note
         return MeshSpec.filled(self.spec.world_size, rest, sliced=sliced, **self.degrees), ""
 

@@ -210,7 +210,8 @@ class Engine:
 
         if spec is None:
             opened = job.control.agreed(find)
-            spec = default_mesh(job.control.world_size, opened.kind.name, self.device.type).mesh
+            world, kind = job.control.world_size, opened.kind.name
+            spec = default_mesh(world, kind, self.device.type, graphs=body.graphs).mesh
         name = f"{body.held_as}{spec.describe()}/{'-'.join(spec.order)}{COMPILED * body.compile}"
         if name in self.residents and body.kind in ("any", self._resident(name, Predictor).kind.name):
             self._capture(self._resident(name, Predictor), body.graphs)
