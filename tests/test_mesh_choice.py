@@ -83,7 +83,8 @@ def test_shipped_tables_are_what_the_command_writes(tmp_path: Path) -> None:
 
 
 def test_on_an_h100_bands_pay_as_graphs_alone() -> None:
-    assert default_mesh(8, "unet", "cuda").mesh == MeshSpec(dp=4, cfg=2)
+    eager = default_mesh(8, "unet", "cuda")
+    assert eager.mesh == MeshSpec(dp=4, cfg=2) and "With graphs on (Mesh Config)" in eager.note
     assert default_mesh(8, "unet", "cuda", graphs=True).mesh == MeshSpec(cfg=2, patch=4)
     assert default_mesh(8, "mmdit", "cuda", graphs=True).mesh == MeshSpec(cfg=2, ulysses=4)
 

@@ -52,8 +52,9 @@ def default_mesh(
         return Choice(best.mesh)
     mesh = MeshSpec(dp=world_size // count, **best.degrees)  # type: ignore[arg-type]
     note = _idle(table, count, world_size)
-    if not graphs and default_mesh(world_size, kind, device, graphs=True, size=size, tables=tables).mesh.dp < mesh.dp:
-        note += " So does graphs, where it is faster by these figures on more of them."
+    with_graphs = default_mesh(world_size, kind, device, graphs=True, size=size, tables=tables).mesh
+    if device == "cuda" and not graphs and with_graphs.dp < mesh.dp:
+        note += " With graphs on (Mesh Config) more of them are predicted to pay."
     return Choice(mesh, note)
 
 
