@@ -12,6 +12,9 @@ from .tables import Row, Table, shipped
 USUAL_SIZE = 1024
 # So many times faster than on fewer ranks a picture must be predicted to be on more: figures are no better than that.
 WORTH = 1.05
+# Guidance's branches apart send next to nothing, and gain more on slower cards than the tables' are: they need not be faster, as
+# long as they are slower by less than figures can tell.
+FREE, EVEN = {"cfg": 2}, 0.98
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def _worth(rows: Sequence[Row]) -> Row:
     """The fastest, less ranks that gain next to nothing. The first is of one rank."""
     best = rows[0]
     for row in rows[1:]:
-        if row.step * WORTH <= best.step:
+        if row.step * (EVEN if row.degrees == FREE else WORTH) <= best.step:
             best = row
     return best
 
