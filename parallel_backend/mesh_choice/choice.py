@@ -52,9 +52,10 @@ def default_mesh(
         return Choice(best.mesh)
     mesh = MeshSpec(dp=world_size // count, **best.degrees)  # type: ignore[arg-type]
     note = _idle(table, count, world_size)
-    with_graphs = default_mesh(world_size, kind, device, graphs=True, size=size, tables=tables).mesh
-    if device == "cuda" and not graphs and with_graphs.dp < mesh.dp:
-        note += " With graphs on (Mesh Config) more of them are predicted to pay."
+    if device == "cuda" and not graphs:
+        with_graphs = default_mesh(world_size, kind, device, graphs=True, size=size, tables=tables).mesh
+        if with_graphs.dp < mesh.dp:
+            note += " With graphs on (Mesh Config) more of them are predicted to pay."
     return Choice(mesh, note)
 
 
