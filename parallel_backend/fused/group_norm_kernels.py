@@ -46,18 +46,18 @@ def message_kernel(
     """The first program joins the parts' moments; each other one copies a piece of a row."""
     program = tl.program_id(0)
     if program == 0:
-        at = tl.arange(0, BLOCK_BG)
-        mask = at < BG
+        group = tl.arange(0, BLOCK_BG)
+        known = group < BG
         mean = tl.zeros([BLOCK_BG], tl.float32)
         for part in range(S):
-            mean += tl.load(shares + part) * tl.load(parts + part * 2 * BG + at, mask=mask, other=0.0)
+            mean += tl.load(shares + part) * tl.load(parts + part * 2 * BG + group, mask=known, other=0.0)
         var = tl.zeros([BLOCK_BG], tl.float32)
         for part in range(S):
-            distance = tl.load(parts + part * 2 * BG + at, mask=mask, other=0.0) - mean
-            own = tl.load(parts + (part * 2 + 1) * BG + at, mask=mask, other=0.0)
+            distance = tl.load(parts + part * 2 * BG + group, mask=known, other=0.0) - mean
+            own = tl.load(parts + (part * 2 + 1) * BG + group, mask=known, other=0.0)
             var += tl.load(shares + part) * (own + distance * distance)
-        tl.store(moments + at, mean, mask=mask)
-        tl.store(moments + BG + at, var, mask=mask)
+        tl.store(moments + group, mean, mask=known)
+        tl.store(moments + BG + group, var, mask=known)
     else:
         pieces = tl.cdiv(row_size, BLOCK)
         row, piece = (program - 1) // pieces, (program - 1) % pieces
