@@ -16,6 +16,7 @@ from parallel_backend.config import MeshSpec
 from parallel_backend.demo.captions import embed
 from parallel_backend.distributed.mesh import build_mesh
 from parallel_backend.models.mmdit import MMDiT
+from parallel_backend.models.prepared import PreparedPrompt
 from parallel_backend.sampling.parameterization import Flow
 from parallel_backend.small_checkpoints.mmdit import sine_table, small_config
 
@@ -67,7 +68,7 @@ class MMDiTTask(LatentTask):
         top, left = (POSITIONS - rows) // 2, (POSITIONS - columns) // 2
         table = self.positions.view(POSITIONS, POSITIONS, -1)
         crop = table[top : top + rows, left : left + columns].reshape(rows * columns, -1)
-        return model(x, timesteps, context, pooled, crop.to(self.device))
+        return model(x, timesteps, PreparedPrompt(context, pooled, {}), crop.to(self.device))
 
 
 def initialise(model: MMDiT, seed: int) -> None:

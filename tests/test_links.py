@@ -229,6 +229,7 @@ def test_a_rank_on_a_gpu_moves_when_its_device_comes_past_a_mark(monkeypatch: py
     """The host has launched all blocks of an evaluation long before: only the device tells that it goes on."""
     FakeEvent.made.clear()
     monkeypatch.setattr("torch.cuda.Event", FakeEvent)
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
     pulse = Pulse(torch.device("cuda"), lambda: 0)
     for _ in range(3 * len(FakeEvent.made)):  # more than may be under way
         pulse.beat()

@@ -1,6 +1,6 @@
 """A kernel of our own as one operation of torch: a plain twin says what it computes, on CUDA a Triton kernel computes it.
 
-CPUs run the twin. A GPU runs the kernel, once this has been tried there beside its twin; where it fails, the twin as well.
+CPUs run the twin, and so does training. A GPU runs the kernel, once this has been tried there beside its twin; where it fails, the twin as well.
 As an operation it is one launch to whoever counts, compiles or captures.
 """
 
@@ -50,7 +50,8 @@ class Fused:
         self._operation = getattr(torch.ops.parallel_mmdit, name)
 
     def __call__(self, x: Tensor, *others: Any) -> Any:
-        return self.plain(x, *others) if x.device.type in ("cpu", "meta") else self._operation(x, *others)
+        by_twin = x.device.type in ("cpu", "meta") or torch.is_grad_enabled()  # kernels have no gradients
+        return self.plain(x, *others) if by_twin else self._operation(x, *others)
 
     def tried(self, compute: Callable[..., Any], device: torch.device) -> list[Tensor]:
         """The trial's results; of what writes where it is told, its last argument."""

@@ -214,12 +214,15 @@ class StagedTransformer(nn.Module):
             x_BCYX: full latent, in the model's scale and dtype.
             timesteps_B: 1000 * sigma, fp32.
             prepared: from `prepare`, of the same rows; with `vectors` where these are there already.
+                Where nothing was made of it yet, as in training, it is prepared here.
             places: of this rank's image tokens, patch after patch: rows of the position table, or rows and columns.
             residuals: of this rank's image tokens, after each block of the whole model.
         Returns: (B, C, Y, X), whole on every rank.
         Comm: as attention and tp say, one all-gather of the output tokens; under pp the tokens from stage to stage, and
             one broadcast of the output.
         """
+        if not prepared.tensors:
+            prepared = self.prepare(prepared.context, prepared.pooled)
         num_patches = step.kept.num_patches if step.kept is not None else 1
         tokens = self.tokens_for(x_BCYX.shape[2], x_BCYX.shape[3], prepared.context.shape[1], num_patches)
         vectors = prepared.tensors.get("vectors")

@@ -30,11 +30,11 @@ def run(report: Report, options: Options) -> None:
     device, sizes = torch.device(options.device), sizes_of(options)
     dtype = sizes.dtypes[0]
     predictor = unet_predictor(unet_tensors(sizes.unet, device, dtype), sizes.unet, device, dtype)
-    prompts = sdxl_prompts(sizes.unet, device, dtype, 2)
+    share = predictor.share(1, sdxl_prompts(sizes.unet, device, dtype, 2))
     latent = torch.randn(1, sizes.unet.channels, sizes.cells, sizes.cells, device=device)
 
     def outputs(x: Tensor, timestep: Tensor, *_: object) -> Sequence[Tensor]:
-        return predictor.outputs(x, timestep, prompts, EXACT)
+        return predictor.outputs(x, timestep, share, EXACT)
 
     ways: dict[str, Callable[[], StepMessages | None]] = {
         "none": lambda: None,
