@@ -27,6 +27,7 @@ from parallel_backend.rank.engine import Engine
 from parallel_backend.rank.jobs import Job
 from parallel_backend.rank.shared_tensors import laid
 from parallel_backend.rpc import runtime_dir, shared_memory
+from parallel_backend.rpc.headers import ReplyHeader, RequestHeader, SharedPlace, SharedRoom, TensorMeta
 from parallel_backend.rpc.host_copies import on_host, onto_device
 from parallel_backend.rpc.messages import (
     Cancel,
@@ -34,13 +35,8 @@ from parallel_backend.rpc.messages import (
     Forward,
     LoadModel,
     Prompt,
-    ReplyHeader,
-    RequestHeader,
     Result,
     Sample,
-    SharedPlace,
-    SharedRoom,
-    TensorMeta,
 )
 from parallel_backend.rpc.shared_memory import new_name
 from parallel_backend.rpc.wire import pack, tensor_meta, unpack

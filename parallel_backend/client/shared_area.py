@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ProtocolError
-from ..rpc.messages import SharedPlace, SharedRoom, TensorMeta
+from ..rpc.headers import SharedPlace, SharedRoom, TensorMeta
 from ..rpc.shared_memory import ALIGNED, folders, is_shared_file, new_name, starts, write
 from ..rpc.wire import dtype_named, tensor_frame
 
