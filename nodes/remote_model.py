@@ -98,7 +98,7 @@ class RemotePatcher(WeightsElsewhere):
     def pre_run(self) -> None:
         self.check()  # once more: what wraps the sampling has begun by now
         self.model.as_made.unseen = True
-        self.network.has_told, self.network.control_cost = False, ControlCost()
+        self.network.told, self.network.control_cost = {}, ControlCost()
         self._wear(self.current_hooks)
         super().pre_run()
 

@@ -31,7 +31,7 @@ class RemoteNetwork(torch.nn.Module):
     dtype: torch.dtype
     as_made: AsMade
     worn: WeightPatches
-    has_told: bool
+    told: dict[str, str]
     control_cost: ControlCost
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -70,10 +70,18 @@ class RemoteNetwork(torch.nn.Module):
         given = {"patches": self.worn, "step": partial(step_of, options)}
         given |= {"residuals": residuals, "controls": (control or {}).get(USES, ())}
         out = interruptible(self.remote.backend, self.remote.forward, x, timesteps, context, y, **given)
-        if self.remote.note and not self.has_told:  # of NaN, which is in every evaluation after the first as well
-            say(self.remote.note, log=True)
-            self.has_told = True
+        self._tell_once()
         return onto_device(out, x.device).to(x.dtype)
+
+    def _tell_once(self) -> None:
+        """What an evaluation was the first of the sampling to tell stands on the node, below what was told before."""
+        assert self.remote.last is not None
+        news = {note: note for note in self.remote.last.notes}
+        if self.remote.not_finite:  # as that of every evaluation after the first is, each with a step of its own
+            news["not finite"] = self.remote.not_finite
+        if news.keys() - self.told.keys():
+            self.told = news | self.told
+            say("\n".join(self.told.values()), log=True)
 
     def _apply(self, fn: Any, recurse: bool = True) -> RemoteNetwork:
         """Unchanged: ComfyUI moves its models between devices, and what has no values can't be moved."""
@@ -104,7 +112,7 @@ def make_remote(network: torch.nn.Module, remote: RemoteModel, dtype: torch.dtyp
             layer.register_forward_pre_hook(partial(_refuse_layer, name))
     network.__class__ = _remote_class(type(network))  # type: ignore[arg-type]
     network.remote, network.dtype, network.worn = remote, dtype, WeightPatches()  # type: ignore[assignment]
-    network.has_told, network.control_cost = False, ControlCost()  # type: ignore[assignment]
+    network.told, network.control_cost = {}, ControlCost()  # type: ignore[assignment]
     network.as_made = AsMade(network)  # type: ignore[assignment]
 
 

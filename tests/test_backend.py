@@ -26,7 +26,8 @@ from parallel_backend.errors import (
     MissingTensorsError,
 )
 from parallel_backend.rpc import runtime_dir as files
-from parallel_backend.rpc.messages import Forget, Forward, RequestHeader
+from parallel_backend.rpc.headers import RequestHeader
+from parallel_backend.rpc.messages import Forget, Forward
 from parallel_backend.rpc.wire import pack
 from parallel_backend.serving.turns import QueuedJob, Turns
 from parallel_backend.small_checkpoints.mmdit import small_config, write_mmdit

@@ -18,7 +18,8 @@ from parallel_backend.errors import (
     ConfigError,
     InputError,
 )
-from parallel_backend.rpc.messages import Decode, Failed, LoadModel, ReplyHeader, RequestHeader, Status
+from parallel_backend.rpc.headers import ReplyHeader, RequestHeader
+from parallel_backend.rpc.messages import Decode, Failed, LoadModel, Status
 from parallel_backend.rpc.wire import pack, unpack
 
 

@@ -20,7 +20,8 @@ from parallel_backend.errors import BackendError, InputError, OutOfMemoryError, 
 from parallel_backend.rank.engine import Engine
 from parallel_backend.rank.jobs import Job
 from parallel_backend.rank.place import own_device
-from parallel_backend.rpc.messages import Loaded, LoadModel, Prompt, RequestHeader, Sample
+from parallel_backend.rpc.headers import RequestHeader
+from parallel_backend.rpc.messages import Loaded, LoadModel, Prompt, Sample
 from parallel_backend.rpc.wire import tensor_meta
 from parallel_backend.small_checkpoints.prompts import random_prompt
 

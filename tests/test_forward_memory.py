@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from parallel_backend.rank.engine import Engine
 from parallel_backend.rank.jobs import Job
 from parallel_backend.rank.shared_tensors import laid
 from parallel_backend.rpc import runtime_dir, shared_memory
+from parallel_backend.rpc.headers import ReplyHeader, RequestHeader, SharedPlace, SharedRoom, TensorMeta
 from parallel_backend.rpc.host_copies import on_host, onto_device
 from parallel_backend.rpc.messages import (
     Cancel,
@@ -34,13 +36,8 @@ from parallel_backend.rpc.messages import (
     Forward,
     LoadModel,
     Prompt,
-    ReplyHeader,
-    RequestHeader,
     Result,
     Sample,
-    SharedPlace,
-    SharedRoom,
-    TensorMeta,
 )
 from parallel_backend.rpc.shared_memory import new_name
 from parallel_backend.rpc.wire import pack, tensor_meta, unpack
@@ -235,6 +232,20 @@ def test_a_client_reads_its_own_room_alone(area: SharedArea) -> None:
     area.close()
     with pytest.raises(ProtocolError, match="no room was made"):
         area.read(right)
+
+
+def test_a_result_without_room_goes_by_the_socket_and_is_told_of_once(
+    area: SharedArea, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    area.lay([torch.zeros(16)])
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with caplog.at_level("WARNING", logger="parallel_backend"):
+        assert [area.room(2**20) for _ in range(3)] == [None] * 3
+    assert [record.message.split(" in ")[0] for record in caplog.records] == ["no room for a result"]
 
 
 # -- jobs and prompts ----------------------------------------------------------------------------------------------

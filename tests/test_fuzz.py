@@ -22,7 +22,8 @@ from parallel_backend import Backend, Conditioning, MeshSpec, RemoteModel, Sampl
 from parallel_backend.client.shared_area import SharedArea
 from parallel_backend.distributed.device_memory import anonymous_bytes
 from parallel_backend.errors import ProtocolError
-from parallel_backend.rpc.messages import Decode, Forward, LoadModel, ReplyHeader, RequestHeader, Sample, Unload
+from parallel_backend.rpc.headers import ReplyHeader, RequestHeader
+from parallel_backend.rpc.messages import Decode, Forward, LoadModel, Sample, Unload
 from parallel_backend.rpc.messages import Prompt as WirePrompt
 from parallel_backend.rpc.shared_memory import new_name
 from parallel_backend.rpc.wire import pack, tensor_meta, unpack

@@ -30,6 +30,7 @@ from parallel_backend.rank import engine as engine_module
 from parallel_backend.rank import residents as residents_module
 from parallel_backend.rank.engine import Engine
 from parallel_backend.rank.jobs import Job
+from parallel_backend.rpc.headers import RequestHeader
 from parallel_backend.rpc.messages import (
     Forward,
     Loaded,
@@ -37,7 +38,6 @@ from parallel_backend.rpc.messages import (
     Patches,
     Prompt,
     Request,
-    RequestHeader,
     Result,
     Sample,
 )

@@ -69,7 +69,17 @@ ALLOWED = {
 # Inside the ranks' room, from the bottom up: a file imports only those before it.
 RANK_ORDER = (
     *("lean_imports", "jobs", "room", "allowed_files", "pulse", "watch", "world", "place", "residents"),
-    *("kept_tensors", "shared_tensors", "control_nets", "step_messages", "sample", "engine", "one_process", "server"),
+    *(
+        "kept_tensors",
+        "shared_tensors",
+        "control_nets",
+        "step_messages",
+        "sample",
+        "forward",
+        "engine",
+        "one_process",
+        "server",
+    ),
 )
 KNOWN_TO_NODES = {
     "mesh_choice",

@@ -26,7 +26,8 @@ from parallel_backend.errors import ConfigError
 from parallel_backend.rank import engine as engine_module
 from parallel_backend.rank.engine import Engine
 from parallel_backend.rank.jobs import Job
-from parallel_backend.rpc.messages import Loaded, LoadModel, RequestHeader
+from parallel_backend.rpc.headers import RequestHeader
+from parallel_backend.rpc.messages import Loaded, LoadModel
 
 ON_CPU = Use(torch.device("cpu"), torch.float32, ring=False, heads=3, head_dim=64)
 ON_GPU = Use(torch.device("cuda"), torch.bfloat16, ring=False, heads=3, head_dim=64)

@@ -29,7 +29,8 @@ from parallel_backend.models.staging import Staging, placing
 from parallel_backend.rank import engine as engine_module
 from parallel_backend.rank.engine import Engine
 from parallel_backend.rank.jobs import Job
-from parallel_backend.rpc.messages import Loaded, LoadModel, RequestHeader
+from parallel_backend.rpc.headers import RequestHeader
+from parallel_backend.rpc.messages import Loaded, LoadModel
 from parallel_backend.small_checkpoints.mmdit import small_config, write_mmdit
 
 CPU = torch.device("cpu")

@@ -21,7 +21,15 @@ from parallel_backend.rank.engine import Engine
 from parallel_backend.rank.jobs import Job
 from parallel_backend.rank.residents import Residents
 from parallel_backend.rank.room import check_fits
-from parallel_backend.rpc.messages import Decode, Encode, Loaded, LoadModel, LoadVAE, RequestHeader, Unload
+from parallel_backend.rpc.headers import RequestHeader
+from parallel_backend.rpc.messages import (
+    Decode,
+    Encode,
+    Loaded,
+    LoadModel,
+    LoadVAE,
+    Unload,
+)
 from parallel_backend.rpc.wire import tensor_meta
 from parallel_backend.small_checkpoints.prompts import random_prompt
 

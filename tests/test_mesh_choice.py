@@ -82,6 +82,18 @@ def test_shipped_tables_are_what_the_command_writes(tmp_path: Path) -> None:
     assert all("predicted" in of.basis for of in read(file))
 
 
+def test_figures_are_printed_and_no_file_is_written_that_nobody_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "write_bytes", lambda *_: pytest.fail("a file was written"))
+    assert main(["bench", "predict", "--figures", "h100"]) == 0
+    said = capsys.readouterr().out
+    assert all(
+        f"| {row.mesh.describe()} | {row.step * 1e3:.1f} |" in said for t in h100_figures.tables() for row in t.rows
+    )
+    assert said.count("| sdxl, as CUDA graphs, ") == said.count("| sd3.5-large, 1024") == len(h100_figures.RANKS)
+
+
 def test_on_an_h100_bands_pay_as_graphs_alone() -> None:
     eager = default_mesh(8, "unet", "cuda")
     assert eager.mesh == MeshSpec(dp=4, cfg=2) and "With graphs on (Mesh Config)" in eager.note

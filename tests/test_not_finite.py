@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,7 +21,8 @@ from parallel_backend.errors import NotFiniteError
 from parallel_backend.models.prediction import Predictor
 from parallel_backend.rank.engine import Engine
 from parallel_backend.rank.jobs import Job
-from parallel_backend.rpc.messages import Loaded, LoadModel, Prompt, RequestHeader, Result, Sample
+from parallel_backend.rpc.headers import RequestHeader
+from parallel_backend.rpc.messages import Loaded, LoadModel, Prompt, RankCost, Result, Sample
 from parallel_backend.rpc.wire import tensor_meta
 from parallel_backend.small_checkpoints.prompts import random_prompt
 
@@ -127,3 +130,22 @@ def test_what_an_image_has_beyond_whole_cells_is_cut_off_at_both_ends(models: Pa
     vae = backend2.load_vae(models / "vae" / "sd3_vae.safetensors", "float32")
     image = torch.rand(1, 37, 26, 3, generator=torch.Generator().manual_seed(1))
     assert torch.equal(vae.encode(image), vae.encode(image[:, 2:34, 1:25]))
+
+
+def test_what_ranks_tell_stands_beside_what_is_not_finite(model: RemoteModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = model.backend.request
+
+    def request(*args: Any, **more: Any) -> Any:
+        reply, tensors = own(*args, **more)
+        if isinstance(reply, Result):
+            reply = msgspec.structs.replace(reply, ranks=[RankCost([], notes=["a rank's word"])])
+        return reply, tensors
+
+    monkeypatch.setattr(model.backend, "request", request)
+    x, times = EMPTY, torch.tensor([500.0])
+    model.forward(x, times, POSITIVE.context, POSITIVE.pooled)
+    assert model.note == "a rank's word" and not model.not_finite
+    model.forward(with_nan(x), times, POSITIVE.context, POSITIVE.pooled)
+    assert model.not_finite and model.note == f"a rank's word\n{model.not_finite}"
+    model.forward(x, times, POSITIVE.context, POSITIVE.pooled)
+    assert model.note == "a rank's word" and not model.not_finite

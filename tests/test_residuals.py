@@ -35,7 +35,8 @@ from parallel_backend.models.residuals import Residuals
 from parallel_backend.models.unet import input_blocks
 from parallel_backend.rank.shared_tensors import SharedTensors
 from parallel_backend.rpc import shared_memory
-from parallel_backend.rpc.messages import Forget, SharedPlace, TensorMeta
+from parallel_backend.rpc.headers import SharedPlace, TensorMeta
+from parallel_backend.rpc.messages import Forget
 from parallel_backend.rpc.shared_memory import folders, new_name
 from parallel_backend.small_checkpoints.unet import CONFIGS, random_unet
 

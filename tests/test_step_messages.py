@@ -21,7 +21,8 @@ from parallel_backend.rank import sample as sampling_job
 from parallel_backend.rank.engine import Engine
 from parallel_backend.rank.jobs import Job
 from parallel_backend.rank.step_messages import SideStream, StepMessages, step_messages
-from parallel_backend.rpc.messages import LoadModel, Prompt, RequestHeader, Result, Sample, StepDone
+from parallel_backend.rpc.headers import RequestHeader
+from parallel_backend.rpc.messages import LoadModel, Prompt, Result, Sample, StepDone
 from parallel_backend.rpc.wire import tensor_meta
 from parallel_backend.sampling.driver import StepReport
 from parallel_backend.sampling.image import sample_latent

@@ -25,7 +25,8 @@ from parallel_backend.errors import CancelledError, OutOfMemoryError
 from parallel_backend.models import vae
 from parallel_backend.rank.engine import Engine
 from parallel_backend.rank.jobs import Job
-from parallel_backend.rpc.messages import Decode, Encode, Loaded, LoadVAE, RequestHeader
+from parallel_backend.rpc.headers import RequestHeader
+from parallel_backend.rpc.messages import Decode, Encode, Loaded, LoadVAE
 from parallel_backend.rpc.wire import tensor_meta
 
 pytestmark = pytest.mark.busy

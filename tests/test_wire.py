@@ -11,7 +11,8 @@ from parallel_backend.client.sent_tensors import REMEMBERED, Attachment, SentTen
 from parallel_backend.errors import ConfigError, ProtocolError
 from parallel_backend.rank import kept_tensors
 from parallel_backend.rank.kept_tensors import KeptTensors
-from parallel_backend.rpc.messages import Forward, Prompt, RequestHeader, Sample, Status, TensorMeta
+from parallel_backend.rpc.headers import RequestHeader, TensorMeta
+from parallel_backend.rpc.messages import Forward, Prompt, Sample, Status
 from parallel_backend.rpc.shared_memory import new_name
 from parallel_backend.rpc.wire import pack, tensor_meta, unpack
 from parallel_backend.serving.sent_keys import MOST_CLIENTS, MOST_KEYS, SentKeys

@@ -21,6 +21,7 @@ from parallel_backend.models.prediction import Predictor
 from parallel_backend.rank.engine import Engine
 from parallel_backend.rank.jobs import Job
 from parallel_backend.rpc.conditioning import Conditioning
+from parallel_backend.rpc.headers import RequestHeader
 from parallel_backend.rpc.messages import (
     ControlUse,
     Decode,
@@ -28,7 +29,6 @@ from parallel_backend.rpc.messages import (
     LoadModel,
     LoadVAE,
     Request,
-    RequestHeader,
     Sample,
 )
 from parallel_backend.rpc.wire import tensor_meta

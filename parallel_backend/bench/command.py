@@ -98,9 +98,7 @@ def _predict_arguments(predict: argparse.ArgumentParser) -> None:
     predict.add_argument(
         "--write-defaults", type=Path, metavar="FILE", help="the fastest meshes into a file of default meshes"
     )
-    predict.add_argument(
-        "--figures", choices=("h100",), help="write those of a machine that was measured, not of this one"
-    )
+    predict.add_argument("--figures", choices=("h100",), help="those of a machine that was measured, not of this one")
     predict.set_defaults(run=_predict)
 
 
@@ -112,10 +110,12 @@ def _predict(args: argparse.Namespace) -> int:
     from .trace import mesh_of
 
     if args.figures:
-        from ..mesh_choice.tables import FILE, write
-        from .h100_figures import tables
+        from ..mesh_choice.tables import write
+        from .h100_figures import printed, tables
 
-        write(args.write_defaults or FILE, tables())
+        print(printed(tables()))
+        if args.write_defaults is not None:
+            write(args.write_defaults, tables())
         return 0
     if args.check:
         return 0 if run_check(args.size or 256, args.rounds, args.patience) else 1

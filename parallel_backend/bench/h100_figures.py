@@ -7,7 +7,7 @@ review of the GPU path: what ulysses copies and modulations cost. All times are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..config import MeshSpec
@@ -86,3 +86,14 @@ def tables() -> list[Table]:
                 rows.append(Row({axis: n for axis, n in degrees.items() if n > 1}, round(step / 1e3, 5)))
             found.append(Table("cuda", kind, graphs, SIZE, layout, BASIS, rows))
     return found
+
+
+def printed(of: Sequence[Table]) -> str:
+    """Milliseconds of a step of the fastest mesh of each number of ranks."""
+    lines = [BASIS, "", "| model | ranks | mesh | ms a step |", "|---|---|---|---|"]
+    for table in of:
+        name = f"{table.layout}{', as CUDA graphs' * table.graphs}, {table.size} x {table.size} pixels"
+        lines += [
+            f"| {name} | {row.mesh.world_size} | {row.mesh.describe()} | {row.step * 1e3:.1f} |" for row in table.rows
+        ]
+    return "\n".join(lines)

@@ -26,6 +26,7 @@ from ..errors import (
     error_from_code,
 )
 from ..rpc import runtime_dir as files
+from ..rpc.headers import ReplyHeader, RequestHeader
 from ..rpc.messages import (
     FINAL_REPLIES,
     BackendState,
@@ -41,9 +42,7 @@ from ..rpc.messages import (
     Pong,
     Progress,
     Reply,
-    ReplyHeader,
     Request,
-    RequestHeader,
     Status,
     StepDone,
     Stop,

@@ -28,7 +28,8 @@ class Held(Generic[Load]):
     """Something loaded in a backend; it is loaded again by itself when the backend has lost it.
 
     `last` is what rank 0 says of the last job: its own seconds, and the steps. `note` is what the user should know of it:
-    NaN or infinity in its result, which with `nan_is_error` is an error; what ranks have to tell. Empty where there is nothing.
+    what ranks have to tell, and NaN or infinity in its result, which with `nan_is_error` is an error; the latter is `not_finite` by
+    itself. Empty where there is nothing.
     """
 
     backend: Connection
@@ -36,6 +37,7 @@ class Held(Generic[Load]):
     loaded: Loaded
     last: Result | None = field(init=False, default=None)
     note: str = field(init=False, default="")
+    not_finite: str = field(init=False, default="")
     nan_is_error: bool = field(init=False, default=False)
     _generation: str = field(init=False)
 
@@ -100,15 +102,16 @@ class Held(Generic[Load]):
                         held.ensure_loaded(should_cancel)
                         _check_together(held, needed)
             assert isinstance(reply, Result)
-            self.last, self.note = reply, "\n".join(reply.notes)
+            self.last, self.note, self.not_finite = reply, "\n".join(reply.notes), ""
             return tensors
 
     def _tell(self, found: NotFinite) -> None:
         """Raises: NotFiniteError: it is to be an error."""
         if self.nan_is_error:
             raise NotFiniteError(found.message, found.remedy)
-        self.note = f"{found.message} {found.remedy}"
-        log.warning("%s", self.note)
+        self.not_finite = f"{found.message} {found.remedy}"
+        self.note = "\n".join(filter(None, [self.note, self.not_finite]))
+        log.warning("%s", self.not_finite)
 
 
 def _check_together(loaded: Held[Any], needed: Sequence[Held[Any]]) -> None:

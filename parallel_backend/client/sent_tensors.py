@@ -12,8 +12,8 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import ProtocolError
+from ..rpc.headers import SharedPlace, SharedRoom, TensorMeta
 from ..rpc.host_copies import on_host
-from ..rpc.messages import SharedPlace, SharedRoom, TensorMeta
 from ..rpc.wire import tensor_frame, tensor_meta
 from .shared_area import SharedArea
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ProtocolError
-from ..rpc.messages import SharedPlace, SharedRoom, TensorMeta
+from ..rpc.headers import SharedPlace, SharedRoom, TensorMeta
 from ..rpc.shared_memory import ALIGNED, folders, is_shared_file, new_name, starts, write
 from ..rpc.wire import dtype_named, tensor_frame
 
@@ -32,6 +32,7 @@ class SharedArea:
         # Behind what was laid last.
         self._free = 0
         self._room: SharedRoom | None = None
+        self._told = False
         self._end = lambda: None
 
     def lay(self, tensors: Sequence[Tensor]) -> list[SharedPlace] | None:
@@ -59,7 +60,14 @@ class SharedArea:
                 path = self._with_room(self._folders[0], self._free + nbytes)
                 self._room = SharedRoom(path.name, self._free, nbytes)
             except OSError as error:
-                log.warning("no room for a result in %s (%s): it goes by the socket", self._folders[0], error.strerror)
+                # In every evaluation of a sampling it would be told again.
+                log.log(
+                    logging.DEBUG if self._told else logging.WARNING,
+                    "no room for a result in %s (%s): it goes by the socket",
+                    self._folders[0],
+                    error.strerror,
+                )
+                self._told = True
         return self._room
 
     def read(self, meta: TensorMeta) -> Tensor:

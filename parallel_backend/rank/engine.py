@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,12 @@ from ..models.fp8_products import cards_multiply_fp8, make_products_in_fp8
 from ..models.fp8_source import FP8Source
 from ..models.left_over import left_over_note
 from ..models.network import Network
-from ..models.prediction import Predictor, Rows
-from ..models.residuals import Residuals
+from ..models.prediction import Predictor
 from ..models.shared_reading import pass_on
 from ..models.vae import BandVAE
 from ..models.vae_checkpoint import open_vae
-from ..rpc.host_copies import on_host, onto_device
+from ..rpc.headers import RequestHeader
 from ..rpc.messages import (
-    Control,
     Decode,
     Done,
     Encode,
@@ -54,10 +52,8 @@ from ..rpc.messages import (
     Patches,
     PatchFilePart,
     Progress,
-    RankCost,
     Reply,
     Request,
-    RequestHeader,
     Result,
     Sample,
     Swap,
@@ -65,6 +61,7 @@ from ..rpc.messages import (
 )
 from .allowed_files import AllowedFiles
 from .control_nets import ControlNets
+from .forward import run_forward
 from .jobs import Job
 from .kept_tensors import KeptTensors
 from .residents import Resident, Residents
@@ -89,24 +86,6 @@ class _Sizes(msgspec.Struct):
     read: int
     held: int
     notes: list[str] = []
-
-
-def _residuals(control: Control, tensors: Sequence[Tensor], rows: int) -> Residuals:
-    """Those that a request names. Raises: InputError: not one for all latents, nor one for each."""
-
-    def named(index: int | None) -> Tensor | None:
-        if index is None:
-            return None
-        tensor = tensors[index]
-        if tensor.ndim not in (3, 4) or tensor.shape[0] not in (1, rows):
-            raise InputError(
-                f"A ControlNet's residual of shape {list(tensor.shape)} came for {rows} latents.",
-                f"Give 1 row, or {rows}.",
-            )
-        return tensor
-
-    inputs, outputs = (list(map(named, side)) for side in (control.input, control.output))
-    return Residuals(inputs, named(control.middle), outputs)
 
 
 def _held_note(source: TensorSource, load: LoadModel) -> str:
@@ -429,28 +408,8 @@ class Engine:
         return run_sample(body, tensors, job, lambda: self._patched(body.model, body.patches), self.control_nets)
 
     def _forward(self, body: Forward, given: Callable[[], list[Tensor]], job: Job) -> tuple[Reply, list[Tensor]]:
-        start = time.perf_counter()
-
-        def prepare() -> tuple[Predictor, Rows, Swap]:
-            tensors = given()
-            predictor, swap = self._patched(body.model, body.patches)
-            x, timesteps = (onto_device(tensors[index], self.device) for index in (body.x, body.timesteps))
-            context = tensors[body.context]
-            predictor.check_input(x, context.shape[1] if context.ndim == 3 else 0)
-            if timesteps.shape != x.shape[:1]:
-                raise InputError(f"{list(timesteps.shape)} timesteps for {x.shape[0]} latents.", "Give one per latent.")
-            prompt = predictor.prompt(context, tensors[body.pooled], x.shape[0])
-            uses = self.control_nets.uses(body.controls, tensors, predictor, x, {}, is_patched=bool(body.patches.files))
-            prompt = replace(prompt, controls=uses)
-            residuals = _residuals(body.control, tensors, x.shape[0])
-            predictor.network.own_residuals(residuals, x.shape[2], x.shape[3])  # which raises what doesn't fit
-            return predictor, Rows(x, timesteps, prompt, residuals), swap
-
-        predictor, rows, swap = job.control.agreed(prepare)
-        output = on_host([predictor.output(rows)])  # which waits for the device
-        notes = predictor.captured.take_notes() if predictor.captured is not None else []
-        ranks = [RankCost([], notes=notes)] if notes else []
-        return Result(time.perf_counter() - start, 1, ranks, swap), output
+        patched = partial(self._patched, body.model, body.patches)
+        return run_forward(body, given, job, patched, self.control_nets, self.device)
 
     def _keep_patches(self, body: PatchFilePart, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         job.control.agreed(lambda: self.patch_files.add(body.file, body.part, tensors[body.data], last=body.last))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..errors import MissingTensorsError
-from ..rpc.messages import TensorMeta
+from ..rpc.headers import TensorMeta
 
 # Beside those of the last request that named any.
 MOST_BYTES = 2**28

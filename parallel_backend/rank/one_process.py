@@ -13,7 +13,16 @@ from ..checkpoint_files.content import content_key
 from ..config import MeshSpec, SamplerSpec
 from ..distributed.control import Control
 from ..rpc.conditioning import Conditioning
-from ..rpc.messages import ControlUse, LoadControl, Loaded, LoadModel, Prompt, Request, RequestHeader, Sample
+from ..rpc.headers import RequestHeader
+from ..rpc.messages import (
+    ControlUse,
+    LoadControl,
+    Loaded,
+    LoadModel,
+    Prompt,
+    Request,
+    Sample,
+)
 from ..rpc.wire import tensor_meta
 from .engine import Engine
 from .jobs import Job

@@ -31,8 +31,18 @@ from ..config import DEFAULT_IDLE_SECONDS
 from ..distributed.links import measure_links
 from ..errors import BackendError, BackendLostError, CancelledError, OutOfMemoryError, RankError, StartError
 from ..rpc import runtime_dir as files
+from ..rpc.headers import RequestHeader
 from ..rpc.keys import Keys
-from ..rpc.messages import Done, Failed, Forward, Loaded, RankState, Reply, RequestHeader, Unload, Welcome
+from ..rpc.messages import (
+    Done,
+    Failed,
+    Forward,
+    Loaded,
+    RankState,
+    Reply,
+    Unload,
+    Welcome,
+)
 from ..rpc.wire import Sendable, unpack
 from ..serving.metrics import serve_metrics
 from ..serving.socket_server import SocketServer

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ProtocolError, UnseenTensorsError
-from ..rpc.messages import SharedPlace, SharedRoom, TensorMeta
+from ..rpc.headers import SharedPlace, SharedRoom, TensorMeta
 from ..rpc.shared_memory import folders, is_shared_file, starts, write
 from ..rpc.wire import Sendable, dtype_named, tensor_frame, tensor_meta
 

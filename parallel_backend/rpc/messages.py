@@ -11,7 +11,6 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from ..config import MeshSpec, SamplerSpec
-from ..version import __version__
 
 TensorIndex: TypeAlias = int
 ModelKind: TypeAlias = Literal["any", "mmdit", "unet"]
@@ -424,47 +423,3 @@ def tensor_indices(body: Request | Reply) -> list[TensorIndex]:
     if isinstance(body, PatchFilePart):
         return [body.data]
     return [body.image] if isinstance(body, Encode) else []
-
-
-class SharedPlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where a tensor begins, in bytes, in a file of memory: see shared_memory.py."""
-
-    name: str
-    start: int
-
-
-class TensorMeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A tensor of the message. One with a `key` is kept; `sent` says that a frame follows, else it is kept already, or `shared`."""
-
-    dtype: str
-    shape: list[int]
-    sent: bool = True
-    key: str | None = None
-    shared: SharedPlace | None = None
-
-
-class SharedRoom(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Bytes of a client's file of memory that are free, from `start` on, for the tensors of the final reply."""
-
-    name: str
-    start: int
-    nbytes: int
-
-    def holds(self, start: int, nbytes: int) -> bool:
-        return self.start <= start and start + nbytes <= self.start + self.nbytes
-
-
-class RequestHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`room`: where the reply's tensors may lie, if rank 0 sees that file; else they go by the socket."""
-
-    job: int
-    body: Request
-    tensors: list[TensorMeta] = []
-    room: SharedRoom | None = None
-    version: str = __version__
-
-
-class ReplyHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    job: int
-    body: Reply
-    tensors: list[TensorMeta] = []

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..errors import ProtocolError
 from ..version import __version__
-from .messages import ReplyHeader, RequestHeader, SharedPlace, SharedRoom, TensorMeta, tensor_indices
+from .headers import ReplyHeader, RequestHeader, SharedPlace, SharedRoom, TensorMeta
+from .messages import tensor_indices
 from .shared_memory import ALIGNED, is_shared_file
 
 # A frame's memory is read-only, and so are the tensors made of it: they are copied to a device or cast, never written.

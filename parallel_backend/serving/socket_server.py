@@ -19,6 +19,7 @@ from torch import Tensor
 from zmq.auth.thread import ThreadAuthenticator
 
 from ..errors import BackendError, ProtocolError
+from ..rpc.headers import ReplyHeader, RequestHeader, TensorMeta
 from ..rpc.keys import Keys
 from ..rpc.messages import (
     Cancel,
@@ -30,12 +31,9 @@ from ..rpc.messages import (
     Ping,
     Pong,
     Reply,
-    ReplyHeader,
     Request,
-    RequestHeader,
     Status,
     Stop,
-    TensorMeta,
 )
 from ..rpc.wire import MAX_FRAME_BYTES, Frame, Sendable, pack, tensor_meta, unpack
 from .sent_keys import SentKeys

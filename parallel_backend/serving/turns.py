@@ -7,7 +7,8 @@ import threading
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
-from ..rpc.messages import Request, RequestHeader
+from ..rpc.headers import RequestHeader
+from ..rpc.messages import Request
 from ..rpc.wire import pack
 
 

@@ -22,6 +22,7 @@ from parallel_backend.distributed.mesh import Groups
 from parallel_backend.errors import CancelledError
 from parallel_backend.rank.engine import Engine
 from parallel_backend.rank.jobs import Job
+from parallel_backend.rpc.headers import RequestHeader
 from parallel_backend.rpc.messages import (
     Decode,
     Encode,
@@ -29,7 +30,6 @@ from parallel_backend.rpc.messages import (
     LoadModel,
     LoadVAE,
     Prompt,
-    RequestHeader,
     Sample,
     Unload,
 )

@@ -1,0 +1,75 @@
+"""One evaluation of a model for a sampler that the client runs, from the request to its result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..models.prediction import Predictor, Rows
+from ..models.residuals import Residuals
+from ..rpc.host_copies import on_host, onto_device
+from ..rpc.messages import Control, Forward, RankCost, Result, Swap
+from .control_nets import ControlNets
+from .jobs import Job
+
+
+def run_forward(
+    body: Forward,
+    given: Callable[[], list[Tensor]],
+    job: Job,
+    resident: Callable[[], tuple[Predictor, Swap]],
+    control_nets: ControlNets,
+    device: torch.device,
+) -> tuple[Result, list[Tensor]]:
+    """The output, on the CPU, and what it cost; ranks agree once on all that each of them needs, many such jobs being in a row.
+
+    Args:
+        given: the request's tensors, or the error that this rank can't have them.
+        resident: the model with this job's patches on its weights, or the error that it isn't held.
+    Raises: BackendError: on every rank alike.
+    """
+    start = time.perf_counter()
+
+    def prepare() -> tuple[Predictor, Rows, Swap]:
+        tensors = given()
+        predictor, swap = resident()
+        x, timesteps = (onto_device(tensors[index], device) for index in (body.x, body.timesteps))
+        context = tensors[body.context]
+        predictor.check_input(x, context.shape[1] if context.ndim == 3 else 0)
+        if timesteps.shape != x.shape[:1]:
+            raise InputError(f"{list(timesteps.shape)} timesteps for {x.shape[0]} latents.", "Give one per latent.")
+        prompt = predictor.prompt(context, tensors[body.pooled], x.shape[0])
+        uses = control_nets.uses(body.controls, tensors, predictor, x, {}, is_patched=bool(body.patches.files))
+        prompt = replace(prompt, controls=uses)
+        residuals = _residuals(body.control, tensors, x.shape[0])
+        predictor.network.own_residuals(residuals, x.shape[2], x.shape[3])  # which raises what doesn't fit
+        return predictor, Rows(x, timesteps, prompt, residuals), swap
+
+    predictor, rows, swap = job.control.agreed(prepare)
+    output = on_host([predictor.output(rows)])  # which waits for the device
+    notes = predictor.captured.take_notes() if predictor.captured is not None else []
+    ranks = [RankCost([], notes=notes)] if notes else []
+    return Result(time.perf_counter() - start, 1, ranks, swap), output
+
+
+def _residuals(control: Control, tensors: Sequence[Tensor], rows: int) -> Residuals:
+    """Those that a request names. Raises: InputError: not one for all latents, nor one for each."""
+
+    def named(index: int | None) -> Tensor | None:
+        if index is None:
+            return None
+        tensor = tensors[index]
+        if tensor.ndim not in (3, 4) or tensor.shape[0] not in (1, rows):
+            raise InputError(
+                f"A ControlNet's residual of shape {list(tensor.shape)} came for {rows} latents.",
+                f"Give 1 row, or {rows}.",
+            )
+        return tensor
+
+    inputs, outputs = (list(map(named, side)) for side in (control.input, control.output))
+    return Residuals(inputs, named(control.middle), outputs)
