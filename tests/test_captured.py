@@ -200,6 +200,24 @@ def test_the_least_recently_used_recordings_leave(files: dict[str, Path], monkey
 
 
 @torch.inference_mode()
+def test_weights_that_lie_elsewhere_are_tried_before_they_are_recorded(files: dict[str, Path]) -> None:
+    plain, recorder = predictor("mmdit", files["mmdit"], MeshSpec()), Recorder()
+    model = with_recordings(plain, recorder)
+    assert model.captured is not None
+    for version in (0, 1):
+        model.captured.at_version(version)
+        assert same(outputs_of(model, [(8, 8)] * 3), outputs_of(plain, [(8, 8)] * 3))
+    assert (recorder.evaluated, recorder.recorded_ones, recorder.done_again) == (2, 2, 4)
+    recorder.fails = True
+    model.captured.at_version(2)
+    outputs_of(model, [(8, 8)] * 3)
+    recorder.fails = False
+    model.captured.at_version(3)
+    outputs_of(model, [(8, 8)] * 3)
+    assert recorder.done_again == 6, "what stood against one recording may not stand against the next"
+
+
+@torch.inference_mode()
 def failing_case(path: Path, kind: str, spec: MeshSpec, job: Job, on: int) -> tuple[list[str], int, int]:
     plain, recorder = predictor(kind, path, spec), Recorder(fails=groups().rank == on)
     model = with_recordings(plain, recorder)

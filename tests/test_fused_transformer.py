@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreted import interpreted
 from torch import Tensor
 
 from parallel_backend.fused import joint_heads, merged_attention, modulated_norm
@@ -71,6 +72,20 @@ def assert_close(found: Tensor, wanted: Tensor) -> None:
     if wanted.numel():
         error = (found.float() - wanted.float()).abs().max() / wanted.float().abs().max()
         assert error <= TOLERANCES[wanted.dtype], float(error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_norm_without_a_number_of_its_own_has_that_of_torch(dtype: torch.dtype) -> None:
+    """Of fp32, in which it is computed: half precision's would halve queries as small as these."""
+    qkv = [0.02 * x for x in stream(6, 64, dtype, 1)]
+    none = [x[:, :0] for x in qkv]
+    weights, head_dim = norms(64, dtype, 3), 64
+    arguments = [qkv[0], [*qkv[1:], *none], [*weights, None, *weights, None], HEADS, 1, None]
+    for sent in (joint_heads.JOIN.plain(*arguments), *interpreted([(joint_heads.JOIN, arguments)])):
+        found_LB3NH = sent.view(6, ROWS, 3, HEADS, head_dim)
+        for part, weight in enumerate(weights):
+            x_LBNH = qkv[part].unflatten(-1, (HEADS, head_dim)).transpose(0, 1)
+            assert_close(found_LB3NH[:, :, part], F.rms_norm(x_LBNH, (head_dim,), weight))
 
 
 def interpreted() -> None:

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from parallel_backend import Backend, MeshSpec, RemoteModel, WeightPatches
 from parallel_backend.checkpoint_files.patch_file import LowRank, Whole, entries_of, write_low_rank, write_whole
+from parallel_backend.config import FP8
 from parallel_backend.distributed.mesh import build_mesh
 from parallel_backend.errors import CheckpointError, InputError
 from parallel_backend.extras.weights import SENT_FILES, PatchedWeights, PatchFiles
 from parallel_backend.models.checkpoint import SafetensorsSource, load_parameters
 from parallel_backend.models.families import open_model
+from parallel_backend.quantized.weight import QuantizedWeight
 from parallel_backend.rpc.messages import Patches
 from parallel_backend.rpc.runtime_dir import patches_folder
 from parallel_backend.small_checkpoints.prompts import random_prompt
@@ -165,6 +167,36 @@ def test_patches_of_another_size_and_files_that_are_none_are_named_and_the_weigh
     with pytest.raises(CheckpointError, match="is not there"):
         weights.wear(Patches(cut.name, [1.0]), files)
     assert torch.equal(held[QKV].parameter, base)
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_a_patch_that_does_not_fit_leaves_the_former_ones_on_a_quantised_weight(
+    is_whole: bool, large: Path, tmp_path: Path
+) -> None:
+    opened = open_model(large, weights=FP8)
+    with torch.device("meta"):
+        model = opened.build(build_mesh(MeshSpec()), "native")
+    held = load_parameters(model, opened.source, device=CPU, dtype=torch.float32, unread=opened.unread(model))
+    weights, files = PatchedWeights(held, opened.source, opened.place, {}), PatchFiles(tmp_path)
+    weight = held[QKV].parameter
+    assert isinstance(weight, QuantizedWeight)
+    fits = Patches(write_low_rank(tmp_path, [low_rank(QKV, (768, 256), 1)]), [1.0])
+    if is_whole:
+        other = Whole(QKV, (768, 300), torch.float32, lambda: noise(768, 300, seed=1))
+        name = write_whole(tmp_path, [other])
+        wide = Patches(whole=name)
+    else:
+        wide = Patches(write_low_rank(tmp_path, [low_rank(QKV, (768, 300), 1)]), [1.0])
+    base = weight.dequantized()
+    weights.wear(fits, files)
+    patched_, moved = weight.dequantized(), weights.moved
+    assert not torch.equal(patched_, base)
+    with pytest.raises(InputError, match="has 768 x 300"):
+        weights.wear(wide, files)
+    weights.wear(fits, files)
+    assert torch.equal(weight.dequantized(), patched_) and weights.moved > moved
+    weights.wear(Patches(), files)
+    assert torch.equal(weight.dequantized(), base)
 
 
 def test_a_patch_file_is_named_by_its_content_and_holds_no_factor(tmp_path: Path) -> None:

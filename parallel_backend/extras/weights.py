@@ -213,8 +213,8 @@ class PatchedWeights:
         held = self._held[name]
         parameter = held.parameter
         if isinstance(parameter, QuantizedWeight):
-            _lay_beside(parameter, held, patches)
             self.moved += 1
+            _lay_beside(parameter, held, patches)
             return
         base = onto_device(parameter.device)(self.source.read(name, held.shard), parameter.dtype)
         if patches:
@@ -226,15 +226,22 @@ class PatchedWeights:
 
 
 def _lay_beside(weight: QuantizedWeight, held: HeldWeight, patches: Sequence[Patch]) -> None:
-    """These patches, and no others, lie on a weight that stays quantised: nothing of it is quantised again."""
-    weight.wear(())
+    """These patches, and no others, lie on a weight that stays quantised: nothing of it is quantised again.
+
+    Raises: as `Patch.onto`; then the former ones lie on it.
+    """
     if not any(patch.is_whole for patch in patches):
         weight.wear(product for patch in patches for product in patch.products(held, weight.dtype))
         return
-    local = weight.dequantized().float().reshape(weight.shape[0], -1)
-    for patch in patches:
-        patch.onto(local, held)
-    weight.wear((), local.reshape(weight.shape).to(weight.dtype))
+    former = weight.products, weight.instead
+    try:
+        weight.wear(())
+        local = weight.dequantized().float().reshape(weight.shape[0], -1)
+        for patch in patches:
+            patch.onto(local, held)
+        former = (), local.reshape(weight.shape).to(weight.dtype)
+    finally:
+        weight.wear(*former)
 
 
 def _matrix(part: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -15,6 +15,8 @@ from torch import Tensor
 from .operation import Fused
 
 Weights = Sequence[Tensor | None]
+# Where a norm has no number of its own: torch's, of the dtype in which it is computed. Half precision's would be a hundredth.
+RMS_EPS = torch.finfo(torch.float32).eps
 
 
 def head_ranges(heads: int, parts: int) -> list[tuple[int, int]]:
@@ -27,7 +29,7 @@ def head_ranges(heads: int, parts: int) -> list[tuple[int, int]]:
 def _rates(x_LBNH: Tensor, eps: float | None) -> Tensor:
     """(L, B, N, 1), in fp32: what an RMS norm multiplies each head by, beside its weight."""
     roots = torch.linalg.vector_norm(x_LBNH, dim=-1, keepdim=True, dtype=torch.float32)
-    return torch.rsqrt(roots.square() / x_LBNH.shape[-1] + (torch.finfo(x_LBNH.dtype).eps if eps is None else eps))
+    return torch.rsqrt(roots.square() / x_LBNH.shape[-1] + (RMS_EPS if eps is None else eps))
 
 
 def _join_plain(
@@ -81,7 +83,7 @@ def _join_launch(
     join_kernel[(B * sum(lengths), 3)](
         *(*first, *second, *weights, sent),
         *(*first[0].stride()[:2], *second[0].stride()[:2]),
-        *(B, *lengths, torch.finfo(sent.dtype).eps if eps is None else eps),
+        *(B, *lengths, RMS_EPS if eps is None else eps),
         HEADS=heads,
         HEAD_DIM=head_dim,
         BASE=heads // parts,
@@ -134,7 +136,7 @@ def join_heads(
     Args:
         first_BLF, second_BLF: queries, keys and values of a stream, which may have no tokens.
         first_norms_H, second_norms_H: weights of the RMS norms of each head's queries and keys; None leaves these as they are.
-        eps: of the norms; None is that of the dtype.
+        eps: of the norms; None is `RMS_EPS`.
     """
     weights = [*first_norms_H, None, *second_norms_H, None]
     return JOIN(first_BLF[0], [*first_BLF[1:], *second_BLF], weights, heads, parts, eps)

@@ -128,9 +128,14 @@ class CapturedNetwork:
         self.recorder.let_go()
 
     def at_version(self, version: int) -> None:
-        """Of weights that lie where they lay at this version: graphs of others are gone."""
+        """Of weights that lie where they lay at this version: graphs of others are gone.
+
+        Kernels of these may never have run, or be such as can be recorded where others weren't: all begins anew.
+        """
         if version != self._version:
             self.drop()
+            self._known.clear()
+            self._refused.clear()
         self._version = version
 
     def take_notes(self) -> list[str]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..distributed.collectives import split_range
 from ..distributed.mesh import Mesh, MeshAxis
 from ..distributed.tensor_parallel import ColumnParallelLinear, RowParallelLinear, sharded_parameter
+from ..fused.joint_heads import RMS_EPS
 from ..fused.modulated_norm import modulated_norm
 from .transformer import Attend, StagedTransformer, Stream
 
@@ -93,7 +94,7 @@ class HeadNorm(nn.Module):
         self.weight = sharded_parameter((head_dim,))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight)
+        return F.rms_norm(x, x.shape[-1:], self.weight, RMS_EPS)
 
 
 class SwiGLU(nn.Module):

@@ -66,7 +66,7 @@ class Attend:
         """Text and image tokens to all of both: (B, L, N * H) of each.
 
         Args:
-            eps: of the norms of queries and keys; None is that of the dtype.
+            eps: of the norms of queries and keys; None is `RMS_EPS`.
         """
         joined = self._joined(text, image, eps)
         return self.attention.alone(joined) if self._is_alone else self._joint(joined)
