@@ -88,7 +88,7 @@ def test_a_norm_without_a_number_of_its_own_has_that_of_torch(dtype: torch.dtype
             assert_close(found_LB3NH[:, :, part], F.rms_norm(x_LBNH, (head_dim,), weight))
 
 
-def interpreted() -> None:
+def beside_twins() -> None:
     """Every kernel beside its twin. In a process of its own: Triton is told to interpret when it is imported."""
     tokens, sizes = [(0, 3), (2, 3), (1, 0)], [(8, 1), (8, 2), (12, 3), (64, 5)]
     for dtype in TOLERANCES:
@@ -119,7 +119,7 @@ def interpreted() -> None:
 def test_kernels_give_what_their_twins_give() -> None:
     pytest.importorskip("triton")
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    code = "import test_fused_transformer; test_fused_transformer.interpreted()"
+    code = "import test_fused_transformer; test_fused_transformer.beside_twins()"
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
 
