@@ -46,6 +46,9 @@ def variants() -> Iterator[tuple[Fused, list[Any]]]:
     for first, second in ((None, None), (None, two), (one, two)):
         yield JOIN, [q, others, [first, first, None, second, second, None], *sizes]
     yield JOIN, [q[:1], [x[:1] for x in others], [None] * 6, sizes[0], 1, None]
+    # One token of each stream, of one row: counts are constants then.
+    yield JOIN, [q[:1, :1], [x[:1, :1] for x in others], *JOIN.trial(CPU)[2:]]
+    yield PART, [torch.randn(5 * 64).half(), 1, 0, 5, 64, 2]
     yield PART, [torch.randn(2, 5, 7, 64).half().transpose(1, 2), 2, 3, 5, 64, 1]
     x, shifts, scales, eps = MODULATED_NORM.trial(CPU)
     yield MODULATED_NORM, [x, shifts[:1], scales[:1], eps]

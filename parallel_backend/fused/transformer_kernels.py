@@ -114,7 +114,7 @@ def join_kernel(
     head, dim = tl.arange(0, HEADS_BLOCK)[:, None], tl.arange(0, DIM_BLOCK)[None, :]
     is_here = (head < HEADS) & (dim < HEAD_DIM)
     first, count = _first_and_count(head, BASE, MORE)
-    of_part = first * ((length + length_2) * rows * 3 * HEAD_DIM).to(tl.int64)
+    of_part = first.to(tl.int64) * (length + length_2) * rows * (3 * HEAD_DIM)
     to = of_part + ((place * 3 + part) * count + head - first) * HEAD_DIM + dim
     inside = head * HEAD_DIM + dim
     if token < length:
@@ -160,7 +160,7 @@ def part_kernel(
     inside = head * HEAD_DIM + dim
     if IN_PARTS:
         first, count = _first_and_count(head, BASE, MORE)
-        of_part = first * (length * rows * HEAD_DIM).to(tl.int64)
+        of_part = first.to(tl.int64) * length * rows * HEAD_DIM
         from_ = of_part + (place * count + head - first) * HEAD_DIM + dim
     else:
         from_ = row * row_stride + token * token_stride + inside
