@@ -224,9 +224,7 @@ def test_mesh_config_left_alone_says_what_it_takes(server: ComfyServer) -> None:
         (
             {"dp": 0},
             [
-                "dp=2 cfg=2 ulysses=2 (UNet: dp=4 cfg=2)",
-                "MMDiT: ",
-                "4 of 8 ranks",
+                "cfg=2 ulysses=4 (UNet: dp=4 cfg=2)",
                 "UNet: ",
                 "2 of 8 ranks",
                 "other 6 wait",
