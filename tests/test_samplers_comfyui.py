@@ -55,7 +55,8 @@ CASES = {
     "leftover noise": {"sampler": "dpmpp_2m", "sigmas": [1.0, 0.8, 0.55, 0.3]},
     "leftover noise, mask": {"sampler": "res_multistep", "sigmas": [0.9, 0.6, 0.2], "latent": "image", "mask": "mask"},
     "rest without noise": {"sampler": "dpmpp_2m_sde", "sigmas": [0.6, 0.3, 0.0], "latent": "image", "add_noise": False},
-    "back to noise": {"sampler": "euler", "sigmas": [1e-4, 0.2, 0.2, 0.6], "latent": "image", "add_noise": False},
+    # Euler divides by the first sigma: much below 1e-2, the last bit of a latent comes to more than both sides may differ by.
+    "back to noise": {"sampler": "euler", "sigmas": [1e-2, 0.2, 0.2, 0.6], "latent": "image", "add_noise": False},
     "one sigma": {"sampler": "euler", "sigmas": [0.4], "latent": "image"},
     "aura flow": {"sampler": "sa_solver", "scheduler": "simple", "sampling": AURA},
     "flux": {"sampler": "dpmpp_sde", "scheduler": "sgm_uniform", "sampling": FLUX},

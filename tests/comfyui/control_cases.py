@@ -78,6 +78,9 @@ def random_weights(module, seed):
         wide = parameter.ndim > 1
         # The zero convolutions' and linear layers' outputs are what is added: as large as what they are added to.
         parameter.data = values / parameter[0].numel() ** 0.5 if wide else float("norm" in name) + 0.05 * values
+    for buffer in module.buffers():  # core makes a ControlNet's places of memory that nobody has written
+        if buffer.is_floating_point():
+            buffer.copy_(0.05 * torch.randn(buffer.shape, generator=generator))
     return module.eval().requires_grad_(False)
 
 
