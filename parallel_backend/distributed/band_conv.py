@@ -15,8 +15,8 @@ from .band import Band, facing_rows, with_rows_around
 class BandConv2d(nn.Module):
     """A convolution of a band. Only the last band's height may not be a multiple of the stride.
 
-    The band is convolved as if the image ended at its edges, while the rows around it are on their way; then the rows whose
-    result these change are convolved once more.
+    While the rows around it are on their way, the band is convolved as if the image ended at its edges; then the rows whose
+    result these change are convolved once more. Rows that are there already are convolved with it.
     Comm: `padding` rows from above, kernel - stride - padding rows from below; in displaced steps they arrive late.
     """
 
@@ -32,7 +32,7 @@ class BandConv2d(nn.Module):
         if self.band.axis.degree == 1 or not any(self.halo):
             return self.conv(x_BCYX)
         told = self.band.tell(self.slot, facing_rows(x_BCYX, *self.halo))
-        if x_BCYX.shape[2] < self.rows:
+        if not told.works or x_BCYX.shape[2] < self.rows:
             return self._whole(x_BCYX, *self.band.facing(told.wait(), x_BCYX, *self.halo))
         out = self.conv(x_BCYX)
         top, bottom = self.band.facing(told.wait(), x_BCYX, *self.halo)
@@ -75,7 +75,7 @@ class BandUpsamplingConv2d(BandConv2d):
         small = -(-self.halo[0] // 2), -(-self.halo[1] // 2)
         told = self.band.tell(self.slot, facing_rows(x_BCYX, *small))
         x = _doubled(x_BCYX)
-        early = self.conv(x) if x.shape[2] >= self.rows else None
+        early = self.conv(x) if told.works and x.shape[2] >= self.rows else None
         top, bottom = self.band.facing(told.wait(), x_BCYX, *small)
         if top is not None:
             top = _doubled_rows(top)[:, -self.halo[0] :]

@@ -6,6 +6,7 @@ the whole image's keys and values. `place_band_layers` puts them into a diffuser
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_blocks import UpDecoderBlock2D
 from torch import Tensor, nn
 
@@ -41,6 +43,14 @@ class GatedLinear(nn.Module):
         return GATED_GELU(self.proj(x))
 
 
+def _image_of_tokens(
+    self: Any, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
+) -> Tensor:
+    """As diffusers' method of a Transformer2DModel with linear projections, which would copy the tokens to channels first."""
+    tokens_BLC = self.proj_out(hidden_states)
+    return tokens_BLC.view(batch_size, height, width, inner_dim).permute(0, 3, 1, 2) + residual
+
+
 def place_band_layers(module: nn.Module, band: Band, kernel: str = "native", path: str = "") -> None:
     """Every layer below `module` that looks beyond its own rows is put in its banded form, others in quicker ones; weights stay.
 
@@ -55,6 +65,9 @@ def place_band_layers(module: nn.Module, band: Band, kernel: str = "native", pat
             setattr(module, name, BandDownsample(child, band, slot))
             continue
         place_band_layers(child, band, kernel, slot)
+        if isinstance(child, Transformer2DModel):
+            assert child.use_linear_projection
+            child._get_output_for_continuous_inputs = MethodType(_image_of_tokens, child)
         if isinstance(child, GEGLU):
             setattr(module, name, GatedLinear(child))
         if isinstance(child, UpDecoderBlock2D):

@@ -299,7 +299,7 @@ def with_joined_projections(kind: Callable[..., Any], config: UNetConfig, mesh: 
     """As `loadable_unet`, of any diffusers model that is made of a UNet's blocks; `kind` is its class."""
     if any(channels % NORM_GROUPS for channels in config.block_channels):
         raise ConfigError(f"Widths {config.block_channels} don't divide by {NORM_GROUPS}.", "Use an SDXL model.")
-    model = kind(**config.diffusers())
+    model = kind(**config.diffusers()).eval()  # diffusers copies a block's input to channels first where it is trained
     join_projections(model)
     model.slices = SlicedWeights(mesh.weights) if mesh.weights.degree > 1 else None
     if model.slices is not None:

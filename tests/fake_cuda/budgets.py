@@ -42,9 +42,9 @@ BUDGETS = {
     "SD3.5-Large, tp=4": Budget(large(), MeshSpec(tp=4), 1, 1024, False, 810, 150, 305),
     "SD3.5-Medium, one rank": Budget(medium(), MeshSpec(), 0, 1024, False, 590, 0, 405),
     "SD3 from scratch, one rank": Budget(from_scratch(), MeshSpec(), 0, 1024, False, 1000, 0, 465),
-    "SDXL, cfg=2": Budget(sdxl(), MeshSpec(cfg=2), 0, 1024, False, 1490, 1, 140),
-    "SDXL, cfg=2 patch=4": Budget(sdxl(), MeshSpec(cfg=2, patch=4), 1, 1024, False, 1720, 192, 40),
-    "SDXL, cfg=2 patch=4, displaced": Budget(sdxl(), MeshSpec(cfg=2, patch=4), 1, 1024, True, 1730, 15, 40),
+    "SDXL, cfg=2": Budget(sdxl(), MeshSpec(cfg=2), 0, 1024, False, 1480, 1, 140),
+    "SDXL, cfg=2 patch=4": Budget(sdxl(), MeshSpec(cfg=2, patch=4), 1, 1024, False, 1690, 192, 40),
+    "SDXL, cfg=2 patch=4, displaced": Budget(sdxl(), MeshSpec(cfg=2, patch=4), 1, 1024, True, 1680, 15, 40),
 }
 
 
