@@ -79,7 +79,7 @@ class RemoteNetwork(torch.nn.Module):
         if self.remote.not_finite:  # as that of every evaluation after the first is, each with a step of its own
             news["not finite"] = self.remote.not_finite
         if news.keys() - self.told.keys():
-            self.told = news | self.told
+            self.told |= {key: text for key, text in news.items() if key not in self.told}
             say("\n".join(self.told.values()), log=True)
 
     def _apply(self, fn: Any, recurse: bool = True) -> RemoteNetwork:

@@ -357,6 +357,23 @@ def test_what_can_t_be_predicted_is_refused_by_its_value(bad: dict[str, object],
         asked(**bad)
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("--figures", "h100", "--layout", "sdxl", "--gpus", "2"), "--figures makes nothing of --gpus and --layout"),
+        (("--figures", "h100", "--check"), "--figures makes nothing of --check"),
+        (("--check", "--model", "file", "--mesh", "cfg=2"), "--check makes nothing of --mesh and --model"),
+        (("--check", "--link", "nvlink4", "--graphs"), "--check makes nothing of --graphs and --link"),
+        (("--patience", "5"), "a prediction without --check makes nothing of --patience"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused_by_name(
+    given: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "predict", *given]) == 1
+    assert words in capsys.readouterr().err
+
+
 def test_meshes_that_the_model_can_t_have_are_left_out_by_name(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -92,6 +92,11 @@ def test_a_model_that_nobody_changed_is_never_held_to_be_and_copies_share_the_ba
     assert len(outcomes["kept"]) == 6 and not any(outcomes["kept"].values()), outcomes["kept"]
 
 
+def test_what_evaluations_tell_is_told_once_in_the_order_of_its_coming(outcomes: dict[str, Any]) -> None:
+    first, second, third = "a graph", "NaN in step 2", "a kernel"
+    assert outcomes["told"] == [[first], [first, second], [first, second, third]]
+
+
 def test_a_saved_checkpoint_is_a_local_models(outcomes: dict[str, Any]) -> None:
     assert all(names and far <= 1e-6 for names, far in outcomes["saved"].values()), outcomes["saved"]
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from ..config import MeshSpec
 from ..demo.trained import UNET, add_choice, chosen, trained_in
+from ..errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,10 +101,26 @@ def _predict_arguments(predict: argparse.ArgumentParser) -> None:
         "--write-defaults", type=Path, metavar="FILE", help="the fastest meshes into a file of default meshes"
     )
     predict.add_argument("--figures", choices=("h100",), help="those of a machine that was measured, not of this one")
-    predict.set_defaults(run=_predict)
+    predict.set_defaults(run=partial(_predict, predict))
 
 
-def _predict(args: argparse.Namespace) -> int:
+# What `bench predict` takes where it does something else than to predict this machine's steps.
+_TAKES = {"figures": {"figures", "write_defaults"}, "check": {"check", "size", "rounds", "patience"}}
+
+
+def _refuse_unused(predict: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Raises: ConfigError: an option that would change nothing."""
+    mode = next((mode for mode in _TAKES if getattr(args, mode)), None)
+    unused = vars(args).keys() - {"run"} - _TAKES[mode] if mode else {"patience"}
+    given = sorted(name for name in unused if getattr(args, name) != predict.get_default(name))
+    if given:
+        what = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        beside = f"--{mode}" if mode else "a prediction without --check"
+        raise ConfigError(f"{beside} makes nothing of {what}.", "Leave it out.")
+
+
+def _predict(predict: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    _refuse_unused(predict, args)
     import torch
 
     from .predict import Asked, run_predict

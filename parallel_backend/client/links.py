@@ -19,6 +19,7 @@ from . import launcher
 
 # Ranks that never meet say so themselves, sooner than this.
 MOST_SECONDS = 240.0
+LOOK_AT = "See nvidia-smi and dmesg."
 _FIGURES = re.compile(r"INFO (.* GB/s)$", re.MULTILINE)
 
 
@@ -58,10 +59,13 @@ def _meet(spec: BackendSpec, *arguments: str) -> str:
             check=False,
         )
         if done.returncode:
-            words = files.last_words(own.name, begun) or "\n".join(done.stderr.splitlines()[-15:])
-            raise StartError(f"The ranks don't reach each other: {words}")
+            words = files.last_words(own.name, begun)
+            if words is not None:  # with the remedy
+                raise StartError(f"The ranks don't reach each other: {words}")
+            last = "\n".join(done.stderr.splitlines()[-15:])
+            raise StartError(f"The ranks ended before they met: {last}", LOOK_AT)
         return done.stderr
     except subprocess.TimeoutExpired:
-        raise StartError(f"The ranks had not met after {MOST_SECONDS:.0f} s.", "See nvidia-smi and dmesg.") from None
+        raise StartError(f"The ranks had not met after {MOST_SECONDS:.0f} s.", LOOK_AT) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)

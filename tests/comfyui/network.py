@@ -33,6 +33,7 @@ def main(comfy_folder, pack, folder):
         errors=importlib.import_module("pack.parallel_backend.errors"),
         patcher=importlib.import_module("pack.nodes.remote_model").remote_patcher,
         core=importlib.import_module("pack.nodes.core_model"),
+        network=importlib.import_module("pack.nodes.remote_network"),
         layers=importlib.import_module("pack.nodes.hung.layers"),
         folder=Path(folder),
     )
@@ -40,6 +41,7 @@ def main(comfy_folder, pack, folder):
     sides = {name: (local, parallel_model(ours, name, local)) for name, local in own.items()}
     outcomes = {"alike": {name: alike(*sides[name]) for name in FAMILIES}}
     outcomes["diffusers"] = {name: from_diffusers(ours, name) for name in FAMILIES}
+    outcomes["told"] = told(ours, sides[MMDIT][1])
     outcomes["kept"] = kept(mm, ours, sides[MMDIT][1])
     outcomes["differences"] = {name: difference(ours, sides[MMDIT], name) for name in GUIDANCE}
     outcomes["refused"] = {name: refused(ours, sides, name) for name in CHANGES}
@@ -128,6 +130,24 @@ def from_diffusers(ours, name):
     return [type(known) is type(config), shapes(tensors) == shapes(meta), theirs.keys() != meta.keys()]
 
 
+def told(ours, parallel):
+    """What stands on the node, each time that it changes, of a sampling whose evaluations have something to tell."""
+    found, say, forward, remote = [], ours.network.say, parallel.remote.forward, parallel.remote
+    news = iter([([], ""), (["a graph"], ""), (["a graph"], "NaN in step 2"), (["a kernel"], "NaN in step 3")])
+
+    def telling(*args, **more):
+        notes, remote.not_finite = next(news)
+        remote.last = SimpleNamespace(notes=notes)
+        return forward(*args, **more)
+
+    ours.network.say, remote.forward = lambda text, **_: found.append(text.split("\n")), telling
+    try:
+        sample(parallel, steps=4, cfg=1.0)
+    finally:
+        ours.network.say, remote.forward, remote.last, remote.not_finite = say, forward, None, ""
+    return found
+
+
 def kept(mm, ours, parallel):
     """What is held to be changed after all that ComfyUI does by itself to a MODEL that nobody has changed."""
     found = {}
@@ -157,8 +177,8 @@ def kept(mm, ours, parallel):
 # -- sampling ---------------------------------------------------------------------------------------------------------
 
 
-def sample(model, width=4096, pooled=2048, channels=16):
-    """KSampler's latent, of two steps."""
+def sample(model, width=4096, pooled=2048, channels=16, steps=2, cfg=3.0):
+    """KSampler's latent."""
     import comfy.sample
 
     generator = torch.Generator().manual_seed(1)
@@ -174,7 +194,9 @@ def sample(model, width=4096, pooled=2048, channels=16):
     noise = torch.randn(1, channels, 8, 8, generator=generator)
     empty = torch.zeros_like(noise)
     with torch.inference_mode():
-        return comfy.sample.sample(model, noise, 2, 3.0, "euler", "simple", *prompts, empty, disable_pbar=True, seed=1)
+        return comfy.sample.sample(
+            model, noise, steps, cfg, "euler", "simple", *prompts, empty, disable_pbar=True, seed=1
+        )
 
 
 def patched(node, model, **settings):
