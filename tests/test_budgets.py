@@ -93,6 +93,15 @@ def test_two_bands_of_a_vae_take_half_of_one(dtype: torch.dtype) -> None:
             assert peak <= DECODES[world_size] * GIB, f"{peak / GIB:.3f} GiB on {world_size} ranks"
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_vae_knows_before_what_it_takes(dtype: torch.dtype, world_size: int) -> None:
+    with fake_cuda(0, world_size):
+        most = kl_vae(dtype).most_bytes(1024 // 8, 1024 // 8)
+    assert 0.95 * most <= vae_peak(dtype, world_size, 1024) <= 1.02 * most
+    assert vae_peak(dtype, world_size, 1024, encode=True) <= most
+
+
 def test_a_copy_in_fp32_is_more_than_half_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the bands' group norm did once: the bound notices."""
     norm = BandGroupNorm.forward

@@ -30,11 +30,15 @@ from parallel_backend.rank import engine as engine_module
 from parallel_backend.rank import residents as residents_module
 from parallel_backend.rank.engine import Engine
 from parallel_backend.rank.jobs import Job
+from parallel_backend.rank.residents import Residents
 from parallel_backend.rpc.headers import RequestHeader
 from parallel_backend.rpc.messages import (
+    Decode,
+    Encode,
     Forward,
     Loaded,
     LoadModel,
+    LoadVAE,
     Patches,
     Prompt,
     Request,
@@ -159,6 +163,24 @@ def test_they_leave_before_any_model_does(large: Path, models: Path, monkeypatch
     assert not captured._graphs and other.evicted == [] and loaded.model in rank.engine.residents
     rank.sample(loaded.model)
     assert captured._graphs, "they are made again"
+
+
+def test_they_leave_where_a_vae_needs_their_memory(large: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank = Rank(monkeypatch)
+    loaded = rank.load(large, graphs=True)
+    files = models / "vae" / "sd3_vae.safetensors"
+    vae = rank.ask(LoadVAE([str(files)], content_key(files), "float32"))[0].model
+    rank.sample(loaded.model)
+    captured, latent, image = rank.captured(loaded.model), torch.zeros(1, 16, 4, 6), torch.zeros(1, 32, 48, 3)
+    assert captured is not None
+    needed = 32 * 48 * 768 * 4
+    for body, tensor in ((Decode(vae, 0), latent), (Encode(vae, 0), image)):
+        for free in (needed, needed - 1):
+            rank.sample(loaded.model)
+            monkeypatch.setattr(Residents, "free_bytes", lambda self, free=free: free)
+            rank.ask(body, [tensor])
+            assert bool(captured._graphs) == (free == needed)
+    assert loaded.model in rank.engine.residents
 
 
 def pipefusion_case(path: str, spec: MeshSpec) -> tuple[bool, list[int]]:

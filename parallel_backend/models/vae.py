@@ -27,6 +27,8 @@ from ..errors import CancelledError, InputError
 _BLOCK = re.compile(r"(en|de)coder\.(mid_block|(up|down)_blocks\.\d+|layers\.\d+)")
 # TAESD was trained on the model's scaled latents: (latent - shift) * scale. Source: each model's VAE configuration.
 TAESD_SCALES = {"taesd": (0.18215, 0.0), "taesdxl": (0.13025, 0.0), "taesd3": (1.5305, 0.0609)}
+# Of three tensors of the image's size with 256 channels: what the last blocks of SD3's and SDXL's decoder hold at once.
+_ELEMENTS_A_PIXEL = 3 * 256
 _CHANNEL_REMEDIES = {
     1: "It is grey: repeat its channel three times; in ComfyUI, Convert Image to Mask (red), then Convert Mask to Image.",
     4: "Leave its alpha channel out.",
@@ -103,6 +105,11 @@ class BandVAE:
                 f"{came} {CELL} x {CELL} make a cell of the latent.",
                 f"Crop or scale both sides to a multiple of {CELL}.",
             )
+
+    def most_bytes(self, latent_rows: int, latent_columns: int) -> int:
+        """What a picture of so many cells takes of this rank beside the weights, at most: TAESD and encoders need less."""
+        rows = -(-latent_rows // min(self.axes.world_size, latent_rows))
+        return rows * latent_columns * CELL**2 * _ELEMENTS_A_PIXEL * self.dtype.itemsize
 
     def decode(
         self,

@@ -12,7 +12,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from ..config import DTYPES, FP8, KERNELS, WEIGHTS, MeshSpec, choose
+from ..config import CELL, DTYPES, FP8, KERNELS, WEIGHTS, MeshSpec, choose
 from ..distributed.device_memory import give_back
 from ..distributed.kernel_trial import choose_kernel
 from ..distributed.kernels import Use
@@ -292,9 +292,10 @@ class Engine:
         needed = checkpoint.elements * dtype.itemsize
         evicted = self.residents.make_room(needed, paths[0].name, "vae", MeshSpec(), job.control)
         vae = job.control.agreed(lambda: checkpoint.build(self.device, dtype, self._bands, job.given_up))
+        note = job.control.agreed(lambda: note_of(FUSED, self.device))
         state = ModelState(name, paths[0].name, vae.family, "bands", body.dtype, needed)
         self.residents[name] = Resident(vae, state, vae.latent_channels)
-        sizes = _Sizes(checkpoint.bytes_read, needed, [checkpoint.note])
+        sizes = _Sizes(checkpoint.bytes_read, needed, [checkpoint.note, note])
         return self._loaded(name, sizes, evicted, start, job), []
 
     def _load_control(self, body: LoadControl, _: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
@@ -418,6 +419,7 @@ class Engine:
     def _decode(self, body: Decode, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         start = time.perf_counter()
         vae: BandVAE = job.control.agreed(lambda: self._checked_vae(body.vae, tensors[body.latent], "latent"))
+        self._room_for_picture(vae, *tensors[body.latent].shape[2:])
         image = vae.decode(tensors[body.latent], raw=body.raw, cancelled=job.cancelled, agreed=job.control.agreed)
         results = [image] if image is not None else []
         give_back(self.device)  # the most that any job takes: others may need it, a text encoder of ComfyUI's perhaps
@@ -426,10 +428,16 @@ class Engine:
     def _encode(self, body: Encode, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         start = time.perf_counter()
         vae: BandVAE = job.control.agreed(lambda: self._checked_vae(body.vae, tensors[body.image], "image"))
+        self._room_for_picture(vae, *(side // CELL for side in tensors[body.image].shape[1:3]))
         latent = vae.encode(tensors[body.image], cancelled=job.cancelled, agreed=job.control.agreed)
         results = [latent] if latent is not None else []
         give_back(self.device)
         return Result(time.perf_counter() - start), results
+
+    def _room_for_picture(self, vae: BandVAE, latent_rows: int, latent_columns: int) -> None:
+        """Graphs leave where a VAE would lack their memory. Each rank for itself: one without a graph computes beside those with one."""
+        if vae.most_bytes(latent_rows, latent_columns) > self.residents.free_bytes():
+            self.residents.let_go_of_graphs()
 
     def _checked_vae(self, name: str, x: Tensor, what: str) -> BandVAE:
         vae: BandVAE = self._resident(name, BandVAE)
