@@ -22,6 +22,9 @@ Each carries a `code` (stable, for scripts), a `message` (one sentence, with the
 
 from __future__ import annotations
 
+# Of another library's error, in a sentence of ours.
+_WORDS = 200
+
 
 class BackendError(Exception):
     """Root of the tree; `str()` gives the message and the remedy."""
@@ -108,3 +111,9 @@ _BY_CODE = {cls.code: cls for cls in _CLASSES}
 def error_from_code(code: str, message: str, remedy: str) -> BackendError:
     """The error that a backend reported, as the class of the same code."""
     return _BY_CODE.get(code, BackendError)(message, remedy)
+
+
+def in_a_line(error: Exception) -> str:
+    """An error of another library as part of a sentence: its class and its first line, cut where that is long."""
+    words = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {words[0] if words else ''}"[:_WORDS]

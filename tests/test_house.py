@@ -30,7 +30,7 @@ ALLOWED = {
     "checkpoint_files": {"errors"},
     "workflow_files": {"errors"},
     "rpc": {"config", "errors", "version"},
-    "fused": set(),
+    "fused": {"errors"},
     "distributed": {"fused", "config", "errors"},
     "sampling": {"config", "errors"},
     "quantized": {"checkpoint_files", "errors"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TypeAlias
 
 from ..models.mmdit import MMDiTConfig
@@ -22,17 +23,13 @@ SD35_LARGE = MMDiTConfig(
     pooled_width=2048,
     mlp_width=9728,
 )
-SD35_MEDIUM = MMDiTConfig(
+SD35_MEDIUM = replace(
+    SD35_LARGE,
     family="sd3.5-medium",
     depth=24,
     heads=24,
     dual_blocks=tuple(range(13)),
-    qk_norm=True,
-    channels=16,
-    patch_size=2,
     pos_embed_size=384,
-    context_width=4096,
-    pooled_width=2048,
     mlp_width=6144,
 )
 SDXL = UNetConfig(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..fused.group_norm import shares_of
+from ..fused.group_norm import facing, shares_of
 from .collectives import Handle, start_all_gather
 from .mesh import MeshAxis
 from .stale import Step
@@ -92,8 +92,7 @@ def facing_rows(x_BCYX: Tensor, above: int, below: int) -> Tensor:
 
     Every band has at least max(above, below) rows: the caller sees to it.
     """
-    rows = x_BCYX.permute(0, 2, 3, 1)
-    return torch.cat([row.reshape(-1) for row in (*rows[:, :below], *rows[:, rows.shape[1] - above :])])
+    return torch.cat(facing(x_BCYX, above, below))
 
 
 def with_rows_around(

@@ -20,6 +20,7 @@ from ..fused.group_norm import (
     moved,
     part_sizes,
     shares_of,
+    statistics_size,
     write_edges,
     write_rows,
 )
@@ -109,11 +110,11 @@ class BandGroupNorm(nn.Module):
 
     def _read(self, every_RN: Tensor, x_BCYX: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Of every band's message its statistics (R, 2, B, G), and the rows above and below this band."""
-        numbers = 2 * x_BCYX.shape[0] * self.norm.num_groups * 4 // x_BCYX.itemsize
-        facing = self.band.facing(every_RN[:, numbers:], x_BCYX, *self.halo)
+        size = statistics_size(x_BCYX, self.norm.num_groups)
+        facing = self.band.facing(every_RN[:, size:], x_BCYX, *self.halo)
         return self._statistics(every_RN, x_BCYX), *facing
 
     def _statistics(self, every_RN: Tensor, x_BCYX: Tensor) -> Tensor:
-        shape = (2, x_BCYX.shape[0], self.norm.num_groups)
-        numbers = 2 * shape[1] * shape[2] * 4 // x_BCYX.itemsize
-        return every_RN[:, :numbers].view(torch.float32).unflatten(1, shape)
+        groups = self.norm.num_groups
+        numbers = every_RN[:, : statistics_size(x_BCYX, groups)].view(torch.float32)
+        return numbers.unflatten(1, (2, x_BCYX.shape[0], groups))

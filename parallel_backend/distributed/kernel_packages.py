@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterable
 from importlib.util import find_spec
 
+from ..errors import in_a_line
+
 PACKAGES = {"flash": "flash_attn", "flash3": "flash_attn_interface", "sage": "sageattention"}
 
 
@@ -22,7 +24,7 @@ def hide_broken(packages: Iterable[str]) -> dict[str, str]:
         try:
             importlib.import_module(package)
         except Exception as error:  # noqa: BLE001 - whatever it is, a rank can do without the package
-            broken[package] = f"{type(error).__name__}: {error}".splitlines()[0]
+            broken[package] = in_a_line(error)
             sys.modules[package] = None  # type: ignore[assignment]
     return broken
 

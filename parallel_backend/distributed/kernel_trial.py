@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, in_a_line
 from .device_faults import breaks_rank
 from .kernels import HALF, KERNELS, Use, attend, resolve_kernel
 
@@ -19,7 +19,6 @@ log = logging.getLogger("parallel_backend")
 
 _TOKENS = 130  # more than a block of any kernel, and no multiple of one
 _ROWS = 2
-_WORDS = 200
 
 
 def choose_kernel(name: str, use: Use) -> tuple[str, str]:
@@ -69,9 +68,7 @@ def tried(kernel: str, use: Use) -> str | None:
     except Exception as error:
         if breaks_rank(error):  # after it every kernel fails here
             raise
-        return f"failed ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''})"[
-            :_WORDS
-        ]
+        return f"failed ({in_a_line(error)})"
     for found, wanted in results:
         if found.shape != wanted.shape:
             return f"gave a tensor of shape {list(found.shape)} in place of {list(wanted.shape)}"

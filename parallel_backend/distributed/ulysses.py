@@ -11,8 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..fused.joint_heads import head_ranges
-from .collectives import all_to_all
+from .collectives import all_to_all, split_sizes
 from .mesh import MeshAxis
 
 
@@ -28,7 +27,7 @@ def tokens_to_heads(
     Returns: (sum(token_counts), B, 3, n, H).
     Comm: one all-to-all, (degree - 1) / degree of `sent`.
     """
-    shares = [last - first for first, last in head_ranges(heads, axis.degree)]
+    shares = split_sizes(heads, axis.degree)
     own, a_head = shares[axis.rank], rows * 3 * head_dim
     leaving = [n * token_counts[axis.rank] * a_head for n in shares]
     received = all_to_all(sent, leaving, [own * count * a_head for count in token_counts], axis)
@@ -42,6 +41,6 @@ def heads_to_tokens(x_BLnH: Tensor, token_counts: Sequence[int], heads: int, axi
     """
     B, _, own, H = x_BLnH.shape
     tokens = token_counts[axis.rank]
-    shares = [last - first for first, last in head_ranges(heads, axis.degree)]
+    shares = split_sizes(heads, axis.degree)
     sent = x_BLnH.transpose(0, 1).reshape(-1)  # of one row, as it lies
     return all_to_all(sent, [count * B * own * H for count in token_counts], [tokens * B * n * H for n in shares], axis)

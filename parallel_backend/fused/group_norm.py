@@ -72,9 +72,13 @@ MOMENTS = Fused(
 
 def _write_message(parts_S2BG: Tensor, shares_S: Tensor, x_BCYX: Tensor, above: int, below: int, out_N: Tensor) -> None:
     own = torch.stack(combined(parts_S2BG, shares_S))
+    torch.cat([own.flatten().view(x_BCYX.dtype), *facing(x_BCYX, above, below)], out=out_N)
+
+
+def facing(x_BCYX: Tensor, above: int, below: int) -> list[Tensor]:
+    """What the bands around this one see of it: of every picture the first `below` rows, flat, and its last `above`."""
     rows = x_BCYX.permute(0, 2, 3, 1)
-    facing = [row.reshape(-1) for row in (*rows[:, :below], *rows[:, rows.shape[1] - above :])]
-    torch.cat([own.flatten().view(x_BCYX.dtype), *facing], out=out_N)
+    return [row.reshape(-1) for row in (*rows[:, :below], *rows[:, rows.shape[1] - above :])]
 
 
 def _launch_message(
@@ -84,16 +88,15 @@ def _launch_message(
 
     x = x_BCYX.contiguous(memory_format=_LAST)
     B, C, Y, X = x.shape
-    numbers = parts_S2BG[0].numel()
-    halves = numbers * 4 // x.itemsize
+    numbers, size = parts_S2BG[0].numel(), statistics_size(x, parts_S2BG.shape[3])
     block = 1024
     grid = (1 + B * (above + below) * cdiv(X * C, block),)
     message_kernel[grid](
         parts_S2BG,
         shares_S,
         x,
-        out_N[:halves].view(torch.float32),
-        out_N[halves:],
+        out_N[:size].view(torch.float32),
+        out_N[size:],
         *(parts_S2BG.shape[0], B, Y, X * C, above, below, numbers // 2),
         BLOCK=block,
         BLOCK_BG=next_power_of_2(numbers // 2),
@@ -119,7 +122,12 @@ def _message_trial(device: torch.device) -> Sequence[Any]:
 def message_size(x_BCYX: Tensor, groups: int, above: int, below: int) -> int:
     """N, in elements of `x`: mean and variance in fp32, then rows."""
     B, C, _, X = x_BCYX.shape
-    return 2 * B * groups * 4 // x_BCYX.itemsize + B * (above + below) * X * C
+    return statistics_size(x_BCYX, groups) + B * (above + below) * X * C
+
+
+def statistics_size(x_BCYX: Tensor, groups: int) -> int:
+    """Elements of `x` whose bytes hold mean and variance of all groups in fp32."""
+    return 2 * x_BCYX.shape[0] * groups * torch.float32.itemsize // x_BCYX.itemsize
 
 
 def combined(every_R2BG: Tensor, shares_R: Tensor) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,20 @@ def moments_kernel(x, out, pixels, C, groups, BLOCK_P: tl.constexpr, BLOCK_C: tl
 
 
 @triton.jit
+def _joined(parts, shares, count, stride, BG, group, known, BLOCK: tl.constexpr):
+    """Mean and variance of some groups over all parts together: see `combined`."""
+    mean = tl.zeros([BLOCK], tl.float32)
+    for part in range(count):
+        mean += tl.load(shares + part) * tl.load(parts + part * stride + group, mask=known, other=0.0)
+    var = tl.zeros([BLOCK], tl.float32)
+    for part in range(count):
+        distance = tl.load(parts + part * stride + group, mask=known, other=0.0) - mean
+        own = tl.load(parts + part * stride + BG + group, mask=known, other=0.0)
+        var += tl.load(shares + part) * (own + distance * distance)
+    return mean, var
+
+
+@triton.jit
 def message_kernel(
     parts, shares, x, moments, facing, S, B, Y, row_size, above, below, BG, BLOCK: tl.constexpr, BLOCK_BG: tl.constexpr
 ):
@@ -48,14 +62,7 @@ def message_kernel(
     if program == 0:
         group = tl.arange(0, BLOCK_BG)
         known = group < BG
-        mean = tl.zeros([BLOCK_BG], tl.float32)
-        for part in range(S):
-            mean += tl.load(shares + part) * tl.load(parts + part * 2 * BG + group, mask=known, other=0.0)
-        var = tl.zeros([BLOCK_BG], tl.float32)
-        for part in range(S):
-            distance = tl.load(parts + part * 2 * BG + group, mask=known, other=0.0) - mean
-            own = tl.load(parts + (part * 2 + 1) * BG + group, mask=known, other=0.0)
-            var += tl.load(shares + part) * (own + distance * distance)
+        mean, var = _joined(parts, shares, S, 2 * BG, BG, group, known, BLOCK_BG)
         tl.store(moments + group, mean, mask=known)
         tl.store(moments + BG + group, var, mask=known)
     else:
@@ -110,14 +117,7 @@ def norm_kernel(
     known = channel < C
     BG, at = B * groups, b * groups + channel // (C // groups)
 
-    mean = tl.zeros([BLOCK_C], tl.float32)
-    for r in range(R):
-        mean += tl.load(shares + r) * tl.load(every + r * every_stride + at, mask=known, other=0.0)
-    var = tl.zeros([BLOCK_C], tl.float32)
-    for r in range(R):
-        distance = tl.load(every + r * every_stride + at, mask=known, other=0.0) - mean
-        own = tl.load(every + r * every_stride + BG + at, mask=known, other=0.0)
-        var += tl.load(shares + r) * (own + distance * distance)
+    mean, var = _joined(every, shares, R, every_stride, BG, at, known, BLOCK_C)
     if MOVED:
         before_mean = tl.load(every + rank * every_stride + at, mask=known, other=0.0)
         before_var = tl.load(every + rank * every_stride + BG + at, mask=known, other=0.0)

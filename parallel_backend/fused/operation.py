@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ..errors import in_a_line
+
 log = logging.getLogger("parallel_backend")
 
 _LIBRARY = torch.library.Library("parallel_mmdit", "DEF")
-_WORDS = 200
 # After CUDA's own errors nothing else works either. torch 2.8 has given them this class.
 _CONTEXT_LOST = (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
 # What half precision's last bit may differ by, of values of about 1.
@@ -80,8 +81,7 @@ def fault_of(fused: Fused, device: torch.device) -> str | None:
     except Exception as error:
         if isinstance(error, (torch.OutOfMemoryError, *_CONTEXT_LOST)):
             raise
-        words = str(error).strip().splitlines()
-        fault = f"failed ({type(error).__name__}: {words[0] if words else ''})"[:_WORDS]
+        fault = f"failed ({in_a_line(error)})"
     if fault is not None:
         log.warning("fused kernel %s %s on %s: plain operations compute in its place", fused.name, fault, device)
     return fault

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..distributed.mesh import Mesh
 from ..distributed.stale import Buckets, Step
 from ..distributed.traffic import Traffic
+from ..errors import in_a_line
 from .cuda_graphs import Recorder
 from .inputs import Inputs
 from .network import Network
@@ -32,7 +33,6 @@ log = logging.getLogger("parallel_backend")
 MOST_GRAPHS = 8
 # Kinds that were evaluated before, which are a few numbers each.
 MOST_KNOWN = 256
-_WORDS = 200
 
 
 @dataclass
@@ -117,7 +117,6 @@ class CapturedNetwork:
             return self._evaluated((place, step.phase), inputs, step)
         self.beat()
         if stale is not None:  # a recording can't wait for what was started before it
-            stale.settle()
             stale.arrive()
         return graph(inputs)
 
@@ -209,8 +208,7 @@ class CapturedNetwork:
         return _Graph(standing, again, out, counts)
 
     def _refuse(self, kind: Hashable, error: Exception) -> None:
-        words = str(error).strip().splitlines()
-        why = f"{type(error).__name__}: {words[0] if words else ''}"[:_WORDS]
+        why = in_a_line(error)
         log.warning("an evaluation can't be a CUDA graph (%s): it runs without", why)
         self.notes.append(f"CUDA graphs: an evaluation runs without ({why})")
         self._refused.add(kind)

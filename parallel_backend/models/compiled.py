@@ -13,7 +13,7 @@ from ..config import MeshSpec
 from ..distributed import collectives
 from ..distributed.band_attention import BandSelfAttention, CachedCrossAttention
 from ..distributed.graph_breaks import keep_out_of_graphs
-from ..errors import ConfigError
+from ..errors import ConfigError, in_a_line
 from .checkpoint import TensorSource, is_quantised
 from .transformer import Attend
 
@@ -28,9 +28,8 @@ def check_compiler(device: torch.device) -> None:
     try:
         torch.compile(lambda x: x.sin() + 1, fullgraph=True)(torch.ones(8, device=device))
     except Exception as error:
-        words = str(error).strip().splitlines()
         raise ConfigError(
-            f"torch.compile doesn't work here: {words[0] if words else type(error).__name__}",
+            f"torch.compile doesn't work here: {in_a_line(error)}",
             "Install a C++ compiler (on GPUs also triton), or turn compile off.",
         ) from error
 

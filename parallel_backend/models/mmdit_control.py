@@ -42,7 +42,7 @@ from .mmdit import (
 from .network import Positions
 from .prepared import PreparedPrompt
 from .residuals import Residuals
-from .steps_ahead import with_vectors
+from .steps_ahead import vectors_at, with_vectors
 from .tokens import own_text, padded, patchify, tokens_for
 from .transformer import Attend, check_heads
 
@@ -262,9 +262,7 @@ class TokenControlNet:
         if self.positions is not None:
             x = x + self.positions.rows(whole.shape[2] // patch, whole.shape[3] // patch, tokens.image)
         x = x + self.model.pos_embed_input(hint)
-        vectors = prepared.tensors.get("vectors")
-        if vectors is None:
-            vectors = self.model.vectors(timesteps_B, prepared.tensors["pooled"])
+        vectors = vectors_at(prepared, timesteps_B, self.model.vectors)
         by_block = by_module(vectors, list(self.model.modulations()), self.config.model.hidden)
         outputs = self.model.run_blocks(prepared, x, by_block, Attend(self.attention, tokens, step))
         added = [out for out, count in zip(outputs, self.config.repeats, strict=True) for _ in range(count)]

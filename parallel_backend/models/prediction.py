@@ -230,6 +230,10 @@ class Predictor:
     def spec(self) -> MeshSpec:
         return self.mesh.spec
 
+    def take_notes(self) -> list[str]:
+        """What the user should know of its graphs since the last time."""
+        return [] if self.captured is None else self.captured.take_notes()
+
     def check_latent(self, x: Tensor, text_tokens: int) -> None:
         """Raises: InputError: a latent that this model can't take."""
         channels = self.network.config.channels

@@ -67,6 +67,12 @@ class PromptAtSteps:
         return sum(prepared.nbytes() - self._prepared.nbytes() for prepared in made)
 
 
+def vectors_at(prepared: PreparedPrompt, timesteps_B: Tensor, vectors: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """(B, width): those that `with_vectors` has laid beside the prompt, or made now. Comm: `vectors`', where made now."""
+    made = prepared.tensors.get("vectors")
+    return vectors(timesteps_B, prepared.tensors["pooled"]) if made is None else made
+
+
 def with_vectors(
     prepared: PreparedPrompt,
     timesteps: Sequence[float],

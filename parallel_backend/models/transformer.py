@@ -23,6 +23,7 @@ from ..errors import ConfigError
 from ..fused.joint_heads import join_heads
 from .prepared import PreparedPrompt
 from .residuals import NONE, Residuals
+from .steps_ahead import vectors_at
 from .tokens import TEXT, Tokens, TokenSizes, own_text, patchify, tokens_for
 
 
@@ -225,9 +226,7 @@ class StagedTransformer(nn.Module):
             prepared = self.prepare(prepared.context, prepared.pooled)
         num_patches = step.kept.num_patches if step.kept is not None else 1
         tokens = self.tokens_for(x_BCYX.shape[2], x_BCYX.shape[3], prepared.context.shape[1], num_patches)
-        vectors = prepared.tensors.get("vectors")
-        if vectors is None:
-            vectors = self.vectors(timesteps_B, prepared.tensors["pooled"])
+        vectors = vectors_at(prepared, timesteps_B, self.vectors)
         arriving = None if self.is_first else self.start_receive(len(x_BCYX), tokens, x_BCYX.dtype, x_BCYX.device)
         attend = Attend(self.attention, tokens, step, residuals=residuals)
         passed = self.stage(x_BCYX, prepared, places, vectors, attend, arriving)

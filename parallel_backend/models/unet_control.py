@@ -166,7 +166,7 @@ class BandControlNet(InBands):
             control_types: kinds of this image, for a model that is told them. As in ComfyUI the image is embedded as the first.
         Raises: InputError: a control image of another size than the latent's, or a kind that the model doesn't know; on every
             rank alike, before anything is sent.
-        Comm: as the layers say. In displaced steps the UNet's evaluation must follow, which ends that of the stale tensors.
+        Comm: as the layers say. In displaced steps the caller ends the evaluation of the stale tensors.
         """
         self.check(prepared_BWYX, control_types, x_BCYX.shape)
         embedding_BD = self.embed_y(prepared.pooled)

@@ -52,7 +52,7 @@ def run_forward(
 
     predictor, rows, swap = job.control.agreed(prepare)
     output = on_host([predictor.output(rows)])  # which waits for the device
-    notes = predictor.captured.take_notes() if predictor.captured is not None else []
+    notes = predictor.take_notes()
     ranks = [RankCost([], notes=notes)] if notes else []
     return Result(time.perf_counter() - start, 1, ranks, swap), output
 

@@ -157,7 +157,7 @@ def run_sample(
         for axis, (sent, waited) in zip(axes, before, strict=True)
     ]
     peak = torch.cuda.max_memory_allocated(device) - held if device.type == "cuda" else None
-    notes = predictor.captured.take_notes() if predictor.captured is not None else []
+    notes = predictor.take_notes()
     ranks = job.control.gather(RankCost(costs, kept_bytes, peak, notes[:MOST_NOTES]))
     timeline = [] if kept.timeline is None else [with_ranks(job.control.gather_rows(kept.timeline.table()))]
     result = Result(time.perf_counter() - start, run.steps, ranks, run.swap, run.first_bad_step(out))
