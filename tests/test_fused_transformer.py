@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from interpreted import interpreted
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from parallel_backend.fused import joint_heads, merged_attention, modulated_norm
-from parallel_backend.fused.joint_heads import head_ranges, join_heads, part_heads
+from parallel_backend.fused.joint_heads import JOIN, PART, head_ranges, join_heads, part_heads
+from parallel_backend.fused.merged_attention import MERGE
+from parallel_backend.fused.modulated_norm import MODULATED_NORM, modulated_norm
+from parallel_backend.fused.operation import Fused
 
-ROOT = Path(__file__).parents[1]
 # Of the greatest value: two roundings more than one.
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 ROWS, HEADS = 2, 5
@@ -64,9 +63,6 @@ def merge_arguments(tokens: int, head_dim: int, dtype: torch.dtype) -> list[Tens
     return [out, lse, block, torch.randn(ROWS, HEADS, tokens, generator=generator).transpose(1, 2)]
 
 
-MERGES = merged_attention._launch, merged_attention._plain
-
-
 def assert_close(found: Tensor, wanted: Tensor) -> None:
     assert found.shape == wanted.shape and found.dtype == wanted.dtype
     if wanted.numel():
@@ -74,54 +70,56 @@ def assert_close(found: Tensor, wanted: Tensor) -> None:
         assert error <= TOLERANCES[wanted.dtype], float(error)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_norm_without_a_number_of_its_own_has_that_of_torch(dtype: torch.dtype) -> None:
+def test_a_norm_without_a_number_of_its_own_has_that_of_torch() -> None:
     """Of fp32, in which it is computed: half precision's would halve queries as small as these."""
-    qkv = [0.02 * x for x in stream(6, 64, dtype, 1)]
-    none = [x[:, :0] for x in qkv]
-    weights, head_dim = norms(64, dtype, 3), 64
-    arguments = [qkv[0], [*qkv[1:], *none], [*weights, None, *weights, None], HEADS, 1, None]
-    for sent in (joint_heads.JOIN.plain(*arguments), *interpreted([(joint_heads.JOIN, arguments)])):
-        found_LB3NH = sent.view(6, ROWS, 3, HEADS, head_dim)
-        for part, weight in enumerate(weights):
-            x_LBNH = qkv[part].unflatten(-1, (HEADS, head_dim)).transpose(0, 1)
-            assert_close(found_LB3NH[:, :, part], F.rms_norm(x_LBNH, (head_dim,), weight))
+    qkv, weights, head_dim = {}, {}, 64
+    for dtype in TOLERANCES:
+        qkv[dtype], weights[dtype] = [0.02 * x for x in stream(6, head_dim, dtype, 1)], norms(head_dim, dtype, 3)
+    tried = {
+        dtype: [q, [*kv, *(x[:, :0] for x in (q, *kv))], [*weights[dtype], None] * 2, HEADS, 1, None]
+        for dtype, (q, *kv) in qkv.items()
+    }
+    by_kernel = interpreted([(JOIN, arguments) for arguments in tried.values()])
+    for (dtype, arguments), found in zip(tried.items(), by_kernel, strict=True):
+        for sent in (JOIN.plain(*arguments), found):
+            found_LB3NH = sent.view(6, ROWS, 3, HEADS, head_dim)
+            for part, weight in enumerate(weights[dtype]):
+                x_LBNH = qkv[dtype][part].unflatten(-1, (HEADS, head_dim)).transpose(0, 1)
+                assert_close(found_LB3NH[:, :, part], F.rms_norm(x_LBNH, (head_dim,), weight))
 
 
-def beside_twins() -> None:
-    """Every kernel beside its twin. In a process of its own: Triton is told to interpret when it is imported."""
+def cases() -> Iterator[tuple[Fused, list[Any]]]:
+    """Of every kernel, with the arguments that it is tried with."""
     tokens, sizes = [(0, 3), (2, 3), (1, 0)], [(8, 1), (8, 2), (12, 3), (64, 5)]
     for dtype in TOLERANCES:
         for (head_dim, parts), lengths, normed in product(sizes, tokens, [(True, True), (False, True), (False, False)]):
-            given = join_arguments(lengths, head_dim, parts, normed, dtype)
-            assert_close(joint_heads._join_launch(*given), joint_heads._join_plain(*given))
+            yield JOIN, join_arguments(lengths, head_dim, parts, normed, dtype)
             flat = torch.randn(ROWS * sum(lengths) * HEADS * head_dim).to(dtype)
             strided = torch.randn(ROWS, HEADS, sum(lengths), head_dim).to(dtype).transpose(1, 2)
             for x, degree in ((flat, parts), (strided, 1)):
-                shape = ROWS, lengths[0], HEADS, head_dim, degree
-                found, wanted = joint_heads._part_launch(x, *shape), joint_heads._part_plain(x, *shape)
-                assert all(map(torch.equal, found, wanted))
+                yield PART, [x, ROWS, lengths[0], HEADS, head_dim, degree]
         apart = join_arguments((2, 3), 8, 2, (True, True), dtype)
         apart[1][0] = apart[1][0].contiguous()  # keys that lie in another way than the queries
-        assert_close(joint_heads._join_launch(*apart), joint_heads._join_plain(*apart))
+        yield JOIN, apart
         for width, pairs, length in product((64, 100), (1, 2), (0, 3)):
-            given = modulated_arguments(length, width, pairs, dtype)
-            for found, wanted in zip(modulated_norm._launch(*given), modulated_norm._plain(*given), strict=True):
-                assert_close(found, wanted)
-    for dtype, tokens_, (head_dim, _) in product(TOLERANCES, (0, 3), sizes):
-        for found, wanted in zip(*(c(*merge_arguments(tokens_, head_dim, dtype)) for c in MERGES), strict=True):
-            assert_close(found, wanted)
-    wrong = join_arguments((2, 3), 8, 2, (True, True), torch.float32)
-    other = [*wrong[:4], 5, wrong[5]]
-    assert not torch.equal(joint_heads._join_launch(*wrong), joint_heads._join_plain(*other)), "this would be noticed"
+            yield MODULATED_NORM, modulated_arguments(length, width, pairs, dtype)
+        for length, (head_dim, _) in product((0, 3), sizes):
+            yield MERGE, merge_arguments(length, head_dim, dtype)
 
 
 def test_kernels_give_what_their_twins_give() -> None:
-    pytest.importorskip("triton")
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    code = "import test_fused_transformer; test_fused_transformer.beside_twins()"
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    tried = list(cases())
+    for (fused, arguments), found in zip(tried, interpreted(tried), strict=True):
+        pairs = zip(tree_leaves(found), tree_leaves(fused.plain(*arguments)), strict=True)
+        for kernels, twins in pairs:
+            assert_close(kernels, twins)
+            assert fused is not PART or torch.equal(kernels, twins)
+
+
+def test_another_number_of_parts_would_be_noticed() -> None:
+    arguments = join_arguments((2, 3), 8, 2, (True, True), torch.float32)
+    (found,) = interpreted([(JOIN, arguments)])
+    assert not torch.equal(found, JOIN.plain(*arguments[:4], 5, arguments[5]))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -160,7 +158,7 @@ def test_heads_of_all_ranks_become_two_streams(parts: int, rows: int) -> None:
 
 def test_a_norm_is_shifted_and_scaled_by_each_rows_own() -> None:
     x, (shift, other_shift), (scale, other_scale), eps = modulated_arguments(3, 16, 2, torch.float32)
-    found = modulated_norm.modulated_norm(x, eps, (shift, scale), (other_shift, other_scale))
+    found = modulated_norm(x, eps, (shift, scale), (other_shift, other_scale))
     normed = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + eps).sqrt()
     assert_close(found[0], normed * (1 + scale) + shift)
     assert_close(found[1], normed * (1 + other_scale) + other_shift)
