@@ -9,6 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import redirect_stdout, suppress
 from io import StringIO
@@ -23,9 +24,11 @@ from torch import Tensor
 from parallel_backend import Backend, MeshSpec, RemoteModel
 from parallel_backend.__main__ import main
 from parallel_backend.client import connection, requirements
+from parallel_backend.client.remote import Step
 from parallel_backend.doctor import versions
 from parallel_backend.errors import (
     BackendLostError,
+    CancelledError,
     ConfigError,
     StartError,
 )
@@ -276,6 +279,26 @@ def test_a_lonely_rank_that_is_stopped_is_ended_by_its_client(
     before, pid = sample(model), backend.status().ranks[0].pid
     with pytest.raises(BackendLostError, match=r"has not answered for \d s; its rank 0 .* was stopped and is ended"):
         sample(model, steps=5000, on_step=lambda step: os.kill(pid, signal.SIGSTOP) if step.index == 1 else None)
+    assert torch.equal(sample(model), before)
+    backend.close()
+
+
+def test_who_has_cancelled_is_told_that_where_the_ranks_never_answer(
+    large: Path, alone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "SILENT_SECONDS", 4.0)
+    backend = Backend.attach_or_start(1, "cpu", alone)
+    model = backend.load_model(large, MeshSpec(), "float32")
+    before, pid = sample(model), backend.status().ranks[0].pid
+    stopped = threading.Event()
+
+    def stop(step: Step) -> None:
+        if step.index == 1:
+            os.kill(pid, signal.SIGSTOP)
+            stopped.set()
+
+    with pytest.raises(CancelledError):
+        sample(model, steps=5000, on_step=stop, should_cancel=stopped.is_set)
     assert torch.equal(sample(model), before)
     backend.close()
 

@@ -225,7 +225,12 @@ class Connection:
             if pending is None and should_cancel is not None and should_cancel():
                 pending = CancelledError("The job was cancelled.")
                 self._send(Cancel(job))
-            line.check()
+            try:
+                line.check()
+            except BackendLostError:
+                if pending is not None:  # who has given the job up is told that, however it ended
+                    raise pending from None
+                raise
 
     def _final(
         self, body: Reply, tensors: list[Tensor], keys: list[str], pending: BaseException | None
