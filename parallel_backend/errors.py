@@ -22,8 +22,8 @@ Each carries a `code` (stable, for scripts), a `message` (one sentence, with the
 
 from __future__ import annotations
 
-# Of another library's error, in a sentence of ours.
-_WORDS = 200
+# Characters of another library's error, in a sentence of ours.
+_LONGEST = 200
 
 
 class BackendError(Exception):
@@ -116,4 +116,4 @@ def error_from_code(code: str, message: str, remedy: str) -> BackendError:
 def in_a_line(error: Exception) -> str:
     """An error of another library as part of a sentence: its class and its first line, cut where that is long."""
     words = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {words[0] if words else ''}"[:_WORDS]
+    return f"{type(error).__name__}: {words[0] if words else ''}"[:_LONGEST]

@@ -270,26 +270,24 @@ def test_ranks_that_fall_in_a_row_are_started_at_growing_intervals() -> None:
     assert pause_before(100, 0) == 60 and pause_before(7, 6) == 0
 
 
-def test_a_lonely_rank_that_is_stopped_is_ended_by_its_client(
-    large: Path, alone: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def lonely(large: Path, alone: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[RemoteModel]:
+    """A model on one rank, whose client gives a silent one up soon."""
     monkeypatch.setattr(connection, "SILENT_SECONDS", 4.0)
     backend = Backend.attach_or_start(1, "cpu", alone)
-    model = backend.load_model(large, MeshSpec(), "float32")
-    before, pid = sample(model), backend.status().ranks[0].pid
-    with pytest.raises(BackendLostError, match=r"has not answered for \d s; its rank 0 .* was stopped and is ended"):
-        sample(model, steps=5000, on_step=lambda step: os.kill(pid, signal.SIGSTOP) if step.index == 1 else None)
-    assert torch.equal(sample(model), before)
+    yield backend.load_model(large, MeshSpec(), "float32")
     backend.close()
 
 
-def test_who_has_cancelled_is_told_that_where_the_ranks_never_answer(
-    large: Path, alone: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(connection, "SILENT_SECONDS", 4.0)
-    backend = Backend.attach_or_start(1, "cpu", alone)
-    model = backend.load_model(large, MeshSpec(), "float32")
-    before, pid = sample(model), backend.status().ranks[0].pid
+def test_a_lonely_rank_that_is_stopped_is_ended_by_its_client(lonely: RemoteModel) -> None:
+    before, pid = sample(lonely), lonely.backend.status().ranks[0].pid
+    with pytest.raises(BackendLostError, match=r"has not answered for \d s; its rank 0 .* was stopped and is ended"):
+        sample(lonely, steps=5000, on_step=lambda step: os.kill(pid, signal.SIGSTOP) if step.index == 1 else None)
+    assert torch.equal(sample(lonely), before)
+
+
+def test_who_has_cancelled_is_told_that_where_the_ranks_never_answer(lonely: RemoteModel) -> None:
+    before, pid = sample(lonely), lonely.backend.status().ranks[0].pid
     stopped = threading.Event()
 
     def stop(step: Step) -> None:
@@ -298,9 +296,8 @@ def test_who_has_cancelled_is_told_that_where_the_ranks_never_answer(
             stopped.set()
 
     with pytest.raises(CancelledError):
-        sample(model, steps=5000, on_step=stop, should_cancel=stopped.is_set)
-    assert torch.equal(sample(model), before)
-    backend.close()
+        sample(lonely, steps=5000, on_step=stop, should_cancel=stopped.is_set)
+    assert torch.equal(sample(lonely), before)
 
 
 def test_ranks_that_are_being_started_anew_are_waited_for_not_doubled(alone: str) -> None:

@@ -19,7 +19,7 @@ from . import launcher
 
 # Ranks that never meet say so themselves, sooner than this.
 MOST_SECONDS = 240.0
-LOOK_AT = "See nvidia-smi and dmesg."
+_LOOK_AT = "See nvidia-smi and dmesg."
 _FIGURES = re.compile(r"INFO (.* GB/s)$", re.MULTILINE)
 
 
@@ -63,9 +63,9 @@ def _meet(spec: BackendSpec, *arguments: str) -> str:
             if words is not None:  # with the remedy
                 raise StartError(f"The ranks don't reach each other: {words}")
             last = "\n".join(done.stderr.splitlines()[-15:])
-            raise StartError(f"The ranks ended before they met: {last}", LOOK_AT)
+            raise StartError(f"The ranks ended before they met: {last}", _LOOK_AT)
         return done.stderr
     except subprocess.TimeoutExpired:
-        raise StartError(f"The ranks had not met after {MOST_SECONDS:.0f} s.", LOOK_AT) from None
+        raise StartError(f"The ranks had not met after {MOST_SECONDS:.0f} s.", _LOOK_AT) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)

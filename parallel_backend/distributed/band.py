@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..fused.group_norm import facing, shares_of
+from ..fused.group_norm import facing_parts, shares_of
 from .collectives import Handle, start_all_gather
 from .mesh import MeshAxis
 from .stale import Step
@@ -92,7 +92,7 @@ def facing_rows(x_BCYX: Tensor, above: int, below: int) -> Tensor:
 
     Every band has at least max(above, below) rows: the caller sees to it.
     """
-    return torch.cat(facing(x_BCYX, above, below))
+    return torch.cat(facing_parts(x_BCYX, above, below))
 
 
 def with_rows_around(

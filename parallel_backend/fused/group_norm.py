@@ -72,10 +72,10 @@ MOMENTS = Fused(
 
 def _write_message(parts_S2BG: Tensor, shares_S: Tensor, x_BCYX: Tensor, above: int, below: int, out_N: Tensor) -> None:
     own = torch.stack(combined(parts_S2BG, shares_S))
-    torch.cat([own.flatten().view(x_BCYX.dtype), *facing(x_BCYX, above, below)], out=out_N)
+    torch.cat([own.flatten().view(x_BCYX.dtype), *facing_parts(x_BCYX, above, below)], out=out_N)
 
 
-def facing(x_BCYX: Tensor, above: int, below: int) -> list[Tensor]:
+def facing_parts(x_BCYX: Tensor, above: int, below: int) -> list[Tensor]:
     """What the bands around this one see of it: of every picture the first `below` rows, flat, and its last `above`."""
     rows = x_BCYX.permute(0, 2, 3, 1)
     return [row.reshape(-1) for row in (*rows[:, :below], *rows[:, rows.shape[1] - above :])]

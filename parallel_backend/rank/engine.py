@@ -291,8 +291,11 @@ class Engine:
         dtype = getattr(torch, body.dtype)
         needed = checkpoint.elements * dtype.itemsize
         evicted = self.residents.make_room(needed, paths[0].name, "vae", MeshSpec(), job.control)
-        vae = job.control.agreed(lambda: checkpoint.build(self.device, dtype, self._bands, job.given_up))
-        note = job.control.agreed(lambda: note_of(FUSED, self.device))
+
+        def build() -> tuple[BandVAE, str]:
+            return checkpoint.build(self.device, dtype, self._bands, job.given_up), note_of(FUSED, self.device)
+
+        vae, note = job.control.agreed(build)
         state = ModelState(name, paths[0].name, vae.family, "bands", body.dtype, needed)
         self.residents[name] = Resident(vae, state, vae.latent_channels)
         sizes = _Sizes(checkpoint.bytes_read, needed, [checkpoint.note, note])
