@@ -1,6 +1,7 @@
 // Mesh Config: a picture of the mesh below its inputs, and values of older workflow files at their new places.
 import { app } from "/scripts/app.js";
 import { api } from "/scripts/api.js";
+import { advancedButton, fit, foldAdvanced } from "./advanced_inputs.js";
 import { meshPicture } from "./mesh_picture.js";
 import { inOrderOf, isOfFirstOrder, sayOrder, valued } from "./mesh_values.js";
 
@@ -42,16 +43,13 @@ app.registerExtension({
   },
 });
 
-function fit(node) {
-  node.setSize([node.size[0], node.computeSize()[1]]);
-}
-
 function addPicture() {
   const place = document.createElement("div");
   const shown = document.createElement("div");
   shown.style.cssText = STYLE;
   place.append(shown);
-  const picture = { shown, height: 0, timer: 0, asked: 0 };
+  const picture = { shown, height: 0, timer: 0, asked: 0, button: advancedButton(this) };
+  if (picture.button) shown.append(picture.button);
   const height = () => picture.height;
   const options = { serialize: false, hideOnZoom: false, getMinHeight: height, getMaxHeight: height };
   picture.widget = this.addDOMWidget(PICTURE, PICTURE, place, options);
@@ -60,16 +58,17 @@ function addPicture() {
   picture.sizes.observe(shown);
   this.meshPicture = picture;
   for (const widget of valued(this)) widget.callback = after(widget.callback, () => redraw.call(this));
+  foldAdvanced(this);
+  fit(this);
 }
 
 /** As much room as what is shown needs, from the node's end. */
 function take(node, picture) {
   const needed = picture.shown.offsetHeight;
   if (!needed || needed === picture.height) return; // out of sight it has no height
-  const height = node.size[1] + needed - picture.height;
+  const room = node.size[1] - node.computeSize()[1];
   picture.height = needed;
-  node.setSize([node.size[0], Math.max(height, node.computeSize()[1])]);
-  node.graph?.setDirtyCanvas(true, true);
+  fit(node, Math.max(0, room)); // what the person has given it beyond stays
 }
 
 function forget() {
@@ -88,9 +87,8 @@ async function draw(node, picture) {
   const asked = ++picture.asked;
   const answer = linked.length > 0 ? null : await meshOf(node);
   if (asked !== picture.asked) return; // asked again meanwhile
-  picture.shown.replaceChildren(
-    ...(answer ? told(answer) : [line(`The mesh is known when it runs: ${linked.join(", ")} of it is linked.`)]),
-  );
+  const parts = answer ? told(answer) : [line(`The mesh is known when it runs: ${linked.join(", ")} of it is linked.`)];
+  picture.shown.replaceChildren(...parts, ...(picture.button ? [picture.button] : []));
 }
 
 async function meshOf(node) {
