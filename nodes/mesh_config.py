@@ -7,10 +7,10 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..parallel_backend.client.cards import Ranks, choose_ranks, seen
-from ..parallel_backend.client.names import DEFAULT, backend_name
-from ..parallel_backend.config import AUTO, DEFAULT_IDLE_SECONDS, BackendSpec, choose, gpu_numbers
+from ..parallel_backend.client.names import backend_name
+from ..parallel_backend.config import AUTO, BackendSpec, choose, gpu_numbers
 from ..parallel_backend.errors import ConfigError
-from .hung.displaced_steps import USUAL_WARMUP, Displaced
+from .hung.displaced_steps import Displaced
 from .known_to_core import search_aliases
 from .mesh_inputs import DISPLACED, EXACT, mesh_inputs
 from .node_text import say
@@ -19,28 +19,28 @@ from .parallel_mesh import MeshSocket, ParallelMesh
 
 def parallel_mesh(
     ranks: int,
-    method: str = EXACT,
-    dtype: str = AUTO,
-    warmup_steps: int = USUAL_WARMUP,
-    cfg: int = 0,
-    ulysses: int = 0,
-    ring: int = 1,
-    tp: int = 1,
-    pp: int = 1,
-    patch: int = 0,
-    sliced: bool = False,
-    dp: int = 0,
-    device: str = AUTO,
-    devices: str = "",
-    attention: str = "auto",
-    compile: bool = False,
-    graphs: bool = False,
-    nan_is_error: bool = False,
-    memory_budget_mib: int = 0,
-    idle_minutes: int = int(DEFAULT_IDLE_SECONDS / 60),
-    backend: str = DEFAULT,
-    address: str = "",
-    keys: str = "",
+    method: str,
+    dtype: str,
+    warmup_steps: int,
+    cfg: int,
+    ulysses: int,
+    ring: int,
+    tp: int,
+    pp: int,
+    patch: int,
+    sliced: bool,
+    dp: int,
+    device: str,
+    devices: str,
+    attention: str,
+    compile: bool,
+    graphs: bool,
+    nan_is_error: bool,
+    memory_budget_mib: int,
+    idle_minutes: int,
+    backend: str,
+    address: str,
+    keys: str,
 ) -> ParallelMesh:
     """The settings as one object.
 
@@ -69,9 +69,14 @@ def parallel_mesh(
     return ParallelMesh(spec, degrees, dtype, attention, sliced, note=chosen.note, displaced=displaced, **how)
 
 
+def mesh_of(**settings: Any) -> ParallelMesh:
+    """What Mesh Config's inputs come to, those that are not given as they are when it is put down. Raises: as `parallel_mesh`."""
+    return parallel_mesh(**{setting.id: setting.default for setting in mesh_inputs()} | settings)
+
+
 def default_mesh() -> ParallelMesh:
     """Mesh Config as it is when it is put down: all GPUs, an exact split. Raises: as `parallel_mesh`."""
-    return parallel_mesh(ranks=0)
+    return mesh_of()
 
 
 class MeshConfig(io.ComfyNode):
@@ -93,30 +98,31 @@ class MeshConfig(io.ComfyNode):
     @classmethod
     def validate_inputs(
         cls,
-        ranks: int | None = None,
-        method: str | None = EXACT,
-        cfg: int | None = 0,
-        ulysses: int | None = 0,
-        ring: int | None = 1,
-        tp: int | None = 1,
-        pp: int | None = 1,
-        patch: int | None = 0,
-        sliced: bool | None = False,
-        dp: int | None = 0,
-        device: str | None = AUTO,
-        devices: str | None = "",
-        address: str | None = "",
-        keys: str | None = "",
+        ranks: Any = ...,
+        method: Any = ...,
+        cfg: Any = ...,
+        ulysses: Any = ...,
+        ring: Any = ...,
+        tp: Any = ...,
+        pp: Any = ...,
+        patch: Any = ...,
+        sliced: Any = ...,
+        dp: Any = ...,
+        device: Any = ...,
+        devices: Any = ...,
+        address: Any = ...,
+        keys: Any = ...,
     ) -> bool:
-        given = {name: value for name, value in locals().items() if name != "cls"}
+        """Of inputs that the prompt gives; the others are as when the node is put down."""
+        given = {name: value for name, value in locals().items() if name != "cls" and value is not ...}
         if None in given.values():  # a linked value is known only when the node runs
             return True
         # Raised, not returned: ComfyUI would repeat a returned text for each of these inputs.
-        parallel_mesh(**given)
+        mesh_of(**given)
         return True
 
     @classmethod
     def execute(cls, **settings: Any) -> io.NodeOutput:
-        mesh = parallel_mesh(**settings)
+        mesh = mesh_of(**settings)
         say(mesh.describe(), log=True)
         return io.NodeOutput(mesh)

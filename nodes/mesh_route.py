@@ -11,7 +11,7 @@ from aiohttp import web
 from ..parallel_backend.config import MMDIT_AXES, UNET_AXES
 from ..parallel_backend.errors import BackendError, InputError
 from ..parallel_backend.rpc.messages import ModelKind
-from .mesh_config import parallel_mesh
+from .mesh_config import mesh_of
 from .mesh_inputs import mesh_inputs
 from .parallel_mesh import ParallelMesh
 
@@ -29,7 +29,7 @@ def add_mesh_route(routes: web.RouteTableDef) -> None:
         except InputError as error:
             return web.json_response({"error": error.parts()}, status=400)
         try:
-            return web.json_response(told(await asyncio.to_thread(parallel_mesh, **settings)))
+            return web.json_response(told(await asyncio.to_thread(mesh_of, **settings)))
         except BackendError as error:  # an answer: these values don't fit together
             return web.json_response({"error": error.parts()})
 
@@ -44,7 +44,7 @@ def checked(asked: Any) -> dict[str, Any]:
             raise InputError(f"Mesh Config has no input {name!r}.", f"Its inputs are: {', '.join(types)}.")
         if type(value) is not types[name]:
             raise InputError(f"{name}={value!r} is no {types[name].__name__}.", "Send the value of the node's widget.")
-    return {"ranks": 0} | asked
+    return asked
 
 
 def told(mesh: ParallelMesh) -> dict[str, Any]:

@@ -87,7 +87,7 @@ async function draw(node, picture) {
   const asked = ++picture.asked;
   const answer = linked.length > 0 ? null : await meshOf(node);
   if (asked !== picture.asked) return; // asked again meanwhile
-  const parts = answer ? told(answer) : [line(`The mesh is known when it runs: ${linked.join(", ")} of it is linked.`)];
+  const parts = answer ? told(answer) : [line(`The mesh is known when it runs: a link gives ${linked.join(", ")}.`)];
   picture.shown.replaceChildren(...parts, ...(picture.button ? [picture.button] : []));
 }
 
@@ -115,14 +115,13 @@ function told(answer) {
 }
 
 function ofKind(kind, { ranks, places }) {
-  const name = line(`${kind.name}: ${kind.describe}`);
-  if (kind.error) return [line(kind.name), failure(kind.error)];
+  if (kind.error) return [line(`${kind.name}: none. ${kind.error.message} ${kind.error.remedy}`)];
   const boxes = Array.from({ length: ranks }, (_, rank) => ({
     rank,
     label: String(rank),
     title: `rank ${rank}${places[rank] ? `, ${places[rank]}` : ""}`,
   }));
-  return [name, meshPicture(boxes, kind.axes, 300)];
+  return [line(`${kind.name}: ${kind.describe}`), meshPicture(boxes, kind.axes, 300)];
 }
 
 function failure({ message, remedy }) {
