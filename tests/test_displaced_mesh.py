@@ -61,6 +61,6 @@ def test_degrees_that_leave_no_room_for_one_are_taken_as_they_are(
 
 
 def test_degrees_that_do_not_fit_are_refused_as_ever() -> None:
-    with pytest.raises(ConfigError, match="ulysses=3 .* but the backend has 4 ranks"):
+    with pytest.raises(ConfigError, match=r"ulysses=3 .* but the backend has 4 ranks"):
         displaced_mesh(4, "mmdit", OPEN | {"ulysses": 3})
     assert OPEN.keys() == set(AXES)
