@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from comfyui.editor_page import EditorPage
+import pytest
+from comfyui.editor_page import EditorPage, OpenEditor
 
 OLD = Path(__file__).parent / "old_workflows"
 # As the editor of the last version without an order in its files saved them: none of the values a default.
@@ -128,3 +129,183 @@ def test_copies_and_what_is_undone_keep_their_values(editor: EditorPage) -> None
     assert meshes(editor) == [SET | NEW, LINKED | NEW]
     page.evaluate("() => app.extensionManager.workflow.activeWorkflow.changeTracker.redo()")
     assert meshes(editor)[0] == SET | NEW | {"ring": 9}
+
+
+PUT_DOWN = """(values) => {
+    const node = LiteGraph.createNode("MeshConfig");
+    node.pos = [300, 120];
+    app.graph.clear();
+    app.graph.add(node);
+    for (const widget of node.widgets) {
+        if (!(widget.name in values)) continue;
+        widget.value = values[widget.name];
+        widget.callback?.(widget.value);
+    }
+}"""
+NODE = "app.graph.nodes.find((node) => node.type === 'MeshConfig')"
+SHOWN = f"{NODE}.meshPicture.shown"
+EMPTY = {
+    "last_node_id": 0,
+    "last_link_id": 0,
+    "nodes": [],
+    "links": [],
+    "groups": [],
+    "config": {},
+    "extra": {},
+    "version": 0.4,
+}
+
+
+def put_down(editor: EditorPage, **values: Any) -> None:
+    """A new node with these values, alone in the graph."""
+    editor.load_workflow(EMPTY)
+    editor.page.evaluate(PUT_DOWN, {"device": "cpu"} | values)
+
+
+def change(editor: EditorPage, name: str, value: Any) -> None:
+    """As the widget does when a person changes it."""
+    code = f"([name, value]) => {{ const w = {NODE}.widgets.find((w) => w.name === name); w.value = value; w.callback(value); }}"
+    editor.page.evaluate(code, [name, value])
+
+
+def wait_for_words(editor: EditorPage, words: str) -> str:
+    """Until the picture's place shows them; all that it shows."""
+    editor.page.wait_for_function(f"(words) => {SHOWN}.textContent.includes(words)", arg=words, timeout=20_000)
+    return editor.page.evaluate(f"() => {SHOWN}.textContent")
+
+
+def boxes(editor: EditorPage) -> list[str]:
+    """The words in each of the pictures."""
+    return editor.page.evaluate(
+        f"() => [...{SHOWN}.querySelectorAll('svg')].map((svg) => [...svg.querySelectorAll('text')].map((t) => t.textContent).join(' '))"
+    )
+
+
+def test_the_node_draws_the_mesh_of_each_kind_and_follows_its_widgets(editor: EditorPage) -> None:
+    put_down(editor, ranks=2)
+    wait_for_words(editor, "SD3, SDXL: cfg=2")
+    assert boxes(editor) == ["cfg: cond | uncond 0 1"]
+    change(editor, "ranks", 4)
+    wait_for_words(editor, "SDXL (UNet): cfg=2 patch=2")
+    assert boxes(editor)[0] == "cfg: cond · ulysses 0..1 0 1 cfg: uncond · ulysses 0..1 2 3"
+    assert boxes(editor)[1] == "cfg: cond · patch: bands 0..1 0 1 cfg: uncond · patch: bands 0..1 2 3"
+    change(editor, "method", "displaced")
+    assert "displaced steps on pp" in wait_for_words(editor, "SD3 (MMDiT): cfg=2 pp=2")
+    change(editor, "patch", 4)
+    assert "SDXL (UNet): patch=4" in wait_for_words(editor, "SD3 (MMDiT): none. patch=4 can't be used on an MMDiT")
+    assert boxes(editor) == ["patch: bands 0..3 0 1 2 3"]
+    assert editor.page.evaluate(f"() => {SHOWN}.offsetHeight") > 60  # it is seen
+    assert not editor.errors, editor.errors
+
+
+def test_values_that_do_not_fit_are_said_before_they_are_queued(editor: EditorPage) -> None:
+    put_down(editor, ranks=4, ulysses=3)
+    words = wait_for_words(editor, "but the backend has 4 ranks")
+    assert "Choose degrees whose product is 4" in words and not boxes(editor)
+    change(editor, "ulysses", 2)
+    wait_for_words(editor, "SD3 (MMDiT): cfg=2 ulysses=2")
+
+
+def test_a_mesh_that_a_link_decides_is_not_guessed(editor: EditorPage) -> None:
+    put_down(editor, ranks=2)
+    wait_for_words(editor, "cfg=2")
+    link = """() => {
+        const given = LiteGraph.createNode("PrimitiveInt");
+        app.graph.add(given);
+        const node = NODE;
+        given.connect(0, node, node.inputs.findIndex((input) => input.name === "ring"));
+    }""".replace("NODE", NODE)
+    editor.page.evaluate(link)
+    wait_for_words(editor, "known when it runs: a link gives ring")
+    assert not boxes(editor)
+    unlink = f"() => {NODE}.disconnectInput({NODE}.inputs.findIndex((input) => input.name === 'ring'))"
+    editor.page.evaluate(unlink)
+    wait_for_words(editor, "cfg=2")
+
+
+def height(editor: EditorPage) -> float:
+    return editor.page.evaluate(f"() => {NODE}.size[1]")
+
+
+def test_its_picture_is_no_value_of_the_node_and_its_height_stays_when_it_is_opened_again(editor: EditorPage) -> None:
+    put_down(editor, ranks=8)
+    wait_for_words(editor, "SD3 (MMDiT): cfg=2 ulysses=4")
+    editor.page.wait_for_function(f"() => {NODE}.meshPicture.height > 100")
+    workflow, before = saved(editor), height(editor)
+    (node,) = workflow["nodes"]
+    assert len(node["widgets_values"]) == len(AS_PUT_DOWN)
+    for _ in range(2):
+        editor.load_workflow(saved(editor))
+        wait_for_words(editor, "SD3 (MMDiT): cfg=2 ulysses=4")
+        editor.page.wait_for_function(f"() => {NODE}.meshPicture.height > 100")
+        assert height(editor) == pytest.approx(before, abs=2)
+
+
+def test_advanced_inputs_are_out_of_sight_until_they_are_asked_for(open_editor: OpenEditor) -> None:
+    editor = open_editor("classic")
+    put_down(editor, ranks=2)
+    wait_for_words(editor, "cfg=2")
+    seen = f"() => {NODE}.widgets.filter((w) => !w.hidden).map((w) => w.name)"
+    assert editor.page.evaluate(seen) == ["ranks", "method", "dtype", "mesh_picture"]
+    low = height(editor)
+    editor.page.get_by_role("button", name="Show advanced inputs").click()
+    assert (
+        editor.page.evaluate(seen)[:-1] == list(editor.page.evaluate(f"() => {NODE}.widgets.map((w) => w.name)"))[:-1]
+    )
+    assert height(editor) > low + 300
+    editor.load_workflow(saved(editor))
+    editor.page.get_by_role("button", name="Hide advanced inputs").click()
+    assert len(editor.page.evaluate(seen)) == 4 and height(editor) == pytest.approx(low, abs=2)
+    editor = open_editor("nodes2")
+    put_down(editor, ranks=2)
+    wait_for_words(editor, "cfg=2")
+    node = editor.page.locator("[data-node-id]")
+    assert "method" in node.inner_text() and "warmup_steps" not in node.inner_text()
+    assert node.get_by_role("button", name="advanced inputs").count() == 1  # the editor's own
+    node.get_by_test_id("advanced-inputs-button").click()
+    node.get_by_text("warmup_steps").wait_for()
+
+
+DRAW = """async ([count, axes, more]) => {
+    const { meshPicture } = await import("/extensions/parallel-mmdit/mesh_picture.js");
+    const ranks = Array.from({ length: count }, (_, rank) => ({ rank, label: String(rank), fill: null, ...more }));
+    const svg = meshPicture(ranks, axes);
+    document.body.append(svg);
+    const words = [...svg.querySelectorAll("text")].map((text) => text.textContent);
+    const outside = [...svg.querySelectorAll("text, rect")].map((part) => part.getBoundingClientRect());
+    const all = svg.getBoundingClientRect();
+    svg.remove();
+    const isIn = (r) => r.left >= all.left - 1 && r.right <= all.right + 1 && r.top >= all.top - 1 && r.bottom <= all.bottom + 1;
+    return { words, within: outside.every(isIn), width: all.width };
+}"""
+
+
+def test_pictures_of_any_mesh_keep_within_themselves_and_fold_what_is_many(open_editor: OpenEditor) -> None:
+    page = open_editor("classic").page
+
+    def drawn(count: int, more: dict[str, Any] | None = None, **degrees: int) -> list[str]:
+        axes = [{"name": name, "size": size} for name, size in degrees.items()]
+        answer = page.evaluate(DRAW, [count, axes, more or {}])
+        assert answer["within"] and answer["width"] <= 420, (count, degrees, answer)
+        return answer["words"]
+
+    assert drawn(1) == ["0"]
+    assert drawn(3) == ["0", "1", "2"]  # of axes that are not known
+    assert drawn(2, pp=2) == ["pp: stages 0..1", "0", "1"]
+    nested = drawn(8, {"detail": "1.2 of 80 GiB", "fill": 0.5}, cfg=2, ring=2, ulysses=2)
+    assert nested[:2] == ["cfg: cond", "ring 0 · ulysses 0..1"] and nested.count("1.2 of 80 GiB") == 8
+    many = drawn(256, dp=8, cfg=2, ulysses=16)
+    assert many[-1] == "x 8 (dp 8)" and len([word for word in many if word.isdigit()]) == 32
+    long = drawn(128, ulysses=128)
+    assert long[0] == "ulysses 0..127" and long[-1] == "+ 112"
+
+
+@pytest.mark.parametrize(("words", "place"), [("gpu", 3), ("parallel", 6), ("mesh config", 1), ("mesh", 3)])
+def test_the_search_finds_it(words: str, place: int, open_editor: OpenEditor) -> None:
+    page = open_editor("classic").page
+    page.mouse.dblclick(700, 450)
+    page.keyboard.type(words)
+    found = page.get_by_role("option")
+    found.filter(has_text="Parallel GPUs (Mesh Config)").first.wait_for()
+    listed = [option.split("\n")[0] for option in found.all_inner_texts()]
+    assert "Parallel GPUs (Mesh Config)" in listed[:place], listed[:place]

@@ -15,19 +15,22 @@ export function foldAdvanced(node) {
   }
 }
 
-/** A button that shows and hides them; null where the core doesn't tell which they are. */
-export function advancedButton(node) {
-  if (advancedOf(node).length === 0) return null;
+/** Buttons that show and hide them: one, or none where the core doesn't tell which they are. */
+export function advancedButtons(node) {
+  if (advancedOf(node).length === 0) return [];
   const button = document.createElement("button");
   button.className = "parallel-mmdit-advanced";
-  const say = () => (button.textContent = node.showAdvanced ? "Hide advanced inputs" : "Show advanced inputs");
+  button.textContent = words(node);
   button.addEventListener("click", () => {
     node.showAdvanced = !node.showAdvanced;
-    say();
+    button.textContent = words(node);
     fit(node);
   });
-  say();
-  return button;
+  return [button];
+}
+
+function words(node) {
+  return node.showAdvanced ? "Hide advanced inputs" : "Show advanced inputs";
 }
 
 /** As high as what is seen of the node, and `room` px. */

@@ -1,7 +1,7 @@
 // Mesh Config: a picture of the mesh below its inputs, and values of older workflow files at their new places.
 import { app } from "/scripts/app.js";
 import { api } from "/scripts/api.js";
-import { advancedButton, fit, foldAdvanced } from "./advanced_inputs.js";
+import { advancedButtons, fit, foldAdvanced } from "./advanced_inputs.js";
 import { meshPicture } from "./mesh_picture.js";
 import { inOrderOf, isOfFirstOrder, sayOrder, valued } from "./mesh_values.js";
 
@@ -10,7 +10,7 @@ const PICTURE = "mesh_picture";
 const WAIT = 150; // ms after the last change
 const KINDS = { mmdit: "SD3 (MMDiT)", unet: "SDXL (UNet)" };
 const STYLE =
-  "display: flex; flex-direction: column; gap: 4px; padding: 2px 0; font: 11px/1.35 sans-serif; color: var(--input-text, #ddd);" +
+  "display: flex; flex-direction: column; gap: 4px; font: 11px/1.35 sans-serif; color: var(--input-text, #ddd);" +
   " overflow-wrap: anywhere;";
 
 function after(original, more) {
@@ -48,8 +48,7 @@ function addPicture() {
   const shown = document.createElement("div");
   shown.style.cssText = STYLE;
   place.append(shown);
-  const picture = { shown, height: 0, timer: 0, asked: 0, button: advancedButton(this) };
-  if (picture.button) shown.append(picture.button);
+  const picture = { shown, height: 0, timer: 0, asked: 0 };
   const height = () => picture.height;
   const options = { serialize: false, hideOnZoom: false, getMinHeight: height, getMaxHeight: height };
   picture.widget = this.addDOMWidget(PICTURE, PICTURE, place, options);
@@ -62,13 +61,14 @@ function addPicture() {
   fit(this);
 }
 
-/** As much room as what is shown needs, from the node's end. */
+/** As much of the node's height as what is shown needs; what the person has given it beyond stays. */
 function take(node, picture) {
   const needed = picture.shown.offsetHeight;
   if (!needed || needed === picture.height) return; // out of sight it has no height
-  const room = node.size[1] - node.computeSize()[1];
+  const isFirst = picture.height === 0; // of a node that was saved with its height
+  const before = node.computeSize()[1];
   picture.height = needed;
-  fit(node, Math.max(0, room)); // what the person has given it beyond stays
+  fit(node, Math.max(0, node.size[1] - (isFirst ? node.computeSize()[1] : before)));
 }
 
 function forget() {
@@ -88,7 +88,7 @@ async function draw(node, picture) {
   const answer = linked.length > 0 ? null : await meshOf(node);
   if (asked !== picture.asked) return; // asked again meanwhile
   const parts = answer ? told(answer) : [line(`The mesh is known when it runs: a link gives ${linked.join(", ")}.`)];
-  picture.shown.replaceChildren(...parts, ...(picture.button ? [picture.button] : []));
+  picture.shown.replaceChildren(...parts, ...advancedButtons(node));
 }
 
 async function meshOf(node) {
