@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import Any
 
 import msgspec
 
@@ -12,11 +13,12 @@ from ..version import __version__
 
 
 class StateBoard:
-    def __init__(self, name: str, welcome: Welcome, restarts: int = 0) -> None:
+    def __init__(self, name: str, welcome: Welcome, **known: Any) -> None:
+        """`known` are fields of BackendState."""
         self.welcome = welcome
         self._started = time.monotonic()
         self._lock = threading.Lock()
-        self._latest = BackendState(__version__, welcome.generation, name, restarts=restarts)
+        self._latest = BackendState(__version__, welcome.generation, name, **known)
 
     def snapshot(self, queued: int) -> BackendState:
         return msgspec.structs.replace(self._latest, uptime=time.monotonic() - self._started, queued=queued)
