@@ -40,7 +40,7 @@ def test_a_samplings_steps_rise_and_its_cost_stays(backend2: Backend, model: Rem
         next(state for state in states if state.job == jobs[-1])
     )
     last = states[-1]
-    assert last.job is None and last.idle >= 0 and last.last is not None
+    assert last.job is None and last.quiet >= 0 and last.last is not None
     assert (last.last.kind, last.last.steps, last.last.model) == ("Sample", 40, "sd3.5-large.safetensors")
     assert last.last.sent_bytes > 0 and 0 <= (last.last.waited or 0) < last.last.seconds
     assert "last Sample: sd3.5-large.safetensors, 40 steps in" in describe(last)
