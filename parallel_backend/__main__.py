@@ -281,7 +281,8 @@ def _running(state: BackendState) -> str:
         return "idle"
     reached = f", {job.what or 'step'} {job.done} of {job.total}" if job.total else ""
     step = "" if job.step_seconds is None else f", {job.step_seconds:.3f} s a step"
-    return f"runs {job.kind} {job.model}".rstrip() + f" of client {job.client} for {job.seconds:.0f} s{reached}{step}"
+    of = f" of {job.client}" if job.client else ""
+    return f"runs {job.kind} {job.model}".rstrip() + f"{of} for {job.seconds:.0f} s{reached}{step}"
 
 
 def _last(state: BackendState) -> list[str]:

@@ -256,7 +256,7 @@ class Rank:
             self.pulse.begin(kind, cancelled, COMPILING_SECONDS if is_compiled(header.body) else STILL_SECONDS)
             label = queued.label if queued is not None else str(header.job)
             if board is not None:
-                board.begin(kind, self._file_of(header.body), label)
+                board.begin(kind, self._file_of(header.body), queued.sender if queued is not None else "")
             level = logging.DEBUG if kind == Forward.__name__ else logging.INFO  # many in a row, one after each step
             log.log(level, "job %s: %s begins", label, kind)
             body, given = self.engine.handle(header, tensors, job)
@@ -282,14 +282,9 @@ class Rank:
         """The name of the file that a job works with; empty where it has none."""
         if isinstance(body, (LoadModel, LoadVAE, LoadControl)):
             return Path(body.paths[0] if isinstance(body, LoadVAE) else body.path).name
-        held = (
-            body.vae
-            if isinstance(body, (Decode, Encode))
-            else body.model
-            if isinstance(body, (Sample, Forward))
-            else ""
-        )
-        resident = self.engine.residents.get(held)
+        if not isinstance(body, (Sample, Forward, Decode, Encode)):
+            return ""
+        resident = self.engine.residents.get(body.vae if isinstance(body, (Decode, Encode)) else body.model)
         return "" if resident is None else resident.state.name
 
     def _take_over(self, settings: Adjust) -> None:

@@ -399,7 +399,7 @@ class JobState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The job that runs, and how far it is.
 
     Args:
-        kind: its request's. model: its file's name; empty where it has none. client: as the logs name it.
+        kind: its request's. model: its file's name; empty where it has none. client: its name, empty for the backend's own.
         done, total: steps, or of what Progress told last in the words `what`; a total of 0 is not known.
         seconds: since it began. step_seconds: between steps, once there were two.
     """

@@ -31,6 +31,10 @@ class Clients:
         for connection in gone:
             del self._known[connection]
 
+    def name(self, connection: bytes) -> str:
+        """Empty where it has said no Hello."""
+        return self._known[connection][0].client if connection in self._known else ""
+
     def names(self) -> list[str]:
         """Each process once."""
         return list(dict.fromkeys(hello.client for hello, _ in self._known.values()))

@@ -177,7 +177,8 @@ class SocketServer(threading.Thread):
                 self._see_ends()  # of a connection whose socket had the number that this one's has now
                 self._clients.note(client, header.body, client_frame.get(zmq.SRCFD))
                 self._board.note(clients=self._clients.names())
-            if reply := self._take(QueuedJob(client, header.job, buffers), header.body, router):
+            job = QueuedJob(client, header.job, buffers, self._clients.name(client))
+            if reply := self._take(job, header.body, router):
                 self._answer(router, client, number, reply)
             elif keys := [meta.key for meta in header.tensors if meta.key is not None]:
                 self._free(self._sent_keys.note(client, keys))
