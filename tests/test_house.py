@@ -91,6 +91,8 @@ KNOWN_TO_NODES = {
     "rpc",
     "checkpoint_files",
     "demo",
+    "doctor",
+    "version",
     "workflow_files",
     "quantized",
 }

@@ -343,3 +343,27 @@ def start_lock(name: str, waiting: Waiting) -> Iterator[None]:
                 waiting(time.monotonic() - begun, "another process starts it")
                 time.sleep(0.25)
         yield
+
+
+def starting() -> dict[str, str]:
+    """What the ranks of each backend are at that a process, this or another, is starting or restarting now, by its name."""
+    found = {}
+    for lock in files.runtime_root().glob("*/lock"):
+        name = lock.parent.name
+        with suppress(StartError, OSError):
+            if _is_held(lock) and files.read_record(name) is None:
+                at = files.stages(name, lock.stat().st_mtime).values()
+                found[name] = f"{len(at)} ranks are {min(at, key=files.STAGES.index)}" if at else "importing torch"
+    return found
+
+
+def _is_held(path: Path) -> bool:
+    """Whether a process is inside `start_lock`. Asked for a moment it is shared, and a starter that comes just then tries again."""
+    import fcntl
+
+    with path.open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

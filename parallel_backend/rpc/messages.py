@@ -400,7 +400,7 @@ class JobState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Args:
         kind: its request's. model: its file's name; empty where it has none. client: its name, empty for the backend's own.
-        done, total: steps, or of what Progress told last in the words `what`; a total of 0 is not known.
+        done, total, unit: steps, or of what Progress told last in the words `what`; a total of 0 is not known.
         seconds: since it began. step_seconds: between steps, once there were two.
     """
 
@@ -410,6 +410,7 @@ class JobState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     what: str = ""
     done: int = 0
     total: int = 0
+    unit: str = ""
     seconds: float = 0.0
     step_seconds: float | None = None
 
