@@ -14,7 +14,7 @@ from ..parallel_backend import Backend, MeshSpec
 from ..parallel_backend.client.cards import seen
 from ..parallel_backend.client.gpu_environment import difference
 from ..parallel_backend.config import AUTO, MMDIT_REST, UNET_REST, BackendSpec
-from ..parallel_backend.errors import ConfigError
+from ..parallel_backend.errors import BackendInUseError, ConfigError
 from ..parallel_backend.mesh_choice.choice import default_mesh
 from ..parallel_backend.mesh_choice.displaced import can_displace, displaced_mesh
 from ..parallel_backend.rpc.messages import ModelKind
@@ -37,10 +37,12 @@ def optional_mesh(what: str) -> Any:
 class ParallelMesh:
     """Immutable but for the connection, which is made at first use and kept as long as ComfyUI keeps this.
 
-    `attached` are the connections that ComfyUI, or what it keeps of their models, still has.
+    `attached` are the connections that ComfyUI, or what it keeps of their models, still has. `refused`: by name of the backend,
+    what was asked for last of one that is otherwise and in use, until it is there.
     """
 
     attached: ClassVar[WeakSet[Backend]] = WeakSet()
+    refused: ClassVar[dict[str, BackendSpec]] = {}
 
     def __init__(
         self,
@@ -99,15 +101,29 @@ class ParallelMesh:
     def backend(self) -> Backend:
         """The running backend, or one started now; an interrupt in ComfyUI ends the wait.
 
-        Raises: ConfigError, StartError, BackendLostError.
+        Raises: ConfigError, StartError, BackendLostError, BackendInUseError.
         """
-        if self._backend is None and self.spec.address:
-            self._backend = Backend.attach_remote(self.spec.address, self.spec.keys, self.spec.world_size)
-        if self._backend is None:
+        try:
+            backend = self._connected()
+        except BackendInUseError:
+            self.refused[self.spec.name] = self.spec
+            raise
+        self.refused.pop(self.spec.name, None)
+        self.attached.add(backend)
+        return backend
 
-            def waiting(seconds: float) -> None:
+    def _connected(self) -> Backend:
+        if self._backend is not None:
+            # Another workflow may have had it restarted, or have given it another budget.
+            self._backend.follow_restarts(mm.processing_interrupted)
+            self._backend.adjust()
+        elif self.spec.address:
+            self._backend = Backend.attach_remote(self.spec.address, self.spec.keys, self.spec.world_size)
+        else:
+
+            def waiting(seconds: float, what: str) -> None:
                 mm.throw_exception_if_processing_interrupted()
-                say(f"starting backend {self.spec.name!r}: {self.spec.world_size} ranks, {seconds:.0f} s")
+                say(f"starting backend {self.spec.name!r}: {self.spec.world_size} ranks: {what}, {seconds:.0f} s")
 
             self._backend = Backend.attach_or_start(
                 self.spec.world_size,
@@ -118,7 +134,6 @@ class ParallelMesh:
                 memory_budget=self.spec.memory_budget,
                 waiting=waiting,
             )
-        self.attached.add(self._backend)
         return self._backend
 
     def places(self) -> list[str]:

@@ -14,6 +14,7 @@ import msgspec
 from .client import launcher
 from .client.backend import Backend
 from .client.cards import choose_ranks, seen
+from .client.ending import end
 from .client.names import DEFAULT, backend_name, meant
 from .config import DEFAULT_IDLE_SECONDS, BackendSpec, Hosts, ServeSpec, gpu_numbers
 from .demo.trained import add_choice, chosen
@@ -156,16 +157,21 @@ def _serve(args: argparse.Namespace) -> int:
     serve = ServeSpec(models, args.listen, keys, args.metrics_port, hosts)
     if args.detach and hosts.count > 1:
         raise ConfigError("--detach is for one host.", "Leave it out, and run serve below nohup or a service manager.")
-    if (launcher.find(spec) if hosts.count == 1 else runtime_dir.read_record(spec.name)) is not None:
+    runs = launcher.find(spec, _to_stderr) if hosts.count == 1 else runtime_dir.read_record(spec.name)
+    if runs is not None:
         print(f"Backend {name!r} runs already.")
         return 0
     if args.detach:
-        record = launcher.attach_or_start(spec, serve=serve)
+        record = launcher.attach_or_start(spec, serve=serve, tell=_to_stderr)
         print(f"Backend {name!r} is ready: {record.world_size} ranks on {record.device}, process {record.agent_pid}.")
         return 0
     if hosts.count > 1:
         return launcher.supervise(spec, serve)
     return launcher.run(spec, serve)
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _whole(path: str) -> str:
@@ -216,10 +222,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _stop(args: argparse.Namespace) -> int:
     name = meant(args.name)
-    record = runtime_dir.read_record(name)
-    if record is not None and record.version == __version__:
-        Backend.attach(name).stop()
-    elif not launcher.end(name):
+    if not end(name):
         raise StartError(f"No backend {name!r} runs.", "There is nothing to stop.")
     print(f"Backend {name!r} has stopped.")
     return 0
@@ -255,6 +258,8 @@ def describe(state: BackendState) -> str:
         f"{state.cached_tensors} prompts' tensors kept ({state.cached_bytes / 2**20:.1f} MiB)",
         *_last(state),
         f"since the start: {state.restarts} restarts, {state.refused} messages refused",
+        f"clients: {', '.join(state.clients) or 'none'}; models leave after {state.idle_seconds / 60:g} min without work; "
+        f"memory budget: {f'{state.memory_budget / 2**20:.0f} MiB a rank' if state.memory_budget else 'none'}",
         f"{'rank':>4}  {'host':<16} {'pid':>8}  {'device':<8} {'used MiB':>9} {'free MiB':>9} {'all MiB':>9}  name",
     ]
     for r in state.ranks:
@@ -276,7 +281,8 @@ def _running(state: BackendState) -> str:
         return "idle"
     reached = f", {job.what or 'step'} {job.done} of {job.total}" if job.total else ""
     step = "" if job.step_seconds is None else f", {job.step_seconds:.3f} s a step"
-    return f"runs {job.kind} {job.model}".rstrip() + f" of client {job.client} for {job.seconds:.0f} s{reached}{step}"
+    of = f" of {job.client}" if job.client else ""
+    return f"runs {job.kind} {job.model}".rstrip() + f"{of} for {job.seconds:.0f} s{reached}{step}"
 
 
 def _last(state: BackendState) -> list[str]:

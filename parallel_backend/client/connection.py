@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import socket
 import threading
 import time
 import uuid
@@ -29,6 +29,7 @@ from ..rpc import runtime_dir as files
 from ..rpc.headers import ReplyHeader, RequestHeader
 from ..rpc.messages import (
     FINAL_REPLIES,
+    Adjust,
     BackendState,
     Cancel,
     Failed,
@@ -50,6 +51,7 @@ from ..rpc.messages import (
     Welcome,
 )
 from ..rpc.wire import pack, unpack
+from .asking import own_hello
 from .places import RECONNECT_SECONDS, Place
 from .sent_tensors import Attachment, SentTensors
 from .shared_area import SharedArea
@@ -61,7 +63,7 @@ PING_SECONDS = 2.0
 # A backend that computes answers pings all the same; its other ranks end a stopped one sooner than this.
 SILENT_SECONDS = 20.0
 CONTROL_SECONDS = 10.0
-CONTROL = (Hello, Status, Cancel, Stop)
+CONTROL = (Hello, Status, Cancel, Stop, Adjust)
 # Once whole, once by the socket, in whatever order the ranks find what they lack.
 RESENDS = 2
 # A backend that has ended is not started for these.
@@ -89,7 +91,14 @@ class Connection:
         self._lost = False
         # Whether a request is under way; who holds the lock and finds so is one of its callbacks.
         self.asking = False
-        self._connect(record)
+        try:
+            self._connect(record)
+        except BackendLostError:
+            if not place.asks:
+                raise
+            self._lost = True  # it fell, or was ended for another process, as soon as it was found
+            self.follow_restarts()
+        self.adjust()
 
     @property
     def generation(self) -> str:
@@ -108,6 +117,33 @@ class Connection:
                 self._socket.close(linger=GOODBYE_MS)
                 self._socket = None
                 self._close_area()
+
+    def adjust(self) -> None:
+        """The backend has the idle time and memory budget that were asked for; where it had others, `taken_notes` says so.
+
+        One that is taken as it is keeps its own.
+        """
+        if not self._place.asks:
+            return
+        wanted = Adjust(self.spec.idle_seconds, self.spec.memory_budget)
+        before, _ = self.request(wanted)
+        assert isinstance(before, BackendState)
+        changes = []
+        if before.memory_budget != wanted.memory_budget:
+            budgets = [
+                f"{b / 2**20:.0f} MiB a rank" if b else "none" for b in (wanted.memory_budget, before.memory_budget)
+            ]
+            changes.append("memory budget {} (was {})".format(*budgets))
+        if before.idle_seconds != wanted.idle_seconds:
+            changes.append(f"idle time {wanted.idle_seconds / 60:g} min (was {before.idle_seconds / 60:g})")
+        if changes:
+            self._place.notes.append(f"Backend {self.spec.name!r} has taken over: {', '.join(changes)}.")
+
+    def taken_notes(self) -> str:
+        """What its user should know of how the backend came to be as it is, told once; empty where there is nothing."""
+        notes = "\n".join(self._place.notes)
+        self._place.notes.clear()
+        return notes
 
     def status(self, should_cancel: Callable[[], bool] | None = None) -> BackendState:
         reply, _ = self.request(Status(), should_cancel=should_cancel)
@@ -264,7 +300,10 @@ class Connection:
         self._place.connect(self._socket, record)
         self.record = record
         self._sent.forget()
-        reply, _ = self._exchange(Hello(f"pid {os.getpid()}"), (), None, None)
+        hello = own_hello()
+        if self.spec.address:
+            hello = Hello(f"{hello.client} on {socket.gethostname()}", hello.machine)
+        reply, _ = self._exchange(hello, (), None, None)
         met = self._place.met(record, reply) if isinstance(reply, Welcome) else None
         if met is None:
             raise ProtocolError("Another backend answered than the runtime folder names.", "Run the prompt again.")
@@ -273,17 +312,24 @@ class Connection:
     def follow_restarts(self, should_cancel: Callable[[], bool] | None = None, *, start: bool = True) -> None:
         """Between requests: follow the backend to its next generation, or start it anew if it has ended.
 
-        Raises: CancelledError; StartError: it has ended, and is not to be started.
+        Where it is another than was asked for, it is restarted if nobody else works with it, unless `start` is False.
+
+        Raises: CancelledError; StartError: it has ended, and is not to be started; BackendInUseError.
         """
         deadline = time.monotonic() + RECONNECT_SECONDS
 
-        def waiting(_: float) -> None:
+        def waiting(_: float, __: str) -> None:
             if should_cancel is not None and should_cancel():
                 raise CancelledError("The job was cancelled.")
 
         while True:
             record = self._place.current() or (self.record if self.spec.address else None)
-            if record is not None and record.generation == self.record.generation and not self._lost:
+            if (
+                record is not None
+                and record.generation == self.record.generation
+                and not self._lost
+                and (not start or self._place.fits(record))
+            ):
                 return
             try:
                 self._connect(self._place.next(self.record, waiting, start))

@@ -39,6 +39,7 @@ from ..models.vae import BandVAE
 from ..models.vae_checkpoint import open_vae
 from ..rpc.headers import RequestHeader
 from ..rpc.messages import (
+    Adjust,
     Decode,
     Done,
     Encode,
@@ -137,6 +138,7 @@ class Engine:
             Encode: self._encode,
             Unload: self._unload,
             Forget: self._forget,
+            Adjust: self._adjust,
         }
 
     @property
@@ -382,6 +384,10 @@ class Engine:
     def _forget(self, body: Forget, _: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         self.kept_tensors.forget(body.keys)
         self.shared_tensors.forget()
+        return Done(), []
+
+    def _adjust(self, body: Adjust, _: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
+        self.residents.keep_within(body.memory_budget, job.control)
         return Done(), []
 
     # -- computing ----------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Every message, as typed structs. Fields of type `TensorIndex` point into the frames that follow the header.
 
 Requests that compute are run by all ranks, one after the other. Hello, Status, Cancel, Ping, Goodbye and Stop are answered
-by rank 0 at once, also while a job runs.
+by rank 0 at once, also while a job runs; so are Adjust, whose budget the ranks take over after the jobs that wait, and StopUnused.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from ..config import MeshSpec, SamplerSpec
+from ..config import BackendSpec, MeshSpec, SamplerSpec
 
 TensorIndex: TypeAlias = int
 ModelKind: TypeAlias = Literal["any", "mmdit", "unet"]
@@ -23,7 +23,10 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True)
 
 
 class Hello(Message, frozen=True):
+    """`client` is a name that a person can find, `machine` tells processes of one number apart."""
+
     client: str
+    machine: str = ""
 
 
 class LoadModel(Message, frozen=True):
@@ -233,6 +236,29 @@ class Stop(Message, frozen=True):
     pass
 
 
+class StopUnused(Message, frozen=True):
+    """A Stop where nothing runs or waits and nobody else is connected; else nothing, and the answer is a BackendState.
+
+    `client`, `machine`: the asker's, as in its Hello.
+    """
+
+    client: str
+    machine: str
+
+
+class Adjust(Message, frozen=True):
+    """Another idle time and memory budget from now on; answered by the BackendState of before.
+
+    Models beyond the new budget leave at once, the least recently used first.
+    """
+
+    idle_seconds: float
+    memory_budget: int
+
+    def __post_init__(self) -> None:
+        BackendSpec(idle_seconds=self.idle_seconds, memory_budget=self.memory_budget)  # its checks
+
+
 class Welcome(Message, frozen=True):
     generation: str
     world_size: int
@@ -373,8 +399,8 @@ class JobState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The job that runs, and how far it is.
 
     Args:
-        kind: its request's. model: its file's name; empty where it has none. client: as the logs name it.
-        done, total: steps, or of what Progress told last in the words `what`; a total of 0 is not known.
+        kind: its request's. model: its file's name; empty where it has none. client: its name, empty for the backend's own.
+        done, total, unit: steps, or of what Progress told last in the words `what`; a total of 0 is not known.
         seconds: since it began. step_seconds: between steps, once there were two.
     """
 
@@ -384,6 +410,7 @@ class JobState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     what: str = ""
     done: int = 0
     total: int = 0
+    unit: str = ""
     seconds: float = 0.0
     step_seconds: float | None = None
 
@@ -402,8 +429,9 @@ class JobCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class BackendState(Message, frozen=True):
     """What a backend is, holds and does.
 
-    `restarts`: how often torchrun has started its ranks anew. `refused`: messages that could not be read. `idle`: seconds without
-    a job. `job` is the one that runs, `last` what the last sampling cost. Models stand in the order of their use, the latest last.
+    `restarts`: how often torchrun has started its ranks anew. `refused`: messages that could not be read. `clients`: who is
+    connected, by name. `memory_budget`: bytes on a rank, 0 for none. `quiet`: seconds since its last job. `job` is the one that
+    runs, `last` what the last sampling cost. Models stand in the order of their use, the latest last.
     """
 
     version: str
@@ -420,7 +448,10 @@ class BackendState(Message, frozen=True):
     cached_bytes: int = 0
     restarts: int = 0
     refused: int = 0
-    idle: float = 0.0
+    clients: list[str] = []
+    idle_seconds: float = 0.0
+    memory_budget: int = 0
+    quiet: float = 0.0
     job: JobState | None = None
     last: JobCost | None = None
 
@@ -442,6 +473,8 @@ Request: TypeAlias = (
     | Ping
     | Goodbye
     | Stop
+    | StopUnused
+    | Adjust
 )
 Reply: TypeAlias = Welcome | Pong | Progress | StepDone | Loaded | Result | Done | Failed | BackendState
 FINAL_REPLIES = (Welcome, Pong, Loaded, Result, Done, Failed, BackendState)
