@@ -127,8 +127,8 @@ class Everywhere:
                 return None
             patcher, report = parallel_model(default_mesh(), kind, path, options=options)
         except (CheckpointError, UnsupportedError) as error:
-            self._local[path.name] = str(error)
-            say(f"{path.name} stays local: {error}", log=True)
+            self._local[path.name] = error.brief
+            say(f"{path.name} stays local: {error.brief}", log=True)
             return None
         self._parallel.add(path.name)
         say(report, log=True)

@@ -14,6 +14,9 @@ RELOAD = (
     "The weights live in the backend. Remove that node and free the models and node cache, or use ComfyUI's own loader."
 )
 
+# In a sentence; a MODEL with more on it has the rest of them in the details.
+_TOLD = 6
+
 
 def module_of(made: Any) -> str:
     """The module of a class or function, a pack's by its folder: ComfyUI loads those under their whole path."""
@@ -29,4 +32,5 @@ def refuse(found: Iterator[str], where: str, remedy: str) -> None:
     """Raises UnsupportedError that names everything in `found`; nothing where it is empty."""
     names = list(found)
     if names:
-        raise UnsupportedError(f"{where} can't honour {'; '.join(names)}.", remedy)
+        told = "; ".join(names[:_TOLD]) + (f"; and {len(names) - _TOLD} more" if len(names) > _TOLD else "")
+        raise UnsupportedError(f"{where} can't honour {told}.", remedy, "\n".join(names[_TOLD:]))

@@ -59,7 +59,7 @@ class Backend(Connection):
 
         Raises:
             ConfigError: one of that name runs with other ranks.
-            StartError: it did not come up; the message has the end of its log.
+            StartError: it did not come up; the details have the end of its log.
         """
         here = seen(device)
         ranks = choose_ranks(here, device, world_size, devices)

@@ -85,7 +85,7 @@ def attach_or_start(
 
     Args:
         waiting: called about four times a second with the seconds passed; what it raises ends the wait.
-    Raises: StartError: it did not come up; the message has the end of its log.
+    Raises: StartError: it did not come up; the details have the end of its log.
     """
     with _start_lock(spec.name, waiting):
         return find(spec) or _restarted(spec, waiting) or wait_ready(spec, start(spec, serve, stays=True), waiting)
@@ -149,9 +149,9 @@ def _restarted(spec: BackendSpec, waiting: Waiting) -> BackendRecord | None:
         passed = time.monotonic() - begun
         if passed > START_SECONDS:
             raise StartError(
-                f"Backend {spec.name!r} has been starting its ranks anew for {passed:.0f} s. Its log ends:\n"
-                f"{files.log_tail(spec.name)}",
+                f"Backend {spec.name!r} has been starting its ranks anew for {passed:.0f} s.",
                 f"End it with `python -m parallel_backend stop --name {spec.name}`.",
+                _log_end(spec.name),
             )
         waiting(passed)
         time.sleep(0.25)
@@ -321,11 +321,14 @@ def wait_ready(spec: BackendSpec, process: subprocess.Popen[bytes], waiting: Wai
 
 
 def _start_error(spec: BackendSpec, what: str) -> StartError:
-    words = files.log_tail(spec.name)
+    log = files.runtime_dir(spec.name) / "backend.log"
     return StartError(
-        f"Backend {spec.name!r} {what}. Its log ends:\n{words}",
-        f"The whole log is {files.runtime_dir(spec.name) / 'backend.log'}.",
+        f"Backend {spec.name!r} {what}.", f"Its log is {log}; how it ends stands below.", _log_end(spec.name)
     )
+
+
+def _log_end(name: str) -> str:
+    return f"Its log ends:\n{files.log_tail(name)}"
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
