@@ -25,9 +25,10 @@ from .hung.displaced_steps import Displaced, displaced_of
 from .hung.known_functions import closed_over
 from .hung.loop import Loop, read_loop
 from .hung.refusal import refuse
-from .node_text import say
+from .node_text import own_text, say
 
 
+@own_text()
 def sample_in_backend(
     executor: WrapperExecutor,
     noise: Tensor,
