@@ -23,7 +23,7 @@ from .core_memory import interruptible
 from .hung.controlnet import take_over
 from .hung.displaced_steps import Displaced, displaced_of
 from .hung.known_functions import closed_over
-from .hung.loop import Loop, read_loop
+from .hung.loop import Loop, backends_own, read_loop
 from .hung.refusal import refuse
 from .node_text import own_text, say
 
@@ -51,7 +51,14 @@ def sample_in_backend(
     loop = read_loop(guider, noise, latent_image, sampler, sigmas, denoise_mask, seed)
     if isinstance(loop, list):
         if displaced is not None:
-            refuse(iter(loop), "Displaced steps", "Leave Displaced Steps out, or what is named here.")
+            off = "Leave Displaced Steps out (on Parallel Sampler: turn displaced off), or what is named here."
+            refuse(iter(loop), "Displaced steps", off)
+        if (name := backends_own(sampler)) is not None:
+            refuse(
+                iter(loop),
+                f"The sampler {name}, which the backend alone has,",
+                "Choose another sampler, or remove what is named here.",
+            )
         why = "\n".join([f"step by step: {'; '.join(loop)}", *(f"ComfyUI computes {name}" for name in local)])
         say(why, log=True)
         out = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **kwargs)
