@@ -19,7 +19,10 @@ from ..parallel_backend.checkpoint_files.header import entries_of
 from ..parallel_backend.checkpoint_files.packed_entries import FORMS, PackedEntry, has_packing, packed_entries
 from ..parallel_backend.checkpoint_files.unet_control_files import is_control_lora, is_difference, is_unet_control
 from ..parallel_backend.errors import CheckpointError, UnsupportedError
+from .hung.refusal import as_sentence
 from .hung.weights import PREFIX
+
+_LOADER = "ComfyUI's Load ControlNet Model"
 
 _MARK = "parallel_mmdit_file"
 
@@ -55,8 +58,8 @@ def remember_files() -> None:
         except Exception as error:
             if (what := _unread_by_core(Path(ckpt_path))) is None:
                 raise
-            path, use = Path(ckpt_path), "use its .safetensors file in half precision, or in fp8."
-            remedy = f"Load it with Load Parallel ControlNet, or {use}" if _is_for_ranks(path) else use.capitalize()
+            path, use = Path(ckpt_path), by_core(Path(ckpt_path))
+            remedy = f"Load it with Load Parallel ControlNet, or {use}" if _is_for_ranks(path) else as_sentence(use)
             raise UnsupportedError(f"{path.name} is {what}, which ComfyUI reads no ControlNet from.", remedy) from error
         leave_file(control, Path(ckpt_path))
         return control
@@ -98,15 +101,15 @@ class InRanksAlone(torch.nn.Module):
 
     dtype = torch.float32
 
-    def __init__(self, file_name: str) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__()
-        self.file_name = file_name
+        self.path = path
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise UnsupportedError(
-            f"{self.file_name} comes from Load Parallel ControlNet, whose weights only the ranks read; here ComfyUI is to compute it: "
+            f"{self.path.name} comes from Load Parallel ControlNet, whose weights only the ranks read; here ComfyUI is to compute it: "
             "the MODEL is not parallel, or its sampler hands ControlNets on in a way of its own.",
-            "Make the MODEL parallel, or load the file with ComfyUI's Load ControlNet Model.",
+            f"Put Parallelize Model before the sampler, or {by_core(self.path)}",
         )
 
 
@@ -116,7 +119,7 @@ def control_in_ranks(path: Path) -> Any:
     Raises: CheckpointError: the file can't be read, or holds no ControlNet.
     """
     if _is_for_ranks(path):
-        network = InRanksAlone(path.name)
+        network = InRanksAlone(path)
         # By the file's name, as core does: nothing in such a file tells it.
         pools = path.stem.endswith(("_shuffle", "_shuffle_fp16"))
         control = comfy.controlnet.ControlNet(network, global_average_pooling=pools, load_device=torch.device("cpu"))
@@ -170,6 +173,13 @@ def has_lost_scales(control: Any) -> bool:
     """Whether ComfyUI holds other weights than its file means: the ranks alone read those as they are meant."""
     mark = _mark(control)
     return mark is not None and mark.lost_scales
+
+
+def by_core(path: Path | None) -> str:
+    """What makes ComfyUI compute the ControlNet of that file itself, as the second half of a remedy."""
+    if path is not None and _unread_by_core(path) is not None:
+        return f"use its .safetensors file in half precision or fp8, with {_LOADER}."
+    return f"load it with {_LOADER}."
 
 
 def _unread_by_core(path: Path) -> str | None:

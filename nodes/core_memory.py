@@ -100,7 +100,7 @@ class WeightsElsewhere(comfy.model_patcher.ModelPatcher):
         except CancelledError:
             return False
         except BackendError as error:
-            say(f"{self.remote.file} did not leave the ranks: {error}", log=True)
+            say(f"{self.remote.file} did not leave the ranks: {error.brief}", log=True)
             return False
         return True
 

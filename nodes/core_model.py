@@ -67,7 +67,11 @@ def base_model(remote: RemoteModel, path: Path) -> BaseModel:
         try:
             model.diffusion_model.load_state_dict(typed, strict=False, assign=True)
         except RuntimeError as error:
-            raise CheckpointError(f"ComfyUI has no network of the sizes in {path.name}.", str(error)[:400]) from error
+            raise CheckpointError(
+                f"ComfyUI has no network of the sizes in {path.name}.",
+                "The file is damaged, or of a model that this ComfyUI doesn't know: update ComfyUI, or download it again.",
+                str(error),
+            ) from error
     make_remote(model.diffusion_model, remote, dtype)
     model.as_made = model.diffusion_model.as_made
     return model

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..parallel_backend.errors import UnsupportedError
+from .family import not_parallel
 from .hung.displaced_steps import USUAL_WARMUP, Displaced, with_displaced
 from .known_to_core import search_aliases
 from .remote_model import RemotePatcher
@@ -54,7 +54,5 @@ class DisplacedSteps(io.ComfyNode):
     def execute(cls, model: ModelPatcher, warmup_steps: int, num_patches: int = 0) -> io.NodeOutput:
         """Raises: UnsupportedError: not a parallel MODEL."""
         if not isinstance(model, RemotePatcher):
-            raise UnsupportedError(
-                "Only a parallel MODEL has displaced steps.", "Put Parallelize Model before this node."
-            )
+            raise not_parallel("Displaced Steps", model, "leave this node out of its wire.")
         return io.NodeOutput(with_displaced(model, Displaced(warmup_steps, num_patches)))

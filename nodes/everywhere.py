@@ -19,7 +19,7 @@ from .family import kind_of_file
 from .load_models import parallel_model
 from .loader_file import leave, left
 from .mesh_config import default_mesh
-from .node_text import say
+from .node_text import own_text, say
 from .remote_model import RemotePatcher
 
 # The setting in the editor (web/everywhere.js has the same), and the variable for servers that nobody sits at.
@@ -118,6 +118,7 @@ class Everywhere:
     def _diffusion_model(self, load: Load, call: inspect.BoundArguments) -> RemotePatcher | None:
         return self._model(call.arguments["unet_path"], call.arguments["model_options"])
 
+    @own_text()
     def _model(self, file: str, options: dict[str, Any]) -> RemotePatcher | None:
         """The file's MODEL on Mesh Config's defaults; None where it is of another family, or of a form that ranks don't know."""
         path = Path(file)
@@ -127,8 +128,8 @@ class Everywhere:
                 return None
             patcher, report = parallel_model(default_mesh(), kind, path, options=options)
         except (CheckpointError, UnsupportedError) as error:
-            self._local[path.name] = str(error)
-            say(f"{path.name} stays local: {error}", log=True)
+            self._local[path.name] = error.brief
+            say(f"{path.name} stays local: {error.brief}", log=True)
             return None
         self._parallel.add(path.name)
         say(report, log=True)

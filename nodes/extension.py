@@ -13,6 +13,7 @@ from .load_checkpoint import LoadParallelCheckpoint
 from .load_controlnet import LoadParallelControlNet
 from .load_models import LoadParallelMMDiT, LoadParallelUNet
 from .mesh_config import MeshConfig
+from .node_text import with_own_text
 from .parallel_sampler import ParallelSampler
 from .parallelize import ParallelizeModel, ParallelizeVAE
 from .patch_parallel_vae import PatchParallelVAE
@@ -21,7 +22,7 @@ from .routes import add_routes
 
 class ParallelMMDiTExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [
+        nodes = [
             MeshConfig,
             ParallelizeModel,
             ParallelizeVAE,
@@ -36,6 +37,7 @@ class ParallelMMDiTExtension(ComfyExtension):
             LoadConditioning,
             DemoCaption,
         ]
+        return [with_own_text(node) for node in nodes]
 
 
 async def comfy_entrypoint() -> ParallelMMDiTExtension:

@@ -8,9 +8,12 @@ from typing import Any
 import comfy.model_base
 import comfy.model_detection
 import comfy.supported_models
+from comfy.model_patcher import ModelPatcher
 
+from ..parallel_backend.errors import UnsupportedError
 from ..parallel_backend.rpc.messages import ModelKind
 from .core_model import meta_state_dict
+from .hung.refusal import as_sentence
 
 # Some tensor of each such file begins like this. ComfyUI's own detection, which reads values of some other families, comes after.
 _MARKS = ("joint_blocks.", "pos_embed.pos_embed", "label_emb.", "add_embedding.")
@@ -26,6 +29,18 @@ def kind_of_model(model: comfy.model_base.BaseModel) -> ModelKind | None:
         comfy.model_base.SDXLRefiner: "unet",
     }
     return kinds.get(type(model))
+
+
+def not_parallel(node: str, model: ModelPatcher, otherwise: str) -> UnsupportedError:
+    """What a node raises that takes parallel MODELs alone.
+
+    Args:
+        otherwise: what is to be done where the MODEL stays as it is: half a sentence.
+    """
+    if kind_of_model(model.model) is None:
+        what = f"{node} needs a parallel MODEL, and one of {type(model.model).__name__} can't be; {NAMES} can."
+        return UnsupportedError(what, as_sentence(otherwise))
+    return UnsupportedError(f"{node} needs a parallel MODEL.", f"Put Parallelize Model before it, or {otherwise}")
 
 
 def kind_of_file(path: Path) -> ModelKind | None:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import ClassVar
 
+from comfy.model_management import InterruptProcessingException
 from comfy_api.feature_flags import supports_feature
+from comfy_api.latest import io
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
+from ..parallel_backend.errors import BackendError, in_a_line
+
 # Either is told by a client that reads text: the first says so, the second is told by editors alone, those of before the first too.
 TOLD_BY_READERS = ("supports_progress_text_metadata", "supports_manager_v4_ui")
+RUNNING, DONE, INTERRUPTED, FAILED = "running", "done", "Interrupted", "Failed: "
 
 
 def say(text: str, *, log: bool = False) -> None:
@@ -24,9 +33,75 @@ def say(text: str, *, log: bool = False) -> None:
     context = get_executing_context()
     if log:
         logging.info("parallel-mmdit%s: %s", f", node {context.node_id}" if context else "", text)
-    if context is None:
+    if context is None or not text:
         return
     server = PromptServer.instance
     client = server.client_id  # None where nobody waits; then ComfyUI would send to everybody
     if client is not None and any(supports_feature(server.sockets_metadata, client, flag) for flag in TOLD_BY_READERS):
+        if (run := _Run.now.get()) is not None:
+            run.has_said = True
+        _Run.with_text.add((client, context.node_id))
         server.send_progress_text(text, context.node_id, client)
+
+
+class _Run:
+    """Of a node, from its begin to its end.
+
+    An editor keeps a node's text until another comes, and takes no empty one: `with_text` are the clients and their nodes that
+    show one.
+    """
+
+    now: ClassVar[ContextVar[_Run | None]] = ContextVar("parallel_mmdit_run", default=None)
+    with_text: ClassVar[set[tuple[str, str]]] = set()
+
+    def __init__(self, node_id: str) -> None:
+        self.node_id, self.has_said = node_id, False
+
+    def begin(self) -> None:
+        server = PromptServer.instance
+        _Run.with_text.intersection_update([shown for shown in _Run.with_text if shown[0] in server.sockets])
+        if self._shows_old():
+            say(RUNNING)
+            self.has_said = False
+
+    def end(self) -> None:
+        if not self.has_said and self._shows_old():
+            say(DONE)
+
+    def _shows_old(self) -> bool:
+        return (PromptServer.instance.client_id, self.node_id) in _Run.with_text
+
+
+@contextmanager
+def own_text() -> Iterator[None]:
+    """The executing node shows what this run of it comes to: nothing of an earlier one, and where it fails, of what.
+
+    For all that a node does, ours or a stock one that meets a parallel MODEL; what is inside of another one changes nothing.
+    """
+    context = get_executing_context()
+    if context is None or _Run.now.get() is not None:
+        yield
+        return
+    run = _Run(context.node_id)
+    token = _Run.now.set(run)
+    try:
+        run.begin()
+        yield
+        run.end()
+    except InterruptProcessingException:
+        say(INTERRUPTED)
+        raise
+    except BackendError as error:
+        say(FAILED + error.brief)
+        raise
+    except Exception as error:
+        say(FAILED + in_a_line(error))
+        raise
+    finally:
+        _Run.now.reset(token)
+
+
+def with_own_text(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
+    """The same node; while it executes, `own_text` holds."""
+    node.execute = classmethod(own_text()(node.execute.__func__))  # type: ignore[method-assign, attr-defined, assignment]
+    return node

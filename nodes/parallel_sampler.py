@@ -12,8 +12,8 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..parallel_backend.config import SAMPLERS
-from ..parallel_backend.errors import UnsupportedError
 from .displaced_steps import displaced_inputs
+from .family import not_parallel
 from .hung.displaced_steps import Displaced, with_displaced
 from .hung.loop import in_backend_alone
 from .known_to_core import known_to, search_aliases
@@ -141,9 +141,6 @@ class ParallelSampler(io.ComfyNode):
         **settings: Any,
     ) -> io.NodeOutput:
         if not isinstance(model, RemotePatcher):
-            raise UnsupportedError(
-                "ParallelSampler needs a parallel MODEL.",
-                "Use KSampler for this one, or put Parallelize Model before it.",
-            )
+            raise not_parallel("Parallel Sampler", model, "use KSampler, with ControlNets from ComfyUI's own loader.")
         parallel = with_displaced(model, Displaced(warmup_steps, num_patches)) if displaced else model
         return io.NodeOutput(sample(parallel, Settings(**settings), positive, negative, latent_image))

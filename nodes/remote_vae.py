@@ -13,7 +13,7 @@ from torch import Tensor
 from ..parallel_backend import RemoteVAE
 from ..parallel_backend.errors import OutOfMemoryError, UnsupportedError
 from .core_memory import WeightsElsewhere, interruptible
-from .node_text import say
+from .node_text import own_text, say
 
 # Of the tiles in which ComfyUI's own VAE goes on where memory is short.
 TILES = "in tiles of 512 x 512, 256 x 1024 and 1024 x 256 pixels that overlap"
@@ -79,6 +79,7 @@ class ParallelVAE(comfy.sd.VAE):
         """As stock's, but a side that is no cell long is left, not cut to nothing: the ranks refuse it by its size."""
         return pixels if min(pixels.shape[1:3]) < self.downscale_ratio else super().vae_encode_crop_pixels(pixels)
 
+    @own_text()
     def decode(self, samples_in: Tensor, vae_options: dict[str, Any] | None = None) -> Tensor:
         if vae_options:
             raise UnsupportedError(f"A parallel VAE has no options {list(vae_options)}.", "Decode without them.")
@@ -87,6 +88,7 @@ class ParallelVAE(comfy.sd.VAE):
         image = self._whole("Decoding", self.remote.decode, samples)
         return self._tiled(self.decode_tiled_, samples).movedim(1, -1) if image is None else image
 
+    @own_text()
     def encode(self, pixel_samples: Tensor) -> Tensor:
         self.patcher.register()
         pixels = self.vae_encode_crop_pixels(pixel_samples)
@@ -113,6 +115,7 @@ class ParallelVAE(comfy.sd.VAE):
             say(note, log=True)
         return out
 
+    @own_text()
     def decode_tiled(  # type: ignore[override]
         self,
         samples: Tensor,
@@ -127,6 +130,7 @@ class ParallelVAE(comfy.sd.VAE):
         given = {k: v for k, v in tiles.items() if v is not None}
         return self._tiled(self.decode_tiled_, samples, **given).movedim(1, -1)
 
+    @own_text()
     def encode_tiled(  # type: ignore[override]
         self,
         pixel_samples: Tensor,

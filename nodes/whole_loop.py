@@ -23,13 +23,14 @@ from .core_memory import interruptible
 from .hung.controlnet import take_over
 from .hung.displaced_steps import Displaced, displaced_of
 from .hung.known_functions import closed_over
-from .hung.loop import Loop, read_loop
+from .hung.loop import Loop, backends_own, read_loop
 from .hung.refusal import refuse
-from .node_text import say
+from .node_text import own_text, say
 
 _EXACT = "Leave out what is named here; or have exact steps: Mesh Config's method exact, no Displaced Steps node."
 
 
+@own_text()
 def sample_in_backend(
     executor: WrapperExecutor,
     noise: Tensor,
@@ -53,6 +54,12 @@ def sample_in_backend(
     if isinstance(loop, list):
         if displaced is not None:
             refuse(iter(loop), "Displaced steps", _EXACT)
+        if (name := backends_own(sampler)) is not None:
+            refuse(
+                iter(loop),
+                f"The sampler {name}, which the backend alone has,",
+                "Choose another sampler, or remove what is named here.",
+            )
         why = "\n".join([f"step by step: {'; '.join(loop)}", *(f"ComfyUI computes {name}" for name in local)])
         say(why, log=True)
         out = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **kwargs)

@@ -18,31 +18,45 @@ BackendError
 ├── BackendLostError     the backend went away in the middle of a request
 └── RankError            a rank failed while it computed; the ranks are restarted
 
-Each carries a `code` (stable, for scripts), a `message` (one sentence, with the values) and a `remedy`.
+Each carries a `code` (stable, for scripts), a `message` (one sentence, with the values), a `remedy`, and perhaps `details`: the
+end of a log, what another library said, long lists. They come last, so that nobody has to read past them to what helps.
 """
 
 from __future__ import annotations
 
+# ComfyUI names an error by its module, which is the whole path of the pack's folder there. In Python, it is where it is imported from.
+_MODULE = __name__ if __name__ == "parallel_backend.errors" else "parallel_mmdit"
 # Characters of another library's error, in a sentence of ours.
 _LONGEST = 200
 
 
 class BackendError(Exception):
-    """Root of the tree; `str()` gives the message and the remedy."""
+    """Root of the tree; `str()` gives the message and the remedy, then the details in a paragraph of their own."""
 
+    __module__ = _MODULE
     code = "backend_error"
 
-    def __init__(self, message: str, remedy: str = "") -> None:
-        super().__init__(message, remedy)
+    def __init__(self, message: str, remedy: str = "", details: str = "") -> None:
+        super().__init__(message, remedy, details)
         self.message = message
         self.remedy = remedy
+        self.details = details
+
+    def __init_subclass__(cls) -> None:
+        if __name__ != _MODULE:
+            cls.__module__ = _MODULE
 
     def __str__(self) -> str:
+        return "\n\n".join(filter(None, (self.brief, self.details)))
+
+    @property
+    def brief(self) -> str:
+        """Without the details: where a line or two have room."""
         return f"{self.message} {self.remedy}".strip()
 
     def parts(self) -> dict[str, str]:
         """For programs, as JSON."""
-        return {"code": self.code, "message": self.message, "remedy": self.remedy}
+        return {"code": self.code, "message": self.message, "remedy": self.remedy, "details": self.details}
 
 
 class ConfigError(BackendError):
@@ -113,12 +127,18 @@ _CLASSES: list[type[BackendError]] = [BackendError, *BackendError.__subclasses__
 _BY_CODE = {cls.code: cls for cls in _CLASSES}
 
 
-def error_from_code(code: str, message: str, remedy: str) -> BackendError:
+def error_from_code(code: str, message: str, remedy: str, details: str = "") -> BackendError:
     """The error that a backend reported, as the class of the same code."""
-    return _BY_CODE.get(code, BackendError)(message, remedy)
+    return _BY_CODE.get(code, BackendError)(message, remedy, details)
 
 
 def in_a_line(error: Exception) -> str:
     """An error of another library as part of a sentence: its class and its first line, cut where that is long."""
     words = str(error).strip().splitlines()
     return f"{type(error).__name__}: {words[0] if words else ''}"[:_LONGEST]
+
+
+def beyond_a_line(error: Exception) -> str:
+    """All that it says, for an error's details, where `in_a_line` leaves some of it out; else nothing."""
+    words = f"{type(error).__name__}: {str(error).strip()}"
+    return "" if words == in_a_line(error) else words

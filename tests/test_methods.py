@@ -101,20 +101,20 @@ def test_control_hands_on_frames_and_makes_one_ranks_error_everybodys(world_size
         assert value == 5 and flag
 
 
-def long_error_case(message: str, remedy: str, folder: str) -> list[list[str]]:
+def long_error_case(message: str, remedy: str, details: str, folder: str) -> list[list[str]]:
     """What comes of an error of rank 1 alone, of the same on every rank, and of the job after them."""
     control = Control(dist.FileStore(f"{folder}/store", dist.get_world_size()))
 
     def local() -> None:
         if control.rank == 1:
-            raise InputError(message, remedy)
+            raise InputError(message, remedy, details)
 
     with pytest.raises(InputError) as alone:
         control.agreed(local)
     control.hand_on([memoryview(bytearray(b"job"))] if control.rank == 0 else None)
-    together = control.verdict(InputError(message, remedy), [])
+    together = control.verdict(InputError(message, remedy, details), [])
     assert isinstance(together, InputError) and control.agreed(lambda: 5) == 5
-    return [[error.message, error.remedy] for error in (alone.value, together)]
+    return [[error.message, error.remedy, error.details] for error in (alone.value, together)]
 
 
 @pytest.mark.parametrize("letter", ["模", "😀", "é", "x", "\udcff"])
@@ -124,16 +124,18 @@ def test_a_long_error_of_one_rank_reaches_all_in_any_alphabet(
 ) -> None:
     """`shift` moves the characters against the border at which a note's bytes end; the last letter is no character at all."""
     message, remedy = "m" * shift + letter * 1600, "r" * shift + letter * 1600
-    told = ranks(2, long_error_case, message, remedy, str(tmp_path))
+    told = ranks(2, long_error_case, message, remedy, letter * 1600, str(tmp_path))
     assert told[0] == told[1]
     expected = letter if letter != "\udcff" else "?"
-    for text, start in [pair for words in told[0] for pair in zip(words, ("m" * shift, "r" * shift), strict=True)]:
+    pairs = [pair for words in told[0] for pair in zip(words[:2], ("m" * shift, "r" * shift), strict=True)]
+    for text, start in pairs:
         assert text.startswith(start + expected * 400) and set(text) <= {*start, expected, *" ..."}
         assert text.isascii() or len(text) > 400
+    assert all(set(words[2]) <= {expected, *" ..."} for words in told[0]), "details have what is left"
 
 
 def test_a_short_error_is_told_whole(ranks: RankPool, tmp_path: Path) -> None:
-    words = ["模型 sd3.5 😀 " * 60, "É" * 600]
+    words = ["模型 sd3.5 😀 " * 60, "É" * 600, "a log's end\n" * 80]
     assert ranks(2, long_error_case, *words, str(tmp_path)) == [[words, words]] * 2
 
 

@@ -150,7 +150,10 @@ def test_an_errors_own_words_reach_a_program_and_the_history(comfyui: ComfyServe
     prompt_id = queue(comfyui, prompt, program.client_id)
     error = program.until("execution_error")
     program.until_done(prompt_id)
-    words = "ParallelSampler needs a parallel MODEL. Use KSampler for this one, or put Parallelize Model before it."
+    words = (
+        "Parallel Sampler needs a parallel MODEL. Put Parallelize Model before it, or use KSampler, with ControlNets from "
+        "ComfyUI's own loader."
+    )
     assert (error["node_id"], error["exception_message"].strip()) == (SAMPLER, words)
     record = history(comfyui, prompt_id)
     (kept,) = (data for kind, data in record["status"]["messages"] if kind == "execution_error")

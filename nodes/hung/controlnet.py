@@ -17,13 +17,13 @@ from comfy.controlnet import ControlBase
 from torch import Tensor
 
 from ...parallel_backend.errors import BackendError, CheckpointError, ConfigError, OutOfMemoryError, UnsupportedError
-from ..controlnet_files import file_of, has_lost_scales, is_for_ranks_alone
+from ..controlnet_files import by_core, file_of, has_lost_scales, is_for_ranks_alone
 from .guidance import functions_on_controls, patches_blocks
-from .refusal import is_set, module_of, refuse
+from .refusal import LOCALLY, as_sentence, is_set, module_of, refuse
 from .sharded_control import ShardedControl, is_of_another_family, unknown_to_ranks
 
 Control = Mapping[str, Sequence[Tensor | None]]
-REMOVE = "Remove that ControlNet, or load the model with ComfyUI's own loader."
+REMOVE = f"Remove that ControlNet, or {LOCALLY}."
 SIDES = ("input", "middle", "output")
 # Beside those, in what a chain gives: the ControlNets that the ranks compute at this evaluation.
 USES = "in the ranks"
@@ -248,7 +248,7 @@ def _chain(control: ControlBase, model: Any, *, has_prompt: bool, looking: str) 
         if why:
             if looking and isinstance(member, _READERS):
                 what = f"{name} takes weights of the MODEL, and {looking} looks at ControlNets by itself."
-                raise UnsupportedError(what, "Remove one of them, or load the model with ComfyUI's own loader.")
+                raise UnsupportedError(what, f"Remove one of them, or {LOCALLY}.")
             _check_left_to_core(member, f"The ranks can't compute {name}: {why.rstrip('.')}.", refusal)
             reasons.append(f"{name}: {why}")
         if refusal is not None:
@@ -267,11 +267,8 @@ def _check_left_to_core(control: ControlBase, why: str, refusal: BackendError | 
         words = "ComfyUI can't either: it leaves the scales of its weights out."
         raise UnsupportedError(f"{why} {words}", "Use its file in half precision, or in fp8 without scales.")
     if is_for_ranks_alone(control):
-        remedy = "Load it with ComfyUI's Load ControlNet Model, which computes it itself."
-        if refusal is not None:
-            loader = "ComfyUI's Load ControlNet Model"
-            remedy = f"{refusal.remedy} Or load it with {loader}, which computes itself what it can."
-        raise UnsupportedError(why, remedy)
+        remedy = by_core(file_of(control))
+        raise UnsupportedError(why, f"{refusal.remedy} Or {remedy}" if refusal is not None else as_sentence(remedy))
 
 
 def _named(control: ControlBase) -> str:

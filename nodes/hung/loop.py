@@ -121,7 +121,7 @@ def sampler_name(sampler: Any) -> str | None:
     if type(sampler) is not KSAMPLER:
         return None
     function, options = sampler.sampler_function, sampler.inpaint_options
-    name = getattr(function, "backend_name", None) or _names().get(function) or _made_anew(function)
+    name = backends_own(sampler) or _names().get(function) or _made_anew(function)
     if name is None or any(value for key, value in options.items() if key != "random"):
         return None
     defaults = {key: p.default for key, p in inspect.signature(function).parameters.items()}
@@ -150,12 +150,15 @@ def in_backend_alone(name: str) -> KSAMPLER:
     """A sampler that ComfyUI hasn't, for its guiders: they hand it to the backend, or refuse it."""
 
     def sample(*_: Any, **__: Any) -> NoReturn:
-        raise UnsupportedError(
-            f"The sampler {name} runs in the backend alone.", "Choose another, or remove what is named."
-        )
+        raise UnsupportedError(f"The sampler {name} runs in the backend alone.", "Choose another sampler.")
 
     sample.backend_name = name  # type: ignore[attr-defined]
     return KSAMPLER(sample)
+
+
+def backends_own(sampler: Any) -> str | None:
+    """The name of a sampler that ComfyUI hasn't; None of all others."""
+    return getattr(getattr(sampler, "sampler_function", None), "backend_name", None)
 
 
 def _described(sampler: Any) -> str:

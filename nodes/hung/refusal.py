@@ -8,16 +8,24 @@ from typing import Any
 
 from ...parallel_backend.errors import UnsupportedError
 
-ELSEWHERE = "The weights live in the backend. Remove that node, or load the model with ComfyUI's own loader."
+# A way out that no node of ours refuses in turn.
+LOCALLY = "have ComfyUI compute this MODEL: with its own loader (the setting that makes every model parallel off) and KSampler"
+ELSEWHERE = f"The weights live in the backend. Remove that node, or {LOCALLY}."
 IN_MESH_CONFIG = "Remove that node; Mesh Config has the ranks' dtype, and compiles on the ranks."
-RELOAD = (
-    "The weights live in the backend. Remove that node and free the models and node cache, or use ComfyUI's own loader."
-)
+RELOAD = f"The weights live in the backend. Remove that node and free the models and node cache, or {LOCALLY}."
+
+# In a sentence; a MODEL with more on it has the rest of them in the details.
+_TOLD = 6
 
 
 def module_of(made: Any) -> str:
     """The module of a class or function, a pack's by its folder: ComfyUI loads those under their whole path."""
     return PurePath(made.__module__ or "").name
+
+
+def as_sentence(half: str) -> str:
+    """A remedy by itself that is elsewhere the second one of two."""
+    return half[:1].upper() + half[1:]
 
 
 def is_set(value: Any) -> bool:
@@ -29,4 +37,5 @@ def refuse(found: Iterator[str], where: str, remedy: str) -> None:
     """Raises UnsupportedError that names everything in `found`; nothing where it is empty."""
     names = list(found)
     if names:
-        raise UnsupportedError(f"{where} can't honour {'; '.join(names)}.", remedy)
+        told = "; ".join(names[:_TOLD]) + (f"; and {len(names) - _TOLD} more" if len(names) > _TOLD else "")
+        raise UnsupportedError(f"{where} can't honour {told}.", remedy, "\n".join(names[_TOLD:]))

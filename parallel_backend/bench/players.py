@@ -31,7 +31,7 @@ class Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What was played, or the code, the message and the remedy of an error."""
 
     played: Played | None = None
-    error: tuple[str, str, str] = ("", "", "")
+    error: tuple[str, str, str, str] = ("", "", "", "")
 
 
 def roles(mesh: MeshSpec) -> list[int]:
@@ -129,7 +129,7 @@ def serve(path: Path, asks: Iterator[bytes], answer: Callable[[bytes], object]) 
         try:
             answer(msgspec.json.encode(Answer(play(subject, ask.run, ask.rank))))
         except BackendError as error:
-            answer(msgspec.json.encode(Answer(error=(error.code, error.message, error.remedy))))
+            answer(msgspec.json.encode(Answer(error=(error.code, error.message, error.remedy, error.details))))
 
 
 def main(argv: Sequence[str]) -> None:

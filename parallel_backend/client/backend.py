@@ -61,7 +61,7 @@ class Backend(Connection):
 
         Raises:
             BackendInUseError: one of that name runs with other ranks, and somebody works with it; else it is restarted.
-            StartError: it did not come up; the message has the end of its log.
+            StartError: it did not come up; the details have the end of its log.
         """
         here = seen(device)
         ranks = choose_ranks(here, device, world_size, devices)

@@ -277,7 +277,7 @@ class Connection:
         if pending is not None:
             raise pending
         if isinstance(body, Failed):
-            raise error_from_code(body.code, body.message, body.remedy)
+            raise error_from_code(body.code, body.message, body.remedy, body.details)
         self._sent.note_sent(keys)
         return body, tensors
 

@@ -61,7 +61,7 @@ def attach_or_start(
         tell: is told, in a sentence, that a backend made way for this one.
     Raises:
         BackendInUseError: one of that name differs, and is in use. ConfigError: as `make_way`.
-        StartError: it did not come up; the message has the end of its log.
+        StartError: it did not come up; the details have the end of its log.
     """
     with start_lock(spec.name, waiting):
         found, before = _found(spec, waiting, tell)
@@ -121,8 +121,9 @@ def _settled(name: str, waiting: Waiting) -> BackendRecord | None:
         passed = time.monotonic() - begun
         if passed > START_SECONDS:
             raise StartError(
-                f"Backend {name!r} has been starting its ranks anew for {passed:.0f} s. Its log ends:\n{files.log_tail(name)}",
+                f"Backend {name!r} has been starting its ranks anew for {passed:.0f} s.",
                 f"End it with `{command_line('stop', '--name', name)}`.",
+                _log_end(name),
             )
         waiting(passed, "its ranks are being started anew")
         time.sleep(0.25)
@@ -309,11 +310,14 @@ def _stage(spec: BackendSpec, process: subprocess.Popen[bytes], since: float) ->
 
 
 def _start_error(spec: BackendSpec, what: str) -> StartError:
-    words = files.log_tail(spec.name)
+    log = files.runtime_dir(spec.name) / "backend.log"
     return StartError(
-        f"Backend {spec.name!r} {what}. Its log ends:\n{words}",
-        f"The whole log is {files.runtime_dir(spec.name) / 'backend.log'}.",
+        f"Backend {spec.name!r} {what}.", f"Its log is {log}; how it ends stands below.", _log_end(spec.name)
     )
+
+
+def _log_end(name: str) -> str:
+    return f"Its log ends:\n{files.log_tail(name)}"
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

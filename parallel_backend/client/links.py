@@ -26,7 +26,7 @@ _FIGURES = re.compile(r"INFO (.* GB/s)$", re.MULTILINE)
 def prove_links(spec: BackendSpec) -> list[str]:
     """What each link carries, as rank 0 has measured it, from ranks that are started for this and end with it.
 
-    Raises: StartError: they don't hear each other; the message has what they said last.
+    Raises: StartError: they don't hear each other; it has what they said last.
     """
     return _FIGURES.findall(_meet(spec))
 
@@ -62,8 +62,7 @@ def _meet(spec: BackendSpec, *arguments: str) -> str:
             words = files.last_words(own.name, begun)
             if words is not None:  # with the remedy
                 raise StartError(f"The ranks don't reach each other: {words}")
-            last = "\n".join(done.stderr.splitlines()[-15:])
-            raise StartError(f"The ranks ended before they met: {last}", _LOOK_AT)
+            raise StartError("The ranks ended before they met.", _LOOK_AT, "\n".join(done.stderr.splitlines()[-15:]))
         return done.stderr
     except subprocess.TimeoutExpired:
         raise StartError(f"The ranks had not met after {MOST_SECONDS:.0f} s.", _LOOK_AT) from None

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import BackendError, RankError, error_from_code
+from ..errors import BackendError, RankError, beyond_a_line, error_from_code, in_a_line
 from .device_faults import breaks_rank, known_fault
 from .device_memory import as_out_of_memory
 
@@ -31,7 +31,7 @@ _SIZES_BYTES = 8 * (_MAX_FRAMES + 1)
 _ENVELOPE_BYTES = 32 * 1024
 _ALIGNED = 16
 _NOTE_BYTES = 4096
-# Of each text of an error: two of them, its code and what msgpack adds fit a note.
+# Of an error's message, and of its remedy: both, its code and what msgpack adds fit a note. Details have what they leave.
 _TEXT_BYTES = 1900
 _CUT = " ..."
 _FOREVER = timedelta(days=3650)
@@ -43,11 +43,17 @@ class _Outcome(msgspec.Struct):
     code: str = ""
     message: str = ""
     remedy: str = ""
+    details: str = ""
 
     @classmethod
     def of(cls, error: BackendError) -> _Outcome:
         """The error, cut so that it fits a note in any alphabet: a rank that can't say its own leaves the others waiting."""
-        return cls(error.code, _cut(error.message), _cut(error.remedy))
+        message, remedy = _cut(error.message, _TEXT_BYTES), _cut(error.remedy, _TEXT_BYTES)
+        left = 2 * _TEXT_BYTES - len(message.encode()) - len(remedy.encode())
+        return cls(error.code, message, remedy, _cut(error.details, left) if left > len(_CUT) else "")
+
+    def as_error(self) -> BackendError:
+        return error_from_code(self.code, self.message, self.remedy, self.details)
 
 
 class _Raised(msgspec.Struct):
@@ -171,8 +177,7 @@ class Control:
             outcome = _Outcome.of(_survived(self.named(error)))
         if not self._any_rank(bool(outcome.code)):
             return result  # type: ignore[return-value]
-        said = next(note for note in self.gather(outcome) if note.code)
-        raise error_from_code(said.code, said.message, said.remedy)
+        raise next(note for note in self.gather(outcome) if note.code).as_error()
 
     def named(self, error: Exception) -> BackendError:
         """Any error as one of ours, with this rank's name and what helps, where that is known."""
@@ -181,7 +186,9 @@ class Control:
         log.error("failed", exc_info=error)
         fault = known_fault(error)
         return as_out_of_memory(error, self.device, self.rank) or RankError(
-            f"Rank {self.rank} failed: {type(error).__name__}: {error}", fault.remedy if fault is not None else ""
+            f"Rank {self.rank} failed: {in_a_line(error)}",
+            fault.remedy if fault is not None else "",
+            beyond_a_line(error),
         )
 
     def _any_rank(self, flag: bool) -> bool:
@@ -225,8 +232,7 @@ class Control:
         raised = [msgspec.json.decode(note, type=_Raised) for note in self._store.multi_get(keys)]
         if any(note.place != mine.place for note in raised):
             return None
-        first = raised[0].error
-        return error_from_code(first.code, first.message, first.remedy)
+        return raised[0].error.as_error()
 
 
 def _survived(error: BackendError) -> BackendError:
@@ -236,12 +242,12 @@ def _survived(error: BackendError) -> BackendError:
     return error
 
 
-def _cut(text: str) -> str:
-    """What fits of it, up to a whole character. File names may hold bytes that are no characters, which can't be sent."""
+def _cut(text: str, most: int) -> str:
+    """What of it fits that many bytes, up to a whole character. File names may hold bytes that are no characters, which can't be sent."""
     encoded = text.encode(errors="replace")
-    if len(encoded) <= _TEXT_BYTES:
+    if len(encoded) <= most:
         return encoded.decode()
-    return encoded[: _TEXT_BYTES - len(_CUT)].decode(errors="ignore") + _CUT
+    return encoded[: most - len(_CUT)].decode(errors="ignore") + _CUT
 
 
 def _places(sizes: Tensor) -> list[int | None]:

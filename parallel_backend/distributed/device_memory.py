@@ -54,6 +54,6 @@ def as_out_of_memory(error: BaseException, device: torch.device, rank: int) -> O
     return OutOfMemoryError(
         f"Rank {rank} on {device} is out of memory: {wanted} than it has were asked for, with {free / 2**20:.0f} of "
         f"{total / 2**20:.0f} MiB free.",
-        "Use a smaller image or batch; or spread them further: more ulysses or ring ranks (MMDiT), patch ranks (UNet), or "
-        "tp or pp for the weights.",
+        "Use a smaller image or batch; or spread them further: more ulysses or ring ranks (MMDiT), patch ranks (UNet), or, "
+        "for the weights, tp or pp (MMDiT) or sliced (UNet).",
     )

@@ -37,7 +37,7 @@ def choose_kernel(name: str, use: Use) -> tuple[str, str]:
         faults.append(f"{kernel!r} {fault}")
     if name == "auto":
         raise ConfigError(
-            f"No attention kernel works on {_card(use)}: {'; '.join(faults)}.", "Install a torch built for this card."
+            f"No attention kernel works on {_card(use)}.", "Install a torch built for this card.", "\n".join(faults)
         )
     works = choose_kernel("auto", use)[0]
     raise ConfigError(

@@ -20,7 +20,7 @@ from ..checkpoint_files.layout import files_of
 from ..checkpoint_files.safetensors_file import check_stamp, safetensors_header, stamp
 from ..distributed.mesh import MeshAxis
 from ..distributed.tensor_parallel import Shard, ShardedParameter, cut
-from ..errors import CancelledError, CheckpointError, UnsupportedError
+from ..errors import CancelledError, CheckpointError, UnsupportedError, in_a_line
 from ..quantized.weight import QuantizedWeight
 from .left_over import first_of
 from .shared_reading import readers, sizes_of
@@ -108,7 +108,7 @@ class SafetensorsSource:
                 parts = [view[(*index, slice(start, stop))] for start, stop in shard.ranges]
         except SafetensorError as error:
             raise CheckpointError(
-                f"{name} can't be read from {self.path.name}: {error}.", "Download it again."
+                f"{name} can't be read from {self.path.name}.", "Download it again.", in_a_line(error)
             ) from None
         self.bytes_read += sum(part.numel() * part.element_size() for part in parts)
         return parts[0] if len(parts) == 1 else torch.cat(parts, shard.dim if shard else 0)
@@ -309,12 +309,10 @@ def check_names(wanted: set[str], found: set[str], file_name: str) -> None:
     """Raises CheckpointError that names what is missing from the file, and what is left over in it beside that."""
     missing, left_over = sorted(wanted - found), sorted(found - wanted)
     if missing:
-        parts = [
-            f"{len(names)} {what}: {first_of(names)}"
-            for what, names in (("missing", missing), ("left over", left_over))
-            if names
-        ]
+        kinds = [(what, names) for what, names in (("missing", missing), ("left over", left_over)) if names]
         raise CheckpointError(
-            f"{file_name} doesn't fit the model that its header describes ({'; '.join(parts)}).",
+            f"{file_name} doesn't fit the model that its header describes "
+            f"({'; '.join(f'{len(names)} {what}' for what, names in kinds)}).",
             "The file is damaged, or of a model that this version doesn't know.",
+            "\n".join(f"{what}: {first_of(names)}" for what, names in kinds),
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..distributed.tensor_parallel import Shard
 from ..errors import CheckpointError
 from .checkpoint import Piece, RenamedSource, TensorSource
+from .left_over import first_of
 from .mmdit import HEAD_DIM, MMDiTConfig
 from .opened_file import open_diffusion
 
@@ -196,7 +197,11 @@ def _whole(source: TensorSource, pieces: dict[str, list[Piece]], kind: str) -> d
     """These, and under its own name all else that the file has. Raises: CheckpointError: it lacks one of these."""
     used, names = {piece.name for parts in pieces.values() for piece in parts}, set(source.names())
     if absent := sorted(used - names):
-        raise CheckpointError(f"{source.path.name} is not a whole {kind}: missing {absent[:5]}.", "Download it again.")
+        raise CheckpointError(
+            f"{source.path.name} is not a whole {kind}: {len(absent)} tensors are missing.",
+            "Download it again.",
+            f"missing: {first_of(absent)}",
+        )
     return pieces | {name: [Piece(name)] for name in names - used}
 
 

@@ -105,7 +105,7 @@ class Residents(OrderedDict[str, Resident]):
             both = f"{name} and {self[beside].state.name} need" if beside else f"{name} needs"
             raise ConfigError(
                 f"{both} {most / 2**20:.0f} MiB on a rank; the budget is {self._budget / 2**20:.0f} MiB.",
-                "Raise the memory budget, use a smaller dtype, or spread the weights further with tp.",
+                "Raise the memory budget, use a smaller dtype, or spread the weights further: tp or pp (MMDiT), sliced (UNet).",
             )
         ranks = self._everywhere(needed, control)
         most = max(sizes.needed for sizes in ranks)

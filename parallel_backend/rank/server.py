@@ -319,7 +319,7 @@ class Rank:
     def _failed(self, error: BackendError, kind: str) -> Failed:
         level = logging.INFO if isinstance(error, CancelledError) else logging.WARNING
         log.log(level, "%s failed: %s", kind, error)
-        return Failed(error.code, error.message, error.remedy)
+        return Failed(error.code, error.message, error.remedy, error.details)
 
     def _finish(self, queued: QueuedJob | None, body: Reply, results: Sequence[Sendable]) -> None:
         if self.server is not None and queued is not None:
@@ -341,7 +341,7 @@ class Rank:
         """Ranks don't meet. The starter reads these words: no client is connected yet."""
         log.error("this rank ends: %s", error)
         with suppress(OSError, BackendError):
-            files.note_last_words(self.args.name, int(os.environ["RANK"]), str(error))
+            files.note_last_words(self.args.name, int(os.environ["RANK"]), error.brief)
         os._exit(1)
 
     def fail(self, error: Exception) -> None:
@@ -351,7 +351,7 @@ class Rank:
         named = self.control.named(error)
         log.error("this rank ends: %s", named)
         with suppress(OSError, BackendError):
-            files.note_last_words(self.args.name, self.control.rank, str(named))
+            files.note_last_words(self.args.name, self.control.rank, named.brief)
         if self.server is not None:
             time.sleep(0.5)  # the rank that failed first may be another one, and its words are the better ones
             first = files.last_words(self.args.name, time.time() - 5)
@@ -359,7 +359,8 @@ class Rank:
             if self.server.jobs.ended:
                 remedy = "The backend was stopped; run the prompt again to start it anew."
             code = named.code if isinstance(named, OutOfMemoryError) else RankError.code
-            self.server.close(Failed(code, f"A rank failed: {(first or str(named)).rstrip('.')}.", remedy))
+            words = f"A rank failed: {(first or named.brief).rstrip('.')}."
+            self.server.close(Failed(code, words, remedy, named.details))
 
 
 def _agent_pid() -> int:

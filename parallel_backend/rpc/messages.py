@@ -357,9 +357,12 @@ class Done(Message, frozen=True):
 
 
 class Failed(Message, frozen=True):
+    """An error by its parts: see errors.py."""
+
     code: str
     message: str
     remedy: str
+    details: str = ""
 
 
 class RankState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -247,7 +247,9 @@ class SocketServer(threading.Thread):
         refused = self._board.count_refused()
         if refused & (refused - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...: a flood must not fill the disk
             log.warning("refused message number %d: %s", refused, error.message[:300])
-        self._answer(router, client, number, Failed(error.code, error.message[:2000], error.remedy))
+        self._answer(
+            router, client, number, Failed(error.code, error.message[:2000], error.remedy, error.details[:2000])
+        )
 
     def _answer(self, router: zmq.Socket[bytes], client: bytes, number: int, body: Reply) -> None:
         self._send(router, client, pack(ReplyHeader(number, body), []))

@@ -168,12 +168,21 @@ def refusal_cases(twins, name):
     for file, what in (("gguf.gguf", "a GGUF file"), ("nvfp4.safetensors", "quantised as nvfp4")):
         words = f"{file} is {what}", "half precision"
         yield f"{file} by ComfyUI's loader", words, of_file("other", file)
+        words = "it has a prompt of its own", "Use its .safetensors file in half precision or fp8"
+        run = functools.partial(by_our_loader_with_a_prompt, twins, file)
+        yield f"{file} by Load Parallel ControlNet with a prompt of its own", words, run
 
 
 def with_prompt_of_its_own(twins, model):
     path = os.path.join(twins.folder, "sdxl", "scaled fp8.safetensors")
     positive = twins.prompt(model, 1, cross_attn_controlnet=twins.prompt(model, 5)[0][0])
     return twins.sample(model, **used(twins, model, opened(model, path), positive=positive))
+
+
+def by_our_loader_with_a_prompt(twins, file, model):
+    """Sent to the loader of core's, which reads no such file, a user would be sent back."""
+    positive = twins.prompt(model, 1, cross_attn_controlnet=twins.prompt(model, 5)[0][0])
+    return twins.sample(model, **used(twins, model, loaded_by_ours(twins, file), positive=positive))
 
 
 def control_lora_and_hooks(twins, model):
