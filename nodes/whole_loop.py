@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from ..parallel_backend.client.remote import Step
 from ..parallel_backend.rpc.messages import Preview, Result
 from .core_memory import interruptible
+from .demo_size import tells_demo_size
 from .hung.controlnet import take_over
 from .hung.displaced_steps import Displaced, displaced_of
 from .hung.known_functions import closed_over
@@ -28,6 +29,7 @@ from .hung.refusal import refuse
 from .node_text import say
 
 
+@tells_demo_size
 def sample_in_backend(
     executor: WrapperExecutor,
     noise: Tensor,
