@@ -249,11 +249,11 @@ def _score(args: argparse.Namespace) -> int:
 
 def describe(state: BackendState) -> str:
     """A page that a person reads."""
-    running = f"runs {state.running}" if state.running else "idle"
     lines = [
         f"backend {state.name}: version {state.version}, generation {state.generation}, up {state.uptime:.0f} s",
-        f"jobs: {running}, {state.queued} queued, {state.jobs_done} done, {state.jobs_failed} of them failed or cancelled; "
+        f"jobs: {_running(state)}, {state.queued} queued, {state.jobs_done} done, {state.jobs_failed} of them failed or cancelled; "
         f"{state.cached_tensors} prompts' tensors kept ({state.cached_bytes / 2**20:.1f} MiB)",
+        *_last(state),
         f"since the start: {state.restarts} restarts, {state.refused} messages refused",
         f"{'rank':>4}  {'host':<16} {'pid':>8}  {'device':<8} {'used MiB':>9} {'free MiB':>9} {'all MiB':>9}  name",
     ]
@@ -264,8 +264,29 @@ def describe(state: BackendState) -> str:
         )
     lines.append("models, least recently used first:" if state.models else "no models resident")
     for m in state.models:
-        lines.append(f"  {m.name}: {m.family}, {m.mesh}, {m.dtype}, {m.rank_bytes / 2**20:.1f} MiB a rank")
+        patched = f", patches on {m.patched} weights" if m.patched else ""
+        lines.append(f"  {m.name}: {m.family}, {m.mesh}, {m.dtype}, {m.rank_bytes / 2**20:.1f} MiB a rank{patched}")
     return "\n".join(lines)
+
+
+def _running(state: BackendState) -> str:
+    """The job that runs, and how far it is."""
+    job = state.job
+    if job is None:
+        return "idle"
+    reached = f", {job.what or 'step'} {job.done} of {job.total}" if job.total else ""
+    step = "" if job.step_seconds is None else f", {job.step_seconds:.3f} s a step"
+    return f"runs {job.kind} {job.model}".rstrip() + f" of client {job.client} for {job.seconds:.0f} s{reached}{step}"
+
+
+def _last(state: BackendState) -> list[str]:
+    """What the last sampling cost, if there was any."""
+    cost = state.last
+    if cost is None:
+        return []
+    waited = "" if cost.waited is None else f", {cost.waited / cost.seconds:.0%} of it waiting for other ranks"
+    sent = f"{cost.sent_bytes / 2**20:.1f} MiB sent"
+    return [f"last {cost.kind}: {cost.model}, {cost.steps} steps in {cost.seconds:.2f} s{waited}, {sent}"]
 
 
 if __name__ == "__main__":

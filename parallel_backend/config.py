@@ -138,6 +138,11 @@ class MeshSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return {axis: getattr(self, axis) for axis in AXES}
 
     @property
+    def axes(self) -> dict[str, int]:
+        """Those of more than one rank, outermost first."""
+        return {axis: getattr(self, axis) for axis in self.order if getattr(self, axis) > 1}
+
+    @property
     def world_size(self) -> int:
         return prod(self.degrees.values())
 

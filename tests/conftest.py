@@ -22,6 +22,7 @@ import torch
 import torch._inductor.config
 from apart import Writer, apart, as_listed, show
 from beside import run_beside
+from comfyui.editor_page import VARIANTS, EditorPage, OpenEditor, chromium
 from comfyui.installation import ComfyInstallation, find_installation
 from comfyui.server import ComfyServer
 from footprint import Footprint
@@ -279,6 +280,38 @@ def server(begun_server: ComfyServer) -> ComfyServer:
     """A real ComfyUI with this pack; files that are written below `models` later are listed too."""
     begun_server.wait()
     return begun_server
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Playwright's Chromium. One a module: while it is open, nothing else may run an event loop in this thread."""
+    try:
+        with chromium() as opened:
+            yield opened
+    except ImportError:
+        pytest.skip("no playwright: pip install '.[test]'")
+    except FileNotFoundError as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.fixture
+def open_editor(server: ComfyServer, browser: Any) -> Iterator[OpenEditor]:
+    """Opens the editor of `server` as `EditorPage` says (variant, theme, size, settings); closed after the test."""
+    opened: list[EditorPage] = []
+
+    def open_one(*args: Any, **kwargs: Any) -> EditorPage:
+        opened.append(EditorPage(browser, server, *args, **kwargs))
+        return opened[-1]
+
+    yield open_one
+    for editor in opened:
+        editor.close()
+
+
+@pytest.fixture(params=VARIANTS)
+def editor(open_editor: OpenEditor, request: pytest.FixtureRequest) -> EditorPage:
+    """The editor of `server`, once in its classic form and once with Nodes 2.0; `open_editor` for one of them."""
+    return open_editor(request.param)
 
 
 def _stop(name: str) -> None:

@@ -156,7 +156,8 @@ class PatchedWeights:
         source: of the base.
         later: parts that are read when they are needed: told what takes their place, or None for the file's own.
     `version` is another one after each weight that has changed: what was computed with the weights holds no longer. `moved` is
-    another one after each that lies elsewhere since: what knows them by their place doesn't find them there.
+    another one after each that lies elsewhere since: what knows them by their place doesn't find them there. `patched` counts the
+    model's weights with a patch on, also those of other ranks.
     """
 
     def __init__(
@@ -169,7 +170,7 @@ class PatchedWeights:
         self._held, self.source, self._place, self._later = held, source, place, later
         self._lying: dict[str, tuple[Any, ...]] = {}
         self._worn: Patches | None = Patches()
-        self.version = self.moved = 0
+        self.version = self.moved = self.patched = 0
 
     def wear(self, patches: Patches, files: PatchFiles, beat: Callable[[], object] = lambda: None) -> Swap:
         """These patches, and no others, lie on the weights; only those weights change that must.
@@ -199,7 +200,7 @@ class PatchedWeights:
             self._change(name, wanted.get(name, []), onto_device)
             self._lying[name] = marks.get(name, ())
         self._lying = {name: mark for name, mark in self._lying.items() if mark}
-        self._worn = patches
+        self._worn, self.patched = patches, len(marks)
         return Swap(len(here), self.source.bytes_read - read, time.perf_counter() - start)
 
     def _change(

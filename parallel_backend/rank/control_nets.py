@@ -84,7 +84,8 @@ class ControlNets:
         job.emit(Progress(f"Loading {path.name}", 0, 1), [])
         network = job.control.agreed(read)
         name = body.held_as
-        state = ModelState(name, path.name, "controlnet", mesh.spec.describe(), str(dtype).split(".")[-1], needed)
+        held_in, spec = str(dtype).split(".")[-1], mesh.spec
+        state = ModelState(name, path.name, "controlnet", spec.describe(), held_in, needed, spec.axes)
         self._residents[name] = Resident(network, state, 0, base=body.model, is_of_weights=opened.is_of_weights)
         return evicted, opened.source.bytes_read, notes
 

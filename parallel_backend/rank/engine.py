@@ -226,7 +226,7 @@ class Engine:
         config = opened.config
         predictor = Predictor(network, mesh, dtype, self.device, opened.kind)
         self._capture(predictor, body.graphs)
-        state = ModelState(name, path.name, config.family, spec.describe(), body.held_in, needed)
+        state = ModelState(name, path.name, config.family, spec.describe(), body.held_in, needed, spec.axes)
         self.residents[name] = Resident(predictor, state, config.channels, weights)
         sizes = _Sizes(opened.source.bytes_read, needed, [*notes, note])
         return self._loaded(name, sizes, evicted, start, job), []

@@ -37,6 +37,13 @@ class Resident:
     base: str = ""
     is_of_weights: bool = False
 
+    @property
+    def told(self) -> ModelState:
+        """What is said of it, with what lies on its weights now."""
+        if self.weights is None:
+            return self.state
+        return msgspec.structs.replace(self.state, patched=self.weights.patched)
+
 
 class _Sizes(msgspec.Struct):
     """What a rank says before a load: bytes that the model needs there, bytes held, bytes free."""

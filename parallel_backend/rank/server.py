@@ -34,12 +34,19 @@ from ..rpc import runtime_dir as files
 from ..rpc.headers import RequestHeader
 from ..rpc.keys import Keys
 from ..rpc.messages import (
+    Decode,
     Done,
+    Encode,
     Failed,
     Forward,
+    LoadControl,
     Loaded,
+    LoadModel,
+    LoadVAE,
     RankState,
     Reply,
+    Request,
+    Sample,
     Unload,
     Welcome,
 )
@@ -194,6 +201,8 @@ class Rank:
             return cancelled()
 
         def emit(body: Reply, tensors: Sequence[Tensor]) -> None:
+            if board is not None:
+                board.tell(body)
             if self.server is not None and queued is not None:
                 self.server.send(queued, body, tensors, final=False)
 
@@ -206,7 +215,7 @@ class Rank:
             self.pulse.begin(kind, cancelled, COMPILING_SECONDS if is_compiled(header.body) else STILL_SECONDS)
             label = queued.label if queued is not None else str(header.job)
             if board is not None:
-                board.note(running=kind)
+                board.begin(kind, self._file_of(header.body), label)
             level = logging.DEBUG if kind == Forward.__name__ else logging.INFO  # many in a row, one after each step
             log.log(level, "job %s: %s begins", label, kind)
             body, given = self.engine.handle(header, tensors, job)
@@ -226,12 +235,26 @@ class Rank:
         log.log(level, "job %s: %s took %.3f s", label, kind, seconds)
         self.pulse.end()
 
+    def _file_of(self, body: Request) -> str:
+        """The name of the file that a job works with; empty where it has none."""
+        if isinstance(body, (LoadModel, LoadVAE, LoadControl)):
+            return Path(body.paths[0] if isinstance(body, LoadVAE) else body.path).name
+        held = (
+            body.vae
+            if isinstance(body, (Decode, Encode))
+            else body.model
+            if isinstance(body, (Sample, Forward))
+            else ""
+        )
+        resident = self.engine.residents.get(held)
+        return "" if resident is None else resident.state.name
+
     def _tell(self, queued: QueuedJob | None, kind: str, body: Reply, results: Sequence[Sendable]) -> None:
         """The end of a job, to its client and to whoever asks for the state."""
         board = self.board
         if board is not None:
-            kept = self.engine.kept_tensors
-            board.note(running="", cached_tensors=len(kept), cached_bytes=kept.nbytes)
+            kept, models = self.engine.kept_tensors, [resident.told for resident in self.engine.residents.values()]
+            board.end(body, models=models, cached_tensors=len(kept), cached_bytes=kept.nbytes)
         # What is resident has changed: a status asked for after the reply must tell so. Other replies need not wait.
         changed = isinstance(body, (Loaded, Done))
         if not changed:
@@ -239,7 +262,7 @@ class Rank:
         if kind != Forward.__name__:  # many in a row, each waited for, and they leave all as it was
             states = self.control.gather(rank_state(self.device, self.control.rank))
             if board is not None:
-                board.note(ranks=states, models=[resident.state for resident in self.engine.residents.values()])
+                board.note(ranks=states)
         if changed:
             self._finish(queued, body, results)
         if board is not None:

@@ -357,18 +357,53 @@ class RankState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ModelState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`name` is its file's. `axes` of its mesh, outermost first, those of one rank left out; `patched`: weights with a patch on."""
+
     model: str
     name: str
     family: str
     mesh: str
     dtype: str
     rank_bytes: int
+    axes: dict[str, int] = {}
+    patched: int = 0
+
+
+class JobState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The job that runs, and how far it is.
+
+    Args:
+        kind: its request's. model: its file's name; empty where it has none. client: as the logs name it.
+        done, total: steps, or of what Progress told last in the words `what`; a total of 0 is not known.
+        seconds: since it began. step_seconds: between steps, once there were two.
+    """
+
+    kind: str
+    model: str
+    client: str
+    what: str = ""
+    done: int = 0
+    total: int = 0
+    seconds: float = 0.0
+    step_seconds: float | None = None
+
+
+class JobCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a sampling, or an evaluation, cost rank 0: see Result. `waited`: seconds for other ranks; None where not timed."""
+
+    kind: str
+    model: str
+    seconds: float
+    steps: int
+    sent_bytes: int
+    waited: float | None
 
 
 class BackendState(Message, frozen=True):
     """What a backend is, holds and does.
 
-    `restarts`: how often torchrun has started its ranks anew. `refused`: messages that could not be read.
+    `restarts`: how often torchrun has started its ranks anew. `refused`: messages that could not be read. `idle`: seconds without
+    a job. `job` is the one that runs, `last` what the last sampling cost. Models stand in the order of their use, the latest last.
     """
 
     version: str
@@ -385,6 +420,9 @@ class BackendState(Message, frozen=True):
     cached_bytes: int = 0
     restarts: int = 0
     refused: int = 0
+    idle: float = 0.0
+    job: JobState | None = None
+    last: JobCost | None = None
 
 
 Request: TypeAlias = (
