@@ -21,17 +21,21 @@ WORKFLOWS = Path(__file__).parents[1] / "workflows"
 NOTES = WORKFLOWS / "notes"
 COLUMN, GAP, TITLE, ROW = 420, 40, 60, 26
 NOTE = "MarkdownNote"
-NOTE_WIDTH, LETTERS, LINE = 520, 62, 24  # pixels, letters in that width, pixels
+NOTE_WIDTH, LETTERS, LINE = 520, 80, 20  # pixels, letters in that width, pixels
 CORE, OWN = "comfy-core", "parallel-mmdit"  # packs, as the editor names them where one is missing
 PREVIEW_ROWS = {
     "SaveImage": 12,
     "LoadImage": 12,
     "MeshConfig": 2,
     "LoadParallelMMDiT": 3,
+    "LoadParallelUNet": 3,
+    "LoadParallelControlNet": 3,
     "PatchParallelVAE": 3,
     "ParallelSampler": 1,
+    "PreviewImage": 12,
     "DualCLIPLoader": 1,
     "EmptySD3LatentImage": 1,
+    "EmptyLatentImage": 1,
 }
 TALL_TEXT_ROWS = 5
 
@@ -94,7 +98,7 @@ def _download(value: str, model: dict[str, Any]) -> dict[str, str]:
 def _files_text(wanted: dict[str, Any]) -> str:
     if not wanted:
         return "**Files**: none. The demo's models come with this pack, or are fetched when they are first used."
-    lines = ["**Files**, in ComfyUI's `models` folder:", ""]
+    lines = ["**Files**, in ComfyUI's models folder:", ""]
     for name, model in wanted.items():
         repository = model["url"].partition("/resolve/")[0]
         licence = f": first accept the licence on [its page]({repository})" if model.get("gated") else ""
@@ -121,8 +125,8 @@ def _add_note(workflow: dict[str, Any], text: str) -> None:
             "outputs": [],
             "properties": {},
             "widgets_values": [text],
-            "color": "#432",
-            "bgcolor": "#653",
+            "color": "#222",
+            "bgcolor": "#000",
         }
     )
 
