@@ -86,6 +86,11 @@ def templates() -> list[Template]:
     return sorted(found, key=lambda template: template.title)
 
 
+def template(name: str) -> Template:
+    """That of workflows/api/NAME.json."""
+    return next(found for found in templates() if found.name == name)
+
+
 def _file_name(value: Any) -> str:
     return value.rpartition("/")[2] if isinstance(value, str) else ""
 
