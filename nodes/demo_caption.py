@@ -44,7 +44,7 @@ class DemoCaption(io.ComfyNode):
                 io.Conditioning.Output(display_name="conditioning", tooltip="In the model's shapes."),
                 io.Latent.Output(
                     display_name="latent",
-                    tooltip=f"Empty, of {PIXELS} x {PIXELS} pixels, for the sampler: the demo's models draw no other size well.",
+                    tooltip=f"Empty, of {PIXELS} x {PIXELS} pixels, for the sampler: the demo's models draw other sizes badly.",
                 ),
             ],
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..parallel_backend.demo.files import PIXELS, demo_of
 from ..parallel_backend.errors import InputError
 
-_SIZE = f"{PIXELS} x {PIXELS} pixels"
+_SIZE = f"about {PIXELS} x {PIXELS} pixels"
 
 
 def demo_size(path: Path) -> str:
