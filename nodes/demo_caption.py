@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from comfy_api.latest import io
 
 from ..parallel_backend.demo.captions import SD3_WIDTHS, SDXL_WIDTHS, encode
+from ..parallel_backend.demo.files import PIXELS
 from ..parallel_backend.demo.scenes import CAPTIONS, known_words
 
 WIDTHS = {"SD3": SD3_WIDTHS, "SDXL": SDXL_WIDTHS}
+CHANNELS = {"SD3": 16, "SDXL": 4}
 DEFAULT = "SD3"
 
 
@@ -18,8 +21,9 @@ class DemoCaption(io.ComfyNode):
             node_id="DemoCaption",
             display_name="Demo Caption (parallel)",
             category="parallel",
-            description="A caption of the demo's small language as conditioning. Only for the models of parallel_demo and those of "
-            "your own `parallel-mmdit train`, which learn these captions; real models need real text encoders.",
+            description="A caption of the demo's small language as conditioning, and an empty latent of the size that the demo's models "
+            f"draw: {PIXELS} x {PIXELS} pixels. Only for the models of parallel_demo and those of your own `parallel-mmdit train`, which "
+            "learn these captions; real models need real text encoders.",
             inputs=[
                 io.String.Input(
                     "caption",
@@ -32,13 +36,21 @@ class DemoCaption(io.ComfyNode):
                     options=list(WIDTHS),
                     default=DEFAULT,
                     optional=True,
-                    tooltip="SD3 for mmdit.safetensors and `train mmdit`, SDXL for unet.safetensors and `train unet`.",
+                    tooltip="SD3 for mmdit.safetensors and `train mmdit`, SDXL for unet.safetensors and `train unet`. "
+                    f"All of them draw {PIXELS} x {PIXELS} pixels.",
                 ),
             ],
-            outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="In the model's shapes.")],
+            outputs=[
+                io.Conditioning.Output(display_name="conditioning", tooltip="In the model's shapes."),
+                io.Latent.Output(
+                    display_name="latent",
+                    tooltip=f"Empty, of {PIXELS} x {PIXELS} pixels, for the sampler: the demo's models draw other sizes badly.",
+                ),
+            ],
         )
 
     @classmethod
     def execute(cls, caption: str, model: str = DEFAULT) -> io.NodeOutput:
         context, pooled = encode([caption], WIDTHS[model])
-        return io.NodeOutput([[context, {"pooled_output": pooled}]])
+        latent = torch.zeros(1, CHANNELS[model], PIXELS // 8, PIXELS // 8)
+        return io.NodeOutput([[context, {"pooled_output": pooled}]], {"samples": latent})

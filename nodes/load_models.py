@@ -18,6 +18,7 @@ from ..parallel_backend.demo.files import MMDIT_FILE, UNET_FILE, DemoFile
 from ..parallel_backend.rpc.messages import LoadModel, ModelKind, Progress, StepDone
 from .core_dtype import computing_dtype, fp8_products, weights_dtype
 from .core_memory import bytes_here, interruptible, make_room
+from .demo_size import demo_size
 from .hung.displaced_steps import as_mesh_asks
 from .known_to_core import search_aliases
 from .loader_file import leave
@@ -173,5 +174,5 @@ def load(kind: ModelKind, model_name: str, mesh: ParallelMesh) -> io.NodeOutput:
     """A loader's output: the MODEL, and how it came to be there."""
     path = path_of(model_name, FOLDER)
     patcher, report = parallel_model(mesh, kind, path, listed_elsewhere(model_name, FOLDER))
-    say("\n".join(filter(None, [taken_for(model_name, FOLDER), report])), log=True)
+    say("\n".join(filter(None, [taken_for(model_name, FOLDER), report, demo_size(path)])), log=True)
     return io.NodeOutput(patcher)

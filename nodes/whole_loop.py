@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from ..parallel_backend.client.remote import Step
 from ..parallel_backend.rpc.messages import Preview, Result
 from .core_memory import interruptible
+from .demo_size import tells_demo_size
 from .hung.controlnet import take_over
 from .hung.displaced_steps import Displaced, displaced_of
 from .hung.known_functions import closed_over
@@ -27,10 +28,14 @@ from .hung.loop import Loop, backends_own, read_loop
 from .hung.refusal import refuse
 from .node_text import own_text, say
 
-_EXACT = "Leave out what is named here; or have exact steps: Mesh Config's method exact, no Displaced Steps node."
+_EXACT = (
+    "Leave out what is named here; or have exact steps: method exact in Mesh Config, displaced off on Parallel Sampler, "
+    "no Displaced Steps node."
+)
 
 
 @own_text()
+@tells_demo_size
 def sample_in_backend(
     executor: WrapperExecutor,
     noise: Tensor,

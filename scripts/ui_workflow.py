@@ -2,29 +2,138 @@
 """Makes the workflow that the editor opens out of its API-format twin, which is the one written by hand.
 
 python scripts/ui_workflow.py http://127.0.0.1:8188     # every file of workflows/api, from a running ComfyUI
+
+The editor's form also has a note, of workflows/notes beside it, and on nodes that load files where these are had. Its file name is
+the title that the template browser shows: the first line of the note.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 WORKFLOWS = Path(__file__).parents[1] / "workflows"
+NOTES = WORKFLOWS / "notes"
 COLUMN, GAP, TITLE, ROW = 420, 40, 60, 26
+NOTE = "MarkdownNote"
+NOTE_WIDTH, LETTERS, LINE = 520, 80, 20  # pixels, letters in that width, pixels
+CORE, OWN = "comfy-core", "parallel-mmdit"  # packs, as the editor names them where one is missing
 PREVIEW_ROWS = {
     "SaveImage": 12,
     "LoadImage": 12,
     "MeshConfig": 2,
     "LoadParallelMMDiT": 3,
+    "LoadParallelUNet": 3,
+    "LoadParallelControlNet": 3,
     "PatchParallelVAE": 3,
     "ParallelSampler": 1,
+    "PreviewImage": 12,
     "DualCLIPLoader": 1,
     "EmptySD3LatentImage": 1,
+    "EmptyLatentImage": 1,
 }
 TALL_TEXT_ROWS = 5
+
+
+@dataclass(frozen=True)
+class Template:
+    """What one file of workflows/api becomes: `title` is the name in the template browser, `text` the note's."""
+
+    name: str
+    title: str
+    text: str
+
+    @property
+    def path(self) -> Path:
+        return WORKFLOWS / f"{self.title}.json"
+
+    @property
+    def thumbnail(self) -> Path:
+        """ComfyUI's browser looks for it beside the workflow."""
+        return WORKFLOWS / f"{self.title}.jpg"
+
+    @property
+    def prompt(self) -> dict[str, Any]:
+        prompt: dict[str, Any] = json.loads((WORKFLOWS / "api" / f"{self.name}.json").read_text())
+        return prompt
+
+    def workflow(self, object_info: dict[str, Any]) -> dict[str, Any]:
+        """The editor's form, with the note and where the files are had."""
+        models = json.loads((NOTES / "models.json").read_text())
+        workflow, wanted = ui_workflow(self.prompt, object_info), dict[str, Any]()
+        for node in workflow["nodes"]:
+            own = object_info[node["type"]]["python_module"].startswith("custom_nodes")
+            node["properties"]["cnr_id"] = OWN if own else CORE
+            files = [value for value in node["widgets_values"] if _file_name(value) in models]
+            if files:
+                node["properties"]["models"] = [_download(value, models[_file_name(value)]) for value in files]
+            wanted |= {_file_name(value): models[_file_name(value)] for value in files}
+        _add_note(workflow, f"{self.text}\n\n{_files_text(wanted)}")
+        return workflow
+
+
+def templates() -> list[Template]:
+    """Of all workflows, in the order of their titles."""
+    found = []
+    for path in (WORKFLOWS / "api").glob("*.json"):
+        first, _, text = (NOTES / f"{path.stem}.md").read_text().partition("\n")
+        found.append(Template(path.stem, first.removeprefix("# "), text.strip()))
+    return sorted(found, key=lambda template: template.title)
+
+
+def template(name: str) -> Template:
+    """That of workflows/api/NAME.json."""
+    return next(found for found in templates() if found.name == name)
+
+
+def _file_name(value: Any) -> str:
+    return value.rpartition("/")[2] if isinstance(value, str) else ""
+
+
+def _download(value: str, model: dict[str, Any]) -> dict[str, str]:
+    """For the editor's list of missing models, which knows a file by the name that the node's widget has."""
+    return {"name": value, "url": model["url"], "directory": model["directory"]}
+
+
+def _files_text(wanted: dict[str, Any]) -> str:
+    if not wanted:
+        return "**Files**: none. The demo's models come with this pack, or are fetched when they are first used."
+    lines = ["**Files**, in ComfyUI's models folder:", ""]
+    for name, model in wanted.items():
+        repository = model["url"].partition("/resolve/")[0]
+        licence = f": first accept the licence on [its page]({repository})" if model.get("gated") else ""
+        lines.append(f"- [{model['directory']}/{name}]({model['url']}){licence}")
+    return "\n".join(lines)
+
+
+def _add_note(workflow: dict[str, Any], text: str) -> None:
+    """Left of all nodes."""
+    shown = re.sub(r"\]\([^)]*\)", "", text)
+    lines = sum(1 + len(line) // LETTERS for line in shown.splitlines())
+    workflow["last_node_id"] += 1
+    workflow["nodes"].append(
+        {
+            "id": workflow["last_node_id"],
+            "type": NOTE,
+            "title": "Note: what to load, what to change",
+            "pos": [-NOTE_WIDTH - GAP, 0],
+            "size": [NOTE_WIDTH, (lines + 2) * LINE],
+            "flags": {},
+            "order": len(workflow["nodes"]),
+            "mode": 0,
+            "inputs": [],
+            "outputs": [],
+            "properties": {},
+            "widgets_values": [text],
+            "color": "#222",
+            "bgcolor": "#000",
+        }
+    )
 
 
 def ui_workflow(prompt: dict[str, Any], object_info: dict[str, Any]) -> dict[str, Any]:
@@ -75,6 +184,8 @@ def api_prompt(workflow: dict[str, Any], object_info: dict[str, Any]) -> dict[st
     sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
     prompt = {}
     for node in workflow["nodes"]:
+        if node["type"] == NOTE:
+            continue
         inputs: dict[str, Any] = {}
         values = iter(node["widgets_values"])
         for name, kind, options in inputs_of(object_info[node["type"]]):
@@ -174,10 +285,9 @@ def _in_order(prompt: dict[str, Any]) -> list[str]:
 def main() -> None:
     with urllib.request.urlopen(f"{sys.argv[1]}/object_info", timeout=30) as answer:
         object_info = json.load(answer)
-    for path in sorted((WORKFLOWS / "api").glob("*.json")):
-        workflow = ui_workflow(json.loads(path.read_text()), object_info)
-        (WORKFLOWS / path.name).write_text(json.dumps(workflow, indent=2) + "\n")
-        print(WORKFLOWS / path.name)
+    for template in templates():
+        template.path.write_text(json.dumps(template.workflow(object_info), indent=2) + "\n")
+        print(template.path)
 
 
 if __name__ == "__main__":

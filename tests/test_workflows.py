@@ -15,7 +15,7 @@ import torch
 from comfyui.server import ComfyServer, Outcome
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from ui_workflow import WORKFLOWS, api_prompt, ui_workflow
+from ui_workflow import WORKFLOWS, Template, api_prompt, templates
 
 from parallel_backend.demo.scenes import COLORS, parse
 from parallel_backend.demo.score import label_colors, shows
@@ -60,15 +60,11 @@ def pictures(editor: ComfyServer) -> Callable[[Path], Picture]:
     return cache(partial(run, editor))
 
 
-def test_each_workflow_has_its_twin() -> None:
-    assert TWINS and [p.name for p in TWINS] == sorted(p.name for p in WORKFLOWS.glob("*.json"))
-
-
-@pytest.mark.parametrize("path", TWINS, ids=lambda p: p.stem)
-def test_the_editors_form_is_made_of_the_api_form(path: Path, object_info: dict[str, Any]) -> None:
-    prompt, workflow = json.loads(path.read_text()), json.loads((WORKFLOWS / path.name).read_text())
-    assert ui_workflow(prompt, object_info) == workflow, "run scripts/ui_workflow.py"
-    assert api_prompt(workflow, object_info) == prompt
+@pytest.mark.parametrize("template", templates(), ids=lambda template: template.name)
+def test_the_editors_form_is_made_of_the_api_form(template: Template, object_info: dict[str, Any]) -> None:
+    workflow = json.loads(template.path.read_text())
+    assert template.workflow(object_info) == workflow, "run scripts/ui_workflow.py"
+    assert api_prompt(workflow, object_info) == template.prompt
 
 
 def small(prompt: dict[str, Any]) -> dict[str, Any]:
@@ -270,6 +266,19 @@ def test_a_graph_from_before_demo_caption_had_a_model_is_the_graph_that_it_was(
         if node["class_type"] == "DemoCaption":
             del node["inputs"]["model"]
     assert (picture_of(editor, prompt) == pictures(path)).all()
+
+
+def test_another_size_than_the_demos_is_told_so_where_it_fails(editor: ComfyServer) -> None:
+    prompt = json.loads((WORKFLOWS / "api" / "demo_text_to_image_ksampler.json").read_text())
+    (sampler,) = (node for node in prompt.values() if node["class_type"] == "KSampler")
+    sampler["inputs"]["latent_image"] = ["size", 0]
+    size = {"width": 1024, "height": 1024, "batch_size": 1}
+    prompt["size"] = {"class_type": "EmptySD3LatentImage", "inputs": size}
+    editor.post("/free", {"unload_models": True, "free_memory": True})  # so that the loader runs and speaks
+    outcome = editor.run(prompt)
+    assert "sides of at most 512 pixels" in outcome.message and "about 128 x 128 pixels" in outcome.message
+    (loader,) = (node_id for node_id, node in prompt.items() if node["class_type"] == "LoadParallelMMDiT")
+    assert "about 128 x 128 pixels" in "\n".join(outcome.texts[loader])
 
 
 def caption_of(prompt: dict[str, Any]) -> str:

@@ -22,6 +22,8 @@ from ..version import __version__
 MODELS = Path(__file__).parent / "models"
 # A folder of its own in each of ComfyUI's, so that no file takes the name of a real one.
 OWN = "parallel_demo"
+# Each side of the pictures that its models were trained on, or nearly (160 x 96). They draw other sizes badly.
+PIXELS = 128
 RELEASE = f"https://github.com/parallel-mmdit/parallel-mmdit/releases/download/v{__version__}"
 SILENT_SECONDS = 30.0
 _BLOCK = 2**20
