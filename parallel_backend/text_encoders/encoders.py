@@ -106,7 +106,7 @@ class CheckpointEncoders:
 
 def _tokens(tokenizer: Any, texts: list[str], length: int, name: str) -> Tensor:
     """(B, length) numbers, filled up; what is cut off is told."""
-    whole = tokenizer(texts).input_ids
+    whole = tokenizer(texts, verbose=False).input_ids
     for text, ids in zip(texts, whole, strict=True):
         if len(ids) > length:
             log.warning("%s reads %d of the %d tokens of %.60r.", name, length, len(ids), text)

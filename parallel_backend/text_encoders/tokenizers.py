@@ -28,7 +28,7 @@ _FOLDERS: dict[Kind, tuple[str, ...]] = {
     "clip_g": ("tokenizer_2", "tokenizer"),
     "t5": ("tokenizer_3",),
 }
-# BigG was trained on texts filled up with this token, number 0.
+# BigG was trained on texts filled up with this token, number 0; only a folder of its own says so.
 _BIG_G_FILLS_WITH = "!"
 PACK = Path(__file__).absolute().parents[2]
 
@@ -49,10 +49,9 @@ def tokenizer_of(encoder: EncoderFile, given: Sequence[Path]) -> Any:
     transformers = import_transformers()
     if encoder.kind == "t5":
         return transformers.T5TokenizerFast.from_pretrained(folder, local_files_only=True)
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    if encoder.kind == "clip_g" and folder.name != "tokenizer_2" and _BIG_G_FILLS_WITH in tokenizer.get_vocab():
-        tokenizer.pad_token = _BIG_G_FILLS_WITH
-    return tokenizer
+    own = encoder.kind != "clip_g" or folder.name == _FOLDERS["clip_g"][0]
+    fills = {} if own else {"pad_token": _BIG_G_FILLS_WITH}
+    return transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True, **fills)
 
 
 def _candidates(encoder: EncoderFile, given: Sequence[Path]) -> Iterator[Path]:
@@ -62,8 +61,8 @@ def _candidates(encoder: EncoderFile, given: Sequence[Path]) -> Iterator[Path]:
         yield from (folder / name for name in names)
         yield folder
     for name in _HUB[encoder.kind]:
-        if (folder_ := cached(name)) is not None:
-            yield folder_
+        if (found := cached(name)) is not None:
+            yield found
     # A pack stands in its ComfyUI's folder of packs.
     for comfyui in (os.environ.get("COMFYUI_PATH"), PACK.parents[1]):
         if comfyui:
