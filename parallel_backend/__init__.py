@@ -2,29 +2,33 @@
 
 A `Backend` is a set of torchrun ranks that outlives its clients:
 
-    backend = Backend.attach_or_start(world_size=2, device="cpu")
-    model = backend.load_model("sd3.5_medium.safetensors", mesh=MeshSpec(cfg=2))
-    latent = model.sample(latent, positive=..., negative=..., seed=1, steps=20)
+    with Backend() as backend:
+        model = backend.load_model("sd3.5_medium.safetensors", text_encoders=["clip_l.safetensors", "clip_g.safetensors"])
+        picture = model.generate("a photo of an astronaut riding a horse", seed=1).images[0]
 """
 
 from .client.backend import Backend
+from .client.generation import Generated
 from .client.remote import RemoteModel
 from .client.remote_control import ControlUse, RemoteControl
 from .client.remote_vae import RemoteVAE
 from .client.weight_patches import WeightPatches
 from .config import MeshSpec, SamplerSpec
 from .rpc.conditioning import Conditioning
+from .text_encoders.protocol import TextEncoders
 from .version import __version__
 
 __all__ = [
     "Backend",
     "Conditioning",
     "ControlUse",
+    "Generated",
     "MeshSpec",
     "RemoteControl",
     "RemoteModel",
     "RemoteVAE",
     "SamplerSpec",
+    "TextEncoders",
     "WeightPatches",
     "__version__",
 ]

@@ -37,7 +37,21 @@ ALLOWED = {
     "sampling": {"config", "errors"},
     "quantized": {"checkpoint_files", "errors"},
     "models": {"quantized", "distributed", "fused", "checkpoint_files", "config", "errors"},
-    "client": {"rpc", "checkpoint_files", "command_line", "config", "errors", "own_code", "version"},
+    # In the client's process alone.
+    "text_encoders": {"checkpoint_files", "errors"},
+    "client": {
+        *(
+            "text_encoders",
+            "sampling",
+            "rpc",
+            "checkpoint_files",
+            "command_line",
+            "config",
+            "errors",
+            "own_code",
+            "version",
+        ),
+    },
     "extras": {"models", "quantized", "distributed", "checkpoint_files", "rpc", "errors"},
     "serving": {"rpc", "errors", "version"},
     "rank": {
@@ -61,10 +75,11 @@ ALLOWED = {
         "config",
         "errors",
     },
-    "__init__": {"client", "rpc.conditioning", "config", "version"},
+    "run": {"client", "demo", "checkpoint_files", "config", "errors", "version"},
+    "__init__": {"client", "text_encoders.protocol", "rpc.conditioning", "config", "version"},
     "doctor": {"client", "command_line", "config", "distributed.device_memory", "rpc", "errors", "version"},
     "__main__": {
-        *("bench", "demo", "doctor", "client", "models.from_scratch_file", "rpc", "config", "errors", "version"),
+        *("bench", "demo", "doctor", "run", "client", "models.from_scratch_file", "rpc", "config", "errors", "version"),
         "workflow_files",
     },
 }

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..checkpoint_files.content import content_key
 from ..checkpoint_files.diffusion_part import BARE_FP8, QUANTISED, is_from_scratch, packing
+from ..checkpoint_files.hub import local_path
 from ..checkpoint_files.layout import vae_folder
 from ..command_line import command_line
 from ..config import AUTO, CAST_TO, DEFAULT_IDLE_SECONDS, FP8, WEIGHTS, BackendSpec, DeviceType, MeshSpec
@@ -25,12 +26,14 @@ from ..rpc.messages import (
     Stop,
     Unload,
 )
+from ..text_encoders.protocol import TextEncoders
 from . import dtypes, launcher
 from .cards import choose_ranks, seen
 from .connection import Connection, OnEvent
 from .ending import kill
 from .names import DEFAULT, backend_name, meant
-from .places import Elsewhere, ThisMachine
+from .pipeline_parts import Paths, PipelineParts
+from .places import Elsewhere, Place, ThisMachine
 from .remote import RemoteModel
 from .remote_control import RemoteControl
 from .remote_vae import RemoteVAE
@@ -38,15 +41,18 @@ from .remote_vae import RemoteVAE
 
 class Backend(Connection):
     """A connection to the ranks of one name, with all that they can be asked for. One request at a time; use one Backend
-    per thread that must not wait. Made by `attach_or_start`, `attach` or `attach_remote`.
+    per thread that must not wait. `attach` and `attach_remote` find one that runs.
 
-    A lost backend is an error of the request under way; the next request finds the restarted ranks and loads its
+        with Backend() as backend:
+            model = backend.load_model("sd3.5_medium.safetensors")
+
+    The block's end closes the connection. The ranks run on with what they hold, so that the next program loads nothing; `stop`
+    ends them. A lost backend is an error of the request under way; the next request finds the restarted ranks and loads its
     model again.
     """
 
-    @classmethod
-    def attach_or_start(
-        cls,
+    def __init__(
+        self,
         world_size: int | None = None,
         device: DeviceType | None = None,
         name: str = DEFAULT,
@@ -55,9 +61,11 @@ class Backend(Connection):
         idle_seconds: float = DEFAULT_IDLE_SECONDS,
         memory_budget: int = 0,
         waiting: launcher.Waiting = launcher.unheard,
-    ) -> Backend:
-        """A backend that is ready. Without `world_size` and `device`: all GPUs of the best one's kind, or two CPU ranks where
-        there is none. The default name is one for each set of GPUs that a process sees.
+    ) -> None:
+        """The backend of that name, ready: the one that runs, or one started now.
+
+        Without `world_size` and `device`: all GPUs of the best one's kind, or two CPU ranks where there is none. The default
+        name is one for each set of GPUs that a process sees.
 
         Raises:
             BackendInUseError: one of that name runs with other ranks, and somebody works with it; else it is restarted.
@@ -68,7 +76,25 @@ class Backend(Connection):
         name = backend_name(name, ranks.device, here)
         spec = BackendSpec(name, ranks.count, ranks.device, ranks.devices, idle_seconds, memory_budget)
         place = ThisMachine(spec)
-        return cls(spec, place, place.first(waiting))
+        super().__init__(spec, place, place.first(waiting))
+
+    @classmethod
+    def attach_or_start(cls, *args: Any, **settings: Any) -> Backend:
+        """`Backend(...)` under the name of what it does."""
+        return cls(*args, **settings)
+
+    @classmethod
+    def _found(cls, spec: BackendSpec, place: Place, record: files.BackendRecord) -> Backend:
+        """One that runs."""
+        backend = cls.__new__(cls)
+        Connection.__init__(backend, spec, place, record)
+        return backend
+
+    def __enter__(self) -> Backend:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @classmethod
     def attach(cls, name: str | None = None) -> Backend:
@@ -83,7 +109,7 @@ class Backend(Connection):
             remedy = f"These run: {others}." if others else f"Start one with `{command_line('serve')}`."
             raise StartError(f"No backend {name!r} runs.", remedy)
         spec = BackendSpec(name, record.world_size, record.device, tuple(record.devices))  # type: ignore[arg-type]
-        return cls(spec, ThisMachine(spec, as_it_is=True), record)
+        return cls._found(spec, ThisMachine(spec, as_it_is=True), record)
 
     @classmethod
     def attach_remote(cls, address: str, keys: str | os.PathLike[str], world_size: int = 0) -> Backend:
@@ -96,7 +122,7 @@ class Backend(Connection):
         """
         spec = BackendSpec("remote", world_size, address=address, keys=os.fspath(keys))
         place = Elsewhere(spec)
-        return cls(spec, place, place.first())
+        return cls._found(spec, place, place.first())
 
     def load_model(
         self,
@@ -112,12 +138,16 @@ class Backend(Connection):
         computes: str = AUTO,
         fast_fp8: bool = False,
         has_fp8: bool = False,
+        text_encoders: Paths | TextEncoders | None = None,
+        vae: Paths | RemoteVAE | None = None,
+        tokenizers: Paths = (),
         on_event: OnEvent | None = None,
         should_cancel: Callable[[], bool] | None = None,
     ) -> RemoteModel:
         """An SD3, SD3.5 or SDXL model, resident and sharded. A file that is resident already is not read again.
 
         Args:
+            path: a checkpoint, a pipeline's folder, or its name on the Hugging Face hub, from where it was downloaded before.
             dtype: auto is ComfyUI's choice for the ranks' cards; float32 on CPUs. fp8 holds weights of half precision in fp8, a
                 scale for each row, float8_e4m3fn and float8_e5m2 cast them, which are computed with in `computes`.
             mesh: None takes as many ranks for a picture as make it faster, by the predictor's tables; what is left is dp.
@@ -127,11 +157,18 @@ class Backend(Connection):
                 nothing. Steps of PipeFusion run without. Not together with a sliced mesh.
             name: of the same file on a remote backend, below its model folders; the file's own name where left out.
             fast_fp8, has_fp8: see LoadModel.
+            text_encoders, vae: for `generate`, which reads them when it first needs them. None: those of the checkpoint. Encoders
+                are safetensors files or folders of CLIP-L, CLIP bigG and T5-XXL in any order, or an object that encodes itself.
+            tokenizers: folders of the encoders' tokenizers, where none lies beside them.
         Raises: CheckpointError, ConfigError.
         """
+        path = local_path(Path(path))
+        parts = PipelineParts(self, _absolute(path), text_encoders, vae, tokenizers)
         fp8: dict[str, Any] = {"computes": computes, "fast_fp8": fast_fp8, "has_fp8": has_fp8}
         load = self.asked(path, mesh, dtype, kernel, name, kind=kind, compile=compile, graphs=graphs, **fp8)
-        return self.load_asked(load, on_event=on_event, should_cancel=should_cancel)
+        model = self.load_asked(load, on_event=on_event, should_cancel=should_cancel)
+        model.parts = parts
+        return model
 
     def load_asked(
         self,

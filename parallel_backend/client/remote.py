@@ -24,8 +24,10 @@ from ..rpc.messages import (
     StepDone,
 )
 from .connection import OnEvent
+from .generation import generate
 from .held import Held
 from .not_finite import NotFinite, held_by, is_finite
+from .pipeline_parts import PipelineParts
 from .remote_control import ControlUse, RemoteControl
 from .request_tensors import RequestTensors, Residuals
 from .sent_tensors import Attachment
@@ -46,6 +48,9 @@ class RemoteModel(Held[LoadModel]):
     """A diffusion model in a backend."""
 
     timeline: Tensor | None = None
+    # Set where it is loaded with what a prompt needs.
+    parts: PipelineParts | None = None
+    generate = generate
 
     def __post_init__(self) -> None:
         super().__post_init__()

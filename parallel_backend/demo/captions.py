@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -31,6 +32,19 @@ def encode(captions: Sequence[str], widths: tuple[int, int] = SD3_WIDTHS) -> tup
     """
     scenes = [parse(caption) if caption.strip() else None for caption in captions]
     return embed(torch.tensor([word_ids(scene) for scene in scenes]), widths)
+
+
+@dataclass(frozen=True)
+class Captions:
+    """These captions as the text encoders of the demo's checkpoints: see `text_encoders.TextEncoders`."""
+
+    widths: tuple[int, int] = SD3_WIDTHS
+    default_size: int | None = 128
+
+    def encode(self, prompts: Sequence[str | None], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """No prompt is the empty caption. Raises: InputError: a caption is outside the grammar."""
+        context, pooled = encode([prompt or "" for prompt in prompts], self.widths)
+        return context.to(dtype), pooled.to(dtype)
 
 
 def word_ids(scene: Scene | None) -> list[int]:

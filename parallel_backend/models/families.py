@@ -12,6 +12,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 from ..checkpoint_files.diffusion_part import FROM_SCRATCH_MARK, diffusion_entries
+from ..checkpoint_files.latent_scales import SD3_SCALE, SD3_SHIFT, SDXL_SCALE, SDXL_SHIFT
 from ..config import MMDIT_AXES, MMDIT_REST, UNET_AXES, UNET_REST
 from ..distributed.mesh import Mesh
 from ..errors import CheckpointError
@@ -61,8 +62,8 @@ SD3 = Kind(
     "mmdit",
     MMDIT_AXES,
     MMDIT_REST,
-    1.5305,
-    0.0609,
+    SD3_SCALE,
+    SD3_SHIFT,
     "flow",
     "Use an SD3 latent, from EmptySD3LatentImage or a VAE of 16 channels.",
     "Encode the prompt with SD3's text encoders (CLIPLoader type sd3).",
@@ -83,8 +84,8 @@ SDXL = Kind(
     "unet",
     UNET_AXES,
     UNET_REST,
-    0.13025,
-    0.0,
+    SDXL_SCALE,
+    SDXL_SHIFT,
     "eps",
     "Use an SDXL latent, from EmptyLatentImage or a VAE of 4 channels.",
     "Encode the prompt with this model's text encoders: base and refiner have different ones.",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..checkpoint_files.diffusion_part import diffusion_prefix
 from ..checkpoint_files.header import entries_of
+from ..checkpoint_files.sampling_marks import EDM_PLAIN, EDM_V, V_PREDICTION, ZERO_SNR
 from ..config import ContinuousSampling
 from ..errors import BackendError, CheckpointError, InputError, UnsupportedError
 from ..quantized.whole_file import WholeFile
@@ -19,10 +20,7 @@ from .unet import HEAD_DIM, UNetConfig
 LATENT_CHANNELS = 4
 # (context width, micro-conditioning width) of the families.
 _FAMILIES = {(2048, 2816): "sdxl", (1280, 2560): "sdxl-refiner"}
-# What single files hold beside the weights: they say what the model's output means.
-V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
 _EDM = "edm_"
-_EDM_PLAIN, _EDM_V = ("edm_mean", "edm_std"), ("edm_vpred.sigma_max", "edm_vpred.sigma_min")
 # Of Playground 2.5, whose files don't say it, and of CosXL where its file doesn't: ComfyUI's, and the models' own.
 _PLAYGROUND = ContinuousSampling("edm", "log", 0.002, 80.0, 0.5)
 _SIGMA_MAX, _SIGMA_MIN = 120.0, 0.002
@@ -62,7 +60,7 @@ def open_unet(path: Path) -> tuple[RenamedSource, UNetConfig]:
     """
     entries = entries_of(path)
     source = open_source(path, diffusion_prefix(entries))
-    flags = {V_PREDICTION, ZERO_SNR, *_EDM_PLAIN, *_EDM_V}.intersection(entries)
+    flags = {V_PREDICTION, ZERO_SNR, *EDM_PLAIN, *EDM_V}.intersection(entries)
     layers = layers_per_block(source)
     by_theirs = {diffusers_name(name, layers): name for name in source.names() if name not in flags}
     pieces = joined({theirs: [Piece(ours)] for theirs, ours in by_theirs.items()})
@@ -78,21 +76,21 @@ def _edm_sampling(path: Path, marks: Collection[str]) -> ContinuousSampling | No
 
     Raises: CheckpointError: they say it in no way that can be used.
     """
-    if all(mark in marks for mark in _EDM_PLAIN):
+    if all(mark in marks for mark in EDM_PLAIN):
         return _PLAYGROUND
-    if _EDM_V[0] not in marks:
+    if EDM_V[0] not in marks:
         return None
     values = WholeFile(path, _EDM)
     try:
         high, low = (
             float(values[mark.removeprefix(_EDM)].item()) if mark in marks else usual
-            for mark, usual in zip(_EDM_V, (_SIGMA_MAX, _SIGMA_MIN), strict=True)
+            for mark, usual in zip(EDM_V, (_SIGMA_MAX, _SIGMA_MIN), strict=True)
         )
         return ContinuousSampling("v_prediction", "log", low, high)
     except BackendError as error:
         raise CheckpointError(f"{path.name} has marks of EDM that can't be used: {error}", "Get it again.") from error
     except RuntimeError:  # of a tensor with more than one value
-        raise CheckpointError(f"{path.name}: {_EDM_V[0]} is not one number.", "Get it again.") from None
+        raise CheckpointError(f"{path.name}: {EDM_V[0]} is not one number.", "Get it again.") from None
 
 
 def unet_places(source: RenamedSource, config: UNetConfig) -> Callable[[str], tuple[str, int]]:
