@@ -1,4 +1,4 @@
-"""The command line: serve, status, stop, doctor, workflow, keys, convert, train, bench, demo."""
+"""The command line: run, serve, status, stop, doctor, workflow, keys, convert, train, bench, demo."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from .demo.trained import add_choice, chosen
 from .errors import BackendError, ConfigError, StartError
 from .rpc import runtime_dir
 from .rpc.messages import BackendState
+from .run import command as run_command
 from .version import __version__
 from .workflow_files import command as workflow_command
 
@@ -43,6 +44,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="parallel-mmdit", description="One SD3.5 or SDXL image on many GPUs.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    draw = commands.add_parser("run", help="draw a prompt with a checkpoint")
+    _named(draw)
+    _ranks(draw)
+    run_command.add_arguments(draw)
 
     serve = commands.add_parser("serve", help="start a backend and keep it in the foreground")
     _named(serve)

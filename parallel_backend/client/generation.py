@@ -50,6 +50,7 @@ def generate(
     sampler: str | None = None,
     scheduler: str | None = None,
     warmup_steps: int | None = None,
+    on_step: Callable[[Step], None] | None = None,
     should_cancel: Callable[[], bool] | None = None,
 ) -> Generated:
     """Pictures of the prompts: those of diffusers' StableDiffusion3Pipeline or StableDiffusionXLPipeline, on the backend's ranks.
@@ -63,7 +64,7 @@ def generate(
         callback_on_step_end: called (model, step, timestep, {"latents": ...}) as soon as the next step has begun. What it raises
             cancels the job. It can watch, not change.
         sampler, scheduler: ComfyUI's names; left out, the pipeline's own Euler steps and sigmas.
-        warmup_steps: see `sample`.
+        warmup_steps, on_step: see `sample`.
     Raises: CheckpointError, ConfigError, InputError, UnsupportedError: before anything is computed. And as `sample`.
     """
     parts = model.parts
@@ -86,7 +87,7 @@ def generate(
     noise, step_seed = _noise((count, family.channels, *(side // CELL for side in size)), generator, seed, latents)
     encoded = _encoded(encoders, model, [*prompts, *(negatives if guidance > 1 else [])])
     rows = _rows(len(prompts), len(negatives) if guidance > 1 else 0, num_images_per_prompt)
-    ends = _StepEnds(model, schedule, callback_on_step_end)
+    ends = _StepEnds(model, schedule, callback_on_step_end, on_step)
     latent = model.sample(
         torch.zeros_like(noise),
         *(_conditioning(encoded, of, family, size) for of in rows),
@@ -200,10 +201,18 @@ def _conditioning(
 class _StepEnds:
     """Tells of a step's end when the next one begins, with the latents that it begins with."""
 
-    def __init__(self, model: RemoteModel, schedule: Schedule, tell: StepEnd | None) -> None:
-        self._model, self._timesteps, self._tell = model, schedule.timesteps, tell
+    def __init__(
+        self,
+        model: RemoteModel,
+        schedule: Schedule,
+        tell: StepEnd | None,
+        on_step: Callable[[Step], None] | None,
+    ) -> None:
+        self._model, self._timesteps, self._tell, self._on_step = model, schedule.timesteps, tell, on_step
 
     def begun(self, step: Step) -> None:
+        if self._on_step is not None:
+            self._on_step(step)
         if step.index > 0 and step.x is not None:
             self._ended(step.index - 1, step.x)
 

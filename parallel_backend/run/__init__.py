@@ -1,0 +1,1 @@
+"""`parallel-mmdit run`: a prompt to a picture from the shell."""
