@@ -224,6 +224,9 @@ def test_a_mesh_that_a_link_decides_is_not_guessed(editor: EditorPage) -> None:
 
 
 def height(editor: EditorPage) -> float:
+    """Of the node as it is seen, in px of the graph."""
+    if editor.variant == "nodes2":
+        return editor.page.locator("[data-node-id]").evaluate("(node) => node.offsetHeight")
     return editor.page.evaluate(f"() => {NODE}.size[1]")
 
 
@@ -300,12 +303,17 @@ def test_pictures_of_any_mesh_keep_within_themselves_and_fold_what_is_many(open_
     assert long[0] == "ulysses 0..127" and long[-1] == "+ 112"
 
 
-@pytest.mark.parametrize(("words", "place"), [("gpu", 3), ("parallel", 6), ("mesh config", 1), ("mesh", 3)])
-def test_the_search_finds_it(words: str, place: int, open_editor: OpenEditor) -> None:
-    page = open_editor("classic").page
-    page.mouse.dblclick(700, 450)
-    page.keyboard.type(words)
-    found = page.get_by_role("option")
-    found.filter(has_text="Parallel GPUs (Mesh Config)").first.wait_for()
-    listed = [option.split("\n")[0] for option in found.all_inner_texts()]
-    assert "Parallel GPUs (Mesh Config)" in listed[:place], listed[:place]
+def test_the_search_finds_it_among_3d_meshes_and_core_s_own(open_editor: OpenEditor) -> None:
+    editor = open_editor("classic")
+    editor.load_workflow(EMPTY)
+    page = editor.page
+    for words, place in {"gpu": 3, "parallel": 6, "mesh config": 1, "mesh": 3}.items():
+        page.mouse.dblclick(640, 400)
+        page.locator("input:focus").wait_for()
+        page.keyboard.type(words)
+        found = page.get_by_role("option")
+        found.filter(has_text="Parallel GPUs (Mesh Config)").first.wait_for()
+        listed = [option.split("\n")[0] for option in found.all_inner_texts()]
+        assert "Parallel GPUs (Mesh Config)" in listed[:place], (words, listed[:place])
+        page.keyboard.press("Escape")
+        found.first.wait_for(state="detached")
