@@ -15,7 +15,7 @@ import torch
 from ..parallel_backend import Backend, RemoteModel, RemoteVAE
 from ..parallel_backend.client.connection import Connection
 from ..parallel_backend.errors import BackendError, CancelledError, OutOfMemoryError
-from ..parallel_backend.rpc.messages import Progress, RankState, StepDone
+from ..parallel_backend.rpc.messages import RankState
 from ..parallel_backend.rpc.runtime_dir import machine
 from .node_text import say
 
@@ -78,7 +78,7 @@ class WeightsElsewhere(comfy.model_patcher.ModelPatcher):
         """Called by ComfyUI where it believes that they are not loaded, after it has made room."""
         if self._is_here() and not self._is_held():
             say(f"loading {self.remote.file} again on the ranks", log=True)
-            interruptible(self.remote.backend, self.remote.ensure_loaded, on_event=_say_progress)
+            interruptible(self.remote.backend, self.remote.ensure_loaded)
         self._note_loaded(device_to)
         for callback in self.get_all_callbacks(comfy.patcher_extension.CallbacksMP.ON_LOAD):
             callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
@@ -157,11 +157,6 @@ def _place(remote: RemoteModel | RemoteVAE) -> tuple[str, str]:
 def same_weights(one: RemoteModel | RemoteVAE, other: RemoteModel | RemoteVAE) -> bool:
     """Whether a backend holds them once for both."""
     return (_place(one), one.name) == (_place(other), other.name)
-
-
-def _say_progress(event: Progress | StepDone, _: Sequence[torch.Tensor]) -> None:
-    if isinstance(event, Progress):
-        say(event.what)
 
 
 def _hold_on(patcher: comfy.model_patcher.ModelPatcher) -> None:

@@ -108,6 +108,7 @@ class ParallelMesh:
                 memory_budget=self.spec.memory_budget,
                 waiting=waiting,
             )
+        self._backend.on_progress = lambda event: say(event.text)
         return self._backend
 
     def describe(self) -> str:
@@ -123,9 +124,10 @@ class ParallelMesh:
         )
 
     def differs(self) -> str:
-        """What the backend on this machine was started with otherwise than ComfyUI; empty where nothing."""
+        """What has changed of the backend for this mesh, told once, and what it was started with otherwise than ComfyUI."""
+        backend = self.backend()
         if self.spec.address:
-            return ""
-        record = self.backend().record
+            return backend.taken_notes()
         cards = [card.uuid for card in seen(self.spec.device).cards]
-        return " ".join(difference(self.spec.name, record, os.environ, cards) or ())
+        other = " ".join(difference(self.spec.name, backend.record, os.environ, cards) or ())
+        return "\n".join(filter(None, [backend.taken_notes(), other]))

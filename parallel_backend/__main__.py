@@ -16,11 +16,12 @@ from .client.backend import Backend
 from .client.cards import choose_ranks, seen
 from .client.ending import end
 from .client.names import DEFAULT, backend_name, meant
+from .client.places import ThisMachine
 from .config import DEFAULT_IDLE_SECONDS, BackendSpec, Hosts, ServeSpec, gpu_numbers
 from .demo.trained import add_choice, chosen
 from .errors import BackendError, ConfigError, StartError
 from .rpc import runtime_dir
-from .rpc.messages import BackendState
+from .rpc.messages import Adjust, BackendState
 from .version import __version__
 from .workflow_files import command as workflow_command
 
@@ -50,10 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--idle-seconds",
         type=float,
-        default=DEFAULT_IDLE_SECONDS,
-        help="let the models go after so long without a job, and end after 8 times as long or 4 hours",
+        help="let the models go after so long without a job, and end after 8 times as long or 4 hours; half an hour",
     )
-    serve.add_argument("--memory-budget-mib", type=int, default=0, help="for models, per rank; 0 is no limit")
+    serve.add_argument("--memory-budget-mib", type=int, help="for models, per rank; 0, or left out, is no limit")
     serve.add_argument("--detach", action="store_true", help="return as soon as it is ready")
     serve.add_argument("--models", action="append", default=[], help="open only files below this folder; repeatable")
     serve.add_argument("--listen", default="", help="also serve clients of other machines, at tcp://0.0.0.0:PORT")
@@ -150,8 +150,9 @@ def _serve(args: argparse.Namespace) -> int:
     name = backend_name(args.name or DEFAULT, ranks.device, here)
     if ranks.note:
         print(ranks.note, file=sys.stderr)
-    budget = args.memory_budget_mib * 2**20
-    spec = BackendSpec(name, ranks.count, ranks.device, ranks.devices, args.idle_seconds, budget)
+    budget = None if args.memory_budget_mib is None else args.memory_budget_mib * 2**20
+    idle = DEFAULT_IDLE_SECONDS if args.idle_seconds is None else args.idle_seconds
+    spec = BackendSpec(name, ranks.count, ranks.device, ranks.devices, idle, budget or 0)
     hosts = Hosts(args.hosts, args.host_index, args.rendezvous, args.interface)
     models, keys = tuple(map(_whole, args.models)), _whole(args.keys) if args.keys else ""
     serve = ServeSpec(models, args.listen, keys, args.metrics_port, hosts)
@@ -159,6 +160,11 @@ def _serve(args: argparse.Namespace) -> int:
         raise ConfigError("--detach is for one host.", "Leave it out, and run serve below nohup or a service manager.")
     runs = launcher.find(spec, _to_stderr) if hosts.count == 1 else runtime_dir.read_record(spec.name)
     if runs is not None:
+        if hosts.count == 1:
+            running = Backend(spec, ThisMachine(spec, Adjust(args.idle_seconds, budget)), runs)
+            if notes := running.taken_notes():
+                print(notes)
+            running.close()
         print(f"Backend {name!r} runs already.")
         return 0
     if args.detach:

@@ -70,7 +70,7 @@ ALLOWED = {
 }
 # Inside the ranks' room, from the bottom up: a file imports only those before it.
 RANK_ORDER = (
-    *("lean_imports", "jobs", "room", "allowed_files", "pulse", "watch", "world", "place", "residents"),
+    *("lean_imports", "jobs", "meter", "room", "allowed_files", "pulse", "watch", "world", "place", "residents"),
     *(
         "kept_tensors",
         "shared_tensors",

@@ -207,10 +207,10 @@ class SocketServer(threading.Thread):
             return Done()
         if isinstance(body, Adjust):
             before = self._board.snapshot(len(self.jobs))
-            if (before.idle_seconds, before.memory_budget) == (body.idle_seconds, body.memory_budget):
-                return before
-            self._board.note(idle_seconds=body.idle_seconds, memory_budget=body.memory_budget)
-            self.jobs.put(own_job(body))
+            wanted = body.on(before.idle_seconds, before.memory_budget)
+            if (before.idle_seconds, before.memory_budget) != (wanted.idle_seconds, wanted.memory_budget):
+                self._board.note(idle_seconds=wanted.idle_seconds, memory_budget=wanted.memory_budget)
+                self.jobs.put(own_job(wanted))
             return before
         if isinstance(body, StopUnused) and (self._open or not self._clients.nobody_but(body.client, body.machine)):
             return self._board.snapshot(len(self.jobs))
