@@ -264,7 +264,7 @@ def describe(state: BackendState) -> str:
         f"jobs: {running}, {state.queued} queued, {state.jobs_done} done, {state.jobs_failed} of them failed or cancelled; "
         f"{state.cached_tensors} prompts' tensors kept ({state.cached_bytes / 2**20:.1f} MiB)",
         f"since the start: {state.restarts} restarts, {state.refused} messages refused",
-        f"clients: {', '.join(state.clients) or 'none'}; models leave after {state.idle_seconds / 60:g} min without work; "
+        f"clients: {', '.join(state.clients) or 'none'}; models leave after {state.idle_seconds / 60:.3g} min without work; "
         f"memory budget: {f'{state.memory_budget / 2**20:.0f} MiB a rank' if state.memory_budget else 'none'}",
         f"{'rank':>4}  {'host':<16} {'pid':>8}  {'device':<8} {'used MiB':>9} {'free MiB':>9} {'all MiB':>9}  name",
     ]

@@ -24,9 +24,9 @@ from parallel_backend.client.launcher import LOCAL
 from parallel_backend.client.names import backend_name, meant
 from parallel_backend.config import BackendSpec
 from parallel_backend.errors import ConfigError, StartError
-from parallel_backend.own_code import LOADED
 from parallel_backend.rank.place import rank_state
 from parallel_backend.rpc import runtime_dir as files
+from parallel_backend.rpc.own_code import LOADED
 from parallel_backend.version import __version__
 
 ROOT = Path(__file__).parents[1]

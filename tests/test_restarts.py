@@ -19,7 +19,7 @@ import pytest
 import torch
 from served import sample, wait_until
 
-from parallel_backend import Backend, MeshSpec, own_code
+from parallel_backend import Backend, MeshSpec
 from parallel_backend.__main__ import main
 from parallel_backend.client import differences as differing
 from parallel_backend.client.ending import end
@@ -28,6 +28,7 @@ from parallel_backend.client.restart import restart
 from parallel_backend.command_line import command_line
 from parallel_backend.config import BackendSpec
 from parallel_backend.errors import BackendInUseError, BackendLostError, ConfigError, StartError
+from parallel_backend.rpc import own_code
 from parallel_backend.rpc import runtime_dir as files
 from parallel_backend.rpc.messages import Progress
 

@@ -137,7 +137,7 @@ class Connection:
             )
             changes.append(f"memory budget {now} (was {then})")
         if wanted.idle_seconds is not None and wanted.idle_seconds != before.idle_seconds:
-            changes.append(f"idle time {wanted.idle_seconds / 60:g} min (was {before.idle_seconds / 60:g})")
+            changes.append(f"idle time {wanted.idle_seconds / 60:.3g} min (was {before.idle_seconds / 60:.3g})")
         if changes:
             self._place.notes.append(f"Backend {self.spec.name!r} has taken over: {', '.join(changes)}.")
 

@@ -31,7 +31,6 @@ from torch import Tensor
 from ..config import DEFAULT_IDLE_SECONDS
 from ..distributed.links import measure_links
 from ..errors import BackendError, BackendLostError, CancelledError, OutOfMemoryError, RankError, StartError
-from ..own_code import LOADED
 from ..rpc import runtime_dir as files
 from ..rpc.headers import RequestHeader
 from ..rpc.keys import Keys
@@ -46,6 +45,7 @@ from ..rpc.messages import (
     Unload,
     Welcome,
 )
+from ..rpc.own_code import LOADED
 from ..rpc.wire import Sendable, unpack
 from ..serving.metrics import serve_metrics
 from ..serving.socket_server import SocketServer
