@@ -18,6 +18,7 @@ from ..parallel_backend.errors import BackendError, CancelledError, OutOfMemoryE
 from ..parallel_backend.rpc.messages import RankState
 from ..parallel_backend.rpc.runtime_dir import machine
 from .node_text import say
+from .parallel_mesh import ParallelMesh
 
 # Left free for activations beside the weights, and for what other programs take meanwhile.
 ACTIVATION_BYTES = 1536 * 2**20
@@ -226,7 +227,8 @@ def interruptible(backend: Connection, request: Callable[..., Any], *args: Any, 
     """
     asked = partial(request, *args, should_cancel=mm.processing_interrupted, **kwargs)
     try:
-        return _with_room(backend, asked)
+        with ParallelMesh.noting_refusals(backend.spec):
+            return _with_room(backend, asked)
     except CancelledError:
         mm.throw_exception_if_processing_interrupted()
         raise

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 from weakref import WeakSet
 
@@ -77,14 +78,21 @@ class ParallelMesh:
 
         Raises: ConfigError, StartError, BackendLostError, BackendInUseError.
         """
-        try:
+        with self.noting_refusals(self.spec):
             backend = self._connected()
-        except BackendInUseError:
-            self.refused[self.spec.name] = self.spec
-            raise
-        self.refused.pop(self.spec.name, None)
         self.attached.add(backend)
         return backend
+
+    @classmethod
+    @contextmanager
+    def noting_refusals(cls, spec: BackendSpec) -> Iterator[None]:
+        """What is asked of a backend inside asks for it as `spec` says."""
+        try:
+            yield
+        except BackendInUseError:
+            cls.refused[spec.name] = spec
+            raise
+        cls.refused.pop(spec.name, None)
 
     def _connected(self) -> Backend:
         if self._backend is not None:

@@ -26,7 +26,7 @@ ALLOWED = {
     "errors": set(),
     "version": set(),
     "command_line": set(),
-    "config": {"errors"},
+    "config": {"command_line", "errors"},
     "mesh_choice": {"config", "errors"},
     "checkpoint_files": {"errors"},
     "workflow_files": {"errors"},
@@ -38,7 +38,7 @@ ALLOWED = {
     "models": {"quantized", "distributed", "fused", "checkpoint_files", "config", "errors"},
     "client": {"rpc", "checkpoint_files", "command_line", "config", "errors", "version"},
     "extras": {"models", "quantized", "distributed", "checkpoint_files", "rpc", "errors"},
-    "serving": {"rpc", "errors", "version"},
+    "serving": {"rpc", "command_line", "errors", "version"},
     "rank": {
         *("extras", "serving", "sampling", "models", "distributed", "fused", "mesh_choice"),
         *("rpc", "checkpoint_files", "config", "errors", "version"),

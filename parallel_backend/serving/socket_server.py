@@ -19,6 +19,7 @@ from torch import Tensor
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import recv_monitor_message
 
+from ..command_line import command_line
 from ..errors import BackendError, ProtocolError
 from ..rpc.headers import ReplyHeader, RequestHeader, TensorMeta
 from ..rpc.keys import Keys
@@ -89,7 +90,10 @@ class SocketServer(threading.Thread):
         router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         if address.startswith("tcp://"):
             if keys is None:
-                raise ProtocolError(f"{address} can't be listened on without keys.", "Make some: parallel-mmdit keys.")
+                raise ProtocolError(
+                    f"{address} can't be listened on without keys.",
+                    f"Make some with `{command_line('keys', 'FOLDER')}`.",
+                )
             self._authenticator = keys.guard(self._context, router)
             router.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
             router.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_LOST_MS)
