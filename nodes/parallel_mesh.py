@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 from weakref import WeakSet
 
@@ -103,14 +104,21 @@ class ParallelMesh:
 
         Raises: ConfigError, StartError, BackendLostError, BackendInUseError.
         """
-        try:
+        with self.noting_refusals(self.spec):
             backend = self._connected()
-        except BackendInUseError:
-            self.refused[self.spec.name] = self.spec
-            raise
-        self.refused.pop(self.spec.name, None)
         self.attached.add(backend)
         return backend
+
+    @classmethod
+    @contextmanager
+    def noting_refusals(cls, spec: BackendSpec) -> Iterator[None]:
+        """What is asked of a backend inside asks for it as `spec` says."""
+        try:
+            yield
+        except BackendInUseError:
+            cls.refused[spec.name] = spec
+            raise
+        cls.refused.pop(spec.name, None)
 
     def _connected(self) -> Backend:
         if self._backend is not None:
@@ -134,6 +142,7 @@ class ParallelMesh:
                 memory_budget=self.spec.memory_budget,
                 waiting=waiting,
             )
+        self._backend.on_progress = lambda event: say(event.text)
         return self._backend
 
     def places(self) -> list[str]:
@@ -157,9 +166,10 @@ class ParallelMesh:
         return "\n".join(filter(None, [first, self.note, *self.notes.values()]))
 
     def differs(self) -> str:
-        """What the backend on this machine was started with otherwise than ComfyUI; empty where nothing."""
+        """What has changed of the backend for this mesh, told once, and what it was started with otherwise than ComfyUI."""
+        backend = self.backend()
         if self.spec.address:
-            return ""
-        record = self.backend().record
+            return backend.taken_notes()
         cards = [card.uuid for card in seen(self.spec.device).cards]
-        return " ".join(difference(self.spec.name, record, os.environ, cards) or ())
+        other = " ".join(difference(self.spec.name, backend.record, os.environ, cards) or ())
+        return "\n".join(filter(None, [backend.taken_notes(), other]))

@@ -88,7 +88,7 @@ def _found(
     before = None
     while (record := _settled(spec.name, waiting)) is not None:
         others = differences(record, spec)
-        if not others or not make_way(spec.name, record, others):
+        if not others or not make_way(spec.name, record, others, waiting):
             return record, None
         tell(f"Restarted backend {spec.name!r}: it had {'; '.join(map(str, others))}.")
         before = record
