@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     }
     with progress("Backend") as bar:
 
-        def waiting(seconds: float, what: str = "its ranks start") -> None:
+        def waiting(_: float, what: str) -> None:
             bar.set_description(f"Backend: {what}")
 
         name, devices = args.name or DEFAULT, gpu_numbers(args.devices)
