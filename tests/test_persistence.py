@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -129,8 +130,10 @@ def test_a_start_that_fails_says_why_and_leaves_no_process(
     runtime_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuchlink0")
-    with pytest.raises(StartError, match=r"(?s)ended while it started. Its log ends:.*nosuchlink0"):
+    with pytest.raises(StartError, match=r"(?s)backend\.log.*Its log ends:\n.*nosuchlink0") as caught:
         Backend.attach_or_start(1, "cpu", "nolink")
+    assert re.match(r"Backend 'nolink' ended while it started: [\w.]*Error: .*nosuchlink0", caught.value.message)
+    assert "\n" not in caught.value.brief and "Its log says more" in caught.value.remedy
     marks = subprocess.run(["pgrep", "-f", "name nolink"], capture_output=True, text=True, check=False).stdout.split()
     assert not [pid for pid in marks if files.is_alive(int(pid))]
 
