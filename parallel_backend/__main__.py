@@ -225,12 +225,14 @@ def _page(name: str | None, as_json: bool) -> str:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from .doctor import print_links, print_page
+    from .doctor import as_text, examine, print_links
 
     if args.links:
         print_links()
         return 0
-    return 0 if print_page() else 1
+    found = examine()
+    print(as_text(found))
+    return int(any(finding.verdict == "wrong" for finding in found))
 
 
 def _stop(args: argparse.Namespace) -> int:

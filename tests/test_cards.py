@@ -105,12 +105,12 @@ def test_gpus_are_counted_by_the_driver_where_some_may_be_hidden(
     tool.write_text("#!/bin/sh\nfor n in 0 1 2; do echo GPU $n: RTX; echo '  MIG 1g'; done\n")
     tool.chmod(0o755)
     for path, folders, present in ((tmp_path / "none", 0, None), (tmp_path, 0, 3), (tmp_path, 4, 4)):
-        cards._present.cache_clear()
+        cards.present.cache_clear()
         monkeypatch.setenv("PATH", f"{path}:/bin" if path == tmp_path else str(path))
         for number in range(folders):
             (tmp_path / "driver" / str(number)).mkdir(parents=True)
         assert cards.seen() == Seen(both, "0,2", present)
-    cards._present.cache_clear()
+    cards.present.cache_clear()
 
 
 def test_a_rank_tells_its_cards_uuid_and_capability(two_gpus: None) -> None:
@@ -251,12 +251,12 @@ def test_amds_gpus_are_counted_and_what_hides_them_is_named(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(cards, "_AMD_NODES", tmp_path)
     monkeypatch.setenv("HIP_VISIBLE_DEVICES", "0,1")
-    cards._present.cache_clear()
+    cards.present.cache_clear()
     assert not cards.seen().narrowed, "NVIDIA's heed it not"
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    cards._present.cache_clear()
+    cards.present.cache_clear()
     assert cards.seen().hidden().startswith("2 of 3 GPUs are visible here: HIP_VISIBLE_DEVICES=0,1")
-    cards._present.cache_clear()
+    cards.present.cache_clear()
 
 
 def test_where_ranks_cant_run_it_is_said_and_the_pack_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:

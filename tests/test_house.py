@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from parallel_backend.client.requirements import COMMANDS_NEED, FILES_NEED, RANKS_NEED
+from parallel_backend.client.requirements import COMFYUI_NEEDED, COMMANDS_NEED, EDITOR_NEEDED, FILES_NEED, RANKS_NEED
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -148,7 +148,7 @@ def test_in_the_ranks_room_nothing_imports_what_comes_after_it() -> None:
 
 def test_no_file_lies_loose_beside_the_rooms() -> None:
     loose = {file.stem for file in (ROOT / "parallel_backend").glob("*.py")}
-    assert loose == {"__init__", "__main__", "doctor", "command_line", "config", "errors", "version"}
+    assert loose == {"__init__", "__main__", "command_line", "config", "errors", "version"}
 
 
 def test_only_nodes_import_comfy_and_they_keep_to_the_client() -> None:
@@ -195,10 +195,13 @@ def test_the_root_imports_silently_without_comfyui() -> None:
 
 
 def test_requirements_txt_says_what_pyproject_says() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    whole = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project = whole["project"]
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     assert [line for line in lines if line and not line.startswith("#")] == project["dependencies"]
     assert [*RANKS_NEED, *COMMANDS_NEED, *FILES_NEED] == project["dependencies"]
+    assert f"ComfyUI{whole['tool']['comfy']['requires-comfyui']}" == COMFYUI_NEEDED
+    assert project["optional-dependencies"]["comfyui"] == [EDITOR_NEEDED]
 
 
 def test_no_host_of_a_registry_and_no_path_of_one_machine_is_in_the_tree() -> None:

@@ -24,7 +24,7 @@ from parallel_backend.client.ending import end
 from parallel_backend.config import BackendSpec
 from parallel_backend.distributed.control import Control
 from parallel_backend.distributed.links import prove_links
-from parallel_backend.doctor import links
+from parallel_backend.doctor.links import links
 from parallel_backend.errors import RankError, StartError
 from parallel_backend.rank import world
 from parallel_backend.rank.engine import Engine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -25,7 +26,7 @@ from parallel_backend import Backend, MeshSpec, RemoteModel
 from parallel_backend.__main__ import main
 from parallel_backend.client import connection, requirements
 from parallel_backend.client.remote import Step
-from parallel_backend.doctor import versions
+from parallel_backend.doctor.installed import versions
 from parallel_backend.errors import (
     BackendInUseError,
     BackendLostError,
@@ -123,8 +124,10 @@ def test_a_start_that_fails_says_why_and_leaves_no_process(
     runtime_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuchlink0")
-    with pytest.raises(StartError, match=r"(?s)ended while it started. Its log ends:.*nosuchlink0"):
+    with pytest.raises(StartError, match=r"(?s)backend\.log.*Its log ends:\n.*nosuchlink0") as caught:
         Backend.attach_or_start(1, "cpu", "nolink")
+    assert re.match(r"Backend 'nolink' ended while it started: [\w.]*Error: .*nosuchlink0", caught.value.message)
+    assert "\n" not in caught.value.brief and "Its log says more" in caught.value.remedy
     marks = subprocess.run(["pgrep", "-f", "name nolink"], capture_output=True, text=True, check=False).stdout.split()
     assert not [pid for pid in marks if files.is_alive(int(pid))]
 
@@ -159,7 +162,7 @@ def test_cpu_ranks_dont_push_each_other_off_their_cores(backend2: Backend) -> No
 def doctor() -> str:
     """What `parallel-mmdit doctor` prints; the links, which test_links proves, are left out."""
     with pytest.MonkeyPatch.context() as patched, redirect_stdout(StringIO()) as page:
-        patched.setattr("parallel_backend.doctor.prove_links", lambda spec: [])
+        patched.setattr("parallel_backend.doctor.links.prove_links", lambda spec: [])
         main(["doctor"])
     return page.getvalue()
 
@@ -213,7 +216,7 @@ def test_a_folder_of_another_user_is_refused(runtime_folder: Path) -> None:
     with pytest.raises(StartError, match="belongs to another user"):
         Backend.attach("others")
     assert "others" not in files.running_names()
-    assert f"wrong  {folder / 'backend.json'} can't be looked at: {folder} belongs to another user." in doctor()
+    assert f"{folder / 'backend.json'} can't be looked at: {folder} belongs to another user." in doctor()
     os.chown(folder, 0, 0)
 
 
@@ -244,7 +247,7 @@ def test_a_runtime_folder_that_cannot_be_made_is_named(
     for command in ("status", "stop"):
         assert main([command]) == 1
         assert f"{said} Set PARALLEL_MMDIT_RUNTIME_DIR to a folder of yours." in capsys.readouterr().err
-    assert f"wrong  no backend can be started or found: {said}" in doctor() and not files.running_names()
+    assert f"no backend can be started or found: {said}" in doctor() and not files.running_names()
 
 
 def test_a_path_too_long_for_a_socket_is_named_by_its_bytes(runtime_folder: Path) -> None:
@@ -310,7 +313,7 @@ def test_ranks_that_are_being_started_anew_are_waited_for_not_doubled(alone: str
     files.write_record(alone, msgspec.structs.replace(other.record, version="0.0.1"))
     with pytest.raises(BackendInUseError, match=rf"has version 0\.0\.1.*stop --name {alone}"):
         Backend.attach_or_start(1, "cpu", alone)
-    assert f"wrong  backend '{alone}' runs version 0.0.1" in doctor()
+    assert f"backend '{alone}' runs version 0.0.1" in doctor()
     assert main(["stop", "--name", alone]) == 0
     assert not files.is_alive(other.record.agent_pid) and not files.is_alive(other.record.pid)
     with pytest.raises(StartError, match=f"'{alone}' has ended"):

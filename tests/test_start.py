@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from parallel_backend import doctor
 from parallel_backend.client import launcher
 from parallel_backend.client.environment import environment, loopback_interface
 from parallel_backend.client.own_scope import scope_command, service_of
 from parallel_backend.config import BackendSpec, Hosts
+from parallel_backend.doctor import machine
 
 CUDA = BackendSpec("e", 2, "cuda")
 CPU = BackendSpec("e", 2, "cpu")
@@ -139,7 +139,7 @@ def test_doctor_says_that_a_name_without_an_address_harms_several_hosts_alone(mo
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     monkeypatch.setattr(socket, "gethostname", lambda: "nosuch.invalid")
-    (found,) = [finding for finding in doctor.network() if "nosuch.invalid" in finding.what]
+    (found,) = [finding for finding in machine.network() if "nosuch.invalid" in finding.what]
     assert found.verdict == "note" and "ranks of one host don't need it" in found.what
     assert "several hosts" in found.remedy and "--interface" in found.remedy
 

@@ -100,7 +100,7 @@ def seen(device: DeviceType | None = None) -> Seen:
     cards = tuple(_card(number) for number in range(count))
     by = next((name for name in hiding() if name in os.environ), HIDING[0])
     visible = os.environ.get(by)
-    return Seen(cards, visible, None if visible is None else _present(), "" if cards else _other(), by)
+    return Seen(cards, visible, None if visible is None else present(), "" if cards else _other(), by)
 
 
 def hiding() -> tuple[str, ...]:
@@ -157,7 +157,7 @@ def _other() -> str:
 
 
 @cache
-def _present() -> int | None:
+def present() -> int | None:
     """GPUs of the machine, or of the container; None where the driver doesn't tell."""
     if torch.version.hip:
         return _amd_present() or None

@@ -285,7 +285,7 @@ def wait_ready(spec: BackendSpec, process: subprocess.Popen[bytes], waiting: Wai
         while (record := files.read_record(spec.name)) is None:
             passed = time.monotonic() - begun
             if process.poll() is not None or _RANK_FAILED in files.log_tail(spec.name, 200):
-                words = files.last_words(spec.name, clock)
+                words = files.last_words(spec.name, clock) or files.last_raised(spec.name)
                 raise _start_error(spec, f"ended while it started{': ' + words.rstrip('.') if words else ''}")
             if passed > START_SECONDS:
                 raise _start_error(spec, f"was not ready after {passed:.0f} s")
@@ -311,9 +311,7 @@ def _stage(spec: BackendSpec, process: subprocess.Popen[bytes], since: float) ->
 
 def _start_error(spec: BackendSpec, what: str) -> StartError:
     log = files.runtime_dir(spec.name) / "backend.log"
-    return StartError(
-        f"Backend {spec.name!r} {what}.", f"Its log is {log}; how it ends stands below.", _log_end(spec.name)
-    )
+    return StartError(f"Backend {spec.name!r} {what}.", f"Its log says more: {log}.", _log_end(spec.name))
 
 
 def _log_end(name: str) -> str:

@@ -276,6 +276,12 @@ def fallen_ranks(name: str) -> list[str]:
     ]
 
 
+def last_raised(name: str) -> str:
+    """The last error in its log that has words, as a traceback ends; empty where there is none."""
+    found = re.findall(r"^(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception): .+)$", log_tail(name, 1000), re.MULTILINE)
+    return found[-1] if found else ""
+
+
 def log_tail(name: str, lines: int = 15) -> str:
     try:
         return "\n".join((runtime_dir(name) / "backend.log").read_text(errors="replace").splitlines()[-lines:])

@@ -168,9 +168,9 @@ def refusal_cases(twins, name):
     for file, what in (("gguf.gguf", "a GGUF file"), ("nvfp4.safetensors", "quantised as nvfp4")):
         words = f"{file} is {what}", "half precision"
         yield f"{file} by ComfyUI's loader", words, of_file("other", file)
-        words = "it has a prompt of its own", "Use its .safetensors file in half precision or fp8"
-        run = functools.partial(by_our_loader_with_a_prompt, twins, file)
-        yield f"{file} by Load Parallel ControlNet with a prompt of its own", words, run
+    words = "it has a prompt of its own", "Use its .safetensors file in half precision or fp8"
+    run = functools.partial(by_our_loader_with_a_prompt, twins, "gguf.gguf")
+    yield "gguf.gguf by Load Parallel ControlNet with a prompt of its own", words, run
 
 
 def with_prompt_of_its_own(twins, model):
