@@ -3,7 +3,7 @@ import { app } from "/scripts/app.js";
 import { api } from "/scripts/api.js";
 import { advancedButtons, fit, foldAdvanced } from "./advanced_inputs.js";
 import { meshPicture } from "./mesh_picture.js";
-import { inOrderOf, isOfFirstOrder, sayOrder, valued } from "./mesh_values.js";
+import { inOrderOf, sayOrder, saysOrder, valued } from "./mesh_values.js";
 
 const NODE = "MeshConfig";
 const PICTURE = "mesh_picture";
@@ -29,7 +29,7 @@ app.registerExtension({
     const { configure } = node;
     node.configure = function (saved) {
       const answer = configure.call(this, inOrderOf(this, saved));
-      if (isOfFirstOrder(saved)) fit(this); // saved with all its inputs in sight
+      if (!saysOrder(saved)) fit(this); // of a height for all its inputs
       return answer;
     };
     node.onSerialize = after(node.onSerialize, function (saved) {

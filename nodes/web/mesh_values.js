@@ -17,17 +17,18 @@ export function sayOrder(node, saved) {
   saved.properties = { ...saved.properties, [ORDER]: valued(node).map((widget) => widget.name).join(",") };
 }
 
-/** Whether it was saved by a version with another order of inputs. */
-export function isOfFirstOrder(saved) {
-  // Made by a program that goes by the server's list of inputs, it has as many values as there are now, and says nothing.
-  return !saved.properties?.[ORDER] && saved.widgets_values?.length <= FIRST_ORDER.length;
+/** Whether it says what its values are of; older versions and other programs don't. */
+export function saysOrder(saved) {
+  return Boolean(saved.properties?.[ORDER]);
 }
 
 /** `saved` with its values at the places where the node's widgets are now; what it knows no value of keeps the widget's. */
 export function inOrderOf(node, saved) {
   const values = saved.widgets_values;
-  const order = saved.properties?.[ORDER]?.split(",") ?? (isOfFirstOrder(saved) ? FIRST_ORDER : null);
-  if (!Array.isArray(values) || !order) return saved;
+  if (!Array.isArray(values)) return saved;
+  // A program that goes by the server's list of inputs gives as many values as there are now, in today's order.
+  if (!saysOrder(saved) && values.length > FIRST_ORDER.length) return saved;
+  const order = saysOrder(saved) ? saved.properties[ORDER].split(",") : FIRST_ORDER;
   const named = new Map(order.slice(0, values.length).map((name, at) => [name, values[at]]));
   const placed = valued(node).map(({ name, value }) => (named.has(name) ? named.get(name) : value));
   return { ...saved, widgets_values: placed };
