@@ -252,6 +252,16 @@ def test_a_backend_that_does_not_answer_counts_as_in_use(again: str) -> None:
         os.kill(backend.record.pid, signal.SIGCONT)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has GPUs")
+def test_what_runs_does_not_end_for_what_cannot_be_started(again: str) -> None:
+    backend, _ = asked(1)
+    with pytest.raises(ConfigError, match="GPUs 0, 1 were asked for; torch sees 0 here"):
+        Backend.attach_or_start(2, "cuda", again)
+    with pytest.raises(ConfigError, match="torch sees 0 here"):
+        restart(again, BackendSpec(again, 2, "cuda"))
+    assert backend.status().generation == backend.generation
+
+
 # -- restart, as it was ------------------------------------------------------------------------------------------
 
 
