@@ -15,7 +15,7 @@ from ..parallel_backend import Backend, MeshSpec
 from ..parallel_backend.client.cards import seen
 from ..parallel_backend.client.gpu_environment import difference
 from ..parallel_backend.config import AUTO, MMDIT_REST, UNET_REST, BackendSpec
-from ..parallel_backend.errors import BackendInUseError, ConfigError
+from ..parallel_backend.errors import BackendInUseError, CancelledError, ConfigError
 from ..parallel_backend.mesh_choice.choice import default_mesh
 from ..parallel_backend.mesh_choice.displaced import can_displace, displaced_mesh
 from ..parallel_backend.rpc.messages import ModelKind
@@ -122,8 +122,11 @@ class ParallelMesh:
 
     def _connected(self) -> Backend:
         if self._backend is not None:
-            # Another workflow may have had it restarted, or have given it another budget.
-            self._backend.follow_restarts(mm.processing_interrupted)
+            try:  # another workflow may have had it restarted, or have given it another budget
+                self._backend.follow_restarts(mm.processing_interrupted)
+            except CancelledError:
+                mm.throw_exception_if_processing_interrupted()
+                raise
             self._backend.adjust()
         elif self.spec.address:
             self._backend = Backend.attach_remote(self.spec.address, self.spec.keys, self.spec.world_size)

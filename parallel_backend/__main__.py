@@ -165,7 +165,7 @@ def _serve(args: argparse.Namespace) -> int:
     serve = ServeSpec(models, args.listen, keys, args.metrics_port, hosts)
     if args.detach and hosts.count > 1:
         raise ConfigError("--detach is for one host.", "Leave it out, and run serve below nohup or a service manager.")
-    runs = launcher.find(spec, _to_stderr) if hosts.count == 1 else runtime_dir.read_record(spec.name)
+    runs = launcher.find(spec, serve, _to_stderr) if hosts.count == 1 else runtime_dir.read_record(spec.name)
     if runs is not None:
         if hosts.count == 1:
             running = Connection(spec, ThisMachine(spec, Adjust(args.idle_seconds, budget)), runs)

@@ -27,7 +27,7 @@ from parallel_backend.client.launcher import unheard
 from parallel_backend.client.restart import restart
 from parallel_backend.command_line import command_line
 from parallel_backend.config import BackendSpec
-from parallel_backend.errors import BackendInUseError, BackendLostError, ConfigError, StartError
+from parallel_backend.errors import BackendInUseError, BackendLostError, CheckpointError, ConfigError, StartError
 from parallel_backend.rpc import own_code
 from parallel_backend.rpc import runtime_dir as files
 from parallel_backend.rpc.messages import Progress
@@ -252,10 +252,22 @@ def test_a_backend_that_does_not_answer_counts_as_in_use(again: str) -> None:
         os.kill(backend.record.pid, signal.SIGCONT)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has GPUs")
+def test_what_runs_does_not_end_for_what_cannot_be_started(again: str) -> None:
+    backend, _ = asked(1)
+    with pytest.raises(ConfigError, match="GPUs 0, 1 were asked for; torch sees 0 here"):
+        Backend.attach_or_start(2, "cuda", again)
+    with pytest.raises(ConfigError, match="torch sees 0 here"):
+        restart(again, BackendSpec(again, 2, "cuda"))
+    assert backend.status().generation == backend.generation
+
+
 # -- restart, as it was ------------------------------------------------------------------------------------------
 
 
-def test_restart_keeps_what_it_was_started_with_and_what_it_has_taken_over(again: str, tmp_path: Path) -> None:
+def test_restart_keeps_what_it_was_started_with_and_what_it_has_taken_over(
+    again: str, tmp_path: Path, large: Path
+) -> None:
     arguments = ["serve", "--name", again, "--world-size", "1", "--device", "cpu", "--detach"]
     assert main([*arguments, "--models", str(tmp_path), "--idle-seconds", "600"]) == 0
     backend, note = asked(1, memory_budget=60 * 2**20)
@@ -272,8 +284,10 @@ def test_restart_keeps_what_it_was_started_with_and_what_it_has_taken_over(again
     wait_until(lambda: (files.read_record(again) or after).generation != after.generation)
     state = backend.status()
     assert (state.memory_budget, state.idle_seconds) == (60 * 2**20, 600)
-    with pytest.raises(ConfigError):  # which still opens no other files
-        backend.load_model(ROOT / "nowhere.safetensors", MeshSpec(), "float32")
+    with pytest.raises(
+        CheckpointError, match="outside this backend's model folders"
+    ):  # which still opens no other files
+        backend.load_model(large, MeshSpec(), "float32")
 
 
 def test_nothing_is_restarted_where_nothing_runs_unless_it_is_said_how(again: str) -> None:

@@ -29,9 +29,9 @@ def turns(server: ComfyServer) -> Iterator[str]:
     end(NAME)
 
 
-def workflow(ranks: int, seed: int, **settings: Any) -> tuple[Prompt, dict[str, str]]:
-    """A small picture on so many ranks; the ids of its nodes by what they do."""
-    prompt = Prompt()
+def workflow(ranks: int, seed: int, prompt: Prompt | None = None, **settings: Any) -> tuple[Prompt, dict[str, str]]:
+    """A small picture on so many ranks, in a prompt of its own or beside others; the ids of its nodes by what they do."""
+    prompt = prompt or Prompt()
     of_ranks = mesh(prompt, NAME, ranks=ranks, **settings)
     model = out(prompt.add("LoadParallelMMDiT", model_name="sd3.5-medium.safetensors", mesh=of_ranks))
     positive, negative = conditioning(prompt, 1, 154), conditioning(prompt, 2)
@@ -47,28 +47,37 @@ def latent(server: ComfyServer, outcome: Outcome, saved: str) -> Tensor:
 
 
 def test_two_ranks_then_one_then_two_without_a_hand(server: ComfyServer, turns: str) -> None:
-    """In turn: ComfyUI keeps both MODELs, and their nodes aren't run again."""
-    latents, texts = [], []
-    for seed, ranks in enumerate((2, 1, 2, 1, 2)):
-        prompt, nodes = workflow(ranks, seed=7 + seed // 2)
+    latents = []
+    told = ("", "it had 2 ranks, 1 is asked for", "it had 1 rank, 2 are asked for")
+    for ranks, said in zip((2, 1, 2), told, strict=True):
+        prompt, nodes = workflow(ranks, seed=7)
         outcome = server.run(prompt.nodes)
         latents.append(latent(server, outcome, nodes["saved"]))
-        texts.append(outcome.texts)
-        if seed < 2:
-            said = outcome.texts[nodes["model"]]
-            assert any("starting backend 'turns'" in line and "importing torch" in line for line in said), said
-            assert any("loading sd3.5-medium.safetensors: " in line and "MiB a rank" in line for line in said), said
-        else:
-            assert nodes["model"] not in outcome.executed
-        if seed == 1:
-            assert "Restarted backend 'turns': it had 2 ranks, 1 is asked for." in outcome.texts[nodes["model"]][-1]
-        if seed == 2:
-            said = outcome.texts[nodes["sampler"]]
-            assert "Restarted backend 'turns': it had 1 rank, 2 are asked for." in said[-1], said
-            assert any("loading sd3.5-medium.safetensors: " in line for line in said), said
-    for left, right in ((0, 1), (2, 3)):
-        torch.testing.assert_close(latents[left], latents[right], rtol=1e-4, atol=1e-4)
-    assert not torch.equal(latents[0], latents[2])
+        lines = outcome.texts[nodes["model"]]
+        assert any(line.startswith(f"starting backend 'turns': {ranks} ranks: importing torch, ") for line in lines), (
+            lines
+        )
+        assert any(line.startswith("loading sd3.5-medium.safetensors: ") for line in lines), lines
+        assert said in lines[-1] and ("Restarted backend 'turns'" in lines[-1]) == bool(said), lines
+    for other in latents[1:]:
+        torch.testing.assert_close(other, latents[0], rtol=1e-4, atol=1e-4)
+
+
+def test_models_that_comfyui_has_kept_get_their_ranks_again(server: ComfyServer, turns: str) -> None:
+    """Two in one prompt: at the second run their loaders' outputs are there, and each asks for its own ranks."""
+    latents, said = [], list[str]()
+    for seed in (8, 9):
+        prompt, two = workflow(2, seed)
+        _, one = workflow(1, seed, prompt)
+        outcome = server.run(prompt.nodes)
+        ours = [latent(server, outcome, nodes["saved"]) for nodes in (two, one)]
+        torch.testing.assert_close(*ours, rtol=1e-4, atol=1e-4)
+        latents.append(ours[0])
+        said = [line for nodes in (two, one) for line in outcome.texts[nodes["sampler"]]]
+    assert not {two["model"], one["model"]} & set(outcome.executed)
+    assert sum("Restarted backend 'turns'" in line for line in said) >= 1, said
+    assert any(line.startswith("loading sd3.5-medium.safetensors: ") for line in said), said
+    assert not torch.equal(*latents)
 
 
 def test_a_backend_that_somebody_else_works_with_is_named_on_the_node(server: ComfyServer, turns: str) -> None:

@@ -60,7 +60,7 @@ def refuse_served(name: str, record: BackendRecord, what: str) -> None:
     if _is_served(record):
         how = "in a terminal or as a service" if record.foreground else f"to listen at {record.listen}"
         raise ConfigError(
-            f"{what}, and was started by `parallel-mmdit serve` {how} (process {record.agent_pid}).",
+            f"{what}; it was started by `parallel-mmdit serve` {how} (process {record.agent_pid}).",
             f"End it there or with `{command_line('stop', '--name', name)}` and start it as you want it, or name another backend.",
         )
 
