@@ -111,7 +111,7 @@ def test_ctrl_c_ends_the_job_and_leaves_the_backend(backend_name: str, tmp_path:
     before = backend.status()
     asked = line(UNET_FILE.listed, "--prompt", CAPTION, "--steps", "900")
     process = subprocess.Popen(asked, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: backend.status().running)
+    wait_until(lambda: "sample" in backend.status().running.lower())
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 130
     wait_until(lambda: not backend.status().running, 20)
