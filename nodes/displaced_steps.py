@@ -6,7 +6,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..parallel_backend.errors import UnsupportedError
-from .hung.displaced_steps import Displaced, with_displaced
+from .hung.displaced_steps import USUAL_WARMUP, Displaced, with_displaced
 from .known_to_core import search_aliases
 from .remote_model import RemotePatcher
 
@@ -16,7 +16,7 @@ def displaced_inputs(*, optional: bool = False) -> list[io.Int.Input]:
     return [
         io.Int.Input(
             "warmup_steps",
-            default=4,
+            default=USUAL_WARMUP,
             min=0,
             max=10000,
             optional=optional,

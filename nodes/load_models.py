@@ -19,6 +19,7 @@ from ..parallel_backend.rpc.messages import LoadModel, ModelKind, Progress, Step
 from .core_dtype import computing_dtype, fp8_products, weights_dtype
 from .core_memory import bytes_here, interruptible, make_room
 from .demo_size import demo_size
+from .hung.displaced_steps import as_mesh_asks
 from .known_to_core import search_aliases
 from .loader_file import leave
 from .model_files import fingerprint, listed_elsewhere, names_in, path_of, taken_for, validity
@@ -37,10 +38,12 @@ def parallel_model(
     Args:
         name: what a backend elsewhere calls the file.
         options: what a loader of ComfyUI's was told: its dtype is taken where the mesh leaves that open.
-    Raises: CheckpointError: not a model of that kind.
+    Raises: CheckpointError: not a model of that kind. ConfigError: the mesh asks for displaced steps that this kind has none of
+        in it.
     """
+    mesh.check_displaced(kind)
     remote, report = load_remote_model(mesh, kind, path, name, options or {})
-    patcher = remote_patcher(remote, path, bytes_here(mesh.backend(), remote))
+    patcher = as_mesh_asks(remote_patcher(remote, path, bytes_here(mesh.backend(), remote)), mesh.displaced)
     leave(patcher, comfy.sd.load_diffusion_model, (str(path), dict(options or {})))
     return patcher, report
 
@@ -65,7 +68,7 @@ def load_remote_model(
     remote = interruptible(backend, backend.load_asked, load, on_event=on_event)
     bar.update_absolute(1, 1)
     remote.nan_is_error = mesh.nan_is_error
-    return remote, "\n".join(filter(None, [load_report(remote), mesh.idle[kind], *unheeded, room, mesh.differs()]))
+    return remote, "\n".join(filter(None, [load_report(remote), mesh.notes[kind], *unheeded, room, mesh.differs()]))
 
 
 def _most_bytes(path: Path, degrees: MeshSpec, load: LoadModel) -> int:

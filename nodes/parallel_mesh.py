@@ -14,7 +14,11 @@ from ..parallel_backend import Backend, MeshSpec
 from ..parallel_backend.client.cards import seen
 from ..parallel_backend.client.gpu_environment import difference
 from ..parallel_backend.config import AUTO, MMDIT_REST, UNET_REST, BackendSpec
+from ..parallel_backend.errors import ConfigError
 from ..parallel_backend.mesh_choice.choice import default_mesh
+from ..parallel_backend.mesh_choice.displaced import can_displace, displaced_mesh
+from ..parallel_backend.rpc.messages import ModelKind
+from .hung.displaced_steps import Displaced
 from .node_text import say
 
 # Degrees that 0 leaves open; of the others 1 is what they are where nobody has asked for more.
@@ -49,21 +53,44 @@ class ParallelMesh:
         note: str = "",
         nan_is_error: bool = False,
         graphs: bool = False,
+        displaced: Displaced | None = None,
     ) -> None:
-        """`degrees` of 0 are left open; `sliced` is of UNets; `note` tells of the GPUs, `idle` of ranks that one picture leaves idle,
-        by kind of model. Raises: ConfigError: they don't fit the ranks."""
+        """`degrees` of 0 are left open; `sliced` is of UNets; `note` tells of the GPUs, `notes` of what was chosen where a degree
+        is open, by kind of model. `displaced`: what its MODELs ask for.
+
+        Raises: ConfigError: they don't fit the ranks, or no kind of model has displaced steps on them.
+        """
         self.spec, self.degrees, self.dtype, self.kernel, self.compile = spec, degrees, dtype, kernel, compile
-        self.nan_is_error, self.graphs = nan_is_error, graphs
+        self.nan_is_error, self.graphs, self.displaced = nan_is_error, graphs, displaced
         self.mmdit, mmdit_note = self._filled("mmdit", MMDIT_REST)
         self.unet, unet_note = self._filled("unet", UNET_REST, sliced)
-        self.note, self.idle = note, {"mmdit": mmdit_note, "unet": unet_note}
+        self.note, self.notes = note, {"mmdit": mmdit_note, "unet": unet_note}
+        if displaced and not (can_displace(self.mmdit, "mmdit") or can_displace(self.unet, "unet")):
+            raise ConfigError(
+                f"Displaced steps need two or more ranks on pp or ring (MMDiT) or patch (UNet); the mesh is {self.mmdit.describe()}.",
+                "Set method to exact in Mesh Config, or leave ranks for such an axis: more of them, or cfg 1.",
+            )
         self._backend: Backend | None = None
+
+    def check_displaced(self, kind: ModelKind) -> None:
+        """Raises: ConfigError: displaced steps are asked for, and such a model has none in its mesh."""
+        mesh = self.unet if kind == "unet" else self.mmdit
+        if self.displaced is None or can_displace(mesh, kind):
+            return
+        what, axes = ("A UNet", "patch") if kind == "unet" else ("An MMDiT", "pp or ring")
+        raise ConfigError(
+            f"{what} has displaced steps on two or more {axes} ranks; its mesh is {mesh.describe()}.",
+            f"Set method to exact in Mesh Config; or {axes} to 2 or more, with as many ranks.",
+        )
 
     def _filled(self, kind: str, rest: str, sliced: bool = False) -> tuple[MeshSpec, str]:
         """The mesh in which the axis `rest` takes the ranks that nothing was said of, and what to tell of it.
 
-        Where no degree was asked for, it is as many ranks as a picture is worth.
+        Where no degree was asked for, it is as many ranks as a picture is worth. For displaced steps it is an axis that has them.
         """
+        if self.displaced is not None:
+            choice = displaced_mesh(self.spec.world_size, kind, self.degrees, sliced=sliced)
+            return choice.mesh, choice.note
         if not sliced and all(degree == (axis not in OPEN) for axis, degree in self.degrees.items()):
             choice = default_mesh(self.spec.world_size, kind, self.spec.device, graphs=self.graphs)
             return choice.mesh, choice.note
@@ -94,6 +121,14 @@ class ParallelMesh:
         self.attached.add(self._backend)
         return self._backend
 
+    def places(self) -> list[str]:
+        """What each rank runs on, as far as that is known here: "cuda 3"; of a backend elsewhere nothing is."""
+        if self.spec.address:
+            return []
+        if self.spec.device == "cpu":
+            return ["cpu"] * self.spec.world_size
+        return [f"cuda {number}" for number in self.spec.devices or range(self.spec.world_size)]
+
     def describe(self) -> str:
         where = ",".join(map(str, self.spec.devices or range(self.spec.world_size)))
         place = f"cuda {where}" if self.spec.device == "cuda" else "cpu"
@@ -102,9 +137,9 @@ class ParallelMesh:
         if self.unet != self.mmdit:
             mesh += f" (UNet: {self.unet.describe()})"
         dtype = "dtype auto" if self.dtype == AUTO else self.dtype
-        return "\n".join(
-            filter(None, [f"{self.spec.world_size} ranks on {place}: {mesh}, {dtype}", self.note, *self.idle.values()])
-        )
+        how = f", displaced after {self.displaced.warmup_steps} exact steps" if self.displaced else ""
+        first = f"{self.spec.world_size} ranks on {place}: {mesh}, {dtype}{how}"
+        return "\n".join(filter(None, [first, self.note, *self.notes.values()]))
 
     def differs(self) -> str:
         """What the backend on this machine was started with otherwise than ComfyUI; empty where nothing."""

@@ -12,6 +12,7 @@ from comfy_api.latest import io
 from ..parallel_backend.errors import UnsupportedError
 from .core_memory import same_weights
 from .family import NAMES, kind_of_model
+from .hung.displaced_steps import as_mesh_asks
 from .hung.layers import network_changes
 from .hung.refusal import refuse
 from .known_to_core import search_aliases
@@ -109,9 +110,9 @@ def parallelized(model: ModelPatcher, mesh: ParallelMesh) -> tuple[ModelPatcher,
     refuse(_unseen_by_ranks(model), "A parallel MODEL", _CHANGED_LAYERS)
     parallel, report = parallel_model(mesh, kind, file.path, name_elsewhere(file.path), file.options)
     if isinstance(model, RemotePatcher) and same_weights(model.remote, parallel.remote):
-        return model, report
+        return as_mesh_asks(model, mesh.displaced), report
     take_along(model, parallel)
-    return parallel, report
+    return as_mesh_asks(parallel, mesh.displaced), report
 
 
 def take_along(source: ModelPatcher, parallel: RemotePatcher) -> None:

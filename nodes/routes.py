@@ -17,6 +17,7 @@ from ..parallel_backend import Backend
 from ..parallel_backend.errors import BackendError, ConfigError
 from ..parallel_backend.rpc.runtime_dir import running_names
 from .everywhere import Everywhere
+from .mesh_route import add_mesh_route
 from .parallel_mesh import ParallelMesh
 from .workflow_route import add_workflow_route
 
@@ -53,6 +54,7 @@ def add_routes(everywhere: Everywhere) -> None:
         return web.json_response(told(everywhere))
 
     add_workflow_route(server.routes)
+    add_mesh_route(server.routes)
     server.app.middlewares.append(free_with_comfyui)
 
 

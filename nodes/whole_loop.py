@@ -28,6 +28,8 @@ from .hung.loop import Loop, read_loop
 from .hung.refusal import refuse
 from .node_text import say
 
+_EXACT = "Leave out what is named here; or have exact steps: Mesh Config's method exact, no Displaced Steps node."
+
 
 @tells_demo_size
 def sample_in_backend(
@@ -52,7 +54,7 @@ def sample_in_backend(
     loop = read_loop(guider, noise, latent_image, sampler, sigmas, denoise_mask, seed)
     if isinstance(loop, list):
         if displaced is not None:
-            refuse(iter(loop), "Displaced steps", "Leave Displaced Steps out, or what is named here.")
+            refuse(iter(loop), "Displaced steps", _EXACT)
         why = "\n".join([f"step by step: {'; '.join(loop)}", *(f"ComfyUI computes {name}" for name in local)])
         say(why, log=True)
         out = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **kwargs)
