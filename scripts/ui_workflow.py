@@ -26,7 +26,7 @@ CORE, OWN = "comfy-core", "parallel-mmdit"  # packs, as the editor names them wh
 PREVIEW_ROWS = {
     "SaveImage": 12,
     "LoadImage": 12,
-    "MeshConfig": 2,
+    "MeshConfig": 9,
     "LoadParallelMMDiT": 3,
     "LoadParallelUNet": 3,
     "LoadParallelControlNet": 3,
@@ -38,6 +38,8 @@ PREVIEW_ROWS = {
     "EmptyLatentImage": 1,
 }
 TALL_TEXT_ROWS = 5
+# For inputs that the editor shows on demand.
+ROWS_BELOW = {"MeshConfig": 14}
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ def _lay_out(nodes: dict[str, dict[str, Any]], prompt: dict[str, Any]) -> None:
         for node_id in sorted(members, key=lambda i: (wished[i], -_consumers(prompt, i), int(i))):
             made = nodes[node_id]
             made["pos"] = [column * (COLUMN + GAP), max(bottom, wished[node_id])]
-            bottom = made["pos"][1] + made["size"][1] + TITLE
+            bottom = made["pos"][1] + made["size"][1] + TITLE + ROWS_BELOW.get(made["type"], 0) * ROW
 
 
 def api_prompt(workflow: dict[str, Any], object_info: dict[str, Any]) -> dict[str, Any]:
@@ -210,7 +212,8 @@ def _node(node_id: int, node: dict[str, Any], info: dict[str, Any], order: int) 
         if is_widget(kind, options):
             values += [value, *(["fixed"] if _has_seed_control(name, options) else [])]
             values += ["image"] if options.get("image_upload") else []
-            rows += 1 + widgets_beside(name, options) + (TALL_TEXT_ROWS if options.get("multiline") else 0)
+            shown = 1 + widgets_beside(name, options) + (TALL_TEXT_ROWS if options.get("multiline") else 0)
+            rows += 0 if options.get("advanced") else shown
         elif value is not None:
             sockets.append({"name": name, "type": kind, "link": None})
             rows += 1
