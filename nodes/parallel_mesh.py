@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 from weakref import WeakSet
 
@@ -14,7 +15,7 @@ from ..parallel_backend import Backend, MeshSpec
 from ..parallel_backend.client.cards import seen
 from ..parallel_backend.client.gpu_environment import difference
 from ..parallel_backend.config import AUTO, MMDIT_REST, UNET_REST, BackendSpec
-from ..parallel_backend.errors import BackendInUseError
+from ..parallel_backend.errors import BackendInUseError, CancelledError
 from ..parallel_backend.mesh_choice.choice import default_mesh
 from .node_text import say
 
@@ -77,19 +78,29 @@ class ParallelMesh:
 
         Raises: ConfigError, StartError, BackendLostError, BackendInUseError.
         """
-        try:
+        with self.noting_refusals(self.spec):
             backend = self._connected()
-        except BackendInUseError:
-            self.refused[self.spec.name] = self.spec
-            raise
-        self.refused.pop(self.spec.name, None)
         self.attached.add(backend)
         return backend
 
+    @classmethod
+    @contextmanager
+    def noting_refusals(cls, spec: BackendSpec) -> Iterator[None]:
+        """What is asked of a backend inside asks for it as `spec` says."""
+        try:
+            yield
+        except BackendInUseError:
+            cls.refused[spec.name] = spec
+            raise
+        cls.refused.pop(spec.name, None)
+
     def _connected(self) -> Backend:
         if self._backend is not None:
-            # Another workflow may have had it restarted, or have given it another budget.
-            self._backend.follow_restarts(mm.processing_interrupted)
+            try:  # another workflow may have had it restarted, or have given it another budget
+                self._backend.follow_restarts(mm.processing_interrupted)
+            except CancelledError:
+                mm.throw_exception_if_processing_interrupted()
+                raise
             self._backend.adjust()
         elif self.spec.address:
             self._backend = Backend.attach_remote(self.spec.address, self.spec.keys, self.spec.world_size)
@@ -108,6 +119,7 @@ class ParallelMesh:
                 memory_budget=self.spec.memory_budget,
                 waiting=waiting,
             )
+        self._backend.on_progress = lambda event: say(event.text)
         return self._backend
 
     def describe(self) -> str:
@@ -123,9 +135,10 @@ class ParallelMesh:
         )
 
     def differs(self) -> str:
-        """What the backend on this machine was started with otherwise than ComfyUI; empty where nothing."""
+        """What has changed of the backend for this mesh, told once, and what it was started with otherwise than ComfyUI."""
+        backend = self.backend()
         if self.spec.address:
-            return ""
-        record = self.backend().record
+            return backend.taken_notes()
         cards = [card.uuid for card in seen(self.spec.device).cards]
-        return " ".join(difference(self.spec.name, record, os.environ, cards) or ())
+        other = " ".join(difference(self.spec.name, backend.record, os.environ, cards) or ())
+        return "\n".join(filter(None, [backend.taken_notes(), other]))

@@ -19,6 +19,7 @@ from ..errors import (
 )
 from ..rpc import runtime_dir as files
 from ..rpc.messages import (
+    Adjust,
     LoadModel,
     LoadVAE,
     ModelKind,
@@ -52,12 +53,13 @@ class Backend(Connection):
         name: str = DEFAULT,
         *,
         devices: Sequence[int] = (),
-        idle_seconds: float = DEFAULT_IDLE_SECONDS,
-        memory_budget: int = 0,
+        idle_seconds: float | None = None,
+        memory_budget: int | None = None,
         waiting: launcher.Waiting = launcher.unheard,
     ) -> Backend:
         """A backend that is ready. Without `world_size` and `device`: all GPUs of the best one's kind, or two CPU ranks where
-        there is none. The default name is one for each set of GPUs that a process sees.
+        there is none. The default name is one for each set of GPUs that a process sees. A running backend takes over the idle time
+        and the memory budget (bytes on a rank, 0 for none) that are given.
 
         Raises:
             BackendInUseError: one of that name runs with other ranks, and somebody works with it; else it is restarted.
@@ -66,8 +68,10 @@ class Backend(Connection):
         here = seen(device)
         ranks = choose_ranks(here, device, world_size, devices)
         name = backend_name(name, ranks.device, here)
-        spec = BackendSpec(name, ranks.count, ranks.device, ranks.devices, idle_seconds, memory_budget)
-        place = ThisMachine(spec)
+        settings = Adjust(idle_seconds, memory_budget)
+        idle, budget = DEFAULT_IDLE_SECONDS if idle_seconds is None else idle_seconds, memory_budget or 0
+        spec = BackendSpec(name, ranks.count, ranks.device, ranks.devices, idle, budget)
+        place = ThisMachine(spec, settings)
         return cls(spec, place, place.first(waiting))
 
     @classmethod

@@ -66,6 +66,8 @@ CONTROL_SECONDS = 10.0
 CONTROL = (Hello, Status, Cancel, Stop, Adjust)
 # Once whole, once by the socket, in whatever order the ranks find what they lack.
 RESENDS = 2
+# Who waits longer for a backend's ranks is told what they are at.
+NOTED_SECONDS = 0.5
 # A backend that has ended is not started for these.
 NEVER_STARTING = (Status, Stop, Unload)
 ENDING = (RankError.code, OutOfMemoryError.code, BackendLostError.code)
@@ -89,6 +91,8 @@ class Connection:
         self._sent = SentTensors(None if spec.address else SharedArea())
         self._jobs = 0
         self._lost = False
+        # Told of long work in any request: models that load again by themselves, patches, compilers.
+        self.on_progress: Callable[[Progress], object] | None = None
         # Whether a request is under way; who holds the lock and finds so is one of its callbacks.
         self.asking = False
         try:
@@ -119,23 +123,21 @@ class Connection:
                 self._close_area()
 
     def adjust(self) -> None:
-        """The backend has the idle time and memory budget that were asked for; where it had others, `taken_notes` says so.
-
-        One that is taken as it is keeps its own.
-        """
-        if not self._place.asks:
+        """The backend has the idle time and memory budget that were asked for; where it had others, `taken_notes` says so."""
+        wanted = self._place.settings
+        if wanted == Adjust():
             return
-        wanted = Adjust(self.spec.idle_seconds, self.spec.memory_budget)
         before, _ = self.request(wanted)
         assert isinstance(before, BackendState)
         changes = []
-        if before.memory_budget != wanted.memory_budget:
-            budgets = [
-                f"{b / 2**20:.0f} MiB a rank" if b else "none" for b in (wanted.memory_budget, before.memory_budget)
-            ]
-            changes.append("memory budget {} (was {})".format(*budgets))
-        if before.idle_seconds != wanted.idle_seconds:
-            changes.append(f"idle time {wanted.idle_seconds / 60:g} min (was {before.idle_seconds / 60:g})")
+        if wanted.memory_budget not in (None, before.memory_budget):
+            now, then = (
+                f"{budget / 2**20:.0f} MiB a rank" if budget else "none"
+                for budget in (wanted.memory_budget, before.memory_budget)
+            )
+            changes.append(f"memory budget {now} (was {then})")
+        if wanted.idle_seconds is not None and wanted.idle_seconds != before.idle_seconds:
+            changes.append(f"idle time {wanted.idle_seconds / 60:.3g} min (was {before.idle_seconds / 60:.3g})")
         if changes:
             self._place.notes.append(f"Backend {self.spec.name!r} has taken over: {', '.join(changes)}.")
 
@@ -251,10 +253,10 @@ class Connection:
                     # A frame's memory is read-only.
                     own = [self._sent.read(meta) if tensor is None else tensor.clone() for meta, tensor in there]
                     return header.body, own, pending
-                if on_event is not None and pending is None:
+                if pending is None:
                     assert isinstance(header.body, (Progress, StepDone))
                     try:
-                        on_event(header.body, [t for t in tensors if t is not None])
+                        self._tell(header.body, [t for t in tensors if t is not None], on_event)
                     except BaseException as error:  # noqa: BLE001 - ComfyUI interrupts with a BaseException
                         pending = error
                         self._send(Cancel(job))
@@ -267,6 +269,12 @@ class Connection:
                 if pending is not None:  # who has given the job up is told that, however it ended
                     raise pending from None
                 raise
+
+    def _tell(self, event: Progress | StepDone, tensors: Sequence[Tensor], on_event: OnEvent | None) -> None:
+        if self.on_progress is not None and isinstance(event, Progress):
+            self.on_progress(event)
+        if on_event is not None:
+            on_event(event, tensors)
 
     def _final(
         self, body: Reply, tensors: list[Tensor], keys: list[str], pending: BaseException | None
@@ -316,11 +324,17 @@ class Connection:
 
         Raises: CancelledError; StartError: it has ended, and is not to be started; BackendInUseError.
         """
+        with self.lock:
+            self._follow_restarts(should_cancel, start)
+
+    def _follow_restarts(self, should_cancel: Callable[[], bool] | None, start: bool) -> None:
         deadline = time.monotonic() + RECONNECT_SECONDS
 
-        def waiting(_: float, __: str) -> None:
+        def waiting(seconds: float, what: str) -> None:
             if should_cancel is not None and should_cancel():
                 raise CancelledError("The job was cancelled.")
+            if self.on_progress is not None and seconds > NOTED_SECONDS:
+                self.on_progress(Progress(f"backend {self.spec.name!r}: {what}", 0, 1))
 
         while True:
             record = self._place.current() or (self.record if self.spec.address else None)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..config import BackendSpec
 from ..errors import ConfigError
-from ..own_code import LOADED, code_hash
+from ..rpc.own_code import LOADED, code_hash
 from ..rpc.runtime_dir import BackendRecord
 from ..version import __version__
 from .cards import seen
@@ -58,7 +58,7 @@ def _code(record: BackendRecord) -> list[Difference]:
     """Nothing where this process itself is what is old: it goes on with the code that it has loaded, as long as versions agree."""
     if (record.version, record.code) == (__version__, LOADED):
         return []
-    is_newer = record.code == code_hash()
+    is_newer = record.code == code_hash() != LOADED
     if record.version == __version__:
         return [] if is_newer else [Difference("other code of this pack", "whose files have changed since")]
     if is_newer:

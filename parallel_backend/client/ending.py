@@ -30,9 +30,13 @@ def restart_remedy(name: str) -> str:
     return f"Press Restart in the Parallel MMDiT panel of the sidebar, or run `{stop}`; then queue again."
 
 
-def make_way(name: str, record: BackendRecord, others: Sequence[Difference]) -> bool:
+def make_way(
+    name: str, record: BackendRecord, others: Sequence[Difference], waiting: Callable[[float, str], object]
+) -> bool:
     """Ends the backend, which differs in `others`, where nothing runs or waits and no other process is connected.
 
+    Args:
+        waiting: called now and then with the seconds passed and what is waited for; what it raises ends the wait.
     Returns: whether it is gone; False where it is in use and `others` leave it of use as it is.
     Raises: BackendInUseError; ConfigError: it is not ours to end; StartError: as `kill`.
     """
@@ -42,9 +46,9 @@ def make_way(name: str, record: BackendRecord, others: Sequence[Difference]) -> 
         refuse_served(name, record, what)
     elif _is_served(record):
         return False
-    user = _stop_unused(record)
+    user = _stop_unused(record, waiting)
     if not user:
-        _wait_or_kill(name, record, END_SECONDS, lambda: None)
+        _wait_or_kill(name, record, END_SECONDS, lambda: waiting(0.0, "the one that ran ends"))
         return True
     if not binding:
         return False
@@ -56,7 +60,7 @@ def refuse_served(name: str, record: BackendRecord, what: str) -> None:
     if _is_served(record):
         how = "in a terminal or as a service" if record.foreground else f"to listen at {record.listen}"
         raise ConfigError(
-            f"{what}, and was started by `parallel-mmdit serve` {how} (process {record.agent_pid}).",
+            f"{what}; it was started by `parallel-mmdit serve` {how} (process {record.agent_pid}).",
             f"End it there or with `{command_line('stop', '--name', name)}` and start it as you want it, or name another backend.",
         )
 
@@ -65,7 +69,7 @@ def _is_served(record: BackendRecord) -> bool:
     return record.foreground or bool(record.listen)
 
 
-def _stop_unused(record: BackendRecord) -> str:
+def _stop_unused(record: BackendRecord, waiting: Callable[[float, str], object]) -> str:
     """Empty once it has heard that it is to end, or has ended; else who works with it."""
     hello, begun = own_hello(), time.monotonic()
     while True:
@@ -74,6 +78,7 @@ def _stop_unused(record: BackendRecord) -> str:
             return ""
         if answer is None or time.monotonic() - begun > USED_SECONDS:
             return _user(answer, hello.client)
+        waiting(time.monotonic() - begun, "whether the one that runs is in use")
         time.sleep(0.25)
 
 

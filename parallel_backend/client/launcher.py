@@ -64,7 +64,7 @@ def attach_or_start(
         StartError: it did not come up; the message has the end of its log.
     """
     with start_lock(spec.name, waiting):
-        found, before = _found(spec, waiting, tell)
+        found, before = _found(spec, serve, waiting, tell)
         if found is not None:
             return found
         # Which files a backend opens is not for this caller to widen.
@@ -72,23 +72,25 @@ def attach_or_start(
         return wait_ready(spec, start(spec, serve, stays=True), waiting)
 
 
-def find(spec: BackendSpec, tell: Callable[[str], object]) -> BackendRecord | None:
+def find(spec: BackendSpec, serve: ServeSpec, tell: Callable[[str], object]) -> BackendRecord | None:
     """The running backend of that name, as `spec` says; None where none runs, or one made way.
 
-    Raises, and `tell`: as `attach_or_start`.
+    `serve`: what it is to be started with. Raises, and `tell`: as `attach_or_start`.
     """
     with start_lock(spec.name, unheard):
-        return _found(spec, unheard, tell)[0]
+        return _found(spec, serve, unheard, tell)[0]
 
 
 def _found(
-    spec: BackendSpec, waiting: Waiting, tell: Callable[[str], object]
+    spec: BackendSpec, serve: ServeSpec, waiting: Waiting, tell: Callable[[str], object]
 ) -> tuple[BackendRecord | None, BackendRecord | None]:
     """The backend that runs as `spec` says, or None and the one, if any, that has made way for it."""
     before = None
     while (record := _settled(spec.name, waiting)) is not None:
         others = differences(record, spec)
-        if not others or not make_way(spec.name, record, others):
+        if others:
+            check_here(spec, serve)  # what runs doesn't end for what can't be started
+        if not others or not make_way(spec.name, record, others, waiting):
             return record, None
         tell(f"Restarted backend {spec.name!r}: it had {'; '.join(map(str, others))}.")
         before = record

@@ -16,7 +16,7 @@ from ..config import BackendSpec
 from ..errors import BackendLostError, ConfigError, StartError
 from ..rpc import runtime_dir as files
 from ..rpc.keys import Keys
-from ..rpc.messages import Welcome
+from ..rpc.messages import Adjust, Welcome
 from ..rpc.runtime_dir import BackendRecord
 from . import launcher
 
@@ -35,6 +35,10 @@ class Place(Protocol):
     @property
     def asks(self) -> bool:
         """Whether it is to be as the spec says, and may be started or restarted for that; else it is taken as it is."""
+
+    @property
+    def settings(self) -> Adjust:
+        """What a running one is to take over."""
 
     def fits(self, record: BackendRecord) -> bool:
         """Whether that one is known to be as asked for."""
@@ -68,11 +72,12 @@ class ThisMachine:
     """A backend of this user, started where none runs.
 
     Args:
+        settings: that a running one takes over.
         as_it_is: whatever ranks it has; a running one is never restarted.
     """
 
-    def __init__(self, spec: BackendSpec, *, as_it_is: bool = False) -> None:
-        self._spec, self.asks = spec, not as_it_is
+    def __init__(self, spec: BackendSpec, settings: Adjust = Adjust(), *, as_it_is: bool = False) -> None:  # noqa: B008 - frozen
+        self._spec, self.settings, self.asks = spec, settings, not as_it_is
         self._falls_seen = 0
         self._fitting = ""
         self.notes: list[str] = []
@@ -152,7 +157,7 @@ class Elsewhere:
     def __init__(self, spec: BackendSpec) -> None:
         self._spec, self._keys = spec, Keys(Path(spec.keys).expanduser())
         self.notes: list[str] = []
-        self.asks = False
+        self.settings, self.asks = Adjust(), False
 
     def fits(self, record: BackendRecord) -> bool:
         return True

@@ -8,7 +8,7 @@ from ..rpc import runtime_dir as files
 from ..rpc.runtime_dir import BackendRecord
 from .cards import seen
 from .ending import end, refuse_served
-from .launcher import Waiting, start, start_lock, unheard, wait_ready
+from .launcher import LOCAL, Waiting, check_here, start, start_lock, unheard, wait_ready
 
 
 def restart(name: str, spec: BackendSpec | None = None, waiting: Waiting = unheard) -> BackendRecord:
@@ -24,14 +24,14 @@ def restart(name: str, spec: BackendSpec | None = None, waiting: Waiting = unhea
         record = files.read_record(name) or files.restarting(name)
         if record is None and spec is None:
             raise StartError(f"No backend {name!r} runs.", "Queue a prompt: it is started then.")
-        serve = None
+        serve = LOCAL
         if record is not None:
             refuse_served(name, record, f"Backend {name!r} can't be restarted from here")
             spec, serve = spec or as_it_was(name, record), record.serve
+            check_here(spec, serve)  # what runs doesn't end for what can't be started
             end(name, waiting=lambda: waiting(0.0, "its jobs end"))
         assert spec is not None
-        process = start(spec, serve, stays=True) if serve else start(spec, stays=True)
-        return wait_ready(spec, process, waiting)
+        return wait_ready(spec, start(spec, serve, stays=True), waiting)
 
 
 def as_it_was(name: str, record: BackendRecord) -> BackendSpec:

@@ -31,7 +31,6 @@ from torch import Tensor
 from ..config import DEFAULT_IDLE_SECONDS
 from ..distributed.links import measure_links
 from ..errors import BackendError, BackendLostError, CancelledError, OutOfMemoryError, RankError, StartError
-from ..own_code import LOADED
 from ..rpc import runtime_dir as files
 from ..rpc.headers import RequestHeader
 from ..rpc.keys import Keys
@@ -53,6 +52,7 @@ from ..rpc.messages import (
     Unload,
     Welcome,
 )
+from ..rpc.own_code import LOADED
 from ..rpc.wire import Sendable, unpack
 from ..serving.metrics import serve_metrics
 from ..serving.socket_server import SocketServer
@@ -71,6 +71,7 @@ from .world import meet, restart_count
 
 log = logging.getLogger("parallel_backend")
 _STOP = b"stop"
+STOPPED_REMEDY = "Run the prompt again: it is started anew."
 LOG_BYTES, LOG_FILES = 8 * 2**20, 3
 # Before ranks that fell without having finished a job are tried again: at once, then after so many seconds.
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
@@ -111,7 +112,6 @@ class Rank:
         self.record: files.BackendRecord | None = None
         self._failing = threading.Lock()
         self._emptied = False
-        self._idle_seconds: float = args.idle_seconds
 
     def serve(self) -> None:
         """Serves until Stop or the idle time. All ranks acknowledge before the record says that they are ready."""
@@ -125,10 +125,8 @@ class Rank:
             pass
         watch.stop()
         if self.server is not None:
-            remedy = "Run the prompt again: it is started anew."
-            self.server.close(
-                Failed(BackendLostError.code, "The backend was stopped before this request's turn.", remedy)
-            )
+            what = "The backend was stopped before this request's turn."
+            self.server.close(Failed(BackendLostError.code, what, STOPPED_REMEDY))
             files.remove_record(name, os.getpid())
             log.info("stopped")
 
@@ -137,7 +135,7 @@ class Rank:
         args, generation = self.args, uuid.uuid4().hex[:12]
         before = files.last_record(args.name) if restart_count() else None
         if before is not None:  # what these ranks had taken over before they fell
-            args.idle_seconds = self._idle_seconds = before.idle_seconds
+            args.idle_seconds = before.idle_seconds
         welcome = Welcome(generation, self.control.world_size, args.device)
         known = {"idle_seconds": args.idle_seconds, "memory_budget": args.memory_budget, "ranks": states}
         self.board = StateBoard(args.name, welcome, restarts=restart_count(), **known)
@@ -208,7 +206,7 @@ class Rank:
     def _next_job(self) -> QueuedJob | None:
         """On rank 0: the next job; after the idle time, that all models leave; None where it is time to end."""
         assert self.server is not None
-        idle = self._idle_seconds
+        idle = self.args.idle_seconds if self.record is None else self.record.idle_seconds
         last = ends_after(idle)
         try:
             queued = self.server.jobs.get(last - idle if self._emptied else idle)
@@ -289,12 +287,14 @@ class Rank:
 
     def _take_over(self, settings: Adjust) -> None:
         """Who starts this backend again as it was, starts it so."""
-        self._idle_seconds = settings.idle_seconds
-        if self.record is not None:
-            taken = {"idle_seconds": settings.idle_seconds, "memory_budget": settings.memory_budget}
-            self.record = msgspec.structs.replace(self.record, **taken)
-            with suppress(OSError, BackendError):
-                files.write_record(self.args.name, self.record)
+        record = self.record
+        if record is None:
+            return
+        settings = settings.on(record.idle_seconds, record.memory_budget)
+        changes = {"idle_seconds": settings.idle_seconds, "memory_budget": settings.memory_budget}
+        self.record = msgspec.structs.replace(record, **changes)
+        with suppress(OSError, BackendError):
+            files.write_record(self.args.name, self.record)
 
     def _tell(self, queued: QueuedJob | None, kind: str, body: Reply, results: Sequence[Sendable]) -> None:
         """The end of a job, to its client and to whoever asks for the state."""
@@ -317,6 +317,8 @@ class Rank:
                 files.note_good(self.args.name, restart_count())
 
     def _failed(self, error: BackendError, kind: str) -> Failed:
+        if isinstance(error, CancelledError) and self.server is not None and self.server.jobs.ended:
+            error = BackendLostError("The backend was stopped while this job ran.", STOPPED_REMEDY)
         level = logging.INFO if isinstance(error, CancelledError) else logging.WARNING
         log.log(level, "%s failed: %s", kind, error)
         return Failed(error.code, error.message, error.remedy)

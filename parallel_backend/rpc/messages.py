@@ -14,6 +14,7 @@ from ..config import BackendSpec, MeshSpec, SamplerSpec
 
 TensorIndex: TypeAlias = int
 ModelKind: TypeAlias = Literal["any", "mmdit", "unet"]
+Unit: TypeAlias = Literal["", "bytes"]
 # Of which steps x and denoised are sent along; "last" is every step of a sampler whose last one nobody knows.
 Preview: TypeAlias = Literal["none", "last", "all"]
 
@@ -247,16 +248,24 @@ class StopUnused(Message, frozen=True):
 
 
 class Adjust(Message, frozen=True):
-    """Another idle time and memory budget from now on; answered by the BackendState of before.
+    """Another idle time or memory budget from now on, where given; answered by the BackendState of before.
 
     Models beyond the new budget leave at once, the least recently used first.
     """
 
-    idle_seconds: float
-    memory_budget: int
+    idle_seconds: float | None = None
+    memory_budget: int | None = None
 
     def __post_init__(self) -> None:
-        BackendSpec(idle_seconds=self.idle_seconds, memory_budget=self.memory_budget)  # its checks
+        given = {"idle_seconds": self.idle_seconds, "memory_budget": self.memory_budget}
+        BackendSpec(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type] # its checks
+
+    def on(self, idle_seconds: float, memory_budget: int) -> Adjust:
+        """With what it leaves open as it is now."""
+        return Adjust(
+            idle_seconds if self.idle_seconds is None else self.idle_seconds,
+            memory_budget if self.memory_budget is None else self.memory_budget,
+        )
 
 
 class Welcome(Message, frozen=True):
@@ -273,11 +282,22 @@ class Pong(Message, frozen=True):
 
 
 class Progress(Message, frozen=True):
-    """Something long is under way: `done` of `total` of `what`."""
+    """Something long is under way: `done` of `total` of `what`; in bytes, those of rank 0's part."""
 
     what: str
     done: int
     total: int
+    unit: Unit = ""
+
+    @property
+    def text(self) -> str:
+        """As a person reads it."""
+        if self.unit == "bytes":
+            name, size = ("GiB", 2**30) if self.total >= 2**30 else ("MiB", 2**20)
+            return f"{self.what}: {self.done / size:.1f} of {self.total / size:.1f} {name} a rank"
+        if self.total > 1:
+            return f"{self.what}: {self.done} of {self.total}"
+        return f"{self.what}: done" if self.done else self.what
 
 
 class StepDone(Message, frozen=True):

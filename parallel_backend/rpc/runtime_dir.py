@@ -36,7 +36,7 @@ class BackendRecord(msgspec.Struct, frozen=True):
 
     `agent_pid` is the process that starts its ranks anew. Ticks tell both processes from later ones of their numbers.
     `cards` are the GPUs of its ranks by uuid, `environment` the variables of client/gpu_environment.py at its start, `code` is
-    own_code's of its ranks. The rest is what else it was started with, or has taken over since; `foreground`: it belongs to the
+    own_code.py's of its ranks. The rest is what else it was started with, or has taken over since; `foreground`: it belongs to the
     `serve` that started it. Other versions read this too: no field goes, and a new one has a default.
     """
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import recv_monitor_message
 
+from ..command_line import command_line
 from ..errors import BackendError, ProtocolError
 from ..rpc.headers import ReplyHeader, RequestHeader, TensorMeta
 from ..rpc.keys import Keys
@@ -89,7 +90,10 @@ class SocketServer(threading.Thread):
         router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         if address.startswith("tcp://"):
             if keys is None:
-                raise ProtocolError(f"{address} can't be listened on without keys.", "Make some: parallel-mmdit keys.")
+                raise ProtocolError(
+                    f"{address} can't be listened on without keys.",
+                    f"Make some with `{command_line('keys', 'FOLDER')}`.",
+                )
             self._authenticator = keys.guard(self._context, router)
             router.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
             router.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_LOST_MS)
@@ -208,10 +212,10 @@ class SocketServer(threading.Thread):
             return Done()
         if isinstance(body, Adjust):
             before = self._board.snapshot(len(self.jobs))
-            if (before.idle_seconds, before.memory_budget) == (body.idle_seconds, body.memory_budget):
-                return before
-            self._board.note(idle_seconds=body.idle_seconds, memory_budget=body.memory_budget)
-            self.jobs.put(own_job(body))
+            wanted = body.on(before.idle_seconds, before.memory_budget)
+            if (before.idle_seconds, before.memory_budget) != (wanted.idle_seconds, wanted.memory_budget):
+                self._board.note(idle_seconds=wanted.idle_seconds, memory_budget=wanted.memory_budget)
+                self.jobs.put(own_job(wanted))
             return before
         if isinstance(body, StopUnused) and (self._open or not self._clients.nobody_but(body.client, body.machine)):
             return self._board.snapshot(len(self.jobs))

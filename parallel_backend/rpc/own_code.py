@@ -1,11 +1,11 @@
-"""Which code this is: a hash over this package's own files, since a clone changes without its version."""
+"""Which code this is: a hash over the package's own files, since a clone changes without its version."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
 
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 
 
 def code_hash(package: Path = _PACKAGE) -> str:
