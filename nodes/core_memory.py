@@ -15,9 +15,10 @@ import torch
 from ..parallel_backend import Backend, RemoteModel, RemoteVAE
 from ..parallel_backend.client.connection import Connection
 from ..parallel_backend.errors import BackendError, CancelledError, OutOfMemoryError
-from ..parallel_backend.rpc.messages import Progress, RankState, StepDone
+from ..parallel_backend.rpc.messages import RankState
 from ..parallel_backend.rpc.runtime_dir import machine
 from .node_text import say
+from .parallel_mesh import ParallelMesh
 
 # Left free for activations beside the weights, and for what other programs take meanwhile.
 ACTIVATION_BYTES = 1536 * 2**20
@@ -78,7 +79,7 @@ class WeightsElsewhere(comfy.model_patcher.ModelPatcher):
         """Called by ComfyUI where it believes that they are not loaded, after it has made room."""
         if self._is_here() and not self._is_held():
             say(f"loading {self.remote.file} again on the ranks", log=True)
-            interruptible(self.remote.backend, self.remote.ensure_loaded, on_event=_say_progress)
+            interruptible(self.remote.backend, self.remote.ensure_loaded)
         self._note_loaded(device_to)
         for callback in self.get_all_callbacks(comfy.patcher_extension.CallbacksMP.ON_LOAD):
             callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
@@ -159,11 +160,6 @@ def same_weights(one: RemoteModel | RemoteVAE, other: RemoteModel | RemoteVAE) -
     return (_place(one), one.name) == (_place(other), other.name)
 
 
-def _say_progress(event: Progress | StepDone, _: Sequence[torch.Tensor]) -> None:
-    if isinstance(event, Progress):
-        say(event.what)
-
-
 def _hold_on(patcher: comfy.model_patcher.ModelPatcher) -> None:
     """ComfyUI's list refers to it weakly, and a backend's weights stay after their workflow has gone: the list's own entry
     keeps what they can be let go by, until they are."""
@@ -231,7 +227,8 @@ def interruptible(backend: Connection, request: Callable[..., Any], *args: Any, 
     """
     asked = partial(request, *args, should_cancel=mm.processing_interrupted, **kwargs)
     try:
-        return _with_room(backend, asked)
+        with ParallelMesh.noting_refusals(backend.spec):
+            return _with_room(backend, asked)
     except CancelledError:
         mm.throw_exception_if_processing_interrupted()
         raise

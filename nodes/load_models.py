@@ -61,7 +61,6 @@ def load_remote_model(
 
     def on_event(event: Progress | StepDone, _: Sequence[Tensor]) -> None:
         if isinstance(event, Progress):
-            say(f"{event.what} on {degrees.describe()}")
             bar.update_absolute(event.done, event.total)
 
     remote = interruptible(backend, backend.load_asked, load, on_event=on_event)

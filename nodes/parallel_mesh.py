@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 from weakref import WeakSet
 
@@ -14,7 +15,7 @@ from ..parallel_backend import Backend, MeshSpec
 from ..parallel_backend.client.cards import seen
 from ..parallel_backend.client.gpu_environment import difference
 from ..parallel_backend.config import AUTO, MMDIT_REST, UNET_REST, BackendSpec
-from ..parallel_backend.errors import ConfigError
+from ..parallel_backend.errors import BackendInUseError, CancelledError, ConfigError
 from ..parallel_backend.mesh_choice.choice import default_mesh
 from ..parallel_backend.mesh_choice.displaced import can_displace, displaced_mesh
 from ..parallel_backend.rpc.messages import ModelKind
@@ -37,10 +38,12 @@ def optional_mesh(what: str) -> Any:
 class ParallelMesh:
     """Immutable but for the connection, which is made at first use and kept as long as ComfyUI keeps this.
 
-    `attached` are the connections that ComfyUI, or what it keeps of their models, still has.
+    `attached` are the connections that ComfyUI, or what it keeps of their models, still has. `refused`: by name of the backend,
+    what was asked for last of one that is otherwise and in use, until it is there.
     """
 
     attached: ClassVar[WeakSet[Backend]] = WeakSet()
+    refused: ClassVar[dict[str, BackendSpec]] = {}
 
     def __init__(
         self,
@@ -99,15 +102,39 @@ class ParallelMesh:
     def backend(self) -> Backend:
         """The running backend, or one started now; an interrupt in ComfyUI ends the wait.
 
-        Raises: ConfigError, StartError, BackendLostError.
+        Raises: ConfigError, StartError, BackendLostError, BackendInUseError.
         """
-        if self._backend is None and self.spec.address:
-            self._backend = Backend.attach_remote(self.spec.address, self.spec.keys, self.spec.world_size)
-        if self._backend is None:
+        with self.noting_refusals(self.spec):
+            backend = self._connected()
+        self.attached.add(backend)
+        return backend
 
-            def waiting(seconds: float) -> None:
+    @classmethod
+    @contextmanager
+    def noting_refusals(cls, spec: BackendSpec) -> Iterator[None]:
+        """What is asked of a backend inside asks for it as `spec` says."""
+        try:
+            yield
+        except BackendInUseError:
+            cls.refused[spec.name] = spec
+            raise
+        cls.refused.pop(spec.name, None)
+
+    def _connected(self) -> Backend:
+        if self._backend is not None:
+            try:  # another workflow may have had it restarted, or have given it another budget
+                self._backend.follow_restarts(mm.processing_interrupted)
+            except CancelledError:
                 mm.throw_exception_if_processing_interrupted()
-                say(f"starting backend {self.spec.name!r}: {self.spec.world_size} ranks, {seconds:.0f} s")
+                raise
+            self._backend.adjust()
+        elif self.spec.address:
+            self._backend = Backend.attach_remote(self.spec.address, self.spec.keys, self.spec.world_size)
+        else:
+
+            def waiting(seconds: float, what: str) -> None:
+                mm.throw_exception_if_processing_interrupted()
+                say(f"starting backend {self.spec.name!r}: {self.spec.world_size} ranks: {what}, {seconds:.0f} s")
 
             self._backend = Backend.attach_or_start(
                 self.spec.world_size,
@@ -118,7 +145,7 @@ class ParallelMesh:
                 memory_budget=self.spec.memory_budget,
                 waiting=waiting,
             )
-        self.attached.add(self._backend)
+        self._backend.on_progress = lambda event: say(event.text)
         return self._backend
 
     def places(self) -> list[str]:
@@ -142,9 +169,10 @@ class ParallelMesh:
         return "\n".join(filter(None, [first, self.note, *self.notes.values()]))
 
     def differs(self) -> str:
-        """What the backend on this machine was started with otherwise than ComfyUI; empty where nothing."""
+        """What has changed of the backend for this mesh, told once, and what it was started with otherwise than ComfyUI."""
+        backend = self.backend()
         if self.spec.address:
-            return ""
-        record = self.backend().record
+            return backend.taken_notes()
         cards = [card.uuid for card in seen(self.spec.device).cards]
-        return " ".join(difference(self.spec.name, record, os.environ, cards) or ())
+        other = " ".join(difference(self.spec.name, backend.record, os.environ, cards) or ())
+        return "\n".join(filter(None, [backend.taken_notes(), other]))

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 from aiohttp import web
 from execution import PromptQueue
 from server import PromptServer
@@ -16,14 +15,15 @@ from server import PromptServer
 from ..parallel_backend import Backend
 from ..parallel_backend.errors import BackendError, ConfigError
 from ..parallel_backend.rpc.runtime_dir import running_names
+from .backend_routes import BackendRoutes
 from .everywhere import Everywhere
 from .mesh_route import add_mesh_route
+from .own_origin import Handler, own_origin
 from .parallel_mesh import ParallelMesh
 from .workflow_route import add_workflow_route
 
 STATUS = "/parallel_mmdit/status"
 EVERYWHERE = "/parallel_mmdit/everywhere"
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def add_routes(everywhere: Everywhere) -> None:
@@ -32,16 +32,20 @@ def add_routes(everywhere: Everywhere) -> None:
     if server is None:  # nodes are imported without a server, by a script
         return
 
+    backends = BackendRoutes()
+
     @server.routes.get(STATUS)
+    @own_origin
     async def status(_: web.Request) -> web.Response:
-        backends = await asyncio.to_thread(states)
-        return web.json_response({"backends": backends, "everywhere": told(everywhere)})
+        return web.json_response(await backends.told() | {"everywhere": told(everywhere)})
 
     @server.routes.get(EVERYWHERE)
+    @own_origin
     async def is_everywhere(_: web.Request) -> web.Response:
         return web.json_response(told(everywhere))
 
     @server.routes.post(EVERYWHERE)
+    @own_origin
     async def switch(request: web.Request) -> web.Response:
         try:
             on = (await request.json())["on"]
@@ -53,6 +57,7 @@ def add_routes(everywhere: Everywhere) -> None:
             await forget_outputs(server.prompt_queue)
         return web.json_response(told(everywhere))
 
+    backends.add_to(server.routes)
     add_workflow_route(server.routes)
     add_mesh_route(server.routes)
     server.app.middlewares.append(free_with_comfyui)
@@ -69,22 +74,6 @@ async def forget_outputs(queue: PromptQueue) -> None:
                 return
             queue.set_flag("free_memory", True)
         await asyncio.sleep(0.01)
-
-
-def states() -> list[dict[str, Any]]:
-    """What each running backend says of itself, or the error that says why it doesn't."""
-    return [_state(name) for name in running_names()]
-
-
-def _state(name: str) -> dict[str, Any]:
-    try:
-        backend = Backend.attach(name)
-        try:
-            return msgspec.to_builtins(backend.status())
-        finally:
-            backend.close()
-    except BackendError as error:
-        return {"name": name, "error": error.parts()}
 
 
 def told(everywhere: Everywhere) -> dict[str, Any]:

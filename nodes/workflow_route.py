@@ -11,12 +11,14 @@ from aiohttp import web
 from ..parallel_backend.errors import InputError
 from ..parallel_backend.workflow_files.make_parallel import make_parallel
 from ..parallel_backend.workflow_files.reading import workflow_in
+from .own_origin import own_origin
 
 WORKFLOW = "/parallel_mmdit/workflow"
 
 
 def add_workflow_route(routes: web.RouteTableDef) -> None:
     @routes.post(WORKFLOW)
+    @own_origin
     async def workflow(request: web.Request) -> web.Response:
         try:
             return web.json_response(made_parallel(await request.json()))

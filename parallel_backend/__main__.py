@@ -14,12 +14,14 @@ import msgspec
 from .client import launcher
 from .client.backend import Backend
 from .client.cards import choose_ranks, seen
+from .client.ending import end
 from .client.names import DEFAULT, backend_name, meant
+from .client.places import ThisMachine
 from .config import DEFAULT_IDLE_SECONDS, BackendSpec, Hosts, ServeSpec, gpu_numbers
 from .demo.trained import add_choice, chosen
 from .errors import BackendError, ConfigError, StartError
 from .rpc import runtime_dir
-from .rpc.messages import BackendState
+from .rpc.messages import Adjust, BackendState
 from .version import __version__
 from .workflow_files import command as workflow_command
 
@@ -49,10 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--idle-seconds",
         type=float,
-        default=DEFAULT_IDLE_SECONDS,
-        help="let the models go after so long without a job, and end after 8 times as long or 4 hours",
+        help="let the models go after so long without a job, and end after 8 times as long or 4 hours; half an hour",
     )
-    serve.add_argument("--memory-budget-mib", type=int, default=0, help="for models, per rank; 0 is no limit")
+    serve.add_argument("--memory-budget-mib", type=int, help="for models, per rank; 0, or left out, is no limit")
     serve.add_argument("--detach", action="store_true", help="return as soon as it is ready")
     serve.add_argument("--models", action="append", default=[], help="open only files below this folder; repeatable")
     serve.add_argument("--listen", default="", help="also serve clients of other machines, at tcp://0.0.0.0:PORT")
@@ -149,23 +150,34 @@ def _serve(args: argparse.Namespace) -> int:
     name = backend_name(args.name or DEFAULT, ranks.device, here)
     if ranks.note:
         print(ranks.note, file=sys.stderr)
-    budget = args.memory_budget_mib * 2**20
-    spec = BackendSpec(name, ranks.count, ranks.device, ranks.devices, args.idle_seconds, budget)
+    budget = None if args.memory_budget_mib is None else args.memory_budget_mib * 2**20
+    idle = DEFAULT_IDLE_SECONDS if args.idle_seconds is None else args.idle_seconds
+    spec = BackendSpec(name, ranks.count, ranks.device, ranks.devices, idle, budget or 0)
     hosts = Hosts(args.hosts, args.host_index, args.rendezvous, args.interface)
     models, keys = tuple(map(_whole, args.models)), _whole(args.keys) if args.keys else ""
     serve = ServeSpec(models, args.listen, keys, args.metrics_port, hosts)
     if args.detach and hosts.count > 1:
         raise ConfigError("--detach is for one host.", "Leave it out, and run serve below nohup or a service manager.")
-    if (launcher.find(spec) if hosts.count == 1 else runtime_dir.read_record(spec.name)) is not None:
+    runs = launcher.find(spec, serve, _to_stderr) if hosts.count == 1 else runtime_dir.read_record(spec.name)
+    if runs is not None:
+        if hosts.count == 1:
+            running = Backend(spec, ThisMachine(spec, Adjust(args.idle_seconds, budget)), runs)
+            if notes := running.taken_notes():
+                print(notes)
+            running.close()
         print(f"Backend {name!r} runs already.")
         return 0
     if args.detach:
-        record = launcher.attach_or_start(spec, serve=serve)
+        record = launcher.attach_or_start(spec, serve=serve, tell=_to_stderr)
         print(f"Backend {name!r} is ready: {record.world_size} ranks on {record.device}, process {record.agent_pid}.")
         return 0
     if hosts.count > 1:
         return launcher.supervise(spec, serve)
     return launcher.run(spec, serve)
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _whole(path: str) -> str:
@@ -216,10 +228,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _stop(args: argparse.Namespace) -> int:
     name = meant(args.name)
-    record = runtime_dir.read_record(name)
-    if record is not None and record.version == __version__:
-        Backend.attach(name).stop()
-    elif not launcher.end(name):
+    if not end(name):
         raise StartError(f"No backend {name!r} runs.", "There is nothing to stop.")
     print(f"Backend {name!r} has stopped.")
     return 0
@@ -255,6 +264,8 @@ def describe(state: BackendState) -> str:
         f"{state.cached_tensors} prompts' tensors kept ({state.cached_bytes / 2**20:.1f} MiB)",
         *_last(state),
         f"since the start: {state.restarts} restarts, {state.refused} messages refused",
+        f"clients: {', '.join(state.clients) or 'none'}; models leave after {state.idle_seconds / 60:.3g} min without work; "
+        f"memory budget: {f'{state.memory_budget / 2**20:.0f} MiB a rank' if state.memory_budget else 'none'}",
         f"{'rank':>4}  {'host':<16} {'pid':>8}  {'device':<8} {'used MiB':>9} {'free MiB':>9} {'all MiB':>9}  name",
     ]
     for r in state.ranks:
@@ -276,7 +287,8 @@ def _running(state: BackendState) -> str:
         return "idle"
     reached = f", {job.what or 'step'} {job.done} of {job.total}" if job.total else ""
     step = "" if job.step_seconds is None else f", {job.step_seconds:.3f} s a step"
-    return f"runs {job.kind} {job.model}".rstrip() + f" of client {job.client} for {job.seconds:.0f} s{reached}{step}"
+    of = f" of {job.client}" if job.client else ""
+    return f"runs {job.kind} {job.model}".rstrip() + f"{of} for {job.seconds:.0f} s{reached}{step}"
 
 
 def _last(state: BackendState) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias, get_args
 
 import msgspec
 
+from .command_line import command_line
 from .errors import ConfigError
 
 AXES = ("dp", "cfg", "pp", "patch", "ring", "ulysses", "tp")
@@ -387,7 +388,8 @@ class BackendSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(f"Address {self.address!r} can't be used.", "Write it like tcp://host:5555.")
         if self.address and not self.keys:
             raise ConfigError(
-                f"{self.address} can't be used without keys.", "Name the folder that `parallel-mmdit keys` has made."
+                f"{self.address} can't be used without keys.",
+                f"Name the folder that `{command_line('keys', 'FOLDER')}` has made.",
             )
         if not self.name or not all(c.isalnum() or c in "-_." for c in self.name) or self.name.startswith("."):
             raise ConfigError(f"Backend name {self.name!r} can't be used.", "Use letters, digits, '-', '_' and '.'.")
@@ -445,7 +447,7 @@ class ServeSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         if self.listen and not self.keys:
             raise ConfigError(
-                f"{self.listen} is not listened on without keys.", "Make some with `parallel-mmdit keys FOLDER`."
+                f"{self.listen} is not listened on without keys.", f"Make some with `{command_line('keys', 'FOLDER')}`."
             )
         if self.listen and not re.fullmatch(r"tcp://[^/\s]+:\d+", self.listen):
             raise ConfigError(f"listen {self.listen!r} can't be used.", "Write it like tcp://0.0.0.0:5555.")

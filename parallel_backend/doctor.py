@@ -21,6 +21,7 @@ from .client.environment import loopback_interface
 from .client.gpu_environment import difference
 from .client.links import measure_links, prove_links
 from .client.requirements import COMMANDS_NEED, FILES_NEED, RANKS_NEED, shortfall
+from .command_line import command_line
 from .config import BackendSpec
 from .distributed.device_memory import memory_of
 from .errors import BackendError, ConfigError
@@ -181,7 +182,11 @@ def backends() -> Iterator[Finding]:
         record = files.read_record(name)
         if record is not None and record.version != __version__:
             what = f"backend {name!r} runs version {record.version}, this is {__version__}"
-            yield Finding("wrong", what, f"parallel-mmdit stop --name {name}")
+            yield Finding(
+                "wrong",
+                what,
+                f"Queue a prompt, which restarts it where nobody works with it; or run `{command_line('stop', '--name', name)}`.",
+            )
             continue
         try:
             backend = Backend.attach(name)

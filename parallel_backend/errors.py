@@ -14,6 +14,7 @@ BackendError
 ├── NotFiniteError       NaN or infinity in a result, where the user wants that to be an error
 ├── CancelledError       the job was cancelled by its client
 ├── StartError           a backend could not be started or reached
+├── BackendInUseError    a backend that others work with is other than what was asked for
 ├── BackendLostError     the backend went away in the middle of a request
 └── RankError            a rank failed while it computed; the ranks are restarted
 
@@ -94,6 +95,10 @@ class OutOfMemoryError(BackendError):
 
 class StartError(BackendError):
     code = "start"
+
+
+class BackendInUseError(BackendError):
+    code = "backend_in_use"
 
 
 class BackendLostError(BackendError):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from parallel_backend import Backend, Conditioning, MeshSpec
+from parallel_backend.rpc.messages import Progress
 from parallel_backend.small_checkpoints.mmdit import small_config, write_mmdit
 from parallel_backend.small_checkpoints.prompts import random_prompt, random_sdxl_prompt
 from parallel_backend.small_checkpoints.unet import CONFIGS, write_unet
@@ -26,11 +27,12 @@ CASES: dict[str, tuple[str, MeshSpec, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Compared:
-    """One job, computed both ways, and the names of the models that were resident then."""
+    """One job, computed both ways, the names of the models that were resident then, and what the compiled one told meanwhile."""
 
     eager: Tensor
     compiled: Tensor
     models: list[str]
+    told: list[Progress]
 
 
 def run_compiled() -> dict[str, Compared]:
@@ -56,7 +58,10 @@ def _compared(backend: Backend, path: Path, family: str, mesh: MeshSpec, setting
         model = backend.load_model(path, mesh, "float32", compile=compiled)
         return model.sample(torch.zeros(latent), *prompts, steps=3, seed=3, cfg_scale=4.0, **settings)
 
-    eager, compiled = sampled(False), sampled(True)
+    eager, told = sampled(False), list[Progress]()
+    backend.on_progress = told.append
+    compiled = sampled(True)
     models = [state.model for state in backend.status().models]
     backend.unload()
-    return Compared(eager, compiled, models)
+    backend.on_progress = None
+    return Compared(eager, compiled, models, told)

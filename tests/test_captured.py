@@ -105,6 +105,22 @@ def jobs_case(kind: str, path: Path, spec: MeshSpec, jobs: list[Job], lora: bool
     return recorder.evaluated, recorder.recorded_ones, recorder.done_again
 
 
+def told_case(path: Path) -> tuple[list[tuple[str, int]], int]:
+    """What is told of recordings, and how many were made."""
+    recorder, told = Recorder(), list[tuple[str, int]]()
+    model = with_recordings(predictor("mmdit", path, MeshSpec()), recorder)
+    assert model.captured is not None
+    model.captured.tell = lambda what, done: told.append((what, done))
+    with torch.inference_mode():
+        evaluated(model, Job())
+    return told, recorder.recorded_ones
+
+
+def test_each_recording_is_told_before_and_after(ranks: RankPool, large: Path) -> None:
+    ((told, recordings),) = ranks(1, told_case, large)
+    assert told == [(captured.RECORDING, 0), (captured.RECORDING, 1)] * recordings and recordings == 2
+
+
 def _weights(model: Predictor) -> list[Tensor]:
     return [parameter for parameter in model.network.model.parameters() if parameter.ndim == 2]  # type: ignore[attr-defined]
 

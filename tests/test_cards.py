@@ -16,7 +16,9 @@ import torch
 
 from parallel_backend import Backend
 from parallel_backend.client import cards, launcher
+from parallel_backend.client import differences as client_differences
 from parallel_backend.client.cards import Card, Ranks, Seen, choose_ranks
+from parallel_backend.client.differences import differences
 from parallel_backend.client.gpu_environment import difference, gpu_environment
 from parallel_backend.client.launcher import LOCAL
 from parallel_backend.client.names import backend_name, meant
@@ -24,6 +26,7 @@ from parallel_backend.config import BackendSpec
 from parallel_backend.errors import ConfigError, StartError
 from parallel_backend.rank.place import rank_state
 from parallel_backend.rpc import runtime_dir as files
+from parallel_backend.rpc.own_code import LOADED
 from parallel_backend.version import __version__
 
 ROOT = Path(__file__).parents[1]
@@ -197,19 +200,21 @@ def test_without_a_name_the_backend_that_runs_is_meant(living: Callable[..., Non
 def test_a_backend_on_other_cards_of_the_same_numbers_is_not_taken(
     living: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    living("mine", 2, "cuda", cards=["a", "b"])
+    living("mine", 2, "cuda", cards=["a", "b"], code=LOADED)
+    record = files.read_record("mine")
+    assert record is not None
     spec = BackendSpec("mine", 2, "cuda")
-    monkeypatch.setattr(launcher, "seen", lambda: machine(RTX4090, RTX4090))
-    assert launcher.find(spec) is not None
+    monkeypatch.setattr(client_differences, "seen", lambda: machine(RTX4090, RTX4090))
+    monkeypatch.setattr(client_differences, "unlike", lambda *_: [])
+    assert differences(record, spec) == []
     # The same two, by other numbers.
     shifted = Seen((replace(RTX4090, uuid="z"), *machine(RTX4090, RTX4090).cards))
-    monkeypatch.setattr(launcher, "seen", lambda: shifted)
-    assert launcher.find(BackendSpec("mine", 2, "cuda", (1, 2))) is not None
-    with pytest.raises(ConfigError, match=r"runs with 2 ranks on cuda \(a, b\); 2 on cuda \(z, a\) were asked for"):
-        launcher.find(spec)
+    monkeypatch.setattr(client_differences, "seen", lambda: shifted)
+    assert differences(record, BackendSpec("mine", 2, "cuda", (1, 2))) == []
+    assert [*map(str, differences(record, spec))] == ["2 ranks on cuda (a, b), 2 on cuda (z, a) are asked for"]
     # Where torch doesn't tell cards apart, numbers have to do.
-    monkeypatch.setattr(launcher, "seen", lambda: Seen((RTX4090, RTX4090)))
-    assert launcher.find(spec) is not None
+    monkeypatch.setattr(client_differences, "seen", lambda: Seen((RTX4090, RTX4090)))
+    assert differences(record, spec) == []
 
 
 def test_variables_that_a_backend_was_started_without_are_said() -> None:

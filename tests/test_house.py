@@ -25,19 +25,20 @@ ROOT = Path(__file__).parents[1]
 ALLOWED = {
     "errors": set(),
     "version": set(),
-    "config": {"errors"},
+    "command_line": set(),
+    "config": {"command_line", "errors"},
     "mesh_choice": {"config", "errors"},
     "checkpoint_files": {"errors"},
     "workflow_files": {"errors"},
-    "rpc": {"config", "errors", "version"},
+    "rpc": {"command_line", "config", "errors", "version"},
     "fused": {"errors"},
     "distributed": {"fused", "config", "errors"},
     "sampling": {"config", "errors"},
     "quantized": {"checkpoint_files", "errors"},
     "models": {"quantized", "distributed", "fused", "checkpoint_files", "config", "errors"},
-    "client": {"rpc", "checkpoint_files", "config", "errors", "version"},
+    "client": {"rpc", "checkpoint_files", "command_line", "config", "errors", "version"},
     "extras": {"models", "quantized", "distributed", "checkpoint_files", "rpc", "errors"},
-    "serving": {"rpc", "errors", "version"},
+    "serving": {"rpc", "command_line", "errors", "version"},
     "rank": {
         *("extras", "serving", "sampling", "models", "distributed", "fused", "mesh_choice"),
         *("rpc", "checkpoint_files", "config", "errors", "version"),
@@ -60,7 +61,7 @@ ALLOWED = {
         "errors",
     },
     "__init__": {"client", "rpc.conditioning", "config", "version"},
-    "doctor": {"client", "config", "distributed.device_memory", "rpc", "errors", "version"},
+    "doctor": {"client", "command_line", "config", "distributed.device_memory", "rpc", "errors", "version"},
     "__main__": {
         *("bench", "demo", "doctor", "client", "models.from_scratch_file", "rpc", "config", "errors", "version"),
         "workflow_files",
@@ -68,7 +69,7 @@ ALLOWED = {
 }
 # Inside the ranks' room, from the bottom up: a file imports only those before it.
 RANK_ORDER = (
-    *("lean_imports", "jobs", "room", "allowed_files", "pulse", "watch", "world", "place", "residents"),
+    *("lean_imports", "jobs", "meter", "room", "allowed_files", "pulse", "watch", "world", "place", "residents"),
     *(
         "kept_tensors",
         "shared_tensors",
@@ -89,6 +90,8 @@ KNOWN_TO_NODES = {
     "rpc",
     "checkpoint_files",
     "demo",
+    "doctor",
+    "version",
     "workflow_files",
     "quantized",
 }
@@ -131,7 +134,7 @@ def test_in_the_ranks_room_nothing_imports_what_comes_after_it() -> None:
 
 def test_no_file_lies_loose_beside_the_rooms() -> None:
     loose = {file.stem for file in (ROOT / "parallel_backend").glob("*.py")}
-    assert loose == {"__init__", "__main__", "doctor", "config", "errors", "version"}
+    assert loose == {"__init__", "__main__", "doctor", "command_line", "config", "errors", "version"}
 
 
 def test_only_nodes_import_comfy_and_they_keep_to_the_client() -> None:

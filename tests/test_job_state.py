@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -36,11 +37,11 @@ def test_a_samplings_steps_rise_and_its_cost_stays(backend2: Backend, model: Rem
     assert done == sorted(done) and done[0] < done[-1]
     assert {(job.kind, job.model, job.total) for job in jobs} == {("Sample", "sd3.5-large.safetensors", 40)}
     assert 0 < (jobs[-1].step_seconds or 0) < jobs[-1].seconds
-    assert f"runs Sample sd3.5-large.safetensors of client {jobs[-1].client}" in describe(
+    assert f"runs Sample sd3.5-large.safetensors of pid {os.getpid()} for" in describe(
         next(state for state in states if state.job == jobs[-1])
     )
     last = states[-1]
-    assert last.job is None and last.idle >= 0 and last.last is not None
+    assert last.job is None and last.quiet >= 0 and last.last is not None
     assert (last.last.kind, last.last.steps, last.last.model) == ("Sample", 40, "sd3.5-large.safetensors")
     assert last.last.sent_bytes > 0 and 0 <= (last.last.waited or 0) < last.last.seconds
     assert "last Sample: sd3.5-large.safetensors, 40 steps in" in describe(last)
@@ -62,7 +63,7 @@ def test_a_samplings_cost_outlives_other_jobs(backend2: Backend, model: RemoteMo
 
 def test_what_progress_tells_is_told_until_the_first_step() -> None:
     board = StateBoard("b", Welcome("g", 2, "cpu"))
-    board.begin("LoadModel", "a.safetensors", "1/2")
+    board.begin("LoadModel", "a.safetensors", "pid 1")
     board.tell(Progress("Loading a.safetensors", 3, 8))
     job = board.snapshot(0).job
     assert job is not None and (job.what, job.done, job.total) == ("Loading a.safetensors", 3, 8)

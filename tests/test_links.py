@@ -20,6 +20,7 @@ from unet_inputs import inputs as unet_inputs
 from parallel_backend import Backend, MeshSpec
 from parallel_backend.checkpoint_files.content import content_key
 from parallel_backend.client import launcher
+from parallel_backend.client.ending import end
 from parallel_backend.config import BackendSpec
 from parallel_backend.distributed.control import Control
 from parallel_backend.distributed.links import prove_links
@@ -271,5 +272,5 @@ def test_torchrun_and_ranks_that_answer_nothing_are_killed(runtime_folder: Path)
     assert record.pid in pids
     for pid in pids:
         files.os.kill(pid, signal.SIGSTOP)
-    assert launcher.end("stuck", 0.2)
+    assert end("stuck", 0.2)
     assert not any(files.is_alive(pid) for pid in pids)

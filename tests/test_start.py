@@ -176,7 +176,7 @@ def systemd_run(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> N
 def started(monkeypatch: pytest.MonkeyPatch, name: str, service: str, stays: bool) -> tuple[int, list[str]]:
     """The process that `start` made in a service, and what is in its log; in torchrun's place is a shell that tells its number."""
     monkeypatch.setattr(launcher, "service_of", lambda: service)
-    monkeypatch.setattr(launcher, "command", lambda *_: ["sh", "-c", "echo $$"])
+    monkeypatch.setattr(launcher, "command", lambda *_, **__: ["sh", "-c", "echo $$"])
     process = launcher.start(BackendSpec(name, 1, "cpu"), stays=stays)
     assert process.wait(10) == 0
     return process.pid, (launcher.files.runtime_dir(name) / "backend.log").read_text().splitlines()

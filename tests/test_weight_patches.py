@@ -248,7 +248,9 @@ def test_jobs_name_base_and_patches_and_two_clients_get_their_own(
     for _ in range(2):
         torch.testing.assert_close(sample(models[0], patches=patches), wanted, rtol=1e-4, atol=1e-4)
         assert models[0].last is not None and models[0].last.swap.weights == 3
+        assert backend2.status().models[-1].patched == 3
         assert torch.equal(sample(models[1]), expected)
+        assert backend2.status().models[-1].patched == 0
     sample(models[0], patches=patches)
     assert models[0].last.swap.weights == 3
     sample(models[0], patches=patches)

@@ -11,6 +11,7 @@ from typing import Any
 from ..checkpoint_files.content import content_key
 from ..checkpoint_files.diffusion_part import BARE_FP8, QUANTISED, is_from_scratch, packing
 from ..checkpoint_files.layout import vae_folder
+from ..command_line import command_line
 from ..config import AUTO, CAST_TO, DEFAULT_IDLE_SECONDS, FP8, WEIGHTS, BackendSpec, DeviceType, MeshSpec
 from ..errors import (
     BackendLostError,
@@ -18,6 +19,7 @@ from ..errors import (
 )
 from ..rpc import runtime_dir as files
 from ..rpc.messages import (
+    Adjust,
     LoadModel,
     LoadVAE,
     ModelKind,
@@ -27,6 +29,7 @@ from ..rpc.messages import (
 from . import dtypes, launcher
 from .cards import choose_ranks, seen
 from .connection import Connection, OnEvent
+from .ending import kill
 from .names import DEFAULT, backend_name, meant
 from .places import Elsewhere, ThisMachine
 from .remote import RemoteModel
@@ -50,22 +53,26 @@ class Backend(Connection):
         name: str = DEFAULT,
         *,
         devices: Sequence[int] = (),
-        idle_seconds: float = DEFAULT_IDLE_SECONDS,
-        memory_budget: int = 0,
-        waiting: launcher.Waiting = lambda seconds: None,
+        idle_seconds: float | None = None,
+        memory_budget: int | None = None,
+        waiting: launcher.Waiting = launcher.unheard,
     ) -> Backend:
         """A backend that is ready. Without `world_size` and `device`: all GPUs of the best one's kind, or two CPU ranks where
-        there is none. The default name is one for each set of GPUs that a process sees.
+        there is none. The default name is one for each set of GPUs that a process sees. A running backend takes over the idle time
+        and the memory budget (bytes on a rank, 0 for none) that are given.
 
         Raises:
-            ConfigError: one of that name runs with other ranks.
+            BackendInUseError: one of that name runs with other ranks, and somebody works with it; else it is restarted.
             StartError: it did not come up; the message has the end of its log.
         """
         here = seen(device)
         ranks = choose_ranks(here, device, world_size, devices)
         name = backend_name(name, ranks.device, here)
-        spec = BackendSpec(name, ranks.count, ranks.device, ranks.devices, idle_seconds, memory_budget)
-        return cls(spec, ThisMachine(spec), launcher.attach_or_start(spec, waiting))
+        settings = Adjust(idle_seconds, memory_budget)
+        idle, budget = DEFAULT_IDLE_SECONDS if idle_seconds is None else idle_seconds, memory_budget or 0
+        spec = BackendSpec(name, ranks.count, ranks.device, ranks.devices, idle, budget)
+        place = ThisMachine(spec, settings)
+        return cls(spec, place, place.first(waiting))
 
     @classmethod
     def attach(cls, name: str | None = None) -> Backend:
@@ -77,10 +84,10 @@ class Backend(Connection):
         record = files.read_record(name)
         if record is None:
             others = ", ".join(files.running_names())
-            remedy = f"These run: {others}." if others else "Start one with `python -m parallel_backend serve`."
+            remedy = f"These run: {others}." if others else f"Start one with `{command_line('serve')}`."
             raise StartError(f"No backend {name!r} runs.", remedy)
         spec = BackendSpec(name, record.world_size, record.device, tuple(record.devices))  # type: ignore[arg-type]
-        return cls(spec, ThisMachine(spec), record)
+        return cls(spec, ThisMachine(spec, as_it_is=True), record)
 
     @classmethod
     def attach_remote(cls, address: str, keys: str | os.PathLike[str], world_size: int = 0) -> Backend:
@@ -236,7 +243,7 @@ class Backend(Connection):
             self.request(Stop())
         self.close()
         if not self.spec.address and not files.wait_until_gone(self.record.agent_pid, seconds):
-            launcher.kill(self.spec.name, self.record.agent_pid)
+            kill(self.spec.name, self.record.agent_pid)
 
 
 def _absolute(path: str | os.PathLike[str]) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import socket
 import threading
 import time
 import uuid
@@ -29,6 +29,7 @@ from ..rpc import runtime_dir as files
 from ..rpc.headers import ReplyHeader, RequestHeader
 from ..rpc.messages import (
     FINAL_REPLIES,
+    Adjust,
     BackendState,
     Cancel,
     Failed,
@@ -50,6 +51,7 @@ from ..rpc.messages import (
     Welcome,
 )
 from ..rpc.wire import pack, unpack
+from .asking import own_hello
 from .places import RECONNECT_SECONDS, Place
 from .sent_tensors import Attachment, SentTensors
 from .shared_area import SharedArea
@@ -61,9 +63,11 @@ PING_SECONDS = 2.0
 # A backend that computes answers pings all the same; its other ranks end a stopped one sooner than this.
 SILENT_SECONDS = 20.0
 CONTROL_SECONDS = 10.0
-CONTROL = (Hello, Status, Cancel, Stop)
+CONTROL = (Hello, Status, Cancel, Stop, Adjust)
 # Once whole, once by the socket, in whatever order the ranks find what they lack.
 RESENDS = 2
+# Who waits longer for a backend's ranks is told what they are at.
+NOTED_SECONDS = 0.5
 # A backend that has ended is not started for these.
 NEVER_STARTING = (Status, Stop, Unload)
 ENDING = (RankError.code, OutOfMemoryError.code, BackendLostError.code)
@@ -87,9 +91,18 @@ class Connection:
         self._sent = SentTensors(None if spec.address else SharedArea())
         self._jobs = 0
         self._lost = False
+        # Told of long work in any request: models that load again by themselves, patches, compilers.
+        self.on_progress: Callable[[Progress], object] | None = None
         # Whether a request is under way; who holds the lock and finds so is one of its callbacks.
         self.asking = False
-        self._connect(record)
+        try:
+            self._connect(record)
+        except BackendLostError:
+            if not place.asks:
+                raise
+            self._lost = True  # it fell, or was ended for another process, as soon as it was found
+            self.follow_restarts()
+        self.adjust()
 
     @property
     def generation(self) -> str:
@@ -108,6 +121,31 @@ class Connection:
                 self._socket.close(linger=GOODBYE_MS)
                 self._socket = None
                 self._close_area()
+
+    def adjust(self) -> None:
+        """The backend has the idle time and memory budget that were asked for; where it had others, `taken_notes` says so."""
+        wanted = self._place.settings
+        if wanted == Adjust():
+            return
+        before, _ = self.request(wanted)
+        assert isinstance(before, BackendState)
+        changes = []
+        if wanted.memory_budget not in (None, before.memory_budget):
+            now, then = (
+                f"{budget / 2**20:.0f} MiB a rank" if budget else "none"
+                for budget in (wanted.memory_budget, before.memory_budget)
+            )
+            changes.append(f"memory budget {now} (was {then})")
+        if wanted.idle_seconds is not None and wanted.idle_seconds != before.idle_seconds:
+            changes.append(f"idle time {wanted.idle_seconds / 60:.3g} min (was {before.idle_seconds / 60:.3g})")
+        if changes:
+            self._place.notes.append(f"Backend {self.spec.name!r} has taken over: {', '.join(changes)}.")
+
+    def taken_notes(self) -> str:
+        """What its user should know of how the backend came to be as it is, told once; empty where there is nothing."""
+        notes = "\n".join(self._place.notes)
+        self._place.notes.clear()
+        return notes
 
     def status(self, should_cancel: Callable[[], bool] | None = None) -> BackendState:
         reply, _ = self.request(Status(), should_cancel=should_cancel)
@@ -215,10 +253,10 @@ class Connection:
                     # A frame's memory is read-only.
                     own = [self._sent.read(meta) if tensor is None else tensor.clone() for meta, tensor in there]
                     return header.body, own, pending
-                if on_event is not None and pending is None:
+                if pending is None:
                     assert isinstance(header.body, (Progress, StepDone))
                     try:
-                        on_event(header.body, [t for t in tensors if t is not None])
+                        self._tell(header.body, [t for t in tensors if t is not None], on_event)
                     except BaseException as error:  # noqa: BLE001 - ComfyUI interrupts with a BaseException
                         pending = error
                         self._send(Cancel(job))
@@ -231,6 +269,12 @@ class Connection:
                 if pending is not None:  # who has given the job up is told that, however it ended
                     raise pending from None
                 raise
+
+    def _tell(self, event: Progress | StepDone, tensors: Sequence[Tensor], on_event: OnEvent | None) -> None:
+        if self.on_progress is not None and isinstance(event, Progress):
+            self.on_progress(event)
+        if on_event is not None:
+            on_event(event, tensors)
 
     def _final(
         self, body: Reply, tensors: list[Tensor], keys: list[str], pending: BaseException | None
@@ -264,7 +308,10 @@ class Connection:
         self._place.connect(self._socket, record)
         self.record = record
         self._sent.forget()
-        reply, _ = self._exchange(Hello(f"pid {os.getpid()}"), (), None, None)
+        hello = own_hello()
+        if self.spec.address:
+            hello = Hello(f"{hello.client} on {socket.gethostname()}", hello.machine)
+        reply, _ = self._exchange(hello, (), None, None)
         met = self._place.met(record, reply) if isinstance(reply, Welcome) else None
         if met is None:
             raise ProtocolError("Another backend answered than the runtime folder names.", "Run the prompt again.")
@@ -273,17 +320,30 @@ class Connection:
     def follow_restarts(self, should_cancel: Callable[[], bool] | None = None, *, start: bool = True) -> None:
         """Between requests: follow the backend to its next generation, or start it anew if it has ended.
 
-        Raises: CancelledError; StartError: it has ended, and is not to be started.
+        Where it is another than was asked for, it is restarted if nobody else works with it, unless `start` is False.
+
+        Raises: CancelledError; StartError: it has ended, and is not to be started; BackendInUseError.
         """
+        with self.lock:
+            self._follow_restarts(should_cancel, start)
+
+    def _follow_restarts(self, should_cancel: Callable[[], bool] | None, start: bool) -> None:
         deadline = time.monotonic() + RECONNECT_SECONDS
 
-        def waiting(_: float) -> None:
+        def waiting(seconds: float, what: str) -> None:
             if should_cancel is not None and should_cancel():
                 raise CancelledError("The job was cancelled.")
+            if self.on_progress is not None and seconds > NOTED_SECONDS:
+                self.on_progress(Progress(f"backend {self.spec.name!r}: {what}", 0, 1))
 
         while True:
             record = self._place.current() or (self.record if self.spec.address else None)
-            if record is not None and record.generation == self.record.generation and not self._lost:
+            if (
+                record is not None
+                and record.generation == self.record.generation
+                and not self._lost
+                and (not start or self._place.fits(record))
+            ):
                 return
             try:
                 self._connect(self._place.next(self.record, waiting, start))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 
+from ..command_line import command_line
 from ..rpc.runtime_dir import STARTED_WITH, BackendRecord
 from .cards import hiding
 
@@ -23,25 +24,34 @@ def handed_on(env: Mapping[str, str], device: str) -> dict[str, str]:
     return {STARTED_WITH: json.dumps(gpu_environment(env, device))}
 
 
-def difference(
-    name: str, record: BackendRecord, env: Mapping[str, str], cards: Collection[str] = ()
-) -> tuple[str, str] | None:
-    """What a running backend was started with otherwise than this process is, and how to change it; None where nothing.
+def unlike(record: BackendRecord, env: Mapping[str, str], cards: Collection[str] = ()) -> list[str]:
+    """The variables that a running backend was started with otherwise than `env` has them.
 
     Args:
         cards: this process's GPUs by uuid. Where the ranks' are among them, it is no matter which variable chose them.
     """
     here, started = gpu_environment(env, record.device), gpu_environment(record.environment, record.device)
     same = (_ORDER, *hiding()) if any(record.cards) and set(record.cards) <= set(cards) else ()
-    other = sorted(key for key in here.keys() | started.keys() if here.get(key) != started.get(key) and key not in same)
+    return sorted(key for key in here.keys() | started.keys() if here.get(key) != started.get(key) and key not in same)
+
+
+def difference(
+    name: str, record: BackendRecord, env: Mapping[str, str], cards: Collection[str] = ()
+) -> tuple[str, str] | None:
+    """What a running backend was started with otherwise than this process is, and how to change it; None where nothing.
+
+    Args:
+        cards: as for `unlike`.
+    """
+    other = unlike(record, env, cards)
     if not other:
         return None
-    there = ", ".join(_said(key, started) for key in other)
+    there = ", ".join(said(key, record.environment) for key in other)
     return (
-        f"Backend {name!r} was started with {there}; here: {', '.join(_said(key, here) for key in other)}.",
-        f"It keeps to its own until it is started anew: run `python -m parallel_backend stop --name {name}`, then queue again.",
+        f"Backend {name!r} was started with {there}; here: {', '.join(said(key, env) for key in other)}.",
+        f"It keeps to its own while others work with it. To start it anew, run `{command_line('stop', '--name', name)}`, then queue again.",
     )
 
 
-def _said(key: str, env: Mapping[str, str]) -> str:
+def said(key: str, env: Mapping[str, str]) -> str:
     return f"{key}={env[key]}" if key in env else f"{key} unset"

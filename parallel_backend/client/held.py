@@ -103,6 +103,8 @@ class Held(Generic[Load]):
                         _check_together(held, needed)
             assert isinstance(reply, Result)
             self.last, self.note, self.not_finite = reply, "\n".join(reply.notes), ""
+            if changed := self.backend.taken_notes():
+                self.note = "\n".join(filter(None, [changed, self.note]))
             return tensors
 
     def _tell(self, found: NotFinite) -> None:

@@ -11,19 +11,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..command_line import command_line
 from ..config import BackendSpec, ServeSpec
 from ..errors import ConfigError, StartError
 from ..rpc import runtime_dir as files
 from ..rpc.keys import Keys
 from ..rpc.runtime_dir import BackendRecord
-from ..version import __version__
 from .cards import seen
+from .differences import differences
+from .ending import make_way
 from .environment import environment
 from .own_scope import scope_command, service_of
 from .requirements import check_installed
 
 START_SECONDS = 180.0
-KILL_SECONDS = 10.0
 MAX_RESTARTS = 100
 # Of a host among several: a start that lasted less was in vain, and so many in a row are the last ones.
 GOOD_SECONDS, STARTS_IN_VAIN, LONGEST_PAUSE = 120.0, 30, 30.0
@@ -34,61 +35,66 @@ _ENDS_WITH = (
     "To have it stay, run `parallel-mmdit serve` as a service (see README).\n"
 )
 
-Waiting = Callable[[float], object]
+# Called while a backend is waited for: with the seconds passed, and with what it waits for itself.
+Waiting = Callable[[float, str], object]
 # A backend of one host, for this user alone.
 LOCAL = ServeSpec()
 
 
-def find(spec: BackendSpec) -> BackendRecord | None:
-    """The running backend of that name; None where none runs.
-
-    Raises: ConfigError: it runs with other ranks, other GPUs or another version than `spec` asks for.
-    """
-    record = files.read_record(spec.name)
-    if record is not None:
-        _check_same(record, spec)
-    return record
-
-
-def _check_same(record: BackendRecord, spec: BackendSpec) -> None:
-    stop = f"stop it with `python -m parallel_backend stop --name {spec.name}`, or use another backend name."
-    if record.version != __version__:
-        raise ConfigError(
-            f"Backend {spec.name!r} runs version {record.version}, this is {__version__}.", f"First {stop}"
-        )
-    devices = list(spec.devices)
-    cards = seen().uuids(devices or range(spec.world_size)) if spec.device == "cuda" and any(record.cards) else []
-    # A number is another card to a process that sees others.
-    wanted, there = (sorted(cards), sorted(record.cards)) if cards else (devices, record.devices)
-    if (record.world_size, record.device, there) != (spec.world_size, spec.device, wanted):
-        raise ConfigError(
-            f"Backend {spec.name!r} runs with {record.world_size} ranks on {_place(record.device, record.devices, record.cards)}; "
-            f"{spec.world_size} on {_place(spec.device, devices, cards)} were asked for.",
-            f"Ask for what runs, {stop}",
-        )
-
-
-def _place(device: str, devices: list[int], cards: list[str]) -> str:
-    uuids = ", ".join(filter(None, cards))
-    return f"{device} {','.join(map(str, devices))}".strip() + (f" ({uuids})" if uuids else "")
+def unheard(seconds: float, what: str) -> None:
+    """A Waiting that nobody looks at."""
 
 
 def attach_or_start(
     spec: BackendSpec,
-    waiting: Waiting = lambda seconds: None,
+    waiting: Waiting = unheard,
     serve: ServeSpec = LOCAL,
+    tell: Callable[[str], object] = lambda line: None,
 ) -> BackendRecord:
     """The record of a backend that is ready; starts one, detached, where none of that name runs.
 
-    Two callers at once start one backend: the second waits for the first. One whose ranks are being started anew is
-    waited for too.
+    One that differs from `spec` and that nobody works with is ended first. Two callers at once start one backend: the second
+    waits for the first. One whose ranks are being started anew is waited for too.
 
     Args:
-        waiting: called about four times a second with the seconds passed; what it raises ends the wait.
-    Raises: StartError: it did not come up; the message has the end of its log.
+        waiting: called about four times a second; what it raises ends the wait.
+        tell: is told, in a sentence, that a backend made way for this one.
+    Raises:
+        BackendInUseError: one of that name differs, and is in use. ConfigError: as `make_way`.
+        StartError: it did not come up; the message has the end of its log.
     """
-    with _start_lock(spec.name, waiting):
-        return find(spec) or _restarted(spec, waiting) or wait_ready(spec, start(spec, serve, stays=True), waiting)
+    with start_lock(spec.name, waiting):
+        found, before = _found(spec, serve, waiting, tell)
+        if found is not None:
+            return found
+        # Which files a backend opens is not for this caller to widen.
+        serve = before.serve if before is not None and serve == LOCAL else serve
+        return wait_ready(spec, start(spec, serve, stays=True), waiting)
+
+
+def find(spec: BackendSpec, serve: ServeSpec, tell: Callable[[str], object]) -> BackendRecord | None:
+    """The running backend of that name, as `spec` says; None where none runs, or one made way.
+
+    `serve`: what it is to be started with. Raises, and `tell`: as `attach_or_start`.
+    """
+    with start_lock(spec.name, unheard):
+        return _found(spec, serve, unheard, tell)[0]
+
+
+def _found(
+    spec: BackendSpec, serve: ServeSpec, waiting: Waiting, tell: Callable[[str], object]
+) -> tuple[BackendRecord | None, BackendRecord | None]:
+    """The backend that runs as `spec` says, or None and the one, if any, that has made way for it."""
+    before = None
+    while (record := _settled(spec.name, waiting)) is not None:
+        others = differences(record, spec)
+        if others:
+            check_here(spec, serve)  # what runs doesn't end for what can't be started
+        if not others or not make_way(spec.name, record, others, waiting):
+            return record, None
+        tell(f"Restarted backend {spec.name!r}: it had {'; '.join(map(str, others))}.")
+        before = record
+    return None, before
 
 
 def run(spec: BackendSpec, serve: ServeSpec) -> int:
@@ -98,64 +104,31 @@ def run(spec: BackendSpec, serve: ServeSpec) -> int:
     """
     log = _Shown(files.runtime_dir(spec.name) / "backend.log")
     with _ended_by_sigterm():
-        with _start_lock(spec.name, lambda seconds: None):
+        with start_lock(spec.name, unheard):
             process = start(spec, serve)
             try:
-                wait_ready(spec, process, lambda seconds: log.show())
+                wait_ready(spec, process, lambda seconds, what: log.show())
             finally:
                 log.show()
         return _follow(process, log)
 
 
-def end(name: str, seconds: float = 20.0) -> bool:
-    """Ends a backend that can't be asked to stop: one of another version, or between two starts of its ranks.
+def _settled(name: str, waiting: Waiting) -> BackendRecord | None:
+    """The record of the backend that runs, once its ranks are ready where they are being started anew; None where none runs.
 
-    Returns: whether there was one. Raises: as `kill`.
-    """
-    record = files.read_record(name) or files.restarting(name)
-    if record is None:
-        return False
-    os.kill(record.agent_pid, signal.SIGTERM)
-    if not files.wait_until_gone(record.agent_pid, seconds):
-        kill(name, record.agent_pid)
-    (files.runtime_dir(name) / "backend.json").unlink(missing_ok=True)
-    return True
-
-
-def kill(name: str, agent_pid: int) -> None:
-    """torchrun and its ranks are gone, whatever they were waiting for.
-
-    Raises: StartError: the kernel can't end them, as where a driver is stuck.
-    """
-    pids = [agent_pid, *files.children(agent_pid)]
-    for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    if left := [pid for pid in pids if not files.wait_until_gone(pid, KILL_SECONDS)]:
-        raise StartError(
-            f"Backend {name!r} was killed, and process {', '.join(map(str, left))} is still there.",
-            "It hangs in the kernel, most likely in the GPU's driver: see dmesg; only a restart of the machine ends that.",
-        )
-
-
-def _restarted(spec: BackendSpec, waiting: Waiting) -> BackendRecord | None:
-    """The record of a backend that starts its ranks anew, once they are ready; None where none does, or it gave up.
-
-    Raises: ConfigError: as `find`. StartError: it has been at it for too long.
+    Raises: StartError: it has been at it for too long.
     """
     begun = time.monotonic()
-    while (left := files.restarting(spec.name)) is not None:
-        _check_same(left, spec)
+    while (record := files.read_record(name)) is None and files.restarting(name) is not None:
         passed = time.monotonic() - begun
         if passed > START_SECONDS:
             raise StartError(
-                f"Backend {spec.name!r} has been starting its ranks anew for {passed:.0f} s. Its log ends:\n"
-                f"{files.log_tail(spec.name)}",
-                f"End it with `python -m parallel_backend stop --name {spec.name}`.",
+                f"Backend {name!r} has been starting its ranks anew for {passed:.0f} s. Its log ends:\n{files.log_tail(name)}",
+                f"End it with `{command_line('stop', '--name', name)}`.",
             )
-        waiting(passed)
+        waiting(passed, "its ranks are being started anew")
         time.sleep(0.25)
-    return find(spec)
+    return record
 
 
 def start(spec: BackendSpec, serve: ServeSpec = LOCAL, stays: bool = False) -> subprocess.Popen[bytes]:
@@ -167,8 +140,8 @@ def start(spec: BackendSpec, serve: ServeSpec = LOCAL, stays: bool = False) -> s
     """
     check_here(spec, serve)
     folder = files.runtime_dir(spec.name)
-    for left in ("backend.json", "last_good"):
-        (folder / left).unlink(missing_ok=True)
+    for left in (folder / "backend.json", folder / "last_good", *folder.glob(files.STAGE_NOTES)):
+        left.unlink(missing_ok=True)
     log = folder / "backend.log"
     if log.exists():
         log.replace(folder / "backend.previous.log")
@@ -179,7 +152,7 @@ def start(spec: BackendSpec, serve: ServeSpec = LOCAL, stays: bool = False) -> s
             output.write(_ENDS_WITH.format(service=service).encode())
             output.flush()
         return subprocess.Popen(
-            [*apart, *command(spec, serve)],
+            [*apart, *command(spec, serve, foreground=not stays)],
             env=environment(spec, serve.hosts),
             cwd="/",
             stdin=subprocess.DEVNULL,
@@ -210,8 +183,8 @@ def check_here(spec: BackendSpec, serve: ServeSpec) -> None:
         )
 
 
-def command(spec: BackendSpec, serve: ServeSpec = LOCAL) -> list[str]:
-    """The torchrun command of a backend on this host."""
+def command(spec: BackendSpec, serve: ServeSpec = LOCAL, *, foreground: bool = False) -> list[str]:
+    """The torchrun command of a backend on this host; one in the `foreground` belongs to who has started it."""
     hosts = serve.hosts
     # Else torchrun looks up this host's name, which may have no address.
     meeting = ["--standalone", "--local-addr=127.0.0.1", f"--max-restarts={MAX_RESTARTS}"]
@@ -229,6 +202,7 @@ def command(spec: BackendSpec, serve: ServeSpec = LOCAL) -> list[str]:
         *("--name", spec.name, "--device", spec.device, "--devices", ",".join(map(str, spec.devices))),
         *("--idle-seconds", str(spec.idle_seconds), "--memory-budget", str(spec.memory_budget)),
         *(part for name, value in options if value for part in (name, value)),
+        *(["--foreground"] if foreground else []),
     ]
 
 
@@ -247,7 +221,11 @@ def supervise(spec: BackendSpec, serve: ServeSpec) -> int:
         begun = time.monotonic()
         with _ended_by_sigterm(), path.open("ab") as output:
             process = subprocess.Popen(
-                command(spec, serve), env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                command(spec, serve, foreground=True),
+                env=env,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
             status = _follow(process, log)
         if status == 0:
@@ -312,12 +290,24 @@ def wait_ready(spec: BackendSpec, process: subprocess.Popen[bytes], waiting: Wai
                 raise _start_error(spec, f"ended while it started{': ' + words.rstrip('.') if words else ''}")
             if passed > START_SECONDS:
                 raise _start_error(spec, f"was not ready after {passed:.0f} s")
-            waiting(passed)
+            waiting(passed, _stage(spec, process, clock))
             time.sleep(0.25)
     except BaseException:
         _end(process)
         raise
     return record
+
+
+def _stage(spec: BackendSpec, process: subprocess.Popen[bytes], since: float) -> str:
+    """What a backend that starts waits for, by what its ranks have left word of."""
+    stages = files.stages(spec.name, since)
+    if not stages:
+        return "importing torch" if files.children(process.pid) else "starting torchrun"
+    least = min(stages.values(), key=files.STAGES.index)
+    here = len(stages)
+    if least == files.STAGES[0] or here < spec.world_size:
+        return f"ranks meet, {here} of {spec.world_size} there"
+    return least
 
 
 def _start_error(spec: BackendSpec, what: str) -> StartError:
@@ -340,7 +330,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def _start_lock(name: str, waiting: Waiting) -> Iterator[None]:
+def start_lock(name: str, waiting: Waiting) -> Iterator[None]:
+    """Inside, no other process starts, or restarts, the backend of that name."""
     path = files.runtime_dir(name) / "lock"
     import fcntl  # not there where ranks can't run, and the folder has said so
 
@@ -351,6 +342,30 @@ def _start_lock(name: str, waiting: Waiting) -> Iterator[None]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                waiting(time.monotonic() - begun)
+                waiting(time.monotonic() - begun, "another process starts it")
                 time.sleep(0.25)
         yield
+
+
+def starting() -> dict[str, str]:
+    """What the ranks of each backend are at that a process, this or another, is starting or restarting now, by its name."""
+    found = {}
+    for lock in files.runtime_root().glob("*/lock"):
+        name = lock.parent.name
+        with suppress(StartError, OSError):
+            if _is_held(lock) and files.read_record(name) is None:
+                at = files.stages(name, lock.stat().st_mtime).values()
+                found[name] = f"{len(at)} ranks are {min(at, key=files.STAGES.index)}" if at else "importing torch"
+    return found
+
+
+def _is_held(path: Path) -> bool:
+    """Whether a process is inside `start_lock`. Asked for a moment it is shared, and a starter that comes just then tries again."""
+    import fcntl
+
+    with path.open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

@@ -16,7 +16,7 @@ from ..config import BackendSpec
 from ..errors import BackendLostError, ConfigError, StartError
 from ..rpc import runtime_dir as files
 from ..rpc.keys import Keys
-from ..rpc.messages import Welcome
+from ..rpc.messages import Adjust, Welcome
 from ..rpc.runtime_dir import BackendRecord
 from . import launcher
 
@@ -27,6 +27,21 @@ FULL_BYTES = 64 * 2**10
 
 class Place(Protocol):
     """What a connection asks of where its backend is."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What its user should know of how it came to be as it is; who has told that empties it."""
+
+    @property
+    def asks(self) -> bool:
+        """Whether it is to be as the spec says, and may be started or restarted for that; else it is taken as it is."""
+
+    @property
+    def settings(self) -> Adjust:
+        """What a running one is to take over."""
+
+    def fits(self, record: BackendRecord) -> bool:
+        """Whether that one is known to be as asked for."""
 
     def current(self) -> BackendRecord | None:
         """The one that runs; None where it can't be known, or none does."""
@@ -54,25 +69,43 @@ class Place(Protocol):
 
 
 class ThisMachine:
-    """A backend of this user, started where none runs."""
+    """A backend of this user, started where none runs.
 
-    def __init__(self, spec: BackendSpec) -> None:
-        self._spec = spec
+    Args:
+        settings: that a running one takes over.
+        as_it_is: whatever ranks it has; a running one is never restarted.
+    """
+
+    def __init__(self, spec: BackendSpec, settings: Adjust = Adjust(), *, as_it_is: bool = False) -> None:  # noqa: B008 - frozen
+        self._spec, self.settings, self.asks = spec, settings, not as_it_is
         self._falls_seen = 0
+        self._fitting = ""
+        self.notes: list[str] = []
+
+    def first(self, waiting: launcher.Waiting) -> BackendRecord:
+        """Raises: as `launcher.attach_or_start`."""
+        record = launcher.attach_or_start(self._spec, waiting, tell=self.notes.append)
+        self._fitting = record.generation
+        return record
+
+    def fits(self, record: BackendRecord) -> bool:
+        return not self.asks or record.generation == self._fitting
 
     def current(self) -> BackendRecord | None:
         return files.read_record(self._spec.name)
 
     def next(self, last: BackendRecord, waiting: launcher.Waiting, start: bool) -> BackendRecord:
-        """Raises: StartError, ConfigError."""
+        """Raises: StartError, ConfigError, BackendInUseError."""
         record, begun = self.current(), time.monotonic()
         while record is None and time.monotonic() < begun + RECONNECT_SECONDS and files.is_alive(last.agent_pid):
-            waiting(time.monotonic() - begun)
+            waiting(time.monotonic() - begun, "its ranks are being started anew")
             time.sleep(0.1)  # its torchrun lives, and brings the ranks back
             record = self.current()
         if record is None and not start:
             raise StartError(f"Backend {self._spec.name!r} has ended.", "The next prompt starts it again.")
-        return record or launcher.attach_or_start(self._spec, waiting)
+        if record is not None and not (start and self.asks):
+            return record
+        return self.first(waiting)
 
     def connect(self, socket: zmq.Socket[bytes], record: BackendRecord) -> None:
         self._falls_seen = len(files.fallen_ranks(self._spec.name))
@@ -123,6 +156,11 @@ class Elsewhere:
 
     def __init__(self, spec: BackendSpec) -> None:
         self._spec, self._keys = spec, Keys(Path(spec.keys).expanduser())
+        self.notes: list[str] = []
+        self.settings, self.asks = Adjust(), False
+
+    def fits(self, record: BackendRecord) -> bool:
+        return True
 
     def first(self) -> BackendRecord:
         """What is known before it has answered."""

@@ -172,8 +172,13 @@ class PatchedWeights:
         self._worn: Patches | None = Patches()
         self.version = self.moved = self.patched = 0
 
-    def wear(self, patches: Patches, files: PatchFiles, beat: Callable[[], object] = lambda: None) -> Swap:
+    def wear(
+        self, patches: Patches, files: PatchFiles, told: Callable[[int, int], object] = lambda done, total: None
+    ) -> Swap:
         """These patches, and no others, lie on the weights; only those weights change that must.
+
+        Args:
+            told: before each of them, how many of how many have changed.
 
         Raises:
             InputError: a patch of another size, or of no weight of this model.
@@ -194,8 +199,8 @@ class PatchedWeights:
         if here:
             self.source.check_unchanged()
         onto_device = cache(placing)  # its pinned buffers are made once for all weights
-        for name in here:
-            beat()
+        for number, name in enumerate(here):
+            told(number, len(here))
             self.version += 1
             self._change(name, wanted.get(name, []), onto_device)
             self._lying[name] = marks.get(name, ())

@@ -29,6 +29,7 @@ from .residuals import NONE, Residuals
 
 log = logging.getLogger("parallel_backend")
 
+RECORDING = "capturing a graph"
 # Two phases of two branches, in two sizes.
 MOST_GRAPHS = 8
 # Kinds that were evaluated before, which are a few numbers each.
@@ -87,12 +88,14 @@ class CapturedNetwork:
 
     Args:
         beat: called before each, which runs no block's hooks.
+        tell: of a recording: what is under way, and how many of 1 are done.
     """
 
     network: Network
     mesh: Mesh
     recorder: Recorder
     beat: Callable[[], object] = lambda: None
+    tell: Callable[[str, int], object] = lambda what, done: None
     notes: list[str] = field(init=False, default_factory=list)
     _graphs: OrderedDict[Hashable, _Graph] = field(init=False, default_factory=OrderedDict)
     _standing: dict[Hashable, _Standing] = field(init=False, default_factory=dict)
@@ -165,7 +168,9 @@ class CapturedNetwork:
             standing = _Standing.like(inputs, buckets)
         graph = self._graphs.get(kind)
         if graph is None or graph.standing is not standing:
+            self.tell(RECORDING, 0)
             graph = self._recorded(kind, standing, inputs, step)
+            self.tell(RECORDING, 1)
         if graph is not None:
             self._standing[place], self._graphs[kind] = standing, graph
             self._graphs.move_to_end(kind)

@@ -240,6 +240,7 @@ def load_parameters(
     unread: frozenset[str] = frozenset(),
     should_stop: Callable[[], bool] = lambda: False,
     shared: MeshAxis | None = None,
+    told: Callable[[int], object] = lambda nbytes: None,
 ) -> dict[str, HeldWeight]:
     """Every parameter of `model` holds this rank's part of the tensor of its name, on `device` in `dtype`.
 
@@ -248,6 +249,7 @@ def load_parameters(
         should_stop: asked before each tensor.
         shared: ranks that hold the same parts. This one reads its share of them; the others have room, and are filled by
             `pass_on`.
+        told: after each tensor that was read, the bytes that `bytes_held` counts for it.
     Returns: by name what is held.
     Raises:
         CheckpointError: names missing from the file, or a tensor of another shape.
@@ -275,6 +277,7 @@ def load_parameters(
             tensor = torch.empty(parameter.shape, dtype=kept_dtype, device=device)
         else:
             tensor = _placed(source.read(name, shard), kept_dtype, place)
+            told(_bytes_of(name, parameter, source, dtype))
         module, _, leaf = name.rpartition(".")
         loaded: Any = tensor if isinstance(tensor, QuantizedWeight) else nn.Parameter(tensor, requires_grad=False)
         setattr(model.get_submodule(module), leaf, loaded)
@@ -297,12 +300,13 @@ def is_quantised(source: TensorSource) -> bool:
 
 def bytes_held(model: nn.Module, source: TensorSource, dtype: torch.dtype) -> int:
     """About what this rank's parameters take."""
-    total = 0
-    for name, parameter in model.named_parameters():
-        shard = parameter.shard if isinstance(parameter, ShardedParameter) else None
-        quantised = source.held_bytes(name, shard) if parameter.ndim > 1 else None
-        total += parameter.numel() * dtype.itemsize if quantised is None else quantised
-    return total
+    return sum(_bytes_of(name, parameter, source, dtype) for name, parameter in model.named_parameters())
+
+
+def _bytes_of(name: str, parameter: nn.Parameter, source: TensorSource, dtype: torch.dtype) -> int:
+    shard = parameter.shard if isinstance(parameter, ShardedParameter) else None
+    quantised = source.held_bytes(name, shard) if parameter.ndim > 1 else None
+    return parameter.numel() * dtype.itemsize if quantised is None else quantised
 
 
 def check_names(wanted: set[str], found: set[str], file_name: str) -> None:

@@ -6,10 +6,13 @@ the block is one graph, its attention included.
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 
-from ..config import MeshSpec
+import torch
+from torch import Tensor, nn
+
+from ..config import CELL, MeshSpec
 from ..distributed import collectives
 from ..distributed.band_attention import BandSelfAttention, CachedCrossAttention
 from ..distributed.graph_breaks import keep_out_of_graphs
@@ -21,6 +24,30 @@ from .transformer import Attend
 MOST_VARIANTS = 64
 # All that has functions with the mark.
 MARKED = (collectives, collectives.Handle, BandSelfAttention, CachedCrossAttention, Attend)
+
+
+class FirstTimes:
+    """Tells of a model's first evaluation of each kind, while its blocks are compiled.
+
+    Args:
+        tell: (what is under way, how many of 1 are done).
+    """
+
+    def __init__(self, tell: Callable[[str, int], object]) -> None:
+        self._tell = tell
+        self._known: set[Hashable] = set()
+
+    @contextmanager
+    def told(self, x: Tensor, *kind: Hashable) -> Iterator[None]:
+        """An evaluation of the latent `x`, (B, C, Y, X); `kind` is what else makes it of another kind."""
+        if (x.shape, kind) in self._known:
+            yield
+            return
+        what = f"compiling blocks for {x.shape[3] * CELL} x {x.shape[2] * CELL}; the first step takes a minute or more"
+        self._tell(what, 0)
+        yield
+        self._tell(what, 1)
+        self._known.add((x.shape, kind))
 
 
 def check_compiler(device: torch.device) -> None:

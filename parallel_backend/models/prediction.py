@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from weakref import ref
@@ -18,6 +19,7 @@ from ..distributed.mesh import Mesh, MeshAxis
 from ..distributed.stale import Step
 from ..errors import InputError
 from .captured import CapturedNetwork
+from .compiled import FirstTimes
 from .control_use import ControlUse
 from .families import Kind
 from .network import Network
@@ -214,7 +216,7 @@ def timesteps_of(timestep: Tensor, rows: int, device: torch.device) -> Tensor:
 class Predictor:
     """A model in its mesh, ready to be asked.
 
-    `captured` evaluates the network by graphs, where it is asked to.
+    `captured` evaluates the network by graphs, where it is asked to; `compiling` tells of what is compiled, where blocks are.
     """
 
     network: Network
@@ -223,6 +225,7 @@ class Predictor:
     device: torch.device
     kind: Kind
     captured: CapturedNetwork | None = field(init=False, default=None)
+    compiling: FirstTimes | None = field(init=False, default=None)
     prepared: PreparedPrompts = field(init=False, default_factory=lambda: PreparedPrompts(KEPT_PREPARED))
     _prompts: OrderedDict[tuple[object, ...], _Ready] = field(init=False, default_factory=OrderedDict)
 
@@ -390,4 +393,6 @@ class Predictor:
         if prompt.concat is not None:
             given = torch.cat([given, prompt.concat], dim=1)
         evaluate = self.captured or self.network
-        return evaluate(given, rows.timesteps, call.own, step, added).float()
+        kind = (prompt.context.shape[1], step.phase)
+        with nullcontext() if self.compiling is None else self.compiling.told(x, *kind):
+            return evaluate(given, rows.timesteps, call.own, step, added).float()

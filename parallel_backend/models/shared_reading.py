@@ -5,7 +5,7 @@ Faster than that each reads all, where ranks reach each other faster than a CPU 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import nn
 
@@ -28,12 +28,16 @@ def sizes_of(model: nn.Module) -> dict[str, int]:
     return {name: parameter.numel() for name, parameter in model.named_parameters()}
 
 
-def pass_on(model: nn.Module, axis: MeshAxis) -> None:
+def pass_on(model: nn.Module, axis: MeshAxis, told: Callable[[int], object] = lambda nbytes: None) -> None:
     """Every rank of the axis has all parameters, each from the rank that has read it.
 
+    Args:
+        told: after each that this rank hasn't read, its bytes.
     Comm: one broadcast for each parameter.
     """
     chosen = readers(sizes_of(model), axis.degree)
     for name, parameter in model.named_parameters():
         assert parameter.is_contiguous(), f"{name} would be filled in a copy"
         broadcast(parameter.data, chosen[name], axis)
+        if chosen[name] != axis.rank:
+            told(parameter.nbytes)

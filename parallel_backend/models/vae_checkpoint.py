@@ -78,14 +78,21 @@ class VAECheckpoint:
         dtype: torch.dtype,
         axes: BandAxes,
         should_stop: Callable[[], bool] = lambda: False,
+        told: Callable[[int], object] = lambda nbytes: None,
     ) -> BandVAE:
-        """The model with its weights on `device` in `dtype`, layers banded. Raises: CancelledError: `should_stop` said so."""
+        """The model with its weights on `device` in `dtype`, layers banded.
+
+        Args:
+            told: after each tensor, its bytes.
+        Raises: CancelledError: `should_stop` said so.
+        """
         place, weights, model = placing(device), {}, self.model
         for source in self.sources:
             for name in filter(self._shapes.__contains__, source.names()):
                 if should_stop():
                     raise CancelledError(f"Loading {self.file_name} was cancelled.")
                 weights[name] = place(source.read(name).reshape(self._shapes[name]), dtype)
+                told(weights[name].nbytes)
         model.load_state_dict(weights, assign=True)
         model.requires_grad_(False).eval()
         band = Band()

@@ -21,9 +21,10 @@ from ..models.left_over import left_over_note
 from ..models.prediction import Predictor
 from ..models.vae import BandVAE
 from ..rpc import messages
-from ..rpc.messages import LoadControl, ModelState, Progress
+from ..rpc.messages import LoadControl, ModelState
 from .allowed_files import AllowedFiles
 from .jobs import Job
+from .meter import Meter
 from .residents import Resident, Residents
 
 # Of prompts that take turns, and of what others share.
@@ -75,14 +76,21 @@ class ControlNets:
 
         def read() -> ControlNetwork:
             load_parameters(
-                module, opened.source, device=device, dtype=dtype, unread=opened.unread, should_stop=job.given_up
+                module,
+                opened.source,
+                device=device,
+                dtype=dtype,
+                unread=opened.unread,
+                should_stop=job.given_up,
+                told=meter.add,
             )
             for block in filter(lambda part: isinstance(part, opened.repeated), module.modules()):
                 block.register_forward_pre_hook(lambda *_: self._tell_block())
             return opened.network(module, mesh, kernel, device, dtype)
 
-        job.emit(Progress(f"Loading {path.name}", 0, 1), [])
+        meter = Meter(job, f"loading {path.name}", "bytes", needed)
         network = job.control.agreed(read)
+        meter.finish()
         name = body.held_as
         held_in, spec = str(dtype).split(".")[-1], mesh.spec
         state = ModelState(name, path.name, "controlnet", spec.describe(), held_in, needed, spec.axes)

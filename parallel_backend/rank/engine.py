@@ -26,7 +26,7 @@ from ..fused.operation import note_of
 from ..mesh_choice.choice import default_mesh
 from ..models.captured import CapturedNetwork
 from ..models.checkpoint import HeldWeight, TensorSource, bytes_held, is_quantised, load_parameters
-from ..models.compiled import check_compiler, compile_blocks, refuse_quantised, refuse_tensor_parallel
+from ..models.compiled import FirstTimes, check_compiler, compile_blocks, refuse_quantised, refuse_tensor_parallel
 from ..models.cuda_graphs import CUDAGraphs, check_graphs
 from ..models.families import OpenedModel, open_model
 from ..models.fp8_products import cards_multiply_fp8, make_products_in_fp8
@@ -39,6 +39,7 @@ from ..models.vae import BandVAE
 from ..models.vae_checkpoint import open_vae
 from ..rpc.headers import RequestHeader
 from ..rpc.messages import (
+    Adjust,
     Decode,
     Done,
     Encode,
@@ -64,11 +65,14 @@ from .control_nets import ControlNets
 from .forward import run_forward
 from .jobs import Job
 from .kept_tensors import KeptTensors
+from .meter import Meter
 from .residents import Resident, Residents
 from .sample import run_sample
 from .shared_tensors import SharedTensors
 
 COMPILED = "/compiled"
+# Patches that take longer to lay on are told of.
+PATCHES_SECONDS = 1.0
 # Of a mesh's communicators on a GPU, about.
 COMMUNICATOR_BYTES = 512 * 2**20
 
@@ -126,6 +130,7 @@ class Engine:
         self._groups = Groups()
         self._bands = BandAxes(self._groups)
         self._joining: MeshSpec | None = None
+        self._job: Job | None = None
         self._beat = beat
         self._handlers: dict[type, Any] = {
             LoadModel: self._load_model,
@@ -137,6 +142,7 @@ class Engine:
             Encode: self._encode,
             Unload: self._unload,
             Forget: self._forget,
+            Adjust: self._adjust,
         }
 
     @property
@@ -151,7 +157,7 @@ class Engine:
 
         Raises: BackendError: on every rank alike; the models stay. Any other exception: ranks may be out of step.
         """
-        kept = self.kept_tensors.complete(header.tensors, tensors)
+        self._job, kept = job, self.kept_tensors.complete(header.tensors, tensors)
 
         def given() -> list[Tensor]:
             return self.shared_tensors.complete(header.tensors, kept)
@@ -172,7 +178,7 @@ class Engine:
                 give_back(self.device)
             raise
         finally:
-            self._joining = None
+            self._joining = self._job = None
 
     # -- loading ------------------------------------------------------------------------------------------------
 
@@ -221,10 +227,13 @@ class Engine:
 
         model, kernel, needed, notes = job.control.agreed(build)
         evicted += self.residents.make_room(needed, path.name, opened.kind.name, spec, job.control)
-        job.emit(Progress(f"Loading {path.name}", 0, 1), [])
-        network, weights, note = self._read(opened, model, mesh, kernel, body, job)
+        meter = Meter(job, f"loading {path.name}", "bytes", needed)
+        network, weights, note = self._read(opened, model, mesh, kernel, body, job, meter)
+        meter.finish()
         config = opened.config
         predictor = Predictor(network, mesh, dtype, self.device, opened.kind)
+        if body.compile:
+            predictor.compiling = FirstTimes(self._tell_first_time)
         self._capture(predictor, body.graphs)
         state = ModelState(name, path.name, config.family, spec.describe(), body.held_in, needed, spec.axes)
         self.residents[name] = Resident(predictor, state, config.channels, weights)
@@ -232,7 +241,7 @@ class Engine:
         return self._loaded(name, sizes, evicted, start, job), []
 
     def _read(
-        self, opened: OpenedModel, model: nn.Module, mesh: Mesh, kernel: str, body: LoadModel, job: Job
+        self, opened: OpenedModel, model: nn.Module, mesh: Mesh, kernel: str, body: LoadModel, job: Job, meter: Meter
     ) -> tuple[Network, PatchedWeights, str]:
         """The model with its weights, read by this rank or shared out, and what to tell of its products.
 
@@ -252,6 +261,7 @@ class Engine:
                 unread=opened.unread(model),
                 should_stop=job.given_up,
                 shared=shared,
+                told=meter.add,
             )
 
         def finish() -> Network:
@@ -264,7 +274,7 @@ class Engine:
 
         held = job.control.agreed(read)
         if shared is not None:
-            pass_on(model, shared)
+            pass_on(model, shared, meter.add)
         note = make_products_in_fp8(held.values(), body.fast_fp8) if in_fp8 else ""
         network = job.control.agreed(finish)
         return network, PatchedWeights(held, opened.source, opened.place, opened.later(network)), note
@@ -278,7 +288,8 @@ class Engine:
             predictor.captured = None
         else:
             graphs = CUDAGraphs(self.device)
-            predictor.captured = CapturedNetwork(predictor.network, predictor.mesh, graphs, self._tell_block)
+            told = (self._tell_block, self._tell_first_time)
+            predictor.captured = CapturedNetwork(predictor.network, predictor.mesh, graphs, *told)
 
     def _load_vae(self, body: LoadVAE, _: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         start = time.perf_counter()
@@ -293,9 +304,12 @@ class Engine:
         evicted = self.residents.make_room(needed, paths[0].name, "vae", MeshSpec(), job.control)
 
         def build() -> tuple[BandVAE, str]:
-            return checkpoint.build(self.device, dtype, self._bands, job.given_up), note_of(FUSED, self.device)
+            vae = checkpoint.build(self.device, dtype, self._bands, job.given_up, meter.add)
+            return vae, note_of(FUSED, self.device)
 
+        meter = Meter(job, f"loading {paths[0].name}", "bytes", needed)
         vae, note = job.control.agreed(build)
+        meter.finish()
         state = ModelState(name, paths[0].name, vae.family, "bands", body.dtype, needed)
         self.residents[name] = Resident(vae, state, vae.latent_channels)
         sizes = _Sizes(checkpoint.bytes_read, needed, [checkpoint.note, note])
@@ -318,6 +332,10 @@ class Engine:
         choose(body.kernel, KERNELS, "Attention kernel")
         if body.graphs:
             check_graphs(self.device, sliced=body.mesh is not None and body.mesh.sliced)
+
+    def _tell_first_time(self, what: str, done: int) -> None:
+        if self._job is not None:
+            self._job.emit(Progress(what, done, 1), [])
 
     def _tell_block(self) -> None:
         """A hook: what it returned would be taken for the block's inputs."""
@@ -384,6 +402,11 @@ class Engine:
         self.shared_tensors.forget()
         return Done(), []
 
+    def _adjust(self, body: Adjust, _: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
+        if body.memory_budget is not None:
+            self.residents.keep_within(body.memory_budget, job.control)
+        return Done(), []
+
     # -- computing ----------------------------------------------------------------------------------------------
 
     def _resident(self, name: str, kind: type) -> Any:
@@ -397,22 +420,29 @@ class Engine:
             )
         return model
 
-    def _patched(self, name: str, patches: Patches) -> tuple[Predictor, Swap]:
+    def _patched(self, name: str, patches: Patches, job: Job) -> tuple[Predictor, Swap]:
         """The model of that name with these patches, and no others, on its weights."""
         predictor: Predictor = self._resident(name, Predictor)
         weights = self.residents[name].weights
         assert weights is not None
-        swap = weights.wear(patches, self.patch_files, self._beat)
+        meter = Meter(job, "laying patches on the weights", "", quiet_seconds=PATCHES_SECONDS)
+
+        def told(done: int, total: int) -> None:
+            self._beat()
+            meter.at(done, total)
+
+        swap = weights.wear(patches, self.patch_files, told)
+        meter.finish()
         predictor.prepared.at_version(weights.version)
         if predictor.captured is not None:
             predictor.captured.at_version(weights.moved)
         return predictor, swap
 
     def _sample(self, body: Sample, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
-        return run_sample(body, tensors, job, lambda: self._patched(body.model, body.patches), self.control_nets)
+        return run_sample(body, tensors, job, lambda: self._patched(body.model, body.patches, job), self.control_nets)
 
     def _forward(self, body: Forward, given: Callable[[], list[Tensor]], job: Job) -> tuple[Reply, list[Tensor]]:
-        patched = partial(self._patched, body.model, body.patches)
+        patched = partial(self._patched, body.model, body.patches, job)
         return run_forward(body, given, job, patched, self.control_nets, self.device)
 
     def _keep_patches(self, body: PatchFilePart, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:

@@ -125,6 +125,15 @@ class Residents(OrderedDict[str, Resident]):
         control.agreed(lambda: check(0))
         return evicted
 
+    def keep_within(self, budget: int, control: Control) -> None:
+        """Another budget from now on, on all ranks; the least recently used leave until the others keep to it.
+
+        Comm: a few bytes, as often as one leaves.
+        """
+        self._budget = budget
+        while budget and self and max(rank.held for rank in self._everywhere(0, control)) > budget:
+            self.let_go(next(iter(self)))
+
     def _everywhere(self, needed: int, control: Control) -> list[_Sizes]:
         return control.gather(_Sizes(needed, self.held_bytes, self.free_bytes()))
 

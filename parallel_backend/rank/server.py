@@ -24,6 +24,7 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import NoReturn
 
+import msgspec
 import torch.distributed as dist
 from torch import Tensor
 
@@ -34,6 +35,7 @@ from ..rpc import runtime_dir as files
 from ..rpc.headers import RequestHeader
 from ..rpc.keys import Keys
 from ..rpc.messages import (
+    Adjust,
     Decode,
     Done,
     Encode,
@@ -50,6 +52,7 @@ from ..rpc.messages import (
     Unload,
     Welcome,
 )
+from ..rpc.own_code import LOADED
 from ..rpc.wire import Sendable, unpack
 from ..serving.metrics import serve_metrics
 from ..serving.socket_server import SocketServer
@@ -68,6 +71,7 @@ from .world import meet, restart_count
 
 log = logging.getLogger("parallel_backend")
 _STOP = b"stop"
+STOPPED_REMEDY = "Run the prompt again: it is started anew."
 LOG_BYTES, LOG_FILES = 8 * 2**20, 3
 # Before ranks that fell without having finished a job are tried again: at once, then after so many seconds.
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
@@ -96,7 +100,7 @@ class Rank:
             log.warning("start %d in a row: waiting %.0f s", restart_count() + 1, pause)
             time.sleep(pause)
         try:
-            self.control = meet(self.device, self._give_up)
+            self.control = meet(self.device, self._give_up, self._note_stage)
         except StartError as error:
             self._give_up(error)
         files_of = AllowedFiles(tuple(args.models))
@@ -105,6 +109,7 @@ class Rank:
         self.pulse = Pulse(self.device, lambda: self.control.calls + sum(self.engine.place))
         self.server: SocketServer | None = None
         self.board: StateBoard | None = None
+        self.record: files.BackendRecord | None = None
         self._failing = threading.Lock()
         self._emptied = False
 
@@ -120,37 +125,71 @@ class Rank:
             pass
         watch.stop()
         if self.server is not None:
-            remedy = "Run the prompt again: it is started anew."
-            self.server.close(
-                Failed(BackendLostError.code, "The backend was stopped before this request's turn.", remedy)
-            )
+            what = "The backend was stopped before this request's turn."
+            self.server.close(Failed(BackendLostError.code, what, STOPPED_REMEDY))
             files.remove_record(name, os.getpid())
             log.info("stopped")
 
     def _listen(self, states: list[RankState]) -> None:
         """Rank 0's sockets, and the record that says that the backend is ready."""
         args, generation = self.args, uuid.uuid4().hex[:12]
-        self.board = StateBoard(args.name, Welcome(generation, self.control.world_size, args.device), restart_count())
-        self.board.note(ranks=states)
+        before = files.last_record(args.name) if restart_count() else None
+        if before is not None:  # what these ranks had taken over before they fell
+            args.idle_seconds = before.idle_seconds
+        welcome = Welcome(generation, self.control.world_size, args.device)
+        known = {"idle_seconds": args.idle_seconds, "memory_budget": args.memory_budget, "ranks": states}
+        self.board = StateBoard(args.name, welcome, restarts=restart_count(), **known)
         address = f"ipc://{files.runtime_dir(args.name)}/socket"
-        devices = [int(d) for d in args.devices.split(",")] if args.devices else []
-        world = self.control.world_size
-        pid, agent = os.getpid(), _agent_pid()
-        ticks = [files.start_ticks(process) for process in (pid, agent)]
-        cards, started_with = [state.uuid for state in states], json.loads(os.environ.get(files.STARTED_WITH, "{}"))
-        known = (address, world, args.device, devices, *ticks, cards, started_with)
-        record = files.BackendRecord(__version__, generation, pid, agent, *known)
+        record = self.record = self._described(generation, address, [state.uuid for state in states])
         keys = Keys(args.keys) if args.keys else None
         addresses = [address, *([args.listen] if args.listen else [])]
-        self.server = SocketServer(addresses, self.board, lambda: files.keep_record(args.name, record), keys)
+        self.server = SocketServer(addresses, self.board, self._keep_record, keys)
         if args.metrics_port:
             serve_metrics(args.metrics_port, self.board, self.server.jobs)
         self.server.start()
+        if before is not None and before.memory_budget != args.memory_budget:
+            self._adjust(Adjust(before.idle_seconds, before.memory_budget))
         try:
             files.write_record(args.name, record)
         except (OSError, BackendError) as error:
             log.error("the record can't be written, and is tried again: %s", error)
-        log.info("ready: %d ranks, generation %s, at %s", world, generation, ", ".join(addresses))
+        log.info("ready: %d ranks, generation %s, at %s", self.control.world_size, generation, ", ".join(addresses))
+
+    def _adjust(self, settings: Adjust) -> None:
+        """As where a client asks for it."""
+        assert self.server is not None and self.board is not None
+        self.board.note(memory_budget=settings.memory_budget)
+        self.server.jobs.put(own_job(settings))
+
+    def _described(self, generation: str, address: str, cards: list[str]) -> files.BackendRecord:
+        """What others find of this backend in its runtime folder."""
+        args, pid, agent = self.args, os.getpid(), _agent_pid()
+        return files.BackendRecord(
+            __version__,
+            generation,
+            pid,
+            agent,
+            address,
+            self.control.world_size,
+            args.device,
+            devices=[int(d) for d in args.devices.split(",")] if args.devices else [],
+            start_ticks=files.start_ticks(pid),
+            agent_ticks=files.start_ticks(agent),
+            cards=cards,
+            environment=json.loads(os.environ.get(files.STARTED_WITH, "{}")),
+            code=LOADED,
+            idle_seconds=args.idle_seconds,
+            memory_budget=args.memory_budget,
+            models=[str(folder) for folder in args.models],
+            listen=args.listen,
+            keys=str(args.keys or ""),
+            metrics_port=args.metrics_port,
+            foreground=args.foreground,
+        )
+
+    def _keep_record(self) -> None:
+        if self.record is not None:
+            files.keep_record(self.args.name, self.record)
 
     def _one_job(self) -> bool:
         queued = self._next_job() if self.server is not None else None
@@ -167,7 +206,7 @@ class Rank:
     def _next_job(self) -> QueuedJob | None:
         """On rank 0: the next job; after the idle time, that all models leave; None where it is time to end."""
         assert self.server is not None
-        idle = self.args.idle_seconds
+        idle = self.args.idle_seconds if self.record is None else self.record.idle_seconds
         last = ends_after(idle)
         try:
             queued = self.server.jobs.get(last - idle if self._emptied else idle)
@@ -215,11 +254,13 @@ class Rank:
             self.pulse.begin(kind, cancelled, COMPILING_SECONDS if is_compiled(header.body) else STILL_SECONDS)
             label = queued.label if queued is not None else str(header.job)
             if board is not None:
-                board.begin(kind, self._file_of(header.body), label)
+                board.begin(kind, self._file_of(header.body), queued.sender if queued is not None else "")
             level = logging.DEBUG if kind == Forward.__name__ else logging.INFO  # many in a row, one after each step
             log.log(level, "job %s: %s begins", label, kind)
             body, given = self.engine.handle(header, tensors, job)
             results = laid(header.room, given) if queued is not None else []
+            if isinstance(header.body, Adjust):
+                self._take_over(header.body)
         except BackendError as error:
             body, results = self._failed(error, kind), []
         except Exception as error:
@@ -239,15 +280,21 @@ class Rank:
         """The name of the file that a job works with; empty where it has none."""
         if isinstance(body, (LoadModel, LoadVAE, LoadControl)):
             return Path(body.paths[0] if isinstance(body, LoadVAE) else body.path).name
-        held = (
-            body.vae
-            if isinstance(body, (Decode, Encode))
-            else body.model
-            if isinstance(body, (Sample, Forward))
-            else ""
-        )
-        resident = self.engine.residents.get(held)
+        if not isinstance(body, (Sample, Forward, Decode, Encode)):
+            return ""
+        resident = self.engine.residents.get(body.vae if isinstance(body, (Decode, Encode)) else body.model)
         return "" if resident is None else resident.state.name
+
+    def _take_over(self, settings: Adjust) -> None:
+        """Who starts this backend again as it was, starts it so."""
+        record = self.record
+        if record is None:
+            return
+        settings = settings.on(record.idle_seconds, record.memory_budget)
+        changes = {"idle_seconds": settings.idle_seconds, "memory_budget": settings.memory_budget}
+        self.record = msgspec.structs.replace(record, **changes)
+        with suppress(OSError, BackendError):
+            files.write_record(self.args.name, self.record)
 
     def _tell(self, queued: QueuedJob | None, kind: str, body: Reply, results: Sequence[Sendable]) -> None:
         """The end of a job, to its client and to whoever asks for the state."""
@@ -270,6 +317,8 @@ class Rank:
                 files.note_good(self.args.name, restart_count())
 
     def _failed(self, error: BackendError, kind: str) -> Failed:
+        if isinstance(error, CancelledError) and self.server is not None and self.server.jobs.ended:
+            error = BackendLostError("The backend was stopped while this job ran.", STOPPED_REMEDY)
         level = logging.INFO if isinstance(error, CancelledError) else logging.WARNING
         log.log(level, "%s failed: %s", kind, error)
         return Failed(error.code, error.message, error.remedy)
@@ -285,6 +334,10 @@ class Rank:
             files.remove_record(self.args.name, os.getpid())
             os.kill(_agent_pid(), signal.SIGTERM)
         os._exit(1)
+
+    def _note_stage(self, stage: str) -> None:
+        with suppress(OSError, BackendError):
+            files.note_stage(self.args.name, int(os.environ["RANK"]), stage)
 
     def _give_up(self, error: StartError) -> NoReturn:
         """Ranks don't meet. The starter reads these words: no client is connected yet."""
@@ -327,6 +380,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--listen", default="", help="tcp:// address beside the local socket; needs --keys")
     parser.add_argument("--keys", type=Path)
     parser.add_argument("--metrics-port", type=int, default=0)
+    parser.add_argument("--foreground", action="store_true", help="it belongs to the `serve` that started it")
     parser.add_argument("--only-meet", action="store_true", help="end once every rank has heard every other")
     parser.add_argument(
         "--measure-links", type=Path, help="time messages of each kind first; rank 0 writes them to this file"

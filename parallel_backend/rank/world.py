@@ -16,6 +16,7 @@ from ..distributed.control import Control
 from ..distributed.links import REMEDY, prove_links
 from ..distributed.mesh import COLLECTIVE_TIMEOUT
 from ..errors import StartError
+from ..rpc.runtime_dir import STAGES
 
 log = logging.getLogger("parallel_backend")
 
@@ -28,14 +29,18 @@ def restart_count() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def meet(device: torch.device, give_up: Callable[[StartError], object]) -> Control:
+def meet(
+    device: torch.device, give_up: Callable[[StartError], object], note: Callable[[str], object] = lambda stage: None
+) -> Control:
     """This rank's line to all others that torchrun started this time; every rank has heard every other.
 
     Args:
         give_up: told from another thread that the time is over; it must end the process.
+        note: told each stage of the runtime folder's STAGES as it begins.
     Raises: StartError: a rank never came, or numbers arrive wrong.
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    note(STAGES[0])
     store = _own_store(rank, world)
     _await_all(store, rank, world)
     step = "the connections of all ranks"
@@ -48,6 +53,7 @@ def meet(device: torch.device, give_up: Callable[[StartError], object]) -> Contr
         what = f"Rank {rank} on {device} has waited {MEET_SECONDS:.0f} s for {step}: the ranks don't reach each other."
         give_up(StartError(what, REMEDY))
 
+    note(STAGES[1])
     with _clock(MEET_SECONDS, late):
         # No device_id: with it, NCCL would put messages between two ranks on their group's one communicator, where they
         # wait for each other.
@@ -59,7 +65,9 @@ def meet(device: torch.device, give_up: Callable[[StartError], object]) -> Contr
             timeout=COLLECTIVE_TIMEOUT,
         )
         control = Control(store, device)
+        note(STAGES[2])
         prove_links(device, trying)
+    note(STAGES[3])
     return control
 
 

@@ -13,6 +13,7 @@ import zmq
 import zmq.auth
 from zmq.auth.thread import ThreadAuthenticator
 
+from ..command_line import command_line
 from ..errors import ConfigError
 
 SERVER, CLIENT = "server", "client"
@@ -66,7 +67,7 @@ class Keys:
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"{self.folder / name} can't be read: {error}.",
-                "Make keys with `parallel-mmdit keys FOLDER` and copy them to both ends.",
+                f"Make keys with `{command_line('keys', 'FOLDER')}` and copy them to both ends.",
             ) from None
         if name.endswith("_secret") and secret is None:
             raise ConfigError(f"{self.folder / name} has no secret key.", "Copy the whole file.")

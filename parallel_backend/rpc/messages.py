@@ -1,7 +1,7 @@
 """Every message, as typed structs. Fields of type `TensorIndex` point into the frames that follow the header.
 
 Requests that compute are run by all ranks, one after the other. Hello, Status, Cancel, Ping, Goodbye and Stop are answered
-by rank 0 at once, also while a job runs.
+by rank 0 at once, also while a job runs; so are Adjust, whose budget the ranks take over after the jobs that wait, and StopUnused.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from ..config import MeshSpec, SamplerSpec
+from ..config import BackendSpec, MeshSpec, SamplerSpec
 
 TensorIndex: TypeAlias = int
 ModelKind: TypeAlias = Literal["any", "mmdit", "unet"]
+Unit: TypeAlias = Literal["", "bytes"]
 # Of which steps x and denoised are sent along; "last" is every step of a sampler whose last one nobody knows.
 Preview: TypeAlias = Literal["none", "last", "all"]
 
@@ -23,7 +24,10 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True)
 
 
 class Hello(Message, frozen=True):
+    """`client` is a name that a person can find, `machine` tells processes of one number apart."""
+
     client: str
+    machine: str = ""
 
 
 class LoadModel(Message, frozen=True):
@@ -233,6 +237,37 @@ class Stop(Message, frozen=True):
     pass
 
 
+class StopUnused(Message, frozen=True):
+    """A Stop where nothing runs or waits and nobody else is connected; else nothing, and the answer is a BackendState.
+
+    `client`, `machine`: the asker's, as in its Hello.
+    """
+
+    client: str
+    machine: str
+
+
+class Adjust(Message, frozen=True):
+    """Another idle time or memory budget from now on, where given; answered by the BackendState of before.
+
+    Models beyond the new budget leave at once, the least recently used first.
+    """
+
+    idle_seconds: float | None = None
+    memory_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        given = {"idle_seconds": self.idle_seconds, "memory_budget": self.memory_budget}
+        BackendSpec(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type] # its checks
+
+    def on(self, idle_seconds: float, memory_budget: int) -> Adjust:
+        """With what it leaves open as it is now."""
+        return Adjust(
+            idle_seconds if self.idle_seconds is None else self.idle_seconds,
+            memory_budget if self.memory_budget is None else self.memory_budget,
+        )
+
+
 class Welcome(Message, frozen=True):
     generation: str
     world_size: int
@@ -247,11 +282,22 @@ class Pong(Message, frozen=True):
 
 
 class Progress(Message, frozen=True):
-    """Something long is under way: `done` of `total` of `what`."""
+    """Something long is under way: `done` of `total` of `what`; in bytes, those of rank 0's part."""
 
     what: str
     done: int
     total: int
+    unit: Unit = ""
+
+    @property
+    def text(self) -> str:
+        """As a person reads it."""
+        if self.unit == "bytes":
+            name, size = ("GiB", 2**30) if self.total >= 2**30 else ("MiB", 2**20)
+            return f"{self.what}: {self.done / size:.1f} of {self.total / size:.1f} {name} a rank"
+        if self.total > 1:
+            return f"{self.what}: {self.done} of {self.total}"
+        return f"{self.what}: done" if self.done else self.what
 
 
 class StepDone(Message, frozen=True):
@@ -373,8 +419,8 @@ class JobState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The job that runs, and how far it is.
 
     Args:
-        kind: its request's. model: its file's name; empty where it has none. client: as the logs name it.
-        done, total: steps, or of what Progress told last in the words `what`; a total of 0 is not known.
+        kind: its request's. model: its file's name; empty where it has none. client: its name, empty for the backend's own.
+        done, total, unit: steps, or of what Progress told last in the words `what`; a total of 0 is not known.
         seconds: since it began. step_seconds: between steps, once there were two.
     """
 
@@ -384,6 +430,7 @@ class JobState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     what: str = ""
     done: int = 0
     total: int = 0
+    unit: str = ""
     seconds: float = 0.0
     step_seconds: float | None = None
 
@@ -402,8 +449,9 @@ class JobCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class BackendState(Message, frozen=True):
     """What a backend is, holds and does.
 
-    `restarts`: how often torchrun has started its ranks anew. `refused`: messages that could not be read. `idle`: seconds without
-    a job. `job` is the one that runs, `last` what the last sampling cost. Models stand in the order of their use, the latest last.
+    `restarts`: how often torchrun has started its ranks anew. `refused`: messages that could not be read. `clients`: who is
+    connected, by name. `memory_budget`: bytes on a rank, 0 for none. `quiet`: seconds since its last job. `job` is the one that
+    runs, `last` what the last sampling cost. Models stand in the order of their use, the latest last.
     """
 
     version: str
@@ -420,7 +468,10 @@ class BackendState(Message, frozen=True):
     cached_bytes: int = 0
     restarts: int = 0
     refused: int = 0
-    idle: float = 0.0
+    clients: list[str] = []
+    idle_seconds: float = 0.0
+    memory_budget: int = 0
+    quiet: float = 0.0
     job: JobState | None = None
     last: JobCost | None = None
 
@@ -442,6 +493,8 @@ Request: TypeAlias = (
     | Ping
     | Goodbye
     | Stop
+    | StopUnused
+    | Adjust
 )
 Reply: TypeAlias = Welcome | Pong | Progress | StepDone | Loaded | Result | Done | Failed | BackendState
 FINAL_REPLIES = (Welcome, Pong, Loaded, Result, Done, Failed, BackendState)

@@ -1,7 +1,7 @@
 """Where backends are found: a folder per name that only its user can enter.
 
-It holds `backend.json` (written by rank 0 once all ranks are ready), the socket, a lock, logs, the last words of ranks that
-failed, and after which restart a job last ended well.
+It holds `backend.json` (written by rank 0 once all ranks are ready), the socket, a lock, logs, how far each rank is that
+starts, the last words of ranks that failed, and after which restart a job last ended well.
 """
 
 from __future__ import annotations
@@ -19,10 +19,14 @@ from pathlib import Path
 
 import msgspec
 
+from ..config import DEFAULT_IDLE_SECONDS, ServeSpec
 from ..errors import StartError
 
 _SHARED = Path("/tmp")
 _LONGEST_SOCKET_PATH = 100  # bytes
+# What a rank that starts is at, in order; before the first it imports Python's and torch's modules.
+STAGES = ("meeting", "connecting", "proving links", "getting ready")
+STAGE_NOTES = "rank*.stage"
 # A variable of the ranks: what of the environment their backend was started with, as JSON.
 STARTED_WITH = "PARALLEL_MMDIT_STARTED_WITH"
 
@@ -31,7 +35,9 @@ class BackendRecord(msgspec.Struct, frozen=True):
     """What a running backend says of itself. `generation` changes whenever its ranks are restarted.
 
     `agent_pid` is the process that starts its ranks anew. Ticks tell both processes from later ones of their numbers.
-    `cards` are the GPUs of its ranks by uuid, `environment` the variables of client/gpu_environment.py at its start.
+    `cards` are the GPUs of its ranks by uuid, `environment` the variables of client/gpu_environment.py at its start, `code` is
+    own_code.py's of its ranks. The rest is what else it was started with, or has taken over since; `foreground`: it belongs to the
+    `serve` that started it. Other versions read this too: no field goes, and a new one has a default.
     """
 
     version: str
@@ -46,6 +52,19 @@ class BackendRecord(msgspec.Struct, frozen=True):
     agent_ticks: int = 0
     cards: list[str] = []
     environment: dict[str, str] = {}
+    code: str = ""
+    idle_seconds: float = DEFAULT_IDLE_SECONDS
+    memory_budget: int = 0
+    models: list[str] = []
+    listen: str = ""
+    keys: str = ""
+    metrics_port: int = 0
+    foreground: bool = False
+
+    @property
+    def serve(self) -> ServeSpec:
+        """What only `serve` sets, of a backend of one host."""
+        return ServeSpec(tuple(self.models), self.listen, self.keys, self.metrics_port)
 
 
 def runtime_root() -> Path:
@@ -97,19 +116,20 @@ def patches_folder() -> Path:
 
 def read_record(name: str) -> BackendRecord | None:
     """The record of a backend that lives; None where there is none or its rank 0 is gone."""
-    record = _written_record(name)
+    record = last_record(name)
     return record if record is not None and lives(record.pid, record.start_ticks) else None
 
 
 def restarting(name: str) -> BackendRecord | None:
     """The last record of a backend whose rank 0 is gone, while its torchrun lives to start it anew; else None."""
-    record = _written_record(name)
+    record = last_record(name)
     if record is None or lives(record.pid, record.start_ticks):
         return None
     return record if lives(record.agent_pid, record.agent_ticks) else None
 
 
-def _written_record(name: str) -> BackendRecord | None:
+def last_record(name: str) -> BackendRecord | None:
+    """What was last written there, of a backend that may be gone."""
     try:
         return msgspec.json.decode((runtime_dir(name) / "backend.json").read_bytes(), type=BackendRecord)
     except (FileNotFoundError, msgspec.DecodeError):
@@ -219,6 +239,18 @@ def last_good(name: str) -> int:
         return int((runtime_dir(name) / "last_good").read_text() or 0)
     except (FileNotFoundError, ValueError):
         return 0
+
+
+def note_stage(name: str, rank: int, stage: str) -> None:
+    """Leaves how far rank `rank` has come on its way to being ready, one of STAGES, for its starter to read."""
+    (runtime_dir(name) / f"rank{rank}.stage").write_text(stage)
+
+
+def stages(name: str, since: float) -> dict[str, str]:
+    """How far the ranks have come that have left word after a time.time(), by the names of their notes."""
+    notes = [path for path in runtime_dir(name).glob(STAGE_NOTES) if path.stat().st_mtime >= since - 1]
+    found = {path.stem: path.read_text() for path in notes}
+    return {rank: stage for rank, stage in found.items() if stage in STAGES}
 
 
 def note_last_words(name: str, rank: int, words: str) -> None:

@@ -11,6 +11,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from ..command_line import command_line
 from ..errors import ProtocolError
 from ..version import __version__
 from .headers import ReplyHeader, RequestHeader, SharedPlace, SharedRoom, TensorMeta
@@ -129,7 +130,7 @@ def _check_version(frame: Frame) -> None:
     if version != __version__:
         raise ProtocolError(
             f"A message of version {version} came; this backend is version {__version__}.",
-            "Stop the backend with `python -m parallel_backend stop` and start it again, so that both ends are of one version.",
+            f"Stop the backend (`{command_line('stop')}`) or start ComfyUI again, whichever is older: both ends must be of one version.",
         )
 
 

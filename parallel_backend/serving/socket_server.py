@@ -17,11 +17,14 @@ import msgspec
 import zmq
 from torch import Tensor
 from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils.monitor import recv_monitor_message
 
+from ..command_line import command_line
 from ..errors import BackendError, ProtocolError
 from ..rpc.headers import ReplyHeader, RequestHeader, TensorMeta
 from ..rpc.keys import Keys
 from ..rpc.messages import (
+    Adjust,
     Cancel,
     Done,
     Failed,
@@ -34,8 +37,10 @@ from ..rpc.messages import (
     Request,
     Status,
     Stop,
+    StopUnused,
 )
 from ..rpc.wire import MAX_FRAME_BYTES, Frame, Sendable, pack, tensor_meta, unpack
+from .clients import Clients
 from .sent_keys import SentKeys
 from .state_board import StateBoard
 from .turns import QueuedJob, Turns, own_job
@@ -66,10 +71,11 @@ class SocketServer(threading.Thread):
         self.jobs = Turns()
         self._addresses, self._board, self._look_round = list(addresses), board, look_round
         self._open: dict[tuple[bytes, int], tuple[QueuedJob, zmq.Socket[bytes]]] = {}
-        self._sent_keys = SentKeys()
+        self._sent_keys, self._clients = SentKeys(), Clients()
         self._context = zmq.Context()
         self._authenticator: ThreadAuthenticator | None = None
         self._routers = {address: self._router(address, keys) for address in addresses}
+        self._ends = [router.get_monitor_socket(zmq.EVENT_DISCONNECTED) for router in self._routers.values()]
         self._inside = self._context.socket(zmq.PULL)
         self._inside.bind("inproc://replies")
         self._outside = self._context.socket(zmq.PUSH)
@@ -84,7 +90,10 @@ class SocketServer(threading.Thread):
         router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         if address.startswith("tcp://"):
             if keys is None:
-                raise ProtocolError(f"{address} can't be listened on without keys.", "Make some: parallel-mmdit keys.")
+                raise ProtocolError(
+                    f"{address} can't be listened on without keys.",
+                    f"Make some with `{command_line('keys', 'FOLDER')}`.",
+                )
             self._authenticator = keys.guard(self._context, router)
             router.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
             router.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_LOST_MS)
@@ -122,13 +131,14 @@ class SocketServer(threading.Thread):
 
     def _serve(self) -> None:
         poller = zmq.Poller()
-        for socket in (self._inside, *self._routers.values()):
+        for socket in (self._inside, *self._routers.values(), *self._ends):
             poller.register(socket, zmq.POLLIN)
         next_look = time.monotonic()
         while True:
             ready = dict(poller.poll(LOOK_ROUND_MS))
             if self._inside in ready and not self._pass_on():
                 break
+            self._see_ends()
             for router in self._routers.values():
                 if router in ready:
                     self._receive(router)
@@ -136,6 +146,7 @@ class SocketServer(threading.Thread):
                 next_look = time.monotonic() + LOOK_ROUND_MS / 1000
                 self._mend()
         for router in self._routers.values():
+            router.disable_monitor()
             router.close()
         if self._authenticator is not None:
             self._authenticator.stop()
@@ -166,7 +177,12 @@ class SocketServer(threading.Thread):
             number = _job_number(frames[0].buffer if frames else b"")
             buffers = [frame.buffer for frame in frames]
             header, _ = unpack(buffers, RequestHeader)
-            if reply := self._take(QueuedJob(client, header.job, buffers), header.body, router):
+            if isinstance(header.body, Hello):
+                self._see_ends()  # of a connection whose socket had the number that this one's has now
+                self._clients.note(client, header.body, client_frame.get(zmq.SRCFD))
+                self._board.note(clients=self._clients.names())
+            job = QueuedJob(client, header.job, buffers, self._clients.name(client))
+            if reply := self._take(job, header.body, router):
                 self._answer(router, client, number, reply)
             elif keys := [meta.key for meta in header.tensors if meta.key is not None]:
                 self._free(self._sent_keys.note(client, keys))
@@ -191,8 +207,19 @@ class SocketServer(threading.Thread):
             return Done()
         if isinstance(body, Goodbye):
             self._free(self._sent_keys.forget(job.client))
+            self._clients.leave(job.client)
+            self._board.note(clients=self._clients.names())
             return Done()
-        if isinstance(body, Stop):
+        if isinstance(body, Adjust):
+            before = self._board.snapshot(len(self.jobs))
+            wanted = body.on(before.idle_seconds, before.memory_budget)
+            if (before.idle_seconds, before.memory_budget) != (wanted.idle_seconds, wanted.memory_budget):
+                self._board.note(idle_seconds=wanted.idle_seconds, memory_budget=wanted.memory_budget)
+                self.jobs.put(own_job(wanted))
+            return before
+        if isinstance(body, StopUnused) and (self._open or not self._clients.nobody_but(body.client, body.machine)):
+            return self._board.snapshot(len(self.jobs))
+        if isinstance(body, (Stop, StopUnused)):
             for waiting, _ in self._open.values():
                 waiting.cancelled.set()
             self.jobs.end()
@@ -204,6 +231,13 @@ class SocketServer(threading.Thread):
         self._open[job.client, job.number] = job, router
         self.jobs.put(job)
         return None
+
+    def _see_ends(self) -> None:
+        """Connections that were closed meanwhile, or whose process was killed."""
+        for monitor in self._ends:
+            while monitor.poll(0):
+                self._clients.cut(recv_monitor_message(monitor)["value"])
+                self._board.note(clients=self._clients.names())
 
     def _free(self, keys: Sequence[str]) -> None:
         if keys:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 import msgspec
 
@@ -29,21 +30,21 @@ class _Reached:
 
 
 class StateBoard:
-    def __init__(self, name: str, welcome: Welcome, restarts: int = 0) -> None:
+    def __init__(self, name: str, welcome: Welcome, **known: Any) -> None:
+        """`known` are fields of BackendState."""
         self.welcome = welcome
         self._started = self._rested = self._begun = time.monotonic()
         self._lock = threading.Lock()
-        self._latest = BackendState(__version__, welcome.generation, name, restarts=restarts)
+        self._latest = BackendState(__version__, welcome.generation, name, **known)
         self._reached = _Reached()
 
     def snapshot(self, queued: int) -> BackendState:
         now, latest, reached = time.monotonic(), self._latest, self._reached
-        job, idle = latest.job, now - self._rested
+        job, quiet = latest.job, 0.0 if latest.running else now - self._rested
         if job is not None:
             told = {"what": reached.what, "done": reached.done, "total": reached.total}
             job = msgspec.structs.replace(job, seconds=now - self._begun, step_seconds=reached.step_seconds, **told)
-        idle = 0.0 if latest.running else idle
-        return msgspec.structs.replace(latest, uptime=now - self._started, queued=queued, idle=idle, job=job)
+        return msgspec.structs.replace(latest, uptime=now - self._started, queued=queued, quiet=quiet, job=job)
 
     def note(self, **changes: object) -> None:
         with self._lock:

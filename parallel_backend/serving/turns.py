@@ -14,11 +14,12 @@ from ..rpc.wire import pack
 
 @dataclass(eq=False)
 class QueuedJob:
-    """A request that waits or runs, with who sent it. `cancelled` may be set by the socket's thread."""
+    """A request that waits or runs, with who sent it. `cancelled` may be set by the socket's thread; `sender` is the client's name."""
 
     client: bytes
     number: int
     frames: list[memoryview]
+    sender: str = ""
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     @property
