@@ -49,6 +49,7 @@ class BackendRoutes:
 
     def __init__(self) -> None:
         self._under_way: dict[str, Request] = {}
+        self._examining = asyncio.Lock()
 
     def add_to(self, routes: web.RouteTableDef) -> None:
         routes.post(BACKEND)(own_origin(self._backend))
@@ -116,7 +117,9 @@ class BackendRoutes:
             return _refused(error)
 
     async def _doctor(self, _: web.Request) -> web.Response:
-        return web.json_response({"findings": [asdict(finding) for finding in await asyncio.to_thread(examine)]})
+        async with self._examining:  # each starts ranks
+            findings = await asyncio.to_thread(examine)
+        return web.json_response({"findings": [asdict(finding) for finding in findings]})
 
 
 async def _json(http: web.Request) -> Any:

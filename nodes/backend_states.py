@@ -33,7 +33,7 @@ def state(name: str) -> dict[str, Any]:
     """What a backend answers, the fields of BackendState; else `name` and an `error`. `phase` is in any case one of
 
     running: it answers. silent: it doesn't. starting: its ranks are on their way, and `waits_for` says what for.
-    `refused` stands with one that was refused to a node, because it is in use and otherwise than was asked.
+    `refusal` stands with one that was refused to a node, because it is in use and otherwise than was asked.
     """
     record = files.read_record(name)
     if record is None:
@@ -51,10 +51,10 @@ def state(name: str) -> dict[str, Any]:
             "Press Restart, or run a prompt: an idle one is restarted by itself.",
         )
         return {"name": name, "phase": "running", "version": record.version, "error": other.parts()}
-    return {**answer, "phase": "running"} | _refused(name, record)
+    return {**answer, "phase": "running"} | _refusal(name, record)
 
 
-def _refused(name: str, record: files.BackendRecord) -> dict[str, Any]:
+def _refusal(name: str, record: files.BackendRecord) -> dict[str, Any]:
     """What a node has asked for and not got, and in what that differs from what runs."""
     spec = ParallelMesh.refused.get(name)
     if spec is None:
@@ -63,4 +63,4 @@ def _refused(name: str, record: files.BackendRecord) -> dict[str, Any]:
         found = [{"there": other.there, "asked": other.asked} for other in differences(record, spec) if other.binding]
     except BackendError as error:
         found = [{"there": error.message, "asked": error.remedy}]
-    return {"refused": found} if found else {}
+    return {"refusal": found} if found else {}

@@ -51,8 +51,9 @@ def test_the_help_page_names_every_input_in_the_order_of_the_form(server: ComfyS
     assert tuple(named) == tuple(inputs(server))
 
 
-def mesh_answer(server: ComfyServer, body: bytes) -> tuple[int, Any]:
-    request = urllib.request.Request(f"http://127.0.0.1:{server.port}/parallel_mmdit/mesh", body)
+def mesh_answer(server: ComfyServer, body: bytes, **headers: str) -> tuple[int, Any]:
+    headers = {"Content-Type": "application/json"} | headers
+    request = urllib.request.Request(f"http://127.0.0.1:{server.port}/parallel_mmdit/mesh", body, headers)
     try:
         with urllib.request.urlopen(request, timeout=20) as answer:
             return answer.status, json.loads(answer.read())
@@ -134,6 +135,11 @@ def test_a_kind_of_model_that_a_mesh_is_not_for_is_said_beside_the_other(server:
 def test_what_is_no_set_of_its_values_is_refused(body: bytes, message: str, server: ComfyServer) -> None:
     status, answer = mesh_answer(server, body)
     assert status == 400 and answer["error"]["code"] == "input" and message in answer["error"]["message"]
+
+
+def test_a_page_of_another_origin_is_told_nothing(server: ComfyServer) -> None:
+    status, _ = mesh_answer(server, b"{}", **{"Sec-Fetch-Site": "cross-site"})
+    assert status == 403
 
 
 NARROW = "narrow.safetensors"

@@ -2,7 +2,7 @@
 import { app } from "/scripts/app.js";
 import { api } from "/scripts/api.js";
 import { BackendCard } from "./panel_card.js";
-import { button, keepList, made, tell } from "./panel_elements.js";
+import { ErrorBox, button, keepList, made, tell } from "./panel_elements.js";
 import { Polling, askBackend, askDoctor, getStatus } from "./panel_server.js";
 import { count, doctorsPage } from "./panel_words.js";
 
@@ -13,26 +13,22 @@ class BackendPanel {
   constructor() {
     this.cards = new Map();
     this.makeParts();
-    this.polling = new Polling(() => this.ask(), () => this.isSeen());
+    this.polling = new Polling(this.root, () => this.ask());
   }
 
   makeParts() {
-    this.lost = made("div", "pm-error");
-    this.lost.setAttribute("role", "alert");
-    this.lost.hidden = true;
+    this.lost = new ErrorBox();
     this.list = made("div", "pm-cards");
     this.none = made("p", "pm-line");
     this.startButton = button("Start", () => this.start());
-    this.startError = made("p");
-    this.startRemedy = made("p");
-    this.startFailed = made("div", "pm-error", this.startError, this.startRemedy);
-    this.startFailed.setAttribute("role", "alert");
-    this.startFailed.hidden = true;
-    this.startBox = made("section", "pm-card", this.none, made("div", "pm-buttons", this.startButton), this.startFailed);
+    this.startFailed = new ErrorBox();
+    const startLine = made("div", "pm-buttons", this.startButton);
+    this.startBox = made("section", "pm-card", this.none, startLine, this.startFailed.root);
     this.startBox.hidden = true;
     this.startBox.setAttribute("aria-label", "Start a backend");
     this.makeDoctor();
-    this.root = made("div", "pm-panel", made("h2", "pm-heading", TITLE), this.lost, this.list, this.startBox, this.doctorBox);
+    this.root = made("div", "pm-panel", made("h2", "pm-heading", TITLE), this.lost.root, this.list);
+    this.root.append(this.startBox, this.doctorBox);
   }
 
   makeDoctor() {
@@ -46,16 +42,12 @@ class BackendPanel {
     this.doctorBox = made("section", "pm-doctor", this.doctorButton, this.doctorSays, this.doctorPage);
   }
 
-  isSeen() {
-    return this.root.isConnected && document.visibilityState === "visible";
-  }
-
   async ask() {
     try {
       this.show(await getStatus());
-      this.lost.hidden = true;
+      this.lost.show(null);
     } catch (error) {
-      tell(this.lost, `${error.message} ${error.remedy}`);
+      this.lost.show(error);
       throw error;
     }
     for (const card of this.cards.values()) await card.followLog();
@@ -67,9 +59,12 @@ class BackendPanel {
       this.cards.set(entry.name, card);
       return card.root;
     };
-    keepList(this.list, backends, (entry) => entry.name, make, (_, entry) => this.cards.get(entry.name).update(entry, client));
     const names = backends.map((entry) => entry.name);
-    for (const name of this.cards.keys()) if (!names.includes(name)) this.cards.delete(name);
+    // Why a backend is gone that was to be restarted, or would not end, stays to be read.
+    const gone = [...this.cards.values()].filter((card) => card.failed && !names.includes(card.name));
+    const shown = [...backends, ...gone.map((card) => ({ name: card.name, phase: "gone" }))];
+    keepList(this.list, shown, (entry) => entry.name, make, (_, entry) => this.cards.get(entry.name).update(entry, client));
+    for (const name of this.cards.keys()) if (!shown.some((entry) => entry.name === name)) this.cards.delete(name);
     this.showStart(names, first);
   }
 
@@ -85,15 +80,13 @@ class BackendPanel {
   async start() {
     this.isStarting = true;
     this.startButton.disabled = true;
-    this.startFailed.hidden = true;
+    this.startFailed.show(null);
     const asked = askBackend(this.first, "start");
     this.polling.begin();
     try {
       await asked;
     } catch (error) {
-      tell(this.startError, error.message);
-      tell(this.startRemedy, error.remedy ?? "");
-      this.startFailed.hidden = false;
+      this.startFailed.show(error);
     }
     this.isStarting = false;
     this.polling.begin();
@@ -167,7 +160,6 @@ app.registerExtension({
         if (panel.root.parentElement === element) return; // drawn again
         element.style.height = "100%";
         element.append(panel.root);
-        panel.polling.begin();
       },
     });
     api.addEventListener("execution_error", (event) => {

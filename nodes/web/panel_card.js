@@ -1,6 +1,6 @@
 // One backend in the panel: what it does and holds, and the buttons for it.
 import { meshPicture } from "./mesh_picture.js";
-import { button, keepList, made, tell } from "./panel_elements.js";
+import { ErrorBox, button, keepList, made, tell } from "./panel_elements.js";
 import { askBackend, getLog } from "./panel_server.js";
 import * as words from "./panel_words.js";
 
@@ -13,6 +13,7 @@ export class BackendCard {
     this.changed = changed;
     this.chosen = null; // of the models: whose mesh groups the ranks
     this.request = null; // of a button of this card, while it is under way
+    this.failed = null; // why the last one was refused
     this.picture = "";
     this.makeParts();
   }
@@ -34,7 +35,8 @@ export class BackendCard {
     this.makeButtons();
     this.makeLog();
     const line = made("p", "pm-line pm-what", this.state, this.far, this.spoken);
-    const shown = [this.banner, this.error, this.job, this.queue, this.devices, this.mesh, this.modelsTitle, this.models, this.cost];
+    const errors = [this.banner, this.error.root, this.failure.root];
+    const shown = [...errors, this.job, this.queue, this.devices, this.mesh, this.modelsTitle, this.models, this.cost];
     this.root = made("section", "pm-card", made("header", "", title, line), this.bar, ...shown, this.uptime);
     this.root.append(this.buttons, this.question, this.logBox);
     this.root.setAttribute("aria-label", `Backend ${this.name}`);
@@ -42,17 +44,16 @@ export class BackendCard {
 
   makeBanners() {
     this.bannerText = made("span");
-    this.restartAsked = button("Restart as asked", () => this.ask("restart as asked"));
+    this.restartAsked = button("Restart as asked", () => this.askFirst("restart as asked", this.restartAsked));
     this.banner = made("div", "pm-banner", this.bannerText, this.restartAsked);
     this.banner.setAttribute("role", "alert");
-    [this.message, this.remedy, this.details] = [made("p"), made("p"), made("pre")];
-    this.error = made("div", "pm-error", this.message, this.remedy, this.details);
-    this.error.setAttribute("role", "alert");
+    this.error = new ErrorBox();
+    this.failure = new ErrorBox(() => this.forgetFailure());
   }
 
   makeButtons() {
-    this.restart = button("Restart", () => this.askFirst("restart", "Restart"));
-    this.stop = button("Stop", () => this.askFirst("stop", "Stop"));
+    this.restart = button("Restart", () => this.askFirst("restart", this.restart));
+    this.stop = button("Stop", () => this.askFirst("stop", this.stop));
     this.free = button("Free models", () => this.ask("free"));
     this.showLog = button("Show log", () => this.toggleLog());
     this.showLog.setAttribute("aria-expanded", "false");
@@ -91,9 +92,10 @@ export class BackendCard {
     tell(this.cost, words.costLine(entry.last));
     tell(this.uptime, words.uptimeLine(entry));
     tell(this.devices, words.devicesLine(entry.ranks ?? []));
-    tell(this.bannerText, words.refusedLine(entry.refused));
-    this.banner.hidden = !entry.refused?.length;
-    this.showError(this.failed ?? entry.error);
+    tell(this.bannerText, words.refusalLine(entry.refusal));
+    this.banner.hidden = !entry.refusal?.length;
+    this.error.show(entry.error);
+    this.failure.show(this.failed);
     this.showModels(entry.models ?? []);
     this.draw();
     this.enable();
@@ -101,17 +103,16 @@ export class BackendCard {
 
   enable() {
     const isBusy = Boolean(this.request || this.entry.doing);
-    const isThere = this.entry.phase !== "starting";
+    const isThere = !["starting", "gone"].includes(this.entry.phase);
     for (const one of [this.restart, this.stop, this.restartAsked, this.yes]) one.disabled = isBusy || !isThere;
     this.free.disabled = isBusy || !this.entry.models?.length;
     this.root.setAttribute("aria-busy", String(isBusy));
   }
 
-  showError(error) {
-    tell(this.message, error?.message ?? "");
-    tell(this.remedy, error?.remedy ?? "");
-    tell(this.details, error?.details ?? "");
-    this.error.hidden = !error;
+  forgetFailure() {
+    this.failed = null;
+    this.failure.show(null);
+    this.changed();
   }
 
   showModels(models) {
@@ -155,16 +156,16 @@ export class BackendCard {
   }
 
   /** Asks once where others' work would end with it. */
-  askFirst(what, label) {
+  askFirst(what, opener) {
     const loss = words.lossOf(this.entry, this.client);
     if (!loss) {
       this.ask(what);
       return;
     }
     this.asked = what;
-    this.opener = what === "stop" ? this.stop : this.restart;
-    tell(this.questionText, `${label} ends ${loss}.`);
-    tell(this.yes, `${label} all the same`);
+    this.opener = opener;
+    tell(this.questionText, `${opener.textContent} ends ${loss}.`);
+    tell(this.yes, `${opener === this.stop ? "Stop" : "Restart"} all the same`);
     this.question.hidden = false;
     this.no.focus();
   }

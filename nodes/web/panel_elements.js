@@ -22,6 +22,22 @@ export function tell(element, words) {
   element.hidden = !words;
 }
 
+/** A box for an error of the server's: what happened, the remedy, then the details. `dismiss` closes it, where that is given. */
+export class ErrorBox {
+  constructor(dismiss) {
+    this.parts = { message: made("p"), remedy: made("p"), details: made("pre") };
+    this.root = made("div", "pm-error", ...Object.values(this.parts));
+    if (dismiss) this.root.append(button("Dismiss", dismiss));
+    this.root.setAttribute("role", "alert");
+    this.show(null);
+  }
+
+  show(error) {
+    for (const [name, part] of Object.entries(this.parts)) tell(part, error?.[name] ?? "");
+    this.root.hidden = !error;
+  }
+}
+
 /** Shows one element for each item, in their order: made by `make` for a key that is new, then changed by `update`. */
 export function keepList(list, items, keyOf, make, update) {
   const old = new Map([...list.children].map((element) => [element.dataset.key, element]));

@@ -27,31 +27,31 @@ export const getLog = (name) => answerOf(`/parallel_mmdit/log?name=${encodeURICo
 export const askBackend = (name, what) => post("/parallel_mmdit/backend", { name, do: what });
 export const askDoctor = () => post("/parallel_mmdit/doctor", {});
 
-/**
- * Calls `ask` once a second while `isSeen` says so, never twice at a time; less and less often while it fails.
- * `begin` is called whenever something may be seen again.
- */
+/** Calls `ask` once a second while `element` is seen, never twice at a time; less and less often while it fails. */
 export class Polling {
-  constructor(ask, isSeen) {
+  constructor(element, ask) {
     this.ask = ask;
-    this.isSeen = isSeen;
+    this.isInView = false;
     this.timer = null;
     this.isAsking = false;
     this.askAgain = false;
     this.pause = EVERY_MS;
     document.addEventListener("visibilitychange", () => this.begin());
+    new IntersectionObserver((changes) => {
+      this.isInView = changes.at(-1).isIntersecting;
+      this.begin();
+    }).observe(element);
   }
 
-  /** Asks now, or as soon as the request that is under way is answered. */
+  /** Asks now, or as soon as the request that is under way is answered; not at all while nobody sees it. */
   begin() {
     clearTimeout(this.timer);
-    this.timer = null;
     this.askAgain = this.isAsking;
     if (!this.isAsking) this.once();
   }
 
   async once() {
-    if (!this.isSeen()) return;
+    if (!this.isInView || document.visibilityState !== "visible") return;
     this.isAsking = true;
     try {
       await this.ask();
@@ -60,8 +60,7 @@ export class Polling {
       this.pause = Math.min(2 * this.pause, LONGEST_PAUSE_MS);
     }
     this.isAsking = false;
-    const pause = this.askAgain ? 0 : this.pause;
+    this.timer = setTimeout(() => this.once(), this.askAgain ? 0 : this.pause);
     this.askAgain = false;
-    this.timer = setTimeout(() => this.once(), pause);
   }
 }

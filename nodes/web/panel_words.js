@@ -39,6 +39,7 @@ export function stateOf(entry) {
     return { kind: "busy", what: DOING[entry.doing.do], far: waiting(entry.doing.waits_for, entry.doing.seconds) };
   }
   if (entry.phase === "starting") return { kind: "busy", what: "starting", far: waiting(entry.waits_for) };
+  if (entry.phase === "gone") return { kind: "wrong", what: "not running", far: "" };
   if (entry.error) return { kind: "wrong", what: entry.phase === "silent" ? "does not answer" : "error", far: "" };
   if (entry.job) return stateOfJob(entry.job);
   if (entry.doing) return { kind: "busy", what: DOING[entry.doing.do], far: "" };
@@ -150,8 +151,8 @@ export function lossOf(entry, ownClient) {
 }
 
 /** What a node has asked for and not got. */
-export function refusedLine(refused) {
-  const told = (refused ?? []).map(({ there, asked }) => `it has ${there}, ${asked}`);
+export function refusalLine(differences) {
+  const told = (differences ?? []).map(({ there, asked }) => `it has ${there}, ${asked}`);
   return told.length ? `A node was refused, because this backend is in use: ${told.join("; ")}.` : "";
 }
 

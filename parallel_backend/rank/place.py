@@ -37,7 +37,8 @@ def rank_state(device: torch.device, rank: int) -> RankState:
     """Where this rank runs and how much memory its device has."""
     free, total, used = memory_of(device)
     cuda = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    name = torch.cuda.get_device_name(device) if cuda else f"{threads} thread{'s' * (threads != 1)}"
     card = torch.cuda.get_device_properties(device) if cuda else None
     known = (
         (str(getattr(card, "uuid", "")), (card.major, card.minor), has_bfloat16(card)) if card else ("", (0, 0), True)

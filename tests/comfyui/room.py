@@ -68,7 +68,7 @@ def asked(load_models, path):
         mesh = SimpleNamespace(
             backend=lambda: backend, mmdit=degrees, dtype=dtype, compile=compiles, graphs=False, kernel="auto"
         )
-        mesh.nan_is_error, mesh.idle, mesh.differs = False, {"mmdit": ""}, lambda: ""
+        mesh.nan_is_error, mesh.notes, mesh.differs = False, {"mmdit": ""}, lambda: ""
         remote, said = load_models.load_remote_model(mesh, "mmdit", Path(path), "", {"dtype": of_loader})
         outcomes[f"{dtype} {compiles} {of_loader}"] = [remote.load.asked["dtype"], said.splitlines()[-1]]
     return outcomes

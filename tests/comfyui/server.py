@@ -8,6 +8,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,8 @@ GGUF_PACK = "custom_nodes/ComfyUI-GGUF"
 
 
 class ComfyServer:
-    def __init__(self, installation: ComfyInstallation, base: Path, models: Path) -> None:
-        self.base = base
+    def __init__(self, installation: ComfyInstallation, base: Path, models: Path, options: Sequence[str] = ()) -> None:
+        self.base, self.options = base, options
         for folder in ("custom_nodes", "input", "output", "user"):
             (base / folder).mkdir(parents=True, exist_ok=True)
         _link(base / "models", models)
@@ -61,7 +62,7 @@ class ComfyServer:
     def begin(self) -> None:
         """Starts its process; `wait` comes before the first request."""
         arguments = ["--cpu", "--listen", "127.0.0.1", "--port", self.port, "--base-directory", self.base]
-        arguments += ["--disable-api-nodes", "--database-url", "sqlite:///:memory:"]
+        arguments += ["--disable-api-nodes", "--database-url", "sqlite:///:memory:", *self.options]
         command = [self.installation.python, HERE / "launch.py", self.installation.folder, *arguments]
         # Without what the tests' own Python path adds: the pack must find itself.
         env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
