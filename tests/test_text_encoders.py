@@ -193,6 +193,14 @@ def test_a_missing_tokenizer_names_the_ways_to_have_one(
     check(made, encoders([singles / "x.safetensors", singles / "y.safetensors"]).encode(PROMPTS, CPU, torch.float32))
 
 
+def test_a_tokenizer_that_cannot_be_read_is_named(singles: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
+    files = [singles / "x.safetensors", singles / "y.safetensors"]
+    with pytest.raises(CheckpointError, match=f"The tokenizer in {tmp_path / 'tokenizer'} can't be read"):
+        encoders(files, tokenizers=[tmp_path]).encode(["a"], CPU, torch.float32)
+
+
 def test_a_name_of_the_hub_is_looked_up_in_its_cache_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 

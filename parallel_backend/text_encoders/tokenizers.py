@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint_files.hub import cached
-from ..errors import CheckpointError
+from ..errors import CheckpointError, in_a_line
 from .files import NAMES, EncoderFile, Kind
 from .loading import import_transformers
 
@@ -36,7 +36,7 @@ PACK = Path(__file__).absolute().parents[2]
 def tokenizer_of(encoder: EncoderFile, given: Sequence[Path]) -> Any:
     """transformers' tokenizer of that encoder, of the first folder that has one: of `given`, beside it, the hub's, ComfyUI's.
 
-    Raises: CheckpointError: none is found.
+    Raises: CheckpointError: none is found, or it can't be read.
     """
     folder = next((folder for folder in _candidates(encoder, given) if _is_for(folder, encoder.kind)), None)
     if folder is None:
@@ -47,11 +47,16 @@ def tokenizer_of(encoder: EncoderFile, given: Sequence[Path]) -> Any:
             f"or download it once: hf download {names} --include '*.json' '*.txt' '*.model'",
         )
     transformers = import_transformers()
-    if encoder.kind == "t5":
-        return transformers.T5TokenizerFast.from_pretrained(folder, local_files_only=True)
+    cls = transformers.T5TokenizerFast if encoder.kind == "t5" else transformers.CLIPTokenizer
     own = encoder.kind != "clip_g" or folder.name == _FOLDERS["clip_g"][0]
     fills = {} if own else {"pad_token": _BIG_G_FILLS_WITH}
-    return transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True, **fills)
+    try:
+        return cls.from_pretrained(folder, local_files_only=True, **fills)
+    except Exception as error:  # noqa: BLE001 - the package tokenizers raises no other of a file that it can't read
+        raise CheckpointError(
+            f"The tokenizer in {folder} can't be read by transformers {transformers.__version__}: {in_a_line(error)}.",
+            "Download it again; of T5, transformers needs sentencepiece and protobuf: pip install 'parallel-mmdit[text]'.",
+        ) from None
 
 
 def _candidates(encoder: EncoderFile, given: Sequence[Path]) -> Iterator[Path]:
