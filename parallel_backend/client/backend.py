@@ -60,8 +60,10 @@ class Backend(Connection):
         memory_budget: int = 0,
         waiting: launcher.Waiting = lambda seconds: None,
     ) -> None:
-        """The backend of that name, started where none runs; it is ready. Without `world_size` and `device`: all GPUs of the best one's kind, or two CPU ranks where
-        there is none. The default name is one for each set of GPUs that a process sees.
+        """The backend of that name, started where none runs; it is ready.
+
+        Without `world_size` and `device`: all GPUs of the best one's kind, or two CPU ranks where there is none. The default name
+        is one for each set of GPUs that a process sees.
 
         Raises:
             ConfigError: one of that name runs with other ranks.

@@ -40,11 +40,10 @@ def tokenizer_of(encoder: EncoderFile, given: Sequence[Path]) -> Any:
     """
     folder = next((folder for folder in _candidates(encoder, given) if _is_for(folder, encoder.kind)), None)
     if folder is None:
-        names = " or ".join(_HUB[encoder.kind][:1])
         raise CheckpointError(
             f"{NAMES[encoder.kind]} of {encoder.path.name} has no tokenizer: none was given, none lies beside it.",
             "Give tokenizers=FOLDER, put a folder `tokenizer` beside it, set $COMFYUI_PATH to an installed ComfyUI, "
-            f"or download it once: hf download {names} --include '*.json' '*.txt' '*.model'",
+            f"or download it once: hf download {_HUB[encoder.kind][0]} --include '*.json' '*.txt' '*.model'",
         )
     transformers = import_transformers()
     cls = transformers.T5TokenizerFast if encoder.kind == "t5" else transformers.CLIPTokenizer
@@ -55,7 +54,7 @@ def tokenizer_of(encoder: EncoderFile, given: Sequence[Path]) -> Any:
     except Exception as error:  # noqa: BLE001 - the package tokenizers raises no other of a file that it can't read
         raise CheckpointError(
             f"The tokenizer in {folder} can't be read by transformers {transformers.__version__}: {in_a_line(error)}.",
-            "Download it again; of T5, transformers needs sentencepiece and protobuf: pip install 'parallel-mmdit[text]'.",
+            "Download it again. For T5's, transformers may need two packages more: pip install sentencepiece protobuf",
         ) from None
 
 
