@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_pipelines import sd3_pipeline, sdxl_pipeline
+from huggingface_hub import constants
+from small_pipelines import as_in_a_file, as_open_clip, sd3_pipeline, sdxl_pipeline
 
 from parallel_backend import Backend, MeshSpec, RemoteModel
 from parallel_backend.demo.captions import Captions
 from parallel_backend.demo.trained import MMDIT
 from parallel_backend.errors import BackendError, CheckpointError, ConfigError, InputError, UnsupportedError
 from parallel_backend.rpc import runtime_dir
+from parallel_backend.small_checkpoints.unet import CONFIGS, write_unet
 
 PIPELINES = {"SD3": sd3_pipeline, "SDXL": sdxl_pipeline}
 PROMPT, NEGATIVE = "a red circle", "blue squares"
@@ -103,6 +105,34 @@ def test_steps_end_with_the_latents_that_diffusers_has_there(
     for (step, timestep, latents), (their_step, their_timestep, theirs) in zip(*seen.values(), strict=True):
         assert step == their_step and timestep == pytest.approx(their_timestep, abs=0.01)
         assert (latents - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
+def test_a_single_file_with_all_parts_draws_what_its_folder_draws(
+    backend2: Backend, pipelines: dict[str, tuple[Any, Path]], tmp_path: Path
+) -> None:
+    pipeline, folder = pipelines["SDXL"]
+    first, second = as_in_a_file(pipeline.text_encoder), as_open_clip(as_in_a_file(pipeline.text_encoder_2))
+    parts = {"conditioner.embedders.0.transformer.": first, "conditioner.embedders.1.model.": second}
+    extra = {prefix + name: tensor for prefix, tensors in parts.items() for name, tensor in tensors.items()}
+    path = tmp_path / "sd_xl_base_1.0.safetensors"
+    write_unet(path, CONFIGS["tiny"], "single file", prefix="model.diffusion_model.", extra=extra)
+    asked: dict[str, Any] = {"seed": 1, "width": 128, "height": 128, "num_inference_steps": 3, "output_type": "latent"}
+    wanted = loaded(backend2, folder).generate(PROMPT, **asked).images
+    drawn = loaded(backend2, path, tokenizers=folder).generate(PROMPT, **asked).images
+    assert (drawn - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_a_name_of_the_hub_draws_from_its_cache(
+    backend2: Backend, pipelines: dict[str, tuple[Any, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    kept = tmp_path / "models--someone--small"
+    for folder in ("snapshots", "refs"):
+        (kept / folder).mkdir(parents=True)
+    (kept / "snapshots" / "abc").symlink_to(pipelines["SD3"][1])
+    (kept / "refs" / "main").write_text("abc")
+    model = backend2.load_model("someone/small", dtype="float32")
+    assert model.generate(PROMPT, num_inference_steps=1).images[0].size == (128, 128)
 
 
 def test_defaults_are_the_pipelines_own(backend2: Backend, pipelines: dict[str, tuple[Any, Path]]) -> None:

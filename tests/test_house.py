@@ -73,7 +73,7 @@ ALLOWED = {
         "config",
         "errors",
     },
-    "run": {"client", "demo", "rpc.messages", "checkpoint_files", "config", "errors", "version"},
+    "run": {"client", "demo", "rpc.messages", "config", "errors", "version"},
     "__init__": {"client", "text_encoders.protocol", "rpc.conditioning", "config", "version"},
     "doctor": {"client", "command_line", "config", "distributed.device_memory", "rpc", "errors", "version"},
     "__main__": {

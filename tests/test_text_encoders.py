@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from small_pipelines import as_in_a_file, as_open_clip, sd3_pipeline, sdxl_pipeline, single_file
 from torch import Tensor
 
 from parallel_backend.checkpoint_files.hub import local_path
 from parallel_backend.errors import BackendError, CheckpointError, UnsupportedError
+from parallel_backend.text_encoders import tokenizers
 from parallel_backend.text_encoders.encoders import CheckpointEncoders, Family
 from parallel_backend.text_encoders.files import find, find_inside
 
@@ -181,6 +183,8 @@ def test_a_missing_tokenizer_names_the_ways_to_have_one(
     singles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    monkeypatch.setattr(tokenizers, "PACK", tmp_path / "custom_nodes" / "pack")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     for name in "xy":
         os.link(singles / f"{name}.safetensors", tmp_path / f"{name}.safetensors")
     files = [tmp_path / "x.safetensors", tmp_path / "y.safetensors"]
@@ -193,9 +197,15 @@ def test_a_missing_tokenizer_names_the_ways_to_have_one(
     check(made, encoders([singles / "x.safetensors", singles / "y.safetensors"]).encode(PROMPTS, CPU, torch.float32))
 
 
-def test_a_name_of_the_hub_is_looked_up_in_its_cache_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import constants
+def test_a_tokenizer_that_cannot_be_read_is_named(singles: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
+    files = [singles / "x.safetensors", singles / "y.safetensors"]
+    with pytest.raises(CheckpointError, match=f"The tokenizer in {tmp_path / 'tokenizer'} can't be read"):
+        encoders(files, tokenizers=[tmp_path]).encode(["a"], CPU, torch.float32)
 
+
+def test_a_name_of_the_hub_is_looked_up_in_its_cache_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     name = "stabilityai/stable-diffusion-3.5-medium"
     with pytest.raises(CheckpointError, match=f"nor a model {name} in the .* cache. .*hf download {name}"):

@@ -64,7 +64,7 @@ def import_transformers() -> Any:
     except ImportError as error:
         raise ConfigError(
             f"Text encoders need the package transformers, which could not be imported ({in_a_line(error)}).",
-            "Run: pip install 'parallel-mmdit[text]', or: pip install transformers sentencepiece",
+            "Run: pip install 'parallel-mmdit[text]', or: pip install transformers sentencepiece protobuf",
         ) from None
     return transformers
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint_files.hub import cached
-from ..errors import CheckpointError
+from ..errors import CheckpointError, in_a_line
 from .files import NAMES, EncoderFile, Kind
 from .loading import import_transformers
 
@@ -36,22 +36,26 @@ PACK = Path(__file__).absolute().parents[2]
 def tokenizer_of(encoder: EncoderFile, given: Sequence[Path]) -> Any:
     """transformers' tokenizer of that encoder, of the first folder that has one: of `given`, beside it, the hub's, ComfyUI's.
 
-    Raises: CheckpointError: none is found.
+    Raises: CheckpointError: none is found, or it can't be read.
     """
     folder = next((folder for folder in _candidates(encoder, given) if _is_for(folder, encoder.kind)), None)
     if folder is None:
-        names = " or ".join(_HUB[encoder.kind][:1])
         raise CheckpointError(
             f"{NAMES[encoder.kind]} of {encoder.path.name} has no tokenizer: none was given, none lies beside it.",
             "Give tokenizers=FOLDER, put a folder `tokenizer` beside it, set $COMFYUI_PATH to an installed ComfyUI, "
-            f"or download it once: hf download {names} --include '*.json' '*.txt' '*.model'",
+            f"or download it once: hf download {_HUB[encoder.kind][0]} --include '*.json' '*.txt' '*.model'",
         )
     transformers = import_transformers()
-    if encoder.kind == "t5":
-        return transformers.T5TokenizerFast.from_pretrained(folder, local_files_only=True)
+    cls = transformers.T5TokenizerFast if encoder.kind == "t5" else transformers.CLIPTokenizer
     own = encoder.kind != "clip_g" or folder.name == _FOLDERS["clip_g"][0]
     fills = {} if own else {"pad_token": _BIG_G_FILLS_WITH}
-    return transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True, **fills)
+    try:
+        return cls.from_pretrained(folder, local_files_only=True, **fills)
+    except Exception as error:  # noqa: BLE001 - the package tokenizers raises no other of a file that it can't read
+        raise CheckpointError(
+            f"The tokenizer in {folder} can't be read by transformers {transformers.__version__}: {in_a_line(error)}.",
+            "Download it again. For T5's, transformers may need two packages more: pip install sentencepiece protobuf",
+        ) from None
 
 
 def _candidates(encoder: EncoderFile, given: Sequence[Path]) -> Iterator[Path]:
