@@ -285,7 +285,9 @@ def _running(state: BackendState) -> str:
     job = state.job
     if job is None:
         return "idle"
-    reached = f", {job.what or 'step'} {job.done} of {job.total}" if job.total else ""
+    reached = f", step {job.done} of {job.total}" if job.total else ""
+    if job.what:
+        reached = f", {Progress(job.what, job.done, job.total, job.unit).text}"
     step = "" if job.step_seconds is None else f", {job.step_seconds:.3f} s a step"
     of = f" of {job.client}" if job.client else ""
     return f"runs {job.kind} {job.model}".rstrip() + f"{of} for {job.seconds:.0f} s{reached}{step}"

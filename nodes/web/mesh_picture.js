@@ -125,14 +125,16 @@ function framed(title, children, widest) {
     height: top + rows * (height + GAP) - GAP + PADDING,
   };
   const g = element("g", {});
-  const line = { x: 0.5, y: 0.5, width: own.width - 1, height: own.height - 1, rx: 4 };
-  g.append(element("rect", { ...line, fill: "none", stroke: COLOURS.line }));
+  const line = element("rect", { x: 0.5, y: 0.5, width: own.width - 1, height: own.height - 1, rx: 4 });
+  line.style.cssText = `fill: none; stroke: ${COLOURS.line}`;
+  g.append(line);
   if (title) g.append(text(title, PADDING, 11, COLOURS.faint));
   children.forEach((child, at) => {
+    child.line?.setAttribute("width", width - 1);
     const x = PADDING + (at % columns) * (width + GAP);
     g.append(placed(child, x, top + Math.floor(at / columns) * (height + GAP)));
   });
-  return { g, ...own };
+  return { g, line, ...own };
 }
 
 function placed({ g }, x, y) {
