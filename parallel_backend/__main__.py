@@ -21,7 +21,7 @@ from .config import DEFAULT_IDLE_SECONDS, BackendSpec, Hosts, ServeSpec, gpu_num
 from .demo.trained import add_choice, chosen
 from .errors import BackendError, ConfigError, StartError
 from .rpc import runtime_dir
-from .rpc.messages import Adjust, BackendState
+from .rpc.messages import Adjust, BackendState, Progress
 from .version import __version__
 from .workflow_files import command as workflow_command
 
