@@ -23,7 +23,7 @@ from .config import DEFAULT_IDLE_SECONDS, BackendSpec, Hosts, ServeSpec, gpu_num
 from .demo.trained import add_choice, chosen
 from .errors import BackendError, ConfigError, StartError
 from .rpc import runtime_dir
-from .rpc.messages import Adjust, BackendState
+from .rpc.messages import Adjust, BackendState, Progress
 from .run import command as run_command
 from .version import __version__
 from .workflow_files import command as workflow_command
@@ -297,7 +297,9 @@ def _running(state: BackendState) -> str:
     job = state.job
     if job is None:
         return "idle"
-    reached = f", {job.what or 'step'} {job.done} of {job.total}" if job.total else ""
+    reached = f", step {job.done} of {job.total}" if job.total else ""
+    if job.what:
+        reached = f", {Progress(job.what, job.done, job.total, job.unit).text}"
     step = "" if job.step_seconds is None else f", {job.step_seconds:.3f} s a step"
     of = f" of {job.client}" if job.client else ""
     return f"runs {job.kind} {job.model}".rstrip() + f"{of} for {job.seconds:.0f} s{reached}{step}"

@@ -64,9 +64,11 @@ def test_a_samplings_cost_outlives_other_jobs(backend2: Backend, model: RemoteMo
 def test_what_progress_tells_is_told_until_the_first_step() -> None:
     board = StateBoard("b", Welcome("g", 2, "cpu"))
     board.begin("LoadModel", "a.safetensors", "pid 1")
-    board.tell(Progress("Loading a.safetensors", 3, 8))
+    board.tell(Progress("loading a.safetensors", 3 * 2**30, 8 * 2**30, "bytes"))
     job = board.snapshot(0).job
-    assert job is not None and (job.what, job.done, job.total) == ("Loading a.safetensors", 3, 8)
+    assert job is not None
+    assert (job.what, job.done, job.total, job.unit) == ("loading a.safetensors", 3 * 2**30, 8 * 2**30, "bytes")
+    assert "loading a.safetensors: 3.0 of 8.0 GiB a rank" in describe(board.snapshot(0))
     board.tell(StepDone(0, 5))
     job = board.snapshot(0).job
     assert job is not None and (job.what, job.done, job.total, job.step_seconds) == ("", 1, 5, None)

@@ -433,7 +433,7 @@ class JobState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     what: str = ""
     done: int = 0
     total: int = 0
-    unit: str = ""
+    unit: Unit = ""
     seconds: float = 0.0
     step_seconds: float | None = None
 

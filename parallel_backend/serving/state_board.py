@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from ..rpc.messages import BackendState, JobCost, JobState, Progress, Reply, Result, StepDone, Welcome
+from ..rpc.messages import BackendState, JobCost, JobState, Progress, Reply, Result, StepDone, Unit, Welcome
 from ..version import __version__
 
 
@@ -20,6 +20,7 @@ class _Reached:
     what: str = ""
     done: int = 0
     total: int = 0
+    unit: Unit = ""
     steps: int = 0
     first: float = 0.0
     last: float = 0.0
@@ -42,8 +43,15 @@ class StateBoard:
         now, latest, reached = time.monotonic(), self._latest, self._reached
         job, quiet = latest.job, 0.0 if latest.running else now - self._rested
         if job is not None:
-            told = {"what": reached.what, "done": reached.done, "total": reached.total}
-            job = msgspec.structs.replace(job, seconds=now - self._begun, step_seconds=reached.step_seconds, **told)
+            job = msgspec.structs.replace(
+                job,
+                what=reached.what,
+                done=reached.done,
+                total=reached.total,
+                unit=reached.unit,
+                seconds=now - self._begun,
+                step_seconds=reached.step_seconds,
+            )
         return msgspec.structs.replace(latest, uptime=now - self._started, queued=queued, quiet=quiet, job=job)
 
     def note(self, **changes: object) -> None:
@@ -60,9 +68,9 @@ class StateBoard:
         now, before = time.monotonic(), self._reached
         if isinstance(reply, StepDone):
             first = before.first if before.steps else now
-            self._reached = _Reached("", reply.index + 1, reply.total, before.steps + 1, first, now)
+            self._reached = _Reached("", reply.index + 1, reply.total, "", before.steps + 1, first, now)
         elif isinstance(reply, Progress):
-            self._reached = replace(before, what=reply.what, done=reply.done, total=reply.total)
+            self._reached = replace(before, what=reply.what, done=reply.done, total=reply.total, unit=reply.unit)
 
     def end(self, reply: Reply, **changes: object) -> None:
         """No job runs. Of a sampling that has ended well, what it cost is kept."""
