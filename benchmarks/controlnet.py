@@ -98,7 +98,7 @@ def main() -> None:
         config = small_unet_config((160, 320, 640), (0, 1, 2))
         unet = write_unet(Path(folder) / "unet.safetensors", config)
         control = write_unet_control(Path(folder) / "control.safetensors", control_config(config), "single file")
-        alone, backend = Alone(unet, control, args.side // 8), Backend.attach_or_start(2, "cpu", "benchmark")
+        alone, backend = Alone(unet, control, args.side // 8), Backend(2, "cpu", "benchmark")
         cases = {
             "one thread": timed(lambda: alone.evaluated(False), 1),
             "one thread, ControlNet": timed(lambda: alone.evaluated(True), 1),

@@ -42,7 +42,7 @@ def main() -> None:
         blocks = sum(count for name, count in size.items() if name.startswith("joint_blocks."))
         others = sum(count for name, count in size.items() if not name.startswith(("joint_blocks.", "pos_embed")))
         print(f"{machine()}\nfile: {sum(size.values()) / 2**20:.1f} MiB, of which blocks {blocks / 2**20:.1f} MiB\n")
-        backend = Backend.attach_or_start(2, "cpu", "benchmark")
+        backend = Backend(2, "cpu", "benchmark")
         try:
             print("| mesh | MiB read by each rank | share of the blocks' bytes | second load |\n|---|---|---|---|")
             for mesh in (MeshSpec(cfg=2), MeshSpec(tp=2)):

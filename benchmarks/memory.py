@@ -63,7 +63,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = SUBJECTS[args.subject](Path(folder))
         for count in args.ranks:
-            backend = Backend.attach_or_start(count, "cpu", f"benchmark{count}")
+            backend = Backend(count, "cpu", f"benchmark{count}")
             try:
                 work(backend, 64 * count)
                 pids = [rank.pid for rank in backend.status().ranks]

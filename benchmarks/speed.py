@@ -144,7 +144,7 @@ def main() -> None:
         subject = SUBJECTS[args.subject](Path(folder))
         if args.steps < max(2 + (case.warmup or 0) for case in subject.cases.values()):
             parser.error(f"--steps {args.steps} leaves no step after the warm-up to be timed; give 3 or more")
-        backend = Backend.attach_or_start(2, "cpu", "benchmark")
+        backend = Backend(2, "cpu", "benchmark")
         try:
             cases = {
                 "one process, 1 thread": alone(subject, side, args.steps, 1),

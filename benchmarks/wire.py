@@ -72,7 +72,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         config = small_config("sd3-medium", depth=1, heads=1, pos_embed_size=64)
-        backend = Backend.attach_or_start(2, "cpu", "benchmark")
+        backend = Backend(2, "cpu", "benchmark")
         try:
             path = write_mmdit(Path(folder) / "mmdit.safetensors", config)
             model = backend.load_model(path, MeshSpec(cfg=2), "float32")

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
@@ -17,7 +17,7 @@ from ..parallel_backend.client.ending import end
 from ..parallel_backend.client.launcher import Waiting
 from ..parallel_backend.client.restart import restart
 from ..parallel_backend.config import BackendSpec
-from ..parallel_backend.doctor import examine
+from ..parallel_backend.doctor import as_text, examine
 from ..parallel_backend.errors import BackendError, InputError, StartError
 from ..parallel_backend.rpc import runtime_dir as files
 from .backend_states import known_names, states
@@ -118,8 +118,8 @@ class BackendRoutes:
 
     async def _doctor(self, _: web.Request) -> web.Response:
         async with self._examining:  # each starts ranks
-            findings = await asyncio.to_thread(examine)
-        return web.json_response({"findings": [asdict(finding) for finding in findings]})
+            page = as_text(await asyncio.to_thread(examine))
+        return web.json_response({"page": page})
 
 
 async def _json(http: web.Request) -> Any:
@@ -153,7 +153,7 @@ def start(name: str, waiting: Waiting) -> None:
     """Not by the mesh's own `backend`, which hears the interrupts that are meant for a prompt."""
     spec = default_mesh().spec
     limits = {"idle_seconds": spec.idle_seconds, "memory_budget": spec.memory_budget}
-    Backend.attach_or_start(spec.world_size, spec.device, name, devices=spec.devices, waiting=waiting, **limits).close()
+    Backend(spec.world_size, spec.device, name, devices=spec.devices, waiting=waiting, **limits).close()
 
 
 def restarted(name: str, waiting: Waiting) -> None:

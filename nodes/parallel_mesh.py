@@ -136,7 +136,7 @@ class ParallelMesh:
                 mm.throw_exception_if_processing_interrupted()
                 say(f"starting backend {self.spec.name!r}: {self.spec.world_size} ranks: {what}, {seconds:.0f} s")
 
-            self._backend = Backend.attach_or_start(
+            self._backend = Backend(
                 self.spec.world_size,
                 self.spec.device,
                 self.spec.name,

@@ -36,7 +36,7 @@ class Compared:
 
 
 def run_compiled() -> dict[str, Compared]:
-    backend = Backend.attach_or_start(2, "cpu", "compiled")
+    backend = Backend(2, "cpu", "compiled")
     try:
         with tempfile.TemporaryDirectory(prefix="pmc-") as folder:
             # A block with a second attention, and the last one.

@@ -217,7 +217,7 @@ def sharing(pytestconfig: pytest.Config) -> Sharing:
 
 
 def _backend(world_size: int) -> Backend:
-    return Backend.attach_or_start(world_size, "cpu", f"test{world_size}", memory_budget=MODELS_BYTES // world_size)
+    return Backend(world_size, "cpu", f"test{world_size}", memory_budget=MODELS_BYTES // world_size)
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,7 @@ from parallel_backend.small_checkpoints.mmdit import small_config, write_mmdit
 def test_the_least_recently_used_model_leaves_when_the_budget_is_passed(runtime_folder: Path, tmp_path: Path) -> None:
     paths = [write_mmdit(tmp_path / f"{i}.safetensors", small_config("sd3.5-large", 2), seed=i) for i in range(3)]
     one = 8 * 2**20
-    backend = Backend.attach_or_start(1, "cpu", "budget", memory_budget=2 * one + 2**20)
+    backend = Backend(1, "cpu", "budget", memory_budget=2 * one + 2**20)
     try:
         mesh = MeshSpec()
         assert backend.load_model(paths[0], mesh, "float32").loaded.resident_bytes[0] < one
@@ -210,7 +210,7 @@ def test_a_request_whose_line_was_cut_ends_as_if_nothing_was_or_is_said_to_be_lo
 
 
 def test_who_waits_when_a_backend_is_stopped_is_told(large: Path) -> None:
-    backend, told = Backend.attach_or_start(1, "cpu", "leaving"), []
+    backend, told = Backend(1, "cpu", "leaving"), []
     first = backend.load_model(large, MeshSpec(), "float32")
     second = Backend.attach("leaving").load_model(large, MeshSpec(), "float32")
 

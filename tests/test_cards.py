@@ -263,7 +263,7 @@ def test_where_ranks_cant_run_it_is_said_and_the_pack_can_be_imported(monkeypatc
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr(files.platform, "system", lambda: "Windows")
     with pytest.raises(StartError, match="Ranks run on Linux; this is Windows"):
-        Backend.attach_or_start(2, "cpu", "windows")
+        Backend(2, "cpu", "windows")
     assert files.running_names() == [] and files.machine().startswith("win32/")
     monkeypatch.undo()
     unix = {"fcntl", "grp", "pwd", "resource", "termios"}

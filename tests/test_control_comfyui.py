@@ -68,7 +68,7 @@ def test_other_numbers_of_ranks_give_the_same(
     if world == 4:
         found = run(comfy, request.getfixturevalue("backend4"), control_files)
     else:
-        backend = Backend.attach_or_start(world, "cpu", f"control{world}", idle_seconds=300)
+        backend = Backend(world, "cpu", f"control{world}", idle_seconds=300)
         found = run(comfy, backend, control_files)
         backend.stop()
     assert len(found) > 10 and not wrong(found) and not without_effect(found), wrong(found)

@@ -219,7 +219,7 @@ def test_controlnets_without_room_are_named_once_and_their_model_stays(
         (0.5, r"control-tiny\.safetensors and unet-tiny\.safetensors need"),
     ):
         budget = sizes[0] + round(share * sizes[1])
-        backend = Backend.attach_or_start(1, "cpu", "narrow", memory_budget=budget, idle_seconds=300)
+        backend = Backend(1, "cpu", "narrow", memory_budget=budget, idle_seconds=300)
         try:
             model = backend.load_model(unet_file, MeshSpec(), "float32")
             with pytest.raises(ConfigError, match=named):

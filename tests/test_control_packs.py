@@ -126,7 +126,7 @@ def test_advanced_controlnets_on_one_rank(
 ) -> None:
     if ADVANCED in missing:
         pytest.skip(missing[ADVANCED])
-    backend = Backend.attach_or_start(1, "cpu", "packs1", idle_seconds=300)
+    backend = Backend(1, "cpu", "packs1", idle_seconds=300)
     found = run(comfy, backend, control_files, ADVANCED)
     backend.stop()
     assert len(found) >= 8 and not wrong(found) and not without_effect(found), wrong(found)

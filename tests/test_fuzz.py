@@ -121,7 +121,7 @@ def damaged(frames: list[bytes], rng: random.Random) -> list[bytes]:
 
 @pytest.fixture(scope="module")
 def target(runtime_folder: Path) -> Iterator[Backend]:
-    backend = Backend.attach_or_start(2, "cpu", "fuzz")
+    backend = Backend(2, "cpu", "fuzz")
     yield backend
     backend.stop()
 

@@ -50,7 +50,7 @@ if "RANK" in os.environ:
 
 
 def by_start() -> None:
-    Backend.attach_or_start(2, "cpu", "unheard")
+    Backend(2, "cpu", "unheard")
 
 
 def by_doctor() -> None:

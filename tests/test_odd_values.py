@@ -20,7 +20,7 @@ Outcomes = dict[str, dict[str, dict[str, dict[str, Any]]]]
 
 @pytest.fixture(scope="module")
 def backend1(runtime_folder: Path) -> Iterator[Backend]:
-    backend = Backend.attach_or_start(1, "cpu", "test1")
+    backend = Backend(1, "cpu", "test1")
     yield backend
     backend.stop()
 

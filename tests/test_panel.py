@@ -20,6 +20,8 @@ from ui_workflow import WORKFLOWS
 
 from parallel_backend import Backend
 from parallel_backend.client.ending import end
+from parallel_backend.doctor import as_text
+from parallel_backend.doctor.finding import Finding
 from parallel_backend.rpc import runtime_dir as files
 from parallel_backend.small_checkpoints.mmdit import small_config, write_mmdit
 
@@ -373,12 +375,9 @@ def test_focus_scroll_and_elements_outlive_an_update(many: Callable[..., Panel])
 
 def test_the_doctors_page_is_copied_or_shown(server: ComfyServer, open_editor: OpenEditor) -> None:
     panel = Panel(open_editor("classic"))
-    found = [
-        {"verdict": "ok", "what": "torch", "remedy": ""},
-        {"verdict": "wrong", "what": "no gloo", "remedy": "Install it."},
-    ]
-    panel.page.route("**/parallel_mmdit/doctor", lambda route: route.fulfill(json={"findings": found}))
-    page = "ok     torch\nwrong  no gloo\n       -> Install it.\n1 wrong"
+    found = [Finding("wrong", "no gloo", "Install it."), Finding("ok", "torch")]
+    page = as_text(found)
+    panel.page.route("**/parallel_mmdit/doctor", lambda route: route.fulfill(json={"page": page}))
     panel.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     panel.press("Copy doctor's page")
     expect(panel.root.locator(".pm-doctor")).to_contain_text("Copied: 1 wrong.")
@@ -490,7 +489,7 @@ def test_what_is_no_request_is_refused_by_name(server: ComfyServer) -> None:
 
 
 def test_a_backend_that_hangs_is_told_and_keeps_nobody_waiting(server: ComfyServer, runtime_folder: Path) -> None:
-    backend = Backend.attach_or_start(1, "cpu", "hangs")
+    backend = Backend(1, "cpu", "hangs")
     os.kill(backend.record.pid, signal.SIGSTOP)
     begun = time.monotonic()
     told = {entry["name"]: entry for entry in server.get(STATUS)["backends"]}

@@ -48,7 +48,7 @@ def test_the_second_load_reads_nothing_and_gives_the_same(backend2: Backend, lar
 
 
 def test_another_client_finds_backend_and_model(backend2: Backend, large: Path, expected: Tensor) -> None:
-    other = Backend.attach_or_start(2, "cpu", "test2")
+    other = Backend(2, "cpu", "test2")
     assert other.generation == backend2.generation
     backend2.load_model(large, MeshSpec(cfg=2), "float32")
     model = other.load_model(large, MeshSpec(cfg=2), "float32")
@@ -82,7 +82,7 @@ def alone(runtime_folder: Path) -> Iterator[str]:
 
 
 def test_two_starts_at_once_make_one_backend_which_outlives_both(alone: str) -> None:
-    code = f"from parallel_backend import Backend; print(Backend.attach_or_start(1, 'cpu', '{alone}').generation)"
+    code = f"from parallel_backend import Backend; print(Backend(1, 'cpu', '{alone}').generation)"
     both = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)
     ]
@@ -93,7 +93,7 @@ def test_two_starts_at_once_make_one_backend_which_outlives_both(alone: str) -> 
 
 
 def test_a_stopped_backend_is_started_again_by_the_next_request(large: Path, alone: str) -> None:
-    backend = Backend.attach_or_start(1, "cpu", alone)
+    backend = Backend(1, "cpu", alone)
     model = backend.load_model(large, MeshSpec(), "float32")
     before = sample(model)
     Backend.attach(alone).stop()
@@ -105,7 +105,7 @@ def test_a_stopped_backend_is_started_again_by_the_next_request(large: Path, alo
 
 
 def test_an_idle_backend_lets_its_models_go_and_then_ends_by_itself(runtime_folder: Path, large: Path) -> None:
-    backend = Backend.attach_or_start(1, "cpu", "idle", idle_seconds=0.5)
+    backend = Backend(1, "cpu", "idle", idle_seconds=0.5)
     model = backend.load_model(large, MeshSpec(), "float32")
     wait_until(lambda: not backend.status().models, 10)
     assert backend.status().cached_bytes == 0 and files.read_record("idle") is not None
@@ -125,7 +125,7 @@ def test_a_start_that_fails_says_why_and_leaves_no_process(
 ) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuchlink0")
     with pytest.raises(StartError, match=r"(?s)backend\.log.*Its log ends:\n.*nosuchlink0") as caught:
-        Backend.attach_or_start(1, "cpu", "nolink")
+        Backend(1, "cpu", "nolink")
     assert re.match(r"Backend 'nolink' ended while it started: [\w.]*Error: .*nosuchlink0", caught.value.message)
     assert "\n" not in caught.value.brief and "Its log says more" in caught.value.remedy
     marks = subprocess.run(["pgrep", "-f", "name nolink"], capture_output=True, text=True, check=False).stdout.split()
@@ -135,7 +135,7 @@ def test_a_start_that_fails_says_why_and_leaves_no_process(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has GPUs")
 def test_gpus_that_are_not_there_are_named(runtime_folder: Path) -> None:
     with pytest.raises(ConfigError, match="GPUs 0, 1 were asked for; torch sees 0 here"):
-        Backend.attach_or_start(2, "cuda", "nogpu")
+        Backend(2, "cuda", "nogpu")
 
 
 def test_folder_and_socket_belong_to_their_user_alone(backend2: Backend) -> None:
@@ -264,7 +264,7 @@ def test_a_backend_of_another_version_is_refused_with_the_remedy(backend2: Backe
     record = msgspec.structs.replace(backend2.record, version="0.0.1")
     files.write_record("old", record)
     with pytest.raises(BackendInUseError, match=r"has version 0.0.1, this is .*can't be asked.*stop --name old"):
-        Backend.attach_or_start(2, "cpu", "old")
+        Backend(2, "cpu", "old")
     (files.runtime_dir("old") / "backend.json").unlink()
 
 
@@ -277,7 +277,7 @@ def test_ranks_that_fall_in_a_row_are_started_at_growing_intervals() -> None:
 def lonely(large: Path, alone: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[RemoteModel]:
     """A model on one rank, whose client gives a silent one up soon."""
     monkeypatch.setattr(connection, "SILENT_SECONDS", 4.0)
-    backend = Backend.attach_or_start(1, "cpu", alone)
+    backend = Backend(1, "cpu", alone)
     yield backend.load_model(large, MeshSpec(), "float32")
     backend.close()
 
@@ -304,15 +304,15 @@ def test_who_has_cancelled_is_told_that_where_the_ranks_never_answer(lonely: Rem
 
 
 def test_ranks_that_are_being_started_anew_are_waited_for_not_doubled(alone: str) -> None:
-    backend = Backend.attach_or_start(1, "cpu", alone)
+    backend = Backend(1, "cpu", alone)
     os.kill(backend.record.pid, signal.SIGKILL)
     wait_until(lambda: files.restarting(alone))
-    other = Backend.attach_or_start(1, "cpu", alone)
+    other = Backend(1, "cpu", alone)
     assert other.record.agent_pid == backend.record.agent_pid and other.generation != backend.generation
     # What is of another version doesn't understand a Stop, and is ended all the same.
     files.write_record(alone, msgspec.structs.replace(other.record, version="0.0.1"))
     with pytest.raises(BackendInUseError, match=rf"has version 0\.0\.1.*stop --name {alone}"):
-        Backend.attach_or_start(1, "cpu", alone)
+        Backend(1, "cpu", alone)
     assert f"backend '{alone}' runs version 0.0.1" in doctor()
     assert main(["stop", "--name", alone]) == 0
     assert not files.is_alive(other.record.agent_pid) and not files.is_alive(other.record.pid)
@@ -375,7 +375,7 @@ def test_an_abort_at_a_ranks_exit_does_not_start_a_stopped_backend_anew(
     hook = "import atexit, os\nif 'RANK' in os.environ:\n    atexit.register(os.abort)\n"
     (tmp_path / "sitecustomize.py").write_text(hook)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH", "")])))
-    backend = Backend.attach_or_start(2, "cpu", "aborts")
+    backend = Backend(2, "cpu", "aborts")
     backend.stop()
     said = (files.runtime_dir("aborts") / "backend.log").read_text()
     assert said.count("ready: 2 ranks") == 1 and "stopped" in said and "failed (exitcode" not in said
@@ -397,7 +397,7 @@ def test_a_package_of_another_version_is_named_with_its_pin_before_torchrun(
         "(pinned by custom_nodes/old-pack: diffusers<0.32, pinning-pack 1.0: Diffusers==0.31.0)"
     )
     with pytest.raises(StartError) as caught:
-        Backend.attach_or_start(1, "cpu", "pinned")
+        Backend(1, "cpu", "pinned")
     assert caught.value.message == f"{said}." and "pip install 'diffusers>=0.36,<0.43'" in caught.value.remedy
     assert not (files.runtime_dir("pinned") / "backend.log").exists()
     wrong = [finding.what for finding in versions() if finding.verdict == "wrong"]

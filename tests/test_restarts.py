@@ -49,7 +49,7 @@ def another_process(ranks: int, then: str = "") -> Iterator[subprocess.Popen[str
     code = f"""
 import sys
 from parallel_backend import Backend, MeshSpec
-backend = Backend.attach_or_start({ranks}, "cpu", "{NAME}")
+backend = Backend({ranks}, "cpu", "{NAME}")
 {then}
 print("connected", flush=True)
 sys.stdin.read()
@@ -68,7 +68,7 @@ sys.stdin.read()
 
 def asked(ranks: int, **settings: object) -> tuple[Backend, str]:
     """A backend of so many ranks, and what it has to tell."""
-    backend = Backend.attach_or_start(ranks, "cpu", NAME, **settings)  # type: ignore[arg-type]
+    backend = Backend(ranks, "cpu", NAME, **settings)  # type: ignore[arg-type]
     return backend, backend.taken_notes()
 
 
@@ -139,7 +139,7 @@ from parallel_backend import Backend
 from parallel_backend.errors import BackendInUseError, BackendLostError
 import sys, time
 try:
-    backend = Backend.attach_or_start(int(sys.argv[1]), "cpu", "{NAME}")
+    backend = Backend(int(sys.argv[1]), "cpu", "{NAME}")
     print(len(backend.status().ranks))
     time.sleep(3)
 except BackendInUseError as error:
@@ -256,7 +256,7 @@ def test_a_backend_that_does_not_answer_counts_as_in_use(again: str) -> None:
 def test_what_runs_does_not_end_for_what_cannot_be_started(again: str) -> None:
     backend, _ = asked(1)
     with pytest.raises(ConfigError, match="GPUs 0, 1 were asked for; torch sees 0 here"):
-        Backend.attach_or_start(2, "cuda", again)
+        Backend(2, "cuda", again)
     with pytest.raises(ConfigError, match="torch sees 0 here"):
         restart(again, BackendSpec(again, 2, "cuda"))
     assert backend.status().generation == backend.generation

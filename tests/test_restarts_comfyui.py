@@ -82,7 +82,7 @@ def test_models_that_comfyui_has_kept_get_their_ranks_again(server: ComfyServer,
 
 def test_a_backend_that_somebody_else_works_with_is_named_on_the_node(server: ComfyServer, turns: str) -> None:
     prompt, _ = workflow(2, seed=101)
-    code = f"from parallel_backend import Backend\nbackend = Backend.attach_or_start(2, 'cpu', '{NAME}')\nprint('there', flush=True)\ninput()"
+    code = f"from parallel_backend import Backend\nbackend = Backend(2, 'cpu', '{NAME}')\nprint('there', flush=True)\ninput()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
     with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:  # type: ignore[call-overload]
         assert other.stdout.readline() == "there\n"

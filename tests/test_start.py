@@ -109,7 +109,7 @@ from parallel_backend import Backend
 try:
     socket.getaddrinfo(socket.gethostname(), None)
 except OSError:
-    backend = Backend.attach_or_start(2, "cpu", "nameless")
+    backend = Backend(2, "cpu", "nameless")
     print(json.dumps([rank.host for rank in backend.status().ranks]))
     backend.stop()
 """

@@ -4,7 +4,7 @@ import { api } from "/scripts/api.js";
 import { BackendCard } from "./panel_card.js";
 import { ErrorBox, button, keepList, made, tell } from "./panel_elements.js";
 import { Polling, askBackend, askDoctor, getStatus } from "./panel_server.js";
-import { count, doctorsPage } from "./panel_words.js";
+import { count } from "./panel_words.js";
 
 const TAB = "parallel-mmdit-backends";
 const TITLE = "Parallel MMDiT";
@@ -97,7 +97,7 @@ class BackendPanel {
     this.doctorBox.setAttribute("aria-busy", "true");
     tell(this.doctorSays, "It looks, and starts ranks for a moment to prove their links …");
     try {
-      const page = doctorsPage((await askDoctor()).findings);
+      const page = (await askDoctor()).page;
       this.doctorPage.value = page;
       await this.copy(page);
     } catch (error) {
@@ -109,7 +109,7 @@ class BackendPanel {
 
   /** Into the clipboard; where that can't be had, the page is shown to be copied by hand. */
   async copy(page) {
-    const sum = page.split("\n").at(-1);
+    const [sum] = page.split(/[;\n]/, 1);
     try {
       await navigator.clipboard.writeText(page);
       this.doctorPage.hidden = true;

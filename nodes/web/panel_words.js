@@ -155,10 +155,3 @@ export function refusalLine(differences) {
   const told = (differences ?? []).map(({ there, asked }) => `it has ${there}, ${asked}`);
   return told.length ? `A node was refused, because this backend is in use: ${told.join("; ")}.` : "";
 }
-
-/** The doctor's page as `parallel-mmdit doctor` prints it. */
-export function doctorsPage(findings) {
-  const lines = findings.map(({ verdict, what, remedy }) => `${verdict.padEnd(6)} ${what}${remedy ? `\n       -> ${remedy}` : ""}`);
-  const wrong = findings.filter(({ verdict }) => verdict === "wrong").length;
-  return [...lines, wrong ? `${wrong} wrong` : "nothing is wrong"].join("\n");
-}

@@ -115,7 +115,7 @@ def run_communication(ranks: Sequence[int], size: int, depth: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = write_mmdit(Path(folder) / "mmdit.safetensors", config)
         for world_size in ranks:
-            backend = Backend.attach_or_start(world_size, "cpu", f"communication{world_size}")
+            backend = Backend(world_size, "cpu", f"communication{world_size}")
             try:
                 held += [_row(backend, path, sizes, method, size) for method in METHODS]
             finally:

@@ -313,7 +313,7 @@ def _environment(**variables: str) -> Iterator[None]:
 
 def _rows(faults: Sequence[Fault], models: Path, disk: Path, report: Callable[[Row], None]) -> Iterator[Row]:
     checkpoint = write_mmdit(models / "model.safetensors", small_config("sd3.5-large"))
-    backend = Backend.attach_or_start(2, "cpu", "faults")
+    backend = Backend(2, "cpu", "faults")
     try:
         stage = Stage(backend, backend.load_model(checkpoint, MeshSpec(cfg=2), "float32"), checkpoint)
         for fault in faults:

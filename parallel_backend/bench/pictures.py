@@ -35,7 +35,7 @@ def run_pictures(
     print(f"{trained.spec.steps} steps of {trained.spec.sampler}, {count} held-out captions, {size} x {size} pixels\n")
     print("| mesh | warm-up steps | PSNR against exact, mean (least), dB | captions shown |\n|---|---|---|---|")
     for world_size in ranks:
-        backend = Backend.attach_or_start(world_size, "cpu", f"pictures{world_size}")
+        backend = Backend(world_size, "cpu", f"pictures{world_size}")
         try:
             stages, rings, bands = MeshSpec(pp=world_size), MeshSpec(ring=world_size), MeshSpec(patch=world_size)
             for mesh in (bands,) if trained.is_unet else (stages, rings):

@@ -91,7 +91,7 @@ def run_check(size: int, rounds: int, patience: float = 0.0) -> bool:
     until = time.monotonic() + patience
     link = _in_quiet(until, (), lambda: measured("cpu"))[0]
     found: list[Compared] = []
-    backend = Backend.attach_or_start(CORES, "cpu", "predict-check")
+    backend = Backend(CORES, "cpu", "predict-check")
     try:
         for layout, cases in methods(size).items():
             with small_model(layout, None, size) as path, on_cores(path, CORES) as play:

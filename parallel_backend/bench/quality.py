@@ -66,7 +66,7 @@ def run_quality(subject: Subject, ranks: Sequence[int], warmups: Sequence[int], 
     print("| ranks | warm-up steps | output of the first displaced step | bands alone | ratio | latent at the end |")
     print("|---|---|---|---|---|---|")
     for world_size in ranks:
-        backend = Backend.attach_or_start(world_size, "cpu", f"quality{world_size}")
+        backend = Backend(world_size, "cpu", f"quality{world_size}")
         try:
             print_table(backend, subject, warmups, steps, size)
         finally:

@@ -175,7 +175,7 @@ def run_soak(minutes: float, clients: int = 3, warm_up_seconds: float = 10.0) ->
     """Runs and counts. Nothing is asserted here: `Report` has what came of it."""
     report, name = Report(), f"soak{os.getpid()}"
     with tempfile.TemporaryDirectory(prefix="pms-") as folder:
-        backend = Backend.attach_or_start(2, "cpu", name, memory_budget=96 * 2**20)
+        backend = Backend(2, "cpu", name, memory_budget=96 * 2**20)
         try:
             soak = Soak(Path(folder), backend, report)
             soak.refer(backend)

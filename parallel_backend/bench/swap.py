@@ -44,7 +44,7 @@ def run_swap(model: Path | None, tps: Sequence[int], rank: int, rounds: int, dep
 
 
 def _changes(path: Path, tp: int, patches: Sequence[LowRank], rounds: int) -> dict[str, list[Swap]]:
-    backend = Backend.attach_or_start(tp, "cpu", f"swap-{tp}")
+    backend = Backend(tp, "cpu", f"swap-{tp}")
     try:
         model = backend.load_model(path, MeshSpec(tp=tp), "float32")
         found: dict[str, list[Swap]] = {"on": [], "changed": [], "off": []}

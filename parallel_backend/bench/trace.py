@@ -34,7 +34,7 @@ def run_trace(mesh: MeshSpec, settings: dict[str, Any], size: int, depth: int, p
     """
     output.mkdir(parents=True, exist_ok=True)
     prompts = Conditioning(*random_prompt(1, 80)), Conditioning(*random_prompt(2, 80))
-    backend = Backend.attach_or_start(mesh.world_size, "cpu", f"trace{mesh.world_size}")
+    backend = Backend(mesh.world_size, "cpu", f"trace{mesh.world_size}")
     try:
         with tempfile.TemporaryDirectory() as folder:
             config = small_config("sd3.5-medium", depth=depth, heads=8, pos_embed_size=max(64, size // 16))

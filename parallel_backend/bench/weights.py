@@ -33,7 +33,7 @@ def run_weights(trained: Trained, count: int, size: int) -> None:
     """Prints a table, computed in float32 on two ranks."""
     print(f"{trained.spec.steps} steps of {trained.spec.sampler}, {count} held-out captions, {size} x {size} pixels\n")
     print("| weights | MiB held a rank | PSNR, mean (least), dB | captions shown |\n|---|---|---|---|")
-    backend = Backend.attach_or_start(MESH.world_size, "cpu", "weights")
+    backend = Backend(MESH.world_size, "cpu", "weights")
     try:
         rows(trained, backend, held_out_scenes(count), size)
     finally:

@@ -66,8 +66,8 @@ class Backend(Connection):
         """The backend of that name, ready: the one that runs, or one started now.
 
         Without `world_size` and `device`: all GPUs of the best one's kind, or two CPU ranks where there is none. The default
-        name is one for each set of GPUs that a process sees.
-        A running backend takes over the idle time and the memory budget (bytes on a rank, 0 for none) that are given.
+        name is one for each set of GPUs that a process sees. A running backend takes over the idle time and the memory budget
+        (bytes on a rank, 0 for none) that are given.
 
         Raises:
             BackendInUseError: one of that name runs with other ranks, and somebody works with it; else it is restarted.
@@ -81,11 +81,6 @@ class Backend(Connection):
         spec = BackendSpec(name, ranks.count, ranks.device, ranks.devices, idle, budget)
         place = ThisMachine(spec, settings)
         super().__init__(spec, place, place.first(waiting))
-
-    @classmethod
-    def attach_or_start(cls, *args: Any, **settings: Any) -> Backend:
-        """`Backend(...)` under the name of what it does."""
-        return cls(*args, **settings)
 
     @classmethod
     def _found(cls, spec: BackendSpec, place: Place, record: files.BackendRecord) -> Backend:

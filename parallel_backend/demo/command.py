@@ -39,7 +39,7 @@ def run_demo(trained: Trained, output: str, *, prompts: Sequence[str], size: int
     checkpoint, autoencoder, control = trained.path, trained.vae, trained.control_path
     print("1. A backend of two CPU ranks ...")
     with progress("   starting") as bar:
-        backend = Backend.attach_or_start(2, "cpu", BACKEND, waiting=lambda seconds, what: bar.refresh())
+        backend = Backend(2, "cpu", BACKEND, waiting=lambda seconds, what: bar.refresh())
     try:
         model = backend.load_model(checkpoint, trained.mesh, "float32")
         vae = backend.load_vae(autoencoder, "float32")

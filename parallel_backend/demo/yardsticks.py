@@ -35,7 +35,7 @@ def run_score(trained: Trained, *, count: int, size: int) -> None:
     """
     scenes = held_out_scenes(count)
     truths = pictures_of(scenes, size)
-    backend = Backend.attach_or_start(2, "cpu", BACKEND)
+    backend = Backend(2, "cpu", BACKEND)
     try:
         vae = backend.load_vae(trained.vae, "float32")
         restored = [_restored(vae, truth) for truth in each(truths, "reconstructing")]

@@ -52,7 +52,7 @@ def run(report: Report, options: Options) -> None:
     )
     on_gpu = options.device == "cuda"
     try:
-        backend = Backend.attach_or_start(2, options.device, "faults", devices=(0, 0) if on_gpu else ())
+        backend = Backend(2, options.device, "faults", devices=(0, 0) if on_gpu else ())
     except BackendError as error:
         report.row("none was tried", None, None, None, _cell(f"no such backend starts here: {error}"))
         return
