@@ -15,8 +15,8 @@ import torch
 from ..parallel_backend import Backend, RemoteModel, RemoteVAE
 from ..parallel_backend.client.connection import Connection
 from ..parallel_backend.errors import BackendError, CancelledError, OutOfMemoryError
-from ..parallel_backend.rpc.messages import RankState
 from ..parallel_backend.rpc.runtime_dir import machine
+from ..parallel_backend.rpc.state import RankState
 from .node_text import say
 from .parallel_mesh import ParallelMesh
 

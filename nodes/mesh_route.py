@@ -14,7 +14,6 @@ from ..parallel_backend.rpc.messages import ModelKind
 from .mesh_config import mesh_of
 from .mesh_inputs import mesh_inputs
 from .own_origin import own_origin
-from .own_origin import own_origin
 from .parallel_mesh import ParallelMesh
 
 MESH = "/parallel_mmdit/mesh"
@@ -22,7 +21,6 @@ MESH = "/parallel_mmdit/mesh"
 
 def add_mesh_route(routes: web.RouteTableDef) -> None:
     @routes.post(MESH)
-    @own_origin
     @own_origin
     async def mesh(request: web.Request) -> web.Response:
         try:

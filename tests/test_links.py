@@ -33,7 +33,8 @@ from parallel_backend.rank.pulse import COMPILING_SECONDS, STILL_SECONDS, Pulse
 from parallel_backend.rank.watch import CANCEL_SECONDS, Beat, Watch
 from parallel_backend.rpc import runtime_dir as files
 from parallel_backend.rpc.headers import RequestHeader
-from parallel_backend.rpc.messages import Forward, Loaded, LoadModel, RankState
+from parallel_backend.rpc.messages import Forward, Loaded, LoadModel
+from parallel_backend.rpc.state import RankState
 from parallel_backend.rpc.wire import tensor_meta
 from parallel_backend.small_checkpoints.prompts import random_prompt
 

@@ -22,7 +22,8 @@ from parallel_backend.models.prediction import Predictor
 from parallel_backend.rank.engine import Engine
 from parallel_backend.rank.jobs import Job
 from parallel_backend.rpc.headers import RequestHeader
-from parallel_backend.rpc.messages import Loaded, LoadModel, Prompt, RankCost, Result, Sample
+from parallel_backend.rpc.messages import Loaded, LoadModel, Prompt, Result, Sample
+from parallel_backend.rpc.state import RankCost
 from parallel_backend.rpc.wire import tensor_meta
 from parallel_backend.small_checkpoints.prompts import random_prompt
 

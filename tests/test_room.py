@@ -15,7 +15,7 @@ from comfyui.installation import HERE, ComfyInstallation
 
 from parallel_backend.client import dtypes
 from parallel_backend.rank import place
-from parallel_backend.rpc.messages import RankState
+from parallel_backend.rpc.state import RankState
 
 BOTH = {"said": "", "loaded": ["Held", "ModelPatcher"]}
 

@@ -30,7 +30,8 @@ from ..rank.control_nets import ControlNets
 from ..rank.jobs import Job
 from ..rank.residents import Residents
 from ..rank.sample import run_sample
-from ..rpc.messages import Prompt, Reply, Sample, StepDone, Swap
+from ..rpc.messages import Prompt, Reply, Sample, StepDone
+from ..rpc.state import Swap
 from ..small_checkpoints.prompts import random_prompt, random_sdxl_prompt
 from .device_time import captured, profile, timed
 

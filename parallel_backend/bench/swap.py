@@ -16,7 +16,7 @@ from ..client.remote import RemoteModel
 from ..client.weight_patches import WeightPatches
 from ..config import MeshSpec
 from ..rpc.conditioning import Conditioning
-from ..rpc.messages import Swap
+from ..rpc.state import Swap
 from ..small_checkpoints.mmdit import small_config, write_mmdit
 from ..small_checkpoints.prompts import random_prompt
 

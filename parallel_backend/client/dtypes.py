@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..rpc.messages import RankState
+from ..rpc.state import RankState
 
 # Turing without tensor cores: fp16 gives wrong numbers there. Source: ComfyUI, model_management.should_use_fp16.
 _BROKEN_FP16 = ("1660", "1650", "1630", "T500", "T550", "T600", "MX550", "MX450", "CMP 30HX", "T2000", "T1000", "T1200")

@@ -24,7 +24,8 @@ from ..errors import InputError, UnknownPatchesError
 from ..models.checkpoint import HeldWeight, TensorSource
 from ..models.staging import placing
 from ..quantized.weight import Product, QuantizedWeight
-from ..rpc.messages import Patches, Swap
+from ..rpc.messages import Patches
+from ..rpc.state import Swap
 
 OPEN_FILES = 4
 # Of those that clients on other hosts sent, which can't remove them themselves.

@@ -21,7 +21,8 @@ from ..models.left_over import left_over_note
 from ..models.prediction import Predictor
 from ..models.vae import BandVAE
 from ..rpc import messages
-from ..rpc.messages import LoadControl, ModelState
+from ..rpc.messages import LoadControl
+from ..rpc.state import ModelState
 from .allowed_files import AllowedFiles
 from .jobs import Job
 from .meter import Meter

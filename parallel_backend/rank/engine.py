@@ -49,7 +49,6 @@ from ..rpc.messages import (
     Loaded,
     LoadModel,
     LoadVAE,
-    ModelState,
     Patches,
     PatchFilePart,
     Progress,
@@ -57,9 +56,9 @@ from ..rpc.messages import (
     Request,
     Result,
     Sample,
-    Swap,
     Unload,
 )
+from ..rpc.state import ModelState, Swap
 from .allowed_files import AllowedFiles
 from .control_nets import ControlNets
 from .forward import run_forward

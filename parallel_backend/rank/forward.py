@@ -13,7 +13,8 @@ from ..errors import InputError
 from ..models.prediction import Predictor, Rows
 from ..models.residuals import Residuals
 from ..rpc.host_copies import on_host, onto_device
-from ..rpc.messages import Control, Forward, RankCost, Result, Swap
+from ..rpc.messages import Control, Forward, Result
+from ..rpc.state import RankCost, Swap
 from .control_nets import ControlNets
 from .jobs import Job
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 
-from ..rpc.messages import Progress, Unit
+from ..rpc.messages import Progress
+from ..rpc.state import Unit
 from .jobs import Job
 
 EVERY_SECONDS = 0.2

@@ -11,7 +11,7 @@ import torch
 from ..distributed.device_memory import memory_of
 from ..distributed.shared_cores import never_preempt
 from ..rpc import runtime_dir as files
-from ..rpc.messages import RankState
+from ..rpc.state import RankState
 
 # RDNA 2 and older, and GCN. Source: ComfyUI, model_management.should_use_bf16, which names most of them one by one.
 _AMD_WITHOUT_BFLOAT16 = ("gfx8", "gfx900", "gfx906", "gfx10")

@@ -19,7 +19,7 @@ from ..extras.weights import PatchedWeights
 from ..models.control_use import ControlNetwork
 from ..models.prediction import Predictor
 from ..models.vae import BandVAE
-from ..rpc.messages import ModelState
+from ..rpc.state import ModelState
 from .room import check_fits, fits
 
 

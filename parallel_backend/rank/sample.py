@@ -18,7 +18,8 @@ from ..distributed.traffic import Timeline, with_ranks
 from ..errors import BackendError, ConfigError, UnsupportedError
 from ..models.pipeline import Pipeline
 from ..models.prediction import Predictor, Prompt, Share
-from ..rpc.messages import AxisCost, ControlUse, RankCost, Result, Sample, StepDone, Swap
+from ..rpc.messages import ControlUse, Result, Sample, StepDone
+from ..rpc.state import AxisCost, RankCost, Swap
 from ..sampling.driver import StepReport
 from ..sampling.image import sample_latent
 from ..sampling.parameterization import Discrete, Flow, Parameterization, parameterization_of

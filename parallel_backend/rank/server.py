@@ -45,7 +45,6 @@ from ..rpc.messages import (
     Loaded,
     LoadModel,
     LoadVAE,
-    RankState,
     Reply,
     Request,
     Sample,
@@ -53,6 +52,7 @@ from ..rpc.messages import (
     Welcome,
 )
 from ..rpc.own_code import LOADED
+from ..rpc.state import RankState
 from ..rpc.wire import Sendable, unpack
 from ..serving.metrics import serve_metrics
 from ..serving.socket_server import SocketServer

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from ..distributed.links import REMEDY
 from ..errors import RankError
 from ..rpc import runtime_dir as files
-from ..rpc.messages import RankState
+from ..rpc.state import RankState
 from .pulse import Pulse
 
 log = logging.getLogger("parallel_backend")

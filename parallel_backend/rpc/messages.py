@@ -11,10 +11,10 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from ..config import BackendSpec, MeshSpec, SamplerSpec
+from .state import AxisCost, JobCost, JobState, ModelState, RankCost, RankState, Swap, Unit
 
 TensorIndex: TypeAlias = int
 ModelKind: TypeAlias = Literal["any", "mmdit", "unet"]
-Unit: TypeAlias = Literal["", "bytes"]
 # Of which steps x and denoised are sent along; "last" is every step of a sampler whose last one nobody knows.
 Preview: TypeAlias = Literal["none", "last", "all"]
 
@@ -320,35 +320,6 @@ class Loaded(Message, frozen=True):
     notes: list[str] = []
 
 
-class AxisCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a rank sent along an axis, and how many seconds its computing stood still for it: None where that was not timed."""
-
-    axis: str
-    sent_bytes: int
-    waited: float | None
-
-
-class RankCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a job cost a rank.
-
-    `kept_bytes`: the most that it kept from step to step: stale tensors of the others, keys and values. `peak_bytes`: the
-    most beyond what it held before; None where it isn't known (on CPUs). `notes`: what its user should know.
-    """
-
-    costs: list[AxisCost]
-    kept_bytes: int = 0
-    peak_bytes: int | None = None
-    notes: list[str] = []
-
-
-class Swap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What it took rank 0 to lay a job's patches on its weights: how many changed, bytes read of the checkpoint."""
-
-    weights: int = 0
-    bytes_read: int = 0
-    seconds: float = 0.0
-
-
 class Result(Message, frozen=True):
     """The job is done; its tensors follow. `seconds` are rank 0's, from start to end; `ranks` has what a sampling cost.
 
@@ -383,70 +354,6 @@ class Failed(Message, frozen=True):
     message: str
     remedy: str
     details: str = ""
-
-
-class RankState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`machine` tells hosts of one name apart, `uuid` GPUs of one number; a CPU has no uuid and no capability.
-
-    `bfloat16`: False for GPUs of AMD's that lack it, whose capability doesn't tell.
-    """
-
-    rank: int
-    host: str
-    machine: str
-    pid: int
-    device: str
-    device_name: str
-    free_bytes: int
-    total_bytes: int
-    used_bytes: int
-    uuid: str = ""
-    capability: tuple[int, int] = (0, 0)
-    bfloat16: bool = True
-
-
-class ModelState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`name` is its file's. `axes` of its mesh, outermost first, those of one rank left out; `patched`: weights with a patch on."""
-
-    model: str
-    name: str
-    family: str
-    mesh: str
-    dtype: str
-    rank_bytes: int
-    axes: dict[str, int] = {}
-    patched: int = 0
-
-
-class JobState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The job that runs, and how far it is.
-
-    Args:
-        kind: its request's. model: its file's name; empty where it has none. client: its name, empty for the backend's own.
-        done, total, unit: steps, or of what Progress told last in the words `what`; a total of 0 is not known.
-        seconds: since it began. step_seconds: between steps, once there were two.
-    """
-
-    kind: str
-    model: str
-    client: str
-    what: str = ""
-    done: int = 0
-    total: int = 0
-    unit: Unit = ""
-    seconds: float = 0.0
-    step_seconds: float | None = None
-
-
-class JobCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a sampling, or an evaluation, cost rank 0: see Result. `waited`: seconds for other ranks; None where not timed."""
-
-    kind: str
-    model: str
-    seconds: float
-    steps: int
-    sent_bytes: int
-    waited: float | None
 
 
 class BackendState(Message, frozen=True):

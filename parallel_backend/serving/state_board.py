@@ -9,7 +9,8 @@ from typing import Any
 
 import msgspec
 
-from ..rpc.messages import BackendState, JobCost, JobState, Progress, Reply, Result, StepDone, Unit, Welcome
+from ..rpc.messages import BackendState, Progress, Reply, Result, StepDone, Welcome
+from ..rpc.state import JobCost, JobState, Unit
 from ..version import __version__
 
 
