@@ -58,7 +58,7 @@ def mesh_answer(server: ComfyServer, body: bytes, **headers: str) -> tuple[int, 
         with urllib.request.urlopen(request, timeout=20) as answer:
             return answer.status, json.loads(answer.read())
     except urllib.error.HTTPError as refused:
-        return refused.code, json.loads(refused.read())
+        return refused.code, json.loads(refused.read() or b"null")
 
 
 def of_mesh(server: ComfyServer, **settings: Any) -> Any:
