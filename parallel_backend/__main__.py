@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from .client import launcher
+from .client.asking import own_hello
 from .client.backend import Backend
 from .client.cards import choose_ranks, seen
 from .client.ending import end
@@ -214,6 +215,8 @@ def _page(name: str | None, as_json: bool) -> str:
         state = backend.status()
     finally:
         backend.close()
+    others = [client for client in state.clients if client != own_hello().client]
+    state = msgspec.structs.replace(state, clients=others)
     return msgspec.json.encode(state).decode() if as_json else describe(state)
 
 

@@ -27,6 +27,7 @@ MODULES = (
         "test_odd_values",
         "test_samplers_comfyui",
         "test_persistence",
+        "test_restarts",
     ),
     *("test_room", "test_remote_network", "test_links"),
     *("test_budgets", "test_fake_cuda", "test_nccl_order", "test_quantised"),

@@ -46,7 +46,7 @@ def make_way(
         refuse_served(name, record, what)
     elif _is_served(record):
         return False
-    user = _stop_unused(record, waiting)
+    user = _stop_unused(record, waiting, USED_SECONDS if binding else 0.0)
     if not user:
         _wait_or_kill(name, record, END_SECONDS, lambda: waiting(0.0, "the one that ran ends"))
         return True
@@ -69,14 +69,14 @@ def _is_served(record: BackendRecord) -> bool:
     return record.foreground or bool(record.listen)
 
 
-def _stop_unused(record: BackendRecord, waiting: Callable[[float, str], object]) -> str:
-    """Empty once it has heard that it is to end, or has ended; else who works with it."""
+def _stop_unused(record: BackendRecord, waiting: Callable[[float, str], object], seconds: float) -> str:
+    """Empty once it has heard that it is to end, or has ended; else who works with it, still after so many seconds."""
     hello, begun = own_hello(), time.monotonic()
     while True:
         answer = ask(record, StopUnused(hello.client, hello.machine), ANSWER_SECONDS)
         if not files.lives(record.pid, record.start_ticks) or (answer or {}).get("type") == Done.__name__:
             return ""
-        if answer is None or time.monotonic() - begun > USED_SECONDS:
+        if answer is None or time.monotonic() - begun >= seconds:
             return _user(answer, hello.client)
         waiting(time.monotonic() - begun, "whether the one that runs is in use")
         time.sleep(0.25)
