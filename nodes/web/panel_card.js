@@ -4,7 +4,8 @@ import { ErrorBox, button, keepList, made, tell } from "./panel_elements.js";
 import { askBackend, getLog } from "./panel_server.js";
 import * as words from "./panel_words.js";
 
-const NARROWEST = 200;
+const NARROWEST = 200; // px
+const PADDING = 10; // of a card, as backend_panel.css has it
 
 export class BackendCard {
   /** `changed` is called after a button has done something. */
@@ -124,6 +125,7 @@ export class BackendCard {
       name.classList.add("pm-model");
       return made("li", "", name, made("p", "pm-line pm-faint"));
     };
+    this.models.hidden = !models.length;
     keepList(this.models, latestFirst, (model) => model.model, make, (element, model) => {
       const [name, line] = element.children;
       tell(line, words.modelLine(model));
@@ -148,10 +150,11 @@ export class BackendCard {
   draw() {
     const ranks = (this.entry.ranks ?? []).map(words.pictured);
     const axes = Object.entries(this.groupedBy()?.axes ?? {}).map(([name, size]) => ({ name, size }));
-    const widest = Math.max(NARROWEST, this.mesh.clientWidth);
+    const widest = Math.max(NARROWEST, this.root.clientWidth - 2 * PADDING);
     const picture = JSON.stringify([ranks, axes, widest]);
     if (picture === this.picture) return;
     this.picture = picture;
+    this.mesh.hidden = !ranks.length;
     this.mesh.replaceChildren(...(ranks.length ? [meshPicture(ranks, axes, widest)] : []));
   }
 
