@@ -124,7 +124,7 @@ def twice(mm, core_memory, errors, messages, model):
     """A request that a rank of ComfyUI's own device has no memory for is made again once ComfyUI's models are gone, and no third time."""
     counted = []
     state = messages.BackendState("", "", "", ranks=[messages.RankState(0, "", "", 0, "cuda:0", "", 0, 0, 0)])
-    backend = SimpleNamespace(status=lambda *_: state)
+    backend = SimpleNamespace(status=lambda *_: state, spec=SimpleNamespace(name="room"))
 
     def request(should_cancel, enough=1):
         counted.append(len(mm.loaded_models()))
