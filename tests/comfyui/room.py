@@ -279,7 +279,7 @@ def held(core_memory, mm, name, events, size=2**30, device=None):
         backend=SimpleNamespace(spec=spec),
         leave=lambda should_cancel: events.append(f"{name} leaves"),
         is_held=lambda should_cancel: [event for event in events if event.startswith(name)][-1:] != [f"{name} leaves"],
-        ensure_loaded=lambda should_cancel, on_event: events.append(f"{name} is back"),
+        ensure_loaded=lambda should_cancel: events.append(f"{name} is back"),
     )
     device = device or mm.get_torch_device()
     patcher = Held(module, load_device=device, offload_device=mm.unet_offload_device(), size=size)
