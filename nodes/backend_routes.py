@@ -49,6 +49,7 @@ class BackendRoutes:
 
     def __init__(self) -> None:
         self._under_way: dict[str, Request] = {}
+        self._default: dict[str, Any] | None = None
         self._examining = asyncio.Lock()
 
     def add_to(self, routes: web.RouteTableDef) -> None:
@@ -63,8 +64,13 @@ class BackendRoutes:
         for name, request in self._under_way.items():
             found.setdefault(name, {"name": name, "phase": "starting", "waits_for": request.at})
             found[name]["doing"] = request.told()
-        default = await asyncio.to_thread(what_starts)
-        return {"backends": [found[name] for name in sorted(found)], "default": default, "client": own_hello().client}
+        if self._default is None:  # the cards that a process sees stay the same
+            self._default = await asyncio.to_thread(what_starts)
+        return {
+            "backends": [found[name] for name in sorted(found)],
+            "default": self._default,
+            "client": own_hello().client,
+        }
 
     async def _backend(self, http: web.Request) -> web.Response:
         try:
@@ -162,8 +168,11 @@ def restarted(name: str, waiting: Waiting) -> None:
 
 
 def restarted_as_asked(name: str, waiting: Waiting) -> None:
-    """As the node wanted it that was refused last."""
-    restart(name, ParallelMesh.refused.get(name), waiting)
+    """As the node wanted it that was refused last. Raises: InputError: it has got that meanwhile, or another start has come between."""
+    spec = ParallelMesh.refused.get(name)
+    if spec is None:
+        raise InputError(f"Nothing else is asked of backend {name!r} any more.", "Press Restart to have it as it is.")
+    restart(name, spec, waiting)
     ParallelMesh.refused.pop(name, None)
 
 

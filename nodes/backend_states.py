@@ -46,10 +46,10 @@ def state(name: str) -> dict[str, Any]:
         )
         return {"name": name, "phase": "silent", "error": silent.parts()}
     if answer.pop("type", "") != BackendState.__name__:
-        other = ProtocolError(
-            f"Backend {name!r} runs version {record.version}, this is {__version__}.",
-            "Press Restart, or run a prompt: an idle one is restarted by itself.",
-        )
+        what = f"Backend {name!r} runs version {record.version}, this is {__version__}."
+        if record.version == __version__:
+            what = f"Backend {name!r} tells nothing of itself: {answer.get('message', 'its answer is another')}"
+        other = ProtocolError(what, "Press Restart, or run a prompt: an idle one is restarted by itself.")
         return {"name": name, "phase": "running", "version": record.version, "error": other.parts()}
     return {**answer, "phase": "running"} | _refusal(name, record)
 

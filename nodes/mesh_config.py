@@ -70,8 +70,18 @@ def parallel_mesh(
 
 
 def mesh_of(**settings: Any) -> ParallelMesh:
-    """What Mesh Config's inputs come to, those that are not given as they are when it is put down. Raises: as `parallel_mesh`."""
-    return parallel_mesh(**{setting.id: setting.default for setting in mesh_inputs()} | settings)
+    """What Mesh Config's inputs come to, those that are not given as they are when it is put down.
+
+    Raises: ConfigError: a number outside of its input's bounds; as `parallel_mesh`.
+    """
+    inputs = mesh_inputs()
+    values = {setting.id: setting.default for setting in inputs} | settings
+    for setting in inputs:
+        # Core holds none of the inputs to them that validate_inputs names.
+        if isinstance(setting, io.Int.Input) and not setting.min <= values[setting.id] <= setting.max:
+            given = f"{setting.id}={values[setting.id]}"
+            raise ConfigError(f"{given} is not possible in Mesh Config.", f"Give {setting.min} to {setting.max}.")
+    return parallel_mesh(**values)
 
 
 def default_mesh() -> ParallelMesh:

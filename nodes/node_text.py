@@ -40,41 +40,39 @@ def say(text: str, *, log: bool = False) -> None:
     if client is not None and any(supports_feature(server.sockets_metadata, client, flag) for flag in TOLD_BY_READERS):
         if (run := _Run.now.get()) is not None:
             run.has_said = True
-        _Run.with_text.add((client, context.node_id))
+        note = _Run.failed.add if text == INTERRUPTED or text.startswith(FAILED) else _Run.failed.discard
+        note((client, context.node_id))
         server.send_progress_text(text, context.node_id, client)
 
 
 class _Run:
     """Of a node, from its begin to its end.
 
-    An editor keeps a node's text until another comes, and takes no empty one: `with_text` are the clients and their nodes that
-    show one.
+    An editor keeps a node's text until another comes, and takes no empty one: `failed` are the clients and their nodes that show
+    a failure.
     """
 
     now: ClassVar[ContextVar[_Run | None]] = ContextVar("parallel_mmdit_run", default=None)
-    with_text: ClassVar[set[tuple[str, str]]] = set()
+    failed: ClassVar[set[tuple[str, str]]] = set()
 
     def __init__(self, node_id: str) -> None:
-        self.node_id, self.has_said = node_id, False
+        self.node_id, self.has_said = node_id, True
 
     def begin(self) -> None:
         server = PromptServer.instance
-        _Run.with_text.intersection_update([shown for shown in _Run.with_text if shown[0] in server.sockets])
-        if self._shows_old():
+        _Run.failed.intersection_update([shown for shown in _Run.failed if shown[0] in server.sockets])
+        if (server.client_id, self.node_id) in _Run.failed:
             say(RUNNING)
             self.has_said = False
 
     def end(self) -> None:
-        if not self.has_said and self._shows_old():
+        if not self.has_said:
             say(DONE)
-
-    def _shows_old(self) -> bool:
-        return (PromptServer.instance.client_id, self.node_id) in _Run.with_text
 
 
 @contextmanager
 def own_text() -> Iterator[None]:
-    """The executing node shows what this run of it comes to: nothing of an earlier one, and where it fails, of what.
+    """The executing node shows what this run of it comes to: where it fails, of what, and no failure of an earlier one.
 
     For all that a node does, ours or a stock one that meets a parallel MODEL; what is inside of another one changes nothing.
     """

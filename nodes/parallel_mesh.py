@@ -118,7 +118,8 @@ class ParallelMesh:
         except BackendInUseError:
             cls.refused[spec.name] = spec
             raise
-        cls.refused.pop(spec.name, None)
+        if cls.refused.get(spec.name) == spec:
+            del cls.refused[spec.name]
 
     def _connected(self) -> Backend:
         if self._backend is not None:

@@ -14,7 +14,7 @@ from comfy_api.latest import io
 from ..parallel_backend.config import SAMPLERS
 from .displaced_steps import displaced_inputs
 from .family import not_parallel
-from .hung.displaced_steps import Displaced, with_displaced
+from .hung.displaced_steps import USUAL_WARMUP, Displaced, with_displaced
 from .hung.loop import in_backend_alone
 from .known_to_core import known_to, search_aliases
 from .remote_model import RemotePatcher
@@ -136,7 +136,7 @@ class ParallelSampler(io.ComfyNode):
         negative: list[Any],
         latent_image: dict[str, Any],
         displaced: bool = False,
-        warmup_steps: int = 4,
+        warmup_steps: int = USUAL_WARMUP,
         num_patches: int = 0,
         **settings: Any,
     ) -> io.NodeOutput:

@@ -75,7 +75,8 @@ class RemoteNetwork(torch.nn.Module):
 
     def _tell_once(self) -> None:
         """What an evaluation was the first of the sampling to tell stands on the node, below what was told before."""
-        news = {note: note for note in (self.remote.last.notes if self.remote.last is not None else ())}
+        notes = self.remote.last.notes if self.remote.last is not None else []
+        news = {note: note for note in [self.remote.changed, *notes] if note}
         if self.remote.not_finite:  # as that of every evaluation after the first is, each with a step of its own
             news["not finite"] = self.remote.not_finite
         if news.keys() - self.told.keys():

@@ -19,6 +19,7 @@ from .client.connection import Connection
 from .client.ending import end
 from .client.names import DEFAULT, backend_name, meant
 from .client.places import ThisMachine
+from .command_line import command_line
 from .config import DEFAULT_IDLE_SECONDS, BackendSpec, Hosts, ServeSpec, gpu_numbers
 from .demo.trained import add_choice, chosen
 from .errors import BackendError, ConfigError, StartError
@@ -169,7 +170,12 @@ def _serve(args: argparse.Namespace) -> int:
     runs = launcher.find(spec, serve, _to_stderr) if hosts.count == 1 else runtime_dir.read_record(spec.name)
     if runs is not None:
         if hosts.count == 1:
-            running = Connection(spec, ThisMachine(spec, Adjust(args.idle_seconds, budget)), runs)
+            if serve not in (launcher.LOCAL, runs.serve):
+                raise ConfigError(
+                    f"Backend {name!r} runs already, without these --models, --listen, --keys or --metrics-port.",
+                    f"End it first with `{command_line('stop', '--name', name)}`, or give another --name.",
+                )
+            running = Connection(spec, ThisMachine(spec, Adjust(args.idle_seconds, budget), found=runs), runs)
             if notes := running.taken_notes():
                 print(notes)
             running.close()

@@ -36,7 +36,7 @@ def test_compiled_pictures_are_those_of_eager_blocks(case: str, ran_beside: dict
 def test_what_is_compiled_is_told_before_and_after(case: str, ran_beside: dict[str, Compared]) -> None:
     told = [(event.what, event.done) for event in ran_beside[case].told if "compiling" in event.what]
     size = "96 x 144" if CASES[case][0] == "mmdit" else "96 x 160"
-    what = f"compiling blocks for {size}; the first step takes a minute or more"
+    what = f"first step of {size}: compiling its blocks may take a minute or more"
     kinds = len(told) // 2  # of prompts and phases, on rank 0
     assert told == [(what, 0), (what, 1)] * kinds and 1 <= kinds <= 4
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from comfyui.editor_page import EditorPage
-from ui_workflow import WORKFLOWS
+from ui_workflow import template
 
 pytestmark = pytest.mark.usefixtures("default_backend")
 # In the page: the first node of that type, its text, a widget of its.
@@ -23,7 +23,7 @@ REMEDY = "Set pp or ring in Mesh Config, or leave displaced off."
 @pytest.fixture
 def demo(editor: EditorPage) -> EditorPage:
     """With the demo's workflow, and a seed of which ComfyUI has no picture yet."""
-    editor.load_workflow(json.loads((WORKFLOWS / "demo_text_to_image.json").read_text()))
+    editor.load_workflow(json.loads(template("demo_text_to_image").path.read_text()))
     set_widget(editor, "ParallelSampler", "seed", random.getrandbits(32))
     return editor
 

@@ -89,6 +89,18 @@ def test_a_file_of_a_still_older_version_has_fewer_values(editor: EditorPage) ->
     assert meshes(editor)[0] == SET | NEW | {name: AS_PUT_DOWN[name] for name in later}
 
 
+@pytest.mark.parametrize("count", [21, 18, 13])
+def test_the_text_that_older_editors_save_on_a_node_is_no_value(count: int, editor: EditorPage) -> None:
+    workflow = old("by_editor")
+    for node in workflow["nodes"]:
+        if node["type"] == "MeshConfig":
+            node["widgets_values"] = [*node["widgets_values"][:count], "8 ranks on cpu: cfg=2, dtype auto"]
+    editor.load_workflow(workflow)
+    later = {name: AS_PUT_DOWN[name] for name in list(SET)[count:]}
+    assert meshes(editor)[0] == SET | NEW | later
+    assert not editor.errors, editor.errors
+
+
 def test_values_in_the_order_of_the_servers_list_are_taken_as_they_are(editor: EditorPage) -> None:
     """By programs that make files of prompts, this project's own among them."""
     info = editor.server.get("/object_info/MeshConfig")["MeshConfig"]["input_order"]

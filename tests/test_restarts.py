@@ -103,7 +103,7 @@ def test_changed_code_and_another_environment_restart_it(again: str, monkeypatch
     assert record is not None and record.code == own_code.LOADED
     files.write_record(again, msgspec.structs.replace(record, code="0123456789abcdef"))
     third, note = asked(1)
-    assert note == f"Restarted backend '{again}': it had other code of this pack, whose files have changed since."
+    assert note == f"Restarted backend '{again}': it had other code of this pack, than lies here."
     assert third.generation != second.generation
     assert asked(1)[1] == ""
 

@@ -7,9 +7,12 @@ const FIRST_ORDER = [
   ...["compile", "nan_is_error", "graphs"],
 ];
 
-/** The widgets whose values are saved. */
+// The second value of a node that says nothing: the method in today's order, the device in the first one.
+const METHODS = ["exact", "displaced"];
+
+/** The widgets whose values are inputs. The editor's text on a node is none; older editors save it among them, as the last. */
 export function valued(node) {
-  return (node.widgets ?? []).filter((widget) => widget.serialize !== false);
+  return (node.widgets ?? []).filter((widget) => widget.serialize !== false && widget.options?.serialize !== false);
 }
 
 /** Says in what `serialize` made of the node what its values are of. */
@@ -26,10 +29,11 @@ export function saysOrder(saved) {
 export function inOrderOf(node, saved) {
   const values = saved.widgets_values;
   if (!Array.isArray(values)) return saved;
-  // A program that goes by the server's list of inputs gives as many values as there are now, in today's order.
-  if (!saysOrder(saved) && values.length > FIRST_ORDER.length) return saved;
+  // By a program that goes by the server's list of inputs.
+  if (!saysOrder(saved) && METHODS.includes(values[1])) return saved;
   const order = saysOrder(saved) ? saved.properties[ORDER].split(",") : FIRST_ORDER;
   const named = new Map(order.slice(0, values.length).map((name, at) => [name, values[at]]));
-  const placed = valued(node).map(({ name, value }) => (named.has(name) ? named.get(name) : value));
+  // A text where fewer inputs were is no value of the input that came later.
+  const placed = valued(node).map(({ name, value }) => (typeof named.get(name) === typeof value ? named.get(name) : value));
   return { ...saved, widgets_values: placed };
 }

@@ -3,6 +3,7 @@ import { app } from "/scripts/app.js";
 import { api } from "/scripts/api.js";
 
 const TEXT = "$$node-text-preview"; // the editor's own name of it
+const CATEGORY = "parallel"; // of this pack's nodes
 const FAILED = /^(Failed: |Interrupted$)/; // as nodes/node_text.py says it
 
 // Ids of nodes in subgraphs are those of all nodes on the way to them.
@@ -15,8 +16,10 @@ function nodeAt(id) {
 
 function forgetFailures({ detail }) {
   for (const id of detail?.nodes ?? []) {
-    const text = nodeAt(id)?.widgets?.find((widget) => widget.name === TEXT);
-    if (FAILED.test(text?.value ?? "")) {
+    const node = nodeAt(id);
+    const text = node?.widgets?.find((widget) => widget.name === TEXT);
+    // What other packs say on their nodes is theirs.
+    if (node?.constructor?.nodeData?.category === CATEGORY && FAILED.test(text?.value ?? "")) {
       text.value = "done";
     }
   }

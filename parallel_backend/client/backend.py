@@ -162,7 +162,7 @@ class Backend(Connection):
         Raises: CheckpointError, ConfigError.
         """
         path = local_path(Path(path))
-        parts = PipelineParts(self, _absolute(path), text_encoders, vae, tokenizers)
+        parts = PipelineParts(self, _absolute(path), text_encoders, vae, tokenizers, name)
         fp8: dict[str, Any] = {"computes": computes, "fast_fp8": fast_fp8, "has_fp8": has_fp8}
         load = self.asked(path, mesh, dtype, kernel, name, kind=kind, compile=compile, graphs=graphs, **fp8)
         model = self.load_asked(load, on_event=on_event, should_cancel=should_cancel)

@@ -123,9 +123,12 @@ class Connection:
                 self._close_area()
 
     def adjust(self) -> None:
-        """The backend has the idle time and memory budget that were asked for; where it had others, `taken_notes` says so."""
+        """The backend has the idle time and memory budget that were asked for; where it had others, `taken_notes` says so.
+
+        One that belongs to a `serve` keeps what its owner has given it.
+        """
         wanted = self._place.settings
-        if wanted == Adjust():
+        if wanted == Adjust() or self.record.foreground or self.record.listen:
             return
         before, _ = self.request(wanted)
         assert isinstance(before, BackendState)

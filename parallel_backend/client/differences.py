@@ -60,7 +60,7 @@ def _code(record: BackendRecord) -> list[Difference]:
         return []
     is_newer = record.code == code_hash() != LOADED
     if record.version == __version__:
-        return [] if is_newer else [Difference("other code of this pack", "whose files have changed since")]
+        return [] if is_newer else [Difference("other code of this pack", "than lies here")]
     if is_newer:
         raise ConfigError(
             f"The pack was updated to version {record.version}; this process runs version {__version__}.",

@@ -48,7 +48,8 @@ def make_way(
         return False
     user = _stop_unused(record, waiting, USED_SECONDS if binding else 0.0)
     if not user:
-        _wait_or_kill(name, record, END_SECONDS, lambda: waiting(0.0, "the one that ran ends"))
+        begun = time.monotonic()
+        _wait_or_kill(name, record, END_SECONDS, lambda: waiting(time.monotonic() - begun, "the one that ran ends"))
         return True
     if not binding:
         return False

@@ -76,8 +76,6 @@ def generate(
         raise UnsupportedError(f"Sampler {sampler} makes steps of its own.", "Leave callback_on_step_end out.")
     family = parts.family(model.family)
     encoders = parts.encoders(family)
-    if output_type != "latent":
-        parts.check_vae()
     size = _size(family, *(parts.default_size if side is None else side for side in (height, width)))
     steps = _whole("num_inference_steps", family.steps if num_inference_steps is None else num_inference_steps)
     schedule = _schedule(family, sampler, scheduler, steps)
@@ -85,6 +83,8 @@ def generate(
     prompts, negatives = _texts(prompt, negative_prompt)
     count = len(prompts) * _whole("num_images_per_prompt", num_images_per_prompt)
     noise, step_seed = _noise((count, family.channels, *(side // CELL for side in size)), generator, seed, latents)
+    # Now, and not when all is sampled: it may be none, or find no room.
+    vae = None if output_type == "latent" else parts.vae()
     encoded = _encoded(encoders, model, [*prompts, *(negatives if guidance > 1 else [])])
     rows = _rows(len(prompts), len(negatives) if guidance > 1 else 0, num_images_per_prompt)
     ends = _StepEnds(model, schedule, callback_on_step_end, on_step)
@@ -104,9 +104,9 @@ def generate(
         should_cancel=should_cancel,
     )
     ends.done(family.to_model(latent))
-    if output_type == "latent":
+    if vae is None:
         return Generated(family.to_model(latent))
-    return Generated(_pictures(output_type, parts.vae().decode(latent, should_cancel=should_cancel)))
+    return Generated(_pictures(output_type, vae.decode(latent, should_cancel=should_cancel)))
 
 
 def _schedule(family: Family, sampler: str, scheduler: str | None, steps: int) -> Schedule:

@@ -28,8 +28,8 @@ class Held(Generic[Load]):
     """Something loaded in a backend; it is loaded again by itself when the backend has lost it.
 
     `last` is what rank 0 says of the last job: its own seconds, and the steps. `note` is what the user should know of it:
-    what ranks have to tell, and NaN or infinity in its result, which with `nan_is_error` is an error; the latter is `not_finite` by
-    itself. Empty where there is nothing.
+    what ranks have to tell, how the backend has come to be another (by itself: `changed`), and NaN or infinity in its result, which
+    with `nan_is_error` is an error (by itself: `not_finite`). Empty where there is nothing.
     """
 
     backend: Connection
@@ -38,6 +38,7 @@ class Held(Generic[Load]):
     last: Result | None = field(init=False, default=None)
     note: str = field(init=False, default="")
     not_finite: str = field(init=False, default="")
+    changed: str = field(init=False, default="")
     nan_is_error: bool = field(init=False, default=False)
     _generation: str = field(init=False)
 
@@ -103,8 +104,8 @@ class Held(Generic[Load]):
                         _check_together(held, needed)
             assert isinstance(reply, Result)
             self.last, self.note, self.not_finite = reply, "\n".join(reply.notes), ""
-            if changed := self.backend.taken_notes():
-                self.note = "\n".join(filter(None, [changed, self.note]))
+            self.changed = self.backend.taken_notes()
+            self.note = "\n".join(filter(None, [self.changed, self.note]))
             return tensors
 
     def _tell(self, found: NotFinite) -> None:

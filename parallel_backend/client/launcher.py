@@ -351,8 +351,12 @@ def start_lock(name: str, waiting: Waiting) -> Iterator[None]:
 
 def starting() -> dict[str, str]:
     """What the ranks of each backend are at that a process, this or another, is starting or restarting now, by its name."""
-    found = {}
-    for lock in files.runtime_root().glob("*/lock"):
+    found: dict[str, str] = {}
+    try:
+        locks = list(files.runtime_root().glob("*/lock"))
+    except StartError:  # ranks can't run here; those of other machines can be used
+        return found
+    for lock in locks:
         name = lock.parent.name
         with suppress(StartError, OSError):
             if _is_held(lock) and files.read_record(name) is None:

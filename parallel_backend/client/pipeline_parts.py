@@ -37,6 +37,7 @@ class PipelineParts:
         text_encoders: files and folders, or an object that encodes by itself.
         vae: as of `Backend.load_vae`, or one that is loaded.
         tokenizers: folders in which they are looked for first.
+        name: what a remote backend calls the checkpoint.
     Raises: CheckpointError, UnsupportedError: a path holds something else.
     """
 
@@ -47,8 +48,9 @@ class PipelineParts:
         text_encoders: Paths | TextEncoders | None = None,
         vae: Paths | RemoteVAE | None = None,
         tokenizers: Paths = (),
+        name: str = "",
     ) -> None:
-        self.path = path
+        self.path, self._names = path, [name] if name else []
         self._backend, self._vae = backend, vae
         self._tokenizers = [*_paths(tokenizers), *([path] if path.is_dir() else [])]
         self._encoders: TextEncoders | None = None
@@ -72,19 +74,20 @@ class PipelineParts:
             self._encoders = CheckpointEncoders(family.name, files, family.context_width, zeros, self._tokenizers)
         return self._encoders
 
-    def check_vae(self) -> None:
-        """Raises: CheckpointError: none was given, and the checkpoint has none."""
+    def vae(self) -> RemoteVAE:
+        """Loaded now. Raises: CheckpointError: none was given, and the checkpoint has none; as `Backend.load_vae`."""
+        if isinstance(self._vae, RemoteVAE):
+            return self._vae
         inside = (self.path / "vae").is_dir() if self.path.is_dir() else vae_prefix(entries_of(self.path)) is not None
         if self._vae is None and not inside:
             raise CheckpointError(
                 f"{self.path.name} brings no VAE, and none was given.",
                 "Give load_model vae=FILE, or take latents: output_type='latent'.",
             )
-
-    def vae(self) -> RemoteVAE:
-        """Loaded now."""
-        if not isinstance(self._vae, RemoteVAE):
-            self._vae = self._backend.load_vae(self.path if self._vae is None else self._vae)
+        given = self._vae
+        self._vae = (
+            self._backend.load_vae(self.path, names=self._names) if given is None else self._backend.load_vae(given)
+        )
         return self._vae
 
     @cached_property

@@ -73,13 +73,21 @@ class ThisMachine:
 
     Args:
         settings: that a running one takes over.
+        found: one that is known to be as the spec says.
         as_it_is: whatever ranks it has; a running one is never restarted.
     """
 
-    def __init__(self, spec: BackendSpec, settings: Adjust = Adjust(), *, as_it_is: bool = False) -> None:  # noqa: B008 - frozen
+    def __init__(
+        self,
+        spec: BackendSpec,
+        settings: Adjust = Adjust(),  # noqa: B008 - frozen
+        *,
+        found: BackendRecord | None = None,
+        as_it_is: bool = False,
+    ) -> None:
         self._spec, self.settings, self.asks = spec, settings, not as_it_is
         self._falls_seen = 0
-        self._fitting = ""
+        self._fitting = "" if found is None else found.generation
         self.notes: list[str] = []
 
     def first(self, waiting: launcher.Waiting) -> BackendRecord:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from ..config import BackendSpec, DeviceType
 from ..errors import ConfigError, StartError
 from ..rpc import runtime_dir as files
@@ -29,7 +31,8 @@ def restart(name: str, spec: BackendSpec | None = None, waiting: Waiting = unhea
             refuse_served(name, record, f"Backend {name!r} can't be restarted from here")
             spec, serve = spec or as_it_was(name, record), record.serve
             check_here(spec, serve)  # what runs doesn't end for what can't be started
-            end(name, waiting=lambda: waiting(0.0, "its jobs end"))
+            begun = time.monotonic()
+            end(name, waiting=lambda: waiting(time.monotonic() - begun, "its jobs end"))
         assert spec is not None
         return wait_ready(spec, start(spec, serve, stays=True), waiting)
 

@@ -43,7 +43,9 @@ class FirstTimes:
         if (x.shape, kind) in self._known:
             yield
             return
-        what = f"compiling blocks for {x.shape[3] * CELL} x {x.shape[2] * CELL}; the first step takes a minute or more"
+        what = (
+            f"first step of {x.shape[3] * CELL} x {x.shape[2] * CELL}: compiling its blocks may take a minute or more"
+        )
         self._tell(what, 0)
         yield
         self._tell(what, 1)

@@ -11,7 +11,6 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ..command_line import command_line
 from ..errors import ProtocolError
 from ..version import __version__
 from .headers import ReplyHeader, RequestHeader, SharedPlace, SharedRoom, TensorMeta
@@ -130,7 +129,7 @@ def _check_version(frame: Frame) -> None:
     if version != __version__:
         raise ProtocolError(
             f"A message of version {version} came; this backend is version {__version__}.",
-            f"Stop the backend (`{command_line('stop')}`) or start ComfyUI again, whichever is older: both ends must be of one version.",
+            "Start the older of both again, ComfyUI or the backend: both ends must be of one version.",
         )
 
 

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint_files.hub import SUFFIXES
 from ..client.backend import Backend
 from ..client.names import DEFAULT
 from ..client.remote import RemoteModel, Step
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     """Draws, and prints the mesh, the seconds a step and, last, each picture's path. Ctrl-C ends the job, not the backend."""
     height, width = _size(args.size)
     demo = _demo(args.checkpoint)
-    first = target(args.output, Path(args.checkpoint).stem)
+    first = target(args.output, _name(args.checkpoint))
     seed = random.randrange(2**32) if args.seed is None else args.seed
     settings = {
         "negative_prompt": args.negative,
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         drawn = _drawn(model, args.prompt, height=height, width=width, **settings)
         texts = {
             "prompt": args.prompt,
-            "checkpoint": str(args.checkpoint),
+            "checkpoint": _name(args.checkpoint),
             "mesh": mesh,
             "software": f"parallel-mmdit {__version__}",
         }
@@ -101,6 +102,12 @@ def _size(text: str | None) -> tuple[int | None, int | None]:
     if match is None:
         raise InputError(f"--size {text} is no size.", "Give WxH, such as 1216x832, or N for a square.")
     return int(match[2] or match[1]), int(match[1])
+
+
+def _name(checkpoint: str) -> str:
+    """For people: where a file lies, which a picture would carry along, is nobody's business."""
+    path = Path(checkpoint)
+    return path.stem if path.suffix in SUFFIXES else path.name
 
 
 def _demo(checkpoint: str) -> Trained | None:

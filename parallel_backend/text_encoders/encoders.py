@@ -42,6 +42,7 @@ class CheckpointEncoders:
     tokenizers: Sequence[Path] = ()
     default_size: int | None = None
     _loaded: dict[tuple[Kind, torch.dtype], tuple[nn.Module, Any]] = field(default_factory=dict)
+    _last: tuple[tuple[str | None, ...], torch.dtype, tuple[Tensor, Tensor]] | None = None
 
     def __post_init__(self) -> None:
         there = ", ".join(f"{NAMES[kind]} ({file.path.name})" for kind, file in self.files.items()) or "none"
@@ -54,7 +55,12 @@ class CheckpointEncoders:
             raise UnsupportedError(f"SDXL takes no T5; found: {there}.", "Leave it out of text_encoders.")
 
     def encode(self, prompts: Sequence[str | None], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """As `TextEncoders.encode`. Raises: CheckpointError, ConfigError: as `load`; OutOfMemoryError."""
+        """As `TextEncoders.encode`; the last result is kept. Raises: CheckpointError, ConfigError: as `load`; OutOfMemoryError."""
+        if self._last is None or self._last[:2] != (tuple(prompts), dtype):
+            self._last = tuple(prompts), dtype, self._encode(prompts, device, dtype)
+        return self._last[2]
+
+    def _encode(self, prompts: Sequence[str | None], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         texts = [prompt or "" for prompt in prompts]
         (context_l, pooled_l), (context_g, pooled_g) = (self._clip(kind, texts, device, dtype) for kind in _NEEDED)
         context = torch.cat([context_l, context_g], dim=-1)

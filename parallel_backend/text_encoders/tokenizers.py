@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint_files.hub import cached
+from ..checkpoint_files.hub import cached, download
 from ..errors import CheckpointError, in_a_line
 from .files import NAMES, EncoderFile, Kind
 from .loading import import_transformers
@@ -43,7 +43,7 @@ def tokenizer_of(encoder: EncoderFile, given: Sequence[Path]) -> Any:
         raise CheckpointError(
             f"{NAMES[encoder.kind]} of {encoder.path.name} has no tokenizer: none was given, none lies beside it.",
             "Give tokenizers=FOLDER, put a folder `tokenizer` beside it, set $COMFYUI_PATH to an installed ComfyUI, "
-            f"or download it once: hf download {_HUB[encoder.kind][0]} --include '*.json' '*.txt' '*.model'",
+            f"or download it once: {download(_HUB[encoder.kind][0], ('*.json', '*.txt', '*.model'))}",
         )
     transformers = import_transformers()
     cls = transformers.T5TokenizerFast if encoder.kind == "t5" else transformers.CLIPTokenizer
