@@ -82,6 +82,13 @@ def interrupted(server: ComfyServer) -> Iterator[None]:
     server.post("/interrupt", {})
 
 
+@pytest.fixture(scope="module", autouse=True)
+def alone(server: ComfyServer) -> None:
+    """The panel shows no backend that other tests have left; whoever needs one again has it started."""
+    for name in files.running_names():
+        end(name)
+
+
 @pytest.fixture
 def nothing_runs(default_backend: str) -> str:
     """The name of the default backend, which is not there."""
