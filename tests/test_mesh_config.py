@@ -104,6 +104,7 @@ def test_the_route_takes_the_nodes_own_defaults(server: ComfyServer) -> None:
         ({"ranks": 2, "device": "cpu", "devices": "a"}, "devices 'a' is not a list", "like 0,1,3"),
         ({"ranks": 1, "method": "displaced"}, "Displaced steps need two or more ranks", "method to exact"),
         ({"ranks": 2, "method": "displaced", "cfg": 2}, "the mesh is cfg=2", "cfg 1"),
+        ({"ranks": 10**9, "device": "cpu"}, "ranks=1000000000 is not possible", "Give 0 to 256"),
         ({"ranks": 2, "method": "stale"}, "Method 'stale' is not known", "exact, displaced"),
     ],
 )

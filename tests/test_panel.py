@@ -168,6 +168,8 @@ def test_models_are_held_until_they_are_freed_and_the_log_follows(drawn: ComfySe
 def test_a_restart_gives_other_processes_and_no_models(drawn: ComfyServer, open_editor: OpenEditor) -> None:
     panel = Panel(open_editor("classic"))
     before = files.read_record("default")
+    status, told = answered(drawn, BACKEND, {"name": "default", "do": "restart as asked"})
+    assert status == 400 and "Nothing else is asked of backend 'default'" in told["error"]["message"]
     panel.press("Restart")
     card = panel.card()
     expect(card).to_contain_text("restarting")

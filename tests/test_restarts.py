@@ -215,7 +215,7 @@ def test_where_the_environment_alone_differs_it_is_used_as_it_is(again: str, mon
         assert (backend.generation, note) == (generation, "")
 
 
-def test_a_backend_that_serve_keeps_in_a_terminal_is_not_ended_from_elsewhere(again: str) -> None:
+def test_a_backend_that_serve_keeps_in_a_terminal_is_its_owners(again: str, capsys: pytest.CaptureFixture[str]) -> None:
     command = [
         sys.executable,
         "-m",
@@ -237,6 +237,10 @@ def test_a_backend_that_serve_keeps_in_a_terminal_is_not_ended_from_elsewhere(ag
         with pytest.raises(ConfigError, match=said):
             restart(again)
         assert len(asked(1)[0].status().ranks) == 1
+        backend, note = asked(1, memory_budget=2**30, idle_seconds=60.0)
+        assert not note and backend.status().memory_budget == 0, "its owner's"
+        others = ["serve", "--name", again, "--world-size", "1", "--device", "cpu", "--models", str(ROOT)]
+        assert main(others) == 1 and "runs already, without these --models" in capsys.readouterr().err
     finally:
         serve.terminate()
         serve.wait(30)

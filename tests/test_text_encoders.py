@@ -208,8 +208,12 @@ def test_a_tokenizer_that_cannot_be_read_is_named(singles: Path, tmp_path: Path)
 def test_a_name_of_the_hub_is_looked_up_in_its_cache_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     name = "stabilityai/stable-diffusion-3.5-medium"
-    with pytest.raises(CheckpointError, match=f"nor a model {name} in the .* cache. .*hf download {name}"):
+    with pytest.raises(
+        CheckpointError, match=f"nor a model {name} in the .* cache. .*hf download {name} --include '..json' --include"
+    ):
         local_path(Path(name))
+    for path in ("../sd3.5_medium", "models/no.ckpt", "checkpoints/no.SFT"):  # of no model on a hub
+        assert local_path(Path(path)) == Path(path)
     kept = tmp_path / "models--stabilityai--stable-diffusion-3.5-medium"
     (kept / "snapshots" / "abc").mkdir(parents=True)
     (kept / "refs").mkdir()
