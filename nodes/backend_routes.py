@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from ..parallel_backend.doctor import as_text, examine
 from ..parallel_backend.errors import BackendError, InputError, StartError
 from ..parallel_backend.rpc import runtime_dir as files
 from .backend_states import known_names, states
+from .json_requests import json_of, refused
 from .mesh_config import default_mesh
 from .own_origin import own_origin
 from .parallel_mesh import ParallelMesh
@@ -74,7 +74,7 @@ class BackendRoutes:
 
     async def _backend(self, http: web.Request) -> web.Response:
         try:
-            name, work, request = await asyncio.to_thread(self._asked, await _json(http))
+            name, work, request = await asyncio.to_thread(self._asked, await json_of(http, '{"name": ..., "do": ...}'))
             if name in self._under_way:
                 raise InputError(
                     f"Backend {name!r} is busy with: {self._under_way[name].do}.", "Wait until it is done."
@@ -83,7 +83,7 @@ class BackendRoutes:
             # Not the request's own task: it goes on where the page is closed.
             await asyncio.shield(asyncio.create_task(self._done(name, work)))
         except BackendError as error:
-            return _refused(error)
+            return refused(error)
         return web.json_response({"done": request.do, "name": name})
 
     async def _done(self, name: str, work: Callable[[], object]) -> None:
@@ -120,23 +120,12 @@ class BackendRoutes:
         try:
             return web.json_response({"name": name, "log": await asyncio.to_thread(log_of, name)})
         except BackendError as error:
-            return _refused(error)
+            return refused(error)
 
     async def _doctor(self, _: web.Request) -> web.Response:
         async with self._examining:  # each starts ranks
             page = as_text(await asyncio.to_thread(examine))
         return web.json_response({"page": page})
-
-
-async def _json(http: web.Request) -> Any:
-    try:
-        return await http.json()
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"What was sent is not JSON: {error}.", 'Send {"name": ..., "do": ...}.') from None
-
-
-def _refused(error: BackendError) -> web.Response:
-    return web.json_response({"error": error.parts()}, status=400)
 
 
 def what_starts() -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import Any
 
 from aiohttp import web
@@ -11,6 +10,7 @@ from aiohttp import web
 from ..parallel_backend.config import MMDIT_AXES, UNET_AXES
 from ..parallel_backend.errors import BackendError, InputError
 from ..parallel_backend.rpc.messages import ModelKind
+from .json_requests import json_of, refused
 from .mesh_config import mesh_of
 from .mesh_inputs import mesh_inputs
 from .own_origin import own_origin
@@ -24,16 +24,13 @@ def add_mesh_route(routes: web.RouteTableDef) -> None:
     @own_origin
     async def mesh(request: web.Request) -> web.Response:
         try:
-            settings = checked(await request.json())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            refused = InputError(f"What was sent is not JSON: {error}.", 'Send {"ranks": 2, ...}.')
-            return web.json_response({"error": refused.parts()}, status=400)
+            settings = checked(await json_of(request, '{"ranks": 2, ...}'))
         except InputError as error:
-            return web.json_response({"error": error.parts()}, status=400)
+            return refused(error)
         try:
             return web.json_response(told(await asyncio.to_thread(mesh_of, **settings)))
         except BackendError as error:  # an answer: these values don't fit together
-            return web.json_response({"error": error.parts()})
+            return refused(error, status=200)
 
 
 def checked(asked: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from aiohttp import web
 
 from ..parallel_backend.errors import UnsupportedError
+from .json_requests import refused
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 # What a browser says of a page of the same origin, and of an address that was typed in.
@@ -25,10 +26,8 @@ def own_origin(handler: Handler) -> Handler:
 
     @functools.wraps(handler)
     async def guarded(request: web.Request) -> web.StreamResponse:
-        refused = refusal(request.method, request.headers)
-        if refused is None:
-            return await handler(request)
-        return web.json_response({"error": refused.parts()}, status=403)
+        error = refusal(request.method, request.headers)
+        return await handler(request) if error is None else refused(error, status=403)
 
     return guarded
 

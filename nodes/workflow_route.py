@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Any
 
@@ -11,6 +10,7 @@ from aiohttp import web
 from ..parallel_backend.errors import InputError
 from ..parallel_backend.workflow_files.make_parallel import make_parallel
 from ..parallel_backend.workflow_files.reading import workflow_in
+from .json_requests import json_of, refused
 from .own_origin import own_origin
 
 WORKFLOW = "/parallel_mmdit/workflow"
@@ -21,12 +21,9 @@ def add_workflow_route(routes: web.RouteTableDef) -> None:
     @own_origin
     async def workflow(request: web.Request) -> web.Response:
         try:
-            return web.json_response(made_parallel(await request.json()))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            refused = InputError(f"What was sent is not JSON: {error}.", 'Send {"workflow": ...}.')
+            return web.json_response(made_parallel(await json_of(request, '{"workflow": ...}')))
         except InputError as error:
-            refused = error
-        return web.json_response({"error": refused.parts()}, status=400)
+            return refused(error)
 
 
 def made_parallel(asked: Any) -> dict[str, Any]:

@@ -57,21 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="start a backend and keep it in the foreground")
     _named(serve)
     _ranks(serve)
-    serve.add_argument(
-        "--idle-seconds",
-        type=float,
-        help="let the models go after so long without a job, and end after 8 times as long or 4 hours; half an hour",
-    )
-    serve.add_argument("--memory-budget-mib", type=int, help="for models, per rank; 0, or left out, is no limit")
-    serve.add_argument("--detach", action="store_true", help="return as soon as it is ready")
-    serve.add_argument("--models", action="append", default=[], help="open only files below this folder; repeatable")
-    serve.add_argument("--listen", default="", help="also serve clients of other machines, at tcp://0.0.0.0:PORT")
-    serve.add_argument("--keys", default="", help="folder of `parallel-mmdit keys`, for --listen")
-    serve.add_argument("--metrics-port", type=int, default=0, help="Prometheus page on loopback")
-    serve.add_argument("--hosts", type=int, default=1, help="machines that share the backend; run serve on each")
-    serve.add_argument("--host-index", type=int, default=0, help="of this machine; 0 has the socket")
-    serve.add_argument("--rendezvous", default="", help="host 0's address and a free port, the same on each")
-    serve.add_argument("--interface", default="", help="network interface between the hosts, such as eth0")
+    _serve_arguments(serve)
     serve.set_defaults(run=_serve)
 
     keys = commands.add_parser("keys", help="make the keys that clients on other machines need")
@@ -110,6 +96,24 @@ def _parser() -> argparse.ArgumentParser:
 
     _small_checkpoint(commands)
     return parser
+
+
+def _serve_arguments(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument(
+        "--idle-seconds",
+        type=float,
+        help="let the models go after so long without a job, and end after 8 times as long or 4 hours; half an hour",
+    )
+    serve.add_argument("--memory-budget-mib", type=int, help="for models, per rank; 0, or left out, is no limit")
+    serve.add_argument("--detach", action="store_true", help="return as soon as it is ready")
+    serve.add_argument("--models", action="append", default=[], help="open only files below this folder; repeatable")
+    serve.add_argument("--listen", default="", help="also serve clients of other machines, at tcp://0.0.0.0:PORT")
+    serve.add_argument("--keys", default="", help="folder of `parallel-mmdit keys`, for --listen")
+    serve.add_argument("--metrics-port", type=int, default=0, help="Prometheus page on loopback")
+    serve.add_argument("--hosts", type=int, default=1, help="machines that share the backend; run serve on each")
+    serve.add_argument("--host-index", type=int, default=0, help="of this machine; 0 has the socket")
+    serve.add_argument("--rendezvous", default="", help="host 0's address and a free port, the same on each")
+    serve.add_argument("--interface", default="", help="network interface between the hosts, such as eth0")
 
 
 def _small_checkpoint(commands: Any) -> None:
