@@ -194,9 +194,9 @@ def ranks_here(ranks: Sequence[RankState]) -> list[RankState]:
     return [r for r in ranks if r.machine == machine() and (r.device.split(":")[0], r.uuid) == (kind, uuid)]
 
 
-def bytes_here(backend: Backend, remote: RemoteModel | RemoteVAE) -> int:
+def bytes_here(remote: RemoteModel | RemoteVAE) -> int:
     """What ranks on ComfyUI's own device hold of it; 1 where none does, since ComfyUI measures what has no size."""
-    return max(1, sum(remote.loaded.resident_bytes[rank.rank] for rank in ranks_here(backend.status().ranks)))
+    return max(1, sum(remote.loaded.resident_bytes[rank.rank] for rank in ranks_here(remote.backend.status().ranks)))
 
 
 def make_room(backend: Backend, rank_bytes: int, held_as: str) -> str:

@@ -43,7 +43,7 @@ def parallel_model(
     """
     mesh.check_displaced(kind)
     remote, report = load_remote_model(mesh, kind, path, name, options or {})
-    patcher = as_mesh_asks(remote_patcher(remote, path, bytes_here(mesh.backend(), remote)), mesh.displaced)
+    patcher = as_mesh_asks(remote_patcher(remote, path, bytes_here(remote)), mesh.displaced)
     leave(patcher, comfy.sd.load_diffusion_model, (str(path), dict(options or {})))
     return patcher, report
 

@@ -171,7 +171,7 @@ class ParallelMesh:
 
     def differs(self) -> str:
         """What has changed of the backend for this mesh, told once, and what it was started with otherwise than ComfyUI."""
-        backend = self.backend()
+        backend = self._backend or self.backend()  # asked for once a load: each time takes settings over
         if self.spec.address:
             return backend.taken_notes()
         cards = [card.uuid for card in seen(self.spec.device).cards]

@@ -74,4 +74,4 @@ def parallel_vae(mesh: ParallelMesh, paths: Sequence[Path], names: Sequence[str]
         room,
         mesh.differs(),
     ]
-    return ParallelVAE(remote, bytes_here(backend, remote)), "\n".join(filter(None, lines))
+    return ParallelVAE(remote, bytes_here(remote)), "\n".join(filter(None, lines))
