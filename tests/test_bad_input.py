@@ -114,5 +114,5 @@ def test_messages_of_another_kind_get_an_error_and_do_no_harm(
     header, _ = unpack(raw_line.recv_multipart(), ReplyHeader)
     assert isinstance(header.body, Failed) and header.body.code == "protocol"
     if b"9.9.9" in frames[0]:
-        assert "version 9.9.9" in header.body.message and "parallel_backend stop" in header.body.remedy
+        assert "version 9.9.9" in header.body.message and "Start the older of both again" in header.body.remedy
     assert torch.equal(sample(model), expected)
