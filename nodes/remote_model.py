@@ -27,10 +27,10 @@ from ..parallel_backend.rpc.messages import LoadControl
 from .base_weights import BaseWeights
 from .core_memory import WeightsElsewhere, interruptible, make_room
 from .core_model import base_model
-from .hung.attention_patches import transformer_patches
 from .hung.compute import compute_patches
 from .hung.controlnet import ControlCost
 from .hung.guidance import patching_functions
+from .hung.kinds import unknown_patches
 from .hung.layers import network_changes
 from .hung.loop_patches import OWN
 from .hung.refusal import ELSEWHERE, IN_MESH_CONFIG, RELOAD, refuse
@@ -82,7 +82,7 @@ class RemotePatcher(WeightsElsewhere):
         """Raises: UnsupportedError: what no path to the backend can honour hangs on it."""
         refuse(compute_patches(self), "A parallel MODEL", IN_MESH_CONFIG)
         options = self.model_options.get("transformer_options", {})
-        inside = chain(unsendable_weights(self), transformer_patches(options), patching_functions(self))
+        inside = chain(unsendable_weights(self), unknown_patches(options), patching_functions(self))
         refuse(inside, "A parallel MODEL", ELSEWHERE)
         refuse(network_changes(self.model), "A parallel MODEL", RELOAD)
 

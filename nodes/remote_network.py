@@ -14,9 +14,10 @@ from ..parallel_backend import RemoteModel, WeightPatches
 from ..parallel_backend.errors import UnsupportedError
 from ..parallel_backend.rpc.host_copies import onto_device
 from .core_memory import interruptible
-from .hung.attention_patches import transformer_patches
 from .hung.controlnet import USES, ControlCost, by_place
+from .hung.kinds import extras_of, unknown_patches
 from .hung.layers import AsMade
+from .hung.patches import Call
 from .hung.refusal import ELSEWHERE, RELOAD, refuse
 from .node_text import say
 
@@ -69,9 +70,17 @@ class RemoteNetwork(torch.nn.Module):
         self.control_cost.note(residuals, self.dtype.itemsize)
         given = {"patches": self.worn, "step": partial(step_of, options)}
         given |= {"residuals": residuals, "controls": (control or {}).get(USES, ())}
+        given |= self._extras(x, options)
         out = interruptible(self.remote.backend, self.remote.forward, x, timesteps, context, y, **given)
         self._tell_once()
         return onto_device(out, x.device).to(x.dtype)
+
+    def _extras(self, x: Tensor, options: dict[str, Any]) -> dict[str, Any]:
+        """What `forward` is told of the patches in these options."""
+        branches, sigmas = tuple(options.get("cond_or_uncond", (0,))), options.get("sigmas")
+        sigma = None if sigmas is None else float(sigmas[0])
+        extras = extras_of(Call(self, tuple(x.shape), branches, sigma, options))
+        return {"extras": extras, "branches": branches} if extras else {}
 
     def _tell_once(self) -> None:
         """What an evaluation was the first of the sampling to tell stands on the node, below what was told before."""
@@ -99,7 +108,7 @@ def step_of(options: dict[str, Any]) -> tuple[int, int]:
 
 
 def _unsendable(options: dict[str, Any], kwargs: dict[str, Any]) -> Iterator[str]:
-    yield from transformer_patches(options)
+    yield from unknown_patches(options)
     given = (name for name, value in kwargs.items() if value is not None and name != _OF_CONTROLNETS)
     yield from (f"the model argument {name!r}" for name in given)
 

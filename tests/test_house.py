@@ -67,7 +67,7 @@ ALLOWED = {
         "distributed",
         "models",
         # The predictor plays a rank: its model in its mesh, and a job as ranks run it.
-        *("rank.sample", "rank.jobs", "rank.control_nets", "rank.residents", "rank.allowed_files"),
+        *("rank.sample", "rank.jobs", "rank.control_nets", "rank.residents", "rank.allowed_files", "extras.reading"),
         "mesh_choice",
         "sampling",
         "config",

@@ -9,6 +9,7 @@ from typing import Any
 
 from comfy.model_patcher import ModelPatcher
 
+from .kinds import settings_refused
 from .loop_patches import OWN
 from .refusal import module_of
 
@@ -30,17 +31,20 @@ _FUNCTIONS = (FunctionType, MethodType, partial)
 def patching_functions(model: ModelPatcher) -> Iterator[str]:
     """Functions and wrappers of a MODEL that patch its blocks when they are called, each by its own name.
 
-    Read from their code, before anything calls them, and from that of what they call in their own package.
+    Read from their code, before anything calls them, and from that of what they call in their own package. Of those whose patches
+    the ranks know, what of their settings can't be honoured.
     """
-    yield from (f"{function}, which patches blocks of the model" for function in _functions_naming(_PATCHING, model))
+    for function, told in _functions_naming(_PATCHING, model):
+        refused = settings_refused(function, model.model.diffusion_model)
+        yield from [f"{told}, which patches blocks of the model"] if refused is None else refused
 
 
 def functions_on_controls(model: ModelPatcher) -> Iterator[str]:
-    """Of those the ones that look at ControlNets by themselves."""
-    return _functions_naming(_OF_CONTROLS, model)
+    """Functions and wrappers of a MODEL that look at ControlNets by themselves, each by its own name."""
+    return (told for _, told in _functions_naming(_OF_CONTROLS, model))
 
 
-def _functions_naming(words: frozenset[str], model: ModelPatcher) -> Iterator[str]:
+def _functions_naming(words: frozenset[str], model: ModelPatcher) -> Iterator[tuple[Any, str]]:
     hung: list[tuple[str, Any]] = [(key, value) for key, value in model.model_options.items()]
     for wrappers in (model.wrappers, model.model_options["transformer_options"].get("wrappers", {})):
         hung += [(kind, fs) for kind, by_key in wrappers.items() for key, fs in by_key.items() if key != OWN]
@@ -48,7 +52,7 @@ def _functions_naming(words: frozenset[str], model: ModelPatcher) -> Iterator[st
         for function in value if isinstance(value, list | tuple) else [value]:
             if callable(function) and _names_any(words, function):
                 named = function if hasattr(function, "__qualname__") else type(function)
-                yield f"{named.__qualname__} of {module_of(named)} ({kind})"
+                yield function, f"{named.__qualname__} of {module_of(named)} ({kind})"
 
 
 def patches_blocks(function: Any) -> bool:

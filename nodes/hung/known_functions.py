@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from comfy_extras import nodes_differential_diffusion, nodes_model_advanced
+from .patches import origin
 
-# By the option that the node sets: its module, and what `RemoteModel.sample` calls its setting, as the node's function has it.
+# By the option that the node sets: its origin's beginning, and what `RemoteModel.sample` calls its setting, as the node's function has it.
 _KNOWN = {
-    "sampler_cfg_function": (nodes_model_advanced.__name__, "RescaleCFG.", {"rescale_cfg": "multiplier"}),
+    "sampler_cfg_function": ("nodes_model_advanced:RescaleCFG.", {"rescale_cfg": "multiplier"}),
     "denoise_mask_function": (
-        nodes_differential_diffusion.__name__,
-        "DifferentialDiffusion.",
+        "nodes_differential_diffusion:DifferentialDiffusion.",
         {"differential": "strength"},
     ),
 }
@@ -26,9 +25,9 @@ def known_functions(options: Mapping[str, Any], *, is_flow: bool) -> tuple[dict[
     """
     settings: dict[str, float] = {}
     others = dict(options)
-    for option, (module, node, named) in _KNOWN.items():
+    for option, (node, named) in _KNOWN.items():
         function: Any = options.get(option)
-        if getattr(function, "__module__", "") != module or not function.__qualname__.startswith(node):
+        if function is None or not origin(function).startswith(node):
             continue
         made_with = closed_over(function)
         if option == "sampler_cfg_function" and made_with.get("is_flow", False) != is_flow:

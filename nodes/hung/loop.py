@@ -18,11 +18,14 @@ from torch import Tensor
 from ...parallel_backend import Conditioning, ControlUse
 from ...parallel_backend.config import SAMPLERS, FlowSampling, ModelSampling
 from ...parallel_backend.errors import UnsupportedError
+from ...parallel_backend.rpc.extras import AnyExtra
 from ..known_to_core import known_to
 from .controlnet import ControlChain
+from .kinds import extras_of
 from .known_functions import known_functions
 from .loop_patches import loop_patches, replaced_functions
 from .model_sampling import read_sampling
+from .patches import Call
 
 # Of a processed prompt: what ComfyUI's loop reads beside the model's own inputs, and the value that changes nothing.
 _NEUTRAL: Mapping[str, Any] = {"strength": 1.0}
@@ -47,6 +50,7 @@ class Loop:
     model_sampling: ModelSampling
     functions: Mapping[str, float]
     controls: Mapping[str, Sequence[ControlUse]]
+    extras: Sequence[AnyExtra]
 
 
 def read_loop(
@@ -103,7 +107,11 @@ def read_loop(
         controls[kind] = [member.use_of_loop(latent, sigmas[0], inputs) for member in members]
     mask = None if mask is None else mask[:, :1]
     named = (sigmas, name, float(guider.cfg), seed)
-    return Loop(latent, noise, *named, prompts["positive"], prompts.get("negative"), mask, sampling, settings, controls)
+    inside = guider.model_options["transformer_options"]
+    branches = tuple(range(len(prompts)))
+    extras = extras_of(Call(model.network, tuple(latent.shape), branches, None, inside))
+    of_prompts = (prompts["positive"], prompts.get("negative"))
+    return Loop(latent, noise, *named, *of_prompts, mask, sampling, settings, controls, extras)
 
 
 class _AsPatched:

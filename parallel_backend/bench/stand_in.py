@@ -22,6 +22,7 @@ from ..distributed.kernels import Use
 from ..distributed.mesh import Mesh, build_mesh
 from ..distributed.stale import Step
 from ..errors import ConfigError
+from ..extras.reading import Extras
 from ..models.checkpoint import load_parameters
 from ..models.families import OpenedModel
 from ..models.prediction import Predictor
@@ -185,4 +186,4 @@ def _sample(subject: Subject, predictor: Predictor, run: Run, control: Control, 
 
     job = Job(control, emit, lambda: False)
     none = ControlNets(Residents(predictor.device, 0, 1, lambda: None), AllowedFiles(), lambda: None)
-    run_sample(body, tensors, job, lambda: (predictor, Swap()), none)
+    run_sample(body, tensors, job, lambda: (predictor, Swap()), none, Extras())

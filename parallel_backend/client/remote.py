@@ -13,6 +13,7 @@ from torch import Tensor
 from ..config import ModelSampling, SamplerSpec
 from ..errors import UnknownModelError, UnknownPatchesError
 from ..rpc.conditioning import Conditioning
+from ..rpc.extras import AnyExtra
 from ..rpc.messages import (
     Forward,
     LoadControl,
@@ -136,6 +137,7 @@ class RemoteModel(Held[LoadModel]):
         differential: float | None = None,
         controls: Sequence[ControlUse] = (),
         negative_controls: Sequence[ControlUse] | None = None,
+        extras: Sequence[AnyExtra] = (),
         on_step: Callable[[Step], None] | None = None,
         should_cancel: Callable[[], bool] | None = None,
     ) -> Tensor:
@@ -158,6 +160,7 @@ class RemoteModel(Held[LoadModel]):
             rescale_cfg: how far guidance is brought back to the spread of cond, 0 to 1: RescaleCFG's multiplier.
             differential: makes the mask's values say when they begin to change: DifferentialDiffusion's strength.
             controls: ControlNets in the ranks, on the positive prompt; and on the negative one, without `negative_controls`.
+            extras: what hangs inside the model: see rpc/extras.py.
             trace: keep what each rank did when, in `timeline`: rank, and the columns of distributed/traffic.py.
             patches: on the model's weights, for this job.
             on_step: told after each step. What it raises cancels the job and is raised again.
@@ -196,6 +199,7 @@ class RemoteModel(Held[LoadModel]):
             None if batch_index is None else list(batch_index),
             preview,
             trace,
+            extras=given.extras(extras),
         )
         callbacks: dict[str, Any] = {"on_event": _telling(on_step), "should_cancel": should_cancel}
         tensors = self._patched_request(body, given.attachments, patches, [*controls, *of_negative], **callbacks)
@@ -221,6 +225,8 @@ class RemoteModel(Held[LoadModel]):
         *,
         residuals: Residuals | None = None,
         controls: Sequence[ControlUse] = (),
+        extras: Sequence[AnyExtra] = (),
+        branches: Sequence[int] = (0,),
         patches: WeightPatches | None = None,
         step: Callable[[], tuple[int, int]] = lambda: (0, 0),
         should_cancel: Callable[[], bool] | None = None,
@@ -232,6 +238,8 @@ class RemoteModel(Held[LoadModel]):
             residuals: a ControlNet's, whole, of B rows or one for all, by `input`, `middle` and `output`, each in the order of
                 the model's blocks. They travel in the dtype in which the model computes.
             controls: ControlNets in the ranks, on all rows.
+            extras: what hangs inside the model and acts now. `branches`: which prompt the rows are of, as many for each: 0 cond, 1
+                uncond.
             step: asked where the output holds NaN or infinity: of which step, from 1, of how many it is; (0, 0) of none.
         Raises: as `sample`.
         """
@@ -245,6 +253,8 @@ class RemoteModel(Held[LoadModel]):
             given.place(pooled, kept=True),
             control=given.residuals(residuals or {}),
             controls=[use.named(given.hint) for use in controls],
+            extras=given.extras(extras),
+            branches=list(branches),
         )
         room = x.numel() * torch.float32.itemsize
         callbacks: dict[str, Any] = {"should_cancel": should_cancel, "room": room}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..rpc.conditioning import Conditioning
+from ..rpc.extras import AnyExtra
 from ..rpc.messages import Control, Prompt, TensorIndex
 from .remote_control import ControlUse
 from .sent_tensors import Attachment
@@ -23,7 +24,7 @@ class RequestTensors:
     """Each is taken along and told its place.
 
     Args:
-        dtype: the model's, in which what belongs to ControlNets travels.
+        dtype: the model's, in which what belongs to ControlNets and extras travels.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -50,6 +51,10 @@ class RequestTensors:
             [None if x is None else self._once(x, kept=False) for x in given.get(side, ())] for side in SIDES
         )
         return Control(inputs, middle[0] if middle else None, outputs)
+
+    def extras(self, given: Sequence[AnyExtra]) -> list[AnyExtra]:
+        """As a request names them: their tensors are kept."""
+        return [extra.each(lambda tensor: self._once(tensor, kept=True)) for extra in given]
 
     def _once(self, tensor: Tensor, *, kept: bool) -> TensorIndex:
         """One that stands in several places travels once."""

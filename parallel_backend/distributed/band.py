@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,13 +17,16 @@ from .collectives import Handle, start_all_gather
 from .mesh import MeshAxis
 from .stale import Step
 
+if TYPE_CHECKING:
+    from .sites import UNetSites
+
 
 @dataclass
 class Band:
     """How the image of the current request is cut, and where in its job it is. All layers of a model share one.
 
     `rows` of every band and `columns` of the image are those of the model's input. `prompt_kv` are the keys and values of the
-    prompt, (B, L, 2 * D), by the slot of the attention that takes them.
+    prompt, (B, L, 2 * D), by the slot of the attention that takes them. `sites`: where extras act, if any do.
     """
 
     axis: MeshAxis = field(default_factory=lambda: MeshAxis("band"))
@@ -30,6 +34,7 @@ class Band:
     columns: int = 1
     step: Step = field(default_factory=Step)
     prompt_kv: Mapping[str, Tensor] = field(default_factory=dict)
+    sites: UNetSites | None = None
 
     @property
     def own_rows(self) -> tuple[int, int]:

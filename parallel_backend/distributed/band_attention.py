@@ -6,6 +6,7 @@ Shapes: B batch, C channels, Y rows of the band, X columns, L tokens, D width, E
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .band import Band
 from .collectives import all_gather, start_all_gather
 from .graph_breaks import breaks_graph
 from .kernels import attend
+from .sites import At, Place, around
 from .ulysses import heads_to_tokens, tokens_to_heads
 
 
@@ -57,12 +59,25 @@ class BandSelfAttention:
 
     def __init__(self, band: Band, kernel: str, slot: str) -> None:
         self.band, self.kernel, self.slot = band, kernel, slot
+        self.place: Place | None = None  # which a UNet's have
 
     def __call__(self, attn: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        qkv_BLD = attn.to_qkv(hidden_states)
+        if self.band.sites is not None and self.place is not None:
+            return self._with_extras(attn, hidden_states, self.place)
+        return attn.to_out[0](self._attended(attn.heads, attn.to_qkv(hidden_states)))
+
+    @breaks_graph
+    def _with_extras(self, attn: Any, hidden_states: Tensor, place: Place) -> Tensor:
+        sites, at = self.band.sites, At(place, self.band, self.kernel, attn.heads)
+        assert sites is not None
+        attended = around(sites.self_attended.get(place, ()), partial(self._attended, attn.heads), at)
+        layer = around(sites.self_layer.get(place, ()), lambda x: attn.to_out[0](attended(attn.to_qkv(x))), at)
+        return layer(hidden_states)
+
+    def _attended(self, heads: int, qkv_BLD: Tensor) -> Tensor:
         if self.band.axis.degree == 1:
-            return attn.to_out[0](_attend(self.kernel, attn.heads, *qkv_BLD.chunk(3, dim=-1)))
-        return attn.to_out[0](self._over_bands(qkv_BLD, attn.heads))
+            return attend_heads(self.kernel, heads, *qkv_BLD.chunk(3, dim=-1))
+        return self._over_bands(qkv_BLD, heads)
 
     @breaks_graph
     def _over_bands(self, qkv_BLD: Tensor, heads: int) -> Tensor:
@@ -71,7 +86,7 @@ class BandSelfAttention:
         if band.step.stale is None and 2 < band.axis.degree <= heads:
             return self._by_heads(qkv_BLD, heads, tokens)
         q, kv = qkv_BLD.tensor_split([qkv_BLD.shape[-1] // 3], dim=-1)
-        return _attend(self.kernel, heads, q, *self._whole(kv, tokens).chunk(2, dim=-1))
+        return attend_heads(self.kernel, heads, q, *self._whole(kv, tokens).chunk(2, dim=-1))
 
     def _by_heads(self, qkv_BLD: Tensor, heads: int, tokens: Sequence[int]) -> Tensor:
         axis, (B, _, D) = self.band.axis, qkv_BLD.shape
@@ -106,16 +121,31 @@ class CachedCrossAttention:
 
     def __init__(self, band: Band, kernel: str, slot: str) -> None:
         self.band, self.kernel, self.slot = band, kernel, slot
+        self.place: Place | None = None
 
     def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        if self.band.sites is not None and self.place is not None:
+            return self._with_extras(attn, hidden_states, self.place)
+        return attn.to_out[0](self._attended(attn.heads, attn.to_q(hidden_states)))
+
+    @breaks_graph
+    def _with_extras(self, attn: Any, hidden_states: Tensor, place: Place) -> Tensor:
+        sites, at = self.band.sites, At(place, self.band, self.kernel, attn.heads)
+        assert sites is not None
+        attended = around(sites.cross_attended.get(place, ()), partial(self._attended, attn.heads), at)
+        layer = around(sites.cross_layer.get(place, ()), lambda x: attn.to_out[0](attended(attn.to_q(x))), at)
+        return layer(hidden_states)
+
+    def _attended(self, heads: int, q_BLD: Tensor) -> Tensor:
         k, v = self._keys_values().chunk(2, dim=-1)
-        return attn.to_out[0](_attend(self.kernel, attn.heads, attn.to_q(hidden_states), k, v))
+        return attend_heads(self.kernel, heads, q_BLD, k, v)
 
     @breaks_graph
     def _keys_values(self) -> Tensor:
         return self.band.prompt_kv[self.slot]
 
 
-def _attend(kernel: str, heads: int, q_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor) -> Tensor:
+def attend_heads(kernel: str, heads: int, q_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor) -> Tensor:
+    """(B, L, D): queries' share of the values, head by head; keys and values may be of other tokens."""
     q, k, v = (x.unflatten(-1, (heads, -1)) for x in (q_BLD, k_BLD, v_BLD))
     return attend(kernel, q, k, v).flatten(2)

@@ -22,6 +22,7 @@ from ..distributed.stale import Buckets, Step
 from ..distributed.traffic import Traffic
 from ..errors import in_a_line
 from .cuda_graphs import Recorder
+from .extra import Extra
 from .inputs import Inputs
 from .network import Network
 from .prepared import PreparedPrompt
@@ -105,10 +106,16 @@ class CapturedNetwork:
     _version: int = field(init=False, default=0)
 
     def __call__(
-        self, x: Tensor, timesteps: Tensor, prepared: PreparedPrompt, step: Step, residuals: Residuals = NONE
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        prepared: PreparedPrompt,
+        step: Step,
+        residuals: Residuals = NONE,
+        extras: Sequence[Extra] = (),
     ) -> Tensor:
         """As the network's; its tensor is the caller's own."""
-        inputs = self.network.inputs(x, timesteps, prepared, step, residuals)
+        inputs = self.network.inputs(x, timesteps, prepared, step, residuals, extras)
         if step.kept is not None and (step.kept.token_kv is not None or step.kept.timeline is not None):
             return self.network.evaluate(inputs, step)  # patches of a pipeline; marks of time
         place = (inputs.form(), step.branch, step.kept is not None and step.kept.stale is not None)

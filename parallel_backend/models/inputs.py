@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from .extra import Extra
 from .prepared import PreparedPrompt
 from .residuals import NONE, Residuals
 
@@ -19,6 +20,7 @@ class Inputs:
         changing: beside the latent `x`, what is another tensor at each step, by names of the network's own.
         lasting: what comes again, as the same tensor with the same values, at every step of a job.
         prepared: lasts as well.
+        extras: those that act; their tensors last too.
     """
 
     x: Tensor
@@ -26,6 +28,7 @@ class Inputs:
     prepared: PreparedPrompt
     lasting: Mapping[str, Tensor]
     residuals: Residuals = NONE
+    extras: Sequence[Extra] = ()
 
     def fresh(self) -> list[Tensor]:
         """Those that no evaluation has seen, in a fixed order; a residual that stands in several places once."""
@@ -35,7 +38,8 @@ class Inputs:
     def kept(self) -> list[Tensor]:
         """Those that last, in a fixed order."""
         prepared = self.prepared
-        return [*self.lasting.values(), prepared.context, prepared.pooled, *prepared.tensors.values()]
+        of_extras = (tensor for extra in self.extras for tensor in extra.tensors())
+        return [*self.lasting.values(), prepared.context, prepared.pooled, *prepared.tensors.values(), *of_extras]
 
     def form(self) -> Hashable:
         """Names, places, shapes, strides and dtypes."""
@@ -47,7 +51,7 @@ class Inputs:
         ]
         names = (*self.changing, *self.lasting, *self.prepared.tensors)
         tensors = tuple((t.shape, t.stride(), t.dtype) for t in (*self.fresh(), *self.kept()))
-        return names, *places, tensors
+        return names, *places, tensors, tuple(extra.form() for extra in self.extras)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Inputs:
         """`change` done to every tensor."""
@@ -64,4 +68,5 @@ class Inputs:
             prepared=prepared,
             lasting=changed(self.lasting),
             residuals=self.residuals.each(change),
+            extras=[extra.each(change) for extra in self.extras],
         )

@@ -246,8 +246,9 @@ class MMDiT(StagedTransformer):
     ) -> list[Tensor]:
         vectors = by_module(vectors_BW, self._modulations(), self.config.hidden)
         for block in self._own():
-            own = attend.of(block.index)
-            c_BLD, x_BLD = block(c_BLD, x_BLD, next(vectors), next(vectors), own)
+            own, c_mod, x_mod = attend.of(block.index), next(vectors), next(vectors)
+            if not own.is_skipped:
+                c_BLD, x_BLD = block(c_BLD, x_BLD, c_mod, x_mod, own)
             x_BLD = own.with_residual(x_BLD)
         return [c_BLD, x_BLD]
 

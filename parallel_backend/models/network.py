@@ -7,8 +7,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from ..distributed.sites import TransformerSites
 from ..distributed.stale import Kept, StaleExchanges, Step
 from ..errors import InputError, UnsupportedError
+from .extra import Extra
 from .inputs import Inputs
 from .prepared import PreparedPrompt
 from .residuals import NONE, Residuals, check_count, check_residual
@@ -46,7 +48,14 @@ class Network(Protocol):
         ...
 
     def inputs(
-        self, x: Tensor, timesteps: Tensor, prepared: PreparedPrompt, step: Step, residuals: Residuals = NONE, /
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        prepared: PreparedPrompt,
+        step: Step,
+        residuals: Residuals = NONE,
+        extras: Sequence[Extra] = (),
+        /,
     ) -> Inputs:
         """All that `evaluate` reads of a call, as tensors: what is looked up by a number of the step is looked up here."""
         ...
@@ -62,6 +71,7 @@ class Network(Protocol):
         prepared: PreparedPrompt,
         step: Step,
         residuals: Residuals = NONE,
+        extras: Sequence[Extra] = (),
         /,
     ) -> Tensor:
         """`evaluate` of `inputs`."""
@@ -126,26 +136,41 @@ class TokenNetwork:
         return whole.each(own)
 
     def inputs(
-        self, x: Tensor, timesteps: Tensor, prepared: PreparedPrompt, step: Step, residuals: Residuals = NONE
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        prepared: PreparedPrompt,
+        step: Step,
+        residuals: Residuals = NONE,
+        extras: Sequence[Extra] = (),
     ) -> Inputs:
         patch, (_, _, Y, X) = self.config.patch_size, x.shape
         num_patches = step.kept.num_patches if step.kept is not None else 1
         tokens = self.model.tokens_for(Y, X, prepared.context.shape[1], num_patches)
         places = self.places((*x.shape[:2], Y + -Y % patch, X + -X % patch), tokens)
-        return Inputs(x, {"timesteps": timesteps}, prepared, {"places": places}, residuals)
+        return Inputs(x, {"timesteps": timesteps}, prepared, {"places": places}, residuals, extras)
 
     def evaluate(self, inputs: Inputs, step: Step) -> Tensor:
         x, (timesteps, places) = inputs.x, (inputs.changing["timesteps"], inputs.lasting["places"])
         whole = padded(x, self.config.patch_size)
-        out = self.model(whole, timesteps, inputs.prepared, places, step, inputs.residuals)
+        sites = TransformerSites()
+        for extra in inputs.extras:
+            extra.on_transformer(sites)
+        out = self.model(whole, timesteps, inputs.prepared, places, step, inputs.residuals, sites)
         if step.stale is not None:
             step.stale.end_evaluation()
         return out[:, :, : x.shape[2], : x.shape[3]]
 
     def __call__(
-        self, x: Tensor, timesteps: Tensor, prepared: PreparedPrompt, step: Step, residuals: Residuals = NONE
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        prepared: PreparedPrompt,
+        step: Step,
+        residuals: Residuals = NONE,
+        extras: Sequence[Extra] = (),
     ) -> Tensor:
-        return self.evaluate(self.inputs(x, timesteps, prepared, step, residuals), step)
+        return self.evaluate(self.inputs(x, timesteps, prepared, step, residuals, extras), step)
 
     def places(self, shape: Sequence[int], tokens: Tokens) -> Tensor:
         """Of this rank's tokens of a padded latent (B, C, Y, X)."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..config import MeshSpec
 from ..distributed.cfg import gather_branches, own_branches
+from ..distributed.collectives import split_range
 from ..distributed.data import gather_batch, shard_batch
 from ..distributed.mesh import Mesh, MeshAxis
 from ..distributed.stale import Step
@@ -21,6 +22,7 @@ from ..errors import InputError
 from .captured import CapturedNetwork
 from .compiled import FirstTimes
 from .control_use import ControlUse
+from .extra import Extra, Row
 from .families import Kind
 from .network import Network
 from .prepared import PreparedPrompt, PreparedPrompts
@@ -79,13 +81,17 @@ class _Ready:
 class Rows:
     """Latents (B, C, Y, X) with their timesteps (B,) and prompt, on every rank.
 
-    `residuals`: whole, for all rows or one for each of them, anywhere and in any dtype.
+    Args:
+        residuals: whole, for all rows or one for each of them, anywhere and in any dtype.
+        extras: which may act; `which` rows these are, for those that differ by row.
     """
 
     x: Tensor
     timesteps: Tensor
     prompt: Prompt
     residuals: Residuals = NONE
+    extras: Sequence[Extra] = ()
+    which: tuple[Row, ...] = ()
 
     def share(self, axis: MeshAxis) -> Rows:
         """Those of this rank of the axis."""
@@ -95,19 +101,22 @@ class Rows:
             return shard_batch(tensor, axis) if tensor.shape[0] == rows else tensor
 
         x, times = shard_batch(self.x, axis), shard_batch(self.timesteps, axis)
-        return Rows(x, times, self.prompt.share(axis), self.residuals.each(own))
+        first, last = split_range(rows, axis.degree, axis.rank)
+        residuals, which = self.residuals.each(own), self.which[first:last]
+        return Rows(x, times, self.prompt.share(axis), residuals, self.extras, which)
 
 
 @dataclass(frozen=True)
 class Call:
     """One call of the model: its prompt, and what the model and each ControlNet on it have made of that.
 
-    Nothing is made of a prompt of no rows.
+    Nothing is made of a prompt of no rows. `which` rows these are of a job's evaluation.
     """
 
     prompt: Prompt
     own: PreparedPrompt
     controls: tuple[PreparedPrompt, ...]
+    which: tuple[Row, ...] = ()
 
     @property
     def is_empty(self) -> bool:
@@ -128,6 +137,7 @@ class Share:
         calls: of each evaluation. Two prompts of equal length are one call, for twice the rows.
         doubled: they are.
         steps: of each call, the model's prompt at the steps of the job, and its ControlNets'.
+        extras: which may act in an evaluation.
     """
 
     mesh: Mesh
@@ -136,18 +146,27 @@ class Share:
     calls: list[Call]
     doubled: bool
     steps: list[list[PromptAtSteps]]
+    extras: Sequence[Extra]
 
     @classmethod
     def of(
-        cls, network: Network, mesh: Mesh, rows: int, prompts: Sequence[Prompt], prepare: Callable[[Prompt], Call]
+        cls,
+        network: Network,
+        mesh: Mesh,
+        rows: int,
+        prompts: Sequence[Prompt],
+        prepare: Callable[[Prompt], Call],
+        extras: Sequence[Extra] = (),
     ) -> Share:
         """Of `rows` latents, each with these prompts (cond, uncond)."""
         whole = own_branches(prompts, mesh.cfg)
         doubled = len(whole) == 2 and whole[0].is_like(whole[1])
         own = [prompt.share(mesh.dp) for prompt in whole]
+        latents = range(*split_range(rows, mesh.dp.degree, mesh.dp.rank))
+        which = [tuple((n, i) for i in latents) for n in own_branches(range(len(prompts)), mesh.cfg)]
         if doubled:
-            own = [own[0] + own[1]]
-        calls = [prepare(prompt) for prompt in own]
+            own, which = [own[0] + own[1]], [which[0] + which[1]]
+        calls = [replace(prepare(prompt), which=rows_of) for prompt, rows_of in zip(own, which, strict=True)]
         most = AHEAD_BYTES // sum(1 + len(call.controls) for call in calls)
         steps = [
             [
@@ -159,7 +178,7 @@ class Share:
             ]
             for call in calls
         ]
-        return cls(mesh, rows, len(prompts), calls, doubled, steps)
+        return cls(mesh, rows, len(prompts), calls, doubled, steps, extras)
 
     def foresee(self, timesteps: Sequence[Tensor]) -> None:
         """Those of the schedule, on the CPU, in their order."""
@@ -346,14 +365,16 @@ class Predictor:
             out = gather_batch(out, count, axis)
         return out
 
-    def share(self, rows: int, prompts: Sequence[Prompt]) -> Share:
+    def share(self, rows: int, prompts: Sequence[Prompt], extras: Sequence[Extra] = ()) -> Share:
         """What this rank computes of evaluations of `rows` latents with these prompts (cond, uncond), for a whole job.
 
         It holds as long as the weights stay. Comm: `Network.prepare`'s.
         """
-        return Share.of(
-            self.network, self.mesh, rows, prompts, lambda prompt: self._prepared(prompt, lambda _, make: make())
-        )
+
+        def prepare(prompt: Prompt) -> Call:
+            return self._prepared(prompt, lambda _, make: make())
+
+        return Share.of(self.network, self.mesh, rows, prompts, prepare, extras)
 
     def _prepared(self, prompt: Prompt, get: Callable[[object, Callable[[], PreparedPrompt]], PreparedPrompt]) -> Call:
         """`get`: (network, how to make it) -> what that network makes of the prompt."""
@@ -376,7 +397,9 @@ class Predictor:
         own = share.own_rows(x)
         times = timesteps_of(timestep, own.shape[0], self.device)
         outputs = [
-            self._local(Rows(own, times, call.prompt), call, replace(step, branch=branch))
+            self._local(
+                Rows(own, times, call.prompt, extras=share.extras, which=call.which), call, replace(step, branch=branch)
+            )
             for branch, call in enumerate(share.at(timestep, step.sigma))
         ]
         return share.gather(outputs)
@@ -393,6 +416,7 @@ class Predictor:
         if prompt.concat is not None:
             given = torch.cat([given, prompt.concat], dim=1)
         evaluate = self.captured or self.network
+        extras = tuple(extra.of(rows.which) for extra in rows.extras if extra.is_at(step.sigma))
         kind = (prompt.context.shape[1], step.phase)
         with nullcontext() if self.compiling is None else self.compiling.told(x, *kind):
-            return evaluate(given, rows.timesteps, call.own, step, added).float()
+            return evaluate(given, rows.timesteps, call.own, step, added, extras).float()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from ..distributed.attention import Joined, Memory, ParallelAttention, Pipelined
 from ..distributed.collectives import Handle, all_gather, broadcast, start_receive, start_send
 from ..distributed.graph_breaks import breaks_graph
 from ..distributed.mesh import Mesh
+from ..distributed.sites import TransformerSites
 from ..distributed.stale import EXACT, Step, TokenKV
 from ..errors import ConfigError
 from ..fused.joint_heads import join_heads
@@ -45,17 +46,23 @@ class Stream:
 
 @dataclass(frozen=True)
 class Attend:
-    """The attentions of one evaluation."""
+    """The attentions of one evaluation, and what acts beside them."""
 
     attention: ParallelAttention
     tokens: Tokens
     step: Step
     block: int = 0
     residuals: Residuals = NONE
+    sites: TransformerSites = field(default_factory=TransformerSites)
 
     def of(self, block: int) -> Attend:
         """Those of one block."""
         return replace(self, block=block)
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether this block hands its tokens on as they came."""
+        return self.block in self.sites.skipped
 
     def with_residual(self, x_BLD: Tensor) -> Tensor:
         """Image tokens after this block, what a ControlNet gives for it added."""
@@ -208,6 +215,7 @@ class StagedTransformer(nn.Module):
         places: Tensor,
         step: Step = EXACT,
         residuals: Residuals = NONE,
+        sites: TransformerSites | None = None,
     ) -> Tensor:
         """The velocity at `x`.
 
@@ -218,6 +226,7 @@ class StagedTransformer(nn.Module):
                 Where nothing was made of it yet, as in training, it is prepared here.
             places: of this rank's image tokens, patch after patch: rows of the position table, or rows and columns.
             residuals: of this rank's image tokens, after each block of the whole model.
+            sites: where extras act.
         Returns: (B, C, Y, X), whole on every rank.
         Comm: as attention and tp say, one all-gather of the output tokens; under pp the tokens from stage to stage, and
             one broadcast of the output.
@@ -228,7 +237,7 @@ class StagedTransformer(nn.Module):
         tokens = self.tokens_for(x_BCYX.shape[2], x_BCYX.shape[3], prepared.context.shape[1], num_patches)
         vectors = vectors_at(prepared, timesteps_B, self.vectors)
         arriving = None if self.is_first else self.start_receive(len(x_BCYX), tokens, x_BCYX.dtype, x_BCYX.device)
-        attend = Attend(self.attention, tokens, step, residuals=residuals)
+        attend = Attend(self.attention, tokens, step, residuals=residuals, sites=sites or TransformerSites())
         passed = self.stage(x_BCYX, prepared, places, vectors, attend, arriving)
         if self.mesh.pp.degree == 1:
             return passed

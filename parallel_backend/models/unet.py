@@ -28,10 +28,12 @@ from ..distributed.band_conv import CuttingConv2d
 from ..distributed.collectives import all_gather, split_sizes
 from ..distributed.mesh import Mesh, MeshAxis
 from ..distributed.patch_layers import join_projections, place_band_layers
+from ..distributed.sites import Place, UNetSites
 from ..distributed.sliced_weights import SlicedWeights
 from ..distributed.stale import Kept, StaleExchanges, Step
 from ..errors import ConfigError
 from ..quantized.weight import QuantizedWeight
+from .extra import Extra
 from .inputs import Inputs
 from .prepared import PreparedPrompt
 from .residuals import NONE, Residuals, check_count, check_residual
@@ -154,18 +156,20 @@ class InBands:
         return [prepared for _ in timesteps]
 
     @contextmanager
-    def cut(self, x_BCYX: Tensor, prepared: PreparedPrompt, step: Step) -> Iterator[Band]:
-        """Inside, the model takes a latent of that size in bands, with that prompt, at that step."""
+    def cut(
+        self, x_BCYX: Tensor, prepared: PreparedPrompt, step: Step, sites: UNetSites | None = None
+    ) -> Iterator[Band]:
+        """Inside, the model takes a latent of that size in bands, with that prompt and what acts at these sites, at that step."""
         band, (rows, columns) = self.band, x_BCYX.shape[2:]
         band.axis = self._axis_for(rows, columns)
         band.rows, band.columns, band.step = band_rows(rows, band.axis.degree, self.config.row_unit), columns, step
-        band.prompt_kv = prepared.tensors
+        band.prompt_kv, band.sites = prepared.tensors, sites
         if self.slices is not None:
             self.slices.begin()
         try:
             yield band
         finally:
-            band.step, band.prompt_kv = Step(), {}  # what the job keeps must not live on in the model
+            band.step, band.prompt_kv, band.sites = Step(), {}, None  # what the job keeps must not live on in the model
 
 
 class BandUNet(InBands):
@@ -181,8 +185,13 @@ class BandUNet(InBands):
         model.time_embed_act = nn.SiLU()
         for resnet in [module for module in model.modules() if isinstance(module, ResnetBlock2D)]:
             resnet.skip_time_act = True
-        for place, block in enumerate(input_blocks(model)):
-            block.register_forward_hook(partial(self._add, place))
+        for number, block in enumerate(input_blocks(model)):
+            block.register_forward_hook(partial(self._add, number))
+        self.places = attention_places(model)
+        for place, block in self.places.items():
+            processors: list[Any] = [block.attn1.processor, block.attn2.processor]
+            for processor in processors:
+                processor.place = place
 
     def check_size(self, height: int, width: int, text_tokens: int) -> None:
         """Any size can be computed: see `_axis_for`."""
@@ -247,8 +256,9 @@ class BandUNet(InBands):
         prepared: PreparedPrompt,
         step: Step,
         residuals: Residuals = NONE,
+        extras: Sequence[Extra] = (),
     ) -> Inputs:
-        return Inputs(x_BCYX, {"timesteps": timesteps_B}, prepared, {}, residuals)
+        return Inputs(x_BCYX, {"timesteps": timesteps_B}, prepared, {}, residuals, extras)
 
     def __call__(
         self,
@@ -257,6 +267,7 @@ class BandUNet(InBands):
         prepared: PreparedPrompt,
         step: Step,
         residuals: Residuals = NONE,
+        extras: Sequence[Extra] = (),
     ) -> Tensor:
         """What the model predicts (noise, or v) at `x`.
 
@@ -264,16 +275,17 @@ class BandUNet(InBands):
             x_BCYX: full latent, scaled as the model takes it, and its extra channels, in the model's dtype.
             prepared: from `prepare`, of the same rows.
             residuals: of this rank's band, on the device and in the model's dtype.
+            extras: of these rows, those that act.
         Returns: (B, C, Y, X), whole on every rank.
         Comm: as the layers say, and one all-gather of the output.
         """
-        return self.evaluate(self.inputs(x_BCYX, timesteps_B, prepared, step, residuals), step)
+        return self.evaluate(self.inputs(x_BCYX, timesteps_B, prepared, step, residuals, extras), step)
 
     def evaluate(self, inputs: Inputs, step: Step) -> Tensor:
         x_BCYX, prepared = inputs.x, inputs.prepared
         self._added, added = inputs.residuals, self._handed_on(inputs.residuals)
         try:
-            with self.cut(x_BCYX, prepared, step) as band:
+            with self.cut(x_BCYX, prepared, step, _sites_of(inputs.extras)) as band:
                 given = {"class_labels": prepared.pooled, "return_dict": False, **added}
                 out = self.model(x_BCYX, inputs.changing["timesteps"], prepared.context, **given)[0]
         finally:
@@ -315,6 +327,33 @@ def input_blocks(model: Any) -> list[nn.Module]:
         blocks += getattr(down, "attentions", down.resnets)
         blocks += down.downsamplers or ()
     return blocks
+
+
+def output_blocks(model: Any) -> list[nn.Module]:
+    """As `input_blocks`, of the output blocks: the last part of each before an upsampling."""
+    return [block for up in model.up_blocks for block in getattr(up, "attentions", up.resnets)]
+
+
+def attention_places(model: Any) -> dict[Place, BasicTransformerBlock]:
+    """The transformer blocks of diffusers' model, by the single-file layout's places."""
+    sides = {"input": input_blocks(model), "output": output_blocks(model)}
+    if model.mid_block is not None:
+        sides["middle"] = list(getattr(model.mid_block, "attentions", []))
+    return {
+        (side, number, index): transformer
+        for side, blocks in sides.items()
+        for number, block in enumerate(blocks)
+        for index, transformer in enumerate(getattr(block, "transformer_blocks", ()))
+    }
+
+
+def _sites_of(extras: Sequence[Extra]) -> UNetSites | None:
+    if not extras:
+        return None
+    sites = UNetSites()
+    for extra in extras:
+        extra.on_unet(sites)
+    return sites
 
 
 def band_rows(rows: int, degree: int, unit: int) -> list[int]:

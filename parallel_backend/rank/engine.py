@@ -20,6 +20,7 @@ from ..distributed.mesh import BandAxes, Groups, Mesh, MeshAxis, build_mesh
 from ..distributed.peer_access import cards_reach_each_other
 from ..distributed.warm_up import warm_up
 from ..errors import BackendError, InputError, ProtocolError, UnknownModelError
+from ..extras.reading import Extras
 from ..extras.weights import PatchedWeights, PatchFiles
 from ..fused.all import FUSED
 from ..fused.operation import note_of
@@ -125,6 +126,7 @@ class Engine:
         self.kept_tensors, self.shared_tensors = KeptTensors(), SharedTensors()
         self.patch_files = PatchFiles(patches_folder)
         self.control_nets = ControlNets(self.residents, files, beat)
+        self.extras = Extras()
         self._meshes: dict[MeshSpec, Mesh] = {}
         self._groups = Groups()
         self._bands = BandAxes(self._groups)
@@ -438,11 +440,12 @@ class Engine:
         return predictor, swap
 
     def _sample(self, body: Sample, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
-        return run_sample(body, tensors, job, lambda: self._patched(body.model, body.patches, job), self.control_nets)
+        patched = partial(self._patched, body.model, body.patches, job)
+        return run_sample(body, tensors, job, patched, self.control_nets, self.extras)
 
     def _forward(self, body: Forward, given: Callable[[], list[Tensor]], job: Job) -> tuple[Reply, list[Tensor]]:
         patched = partial(self._patched, body.model, body.patches, job)
-        return run_forward(body, given, job, patched, self.control_nets, self.device)
+        return run_forward(body, given, job, patched, self.control_nets, self.extras, self.device)
 
     def _keep_patches(self, body: PatchFilePart, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         job.control.agreed(lambda: self.patch_files.add(body.file, body.part, tensors[body.data], last=body.last))

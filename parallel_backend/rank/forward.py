@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..extras.reading import Extras
+from ..models.extra import Row
 from ..models.prediction import Predictor, Rows
 from ..models.residuals import Residuals
 from ..rpc.host_copies import on_host, onto_device
@@ -25,6 +27,7 @@ def run_forward(
     job: Job,
     resident: Callable[[], tuple[Predictor, Swap]],
     control_nets: ControlNets,
+    extras: Extras,
     device: torch.device,
 ) -> tuple[Result, list[Tensor]]:
     """The output, on the CPU, and what it cost; ranks agree once on all that each of them needs, many such jobs being in a row.
@@ -49,13 +52,21 @@ def run_forward(
         prompt = replace(prompt, controls=uses)
         residuals = _residuals(body.control, tensors, x.shape[0])
         predictor.network.own_residuals(residuals, x.shape[2], x.shape[3])  # which raises what doesn't fit
-        return predictor, Rows(x, timesteps, prompt, residuals), swap
+        acting = extras.read(body.extras, tensors, predictor, x.shape[2], x.shape[3])
+        return predictor, Rows(x, timesteps, prompt, residuals, acting, _which(body.branches, x.shape[0])), swap
 
     predictor, rows, swap = job.control.agreed(prepare)
     output = on_host([predictor.output(rows)])  # which waits for the device
     notes = predictor.take_notes()
     ranks = [RankCost([], notes=notes)] if notes else []
     return Result(time.perf_counter() - start, 1, ranks, swap), output
+
+
+def _which(branches: Sequence[int], rows: int) -> tuple[Row, ...]:
+    """Raises: InputError: rows that can't be shared out among so many branches."""
+    if not branches or rows % len(branches):
+        raise InputError(f"{rows} rows came for {len(branches)} branches.", "Give as many rows for each.")
+    return tuple((branch, row) for branch in branches for row in range(rows // len(branches)))
 
 
 def _residuals(control: Control, tensors: Sequence[Tensor], rows: int) -> Residuals:

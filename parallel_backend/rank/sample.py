@@ -16,6 +16,8 @@ from ..config import SAMPLERS_OF_OWN_STEPS, SAMPLERS_OF_PATCHES, SamplerSpec
 from ..distributed.stale import Kept, Step
 from ..distributed.traffic import Timeline, with_ranks
 from ..errors import BackendError, ConfigError, UnsupportedError
+from ..extras.reading import Extras
+from ..models.extra import Extra
 from ..models.pipeline import Pipeline
 from ..models.prediction import Predictor, Prompt, Share
 from ..rpc.messages import ControlUse, Result, Sample, StepDone
@@ -42,6 +44,7 @@ class SampleJob:
     latent: Tensor
     kept: Kept
     swap: Swap
+    extras: Sequence[Extra]
     share: Share = field(init=False)
     pipeline: Pipeline | None = field(init=False, default=None)
     messages: StepMessages = field(init=False)
@@ -57,7 +60,7 @@ class SampleJob:
         Raises: InputError: an image with too few rows for the patches of a pipeline. Comm: `Predictor.share`'s.
         """
         spec, shape, kept = self.body.spec, self.latent.shape, self.kept
-        self.share = self.predictor.share(shape[0], self.prompts)
+        self.share = self.predictor.share(shape[0], self.prompts, self.extras)
         first, job = spec.first_displaced, self.job
         if kept.token_kv is not None and first is not None:
             make = partial(Pipeline, self.predictor, self.share, shape, kept, first, job.cancelled)
@@ -105,6 +108,7 @@ def run_sample(
     job: Job,
     resident: Callable[[], tuple[Predictor, Swap]],
     control_nets: ControlNets,
+    extras: Extras,
 ) -> tuple[Result, list[Tensor]]:
     """The sampled latent and what it cost; with `trace`, all ranks' timeline after it.
 
@@ -113,7 +117,7 @@ def run_sample(
     Raises: BackendError: on every rank alike.
     """
     start = time.perf_counter()
-    run = job.control.agreed(lambda: _prepare(body, tensors, job, control_nets, *resident()))
+    run = job.control.agreed(lambda: _prepare(body, tensors, job, control_nets, extras, *resident()))
     predictor, kept, device = run.predictor, run.kept, run.latent.device
     traffic = [axis.traffic for axis in predictor.mesh.axes]
     kept.timeline = Timeline(traffic, device) if body.trace else None
@@ -166,7 +170,13 @@ def run_sample(
 
 
 def _prepare(
-    body: Sample, tensors: list[Tensor], job: Job, control_nets: ControlNets, predictor: Predictor, swap: Swap
+    body: Sample,
+    tensors: list[Tensor],
+    job: Job,
+    control_nets: ControlNets,
+    extras: Extras,
+    predictor: Predictor,
+    swap: Swap,
 ) -> SampleJob:
     """Raises: BackendError: an input that can't be honoured."""
     spec, latent = body.spec, tensors[body.latent].float()
@@ -184,11 +194,13 @@ def _prepare(
         concat = predictor.concat(None if p.concat is None else tensors[p.concat], latent)
         controls = control_nets.uses(p.controls, tensors, predictor, latent, known, is_patched=bool(body.patches.files))
         prompts.append(replace(prompt_of_rows, concat=concat, controls=controls))
-    kept = _kept(predictor, spec, _sigma_count(body, tensors) - 1, latent.shape[2], has_controls=bool(known))
+    acting = extras.read(body.extras, tensors, predictor, latent.shape[2], latent.shape[3])
+    steps = _sigma_count(body, tensors) - 1
+    kept = _kept(predictor, spec, steps, latent.shape[2], has_controls=bool(known), extras=acting)
     latent = latent.to(predictor.device)
     if torch.count_nonzero(latent) > 0:
         latent = predictor.kind.to_model(latent)
-    return SampleJob(body, job, predictor, prompts, latent, kept, swap)
+    return SampleJob(body, job, predictor, prompts, latent, kept, swap, acting)
 
 
 def _sigma_count(body: Sample, tensors: list[Tensor]) -> int:
@@ -198,12 +210,15 @@ def _sigma_count(body: Sample, tensors: list[Tensor]) -> int:
     return 0 if body.spec.denoise == 0 else body.spec.steps + 1
 
 
-def _kept(predictor: Predictor, spec: SamplerSpec, steps: int, height: int, *, has_controls: bool) -> Kept:
+def _kept(
+    predictor: Predictor, spec: SamplerSpec, steps: int, height: int, *, has_controls: bool, extras: Sequence[Extra]
+) -> Kept:
     """What the job keeps between its evaluations.
 
     Args:
         height: of the latent.
         has_controls: ControlNets are added to it.
+        extras: act inside it.
     Raises: ConfigError, UnsupportedError: displaced steps that can't be had.
     """
     displaced, stages = spec.first_displaced is not None and spec.first_displaced < steps, predictor.spec.pp
@@ -226,6 +241,12 @@ def _kept(predictor: Predictor, spec: SamplerSpec, steps: int, height: int, *, h
         raise UnsupportedError(
             "ControlNets in the ranks can't run on patches of an image that are at different steps.",
             "Leave displaced off, or set ring in place of pp in Mesh Config.",
+        )
+    of_others = [extra.name for extra in extras if stages > 1 or not extra.by_token]
+    if displaced and of_others:
+        raise UnsupportedError(
+            f"Displaced steps can't honour {', '.join(of_others)}, which needs what other ranks have now.",
+            "Leave displaced off, or remove what is named here.",
         )
     return predictor.network.new_job(displaced, spec.num_patches or min(stages, predictor.network.most_patches(height)))
 

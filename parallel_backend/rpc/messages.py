@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from ..config import BackendSpec, MeshSpec, SamplerSpec
+from .extras import AnyExtra
 from .state import AxisCost, JobCost, JobState, ModelState, RankCost, RankState, Swap, Unit
 
 TensorIndex: TypeAlias = int
@@ -137,7 +138,8 @@ class Patches(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Sample(Message, frozen=True):
     """Run the whole loop. Without `uncond` there is no guidance, whatever cfg_scale says.
 
-    With `trace`, a table of what each rank did when follows the latent: see distributed/traffic.py.
+    With `trace`, a table of what each rank did when follows the latent: see distributed/traffic.py. `extras` act in the
+    evaluations of both prompts, of which `cond` is prompt 0 and `uncond` prompt 1.
     """
 
     model: str
@@ -152,6 +154,7 @@ class Sample(Message, frozen=True):
     preview: Preview = "none"
     trace: bool = False
     patches: Patches = Patches()
+    extras: list[AnyExtra] = []
 
 
 class Control(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -167,7 +170,7 @@ class Control(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Forward(Message, frozen=True):
-    """One evaluation of the model, rows as they come."""
+    """One evaluation of the model, rows as they come: as many for each of `branches`, which are prompts' numbers (0 cond, 1 uncond)."""
 
     model: str
     x: TensorIndex
@@ -177,6 +180,8 @@ class Forward(Message, frozen=True):
     patches: Patches = Patches()
     control: Control = Control()
     controls: list[ControlUse] = []
+    extras: list[AnyExtra] = []
+    branches: list[int] = msgspec.field(default_factory=lambda: [0])
 
 
 class PatchFilePart(Message, frozen=True):
@@ -415,10 +420,12 @@ def tensor_indices(body: Request | Reply) -> list[TensorIndex]:
     if isinstance(body, Sample):
         prompts = [body.cond] if body.uncond is None else [body.cond, body.uncond]
         chosen = [body.latent, body.mask, body.noise, body.sigmas]
-        return [i for p in prompts for i in p.tensors] + [i for i in chosen if i is not None]
+        of_extras = [i for extra in body.extras for i in extra.tensors()]
+        return [i for p in prompts for i in p.tensors] + [i for i in chosen if i is not None] + of_extras
     if isinstance(body, Forward):
         hints = [use.hint for use in body.controls]
-        return [body.x, body.timesteps, body.context, body.pooled, *body.control.indices, *hints]
+        of_extras = [i for extra in body.extras for i in extra.tensors()]
+        return [body.x, body.timesteps, body.context, body.pooled, *body.control.indices, *hints, *of_extras]
     if isinstance(body, Decode):
         return [body.latent]
     if isinstance(body, PatchFilePart):

@@ -1,0 +1,51 @@
+"""All kinds of patches that become extras, and what a MODEL's options come to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch.nn import Module
+
+from ...parallel_backend.rpc.extras import AnyExtra
+from . import perturbed_attention, skip_layers
+from .forward_options import FORWARD_OPTIONS
+from .patches import Call, Kind, Patch, origin, patches_in
+from .refusal import is_set
+
+KINDS: tuple[Kind, ...] = (skip_layers.KIND, perturbed_attention.KIND)
+# What only a UNet's network asks for, and what only a transformer's does: on the other, a patch has no effect, as in ComfyUI.
+_OF_TRANSFORMERS = ("dit",)
+
+
+def unknown_patches(options: Mapping[str, Any]) -> Iterator[str]:
+    """Of transformer options what nothing here knows, each by its name."""
+    yield from (patch.told for patch in patches_in(options) if _kind_of(patch) is None)
+    for key, value in options.items():
+        if key not in FORWARD_OPTIONS and key not in ("patches", "patches_replace") and is_set(value):
+            yield f"transformer option {key!r}"
+
+
+def extras_of(call: Call) -> list[AnyExtra]:
+    """What the ranks do in place of the patches in a call's options, in the order in which these hang.
+
+    Raises: UnsupportedError, InputError: a patch that can't be honoured.
+    """
+    by_kind: dict[int, list[Patch]] = {}
+    for patch in patches_in(call.options):
+        kind = _kind_of(patch)
+        if kind is not None and (patch.kind in _OF_TRANSFORMERS) != call.is_unet:
+            by_kind.setdefault(KINDS.index(kind), []).append(patch)
+    return [extra for number, patches in by_kind.items() for extra in KINDS[number].extras(patches, call)]
+
+
+def settings_refused(function: Any, network: Module) -> Iterator[str] | None:
+    """What of a guidance function's settings can't be honoured; None where no kind knows the function."""
+    for kind in KINDS:
+        if (check := kind.functions.get(origin(function))) is not None:
+            return check(function, network)
+    return None
+
+
+def _kind_of(patch: Patch) -> Kind | None:
+    return next((kind for kind in KINDS if kind.knows(patch)), None)

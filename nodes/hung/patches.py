@@ -1,0 +1,87 @@
+"""Functions that nodes hang inside a MODEL, in its transformer options; and what a kind of them says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any
+
+from torch.nn import Module
+
+from ...parallel_backend.rpc.extras import AnyExtra
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One function, and where it hangs.
+
+    Args:
+        kind: as ComfyUI calls it: "attn2", "dit", "output_block_patch".
+        place: of one that replaces: ("middle", 0), ("input", 4, 1), ("double_block", 7); None of those that are called everywhere.
+    """
+
+    kind: str
+    place: tuple[Any, ...] | None
+    function: Any
+
+    @property
+    def told(self) -> str:
+        """As errors name it: its function and, of a replacement, its place."""
+        at = f" at {' '.join(map(str, self.place))}" if self.place else ""
+        return f"{self.kind}{at} ({origin(self.function)})"
+
+
+@dataclass(frozen=True)
+class Call:
+    """The evaluation, or all evaluations of a sampling, for which patches become extras.
+
+    Args:
+        network: ComfyUI's own, without weights. shape: (B, C, Y, X) of the latent that it is given.
+        branches: which prompts the rows are of, as many rows for each: 0 cond, 1 uncond.
+        sigma: None for all of a sampling.
+        options: the transformer options.
+    """
+
+    network: Module
+    shape: tuple[int, ...]
+    branches: tuple[int, ...]
+    sigma: float | None
+    options: Mapping[str, Any]
+
+    @property
+    def is_unet(self) -> bool:
+        return hasattr(self.network, "input_blocks")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of patches.
+
+    Args:
+        knows: whether a patch is of it, from where its function comes and what that holds.
+        extras: of those that it knows, in their order. Raises: UnsupportedError, InputError: one that can't be honoured.
+        functions: guidance functions of a MODEL that hang such patches while they sample, by `origin`: (function, network) ->
+            what of its settings can't be honoured.
+    """
+
+    knows: Callable[[Patch], bool]
+    extras: Callable[[Sequence[Patch], Call], Iterable[AnyExtra]]
+    functions: Mapping[str, Callable[[Any, Module], Iterator[str]]] = field(default_factory=dict)
+
+
+def patches_in(options: Mapping[str, Any]) -> Iterator[Patch]:
+    """In the order in which ComfyUI's network calls them at one place."""
+    for kind, by_place in options.get("patches_replace", {}).items():
+        yield from (Patch(kind, place, function) for place, function in by_place.items() if function is not None)
+    for kind, functions in options.get("patches", {}).items():
+        yield from (Patch(kind, None, function) for function in functions)
+
+
+def origin(function: Any) -> str:
+    """Where a function, or an object that is called as one, was written: "nodes_slg:SkipLayerGuidanceDiT.execute.<locals>.skip".
+
+    The module is the last part of its name alone: ComfyUI loads a pack, and each file of its own extra nodes, under its path.
+    """
+    made = function if hasattr(function, "__qualname__") else type(function)
+    return f"{PurePath(made.__module__ or '').name.rpartition('.')[2]}:{made.__qualname__}"

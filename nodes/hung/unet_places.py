@@ -1,0 +1,28 @@
+"""The transformer blocks of ComfyUI's UNet, by the places that patches name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ...parallel_backend.rpc.extras import PlaceName
+from .patches import Call, Patch
+
+
+def all_places(network: Any) -> Iterator[PlaceName]:
+    """In the order in which the network runs them."""
+    sides = {"input": network.input_blocks, "middle": [network.middle_block], "output": network.output_blocks}
+    for side, blocks in sides.items():
+        for number, block in enumerate(blocks):
+            for layer in block if block is not None else ():
+                transformers = getattr(layer, "transformer_blocks", ())
+                yield from ((side, number, index) for index in range(len(transformers)))
+
+
+def places_of(patch: Patch, call: Call) -> list[PlaceName]:
+    """Those that a replacement is for: one transformer block, or all of a block that have no replacement of their own.
+
+    Where the network has none there, nothing calls the patch.
+    """
+    taken = call.options.get("patches_replace", {}).get(patch.kind, {})
+    return [p for p in all_places(call.network) if patch.place == (p if p in taken else p[:2])]

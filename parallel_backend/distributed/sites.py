@@ -1,0 +1,76 @@
+"""Where extras act in an evaluation: by place in the network, what is done around that which the place computes.
+
+Shapes: B rows, L this rank's tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol, TypeAlias
+
+from torch import Tensor
+
+from .band import Band
+
+# A transformer block of a UNet by ComfyUI's names: "input", "middle" or "output", the number of the block there, its own in that.
+Place: TypeAlias = tuple[str, int, int]
+Inner: TypeAlias = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class At:
+    """The attention that is computed: `band` says how its tokens are spread, `kernel` computes its `heads`."""
+
+    place: Place
+    band: Band
+    kernel: str
+    heads: int
+
+
+class Around(Protocol):
+    """What an extra does at an attention of a UNet."""
+
+    def __call__(self, inner: Inner, x_BLD: Tensor, at: At, /) -> Tensor:
+        """In place of `inner(x)`, which it may call, once, several times or not at all. Comm: its own."""
+        ...
+
+
+def _by_place() -> defaultdict[Place, list[Around]]:
+    return defaultdict(list)
+
+
+@dataclass
+class UNetSites:
+    """Of a UNet. Of several that act around one place, the later ones are outside.
+
+    Args:
+        self_attended, cross_attended: around what is between the projections: x is queries, keys and values (B, L, 3 * D) of a
+            self-attention, queries (B, L, D) of one to the prompt; the result goes to the projection out.
+        self_layer, cross_layer: around the whole layer, projections included.
+    """
+
+    self_attended: defaultdict[Place, list[Around]] = field(default_factory=_by_place)
+    cross_attended: defaultdict[Place, list[Around]] = field(default_factory=_by_place)
+    self_layer: defaultdict[Place, list[Around]] = field(default_factory=_by_place)
+    cross_layer: defaultdict[Place, list[Around]] = field(default_factory=_by_place)
+
+
+@dataclass
+class TransformerSites:
+    """Of an MMDiT. `skipped`: blocks that hand text and image tokens on as they came."""
+
+    skipped: set[int] = field(default_factory=set)
+
+
+def around(works: Sequence[Around], inner: Inner, at: At) -> Inner:
+    """`inner` with all of these around it."""
+    for work in works:
+        inner = partial(_done, work, inner, at)
+    return inner
+
+
+def _done(work: Around, inner: Inner, at: At, x_BLD: Tensor) -> Tensor:
+    return work(inner, x_BLD, at)

@@ -1,0 +1,83 @@
+"""Extras from a request, made ready for a model; those of a sampling that goes step by step are made once."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+from weakref import ref
+
+from torch import Tensor
+
+from ..errors import InputError, UnsupportedError
+from ..models.extra import Extra
+from ..models.prediction import Predictor
+from ..rpc.extras import AnyExtra, ExtraSpec, PerturbedAttention, SkipBlocks
+from .perturbed_attention import IdentityAttention
+from .skip_blocks import SkippedBlocks
+from .target import Target
+
+# By what a request names, what applies it; and the networks that have places for it.
+_KINDS: dict[type[ExtraSpec], tuple[Any, str]] = {
+    SkipBlocks: (SkippedBlocks, "mmdit"),
+    PerturbedAttention: (IdentityAttention, "unet"),
+}
+# Of samplings that take turns, each with a few.
+MOST_KEPT = 16
+
+
+@dataclass(frozen=True)
+class _Made:
+    predictor: ref[Predictor]
+    tensors: tuple[ref[Tensor], ...]
+    extra: Extra
+
+
+class Extras:
+    """Those that a rank has made of requests, as long as what they were made of is kept."""
+
+    def __init__(self) -> None:
+        self._made: OrderedDict[tuple[Any, ...], _Made] = OrderedDict()
+
+    def read(
+        self, asked: Sequence[AnyExtra], tensors: Sequence[Tensor], predictor: Predictor, height: int, width: int
+    ) -> tuple[Extra, ...]:
+        """What a request names, for latents of that size.
+
+        Raises: InputError, UnsupportedError: it doesn't fit the model.
+        """
+        return tuple(self._of(spec.each(lambda index: tensors[index]), predictor, height, width) for spec in asked)
+
+    def _of(self, spec: AnyExtra, predictor: Predictor, height: int, width: int) -> Extra:
+        given = spec.tensors()
+        key = (repr(spec.each(id)), id(predictor), height, width)
+        made = self._made.pop(key, None)
+        # Nothing that is in use has another's number.
+        if made is None or made.predictor() is None or any(tensor() is None for tensor in made.tensors):
+            extra = read_extra(spec, Target(predictor, height, width))
+            made = _Made(ref(predictor), tuple(map(ref, given)), extra)
+        self._made[key] = made
+        while len(self._made) > MOST_KEPT:
+            self._made.popitem(last=False)
+        return made.extra
+
+
+def read_extra(spec: AnyExtra, target: Target) -> Extra:
+    """`spec` with its tensors, made ready for a model. Raises: InputError, UnsupportedError: it doesn't fit."""
+    kind, network = _KINDS[type(spec)]
+    has = {"unet": target.unet is not None, "mmdit": target.mmdit is not None}
+    if not has[network]:
+        raise UnsupportedError(
+            f"{type(spec).__name__} acts inside {_NAMES[network]}; this model is a {target.config.family}.",
+            "Remove the node that hangs it on the MODEL, or load a model of that kind.",
+        )
+    start, end = (default if sigma is None else sigma for sigma, default in ((spec.start, inf), (spec.end, 0.0)))
+    if not start >= end >= 0:
+        raise InputError(f"{type(spec).__name__} acts from sigma {start} to {end}.", "Give the greater sigma first.")
+    extra: Extra = kind.read(spec, target, {"start": start, "end": end})
+    return extra
+
+
+_NAMES = {"unet": "a UNet", "mmdit": "an MMDiT"}

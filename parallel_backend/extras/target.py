@@ -1,0 +1,62 @@
+"""What an extra is made ready for: a model in its mesh, and latents of one size."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..distributed.sites import Place
+from ..errors import InputError
+from ..models.mmdit import MMDiT
+from ..models.network import TokenNetwork
+from ..models.prediction import Predictor
+from ..models.unet import BandUNet
+
+
+@dataclass(frozen=True)
+class Target:
+    """`height` and `width` are the latent's."""
+
+    predictor: Predictor
+    height: int
+    width: int
+
+    @property
+    def config(self) -> Any:
+        """The network's."""
+        return self.predictor.network.config
+
+    @property
+    def unet(self) -> BandUNet | None:
+        """The network, where it is one."""
+        network = self.predictor.network
+        return network if isinstance(network, BandUNet) else None
+
+    @property
+    def mmdit(self) -> MMDiT | None:
+        network = self.predictor.network
+        model = network.model if isinstance(network, TokenNetwork) else None
+        return model if isinstance(model, MMDiT) else None
+
+    @property
+    def places(self) -> Container[Place]:
+        """Of a UNet's transformer blocks; a transformer has none of these."""
+        return self.unet.places if self.unet is not None else ()
+
+    def here(self, tensor: Tensor) -> Tensor:
+        """On the device and in the dtype of the model."""
+        return tensor.to(self.predictor.device, self.predictor.dtype)
+
+
+def check_known(named: Iterable[Any], known: Container[Any], what: str, target: Target) -> None:
+    """Raises: InputError: one that the model hasn't."""
+    for name in named:
+        if name not in known:
+            told = " ".join(map(str, name)) if isinstance(name, tuple) else str(name)
+            raise InputError(
+                f"{what[0].upper()}{what[1:]} {told} is named; this {target.config.family} has none of that number.",
+                f"Name {what}s that it has, or remove the node that names it.",
+            )

@@ -1,0 +1,69 @@
+"""What hangs inside a model, as requests name it: one struct a kind, of numbers, names and tensors.
+
+In a request a tensor is its place among the request's tensors (T is int); a client gives the tensor itself (T is Tensor), and a
+rank has it again. Which fields hold tensors, each struct says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeAlias, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+T = TypeVar("T")
+X = TypeVar("X", bound="ExtraSpec")
+# See distributed/sites.py.
+PlaceName: TypeAlias = tuple[str, int, int]
+
+
+class ExtraSpec(Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
+    """Of any kind.
+
+    Args:
+        start, end: sigmas between which it acts; None from the first, or to the last.
+    """
+
+    start: float | None = None
+    end: float | None = None
+
+    tensor_fields: ClassVar[tuple[str, ...]] = ()
+
+    def each(self: X, change: Callable[[Any], Any]) -> X:
+        """`change` done to every tensor, in a fixed order."""
+        return msgspec.structs.replace(
+            self, **{name: _each(getattr(self, name), change) for name in self.tensor_fields}
+        )
+
+    def tensors(self) -> list[Any]:
+        """Those that it names, each as often as it does."""
+        found: list[Any] = []
+        self.each(found.append)
+        return found
+
+
+def _each(value: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(value, dict):
+        return {key: _each(part, change) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_each(part, change) for part in value]
+    return None if value is None else change(value)
+
+
+class SkipBlocks(ExtraSpec, frozen=True):
+    """These joint blocks of an MMDiT hand text and image tokens on as they came: skip-layer guidance's weaker model."""
+
+    blocks: list[int]
+
+
+class PerturbedAttention(ExtraSpec, frozen=True):
+    """Self-attentions of a UNet in which each token sees itself alone.
+
+    Source: perturbed-attention guidance (Ahn et al. 2024, arXiv 2403.17377), section 4.
+    """
+
+    places: list[PlaceName]
+
+
+AnyExtra: TypeAlias = SkipBlocks | PerturbedAttention
