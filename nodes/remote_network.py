@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
 
 import comfy.patcher_extension
 import torch
@@ -34,6 +35,8 @@ class RemoteNetwork(torch.nn.Module):
     worn: WeightPatches
     told: dict[str, str]
     control_cost: ControlCost
+    # What patches have become, as long as these are there; by the first of them, of each kind for itself.
+    translated: WeakKeyDictionary[Any, Any]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if "forward" in vars(self):  # put there while sampling: it would compute with layers that have no weights
@@ -122,6 +125,7 @@ def make_remote(network: torch.nn.Module, remote: RemoteModel, dtype: torch.dtyp
     network.__class__ = _remote_class(type(network))  # type: ignore[arg-type]
     network.remote, network.dtype, network.worn = remote, dtype, WeightPatches()  # type: ignore[assignment]
     network.told, network.control_cost = {}, ControlCost()  # type: ignore[assignment]
+    network.translated = WeakKeyDictionary()  # type: ignore[assignment]
     network.as_made = AsMade(network)  # type: ignore[assignment]
 
 

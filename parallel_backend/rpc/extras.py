@@ -7,7 +7,7 @@ rank has it again. Which fields hold tensors, each struct says.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -66,4 +66,30 @@ class PerturbedAttention(ExtraSpec, frozen=True):
     places: list[PlaceName]
 
 
-AnyExtra: TypeAlias = SkipBlocks | PerturbedAttention
+# How the output for pictures comes to that for the prompt: as it is; its part that is orthogonal to that one, over all tokens; or
+# with so much of the other part as the share of attention that the picture's first tokens get.
+ImagePromptForm: TypeAlias = Literal["added", "orthogonal", "partly_orthogonal"]
+
+
+class ImagePrompt(ExtraSpec, Generic[T], frozen=True):
+    """Attention to a picture's keys and values beside that to the prompt, at cross-attentions of a UNet.
+
+    Args:
+        tokens: of the picture, at each of the places.
+        rows: of which prompt each row of the tensors is (0 cond, 1 uncond), and for which latent of its batch; None for all of them.
+        keys_values: (rows, N), place after place (tokens, 2 * width); the values times the weight that the place has.
+        masks: (rows, M), place after place how much each of the whole latent's tokens there takes; None where all take all of it.
+    Source: IP-Adapter (Ye et al. 2023, arXiv 2308.06721), equation 5.
+    """
+
+    places: list[PlaceName]
+    tokens: list[int]
+    rows: list[tuple[int, int | None]]
+    keys_values: T
+    masks: T | None = None
+    form: ImagePromptForm = "added"
+
+    tensor_fields: ClassVar[tuple[str, ...]] = ("keys_values", "masks")
+
+
+AnyExtra: TypeAlias = SkipBlocks | PerturbedAttention | ImagePrompt[Any]
