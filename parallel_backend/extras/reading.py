@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -14,7 +14,8 @@ from torch import Tensor
 from ..errors import InputError, UnsupportedError
 from ..models.extra import Extra
 from ..models.prediction import Predictor
-from ..rpc.extras import AnyExtra, ExtraSpec, PerturbedAttention, SkipBlocks
+from ..rpc.extras import AnyExtra, ExtraSpec, JointImagePrompt, PerturbedAttention, SkipBlocks
+from .joint_image_prompt import JointPrompt
 from .perturbed_attention import IdentityAttention
 from .skip_blocks import SkippedBlocks
 from .target import Target
@@ -23,6 +24,7 @@ from .target import Target
 _KINDS: dict[type[ExtraSpec], tuple[Any, str]] = {
     SkipBlocks: (SkippedBlocks, "mmdit"),
     PerturbedAttention: (IdentityAttention, "unet"),
+    JointImagePrompt: (JointPrompt, "mmdit"),
 }
 # Of samplings that take turns, each with a few.
 MOST_KEPT = 16
@@ -45,13 +47,21 @@ class Extras:
         self._made: OrderedDict[tuple[Any, ...], _Made] = OrderedDict()
 
     def read(
-        self, asked: Sequence[AnyExtra], tensors: Sequence[Tensor], predictor: Predictor, height: int, width: int
+        self,
+        asked: Sequence[AnyExtra],
+        tensors: Sequence[Tensor],
+        predictor: Predictor,
+        size: tuple[int, int],
+        branches: Iterable[int],
     ) -> tuple[Extra, ...]:
-        """What a request names, for latents of that size.
+        """What a request names, for rows of these branches, of latents of that height and width.
 
         Raises: InputError, UnsupportedError: it doesn't fit the model.
         """
-        return tuple(self._of(spec.each(lambda index: tensors[index]), predictor, height, width) for spec in asked)
+        made = tuple(self._of(spec.each(lambda index: tensors[index]), predictor, *size) for spec in asked)
+        for extra in made:
+            extra.check(branches)
+        return made
 
     def forget(self) -> None:
         """Nothing is kept."""

@@ -7,7 +7,7 @@ rank has it again. Which fields hold tensors, each struct says.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -30,11 +30,13 @@ class ExtraSpec(Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_on
 
     tensor_fields: ClassVar[tuple[str, ...]] = ()
 
-    def each(self: X, change: Callable[[Any], Any]) -> X:
-        """`change` done to every tensor, in a fixed order."""
-        return msgspec.structs.replace(
-            self, **{name: _each(getattr(self, name), change) for name in self.tensor_fields}
-        )
+    # Those of them that are other tensors at each evaluation, and are not kept.
+    fresh_fields: ClassVar[tuple[str, ...]] = ()
+
+    def each(self: X, change: Callable[[Any], Any], fresh: Callable[[Any], Any] | None = None) -> X:
+        """`change` done to every tensor, in a fixed order; `fresh` to those of `fresh_fields`, where it is given."""
+        changes = {name: fresh or change if name in self.fresh_fields else change for name in self.tensor_fields}
+        return msgspec.structs.replace(self, **{name: _each(getattr(self, name), f) for name, f in changes.items()})
 
     def tensors(self) -> list[Any]:
         """Those that it names, each as often as it does."""
@@ -66,4 +68,24 @@ class PerturbedAttention(ExtraSpec, frozen=True):
     places: list[PlaceName]
 
 
-AnyExtra: TypeAlias = SkipBlocks | PerturbedAttention
+class JointImagePrompt(ExtraSpec, Generic[T], frozen=True):
+    """Beside the joint attention of an MMDiT's blocks, one of the image's queries to image and image prompt; its result is added.
+
+    Source: InstantX's IP-Adapter for SD3.5.
+
+    Args:
+        norms: (blocks, 2, H), weights of further RMS norms of the image's queries and keys, after the block's own.
+        keys_values: by branch, (rows, blocks, T, 2, N, H), rows 1 or as many as latents; they change with the timestep.
+        weight: what the result is multiplied by.
+    """
+
+    blocks: list[int]
+    norms: T
+    keys_values: dict[int, T]
+    weight: float = 1.0
+
+    tensor_fields: ClassVar[tuple[str, ...]] = ("norms", "keys_values")
+    fresh_fields: ClassVar[tuple[str, ...]] = ("keys_values",)
+
+
+AnyExtra: TypeAlias = SkipBlocks | PerturbedAttention | JointImagePrompt[Any]
