@@ -181,10 +181,11 @@ def test_what_does_not_fit_is_named_by_size(asked: ImagePrompt[Tensor], words: s
         PromptedAttention.read(asked, target(unets / "unet-tiny.safetensors", MeshSpec()), {})
 
 
-def test_rows_that_nothing_came_for_are_named(unets: Path) -> None:
+def test_a_branch_that_nothing_came_for_is_named(unets: Path) -> None:
     made = PromptedAttention.read(prompt(), target(unets / "unet-tiny.safetensors", MeshSpec()), {})
-    with pytest.raises(InputError, match="none for latent 0 of prompt 1"):
-        made.of(((0, 0), (1, 0)))
+    made.check([0, 1])
+    with pytest.raises(InputError, match="without keys and values of branch 2"):
+        made.check([0, 2])
 
 
 def test_the_same_rows_are_the_same_object_and_hold_no_copy(unets: Path) -> None:

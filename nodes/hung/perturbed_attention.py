@@ -8,7 +8,7 @@ from typing import Any
 from torch.nn import Module
 
 from ...parallel_backend.rpc.extras import AnyExtra, PerturbedAttention
-from .patches import Call, Kind, Patch, origin
+from .patches import Call, Kind, Patch, hands_on, origin
 from .unet_places import places_of
 
 _CORE = "nodes_pag:PerturbedAttentionGuidance"
@@ -20,10 +20,8 @@ def _named(function: str) -> list[str]:
 
 def _knows(patch: Patch) -> bool:
     """A function that gives the values as they came, whatever else it is called with."""
-    if patch.kind != "attn1" or origin(patch.function) not in _named("perturbed_attention"):
-        return False
-    values = object()
-    return patch.function(None, None, values, {}) is values
+    named = patch.kind == "attn1" and origin(patch.function) in _named("perturbed_attention")
+    return named and hands_on(patch.function, 2, arguments=4)
 
 
 def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:

@@ -8,7 +8,7 @@ Shapes: R rows that came, B rows of an evaluation, L this rank's tokens, T token
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -74,22 +74,23 @@ class PromptedAttention(Extra, ABC):
             **range_of,
         )
 
+    def check(self, branches: Iterable[int]) -> None:
+        held = {branch for branch, _ in self.rows}
+        for branch in branches:
+            if branch not in held:
+                raise InputError(f"An image prompt came without keys and values of branch {branch}.", "Give them too.")
+
     def _chosen(self, rows: Sequence[Row]) -> PromptedAttention:
-        """A row of the tensors for each of these. Raises: InputError: rows that nothing came for."""
-        found = [self._row_of(row) for row in rows]
+        found = [self._row_of(*row) for row in rows]
         if found == list(range(len(self.rows))):
             return self
         masks = None if self.masks is None else self.masks[found]
         return replace(self, rows=tuple(rows), keys_values=self.keys_values[found], masks=masks)
 
-    def _row_of(self, row: Row) -> int:
-        for wanted in (row, (row[0], None)):
-            if wanted in self.rows:
-                return self.rows.index(wanted)
-        raise InputError(
-            f"An image prompt has keys and values for {self.rows}, and none for latent {row[1]} of prompt {row[0]}.",
-            "Give them for all rows of an evaluation.",
-        )
+    def _row_of(self, branch: int, number: int) -> int:
+        """That latent's, or what is for all of them; of more latents than there are rows, the last one."""
+        own = {n: i for i, (of, n) in enumerate(self.rows) if of == branch}
+        return own.get(number, own.get(None, max(own.values())))
 
     def on_unet(self, sites: UNetSites) -> None:
         for number, place in enumerate(self.places):
