@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from census import assert_kept
 from comfyui.installation import ComfyInstallation
 from comfyui.twin_run import run_twins
 
@@ -42,6 +43,10 @@ def test_each_gives_one_latent_on_both(outcomes: Outcomes) -> None:
 
 def test_each_changes_the_latent_or_is_known_not_to(outcomes: Outcomes) -> None:
     assert without_effect(outcomes) == WITHOUT_EFFECT
+
+
+def test_the_kept_table_of_nodes_says_the_same(outcomes: Outcomes, comfy: ComfyInstallation) -> None:
+    assert_kept(outcomes, comfy.folder)
 
 
 @pytest.mark.parametrize("world", [1, 3, 4])
