@@ -8,12 +8,12 @@ from typing import Any
 from torch.nn import Module
 
 from ...parallel_backend.rpc.extras import AnyExtra
-from . import perturbed_attention, skip_layers
+from . import perturbed_attention, skip_layers, smoothed_energy
 from .forward_options import FORWARD_OPTIONS
 from .patches import Call, Kind, Patch, origin, patches_in
 from .refusal import is_set
 
-KINDS: tuple[Kind, ...] = (skip_layers.KIND, perturbed_attention.KIND)
+KINDS: tuple[Kind, ...] = (skip_layers.KIND, perturbed_attention.KIND, smoothed_energy.KIND)
 # What only a UNet's network asks for, and what only a transformer's does: on the other, a patch has no effect, as in ComfyUI.
 _OF_TRANSFORMERS = ("dit",)
 

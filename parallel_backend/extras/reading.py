@@ -14,7 +14,8 @@ from torch import Tensor
 from ..errors import InputError, UnsupportedError
 from ..models.extra import Extra
 from ..models.prediction import Predictor
-from ..rpc.extras import AnyExtra, ExtraSpec, PerturbedAttention, SkipBlocks
+from ..rpc.extras import AnyExtra, BlurQueries, ExtraSpec, PerturbedAttention, SkipBlocks
+from .blurred_queries import BlurredQueries
 from .perturbed_attention import IdentityAttention
 from .skip_blocks import SkippedBlocks
 from .target import Target
@@ -23,6 +24,7 @@ from .target import Target
 _KINDS: dict[type[ExtraSpec], tuple[Any, str]] = {
     SkipBlocks: (SkippedBlocks, "mmdit"),
     PerturbedAttention: (IdentityAttention, "unet"),
+    BlurQueries: (BlurredQueries, "unet"),
 }
 # Of samplings that take turns, each with a few.
 MOST_KEPT = 16

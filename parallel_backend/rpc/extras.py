@@ -66,4 +66,17 @@ class PerturbedAttention(ExtraSpec, frozen=True):
     places: list[PlaceName]
 
 
-AnyExtra: TypeAlias = SkipBlocks | PerturbedAttention
+class BlurQueries(ExtraSpec, frozen=True):
+    """Self-attentions of a UNet whose queries are blurred over the picture: smoothed energy guidance's weaker model.
+
+    Source: Hong 2024 (arXiv 2408.00760), section 4.2.
+
+    Args:
+        blur: the Gaussian's standard deviation in tokens; None: each query is the mean of all.
+    """
+
+    places: list[PlaceName]
+    blur: float | None
+
+
+AnyExtra: TypeAlias = SkipBlocks | PerturbedAttention | BlurQueries
