@@ -11,7 +11,7 @@ from torch.nn import Module
 
 from ...parallel_backend.rpc.extras import AnyExtra, PerturbedAttention
 from .known_functions import closed_over
-from .patches import Call, Kind, Patch, origin
+from .patches import Call, Kind, Patch, hands_on, origin
 from .unet_places import blocks_outside, places_of
 
 _CORE = "nodes_pag:PerturbedAttentionGuidance"
@@ -25,10 +25,8 @@ def _named(function: str) -> list[str]:
 
 def _knows(patch: Patch) -> bool:
     """A function that gives the values as they came, whatever else it is called with."""
-    if patch.kind != "attn1" or origin(patch.function) not in (*_named("perturbed_attention"), _PACKS_ATTENTION):
-        return False
-    values = object()
-    return patch.function(None, None, values, {}) is values
+    known = (*_named("perturbed_attention"), _PACKS_ATTENTION)
+    return patch.kind == "attn1" and origin(patch.function) in known and hands_on(patch.function, 2, arguments=4)
 
 
 def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:

@@ -36,6 +36,9 @@ class _Made:
     tensors: tuple[ref[Tensor], ...]
     extra: Extra
 
+    def is_used(self) -> bool:
+        return self.predictor() is not None and all(tensor() is not None for tensor in self.tensors)
+
 
 class Extras:
     """Those that a rank has made of requests, as long as what they were made of is kept."""
@@ -52,14 +55,18 @@ class Extras:
         """
         return tuple(self._of(spec.each(lambda index: tensors[index]), predictor, height, width) for spec in asked)
 
+    def forget(self) -> None:
+        """Nothing is kept."""
+        self._made.clear()
+
     def _of(self, spec: AnyExtra, predictor: Predictor, height: int, width: int) -> Extra:
-        given = spec.tensors()
+        self._made = OrderedDict((key, made) for key, made in self._made.items() if made.is_used())
         key = (repr(spec.each(id)), id(predictor), height, width)
-        made = self._made.pop(key, None)
         # Nothing that is in use has another's number.
-        if made is None or made.predictor() is None or any(tensor() is None for tensor in made.tensors):
+        made = self._made.pop(key, None)
+        if made is None:
             extra = read_extra(spec, Target(predictor, height, width))
-            made = _Made(ref(predictor), tuple(map(ref, given)), extra)
+            made = _Made(ref(predictor), tuple(map(ref, spec.tensors())), extra)
         self._made[key] = made
         while len(self._made) > MOST_KEPT:
             self._made.popitem(last=False)
