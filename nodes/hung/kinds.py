@@ -9,6 +9,8 @@ from torch.nn import Module
 
 from ...parallel_backend.rpc.extras import AnyExtra
 from . import (
+    deep_shrink,
+    free_u,
     image_prompt,
     joint_image_prompt,
     perturbed_attention,
@@ -26,6 +28,8 @@ KINDS: tuple[Kind, ...] = (
     joint_image_prompt.KIND,
     image_prompt.KIND,
     smoothed_energy.KIND,
+    free_u.KIND,
+    deep_shrink.KIND,
 )
 # What only a UNet's network asks for, and what only a transformer's does: on the other, a patch has no effect, as in ComfyUI.
 _OF_TRANSFORMERS = ("dit",)

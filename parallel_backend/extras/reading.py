@@ -17,13 +17,17 @@ from ..models.prediction import Predictor
 from ..rpc.extras import (
     AnyExtra,
     BlurQueries,
+    Downscale,
     ExtraSpec,
+    FreeU,
     ImagePrompt,
     JointImagePrompt,
     PerturbedAttention,
     SkipBlocks,
 )
 from .blurred_queries import BlurredQueries
+from .deep_shrink import SmallerWithin
+from .free_u import WeighedSkips
 from .image_prompt import PromptedAttention
 from .joint_image_prompt import JointPrompt
 from .perturbed_attention import IdentityAttention
@@ -37,6 +41,8 @@ _KINDS: dict[type[ExtraSpec], tuple[Any, str]] = {
     JointImagePrompt: (JointPrompt, "mmdit"),
     ImagePrompt: (PromptedAttention, "unet"),
     BlurQueries: (BlurredQueries, "unet"),
+    FreeU: (WeighedSkips, "unet"),
+    Downscale: (SmallerWithin, "unet"),
 }
 # Of samplings that take turns, each with a few.
 MOST_KEPT = 16
