@@ -19,7 +19,7 @@ REFUSED = {
     "failed": "parallel",
     "refused": "A parallel MODEL can't honour a; b (c:d).",
 }
-NODES = {"FreeU", "FreeU_V2", "Epsilon Scaling"}
+NODES = {"TomePatchModel", "FreeU_V2", "Epsilon Scaling"}
 
 
 def test_nodes_that_no_other_module_tries(comfy: ComfyInstallation, unets: Path, backend2: Backend) -> None:
@@ -71,9 +71,9 @@ def test_what_parallel_sampler_does_otherwise_is_said() -> None:
 
 
 def test_a_page_says_what_it_was_made_of_and_nothing_else() -> None:
-    rows = rows_of({"sdxl, FreeU": REFUSED, "sd3.5-large, FreeU": RUNS}, NODES)
+    rows = rows_of({"sdxl, TomePatchModel": REFUSED, "sd3.5-large, TomePatchModel": RUNS}, NODES)
     text = page(rows, "1.2.3")
-    assert "Of ComfyUI 1.2.3:" in text and REASONS["FreeU"] in text
+    assert "Of ComfyUI 1.2.3:" in text and REASONS["TomePatchModel"] in text
     assert not not_kept(rows, text)
-    others = rows_of({"sdxl, FreeU": BY_STEPS, "sd3.5-large, Epsilon Scaling": RUNS}, NODES)
-    assert not_kept(others, text) == ["FreeU on SDXL: step by step", "Epsilon Scaling on SD3.5: whole loop"]
+    others = rows_of({"sdxl, TomePatchModel": BY_STEPS, "sd3.5-large, Epsilon Scaling": RUNS}, NODES)
+    assert not_kept(others, text) == ["TomePatchModel on SDXL: step by step", "Epsilon Scaling on SD3.5: whole loop"]

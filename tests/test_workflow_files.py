@@ -242,7 +242,7 @@ def test_an_old_group_node_that_keeps_its_model_is_said_so() -> None:
     sheet = Sheet()
     group = sheet.add("workflow/Draw", [LATENT], ["sdxl.safetensors"])
     sheet.add("SaveLatent", samples=(group, 0, LATENT))
-    members = {"nodes": [{"type": "CheckpointLoaderSimple"}, {"type": "KSampler"}, {"type": "FreeU"}]}
+    members = {"nodes": [{"type": "CheckpointLoaderSimple"}, {"type": "KSampler"}, {"type": "TomePatchModel"}]}
     report = made(sheet.whole() | {"extra": {"groupNodes": {"Draw": members}}})[1]
     assert "turn the group into nodes first" in report.found.hidden[0].why
     assert ["attention and blocks" in remark.why for remark in report.found.refused] == [True]
@@ -251,7 +251,7 @@ def test_an_old_group_node_that_keeps_its_model_is_said_so() -> None:
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("FreeU_V2", "attention and blocks"),
+        ("TomePatchModel", "attention and blocks"),
         ("IPAdapterAdvanced", "image prompts"),
         ("ApplyInstantID", "image prompts"),
         ("TorchCompileModel", "`compile` of Mesh Config"),

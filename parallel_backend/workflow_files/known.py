@@ -24,6 +24,7 @@ _ON_A_MODEL = (
     "LoraLoader LoraLoaderModelOnly LoraModelLoader ModelMergeSimple ModelMergeBlocks ModelMergeSubtract ModelMergeAdd ModelMergeSDXL "
     "ModelMergeSD3_2B ModelMergeSD35_Large ModelSamplingDiscrete ModelSamplingContinuousEDM ModelSamplingContinuousV ModelSamplingSD3 "
     "ModelSamplingAuraFlow ModelSamplingFlux RescaleCFG PerpNeg DifferentialDiffusion Mahiro CFGZeroStar CFGNorm FreSca APG TCFG "
+    "FreeU FreeU_V2 PatchModelAddDownscale "
     "EasyCache LazyCache CFGOverride RenormCFG TemporalScoreRescaling ContextWindowsManual LatentApplyOperationCFG ComfySwitchNode LazySwitchKJ"
 )
 _ON_CONDITIONING = (

@@ -19,7 +19,7 @@ TRAINING = "a parallel MODEL can't be trained"
 
 _CLASSES = {
     ATTENTION: (
-        "FreeU FreeU_V2 HyperTile TomePatchModel PatchModelAddDownscale SelfAttentionGuidance PerturbedAttentionGuidance "
+        "HyperTile TomePatchModel SelfAttentionGuidance PerturbedAttentionGuidance "
         "UNetSelfAttentionMultiply UNetCrossAttentionMultiply UNetTemporalAttentionMultiply NAGuidance SkipLayerGuidanceSD3 "
         "SkipLayerGuidanceDiT SkipLayerGuidanceDiTSimple HypernetworkLoader GLIGENTextBoxApply ModelAttentionBackend ScaleROPE "
         "ReferenceOnlySimple TGateApply TGateApplySimple TGateApplyAdvanced CLIPNegPip NegPip ApplyRAUNet ApplyRAUNetSimple "

@@ -52,8 +52,8 @@ def few():
 
 
 def more():
-    yield "FreeU by steps, stronger", both(hung(freelunch.FreeU, b1=0.9, b2=2.0, s1=0.0, s2=3.0), BY_STEPS), {}
-    yield "FreeU_V2 with PAG", both(FREE_U_V2, PAG), sized(2, 16, 12)
+    yield "by steps, a stronger FreeU", both(hung(freelunch.FreeU, b1=0.9, b2=2.0, s1=0.0, s2=3.0), BY_STEPS), {}
+    yield "by steps, PAG and FreeU_V2", both(FREE_U_V2, PAG), sized(2, 16, 12)
     yield (
         "shrunk before the skip, by 1.5",
         shrink(3, downscale_factor=1.5, downscale_after_skip=False),
