@@ -132,6 +132,10 @@ class OrthogonalAttention(PromptedAttention):
     Comm: a sum of 2 * B * D numbers in fp32 over the bands, at each place.
     """
 
+    @property
+    def name(self) -> str:
+        return "an image prompt's part that is orthogonal to the prompt's"
+
     def _added(self, out_BLD: Tensor, found_BLD: Tensor, q_BLD: Tensor, k_BTD: Tensor, at: At) -> Tensor:
         return self._less(out_BLD.float(), found_BLD.float(), 1.0, at)
 

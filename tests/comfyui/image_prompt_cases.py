@@ -282,6 +282,14 @@ def of_pulid(twins):
     yield "style", hung("style"), {}
     yield "style, step by step", stepwise(hung("style", start_at=0.2, end_at=0.8)), {"steps": 4}
     yield "neutral", hung("neutral", attn_mask=mask()), {}
+    words = ["Displaced steps can't honour an image prompt's part that is orthogonal"]
+    refused = functools.partial(named, twins, words, functools.partial(twins.sample, steps=4))
+    yield "displaced", lambda model: displaced(hung("style")(model)), {"of": refused}
+
+
+def displaced(model):
+    steps = importlib.import_module("pack.nodes.hung.displaced_steps")
+    return steps.with_displaced(model, steps.Displaced(1))
 
 
 def of_faceswap(twins):
