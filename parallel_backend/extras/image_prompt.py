@@ -23,11 +23,8 @@ from ..distributed.sites import At, Inner, Place, UNetSites
 from ..errors import InputError
 from ..models.extra import Extra, Row
 from ..models.unet import BandUNet
-from ..rpc.extras import ImagePrompt
+from ..rpc.extras import IDENTITY_TOKENS, ImagePrompt
 from .target import Target, check_known
-
-# Of a picture's tokens those, at the front, that PuLID makes of the face alone.
-IDENTITY_TOKENS = 5
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -88,9 +88,11 @@ class JointImagePrompt(ExtraSpec, Generic[T], frozen=True):
     fresh_fields: ClassVar[tuple[str, ...]] = ("keys_values",)
 
 
-# How the output for pictures comes to that for the prompt: as it is; its part that is orthogonal to that one, over all tokens; or
-# with so much of the other part as the share of attention that the picture's first tokens get.
+# How the output for a picture comes to that for the prompt: as it is; its part that is orthogonal to that one, over all tokens; or
+# with so much of the other part, too, as the share of attention that the identity's tokens get.
 ImagePromptForm: TypeAlias = Literal["added", "orthogonal", "partly_orthogonal"]
+# The first ones of a picture's, which PuLID makes of the face alone.
+IDENTITY_TOKENS = 5
 
 
 class ImagePrompt(ExtraSpec, Generic[T], frozen=True):

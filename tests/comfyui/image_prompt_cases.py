@@ -146,9 +146,10 @@ def of_ipadapter(twins):
     sd15 = ipadapter(widths=(320, 320, 640, 640, 1280, 1280, 1280, 1280, 1280, 640), context=768)
     refused = functools.partial(named, twins, ["at input 4 0: keys 320 wide come to an attention of 128"], twins.sample)
     yield "of SD1.5", hung(adapter=sd15), {"of": refused}
-    words = ["at input 7 0 is of a version that is not known", "comfyui_ipadapter_plus 2."]
+    words = ["is of a version that is not known", "comfyui_ipadapter_plus 2."]
     refused = functools.partial(named, twins, words, twins.sample)
-    yield "an unknown version", lambda model: of_another_version(hung()(model)), {"of": refused}
+    for name, of_theirs in (("what it adds bends", _bent), ("its attention has a mask", _masked)):
+        yield f"an unknown version: {name}", functools.partial(of_another_version, hung(), of_theirs), {"of": refused}
 
 
 def by_pictures(plus):
@@ -197,19 +198,31 @@ def faces():
     return SimpleNamespace(det_model=SimpleNamespace(input_size=None), get=lambda picture: [face])
 
 
-def of_another_version(model):
-    """Its patches do what no attention does: what they add bends. As if the pack said so."""
+def of_another_version(change, function, model):
+    """Its patches do what no attention to a picture does, as if the pack said so."""
+    model = change(model)
     for patch in model.model_options["transformer_options"]["patches_replace"]["attn2"].values():
         theirs = patch.callback[0]
-        patch.callback = [FunctionType(_bent.__code__, theirs.__globals__, theirs.__name__)]
+        names = theirs.__globals__ | {"pictured": pictured}
+        patch.callback = [FunctionType(function.__code__, names, theirs.__name__)]
     return model
 
 
-def _bent(out, q, k, v, extra_options, ipadapter, module_key, cond, uncond, **kwargs):
+def pictured(q, extra_options, ipadapter, module_key, cond, uncond, **kwargs):
     order = extra_options["cond_or_uncond"]
     pictures = torch.cat([(cond, uncond)[i].repeat(len(q) // len(order), 1, 1) for i in order])
-    keys, values = (ipadapter.ip_layers.to_kvs[f"{module_key}_to_{kind}_ip"](pictures) for kind in "kv")
-    return torch.tanh(optimized_attention(q, keys, values, extra_options["n_heads"]))  # noqa: F821 - the pack's
+    return [ipadapter.ip_layers.to_kvs[f"{module_key}_to_{kind}_ip"](pictures) for kind in "kv"]
+
+
+def _bent(out, q, k, v, extra_options, **kwargs):
+    attended = optimized_attention(q, *pictured(q, extra_options, **kwargs), extra_options["n_heads"])  # noqa: F821 - the pack's
+    return torch.tanh(attended)
+
+
+def _masked(out, q, k, v, extra_options, **kwargs):
+    keys, values = pictured(q, extra_options, **kwargs)
+    mask = torch.zeros(q.shape[1], keys.shape[1])
+    return optimized_attention(q, keys, values, extra_options["n_heads"], mask=mask)  # noqa: F821 - the pack's
 
 
 def of_instantid(twins):
