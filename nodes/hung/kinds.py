@@ -8,12 +8,25 @@ from typing import Any
 from torch.nn import Module
 
 from ...parallel_backend.rpc.extras import AnyExtra
-from . import image_prompt, joint_image_prompt, perturbed_attention, skip_layers
+from . import (
+    image_prompt,
+    joint_image_prompt,
+    perturbed_attention,
+    skip_layers,
+    smoothed_energy,
+)
 from .forward_options import FORWARD_OPTIONS
 from .patches import Call, Kind, Patch, origin, patches_in
 from .refusal import is_set
+from .step_cache import is_step_cache
 
-KINDS: tuple[Kind, ...] = (skip_layers.KIND, perturbed_attention.KIND, joint_image_prompt.KIND, image_prompt.KIND)
+KINDS: tuple[Kind, ...] = (
+    skip_layers.KIND,
+    perturbed_attention.KIND,
+    joint_image_prompt.KIND,
+    image_prompt.KIND,
+    smoothed_energy.KIND,
+)
 # What only a UNet's network asks for, and what only a transformer's does: on the other, a patch has no effect, as in ComfyUI.
 _OF_TRANSFORMERS = ("dit",)
 
@@ -22,7 +35,8 @@ def unknown_patches(options: Mapping[str, Any]) -> Iterator[str]:
     """Of transformer options what nothing here knows, each by its name."""
     yield from (patch.told for patch in patches_in(options) if _kind_of(patch) is None)
     for key, value in options.items():
-        if key not in FORWARD_OPTIONS and key not in ("patches", "patches_replace") and is_set(value):
+        known = key in FORWARD_OPTIONS or key in ("patches", "patches_replace") or is_step_cache(key, value)
+        if not known and is_set(value):
             yield f"transformer option {key!r}"
 
 

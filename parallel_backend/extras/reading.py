@@ -14,7 +14,16 @@ from torch import Tensor
 from ..errors import InputError, UnsupportedError
 from ..models.extra import Extra
 from ..models.prediction import Predictor
-from ..rpc.extras import AnyExtra, ExtraSpec, ImagePrompt, JointImagePrompt, PerturbedAttention, SkipBlocks
+from ..rpc.extras import (
+    AnyExtra,
+    BlurQueries,
+    ExtraSpec,
+    ImagePrompt,
+    JointImagePrompt,
+    PerturbedAttention,
+    SkipBlocks,
+)
+from .blurred_queries import BlurredQueries
 from .image_prompt import PromptedAttention
 from .joint_image_prompt import JointPrompt
 from .perturbed_attention import IdentityAttention
@@ -27,6 +36,7 @@ _KINDS: dict[type[ExtraSpec], tuple[Any, str]] = {
     PerturbedAttention: (IdentityAttention, "unet"),
     JointImagePrompt: (JointPrompt, "mmdit"),
     ImagePrompt: (PromptedAttention, "unet"),
+    BlurQueries: (BlurredQueries, "unet"),
 }
 # Of samplings that take turns, each with a few.
 MOST_KEPT = 16

@@ -116,4 +116,23 @@ class ImagePrompt(ExtraSpec, Generic[T], frozen=True):
     tensor_fields: ClassVar[tuple[str, ...]] = ("keys_values", "masks")
 
 
-AnyExtra: TypeAlias = SkipBlocks | PerturbedAttention | JointImagePrompt[Any] | ImagePrompt[Any]
+class BlurQueries(ExtraSpec, frozen=True):
+    """Self-attentions of a UNet whose queries are blurred over the picture: smoothed energy guidance's weaker model.
+
+    Source: Hong 2024 (arXiv 2408.00760), section 4.2.
+
+    Args:
+        blur: the Gaussian's standard deviation in tokens; None: each query is the mean of all.
+    """
+
+    places: list[PlaceName]
+    blur: float | None
+
+
+AnyExtra: TypeAlias = (
+    SkipBlocks
+    | PerturbedAttention
+    | JointImagePrompt[Any]
+    | ImagePrompt[Any]
+    | BlurQueries
+)  # fmt: skip
