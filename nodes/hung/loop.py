@@ -28,8 +28,9 @@ from .model_sampling import read_sampling
 from .patches import Call
 
 # Of a processed prompt: what ComfyUI's loop reads beside the model's own inputs, and the value that changes nothing.
-_NEUTRAL: Mapping[str, Any] = {"strength": 1.0}
-_READ = ("area", "mask", "strength", "timestep_start", "timestep_end", "control", "gligen", "hooks", "default")
+_RANGES = {"start_percent": 0.0, "end_percent": 1.0, "clip_start_percent": 0.0, "clip_end_percent": 1.0}
+_NEUTRAL: Mapping[str, Any] = {"strength": 1.0, **_RANGES}
+_READ = ("area", "mask", "strength", *_RANGES, "control", "gligen", "hooks", "default")
 _NAMED = {"control": "a ControlNet"}
 _INPUTS, _MAY_HAVE = {"c_crossattn", "y"}, {"c_concat"}
 
