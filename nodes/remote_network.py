@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from types import FunctionType
 from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
 
 import comfy.patcher_extension
 import torch
@@ -36,6 +37,8 @@ class RemoteNetwork(torch.nn.Module):
     worn: WeightPatches
     told: dict[str, str]
     control_cost: ControlCost
+    # What patches have become, as long as these are there; by the first of them, of each kind for itself.
+    translated: WeakKeyDictionary[Any, Any]
     calls_wrappers: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -124,6 +127,7 @@ def make_remote(network: torch.nn.Module, remote: RemoteModel, dtype: torch.dtyp
     network.__class__ = _remote_class(type(network))  # type: ignore[arg-type]
     network.remote, network.dtype, network.worn = remote, dtype, WeightPatches()  # type: ignore[assignment]
     network.told, network.control_cost = {}, ControlCost()  # type: ignore[assignment]
+    network.translated = WeakKeyDictionary()  # type: ignore[assignment]
     network.as_made = AsMade(network)  # type: ignore[assignment]
 
 

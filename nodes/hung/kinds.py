@@ -8,13 +8,25 @@ from typing import Any
 from torch.nn import Module
 
 from ...parallel_backend.rpc.extras import AnyExtra
-from . import perturbed_attention, skip_layers
+from . import (
+    image_prompt,
+    joint_image_prompt,
+    perturbed_attention,
+    skip_layers,
+    smoothed_energy,
+)
 from .forward_options import FORWARD_OPTIONS
 from .patches import Call, Kind, Patch, origin, patches_in
 from .refusal import is_set
 from .step_cache import is_step_cache
 
-KINDS: tuple[Kind, ...] = (skip_layers.KIND, perturbed_attention.KIND)
+KINDS: tuple[Kind, ...] = (
+    skip_layers.KIND,
+    perturbed_attention.KIND,
+    joint_image_prompt.KIND,
+    image_prompt.KIND,
+    smoothed_energy.KIND,
+)
 # What only a UNet's network asks for, and what only a transformer's does: on the other, a patch has no effect, as in ComfyUI.
 _OF_TRANSFORMERS = ("dit",)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ...parallel_backend.rpc.extras import PlaceName
@@ -26,3 +26,15 @@ def places_of(patch: Patch, call: Call) -> list[PlaceName]:
     """
     taken = call.options.get("patches_replace", {}).get(patch.kind, {})
     return [p for p in all_places(call.network) if patch.place == (p if p in taken else p[:2])]
+
+
+def blocks_outside(blocks: Iterable[tuple[str, int, int | None]], network: Any, node: str) -> Iterator[str]:
+    """Those that a UNet hasn't, as a node's settings name them: a block, or one transformer block of it. Others have none at all."""
+    if not hasattr(network, "input_blocks"):
+        return
+    counts = {"input": len(network.input_blocks), "middle": 1, "output": len(network.output_blocks)}
+    for side, number, index in blocks:
+        inside = number < counts.get(side, 0)
+        if not (inside if index is None else (side, number, index) in all_places(network)):
+            told = f"{side} {number}" if index is None else f"{side} {number} {index}"
+            yield f"the block {told} of {node}: this model has {', '.join(f'{n} {s}' for s, n in counts.items())} blocks"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -14,7 +14,18 @@ from torch import Tensor
 from ..errors import InputError, UnsupportedError
 from ..models.extra import Extra
 from ..models.prediction import Predictor
-from ..rpc.extras import AnyExtra, ExtraSpec, PerturbedAttention, SkipBlocks
+from ..rpc.extras import (
+    AnyExtra,
+    BlurQueries,
+    ExtraSpec,
+    ImagePrompt,
+    JointImagePrompt,
+    PerturbedAttention,
+    SkipBlocks,
+)
+from .blurred_queries import BlurredQueries
+from .image_prompt import PromptedAttention
+from .joint_image_prompt import JointPrompt
 from .perturbed_attention import IdentityAttention
 from .skip_blocks import SkippedBlocks
 from .target import Target
@@ -23,6 +34,9 @@ from .target import Target
 _KINDS: dict[type[ExtraSpec], tuple[Any, str]] = {
     SkipBlocks: (SkippedBlocks, "mmdit"),
     PerturbedAttention: (IdentityAttention, "unet"),
+    JointImagePrompt: (JointPrompt, "mmdit"),
+    ImagePrompt: (PromptedAttention, "unet"),
+    BlurQueries: (BlurredQueries, "unet"),
 }
 # Of samplings that take turns, each with a few.
 MOST_KEPT = 16
@@ -34,6 +48,9 @@ class _Made:
     tensors: tuple[ref[Tensor], ...]
     extra: Extra
 
+    def is_used(self) -> bool:
+        return self.predictor() is not None and all(tensor() is not None for tensor in self.tensors)
+
 
 class Extras:
     """Those that a rank has made of requests, as long as what they were made of is kept."""
@@ -42,22 +59,34 @@ class Extras:
         self._made: OrderedDict[tuple[Any, ...], _Made] = OrderedDict()
 
     def read(
-        self, asked: Sequence[AnyExtra], tensors: Sequence[Tensor], predictor: Predictor, height: int, width: int
+        self,
+        asked: Sequence[AnyExtra],
+        tensors: Sequence[Tensor],
+        predictor: Predictor,
+        size: tuple[int, int],
+        branches: Iterable[int],
     ) -> tuple[Extra, ...]:
-        """What a request names, for latents of that size.
+        """What a request names, for rows of these branches, of latents of that height and width.
 
         Raises: InputError, UnsupportedError: it doesn't fit the model.
         """
-        return tuple(self._of(spec.each(lambda index: tensors[index]), predictor, height, width) for spec in asked)
+        made = tuple(self._of(spec.each(lambda index: tensors[index]), predictor, *size) for spec in asked)
+        for extra in made:
+            extra.check(branches)
+        return made
+
+    def forget(self) -> None:
+        """Nothing is kept."""
+        self._made.clear()
 
     def _of(self, spec: AnyExtra, predictor: Predictor, height: int, width: int) -> Extra:
-        given = spec.tensors()
+        self._made = OrderedDict((key, made) for key, made in self._made.items() if made.is_used())
         key = (repr(spec.each(id)), id(predictor), height, width)
-        made = self._made.pop(key, None)
         # Nothing that is in use has another's number.
-        if made is None or made.predictor() is None or any(tensor() is None for tensor in made.tensors):
+        made = self._made.pop(key, None)
+        if made is None:
             extra = read_extra(spec, Target(predictor, height, width))
-            made = _Made(ref(predictor), tuple(map(ref, given)), extra)
+            made = _Made(ref(predictor), tuple(map(ref, spec.tensors())), extra)
         self._made[key] = made
         while len(self._made) > MOST_KEPT:
             self._made.popitem(last=False)

@@ -46,6 +46,13 @@ class Target:
         """Of a UNet's transformer blocks; a transformer has none of these."""
         return self.unet.places if self.unet is not None else ()
 
+    def sides_at(self, place: Place) -> tuple[int, int]:
+        """Rows and columns of tokens that the latent has at one of `places`."""
+        side, number, _ = place
+        levels = [level for _, level in self.config.places]
+        level = {"input": lambda: levels[number], "output": lambda: levels[-1 - number]}.get(side, lambda: levels[-1])()
+        return -(-self.height // 2**level), -(-self.width // 2**level)
+
     def here(self, tensor: Tensor) -> Tensor:
         """On the device and in the dtype of the model."""
         return tensor.to(self.predictor.device, self.predictor.dtype)

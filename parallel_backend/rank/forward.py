@@ -52,7 +52,7 @@ def run_forward(
         prompt = replace(prompt, controls=uses)
         residuals = _residuals(body.control, tensors, x.shape[0])
         predictor.network.own_residuals(residuals, x.shape[2], x.shape[3])  # which raises what doesn't fit
-        acting = extras.read(body.extras, tensors, predictor, x.shape[2], x.shape[3])
+        acting = extras.read(body.extras, tensors, predictor, (x.shape[2], x.shape[3]), body.branches)
         return predictor, Rows(x, timesteps, prompt, residuals, acting, _which(body.branches, x.shape[0])), swap
 
     predictor, rows, swap = job.control.agreed(prepare)
