@@ -12,6 +12,7 @@ from . import (
     image_prompt,
     joint_image_prompt,
     perturbed_attention,
+    regional_prompts,
     skip_layers,
     smoothed_energy,
 )
@@ -26,6 +27,7 @@ KINDS: tuple[Kind, ...] = (
     joint_image_prompt.KIND,
     image_prompt.KIND,
     smoothed_energy.KIND,
+    regional_prompts.KIND,
 )
 # What only a UNet's network asks for, and what only a transformer's does: on the other, a patch has no effect, as in ComfyUI.
 _OF_TRANSFORMERS = ("dit",)
@@ -36,6 +38,7 @@ def unknown_patches(options: Mapping[str, Any]) -> Iterator[str]:
     yield from (patch.told for patch in patches_in(options) if _kind_of(patch) is None)
     for key, value in options.items():
         known = key in FORWARD_OPTIONS or key in ("patches", "patches_replace") or is_step_cache(key, value)
+        known = known or regional_prompts.is_told_beside(key, options)
         if not known and is_set(value):
             yield f"transformer option {key!r}"
 

@@ -21,12 +21,15 @@ from ..rpc.extras import (
     ImagePrompt,
     JointImagePrompt,
     PerturbedAttention,
+    RegionalPrompts,
     SkipBlocks,
+    SplitPrompt,
 )
 from .blurred_queries import BlurredQueries
 from .image_prompt import PromptedAttention
 from .joint_image_prompt import JointPrompt
 from .perturbed_attention import IdentityAttention
+from .regional_prompts import RegionalAttention, SplitPromptAttention
 from .skip_blocks import SkippedBlocks
 from .target import Target
 
@@ -37,6 +40,8 @@ _KINDS: dict[type[ExtraSpec], tuple[Any, str]] = {
     JointImagePrompt: (JointPrompt, "mmdit"),
     ImagePrompt: (PromptedAttention, "unet"),
     BlurQueries: (BlurredQueries, "unet"),
+    RegionalPrompts: (RegionalAttention, "unet"),
+    SplitPrompt: (SplitPromptAttention, "unet"),
 }
 # Of samplings that take turns, each with a few.
 MOST_KEPT = 16

@@ -129,10 +129,33 @@ class BlurQueries(ExtraSpec, frozen=True):
     blur: float | None
 
 
+class RegionalPrompts(ExtraSpec, Generic[T], frozen=True):
+    """Attention of cond's rows to several prompts, at all cross-attentions of a UNet: of each what its mask says. Uncond has none.
+
+    Args:
+        strength: of the row's own prompt, whose keys and values are times that.
+        keys, values: the other prompts (1, tokens, context width), of which keys and values are made; no values where they are the same.
+        masks: by scale of the picture, (prompts, tokens of the whole picture), the own prompt first; of each token they sum to 1.
+    """
+
+    strength: float
+    keys: list[T]
+    values: list[T] | None
+    masks: list[T]
+
+    tensor_fields: ClassVar[tuple[str, ...]] = ("keys", "values", "masks")
+
+
+class SplitPrompt(ExtraSpec, frozen=True):
+    """Of a prompt's tokens, at all cross-attentions of a UNet, those of even number are keys, those of odd number values: NegPiP."""
+
+
 AnyExtra: TypeAlias = (
     SkipBlocks
     | PerturbedAttention
     | JointImagePrompt[Any]
     | ImagePrompt[Any]
     | BlurQueries
+    | RegionalPrompts[Any]
+    | SplitPrompt
 )  # fmt: skip
