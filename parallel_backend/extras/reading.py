@@ -14,17 +14,32 @@ from torch import Tensor
 from ..errors import InputError, UnsupportedError
 from ..models.extra import Extra
 from ..models.prediction import Predictor
-from ..rpc.extras import AnyExtra, BlurQueries, ExtraSpec, PerturbedAttention, SkipBlocks
+from ..rpc.extras import (
+    AnyExtra,
+    BlurQueries,
+    ExtraSpec,
+    NormalizedGuidance,
+    PerturbedAttention,
+    ReportScores,
+    SkipBlocks,
+    TiledAttention,
+)
+from .attention_scores import AttentionScores
 from .blurred_queries import BlurredQueries
+from .normalized_attention import NormalizedAttention
 from .perturbed_attention import IdentityAttention
 from .skip_blocks import SkippedBlocks
 from .target import Target
+from .tiled_attention import QueryTiles
 
 # By what a request names, what applies it; and the networks that have places for it.
 _KINDS: dict[type[ExtraSpec], tuple[Any, str]] = {
     SkipBlocks: (SkippedBlocks, "mmdit"),
     PerturbedAttention: (IdentityAttention, "unet"),
     BlurQueries: (BlurredQueries, "unet"),
+    NormalizedGuidance: (NormalizedAttention, "unet"),
+    ReportScores: (AttentionScores, "unet"),
+    TiledAttention: (QueryTiles, "unet"),
 }
 # Of samplings that take turns, each with a few.
 MOST_KEPT = 16

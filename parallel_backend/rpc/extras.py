@@ -29,6 +29,10 @@ class ExtraSpec(Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_on
     end: float | None = None
 
     tensor_fields: ClassVar[tuple[str, ...]] = ()
+    # An evaluation with it gives a tensor of its rows back, after the output.
+    reports: ClassVar[bool] = False
+    # It mixes rows of both prompts, which are evaluated at once.
+    pairs: ClassVar[bool] = False
 
     def each(self: X, change: Callable[[Any], Any]) -> X:
         """`change` done to every tensor, in a fixed order."""
@@ -79,4 +83,41 @@ class BlurQueries(ExtraSpec, frozen=True):
     blur: float | None
 
 
-AnyExtra: TypeAlias = SkipBlocks | PerturbedAttention | BlurQueries
+class NormalizedGuidance(ExtraSpec, frozen=True):
+    """What a UNet's self-attentions give for cond, guided away from what they give for uncond; its L1 norm grows `tau`-fold at most.
+
+    Does nothing where one of the two is not evaluated. Source: normalized attention guidance (Chen et al. 2025, arXiv 2505.21179).
+
+    Args:
+        alpha: how much of that takes the place of what they give for cond.
+    """
+
+    scale: float
+    alpha: float
+    tau: float
+    pairs = True
+
+
+class ReportScores(ExtraSpec, frozen=True):
+    """How much each token is looked at in a UNet's self-attention: the report, of all tokens of the picture, is their softmax scores
+    summed over queries, their mean over heads; of uncond's rows, zeros of others.
+
+    Source: self-attention guidance (Hong et al. 2023, arXiv 2210.00939), section 4.2.
+    """
+
+    place: PlaceName
+    reports = True
+
+
+class TiledAttention(ExtraSpec, frozen=True):
+    """Self-attentions of a UNet in tiles of queries, each of which looks at a strip of tokens: see extras/tiled_attention.py.
+
+    Args:
+        tiles: by place, tiles along both sides of the grid as which tokens are counted, and the grid's sides.
+    """
+
+    places: list[PlaceName]
+    tiles: list[tuple[int, int, int, int]]
+
+
+AnyExtra: TypeAlias = SkipBlocks | PerturbedAttention | BlurQueries | NormalizedGuidance | ReportScores | TiledAttention

@@ -129,7 +129,8 @@ class Twins:
 def call(node, *args, **inputs):
     """A node's first output, of either of ComfyUI's kinds of node."""
     if hasattr(node, "define_schema"):
-        return node.execute(*args, **inputs).result[0]
+        out = node.execute(*args, **inputs)
+        return (out if isinstance(out, tuple) else out.result)[0]
     return getattr(node(), node.FUNCTION)(*args, **inputs)[0]
 
 
