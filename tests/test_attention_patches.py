@@ -45,7 +45,7 @@ def results_case(
     path: Path, mesh: MeshSpec, size: tuple[int, int], asked: Sequence[AnyExtra], which: Sequence[Row] = WHICH
 ) -> list[Tensor]:
     model = predictor(path, mesh, SDXL)
-    rows, extras = rows_of(size, which), Extras().read(asked, [], model, *size)
+    rows, extras = rows_of(size, which), Extras().read(asked, [], model, size, (0, 1))
     given = (rows.x, rows.timesteps, rows.prompt, rows.residuals, extras, rows.which)
     return [x.clone() for x in model.output_and_reports(Rows(*given))]
 
@@ -195,7 +195,7 @@ def test_normalized_guidance(mesh: MeshSpec, which: tuple[Row, ...], ranks: Rank
 def loop_case(path: Path, mesh: MeshSpec, at_once: bool) -> Tensor:
     """As an evaluation of the whole loop has it: two latents for cond, then for uncond; or as one of all four rows."""
     model: Predictor = predictor(path, mesh, SDXL)
-    rows, extras = rows_of((16, 12)), Extras().read([NAG], [], model, 16, 12)
+    rows, extras = rows_of((16, 12)), Extras().read([NAG], [], model, (16, 12), (0, 1))
     x, context, pooled = rows.x[:2], rows.prompt.context, rows.prompt.pooled
     if at_once:
         which: tuple[Row, ...] = ((0, 0), (0, 1), (1, 0), (1, 1))

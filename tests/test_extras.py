@@ -59,7 +59,7 @@ def predictor(path: Path, mesh: MeshSpec, kind: Kind) -> Predictor:
 @torch.inference_mode()
 def output_case(path: Path, mesh: MeshSpec, kind: Kind, size: tuple[int, int], asked: Sequence[AnyExtra]) -> Tensor:
     model = predictor(path, mesh, kind)
-    return model.output(replace(rows_of(kind, size), extras=Extras().read(asked, [], model, *size), which=WHICH))
+    return model.output(replace(rows_of(kind, size), extras=Extras().read(asked, [], model, size, (0, 1)), which=WHICH))
 
 
 UNET_MESHES = [
@@ -162,7 +162,7 @@ def test_an_extra_makes_another_recording_and_is_done_again_by_it(large: Path) -
     model.captured = CapturedNetwork(plain.network, plain.mesh, recorder)
     asked = [[], [SKIPPED], [SkipBlocks(blocks=[2])]]
     with torch.inference_mode():
-        extras = [Extras().read(given, [], plain, 16, 12) for given in asked]
+        extras = [Extras().read(given, [], plain, (16, 12), (0, 1)) for given in asked]
         rows = [replace(rows_of(SD3, (16, 12)), extras=given, which=WHICH) for given in extras]
         expected = [plain.output(given) for given in rows]
         for _ in range(3):

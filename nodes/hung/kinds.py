@@ -11,6 +11,8 @@ from torch.nn import Module
 from ...parallel_backend.rpc.extras import AnyExtra
 from . import (
     hyper_tile,
+    image_prompt,
+    joint_image_prompt,
     normalized_attention,
     perturbed_attention,
     self_attention_guidance,
@@ -20,10 +22,13 @@ from . import (
 from .forward_options import FORWARD_OPTIONS
 from .patches import Call, Kind, Patch, origin, patches_in
 from .refusal import is_set
+from .step_cache import is_step_cache
 
 KINDS: tuple[Kind, ...] = (
     skip_layers.KIND,
     perturbed_attention.KIND,
+    joint_image_prompt.KIND,
+    image_prompt.KIND,
     smoothed_energy.KIND,
     self_attention_guidance.KIND,
     normalized_attention.KIND,
@@ -37,7 +42,8 @@ def unknown_patches(options: Mapping[str, Any]) -> Iterator[str]:
     """Of transformer options what nothing here knows, each by its name."""
     yield from (patch.told for patch in patches_in(options) if _kind_of(patch) is None)
     for key, value in options.items():
-        if key not in FORWARD_OPTIONS and key not in ("patches", "patches_replace") and is_set(value):
+        known = key in FORWARD_OPTIONS or key in ("patches", "patches_replace") or is_step_cache(key, value)
+        if not known and is_set(value):
             yield f"transformer option {key!r}"
 
 

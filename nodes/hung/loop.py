@@ -111,8 +111,10 @@ def read_loop(
     mask = None if mask is None else mask[:, :1]
     named = (sigmas, name, float(guider.cfg), seed)
     inside = guider.model_options["transformer_options"]
-    branches = tuple(range(len(prompts)))
-    extras = extras_of(Call(model.network, tuple(latent.shape), branches, None, inside))
+    # At scale 1 neither side computes the negative prompt.
+    branches = tuple(range(1 if guider.cfg == 1 else len(prompts)))
+    rows = (len(branches) * len(latent), *latent.shape[1:])
+    extras = extras_of(Call(model.network, rows, branches, None, inside))
     if any(extra.pairs for extra in extras) and not _are_alike(prompts, controls):
         return ["a patch that mixes rows of both prompts, which are of unlike lengths or ControlNets"]
     of_prompts = (prompts["positive"], prompts.get("negative"))

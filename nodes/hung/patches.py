@@ -39,7 +39,7 @@ class Call:
     """The evaluation, or all evaluations of a sampling, for which patches become extras.
 
     Args:
-        network: ComfyUI's own, without weights. shape: (B, C, Y, X) of the latent that it is given.
+        network: ComfyUI's own, without weights. shape: (B, C, Y, X) of what it is given, all prompts' rows.
         branches: which prompts the rows are of, as many rows for each: 0 cond, 1 uncond.
         sigma: None for all of a sampling.
         options: the transformer options.

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -60,9 +60,16 @@ class UNetSites:
 
 @dataclass
 class TransformerSites:
-    """Of an MMDiT. `skipped`: blocks that hand text and image tokens on as they came."""
+    """Of an MMDiT.
+
+    Args:
+        skipped: blocks that hand text and image tokens on as they came.
+        beside: by block, what is added to what the image's tokens take from the joint attention: of the block's `Attend` and the
+            image's `Stream`.
+    """
 
     skipped: set[int] = field(default_factory=set)
+    beside: defaultdict[int, list[Callable[[Any, Any], Tensor]]] = field(default_factory=lambda: defaultdict(list))
 
 
 def around(works: Sequence[Around], inner: Inner, at: At) -> Inner:

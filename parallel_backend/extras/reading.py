@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -18,6 +18,8 @@ from ..rpc.extras import (
     AnyExtra,
     BlurQueries,
     ExtraSpec,
+    ImagePrompt,
+    JointImagePrompt,
     NormalizedGuidance,
     PerturbedAttention,
     ReportScores,
@@ -26,6 +28,8 @@ from ..rpc.extras import (
 )
 from .attention_scores import AttentionScores
 from .blurred_queries import BlurredQueries
+from .image_prompt import PromptedAttention
+from .joint_image_prompt import JointPrompt
 from .normalized_attention import NormalizedAttention
 from .perturbed_attention import IdentityAttention
 from .skip_blocks import SkippedBlocks
@@ -36,6 +40,8 @@ from .tiled_attention import QueryTiles
 _KINDS: dict[type[ExtraSpec], tuple[Any, str]] = {
     SkipBlocks: (SkippedBlocks, "mmdit"),
     PerturbedAttention: (IdentityAttention, "unet"),
+    JointImagePrompt: (JointPrompt, "mmdit"),
+    ImagePrompt: (PromptedAttention, "unet"),
     BlurQueries: (BlurredQueries, "unet"),
     NormalizedGuidance: (NormalizedAttention, "unet"),
     ReportScores: (AttentionScores, "unet"),
@@ -62,13 +68,21 @@ class Extras:
         self._made: OrderedDict[tuple[Any, ...], _Made] = OrderedDict()
 
     def read(
-        self, asked: Sequence[AnyExtra], tensors: Sequence[Tensor], predictor: Predictor, height: int, width: int
+        self,
+        asked: Sequence[AnyExtra],
+        tensors: Sequence[Tensor],
+        predictor: Predictor,
+        size: tuple[int, int],
+        branches: Iterable[int],
     ) -> tuple[Extra, ...]:
-        """What a request names, for latents of that size.
+        """What a request names, for rows of these branches, of latents of that height and width.
 
         Raises: InputError, UnsupportedError: it doesn't fit the model.
         """
-        return tuple(self._of(spec.each(lambda index: tensors[index]), predictor, height, width) for spec in asked)
+        made = tuple(self._of(spec.each(lambda index: tensors[index]), predictor, *size) for spec in asked)
+        for extra in made:
+            extra.check(branches)
+        return made
 
     def forget(self) -> None:
         """Nothing is kept."""

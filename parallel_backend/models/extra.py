@@ -5,7 +5,7 @@ An image prompt, skipped blocks, a perturbed attention. The kinds are in `parall
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from math import inf
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
@@ -47,6 +47,9 @@ class Extra:
     def is_at(self, sigma: float | None) -> bool:
         """Whether it acts there; outside of a sampling, where no sigma is known, it does."""
         return sigma is None or self.end <= sigma <= self.start
+
+    def check(self, branches: Iterable[int]) -> None:
+        """Before the first evaluation, on every rank. Raises: InputError: it has nothing for rows of one of these branches."""
 
     def of(self: E, rows: tuple[Row, ...]) -> E:
         """That of an evaluation of these rows; the same object for the same rows."""

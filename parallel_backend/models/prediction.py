@@ -383,9 +383,8 @@ class Predictor:
         least, more = divmod(count, mesh.cfg.degree)
         uneven = mesh.weights.degree > 1 and more > 0 and least < mesh.dp.degree
         axes = [mesh.dp] if uneven else [mesh.cfg, mesh.dp]
-        if any(
-            extra.pairs for extra in rows.extras
-        ):  # whose exchange every rank takes part in, so that each must have rows
+        # What mixes rows exchanges them in each layer: all ranks of such an axis must have some.
+        if any(extra.pairs for extra in rows.extras):
             axes, wanted = [], axes
             for axis in wanted:
                 if count >= axis.degree:

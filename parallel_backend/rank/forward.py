@@ -30,7 +30,9 @@ def run_forward(
     extras: Extras,
     device: torch.device,
 ) -> tuple[Result, list[Tensor]]:
-    """The output, on the CPU, what extras report of its rows after it, and what it cost; ranks agree once on all that each of them needs, many such jobs being in a row.
+    """The output and what extras report of its rows, on the CPU, and what it cost.
+
+    Ranks agree once on all that each of them needs, many such jobs being in a row.
 
     Args:
         given: the request's tensors, or the error that this rank can't have them.
@@ -52,7 +54,7 @@ def run_forward(
         prompt = replace(prompt, controls=uses)
         residuals = _residuals(body.control, tensors, x.shape[0])
         predictor.network.own_residuals(residuals, x.shape[2], x.shape[3])  # which raises what doesn't fit
-        acting = extras.read(body.extras, tensors, predictor, x.shape[2], x.shape[3])
+        acting = extras.read(body.extras, tensors, predictor, (x.shape[2], x.shape[3]), body.branches)
         return predictor, Rows(x, timesteps, prompt, residuals, acting, _which(body.branches, x.shape[0])), swap
 
     predictor, rows, swap = job.control.agreed(prepare)

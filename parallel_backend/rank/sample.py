@@ -195,7 +195,8 @@ def _prepare(
         concat = predictor.concat(None if p.concat is None else tensors[p.concat], latent)
         controls = control_nets.uses(p.controls, tensors, predictor, latent, known, is_patched=bool(body.patches.files))
         prompts.append(replace(prompt_of_rows, concat=concat, controls=controls))
-    acting = extras.read(body.extras, tensors, predictor, latent.shape[2], latent.shape[3])
+    size = (latent.shape[2], latent.shape[3])
+    acting = extras.read(body.extras, tensors, predictor, size, range(len(prompts)))
     _check_extras(acting, prompts)
     steps = _sigma_count(body, tensors) - 1
     kept = _kept(predictor, spec, steps, latent.shape[2], has_controls=bool(known), extras=acting)

@@ -7,7 +7,7 @@ rank has it again. Which fields hold tensors, each struct says.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -34,11 +34,13 @@ class ExtraSpec(Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_on
     # It mixes rows of both prompts, which are evaluated at once.
     pairs: ClassVar[bool] = False
 
-    def each(self: X, change: Callable[[Any], Any]) -> X:
-        """`change` done to every tensor, in a fixed order."""
-        return msgspec.structs.replace(
-            self, **{name: _each(getattr(self, name), change) for name in self.tensor_fields}
-        )
+    # Those of them that are other tensors at each evaluation, and are not kept.
+    fresh_fields: ClassVar[tuple[str, ...]] = ()
+
+    def each(self: X, change: Callable[[Any], Any], fresh: Callable[[Any], Any] | None = None) -> X:
+        """`change` done to every tensor, in a fixed order; `fresh` to those of `fresh_fields`, where it is given."""
+        changes = {name: fresh or change if name in self.fresh_fields else change for name in self.tensor_fields}
+        return msgspec.structs.replace(self, **{name: _each(getattr(self, name), f) for name, f in changes.items()})
 
     def tensors(self) -> list[Any]:
         """Those that it names, each as often as it does."""
@@ -68,6 +70,52 @@ class PerturbedAttention(ExtraSpec, frozen=True):
     """
 
     places: list[PlaceName]
+
+
+class JointImagePrompt(ExtraSpec, Generic[T], frozen=True):
+    """Beside the joint attention of an MMDiT's blocks, one of the image's queries to image and image prompt; its result is added.
+
+    Source: InstantX's IP-Adapter for SD3.5.
+
+    Args:
+        norms: (blocks, 2, H), weights of further RMS norms of the image's queries and keys, after the block's own.
+        keys_values: by branch, (rows, blocks, T, 2, N, H), rows 1 or as many as latents; they change with the timestep.
+        weight: what the result is multiplied by.
+    """
+
+    blocks: list[int]
+    norms: T
+    keys_values: dict[int, T]
+    weight: float = 1.0
+
+    tensor_fields: ClassVar[tuple[str, ...]] = ("norms", "keys_values")
+    fresh_fields: ClassVar[tuple[str, ...]] = ("keys_values",)
+
+
+# How the output for pictures comes to that for the prompt: as it is; its part that is orthogonal to that one, over all tokens; or
+# with so much of the other part as the share of attention that the picture's first tokens get.
+ImagePromptForm: TypeAlias = Literal["added", "orthogonal", "partly_orthogonal"]
+
+
+class ImagePrompt(ExtraSpec, Generic[T], frozen=True):
+    """Attention to a picture's keys and values beside that to the prompt, at cross-attentions of a UNet.
+
+    Args:
+        tokens: of the picture, at each of the places.
+        rows: of which prompt each row of the tensors is (0 cond, 1 uncond), and for which latent of its batch; None for all of them.
+        keys_values: (rows, N), place after place (tokens, 2 * width); the values times the weight that the place has.
+        masks: (rows, M), place after place how much each of the whole latent's tokens there takes; None where all take all of it.
+    Source: IP-Adapter (Ye et al. 2023, arXiv 2308.06721), equation 5.
+    """
+
+    places: list[PlaceName]
+    tokens: list[int]
+    rows: list[tuple[int, int | None]]
+    keys_values: T
+    masks: T | None = None
+    form: ImagePromptForm = "added"
+
+    tensor_fields: ClassVar[tuple[str, ...]] = ("keys_values", "masks")
 
 
 class BlurQueries(ExtraSpec, frozen=True):
@@ -120,4 +168,13 @@ class TiledAttention(ExtraSpec, frozen=True):
     tiles: list[tuple[int, int, int, int]]
 
 
-AnyExtra: TypeAlias = SkipBlocks | PerturbedAttention | BlurQueries | NormalizedGuidance | ReportScores | TiledAttention
+AnyExtra: TypeAlias = (
+    SkipBlocks
+    | PerturbedAttention
+    | JointImagePrompt[Any]
+    | ImagePrompt[Any]
+    | BlurQueries
+    | NormalizedGuidance
+    | ReportScores
+    | TiledAttention
+)  # fmt: skip

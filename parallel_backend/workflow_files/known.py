@@ -24,7 +24,7 @@ _ON_A_MODEL = (
     "LoraLoader LoraLoaderModelOnly LoraModelLoader ModelMergeSimple ModelMergeBlocks ModelMergeSubtract ModelMergeAdd ModelMergeSDXL "
     "ModelMergeSD3_2B ModelMergeSD35_Large ModelSamplingDiscrete ModelSamplingContinuousEDM ModelSamplingContinuousV ModelSamplingSD3 "
     "ModelSamplingAuraFlow ModelSamplingFlux RescaleCFG PerpNeg DifferentialDiffusion Mahiro CFGZeroStar CFGNorm FreSca APG TCFG "
-    "CFGOverride RenormCFG TemporalScoreRescaling ContextWindowsManual LatentApplyOperationCFG ComfySwitchNode LazySwitchKJ"
+    "EasyCache LazyCache CFGOverride RenormCFG TemporalScoreRescaling ContextWindowsManual LatentApplyOperationCFG ComfySwitchNode LazySwitchKJ"
 )
 _ON_CONDITIONING = (
     "CLIPTextEncode CLIPTextEncodeSDXL CLIPTextEncodeSDXLRefiner CLIPTextEncodeSD3 CLIPTextEncodeControlnet ConditioningAverage "

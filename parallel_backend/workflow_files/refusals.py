@@ -26,7 +26,7 @@ _CLASSES = {
         "ApplyMSWMSAAttention ApplyMSWMSAAttentionSimple SmoothedEnergyGuidanceAdvanced PerturbedAttention SlidingWindowGuidanceAdvanced "
         "INPAINT_ApplyFooocusInpaint"
     ),
-    CACHE: "EasyCache LazyCache TeaCache DeepCache ApplyFBCacheOnModel ApplyTeaCachePatch ApplyTeaCachePatchAdvanced",
+    CACHE: "TeaCache DeepCache ApplyFBCacheOnModel ApplyTeaCachePatch ApplyTeaCachePatchAdvanced",
     LAYERS: "SeamlessTile LoraLoaderBypass LoraLoaderBypassModelOnly LoadAndApplyICLightUnet BrushNet PowerPaint RAUNet",
     COMPILE: "TorchCompileModel",
     DEVICES: "MultiGPU_WorkUnits SelectModelDevice",

@@ -226,7 +226,7 @@ def hung_cases(twins, name, model):
     yield "a pack's callback", same, {"of": told(twins)}
     for owner, function in ((comfy.samplers, "sampling_function"), (core_samplers, "sample_euler")):
         yield f"a pack's {function}", same, {"of": replaced(twins, owner, function)}
-    yield "mask and DifferentialDiffusion", changes["DifferentialDiffusion"], {"noise_mask": masked(twins, model)}
+    yield "DifferentialDiffusion, a mask", changes["DifferentialDiffusion"], {"noise_mask": masked(twins, model)}
 
 
 def sampling_cases(twins, model):
