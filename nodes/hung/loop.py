@@ -29,7 +29,7 @@ from .patches import Call
 
 # Of a processed prompt: what ComfyUI's loop reads beside the model's own inputs, and the value that changes nothing.
 _NEUTRAL: Mapping[str, Any] = {"strength": 1.0}
-_READ = ("area", "mask", "strength", "timestep_start", "timestep_end", "control", "gligen", "hooks", "default")
+_READ = ("area", "mask", "strength", "control", "gligen", "hooks", "default")
 _NAMED = {"control": "a ControlNet"}
 _INPUTS, _MAY_HAVE = {"c_crossattn", "y"}, {"c_concat"}
 
@@ -102,6 +102,8 @@ def read_loop(
     processed = comfy.samplers.process_conds(_AsPatched(model), *given, **shapes)
     prompts, controls = {}, {}
     for kind, (entry,) in processed.items():
+        if not _acts_everywhere(entry, sigmas):
+            return [f"a range of steps in the {kind} conditioning"]
         inputs = {key: value.cond for key, value in entry["model_conds"].items()}
         if odd := (set(inputs) - _MAY_HAVE) ^ _INPUTS:
             return [f"model inputs {', '.join(sorted(odd))} of the {kind} conditioning"]
@@ -197,6 +199,15 @@ def _odd_entries(kind: str, entries: Sequence[Mapping[str, Any]]) -> Iterator[st
             continue
         if any(key in entry and entry[key] is not None and entry[key] != _NEUTRAL.get(key) for entry in entries):
             yield f"{_NAMED.get(key, repr(key))} in the {kind} conditioning"
+
+
+def _acts_everywhere(entry: Mapping[str, Any], sigmas: Tensor) -> bool:
+    """Whether a processed prompt is heeded at every sigma at which the model is evaluated."""
+    start, end = entry.get("timestep_start"), entry.get("timestep_end")
+    # In fp32, as ComfyUI compares them there.
+    evaluated = sigmas[sigmas > 0].float()
+    begins_late = start is not None and bool((evaluated > start).any())
+    return not begins_late and not (end is not None and bool((evaluated < end).any()))
 
 
 def _mixed_hints(conds: Mapping[str, Sequence[Mapping[str, Any]]], latents: int) -> Iterator[str]:
