@@ -19,7 +19,7 @@ from .core_memory import interruptible
 from .hung.controlnet import USES, ControlCost, by_place
 from .hung.extra_cost import ExtraCost
 from .hung.guidance import names
-from .hung.kinds import extras_of, unknown_patches
+from .hung.kinds import extras_of, give_reports, unknown_patches
 from .hung.layers import AsMade
 from .hung.patches import Call
 from .hung.refusal import ELSEWHERE, RELOAD, refuse
@@ -85,9 +85,16 @@ class RemoteNetwork(torch.nn.Module):
         """What `forward` is told of the patches in these options."""
         branches, sigmas = tuple(options.get("cond_or_uncond", (0,))), options.get("sigmas")
         sigma = None if sigmas is None else float(sigmas[0])
-        extras = extras_of(Call(self, tuple(x.shape), branches, sigma, options))
+        call = Call(self, tuple(x.shape), branches, sigma, options)
+        extras = extras_of(call)
         self.extra_cost.note(extras)
-        return {"extras": extras, "branches": branches} if extras else {}
+        if not extras:
+            return {}
+        return {
+            "extras": extras,
+            "branches": branches,
+            "on_reports": lambda reports: give_reports(call, extras, reports, x),
+        }
 
     def _tell_once(self) -> None:
         """What an evaluation was the first of the sampling to tell stands on the node, below what was told before."""

@@ -21,7 +21,7 @@ from ...parallel_backend.errors import UnsupportedError
 from ...parallel_backend.rpc.extras import AnyExtra
 from ..known_to_core import known_to
 from .controlnet import ControlChain
-from .kinds import extras_of
+from .kinds import extras_of, step_by_step
 from .known_functions import known_functions
 from .loop_patches import loop_patches, replaced_functions
 from .model_sampling import read_sampling
@@ -67,7 +67,10 @@ def read_loop(
     name = sampler_name(sampler)
     sampling = read_sampling(model)
     settings, options = known_functions(guider.model_options, is_flow=isinstance(sampling, FlowSampling))
+    if guider.cfg != 1:  # else both prompts are evaluated though one has no weight
+        options.pop("disable_cfg1_optimization", None)
     found = [*replaced_functions(), *loop_patches(model, options)]
+    found += step_by_step(guider.model_options["transformer_options"])
     if type(guider) not in (CFGGuider, Guider_Basic):
         found.append(f"the guider {type(guider).__name__}")
     if name is None:
@@ -114,8 +117,16 @@ def read_loop(
     branches = tuple(range(1 if guider.cfg == 1 else len(prompts)))
     rows = (len(branches) * len(latent), *latent.shape[1:])
     extras = extras_of(Call(model.network, rows, branches, None, inside))
+    if any(extra.pairs for extra in extras) and not _are_alike(prompts, controls):
+        return ["a patch that mixes rows of both prompts, which are of unlike lengths or ControlNets"]
     of_prompts = (prompts["positive"], prompts.get("negative"))
     return Loop(latent, noise, *named, *of_prompts, mask, sampling, settings, controls, extras)
+
+
+def _are_alike(prompts: Mapping[str, Conditioning], controls: Mapping[str, Sequence[ControlUse]]) -> bool:
+    """Whether one evaluation is of all of them."""
+    lengths = {prompt.context.shape[1] for prompt in prompts.values()}
+    return len(lengths) == 1 and not any(controls.values())
 
 
 class _AsPatched:

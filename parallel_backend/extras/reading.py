@@ -20,18 +20,24 @@ from ..rpc.extras import (
     ExtraSpec,
     ImagePrompt,
     JointImagePrompt,
+    NormalizedGuidance,
     PerturbedAttention,
     RegionalPrompts,
+    ReportScores,
     SkipBlocks,
     SplitPrompt,
+    TiledAttention,
 )
+from .attention_scores import AttentionScores
 from .blurred_queries import BlurredQueries
 from .image_prompt import PromptedAttention
 from .joint_image_prompt import JointPrompt
+from .normalized_attention import NormalizedAttention
 from .perturbed_attention import IdentityAttention
 from .regional_prompts import RegionalAttention, SplitPromptAttention
 from .skip_blocks import SkippedBlocks
 from .target import Target
+from .tiled_attention import QueryTiles
 
 # By what a request names, what applies it; and the networks that have places for it.
 _KINDS: dict[type[ExtraSpec], tuple[Any, str]] = {
@@ -42,6 +48,9 @@ _KINDS: dict[type[ExtraSpec], tuple[Any, str]] = {
     BlurQueries: (BlurredQueries, "unet"),
     RegionalPrompts: (RegionalAttention, "unet"),
     SplitPrompt: (SplitPromptAttention, "unet"),
+    NormalizedGuidance: (NormalizedAttention, "unet"),
+    ReportScores: (AttentionScores, "unet"),
+    TiledAttention: (QueryTiles, "unet"),
 }
 # Of samplings that take turns, each with a few.
 MOST_KEPT = 16

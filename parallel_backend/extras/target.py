@@ -48,10 +48,23 @@ class Target:
 
     def sides_at(self, place: Place) -> tuple[int, int]:
         """Rows and columns of tokens that the latent has at one of `places`."""
+        scale = self._scale_at(place)
+        return -(-self.height // scale), -(-self.width // scale)
+
+    def own_tokens(self, place: Place) -> range:
+        """Those of this rank's band there, counted row by row."""
+        assert self.unet is not None
+        band, columns = self.unet.band_of(self.height, self.width), self.sides_at(place)[1]
+        rows = [-(-count // self._scale_at(place)) for count in band.rows]
+        first = sum(rows[: band.axis.rank])
+        return range(first * columns, (first + rows[band.axis.rank]) * columns)
+
+    def _scale_at(self, place: Place) -> int:
+        """Latent cells along a side of a token."""
         side, number, _ = place
         levels = [level for _, level in self.config.places]
-        level = {"input": lambda: levels[number], "output": lambda: levels[-1 - number]}.get(side, lambda: levels[-1])()
-        return -(-self.height // 2**level), -(-self.width // 2**level)
+        index = {"input": number, "output": -1 - number}.get(side, -1)
+        return int(2 ** levels[index])
 
     def here(self, tensor: Tensor) -> Tensor:
         """On the device and in the dtype of the model."""

@@ -138,6 +138,11 @@ class InBands:
         degree, unit = self.mesh.patch.degree, self.config.row_unit
         return self.mesh.patch if height > unit * (degree - 1) and width >= unit else MeshAxis("band")
 
+    def band_of(self, height: int, width: int) -> Band:
+        """How a latent of that size is cut."""
+        axis = self._axis_for(height, width)
+        return Band(axis, band_rows(height, axis.degree, self.config.row_unit), width)
+
     def prepare_prompt(self, context_BLE: Tensor, y_BA: Tensor) -> PreparedPrompt:
         """Keys and values of each attention to the prompt, (B, L, 2 * D) by its slot.
 
@@ -213,8 +218,7 @@ class BandUNet(InBands):
         Raises: InputError: they don't fit this model, or a latent of that size.
         """
         places, config = self.config.places, self.config
-        band = Band(self._axis_for(height, width))
-        band.rows, band.columns = band_rows(height, band.axis.degree, config.row_unit), width
+        band = self.band_of(height, width)
 
         def own(tensor: Tensor | None, where: str, channels: int, level: int) -> Tensor | None:
             if tensor is None:

@@ -20,6 +20,7 @@ from ..extras.reading import Extras
 from ..models.extra import Extra
 from ..models.pipeline import Pipeline
 from ..models.prediction import Predictor, Prompt, Share
+from ..models.reports import ReportingExtra
 from ..rpc.messages import ControlUse, Result, Sample, StepDone
 from ..rpc.state import AxisCost, RankCost, Swap
 from ..sampling.driver import StepReport
@@ -196,12 +197,28 @@ def _prepare(
         prompts.append(replace(prompt_of_rows, concat=concat, controls=controls))
     size = (latent.shape[2], latent.shape[3])
     acting = extras.read(body.extras, tensors, predictor, size, range(len(prompts)))
+    _check_extras(acting, prompts)
     steps = _sigma_count(body, tensors) - 1
     kept = _kept(predictor, spec, steps, latent.shape[2], has_controls=bool(known), extras=acting)
     latent = latent.to(predictor.device)
     if torch.count_nonzero(latent) > 0:
         latent = predictor.kind.to_model(latent)
     return SampleJob(body, job, predictor, prompts, latent, kept, swap, acting)
+
+
+def _check_extras(extras: Sequence[Extra], prompts: Sequence[Prompt]) -> None:
+    """Raises: UnsupportedError: those that only single evaluations can have, or with these prompts."""
+    if reporting := [extra.name for extra in extras if isinstance(extra, ReportingExtra)]:
+        raise UnsupportedError(
+            f"{', '.join(reporting)} reports of each evaluation, and a whole sampling gives no reports.",
+            "Ask for it evaluation by evaluation.",
+        )
+    paired = [extra.name for extra in extras if extra.pairs]
+    if paired and len(prompts) == 2 and not prompts[0].is_like(prompts[1]):
+        raise UnsupportedError(
+            f"{', '.join(paired)} mixes rows of both prompts, which are of unlike lengths or ControlNets.",
+            "Give prompts of one length with the same ControlNets, or ask for it evaluation by evaluation.",
+        )
 
 
 def _sigma_count(body: Sample, tensors: list[Tensor]) -> int:
