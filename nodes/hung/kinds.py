@@ -10,6 +10,8 @@ from torch.nn import Module
 
 from ...parallel_backend.rpc.extras import AnyExtra
 from . import (
+    deep_shrink,
+    free_u,
     hyper_tile,
     image_prompt,
     joint_image_prompt,
@@ -35,6 +37,8 @@ KINDS: tuple[Kind, ...] = (
     self_attention_guidance.KIND,
     normalized_attention.KIND,
     hyper_tile.KIND,
+    free_u.KIND,
+    deep_shrink.KIND,
 )
 # What only a UNet's network asks for, and what only a transformer's does: on the other, a patch has no effect, as in ComfyUI.
 _OF_TRANSFORMERS = ("dit",)

@@ -71,6 +71,10 @@ class PromptedAttention(Extra, ABC):
             **range_of,
         )
 
+    @property
+    def has_sizes(self) -> bool:
+        return self.masks is not None
+
     def check(self, branches: Iterable[int]) -> None:
         held = {branch for branch, _ in self.rows}
         for branch in branches:

@@ -17,7 +17,9 @@ from ..models.prediction import Predictor
 from ..rpc.extras import (
     AnyExtra,
     BlurQueries,
+    Downscale,
     ExtraSpec,
+    FreeU,
     ImagePrompt,
     JointImagePrompt,
     NormalizedGuidance,
@@ -30,6 +32,8 @@ from ..rpc.extras import (
 )
 from .attention_scores import AttentionScores
 from .blurred_queries import BlurredQueries
+from .deep_shrink import SmallerWithin
+from .free_u import WeighedSkips
 from .image_prompt import PromptedAttention
 from .joint_image_prompt import JointPrompt
 from .normalized_attention import NormalizedAttention
@@ -51,6 +55,8 @@ _KINDS: dict[type[ExtraSpec], tuple[Any, str]] = {
     NormalizedGuidance: (NormalizedAttention, "unet"),
     ReportScores: (AttentionScores, "unet"),
     TiledAttention: (QueryTiles, "unet"),
+    FreeU: (WeighedSkips, "unet"),
+    Downscale: (SmallerWithin, "unet"),
 }
 # Of samplings that take turns, each with a few.
 MOST_KEPT = 16
@@ -87,6 +93,7 @@ class Extras:
         made = tuple(self._of(spec.each(lambda index: tensors[index]), predictor, *size) for spec in asked)
         for extra in made:
             extra.check(branches)
+        _check_sizes(made)
         return made
 
     def forget(self) -> None:
@@ -105,6 +112,17 @@ class Extras:
         while len(self._made) > MOST_KEPT:
             self._made.popitem(last=False)
         return made.extra
+
+
+def _check_sizes(made: Sequence[Extra]) -> None:
+    """Raises: UnsupportedError: one makes the picture within smaller, and another knows tokens by their place in the whole one."""
+    resizing = next((extra.name for extra in made if extra.resizes), None)
+    sized = [extra.name for extra in made if extra.has_sizes]
+    if resizing and sized:
+        raise UnsupportedError(
+            f"{', '.join(sized)} can't be honoured beside {resizing}, which gives the blocks within a picture of another size.",
+            "Remove one of them (masks of an image prompt, regional prompts or HyperTile; deep shrink).",
+        )
 
 
 def read_extra(spec: AnyExtra, target: Target) -> Extra:

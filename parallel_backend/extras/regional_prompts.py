@@ -80,6 +80,10 @@ class RegionalAttention(Extra):
             **range_of,
         )
 
+    @property
+    def has_sizes(self) -> bool:
+        return True
+
     def _chosen(self, rows: Sequence[Row]) -> RegionalAttention:
         is_cond = tuple(branch != _UNCOND for branch, _ in rows)
         if self.strength == 1.0:

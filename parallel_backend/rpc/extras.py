@@ -191,6 +191,42 @@ class TiledAttention(ExtraSpec, frozen=True):
     tiles: list[tuple[int, int, int, int]]
 
 
+class FreeU(ExtraSpec, frozen=True):
+    """Before output blocks of a UNet, half of the image's channels are multiplied, and the lowest frequencies of skip connections.
+
+    Source: FreeU (Si et al. 2023, arXiv 2309.11497), equations 3 to 5.
+
+    Args:
+        factors: by channels of the image where they act: (channels, of the image, of the skip connection).
+        by_structure: the image's factor differs by cell, as the mean of its channels does there: the paper's second version.
+        order: among what acts before output blocks.
+    """
+
+    factors: list[tuple[int, float, float]]
+    by_structure: bool
+    order: int = 0
+
+
+class Downscale(ExtraSpec, frozen=True):
+    """What an input block of a UNet gives is made smaller, and large again where a skip connection is.
+
+    Source: Kohya's deep shrink, as ComfyUI's PatchModelAddDownscale has it.
+
+    Args:
+        factor: both sides are divided by it, and rounded.
+        after_skip: the skip connection stays as large as it was.
+        method, back: of resizing, and of resizing back: see `distributed/resize.py`.
+        order: of the resizing back, as FreeU's.
+    """
+
+    block: int
+    factor: float
+    after_skip: bool
+    method: str
+    back: str
+    order: int = 0
+
+
 AnyExtra: TypeAlias = (
     SkipBlocks
     | PerturbedAttention
@@ -202,4 +238,6 @@ AnyExtra: TypeAlias = (
     | NormalizedGuidance
     | ReportScores
     | TiledAttention
+    | FreeU
+    | Downscale
 )  # fmt: skip
