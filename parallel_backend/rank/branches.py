@@ -1,0 +1,58 @@
+"""What guidance evaluates in a sampling job: which prompts, with what inside the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from ..config import BranchName
+from ..errors import ConfigError
+from ..models.extra import Extra
+from ..models.prediction import Branch, Prompt
+from ..rpc.extras import AnyExtra
+from ..rpc.messages import Prompt as AskedPrompt
+from ..rpc.messages import Sample
+
+
+def prompts_of(body: Sample) -> dict[BranchName, AskedPrompt]:
+    """Those that guidance asks for, in the order of their evaluation; none that would have no weight.
+
+    Raises: ConfigError: Perp-Neg without its prompts, or the other way round.
+    """
+    spec, named = body.spec, {"cond": body.cond}
+    if (spec.neg_scale is None) != (body.empty is None) or (body.empty is not None and body.uncond is None):
+        raise ConfigError(
+            "Perp-Neg is guidance of a positive, a negative and an empty prompt, with a neg_scale.",
+            "Give all of them, or leave the empty prompt and neg_scale out.",
+        )
+    guided = spec.cfg_scale != 1.0
+    if body.uncond is not None and (guided if spec.neg_scale is None else spec.neg_scale != 0):
+        named["uncond"] = body.uncond
+    if body.empty is not None and (guided or spec.neg_scale != 0):
+        named["empty"] = body.empty
+    return named  # type: ignore[return-value] # its keys are
+
+
+def branches_of(
+    body: Sample,
+    prompts: Mapping[BranchName, Prompt],
+    read: Callable[[Sequence[AnyExtra]], tuple[Extra, ...]],
+) -> dict[BranchName, Branch]:
+    """What guidance evaluates, in this order; the weaker model's last.
+
+    Raises: BackendError: extras that don't fit.
+    """
+    everywhere, of_uncond = read(body.extras), read(body.uncond_extras)
+    numbers = {"cond": 0, "uncond": 1, "empty": body.empty_number}
+    branches = {
+        name: Branch(prompt, numbers[name], everywhere + of_uncond if name == "uncond" else everywhere)
+        for name, prompt in prompts.items()
+    }
+    if body.spec.weaker is not None:
+        if not body.weaker:
+            raise ConfigError(
+                "Guidance away from a weaker model came with nothing that makes it weaker.",
+                "Name an extra, like SkipBlocks or PerturbedAttention.",
+            )
+        branches["weaker"] = replace(branches["cond"], extras=everywhere + read(body.weaker))
+    return branches
