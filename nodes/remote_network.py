@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from types import FunctionType
 from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
 
 import comfy.patcher_extension
 import torch
@@ -15,7 +17,9 @@ from ..parallel_backend.errors import UnsupportedError
 from ..parallel_backend.rpc.host_copies import onto_device
 from .core_memory import interruptible
 from .hung.controlnet import USES, ControlCost, by_place
-from .hung.kinds import extras_of, unknown_patches
+from .hung.extra_cost import ExtraCost
+from .hung.guidance import names
+from .hung.kinds import extras_of, give_reports, unknown_patches
 from .hung.layers import AsMade
 from .hung.patches import Call
 from .hung.refusal import ELSEWHERE, RELOAD, refuse
@@ -34,6 +38,10 @@ class RemoteNetwork(torch.nn.Module):
     worn: WeightPatches
     told: dict[str, str]
     control_cost: ControlCost
+    extra_cost: ExtraCost
+    # What patches have become, as long as these are there; by the first of them, of each kind for itself.
+    translated: WeakKeyDictionary[Any, Any]
+    calls_wrappers: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if "forward" in vars(self):  # put there while sampling: it would compute with layers that have no weights
@@ -53,11 +61,9 @@ class RemoteNetwork(torch.nn.Module):
         options = transformer_options or {}
         # Checked here too: some guiders add their patches while they sample.
         refuse(_unsendable(options, kwargs), "A parallel MODEL", ELSEWHERE)
-        executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(
-            self._remote_forward,
-            self,
-            comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options),
-        )
+        around = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+        wrappers = comfy.patcher_extension.get_all_wrappers(around, options) if self.calls_wrappers else []
+        executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._remote_forward, self, wrappers)
         return executor.execute(x, timesteps, context, y, control, options)
 
     def _remote_forward(
@@ -79,8 +85,16 @@ class RemoteNetwork(torch.nn.Module):
         """What `forward` is told of the patches in these options."""
         branches, sigmas = tuple(options.get("cond_or_uncond", (0,))), options.get("sigmas")
         sigma = None if sigmas is None else float(sigmas[0])
-        extras = extras_of(Call(self, tuple(x.shape), branches, sigma, options))
-        return {"extras": extras, "branches": branches} if extras else {}
+        call = Call(self, tuple(x.shape), branches, sigma, options)
+        extras = extras_of(call)
+        self.extra_cost.note(extras)
+        if not extras:
+            return {}
+        return {
+            "extras": extras,
+            "branches": branches,
+            "on_reports": lambda reports: give_reports(call, extras, reports, x),
+        }
 
     def _tell_once(self) -> None:
         """What an evaluation was the first of the sampling to tell stands on the node, below what was told before."""
@@ -119,10 +133,19 @@ def make_remote(network: torch.nn.Module, remote: RemoteModel, dtype: torch.dtyp
     for name, layer in network.named_modules():
         if layer is not network:
             layer.register_forward_pre_hook(partial(_refuse_layer, name))
+    network.calls_wrappers = _calls_wrappers(type(network))  # type: ignore[assignment]
     network.__class__ = _remote_class(type(network))  # type: ignore[arg-type]
     network.remote, network.dtype, network.worn = remote, dtype, WeightPatches()  # type: ignore[assignment]
     network.told, network.control_cost = {}, ControlCost()  # type: ignore[assignment]
+    network.extra_cost = ExtraCost()  # type: ignore[assignment]
+    network.translated = WeakKeyDictionary()  # type: ignore[assignment]
     network.as_made = AsMade(network)  # type: ignore[assignment]
+
+
+def _calls_wrappers(of: type) -> bool:
+    """Whether ComfyUI's own network calls the wrappers that hang around it: that of SD3 doesn't."""
+    own = (vars(part).get("forward") for part in of.__mro__)
+    return any("DIFFUSION_MODEL" in names(f.__code__) for f in own if isinstance(f, FunctionType))
 
 
 def _remote_class(of: type) -> type[torch.nn.Module]:

@@ -270,7 +270,7 @@ def test_patches_that_cant_be_sent_are_refused_by_name(node: str, server: ComfyS
     prompt = Prompt()
     patched = out(prompt.add("ProbeAttentionPatch", model=parallel_model(prompt)))
     picture(prompt, node, patched, "never")
-    assert "patches 'attn1_patch'" in refused(server, prompt)
+    assert "the attn1_patch by AttentionPatch.patch.<locals>.<lambda> of probe_nodes" in refused(server, prompt)
 
 
 def last_words(outcome: Outcome) -> str:

@@ -35,9 +35,9 @@ REFUSED = {
     "by diffusion_model": "the changed padding_mode of x_embedder.proj",
     "compute dtype": "computing in bfloat16 (ModelComputeDtype), where its ranks compute in float32",
     "compiled": "torch.compile of the network (TorchCompileModel). Remove that node; Mesh Config",
-    "SLG": "SkipLayerGuidanceDiT.execute.<locals>.post_cfg_function of comfy_extras.nodes_slg",
-    "SLG of DiT": "SkipLayerGuidanceDiTSimple.execute.<locals>.calc_cond_batch_function of comfy_extras.nodes_slg",
-    "PAG": "PerturbedAttentionGuidance.execute.<locals>.post_cfg_function of comfy_extras.nodes_pag",
+    "SLG": "the layers 99 of skip-layer guidance: this model's are 0 to",
+    "SLG of DiT": "the layers 99 of skip-layer guidance: this model's are 0 to",
+    "named as PAG's": "the attn1 patch at middle 0 by PerturbedAttentionGuidance.execute.<locals>.perturbed_attention of nodes_pag",
     "a pack's": "Guided of __main__ (sampler_post_cfg_function), which patches blocks",
 }
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from census import assert_kept
 from comfyui.installation import ComfyInstallation
 from comfyui.twin_run import Outcomes, run_twins
 
@@ -29,6 +30,7 @@ STEP_BY_STEP = {
         "ConditioningSetMask",
         "an area of 32 pixels",
         "ConditioningCombine",
+        "ConditioningSetTimestepRange",
         "the official SD3 negative",
     ),
     *("sampler dpmpp_2m_sde_gpu", "sampler euler_cfg_pp", "SamplerEulerAncestral, eta 0.5"),
@@ -66,3 +68,7 @@ def test_the_backend_runs_the_loop_of_all_that_it_knows(outcomes: Outcomes) -> N
         name.split(", ", 1)[1] for name, o in named(outcomes).items() if "the whole loop in the backend" in o["said"]
     }
     assert said - OLDER == STEP_BY_STEP and len(whole) > 30 and not said & whole
+
+
+def test_the_kept_table_of_nodes_says_the_same(outcomes: Outcomes, comfy: ComfyInstallation) -> None:
+    assert_kept(named(outcomes), comfy.folder)

@@ -257,7 +257,7 @@ def test_an_old_group_node_that_keeps_its_model_is_said_so() -> None:
         ("TorchCompileModel", "`compile` of Mesh Config"),
         ("SeamlessTile", "network's own layers"),
         ("NAGuidance", "attention and blocks"),
-        ("LazyCache", "caches of steps"),
+        ("TeaCache", "caches of steps"),
         ("LLLiteLoader", "attention and blocks"),
         ("SUPIRApply", "network's own layers"),
     ],

@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.nn import Module
 
 from ...parallel_backend.rpc.extras import AnyExtra
-from . import perturbed_attention, skip_layers
+from . import (
+    deep_shrink,
+    free_u,
+    hyper_tile,
+    image_prompt,
+    joint_image_prompt,
+    normalized_attention,
+    perturbed_attention,
+    regional_prompts,
+    self_attention_guidance,
+    skip_layers,
+    smoothed_energy,
+)
 from .forward_options import FORWARD_OPTIONS
 from .patches import Call, Kind, Patch, origin, patches_in
 from .refusal import is_set
+from .step_cache import is_step_cache
 
-KINDS: tuple[Kind, ...] = (skip_layers.KIND, perturbed_attention.KIND)
+KINDS: tuple[Kind, ...] = (
+    skip_layers.KIND,
+    perturbed_attention.KIND,
+    joint_image_prompt.KIND,
+    image_prompt.KIND,
+    smoothed_energy.KIND,
+    regional_prompts.KIND,
+    self_attention_guidance.KIND,
+    normalized_attention.KIND,
+    hyper_tile.KIND,
+    free_u.KIND,
+    deep_shrink.KIND,
+)
 # What only a UNet's network asks for, and what only a transformer's does: on the other, a patch has no effect, as in ComfyUI.
 _OF_TRANSFORMERS = ("dit",)
 
@@ -22,7 +48,9 @@ def unknown_patches(options: Mapping[str, Any]) -> Iterator[str]:
     """Of transformer options what nothing here knows, each by its name."""
     yield from (patch.told for patch in patches_in(options) if _kind_of(patch) is None)
     for key, value in options.items():
-        if key not in FORWARD_OPTIONS and key not in ("patches", "patches_replace") and is_set(value):
+        known = key in FORWARD_OPTIONS or key in ("patches", "patches_replace") or is_step_cache(key, value)
+        known = known or regional_prompts.is_told_beside(key, options)
+        if not known and is_set(value):
             yield f"transformer option {key!r}"
 
 
@@ -31,12 +59,33 @@ def extras_of(call: Call) -> list[AnyExtra]:
 
     Raises: UnsupportedError, InputError: a patch that can't be honoured.
     """
-    by_kind: dict[int, list[Patch]] = {}
+    return [extra for number, patches in _by_kind(call).items() for extra in KINDS[number].extras(patches, call)]
+
+
+def give_reports(call: Call, extras: Sequence[AnyExtra], reports: Sequence[Tensor], latent: Tensor) -> None:
+    """What those extras report of a call's rows, to the patches that ask for it."""
+    reporting = [extra for extra in extras if extra.reports]
+    for number, patches in _by_kind(call).items():
+        for extra, report in zip(reporting, reports, strict=True):
+            if (take := KINDS[number].reported.get(type(extra))) is not None:
+                take(patches, call, report, latent)
+
+
+def step_by_step(options: Mapping[str, Any]) -> Iterator[str]:
+    """Which of the patches in transformer options can't be had for a whole sampling at once, each by its name."""
+    for patch in patches_in(options):
+        if (kind := _kind_of(patch)) is not None:
+            yield from kind.step_by_step(patch)
+
+
+def _by_kind(call: Call) -> dict[int, list[Patch]]:
+    """Patches that the call's network asks for, by the number of their kind."""
+    found: dict[int, list[Patch]] = {}
     for patch in patches_in(call.options):
         kind = _kind_of(patch)
         if kind is not None and (patch.kind in _OF_TRANSFORMERS) != call.is_unet:
-            by_kind.setdefault(KINDS.index(kind), []).append(patch)
-    return [extra for number, patches in by_kind.items() for extra in KINDS[number].extras(patches, call)]
+            found.setdefault(KINDS.index(kind), []).append(patch)
+    return found
 
 
 def settings_refused(function: Any, network: Module) -> Iterator[str] | None:

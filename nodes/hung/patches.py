@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
+from torch import Tensor
 from torch.nn import Module
 
 from ...parallel_backend.rpc.extras import AnyExtra
@@ -27,9 +28,10 @@ class Patch:
 
     @property
     def told(self) -> str:
-        """As errors name it: its function and, of a replacement, its place."""
-        at = f" at {' '.join(map(str, self.place))}" if self.place else ""
-        return f"{self.kind}{at} ({origin(self.function)})"
+        """As errors name it: by its place and its function."""
+        module, _, name = origin(self.function).partition(":")
+        at = "" if self.place is None else f" patch at {' '.join(map(str, self.place))}"
+        return f"the {self.kind}{at} by {name} of {module}"
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Call:
     """The evaluation, or all evaluations of a sampling, for which patches become extras.
 
     Args:
-        network: ComfyUI's own, without weights. shape: (B, C, Y, X) of the latent that it is given.
+        network: ComfyUI's own, without weights. shape: (B, C, Y, X) of what it is given, all prompts' rows.
         branches: which prompts the rows are of, as many rows for each: 0 cond, 1 uncond.
         sigma: None for all of a sampling.
         options: the transformer options.
@@ -63,11 +65,16 @@ class Kind:
         extras: of those that it knows, in their order. Raises: UnsupportedError, InputError: one that can't be honoured.
         functions: guidance functions of a MODEL that hang such patches while they sample, by `origin`: (function, network) ->
             what of its settings can't be honoured.
+        reported: by extra that reports, what is done with its report: (patches of this kind, call, (B, N), the latent that the
+            network was given).
+        step_by_step: why a patch that it knows can't be had for all evaluations of a sampling at once.
     """
 
     knows: Callable[[Patch], bool]
     extras: Callable[[Sequence[Patch], Call], Iterable[AnyExtra]]
     functions: Mapping[str, Callable[[Any, Module], Iterator[str]]] = field(default_factory=dict)
+    reported: Mapping[type, Callable[[Sequence[Patch], Call, Tensor, Tensor], None]] = field(default_factory=dict)
+    step_by_step: Callable[[Patch], Iterator[str]] = lambda _: iter(())
 
 
 def patches_in(options: Mapping[str, Any]) -> Iterator[Patch]:
@@ -85,3 +92,12 @@ def origin(function: Any) -> str:
     """
     made = function if hasattr(function, "__qualname__") else type(function)
     return f"{PurePath(made.__module__ or '').name.rpartition('.')[2]}:{made.__qualname__}"
+
+
+def hands_on(function: Any, place: int, arguments: int) -> bool:
+    """Whether a function of so many arguments, the last of them a mapping, gives back the one at `place` as it came."""
+    given = [*(object() for _ in range(arguments - 1)), {}]
+    try:
+        return function(*given) is given[place]
+    except Exception:  # noqa: BLE001 - whatever it does with what it is given, it does something with it
+        return False

@@ -1,4 +1,6 @@
-"""Perturbed-attention guidance: self-attentions that give each token its own value, while it evaluates its weaker model."""
+"""Perturbed-attention guidance, core's and that of the pack sd-perturbed-attention: self-attentions that give each token its own
+value, while it evaluates its weaker model.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,13 @@ from typing import Any
 from torch.nn import Module
 
 from ...parallel_backend.rpc.extras import AnyExtra, PerturbedAttention
-from .patches import Call, Kind, Patch, origin
-from .unet_places import places_of
+from .known_functions import closed_over
+from .patches import Call, Kind, Patch, hands_on, origin
+from .unet_places import blocks_outside, places_of
 
 _CORE = "nodes_pag:PerturbedAttentionGuidance"
+_PACKS_ATTENTION = "guidance_utils:perturbed_attention"
+_PACKS_GUIDANCE = "pag_nodes:PerturbedAttention.patch.<locals>.post_cfg_function"
 
 
 def _named(function: str) -> list[str]:
@@ -20,10 +25,8 @@ def _named(function: str) -> list[str]:
 
 def _knows(patch: Patch) -> bool:
     """A function that gives the values as they came, whatever else it is called with."""
-    if patch.kind != "attn1" or origin(patch.function) not in _named("perturbed_attention"):
-        return False
-    values = object()
-    return patch.function(None, None, values, {}) is values
+    known = (*_named("perturbed_attention"), _PACKS_ATTENTION)
+    return patch.kind == "attn1" and origin(patch.function) in known and hands_on(patch.function, 2, arguments=4)
 
 
 def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:
@@ -35,4 +38,10 @@ def _any_settings(function: Any, network: Module) -> Iterator[str]:
     return iter(())
 
 
-KIND = Kind(_knows, _extras, dict.fromkeys(_named("post_cfg_function"), _any_settings))
+def _blocks_refused(function: Any, network: Module) -> Iterator[str]:
+    return blocks_outside(closed_over(function).get("blocks", ()), network, "Perturbed-Attention Guidance")
+
+
+KIND = Kind(
+    _knows, _extras, dict.fromkeys(_named("post_cfg_function"), _any_settings) | {_PACKS_GUIDANCE: _blocks_refused}
+)

@@ -9,7 +9,7 @@ from torch.nn import Module
 
 from ...parallel_backend.rpc.extras import AnyExtra, SkipBlocks
 from .known_functions import closed_over
-from .patches import Call, Kind, Patch, origin
+from .patches import Call, Kind, Patch, hands_on, origin
 
 _NODES = ("SkipLayerGuidanceDiT", "SkipLayerGuidanceDiTSimple", "SkipLayerGuidanceSD3")
 # Older cores' nodes have a method of their own name, which newer ones keep under another.
@@ -23,10 +23,8 @@ def _named(function: str) -> list[str]:
 
 def _knows(patch: Patch) -> bool:
     """A function that gives its arguments back as they came."""
-    if patch.kind != "dit" or origin(patch.function) not in _named("skip"):
-        return False
-    tokens = object()
-    return patch.function(tokens, {}) is tokens
+    named = patch.kind == "dit" and origin(patch.function) in _named("skip")
+    return named and hands_on(patch.function, 0, arguments=2)
 
 
 def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:

@@ -247,6 +247,7 @@ class RemoteModel(Held[LoadModel]):
         branches: Sequence[int] = (0,),
         patches: WeightPatches | None = None,
         step: Callable[[], tuple[int, int]] = lambda: (0, 0),
+        on_reports: Callable[[Sequence[Tensor]], object] | None = None,
         should_cancel: Callable[[], bool] | None = None,
     ) -> Tensor:
         """One exact evaluation: the output, fp32, at the model's own input; rows spread over cfg and dp.
@@ -258,6 +259,7 @@ class RemoteModel(Held[LoadModel]):
             controls: ControlNets in the ranks, on all rows.
             extras: what hangs inside the model and acts now. `branches`: which prompt the rows are of, as many for each: 0 cond, 1
                 uncond.
+            on_reports: told what those extras that report have of all rows, in their order: (B, N) each, fp32, on the CPU.
             step: asked where the output holds NaN or infinity: of which step, from 1, of how many it is; (0, 0) of none.
         Raises: as `sample`.
         """
@@ -283,6 +285,8 @@ class RemoteModel(Held[LoadModel]):
             # In a sampling, x has been made: at the first step of what came in, later on the way.
             made = ({"latent": x}, {"latent (or its noise or mask)": x}, {})[min(number, 2)]
             self._tell(NotFinite(held_by(made | prompt), number, steps))
+        if on_reports is not None:
+            on_reports(tensors[1:])
         return tensors[0]
 
     def _tensors(self) -> RequestTensors:

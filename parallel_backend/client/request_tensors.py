@@ -53,8 +53,9 @@ class RequestTensors:
         return Control(inputs, middle[0] if middle else None, outputs)
 
     def extras(self, given: Sequence[AnyExtra]) -> list[AnyExtra]:
-        """As a request names them: their tensors are kept."""
-        return [extra.each(lambda tensor: self._once(tensor, kept=True)) for extra in given]
+        """As a request names them: what comes again is kept."""
+        keep, once = (partial(self._once, kept=kept) for kept in (True, False))
+        return [extra.each(keep, once) for extra in given]
 
     def _once(self, tensor: Tensor, *, kept: bool) -> TensorIndex:
         """One that stands in several places travels once."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..fused.joint_heads import part_heads
+from .collectives import split_range
 from .kernels import KERNELS, attend
 from .mesh import Mesh
 from .ring import ring_attention
@@ -61,6 +62,25 @@ class StaleKV:
         own = torch.stack([k_BLNH, v_BLNH])
         k, v = self.exchange.joined(self.slot, own, 2, self.ring_counts, self.phase).unbind(0)
         return k, v, None
+
+
+@dataclass(frozen=True)
+class AddedKV:
+    """Keys and values that belong to no rank's tokens, 2BTNH, of all heads that ranks of ulysses share."""
+
+    kv_2BTNH: Tensor
+    mesh: Mesh
+    ring_counts: list[int]
+
+    def keys(self, k_BLNH: Tensor, v_BLNH: Tensor) -> tuple[Tensor, Tensor, list[int] | None]:
+        """In a ring, its first rank has them."""
+        ring, ulysses = self.mesh.ring, self.mesh.ulysses
+        counts = [self.ring_counts[0] + self.kv_2BTNH.shape[2], *self.ring_counts[1:]]
+        if ring.rank > 0:
+            return k_BLNH, v_BLNH, counts
+        first, last = split_range(self.kv_2BTNH.shape[3], ulysses.degree, ulysses.rank)
+        k_ip, v_ip = self.kv_2BTNH[:, :, :, first:last].unbind(0)
+        return torch.cat([k_BLNH, k_ip], dim=1), torch.cat([v_BLNH, v_ip], dim=1), counts
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -14,15 +14,49 @@ from torch import Tensor
 from ..errors import InputError, UnsupportedError
 from ..models.extra import Extra
 from ..models.prediction import Predictor
-from ..rpc.extras import AnyExtra, ExtraSpec, PerturbedAttention, SkipBlocks
+from ..rpc.extras import (
+    AnyExtra,
+    BlurQueries,
+    Downscale,
+    ExtraSpec,
+    FreeU,
+    ImagePrompt,
+    JointImagePrompt,
+    NormalizedGuidance,
+    PerturbedAttention,
+    RegionalPrompts,
+    ReportScores,
+    SkipBlocks,
+    SplitPrompt,
+    TiledAttention,
+)
+from .attention_scores import AttentionScores
+from .blurred_queries import BlurredQueries
+from .deep_shrink import SmallerWithin
+from .free_u import WeighedSkips
+from .image_prompt import PromptedAttention
+from .joint_image_prompt import JointPrompt
+from .normalized_attention import NormalizedAttention
 from .perturbed_attention import IdentityAttention
+from .regional_prompts import RegionalAttention, SplitPromptAttention
 from .skip_blocks import SkippedBlocks
 from .target import Target
+from .tiled_attention import QueryTiles
 
 # By what a request names, what applies it; and the networks that have places for it.
 _KINDS: dict[type[ExtraSpec], tuple[Any, str]] = {
     SkipBlocks: (SkippedBlocks, "mmdit"),
     PerturbedAttention: (IdentityAttention, "unet"),
+    JointImagePrompt: (JointPrompt, "mmdit"),
+    ImagePrompt: (PromptedAttention, "unet"),
+    BlurQueries: (BlurredQueries, "unet"),
+    RegionalPrompts: (RegionalAttention, "unet"),
+    SplitPrompt: (SplitPromptAttention, "unet"),
+    NormalizedGuidance: (NormalizedAttention, "unet"),
+    ReportScores: (AttentionScores, "unet"),
+    TiledAttention: (QueryTiles, "unet"),
+    FreeU: (WeighedSkips, "unet"),
+    Downscale: (SmallerWithin, "unet"),
 }
 # Of samplings that take turns, each with a few.
 MOST_KEPT = 16
@@ -34,6 +68,9 @@ class _Made:
     tensors: tuple[ref[Tensor], ...]
     extra: Extra
 
+    def is_used(self) -> bool:
+        return self.predictor() is not None and all(tensor() is not None for tensor in self.tensors)
+
 
 class Extras:
     """Those that a rank has made of requests, as long as what they were made of is kept."""
@@ -42,26 +79,50 @@ class Extras:
         self._made: OrderedDict[tuple[Any, ...], _Made] = OrderedDict()
 
     def read(
-        self, asked: Sequence[AnyExtra], tensors: Sequence[Tensor], predictor: Predictor, height: int, width: int
+        self,
+        asked: Sequence[AnyExtra],
+        tensors: Sequence[Tensor],
+        predictor: Predictor,
+        size: tuple[int, int],
+        branches: Iterable[int],
     ) -> tuple[Extra, ...]:
-        """What a request names, for latents of that size.
+        """What a request names, for rows of these branches, of latents of that height and width.
 
         Raises: InputError, UnsupportedError: it doesn't fit the model.
         """
-        return tuple(self._of(spec.each(lambda index: tensors[index]), predictor, height, width) for spec in asked)
+        made = tuple(self._of(spec.each(lambda index: tensors[index]), predictor, *size) for spec in asked)
+        for extra in made:
+            extra.check(branches)
+        _check_sizes(made)
+        return made
+
+    def forget(self) -> None:
+        """Nothing is kept."""
+        self._made.clear()
 
     def _of(self, spec: AnyExtra, predictor: Predictor, height: int, width: int) -> Extra:
-        given = spec.tensors()
+        self._made = OrderedDict((key, made) for key, made in self._made.items() if made.is_used())
         key = (repr(spec.each(id)), id(predictor), height, width)
-        made = self._made.pop(key, None)
         # Nothing that is in use has another's number.
-        if made is None or made.predictor() is None or any(tensor() is None for tensor in made.tensors):
+        made = self._made.pop(key, None)
+        if made is None:
             extra = read_extra(spec, Target(predictor, height, width))
-            made = _Made(ref(predictor), tuple(map(ref, given)), extra)
+            made = _Made(ref(predictor), tuple(map(ref, spec.tensors())), extra)
         self._made[key] = made
         while len(self._made) > MOST_KEPT:
             self._made.popitem(last=False)
         return made.extra
+
+
+def _check_sizes(made: Sequence[Extra]) -> None:
+    """Raises: UnsupportedError: one makes the picture within smaller, and another knows tokens by their place in the whole one."""
+    resizing = next((extra.name for extra in made if extra.resizes), None)
+    sized = [extra.name for extra in made if extra.has_sizes]
+    if resizing and sized:
+        raise UnsupportedError(
+            f"{', '.join(sized)} can't be honoured beside {resizing}, which gives the blocks within a picture of another size.",
+            "Remove one of them (masks of an image prompt, regional prompts or HyperTile; deep shrink).",
+        )
 
 
 def read_extra(spec: AnyExtra, target: Target) -> Extra:

@@ -5,14 +5,17 @@ An image prompt, skipped blocks, a perturbed attention. The kinds are in `parall
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from math import inf
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 from torch import Tensor
 
 from ..distributed.sites import TransformerSites, UNetSites
+
+if TYPE_CHECKING:
+    from .spread import Spread
 
 # A row of an evaluation: of which prompt it is (0 cond, 1 uncond, others as they come), and which latent of a batch.
 Row: TypeAlias = tuple[int, int]
@@ -33,6 +36,16 @@ class Extra:
 
     # It acts on each token by itself, so that displaced steps, in which others' tokens are old, can have it.
     by_token: ClassVar[bool] = False
+    # It mixes rows of both prompts, which are evaluated at once.
+    pairs: ClassVar[bool] = False
+
+    # The blocks within see a picture of another size than the latent's.
+    resizes: ClassVar[bool] = False
+
+    @property
+    def has_sizes(self) -> bool:
+        """Whether it holds something for each token that a latent of its size has at its places."""
+        return False
 
     @property
     def name(self) -> str:
@@ -43,6 +56,9 @@ class Extra:
         """Whether it acts there; outside of a sampling, where no sigma is known, it does."""
         return sigma is None or self.end <= sigma <= self.start
 
+    def check(self, branches: Iterable[int]) -> None:
+        """Before the first evaluation, on every rank. Raises: InputError: it has nothing for rows of one of these branches."""
+
     def of(self: E, rows: tuple[Row, ...]) -> E:
         """That of an evaluation of these rows; the same object for the same rows."""
         if rows not in self._of_rows:
@@ -51,6 +67,10 @@ class Extra:
 
     def _chosen(self: E, rows: Sequence[Row]) -> E:
         """As `of`, made now. What does not differ by row is the same for all."""
+        return self
+
+    def among(self, spread: Spread) -> Extra:
+        """That of this rank's rows among all that are evaluated at once."""
         return self
 
     def on_unet(self, sites: UNetSites) -> None:

@@ -142,7 +142,9 @@ class JointBlock(nn.Module):
         (c_in,) = modulated_norm(c_BLD, EPS, (c_mod[0], c_mod[1]))
         of_dual = [(x_mod[6], x_mod[7])] if x_block.dual else []
         x_in, *x_in_2 = modulated_norm(x_BLD, EPS, (x_mod[0], x_mod[1]), *of_dual)
-        c_attended, x_attended = attend.joint(c_block.attn.stream(c_in), x_block.attn.stream(x_in), EPS)
+        image = x_block.attn.stream(x_in)
+        c_attended, x_attended = attend.joint(c_block.attn.stream(c_in), image, EPS)
+        x_attended = attend.with_beside(image, x_attended)
 
         # The sums over tp run while the other stream's products are computed.
         x_sum = x_block.attn.proj.start(x_attended)

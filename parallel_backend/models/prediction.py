@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import MeshSpec
 from ..distributed.cfg import gather_branches, own_branches
-from ..distributed.collectives import split_range
+from ..distributed.collectives import split_range, split_sizes
 from ..distributed.data import gather_batch, shard_batch
 from ..distributed.mesh import Mesh, MeshAxis
 from ..distributed.stale import Step
@@ -27,7 +27,9 @@ from .extra import Extra, Row
 from .families import Kind
 from .network import Network
 from .prepared import PreparedPrompt, PreparedPrompts
+from .reports import ReportingExtra
 from .residuals import NONE, Residuals
+from .spread import UNKNOWN, Spread
 from .steps_ahead import AHEAD_BYTES, PromptAtSteps
 from .unet import micro_conditioning
 
@@ -106,7 +108,7 @@ class Rows:
 
     Args:
         residuals: whole, for all rows or one for each of them, anywhere and in any dtype.
-        extras: which may act; `which` rows these are, for those that differ by row.
+        extras: which may act; `which` rows these are, for those that differ by row, and among which others they are `spread`.
     """
 
     x: Tensor
@@ -115,6 +117,7 @@ class Rows:
     residuals: Residuals = NONE
     extras: Sequence[Extra] = ()
     which: tuple[Row, ...] = ()
+    spread: Spread = UNKNOWN
 
     def share(self, axis: MeshAxis) -> Rows:
         """Those of this rank of the axis."""
@@ -133,7 +136,8 @@ class Rows:
 class Call:
     """One call of the model: its prompt, and what the model and each ControlNet on it have made of that.
 
-    Nothing is made of a prompt of no rows. `which` rows these are of a job's evaluation, and the extras that may act on them.
+    Nothing is made of a prompt of no rows. `which` rows these are of a job's evaluation, the extras that may act on them, and how
+    all of it are `spread`.
     """
 
     prompt: Prompt
@@ -141,6 +145,7 @@ class Call:
     controls: tuple[PreparedPrompt, ...]
     which: tuple[Row, ...] = ()
     extras: tuple[Extra, ...] = ()
+    spread: Spread = UNKNOWN
 
     @property
     def is_empty(self) -> bool:
@@ -185,12 +190,16 @@ class Share:
         # By all branches, not by its own: ranks that gather slices of weights together make as many calls.
         stacked = len(own) if all(branch.is_like(branches[0]) for branch in branches) else 1
         latents = range(*split_range(rows, mesh.dp.degree, mesh.dp.rank))
+        every = tuple((branch.number, i) for branch in branches for i in latents)
+        over_cfg = Spread(every, ((mesh.cfg, (len(latents),) * len(branches)),))
+        is_spread = len(own) < len(branches) == 2  # beyond two, nothing mixes their rows
         calls = []
         for first in range(0, len(own), stacked):
             together = own[first : first + stacked]
             call = prepare(Prompt.stacked([branch.prompt.share(mesh.dp) for branch in together]))
             which = tuple((branch.number, i) for branch in together for i in latents)
-            calls.append(replace(call, which=which, extras=together[0].extras))
+            spread = over_cfg if is_spread else Spread(which)
+            calls.append(replace(call, which=which, extras=together[0].extras, spread=spread))
         most = AHEAD_BYTES // sum(1 + len(call.controls) for call in calls)
         steps = [
             [
@@ -369,25 +378,43 @@ class Predictor:
         return x.repeat(-(-rows // x.shape[0]), *[1] * (x.ndim - 1))[:rows] if x.shape[0] != rows else x
 
     def output(self, rows: Rows) -> Tensor:
+        """The first of `output_and_reports`."""
+        return self.output_and_reports(rows)[0]
+
+    def output_and_reports(self, rows: Rows) -> list[Tensor]:
         """The model's output, fp32, exact; its rows spread over cfg, then dp: for callers that have made one batch of all.
 
-        What is made of a prompt is made once for the same prompt, by identity.
-        Comm: the model's, `Network.prepare`'s, and one all-gather of the output over dp and one over cfg.
+        What is made of a prompt is made once for the same prompt, by identity. After it come what those extras that report have of
+        all rows, in their order.
+        Comm: the model's, `Network.prepare`'s, and one all-gather of each result over dp and one over cfg.
         """
-        mesh, context, pooled = self.mesh, rows.prompt.context, rows.prompt.pooled
-        # Ranks that hold slices of one model's weights gather them together: all of them have rows, or none has.
-        least, more = divmod(rows.x.shape[0], mesh.cfg.degree)
-        uneven = mesh.weights.degree > 1 and more > 0 and least < mesh.dp.degree
-        axes = (mesh.dp,) if uneven else (mesh.cfg, mesh.dp)
-        counts, local = [], rows
-        for axis in axes:
-            counts.append(local.x.shape[0])
+        context, pooled = rows.prompt.context, rows.prompt.pooled
+        stages, local = list[tuple[MeshAxis, tuple[int, ...]]](), rows
+        for axis in self._axes_of(rows):
+            stages.insert(0, (axis, tuple(split_sizes(local.x.shape[0], axis.degree))))
             local = local.share(axis)
+        local = replace(local, spread=Spread(rows.which, tuple(stages)))
         call = self._prepared(local.prompt, lambda net, make: self.prepared.of(net, context, pooled, make))
         out = self._local(local, call, Step())
-        for axis, count in zip(reversed(axes), reversed(counts), strict=True):
-            out = gather_batch(out, count, axis)
-        return out
+        acting = [extra.of(local.which) for extra in rows.extras]
+        reports = [extra.take(self.device) for extra in acting if isinstance(extra, ReportingExtra)]
+        return [local.spread.gather(result) for result in (out, *reports)]
+
+    def _axes_of(self, rows: Rows) -> list[MeshAxis]:
+        """Those over which these rows are spread, the outer first."""
+        mesh, count = self.mesh, rows.x.shape[0]
+        # Ranks that hold slices of one model's weights gather them together: all of them have rows, or none has.
+        least, more = divmod(count, mesh.cfg.degree)
+        uneven = mesh.weights.degree > 1 and more > 0 and least < mesh.dp.degree
+        axes = [mesh.dp] if uneven else [mesh.cfg, mesh.dp]
+        # What mixes rows exchanges them in each layer: all ranks of such an axis must have some.
+        if any(extra.pairs for extra in rows.extras):
+            axes, wanted = [], axes
+            for axis in wanted:
+                if count >= axis.degree:
+                    axes.append(axis)
+                    count //= axis.degree
+        return axes
 
     def share(self, rows: int, prompts: Sequence[Prompt], extras: Sequence[Extra] = ()) -> Share:
         """What this rank computes of evaluations of `rows` latents with these prompts (cond, uncond), for a whole job.
@@ -426,7 +453,9 @@ class Predictor:
         times = timesteps_of(timestep, own.shape[0], self.device)
         outputs = [
             self._local(
-                Rows(own, times, call.prompt, extras=call.extras, which=call.which), call, replace(step, branch=branch)
+                Rows(own, times, call.prompt, extras=call.extras, which=call.which, spread=call.spread),
+                call,
+                replace(step, branch=branch),
             )
             for branch, call in enumerate(share.at(timestep, step.sigma))
         ]
@@ -444,7 +473,7 @@ class Predictor:
         if prompt.concat is not None:
             given = torch.cat([given, prompt.concat], dim=1)
         evaluate = self.captured or self.network
-        extras = tuple(extra.of(rows.which) for extra in rows.extras if extra.is_at(step.sigma))
+        extras = tuple(extra.of(rows.which).among(rows.spread) for extra in rows.extras if extra.is_at(step.sigma))
         kind = (prompt.context.shape[1], step.phase)
         with nullcontext() if self.compiling is None else self.compiling.told(x, *kind):
             return evaluate(given, rows.timesteps, call.own, step, added, extras).float()

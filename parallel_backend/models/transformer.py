@@ -14,7 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed.attention import Joined, Memory, ParallelAttention, PipelinedKV, StaleKV, by_ring, in_ring_rank
+from ..distributed.attention import (
+    AddedKV,
+    Joined,
+    Memory,
+    ParallelAttention,
+    PipelinedKV,
+    StaleKV,
+    by_ring,
+    in_ring_rank,
+)
 from ..distributed.collectives import Handle, all_gather, broadcast, start_receive, start_send
 from ..distributed.graph_breaks import breaks_graph
 from ..distributed.mesh import Mesh
@@ -85,6 +94,20 @@ class Attend:
         none = Stream(q, k, v, image.heads)
         joined = self._joined(none, image, eps)
         return (self.attention.alone(joined) if self._is_alone else self._image(joined))[1]
+
+    def with_beside(self, image: Stream, attended_BLF: Tensor) -> Tensor:
+        """What image tokens took from the joint attention, what extras give beside it added. Comm: theirs."""
+        for work in self.sites.beside.get(self.block, ()):
+            attended_BLF = attended_BLF + work(self, image)
+        return attended_BLF
+
+    @breaks_graph
+    def image_and(self, image: Stream, kv_2BTNH: Tensor, eps: float | None) -> Tensor:
+        """Image tokens to all image tokens and to these keys and values, of this tp rank's heads. Comm: as of any attention."""
+        q, k, v = (x[:, :0] for x in image.qkv_BLF)
+        joined = self._joined(Stream(q, k, v, image.heads), image, eps)
+        counts, mesh = self.tokens.counts(self.tokens.image_segments), self.attention.mesh
+        return self.attention(joined, counts, AddedKV(kv_2BTNH, mesh, by_ring(counts, mesh)))[1]
 
     @property
     def _is_alone(self) -> bool:

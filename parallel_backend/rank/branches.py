@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from ..config import BranchName
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedError
 from ..models.extra import Extra
 from ..models.prediction import Branch, Prompt
+from ..models.reports import ReportingExtra
 from ..rpc.extras import AnyExtra
 from ..rpc.messages import Prompt as AskedPrompt
 from ..rpc.messages import Sample
@@ -36,14 +37,16 @@ def prompts_of(body: Sample) -> dict[BranchName, AskedPrompt]:
 def branches_of(
     body: Sample,
     prompts: Mapping[BranchName, Prompt],
-    read: Callable[[Sequence[AnyExtra]], tuple[Extra, ...]],
+    read: Callable[[Sequence[AnyExtra], Sequence[int]], tuple[Extra, ...]],
 ) -> dict[BranchName, Branch]:
     """What guidance evaluates, in this order; the weaker model's last.
 
+    Args:
+        read: (extras, numbers of the branches that have them) -> what applies them.
     Raises: BackendError: extras that don't fit.
     """
-    everywhere, of_uncond = read(body.extras), read(body.uncond_extras)
     numbers = {"cond": 0, "uncond": 1, "empty": body.empty_number}
+    everywhere, of_uncond = read(body.extras, [numbers[name] for name in prompts]), read(body.uncond_extras, [1])
     branches = {
         name: Branch(prompt, numbers[name], everywhere + of_uncond if name == "uncond" else everywhere)
         for name, prompt in prompts.items()
@@ -54,5 +57,27 @@ def branches_of(
                 "Guidance away from a weaker model came with nothing that makes it weaker.",
                 "Name an extra, like SkipBlocks or PerturbedAttention.",
             )
-        branches["weaker"] = replace(branches["cond"], extras=everywhere + read(body.weaker))
+        branches["weaker"] = replace(branches["cond"], extras=everywhere + read(body.weaker, [0]))
     return branches
+
+
+def check_extras(branches: Mapping[BranchName, Branch]) -> None:
+    """Raises: UnsupportedError: those that only single evaluations can have, or with these branches."""
+    extras = {id(extra): extra for branch in branches.values() for extra in branch.extras}.values()
+    if reporting := [extra.name for extra in extras if isinstance(extra, ReportingExtra)]:
+        raise UnsupportedError(
+            f"{', '.join(reporting)} reports of each evaluation, and a whole sampling gives no reports.",
+            "Ask for it evaluation by evaluation.",
+        )
+    first, *others = (branch for name, branch in branches.items() if name != "weaker")
+    paired = [extra.name for extra in extras if extra.pairs]
+    if paired and len(others) > 1:
+        raise UnsupportedError(
+            f"{', '.join(paired)} mixes rows of two prompts, and here are {len(others) + 1}.",
+            "Leave Perp-Neg out, or ask for it evaluation by evaluation.",
+        )
+    if paired and others and not first.is_like(others[0]):
+        raise UnsupportedError(
+            f"{', '.join(paired)} mixes rows of both prompts, which are of unlike lengths, ControlNets or extras.",
+            "Give prompts of one length with the same ControlNets, or ask for it evaluation by evaluation.",
+        )

@@ -392,6 +392,7 @@ class Engine:
 
     def _unload(self, body: Unload, _: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         self.control_nets.forget()
+        self.extras.forget()
         self.shared_tensors.forget()
         self.residents.let_go(*(body.models or list(self.residents)))
         if not body.models:

@@ -30,7 +30,9 @@ def run_forward(
     extras: Extras,
     device: torch.device,
 ) -> tuple[Result, list[Tensor]]:
-    """The output, on the CPU, and what it cost; ranks agree once on all that each of them needs, many such jobs being in a row.
+    """The output and what extras report of its rows, on the CPU, and what it cost.
+
+    Ranks agree once on all that each of them needs, many such jobs being in a row.
 
     Args:
         given: the request's tensors, or the error that this rank can't have them.
@@ -52,11 +54,11 @@ def run_forward(
         prompt = replace(prompt, controls=uses)
         residuals = _residuals(body.control, tensors, x.shape[0])
         predictor.network.own_residuals(residuals, x.shape[2], x.shape[3])  # which raises what doesn't fit
-        acting = extras.read(body.extras, tensors, predictor, x.shape[2], x.shape[3])
+        acting = extras.read(body.extras, tensors, predictor, (x.shape[2], x.shape[3]), body.branches)
         return predictor, Rows(x, timesteps, prompt, residuals, acting, _which(body.branches, x.shape[0])), swap
 
     predictor, rows, swap = job.control.agreed(prepare)
-    output = on_host([predictor.output(rows)])  # which waits for the device
+    output = on_host(predictor.output_and_reports(rows))  # which waits for the device
     notes = predictor.take_notes()
     ranks = [RankCost([], notes=notes)] if notes else []
     return Result(time.perf_counter() - start, 1, ranks, swap), output

@@ -25,7 +25,7 @@ from ..rpc.state import AxisCost, RankCost, Swap
 from ..sampling.driver import StepReport
 from ..sampling.image import sample_latent
 from ..sampling.parameterization import Discrete, Flow, Parameterization, parameterization_of
-from .branches import branches_of, prompts_of
+from .branches import branches_of, check_extras, prompts_of
 from .control_nets import ControlNets
 from .jobs import Job
 from .step_messages import StepMessages, step_messages
@@ -212,8 +212,9 @@ def _prepare(
         concat = predictor.concat(None if p.concat is None else tensors[p.concat], latent)
         controls = control_nets.uses(p.controls, tensors, predictor, latent, known, is_patched=bool(body.patches.files))
         prompts[name] = replace(prompt_of_rows, concat=concat, controls=controls)
-    read = partial(extras.read, tensors=tensors, predictor=predictor, height=latent.shape[2], width=latent.shape[3])
-    branches = branches_of(body, prompts, read)
+    size = (latent.shape[2], latent.shape[3])
+    branches = branches_of(body, prompts, lambda asked, of: extras.read(asked, tensors, predictor, size, of))
+    check_extras(branches)
     steps = _sigma_count(body, tensors) - 1
     acting = list({id(extra): extra for branch in branches.values() for extra in branch.extras}.values())
     kept = _kept(predictor, spec, steps, latent.shape[2], has_controls=bool(known), extras=acting)

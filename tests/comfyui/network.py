@@ -336,6 +336,17 @@ class Guided:
         return args["model"](args["input"], args["sigma"], **options)
 
 
+class AnotherPerturbation:
+    """Of the name and module of core's, as another version might be, and not what that does."""
+
+    def __call__(self, q, k, v, extra_options):
+        return v * 2
+
+
+AnotherPerturbation.__module__ = "comfy_extras.nodes_pag"
+AnotherPerturbation.__qualname__ = "PerturbedAttentionGuidance.execute.<locals>.perturbed_attention"
+
+
 def by_wrapper(kind):
     """The padding is changed by a wrapper of the sampling."""
 
@@ -368,9 +379,9 @@ CHANGES = {
     **{f"by {kind}": (MMDIT, by_wrapper(kind)) for kind in ("outer_sample", "sampler_sample", "diffusion_model")},
     "compute dtype": (MMDIT, lambda model: patched("nodes_model_advanced.ModelComputeDtype", model, dtype="bf16")),
     "compiled": (MMDIT, lambda model: patched("nodes_torch_compile.TorchCompileModel", model, backend="inductor")),
-    "SLG": (MMDIT, lambda model: patched("nodes_sd3.SkipLayerGuidanceSD3", model, start_percent=0.9)),
-    "SLG of DiT": (MMDIT, lambda model: patched("nodes_slg.SkipLayerGuidanceDiTSimple", model, start_percent=0.9)),
-    "PAG": (UNET, lambda model: patched("nodes_pag.PerturbedAttentionGuidance", model)),
+    "SLG": (MMDIT, lambda model: patched("nodes_sd3.SkipLayerGuidanceSD3", model, layers="1, 99", start_percent=0.9)),
+    "SLG of DiT": (MMDIT, lambda model: patched("nodes_slg.SkipLayerGuidanceDiTSimple", model, double_layers="99")),
+    "named as PAG's": (UNET, lambda model: model.set_model_attn1_replace(AnotherPerturbation(), "middle", 0)),
     "a pack's": (MMDIT, lambda model: model.set_model_sampler_post_cfg_function(Guided())),
 }
 

@@ -109,6 +109,15 @@ def prompts(twins, name, model):
             other,
         ),
         "ConditioningZeroOut": (plain, zero),
+        # The prompt itself, with nothing beside it.
+        "ConditioningSetTimestepRange": (
+            call(nodes.ConditioningSetTimestepRange, conditioning=plain, start=0.4, end=1.0),
+            other,
+        ),
+        "ConditioningSetTimestepRange of all steps": (
+            plain,
+            call(nodes.ConditioningSetTimestepRange, conditioning=third, start=0.0, end=1.0),
+        ),
         # As in the official SD3 workflow.
         "the official SD3 negative": (
             plain,
@@ -226,7 +235,7 @@ def hung_cases(twins, name, model):
     yield "a pack's callback", same, {"of": told(twins)}
     for owner, function in ((comfy.samplers, "sampling_function"), (core_samplers, "sample_euler")):
         yield f"a pack's {function}", same, {"of": replaced(twins, owner, function)}
-    yield "mask and DifferentialDiffusion", changes["DifferentialDiffusion"], {"noise_mask": masked(twins, model)}
+    yield "DifferentialDiffusion, a mask", changes["DifferentialDiffusion"], {"noise_mask": masked(twins, model)}
 
 
 def sampling_cases(twins, model):

@@ -22,6 +22,8 @@ import torch
 
 # So many pairs are held at a time.
 PAIRS = 4
+# What a case may set of a sampling that ParallelSampler, too, is told.
+OF_NODE = {"steps", "cfg", "sampler", "positive", "negative", "noise_mask"}
 
 
 class Twins:
@@ -39,7 +41,15 @@ class Twins:
         self.comfy, self.comfy_folder, self.folder = comfy, comfy_folder, folder
         spec = importlib.util.spec_from_file_location("pack", f"{pack}/__init__.py", submodule_search_locations=[pack])
         sys.modules["pack"] = importlib.util.module_from_spec(spec)
-        self.core_dtype, self.core_memory, self.remote_model, self.parallel_sampler, self.whole_loop, backends = (
+        (
+            self.core_dtype,
+            self.core_memory,
+            self.remote_model,
+            self.parallel_sampler,
+            self.whole_loop,
+            backends,
+            self.errors,
+        ) = (
             importlib.import_module(f"pack.{part}")
             for part in (
                 "nodes.core_dtype",
@@ -48,6 +58,7 @@ class Twins:
                 "nodes.parallel_sampler",
                 "nodes.whole_loop",
                 "parallel_backend",
+                "parallel_backend.errors",
             )
         )
         self.backend, self.mesh = backends.Backend.attach(backend), backends.MeshSpec
@@ -125,11 +136,51 @@ class Twins:
             return importlib.import_module("nodes").KSampler().sample(model, **settings, **pair)[0]["samples"]
         return self.parallel_sampler.ParallelSampler.execute(model, **settings, **pair).result[0]["samples"]
 
+    def sample_by_node(self, model, *, steps=2, cfg=3.0, sampler="euler", **more):
+        """As `sample`, a parallel MODEL's by ParallelSampler."""
+        if not isinstance(model, self.remote_model.RemotePatcher):
+            return self.sample(model, steps=steps, cfg=cfg, sampler=sampler, **more)
+        settings = {
+            "seed": 5,
+            "steps": steps,
+            "cfg": cfg,
+            "sampler_name": sampler,
+            "scheduler": "simple",
+            "denoise": 0.8,
+        }
+        prompts = {
+            kind: more.get(kind) or self.prompt(model, seed) for kind, seed in (("positive", 1), ("negative", 2))
+        }
+        latent = {"samples": self.latent(model), "noise_mask": more.get("noise_mask")}
+        out = self.parallel_sampler.ParallelSampler.execute(model, **settings, **prompts, latent_image=latent)
+        return out.result[0]["samples"]
+
+    def outcome(self, models, run, change, settings, plain):
+        """What comes of a case, on the local MODEL and on the parallel one; `plain`: the latent of the local MODEL as it is."""
+        self.said.clear()
+        latents = []
+        try:
+            for model in models:
+                latents.append(run(change(model), **settings))
+        except Exception as error:  # noqa: BLE001 - told to the test, by case
+            text = f"{type(error).__name__}: {error}\n{traceback.format_exc()[-1500:]}"
+            refused = isinstance(error, self.errors.BackendError)
+            return {
+                "error": text,
+                "failed": ("local", "parallel")[len(latents)],
+                "refused": error.message if refused else None,
+            }
+        local, parallel = latents
+        effect = self.distance(models[0], local, plain) if local.shape == plain.shape else 1.0
+        said = self.said[-1] if self.said else ""
+        return {"far": self.distance(models[0], parallel, local), "effect": effect, "said": said}
+
 
 def call(node, *args, **inputs):
     """A node's first output, of either of ComfyUI's kinds of node."""
     if hasattr(node, "define_schema"):
-        return node.execute(*args, **inputs).result[0]
+        done = node.execute(*args, **inputs)
+        return (done if isinstance(done, tuple) else done.result)[0]
     return getattr(node(), node.FUNCTION)(*args, **inputs)[0]
 
 
@@ -141,21 +192,14 @@ def main(comfy_folder, pack, backend, folder, *names):
         for module, name, case, change, settings in ((m, *found) for m in modules for found in m.cases(twins)):
             models = twins.pair(name, *module.MODELS[name])
             started = time.process_time()
-            outcome = outcomes.setdefault(name, {})[case] = {}
-            twins.said.clear()
-            run = settings.pop("of", twins.sample)
-            try:
-                local, parallel = (run(change(model), **settings) for model in models)
-            except Exception as error:  # noqa: BLE001 - told to the test, by case
-                outcome["error"] = f"{type(error).__name__}: {error}\n{traceback.format_exc()[-1500:]}"
-                continue
             if name not in plain:
                 plain[name] = twins.sample(models[0])
+            run = settings.pop("of", twins.sample)
+            outcome = twins.outcome(models, run, change, settings, plain[name])
+            if os.environ.get("TWINS_BY_NODE") and run == twins.sample and settings.keys() <= OF_NODE:
+                outcome["by_node"] = twins.outcome(models, twins.sample_by_node, change, settings, plain[name])
+            outcomes.setdefault(name, {})[case] = outcome
             print(f"{time.process_time() - started:6.2f} s {name} {case}", file=sys.stderr, flush=True)
-            outcome["far"] = twins.distance(models[0], parallel, local)
-            alike = local.shape == plain[name].shape
-            outcome["effect"] = twins.distance(models[0], local, plain[name]) if alike else 1.0
-            outcome["said"] = twins.said[-1] if twins.said else ""
     twins.backend.close()
     print(json.dumps(outcomes))
 
