@@ -30,6 +30,7 @@ STEP_BY_STEP = {
         "ConditioningSetMask",
         "an area of 32 pixels",
         "ConditioningCombine",
+        "ConditioningSetTimestepRange",
         "the official SD3 negative",
     ),
     *("sampler dpmpp_2m_sde_gpu", "sampler euler_cfg_pp", "SamplerEulerAncestral, eta 0.5"),

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.nn import Module
 
 from ...parallel_backend.rpc.extras import AnyExtra
 from . import (
     deep_shrink,
     free_u,
+    hyper_tile,
     image_prompt,
     joint_image_prompt,
+    normalized_attention,
     perturbed_attention,
+    regional_prompts,
+    self_attention_guidance,
     skip_layers,
     smoothed_energy,
 )
@@ -28,6 +33,10 @@ KINDS: tuple[Kind, ...] = (
     joint_image_prompt.KIND,
     image_prompt.KIND,
     smoothed_energy.KIND,
+    regional_prompts.KIND,
+    self_attention_guidance.KIND,
+    normalized_attention.KIND,
+    hyper_tile.KIND,
     free_u.KIND,
     deep_shrink.KIND,
 )
@@ -40,6 +49,7 @@ def unknown_patches(options: Mapping[str, Any]) -> Iterator[str]:
     yield from (patch.told for patch in patches_in(options) if _kind_of(patch) is None)
     for key, value in options.items():
         known = key in FORWARD_OPTIONS or key in ("patches", "patches_replace") or is_step_cache(key, value)
+        known = known or regional_prompts.is_told_beside(key, options)
         if not known and is_set(value):
             yield f"transformer option {key!r}"
 
@@ -49,12 +59,33 @@ def extras_of(call: Call) -> list[AnyExtra]:
 
     Raises: UnsupportedError, InputError: a patch that can't be honoured.
     """
-    by_kind: dict[int, list[Patch]] = {}
+    return [extra for number, patches in _by_kind(call).items() for extra in KINDS[number].extras(patches, call)]
+
+
+def give_reports(call: Call, extras: Sequence[AnyExtra], reports: Sequence[Tensor], latent: Tensor) -> None:
+    """What those extras report of a call's rows, to the patches that ask for it."""
+    reporting = [extra for extra in extras if extra.reports]
+    for number, patches in _by_kind(call).items():
+        for extra, report in zip(reporting, reports, strict=True):
+            if (take := KINDS[number].reported.get(type(extra))) is not None:
+                take(patches, call, report, latent)
+
+
+def step_by_step(options: Mapping[str, Any]) -> Iterator[str]:
+    """Which of the patches in transformer options can't be had for a whole sampling at once, each by its name."""
+    for patch in patches_in(options):
+        if (kind := _kind_of(patch)) is not None:
+            yield from kind.step_by_step(patch)
+
+
+def _by_kind(call: Call) -> dict[int, list[Patch]]:
+    """Patches that the call's network asks for, by the number of their kind."""
+    found: dict[int, list[Patch]] = {}
     for patch in patches_in(call.options):
         kind = _kind_of(patch)
         if kind is not None and (patch.kind in _OF_TRANSFORMERS) != call.is_unet:
-            by_kind.setdefault(KINDS.index(kind), []).append(patch)
-    return [extra for number, patches in by_kind.items() for extra in KINDS[number].extras(patches, call)]
+            found.setdefault(KINDS.index(kind), []).append(patch)
+    return found
 
 
 def settings_refused(function: Any, network: Module) -> Iterator[str] | None:

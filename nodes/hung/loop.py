@@ -21,7 +21,7 @@ from ...parallel_backend.errors import UnsupportedError
 from ...parallel_backend.rpc.extras import AnyExtra
 from ..known_to_core import known_to
 from .controlnet import ControlChain
-from .kinds import extras_of
+from .kinds import extras_of, step_by_step
 from .known_functions import known_functions
 from .loop_patches import loop_patches, replaced_functions
 from .model_sampling import read_sampling
@@ -29,7 +29,7 @@ from .patches import Call
 
 # Of a processed prompt: what ComfyUI's loop reads beside the model's own inputs, and the value that changes nothing.
 _NEUTRAL: Mapping[str, Any] = {"strength": 1.0}
-_READ = ("area", "mask", "strength", "timestep_start", "timestep_end", "control", "gligen", "hooks", "default")
+_READ = ("area", "mask", "strength", "control", "gligen", "hooks", "default")
 _NAMED = {"control": "a ControlNet"}
 _INPUTS, _MAY_HAVE = {"c_crossattn", "y"}, {"c_concat"}
 
@@ -67,7 +67,10 @@ def read_loop(
     name = sampler_name(sampler)
     sampling = read_sampling(model)
     settings, options = known_functions(guider.model_options, is_flow=isinstance(sampling, FlowSampling))
+    if guider.cfg != 1:  # else both prompts are evaluated though one has no weight
+        options.pop("disable_cfg1_optimization", None)
     found = [*replaced_functions(), *loop_patches(model, options)]
+    found += step_by_step(guider.model_options["transformer_options"])
     if type(guider) not in (CFGGuider, Guider_Basic):
         found.append(f"the guider {type(guider).__name__}")
     if name is None:
@@ -99,6 +102,8 @@ def read_loop(
     processed = comfy.samplers.process_conds(_AsPatched(model), *given, **shapes)
     prompts, controls = {}, {}
     for kind, (entry,) in processed.items():
+        if not _acts_everywhere(entry, sigmas):
+            return [f"a range of steps in the {kind} conditioning"]
         inputs = {key: value.cond for key, value in entry["model_conds"].items()}
         if odd := (set(inputs) - _MAY_HAVE) ^ _INPUTS:
             return [f"model inputs {', '.join(sorted(odd))} of the {kind} conditioning"]
@@ -112,8 +117,16 @@ def read_loop(
     branches = tuple(range(1 if guider.cfg == 1 else len(prompts)))
     rows = (len(branches) * len(latent), *latent.shape[1:])
     extras = extras_of(Call(model.network, rows, branches, None, inside))
+    if any(extra.pairs for extra in extras) and not _are_alike(prompts, controls):
+        return ["a patch that mixes rows of both prompts, which are of unlike lengths or ControlNets"]
     of_prompts = (prompts["positive"], prompts.get("negative"))
     return Loop(latent, noise, *named, *of_prompts, mask, sampling, settings, controls, extras)
+
+
+def _are_alike(prompts: Mapping[str, Conditioning], controls: Mapping[str, Sequence[ControlUse]]) -> bool:
+    """Whether one evaluation is of all of them."""
+    lengths = {prompt.context.shape[1] for prompt in prompts.values()}
+    return len(lengths) == 1 and not any(controls.values())
 
 
 class _AsPatched:
@@ -186,6 +199,15 @@ def _odd_entries(kind: str, entries: Sequence[Mapping[str, Any]]) -> Iterator[st
             continue
         if any(key in entry and entry[key] is not None and entry[key] != _NEUTRAL.get(key) for entry in entries):
             yield f"{_NAMED.get(key, repr(key))} in the {kind} conditioning"
+
+
+def _acts_everywhere(entry: Mapping[str, Any], sigmas: Tensor) -> bool:
+    """Whether a processed prompt is heeded at every sigma at which the model is evaluated."""
+    start, end = entry.get("timestep_start"), entry.get("timestep_end")
+    # In fp32, as ComfyUI compares them there.
+    evaluated = sigmas[sigmas > 0].float()
+    begins_late = start is not None and bool((evaluated > start).any())
+    return not begins_late and not (end is not None and bool((evaluated < end).any()))
 
 
 def _mixed_hints(conds: Mapping[str, Sequence[Mapping[str, Any]]], latents: int) -> Iterator[str]:

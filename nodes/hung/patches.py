@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
+from torch import Tensor
 from torch.nn import Module
 
 from ...parallel_backend.rpc.extras import AnyExtra
@@ -64,11 +65,16 @@ class Kind:
         extras: of those that it knows, in their order. Raises: UnsupportedError, InputError: one that can't be honoured.
         functions: guidance functions of a MODEL that hang such patches while they sample, by `origin`: (function, network) ->
             what of its settings can't be honoured.
+        reported: by extra that reports, what is done with its report: (patches of this kind, call, (B, N), the latent that the
+            network was given).
+        step_by_step: why a patch that it knows can't be had for all evaluations of a sampling at once.
     """
 
     knows: Callable[[Patch], bool]
     extras: Callable[[Sequence[Patch], Call], Iterable[AnyExtra]]
     functions: Mapping[str, Callable[[Any, Module], Iterator[str]]] = field(default_factory=dict)
+    reported: Mapping[type, Callable[[Sequence[Patch], Call, Tensor, Tensor], None]] = field(default_factory=dict)
+    step_by_step: Callable[[Patch], Iterator[str]] = lambda _: iter(())
 
 
 def patches_in(options: Mapping[str, Any]) -> Iterator[Patch]:

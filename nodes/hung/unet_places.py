@@ -19,6 +19,20 @@ def all_places(network: Any) -> Iterator[PlaceName]:
                 yield from ((side, number, index) for index in range(len(transformers)))
 
 
+def sides_at(place: PlaceName, call: Call) -> tuple[int, int]:
+    """Rows and columns of tokens at a place."""
+    network: Any = call.network
+    side, number, _ = place
+    inputs = len(network.input_blocks)
+    # Blocks on the way down, each of which may halve both sides; an output block has the sides of the input block that it joins.
+    passed = {"input": number, "output": inputs - 1 - number}.get(side, inputs - 1)
+    halvings = sum(
+        type(layer).__name__ == "Downsample" for block in network.input_blocks[: passed + 1] for layer in block
+    )
+    rows, columns = (-(-length // 2**halvings) for length in call.shape[-2:])
+    return rows, columns
+
+
 def places_of(patch: Patch, call: Call) -> list[PlaceName]:
     """Those that a replacement is for: one transformer block, or all of a block that have no replacement of their own.
 

@@ -82,6 +82,8 @@ class Band:
 
     def tokens_like(self, x_BLD: Tensor) -> list[int]:
         """Tokens of every band at the scale at which this rank's band has as many as `x`."""
+        if self.axis.degree == 1:
+            return [x_BLD.shape[1]]
         rows, columns = next(
             (rows, columns) for rows, columns in self._halvings() if rows[self.axis.rank] * columns == x_BLD.shape[1]
         )

@@ -23,12 +23,17 @@ Inner: TypeAlias = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class At:
-    """The attention that is computed: `band` says how its tokens are spread, `kernel` computes its `heads`."""
+    """The attention that is computed: `band` says how its tokens are spread, `kernel` computes its `heads`.
+
+    Of one to the prompt, `to_kv` makes keys and values (B, T, 2 * D) of tokens, and those of the prompt are the band's, by `slot`.
+    """
 
     place: Place
     band: Band
     kernel: str
     heads: int
+    to_kv: Inner | None = None
+    slot: str = ""
 
 
 class Around(Protocol):

@@ -24,6 +24,8 @@ class SmallerWithin(Extra):
     method: str
     back: str
     order: int
+    resizes = True
+    name = "deep shrink"
 
     @classmethod
     def read(cls, asked: Downscale, target: Target, range_of: dict[str, Any]) -> SmallerWithin:

@@ -26,6 +26,7 @@ from .extra import Extra
 from .inputs import Inputs
 from .network import Network
 from .prepared import PreparedPrompt
+from .reports import ReportingExtra
 from .residuals import NONE, Residuals
 
 log = logging.getLogger("parallel_backend")
@@ -118,6 +119,8 @@ class CapturedNetwork:
         inputs = self.network.inputs(x, timesteps, prepared, step, residuals, extras)
         if step.kept is not None and (step.kept.token_kv is not None or step.kept.timeline is not None):
             return self.network.evaluate(inputs, step)  # patches of a pipeline; marks of time
+        if any(isinstance(extra, ReportingExtra) for extra in extras):
+            return self.network.evaluate(inputs, step)
         place = (inputs.form(), step.branch, step.kept is not None and step.kept.stale is not None)
         stale, standing = step.stale, self._standing.get(place)
         if stale is not None and standing is not None and standing.buckets is not None:

@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from math import inf
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 from torch import Tensor
 
 from ..distributed.sites import TransformerSites, UNetSites
+
+if TYPE_CHECKING:
+    from .spread import Spread
 
 # A row of an evaluation: of which prompt it is (0 cond, 1 uncond, others as they come), and which latent of a batch.
 Row: TypeAlias = tuple[int, int]
@@ -31,13 +34,20 @@ class Extra:
     end: float = 0.0
     _of_rows: dict[tuple[Row, ...], Any] = field(init=False, repr=False, compare=False, default_factory=dict)
 
+    # As errors call it.
+    name: ClassVar[str] = "an extra"
     # It acts on each token by itself, so that displaced steps, in which others' tokens are old, can have it.
     by_token: ClassVar[bool] = False
+    # It mixes rows of both prompts, which are evaluated at once.
+    pairs: ClassVar[bool] = False
+
+    # The blocks within see a picture of another size than the latent's.
+    resizes: ClassVar[bool] = False
 
     @property
-    def name(self) -> str:
-        """As errors call it."""
-        return type(self).__name__
+    def has_sizes(self) -> bool:
+        """Whether it holds something for each token that a latent of its size has at its places."""
+        return False
 
     def is_at(self, sigma: float | None) -> bool:
         """Whether it acts there; outside of a sampling, where no sigma is known, it does."""
@@ -54,6 +64,10 @@ class Extra:
 
     def _chosen(self: E, rows: Sequence[Row]) -> E:
         """As `of`, made now. What does not differ by row is the same for all."""
+        return self
+
+    def among(self, spread: Spread) -> Extra:
+        """That of this rank's rows among all that are evaluated at once."""
         return self
 
     def on_unet(self, sites: UNetSites) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import is_
 from weakref import ref
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ..config import MeshSpec
 from ..distributed.cfg import gather_branches, own_branches
-from ..distributed.collectives import split_range
+from ..distributed.collectives import split_range, split_sizes
 from ..distributed.data import gather_batch, shard_batch
 from ..distributed.mesh import Mesh, MeshAxis
 from ..distributed.stale import Step
@@ -26,7 +27,9 @@ from .extra import Extra, Row
 from .families import Kind
 from .network import Network
 from .prepared import PreparedPrompt, PreparedPrompts
+from .reports import ReportingExtra
 from .residuals import NONE, Residuals
+from .spread import UNKNOWN, Spread
 from .steps_ahead import AHEAD_BYTES, PromptAtSteps
 from .unet import micro_conditioning
 
@@ -60,12 +63,34 @@ class Prompt:
         same = [a is b for a, b in zip(self.controls, other.controls, strict=False)]
         return self.context.shape == other.context.shape and len(self.controls) == len(other.controls) and all(same)
 
-    def __add__(self, other: Prompt) -> Prompt:
-        """Both, one after the other, for twice the rows."""
-        context, pooled = (torch.cat(pair) for pair in ((self.context, other.context), (self.pooled, other.pooled)))
-        concats = [prompt.concat for prompt in (self, other) if prompt.concat is not None]
-        controls = tuple(use.twice() for use in self.controls)
-        return Prompt(context, pooled, torch.cat(concats) if concats else None, controls)
+    @classmethod
+    def stacked(cls, prompts: Sequence[Prompt]) -> Prompt:
+        """All of them, which are alike, one after the other, for as many times the rows."""
+        if len(prompts) == 1:
+            return prompts[0]
+        context, pooled = torch.cat([p.context for p in prompts]), torch.cat([p.pooled for p in prompts])
+        concats = [prompt.concat for prompt in prompts if prompt.concat is not None]
+        controls = tuple(use.times(len(prompts)) for use in prompts[0].controls)
+        return cls(context, pooled, torch.cat(concats) if concats else None, controls)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """An evaluation that guidance asks for.
+
+    Args:
+        number: which prompt its rows are of, for extras that differ by row: 0 cond, 1 uncond, others as they come.
+        extras: which may act in it.
+    """
+
+    prompt: Prompt
+    number: int = 0
+    extras: tuple[Extra, ...] = ()
+
+    def is_like(self, other: Branch) -> bool:
+        """Whether one call of the model can be of both."""
+        same = len(self.extras) == len(other.extras) and all(map(is_, self.extras, other.extras))
+        return same and self.prompt.is_like(other.prompt)
 
 
 @dataclass(frozen=True)
@@ -83,7 +108,7 @@ class Rows:
 
     Args:
         residuals: whole, for all rows or one for each of them, anywhere and in any dtype.
-        extras: which may act; `which` rows these are, for those that differ by row.
+        extras: which may act; `which` rows these are, for those that differ by row, and among which others they are `spread`.
     """
 
     x: Tensor
@@ -92,6 +117,7 @@ class Rows:
     residuals: Residuals = NONE
     extras: Sequence[Extra] = ()
     which: tuple[Row, ...] = ()
+    spread: Spread = UNKNOWN
 
     def share(self, axis: MeshAxis) -> Rows:
         """Those of this rank of the axis."""
@@ -110,13 +136,16 @@ class Rows:
 class Call:
     """One call of the model: its prompt, and what the model and each ControlNet on it have made of that.
 
-    Nothing is made of a prompt of no rows. `which` rows these are of a job's evaluation.
+    Nothing is made of a prompt of no rows. `which` rows these are of a job's evaluation, the extras that may act on them, and how
+    all of it are `spread`.
     """
 
     prompt: Prompt
     own: PreparedPrompt
     controls: tuple[PreparedPrompt, ...]
     which: tuple[Row, ...] = ()
+    extras: tuple[Extra, ...] = ()
+    spread: Spread = UNKNOWN
 
     @property
     def is_empty(self) -> bool:
@@ -134,19 +163,18 @@ class Share:
 
     Args:
         rows: of the whole latent.
-        calls: of each evaluation. Two prompts of equal length are one call, for twice the rows.
-        doubled: they are.
+        branches: of guidance, on all ranks.
+        calls: of each evaluation. Where all prompts have equal length, this rank's are one call, for as many times the rows.
+        stacked: how many branches a call is of.
         steps: of each call, the model's prompt at the steps of the job, and its ControlNets'.
-        extras: which may act in an evaluation.
     """
 
     mesh: Mesh
     rows: int
     branches: int
     calls: list[Call]
-    doubled: bool
+    stacked: int
     steps: list[list[PromptAtSteps]]
-    extras: Sequence[Extra]
 
     @classmethod
     def of(
@@ -154,19 +182,24 @@ class Share:
         network: Network,
         mesh: Mesh,
         rows: int,
-        prompts: Sequence[Prompt],
+        branches: Sequence[Branch],
         prepare: Callable[[Prompt], Call],
-        extras: Sequence[Extra] = (),
     ) -> Share:
-        """Of `rows` latents, each with these prompts (cond, uncond)."""
-        whole = own_branches(prompts, mesh.cfg)
-        doubled = len(whole) == 2 and whole[0].is_like(whole[1])
-        own = [prompt.share(mesh.dp) for prompt in whole]
+        """Of `rows` latents, each with these branches (cond, uncond and others)."""
+        own = own_branches(branches, mesh.cfg)
+        # By all branches, not by its own: ranks that gather slices of weights together make as many calls.
+        stacked = len(own) if all(branch.is_like(branches[0]) for branch in branches) else 1
         latents = range(*split_range(rows, mesh.dp.degree, mesh.dp.rank))
-        which = [tuple((n, i) for i in latents) for n in own_branches(range(len(prompts)), mesh.cfg)]
-        if doubled:
-            own, which = [own[0] + own[1]], [which[0] + which[1]]
-        calls = [replace(prepare(prompt), which=rows_of) for prompt, rows_of in zip(own, which, strict=True)]
+        every = tuple((branch.number, i) for branch in branches for i in latents)
+        over_cfg = Spread(every, ((mesh.cfg, (len(latents),) * len(branches)),))
+        is_spread = len(own) < len(branches) == 2  # beyond two, nothing mixes their rows
+        calls = []
+        for first in range(0, len(own), stacked):
+            together = own[first : first + stacked]
+            call = prepare(Prompt.stacked([branch.prompt.share(mesh.dp) for branch in together]))
+            which = tuple((branch.number, i) for branch in together for i in latents)
+            spread = over_cfg if is_spread else Spread(which)
+            calls.append(replace(call, which=which, extras=together[0].extras, spread=spread))
         most = AHEAD_BYTES // sum(1 + len(call.controls) for call in calls)
         steps = [
             [
@@ -178,7 +211,7 @@ class Share:
             ]
             for call in calls
         ]
-        return cls(mesh, rows, len(prompts), calls, doubled, steps, extras)
+        return cls(mesh, rows, len(branches), calls, stacked, steps)
 
     def foresee(self, timesteps: Sequence[Tensor]) -> None:
         """Those of the schedule, on the CPU, in their order."""
@@ -211,14 +244,14 @@ class Share:
     def own_rows(self, x: Tensor) -> Tensor:
         """The rows of `x` that each call takes."""
         own = shard_batch(x, self.mesh.dp)
-        return torch.cat([own, own]) if self.doubled else own
+        return torch.cat([own] * self.stacked) if self.stacked > 1 else own
 
     def gather(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         """The output of every branch, all rows, on every rank, from those of this rank's calls.
 
         Comm: one all-gather of the output over cfg and one over dp.
         """
-        own = list(outputs[0].chunk(2)) if self.doubled else outputs
+        own = [out for outputs_of_call in outputs for out in outputs_of_call.chunk(self.stacked)]
         branches = gather_branches(own, self.branches, self.mesh.cfg)
         return [gather_batch(out, self.rows, self.mesh.dp) for out in branches]
 
@@ -345,36 +378,58 @@ class Predictor:
         return x.repeat(-(-rows // x.shape[0]), *[1] * (x.ndim - 1))[:rows] if x.shape[0] != rows else x
 
     def output(self, rows: Rows) -> Tensor:
+        """The first of `output_and_reports`."""
+        return self.output_and_reports(rows)[0]
+
+    def output_and_reports(self, rows: Rows) -> list[Tensor]:
         """The model's output, fp32, exact; its rows spread over cfg, then dp: for callers that have made one batch of all.
 
-        What is made of a prompt is made once for the same prompt, by identity.
-        Comm: the model's, `Network.prepare`'s, and one all-gather of the output over dp and one over cfg.
+        What is made of a prompt is made once for the same prompt, by identity. After it come what those extras that report have of
+        all rows, in their order.
+        Comm: the model's, `Network.prepare`'s, and one all-gather of each result over dp and one over cfg.
         """
-        mesh, context, pooled = self.mesh, rows.prompt.context, rows.prompt.pooled
-        # Ranks that hold slices of one model's weights gather them together: all of them have rows, or none has.
-        least, more = divmod(rows.x.shape[0], mesh.cfg.degree)
-        uneven = mesh.weights.degree > 1 and more > 0 and least < mesh.dp.degree
-        axes = (mesh.dp,) if uneven else (mesh.cfg, mesh.dp)
-        counts, local = [], rows
-        for axis in axes:
-            counts.append(local.x.shape[0])
+        context, pooled = rows.prompt.context, rows.prompt.pooled
+        stages, local = list[tuple[MeshAxis, tuple[int, ...]]](), rows
+        for axis in self._axes_of(rows):
+            stages.insert(0, (axis, tuple(split_sizes(local.x.shape[0], axis.degree))))
             local = local.share(axis)
+        local = replace(local, spread=Spread(rows.which, tuple(stages)))
         call = self._prepared(local.prompt, lambda net, make: self.prepared.of(net, context, pooled, make))
         out = self._local(local, call, Step())
-        for axis, count in zip(reversed(axes), reversed(counts), strict=True):
-            out = gather_batch(out, count, axis)
-        return out
+        acting = [extra.of(local.which) for extra in rows.extras]
+        reports = [extra.take(self.device) for extra in acting if isinstance(extra, ReportingExtra)]
+        return [local.spread.gather(result) for result in (out, *reports)]
+
+    def _axes_of(self, rows: Rows) -> list[MeshAxis]:
+        """Those over which these rows are spread, the outer first."""
+        mesh, count = self.mesh, rows.x.shape[0]
+        # Ranks that hold slices of one model's weights gather them together: all of them have rows, or none has.
+        least, more = divmod(count, mesh.cfg.degree)
+        uneven = mesh.weights.degree > 1 and more > 0 and least < mesh.dp.degree
+        axes = [mesh.dp] if uneven else [mesh.cfg, mesh.dp]
+        # What mixes rows exchanges them in each layer: all ranks of such an axis must have some.
+        if any(extra.pairs for extra in rows.extras):
+            axes, wanted = [], axes
+            for axis in wanted:
+                if count >= axis.degree:
+                    axes.append(axis)
+                    count //= axis.degree
+        return axes
 
     def share(self, rows: int, prompts: Sequence[Prompt], extras: Sequence[Extra] = ()) -> Share:
         """What this rank computes of evaluations of `rows` latents with these prompts (cond, uncond), for a whole job.
 
         It holds as long as the weights stay. Comm: `Network.prepare`'s.
         """
+        return self.share_of(rows, [Branch(prompt, number, tuple(extras)) for number, prompt in enumerate(prompts)])
+
+    def share_of(self, rows: int, branches: Sequence[Branch]) -> Share:
+        """As `share`, of branches that may differ in more than their prompts."""
 
         def prepare(prompt: Prompt) -> Call:
             return self._prepared(prompt, lambda _, make: make())
 
-        return Share.of(self.network, self.mesh, rows, prompts, prepare, extras)
+        return Share.of(self.network, self.mesh, rows, branches, prepare)
 
     def _prepared(self, prompt: Prompt, get: Callable[[object, Callable[[], PreparedPrompt]], PreparedPrompt]) -> Call:
         """`get`: (network, how to make it) -> what that network makes of the prompt."""
@@ -387,7 +442,7 @@ class Predictor:
         return Call(prompt, own, tuple(get(*use) for use in uses))
 
     def outputs(self, x: Tensor, timestep: Tensor, share: Share, step: Step) -> list[Tensor]:
-        """The model's output for each prompt (cond, uncond), fp32; prompts spread over cfg, the batch over dp.
+        """The model's output for each branch (cond, uncond, others), fp32; branches spread over cfg, the batch over dp.
 
         Args:
             x: (B, C, Y, X), of as many rows as `share` is of.
@@ -398,7 +453,9 @@ class Predictor:
         times = timesteps_of(timestep, own.shape[0], self.device)
         outputs = [
             self._local(
-                Rows(own, times, call.prompt, extras=share.extras, which=call.which), call, replace(step, branch=branch)
+                Rows(own, times, call.prompt, extras=call.extras, which=call.which, spread=call.spread),
+                call,
+                replace(step, branch=branch),
             )
             for branch, call in enumerate(share.at(timestep, step.sigma))
         ]
@@ -416,7 +473,7 @@ class Predictor:
         if prompt.concat is not None:
             given = torch.cat([given, prompt.concat], dim=1)
         evaluate = self.captured or self.network
-        extras = tuple(extra.of(rows.which) for extra in rows.extras if extra.is_at(step.sigma))
+        extras = tuple(extra.of(rows.which).among(rows.spread) for extra in rows.extras if extra.is_at(step.sigma))
         kind = (prompt.context.shape[1], step.phase)
         with nullcontext() if self.compiling is None else self.compiling.told(x, *kind):
             return evaluate(given, rows.timesteps, call.own, step, added, extras).float()

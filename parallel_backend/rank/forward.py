@@ -30,7 +30,9 @@ def run_forward(
     extras: Extras,
     device: torch.device,
 ) -> tuple[Result, list[Tensor]]:
-    """The output, on the CPU, and what it cost; ranks agree once on all that each of them needs, many such jobs being in a row.
+    """The output and what extras report of its rows, on the CPU, and what it cost.
+
+    Ranks agree once on all that each of them needs, many such jobs being in a row.
 
     Args:
         given: the request's tensors, or the error that this rank can't have them.
@@ -56,7 +58,7 @@ def run_forward(
         return predictor, Rows(x, timesteps, prompt, residuals, acting, _which(body.branches, x.shape[0])), swap
 
     predictor, rows, swap = job.control.agreed(prepare)
-    output = on_host([predictor.output(rows)])  # which waits for the device
+    output = on_host(predictor.output_and_reports(rows))  # which waits for the device
     notes = predictor.take_notes()
     ranks = [RankCost([], notes=notes)] if notes else []
     return Result(time.perf_counter() - start, 1, ranks, swap), output

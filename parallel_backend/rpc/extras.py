@@ -29,6 +29,10 @@ class ExtraSpec(Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_on
     end: float | None = None
 
     tensor_fields: ClassVar[tuple[str, ...]] = ()
+    # An evaluation with it gives a tensor of its rows back, after the output.
+    reports: ClassVar[bool] = False
+    # It mixes rows of both prompts, which are evaluated at once.
+    pairs: ClassVar[bool] = False
 
     # Those of them that are other tensors at each evaluation, and are not kept.
     fresh_fields: ClassVar[tuple[str, ...]] = ()
@@ -88,9 +92,11 @@ class JointImagePrompt(ExtraSpec, Generic[T], frozen=True):
     fresh_fields: ClassVar[tuple[str, ...]] = ("keys_values",)
 
 
-# How the output for pictures comes to that for the prompt: as it is; its part that is orthogonal to that one, over all tokens; or
-# with so much of the other part as the share of attention that the picture's first tokens get.
+# How the output for a picture comes to that for the prompt: as it is; its part that is orthogonal to that one, over all tokens; or
+# with so much of the other part, too, as the share of attention that the identity's tokens get.
 ImagePromptForm: TypeAlias = Literal["added", "orthogonal", "partly_orthogonal"]
+# The first ones of a picture's, which PuLID makes of the face alone.
+IDENTITY_TOKENS = 5
 
 
 class ImagePrompt(ExtraSpec, Generic[T], frozen=True):
@@ -125,6 +131,64 @@ class BlurQueries(ExtraSpec, frozen=True):
 
     places: list[PlaceName]
     blur: float | None
+
+
+class RegionalPrompts(ExtraSpec, Generic[T], frozen=True):
+    """Attention of cond's rows to several prompts, at all cross-attentions of a UNet: of each what its mask says. Uncond has none.
+
+    Args:
+        strength: of the row's own prompt, whose keys and values are times that.
+        keys, values: the other prompts (1, tokens, context width), of which keys and values are made; no values where they are the same.
+        masks: by scale of the picture, (prompts, tokens of the whole picture), the own prompt first; of each token they sum to 1.
+    """
+
+    strength: float
+    keys: list[T]
+    values: list[T] | None
+    masks: list[T]
+
+    tensor_fields: ClassVar[tuple[str, ...]] = ("keys", "values", "masks")
+
+
+class SplitPrompt(ExtraSpec, frozen=True):
+    """Of a prompt's tokens, at all cross-attentions of a UNet, those of even number are keys, those of odd number values: NegPiP."""
+
+
+class NormalizedGuidance(ExtraSpec, frozen=True):
+    """What a UNet's self-attentions give for cond, guided away from what they give for uncond; its L1 norm grows `tau`-fold at most.
+
+    Does nothing where one of the two is not evaluated. Source: normalized attention guidance (Chen et al. 2025, arXiv 2505.21179).
+
+    Args:
+        alpha: how much of that takes the place of what they give for cond.
+    """
+
+    scale: float
+    alpha: float
+    tau: float
+    pairs = True
+
+
+class ReportScores(ExtraSpec, frozen=True):
+    """How much each token is looked at in a UNet's self-attention: the report, of all tokens of the picture, is their softmax scores
+    summed over queries, their mean over heads; of uncond's rows, zeros of others.
+
+    Source: self-attention guidance (Hong et al. 2023, arXiv 2210.00939), section 4.2.
+    """
+
+    place: PlaceName
+    reports = True
+
+
+class TiledAttention(ExtraSpec, frozen=True):
+    """Self-attentions of a UNet in tiles of queries, each of which looks at a strip of tokens: see extras/tiled_attention.py.
+
+    Args:
+        tiles: by place, tiles along both sides of the grid as which tokens are counted, and the grid's sides.
+    """
+
+    places: list[PlaceName]
+    tiles: list[tuple[int, int, int, int]]
 
 
 class FreeU(ExtraSpec, frozen=True):
@@ -169,6 +233,11 @@ AnyExtra: TypeAlias = (
     | JointImagePrompt[Any]
     | ImagePrompt[Any]
     | BlurQueries
+    | RegionalPrompts[Any]
+    | SplitPrompt
+    | NormalizedGuidance
+    | ReportScores
+    | TiledAttention
     | FreeU
     | Downscale
 )  # fmt: skip

@@ -110,9 +110,6 @@ def on_conditioning(twins, plain):
     return {
         "ConditioningSetAreaPercentage": call(nodes.ConditioningSetAreaPercentage, conditioning=plain, **percent),
         "ConditioningSetAreaStrength": call(nodes.ConditioningSetAreaStrength, conditioning=plain, strength=0.7),
-        "ConditioningSetTimestepRange": call(
-            nodes.ConditioningSetTimestepRange, conditioning=plain, start=0.4, end=1.0
-        ),
         "unCLIPConditioning": call(
             nodes.unCLIPConditioning, conditioning=plain, clip_vision_output=image, strength=1.0, noise_augmentation=0.0
         ),

@@ -109,6 +109,15 @@ def prompts(twins, name, model):
             other,
         ),
         "ConditioningZeroOut": (plain, zero),
+        # The prompt itself, with nothing beside it.
+        "ConditioningSetTimestepRange": (
+            call(nodes.ConditioningSetTimestepRange, conditioning=plain, start=0.4, end=1.0),
+            other,
+        ),
+        "ConditioningSetTimestepRange of all steps": (
+            plain,
+            call(nodes.ConditioningSetTimestepRange, conditioning=third, start=0.0, end=1.0),
+        ),
         # As in the official SD3 workflow.
         "the official SD3 negative": (
             plain,

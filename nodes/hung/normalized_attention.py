@@ -1,0 +1,29 @@
+"""Normalized attention guidance, core's: what self-attentions give for cond, guided away from what they give for uncond."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ...parallel_backend.rpc.extras import AnyExtra, NormalizedGuidance
+from .known_functions import closed_over
+from .patches import Call, Kind, Patch, origin
+
+_NODE = "nodes_nag:NAGuidance"
+_PATCHES = [f"{_NODE}.{method}.<locals>.nag_attention_output_patch" for method in ("execute", "patch")]
+
+
+def _knows(patch: Patch) -> bool:
+    if patch.kind != "attn1_output_patch" or origin(patch.function) not in _PATCHES:
+        return False
+    return closed_over(patch.function).keys() == {"nag_scale", "nag_alpha", "nag_tau"}
+
+
+def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:
+    if {0, 1} <= set(call.branches):
+        for patch in patches:
+            made_with = closed_over(patch.function)
+            scale, alpha, tau = (float(made_with[f"nag_{name}"]) for name in ("scale", "alpha", "tau"))
+            yield NormalizedGuidance(scale=scale, alpha=alpha, tau=tau)
+
+
+KIND = Kind(_knows, _extras)

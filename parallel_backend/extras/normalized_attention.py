@@ -1,0 +1,89 @@
+"""What self-attentions give for cond, guided away from what they give for uncond.
+
+Source: normalized attention guidance (Chen et al. 2025, arXiv 2505.21179), equations 6 to 9.
+Shapes: B rows, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..distributed.sites import At, Inner, Place, UNetSites
+from ..models.extra import Extra
+from ..models.spread import Spread
+from ..rpc.extras import NormalizedGuidance
+from .target import Target
+
+COND, UNCOND = 0, 1
+_LEAST_NORM = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormalizedAttention(Extra):
+    """Of every self-attention of a UNet, projection out included.
+
+    Args:
+        places: all that the model has.
+        spread: where rows of both prompts are; None as long as that isn't known.
+    Comm: where they are on several ranks, what each attention gives for every row to all of these.
+    """
+
+    scale: float
+    alpha: float
+    tau: float
+    places: tuple[Place, ...]
+    spread: Spread | None = None
+    by_token = True
+    pairs = True
+    name = "normalized attention guidance"
+
+    @classmethod
+    def read(cls, asked: NormalizedGuidance, target: Target, range_of: dict[str, Any]) -> NormalizedAttention:
+        assert target.unet is not None
+        places = tuple(target.unet.places)
+        return cls(scale=asked.scale, alpha=asked.alpha, tau=asked.tau, places=places, **range_of)
+
+    def among(self, spread: Spread) -> NormalizedAttention:
+        return replace(self, spread=spread)
+
+    def on_unet(self, sites: UNetSites) -> None:
+        assert self.spread is not None
+        partners = _partners(self.spread)
+        if not partners:
+            return
+        own = [(here, partners[number]) for here, number in enumerate(self.spread.own) if number in partners]
+        for place in self.places:
+            sites.self_layer[place].append(partial(self._guided, own))
+
+    def _guided(self, own: Sequence[tuple[int, int]], inner: Inner, x_BLD: Tensor, at: At) -> Tensor:
+        assert self.spread is not None
+        out = inner(x_BLD)
+        every = self.spread.gather(out)
+        rows = list(out.split(1))
+        for here, partner in own:
+            rows[here] = self._away(rows[here], every[partner : partner + 1])
+        return torch.cat(rows)
+
+    def _away(self, cond_BLD: Tensor, uncond_BLD: Tensor) -> Tensor:
+        guided = cond_BLD * self.scale - uncond_BLD * (self.scale - 1)
+        before, after = (x.norm(p=1, dim=-1, keepdim=True).clamp_min(_LEAST_NORM) for x in (cond_BLD, guided))
+        growth = after / before
+        return guided * (growth.clamp(max=self.tau) / growth) * self.alpha + cond_BLD * (1 - self.alpha)
+
+
+def _partners(spread: Spread) -> dict[int, int]:
+    """By the number of a cond row among all, that of uncond's row of the same latent; of rows that come twice, only the first."""
+    first: dict[tuple[int, int], int] = {}
+    for number, row in enumerate(spread.rows):
+        first.setdefault(row, number)
+    return {
+        number: first[UNCOND, latent]
+        for (branch, latent), number in first.items()
+        if branch == COND and (UNCOND, latent) in first
+    }
