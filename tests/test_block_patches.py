@@ -24,7 +24,7 @@ from parallel_backend.extras.reading import Extras
 from parallel_backend.models.families import SDXL
 from parallel_backend.models.prediction import Predictor, Prompt, Rows
 from parallel_backend.models.residuals import Residuals
-from parallel_backend.rpc.extras import AnyExtra, Downscale, FreeU, ImagePrompt
+from parallel_backend.rpc.extras import AnyExtra, Downscale, FreeU
 from parallel_backend.small_checkpoints.unet import CONFIGS, random_unet
 
 pytestmark = pytest.mark.busy
@@ -206,19 +206,6 @@ def test_what_does_not_fit_is_named_before_the_first_step(asked: AnyExtra, words
         model.sample(LATENT, PROMPT, PROMPT, steps=2, extras=[asked])
 
 
-def test_an_image_prompts_mask_for_the_unshrunk_size_is_refused(model: RemoteModel) -> None:
-    place, tokens, cells = ("middle", 0, 0), 3, 16
-    masked = ImagePrompt(
-        places=[place],
-        tokens=[tokens],
-        rows=[(0, None), (1, None)],
-        keys_values=torch.zeros(2, 2 * 128 * tokens),
-        masks=torch.ones(2, cells),
-    )
-    with pytest.raises(UnsupportedError, match=r"mask is for 16 places at middle 0 0; .* leaves 4"):
-        model.sample(LATENT, PROMPT, PROMPT, steps=2, extras=[masked, shrink(2)])
-
-
 def test_displaced_steps_refuse_them_by_name(model: RemoteModel) -> None:
-    with pytest.raises(UnsupportedError, match="WeighedSkips"):
+    with pytest.raises(UnsupportedError, match="honour FreeU, which needs"):
         model.sample(LATENT, PROMPT, PROMPT, steps=4, warmup_steps=1, extras=[FREE_U])

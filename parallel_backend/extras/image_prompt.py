@@ -20,7 +20,7 @@ from torch import Tensor
 from ..distributed.band_attention import attend_heads
 from ..distributed.collectives import start_all_reduce
 from ..distributed.sites import At, Inner, Place, UNetSites
-from ..errors import InputError, UnsupportedError
+from ..errors import InputError
 from ..models.extra import Extra, Row
 from ..models.unet import BandUNet
 from ..rpc.extras import IDENTITY_TOKENS, ImagePrompt
@@ -109,16 +109,9 @@ class PromptedAttention(Extra, ABC):
         return out_BLD + added_BLD.to(out_BLD.dtype)
 
     def _own_mask(self, masks: Tensor, number: int, q_BLD: Tensor, at: At) -> Tensor:
-        """(B, L, 1): that of this rank's band. Raises: UnsupportedError: another extra has made the picture smaller there."""
+        """(B, L, 1): that of this rank's band."""
         counts, rank = at.band.tokens_like(q_BLD), at.band.axis.rank
-        start = self.ends[number - 1][1] if number else 0
-        if sum(counts) != self.ends[number][1] - start:
-            raise UnsupportedError(
-                f"An image prompt's mask is for {self.ends[number][1] - start} places at {' '.join(map(str, at.place))}; "
-                f"a node that resizes blocks (PatchModelAddDownscale) leaves {sum(counts)} there.",
-                "Use the image prompt without a mask, or remove the other node.",
-            )
-        first = start + sum(counts[:rank])
+        first = (self.ends[number - 1][1] if number else 0) + sum(counts[:rank])
         return masks[:, first : first + counts[rank], None]
 
     @abstractmethod
