@@ -32,7 +32,7 @@ REFUSED = {
     "object patch": "the object patch 'apply_model'",
     "by outer_sample": "the changed padding_mode of x_embedder.proj",
     "by sampler_sample": "the changed padding_mode of x_embedder.proj",
-    "by diffusion_model": "the changed padding_mode of x_embedder.proj",
+    "by diffusion_model": "the changed padding_mode of input_blocks.0.0",
     "compute dtype": "computing in bfloat16 (ModelComputeDtype), where its ranks compute in float32",
     "compiled": "torch.compile of the network (TorchCompileModel). Remove that node; Mesh Config",
     "SLG": "the layers 99 of skip-layer guidance: this model's are 0 to",

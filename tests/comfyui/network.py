@@ -376,7 +376,8 @@ CHANGES = {
     "network": (UNET, lambda model: setattr(model.model, "diffusion_model", torch.nn.Identity())),
     "apply_model": (MMDIT, lambda model: setattr(model.model, "apply_model", lambda x, *_, **__: x)),
     "object patch": (MMDIT, lambda model: model.add_object_patch("apply_model", lambda x, *_, **__: x)),
-    **{f"by {kind}": (MMDIT, by_wrapper(kind)) for kind in ("outer_sample", "sampler_sample", "diffusion_model")},
+    **{f"by {kind}": (MMDIT, by_wrapper(kind)) for kind in ("outer_sample", "sampler_sample")},
+    "by diffusion_model": (UNET, by_wrapper("diffusion_model")),  # which SD3's network doesn't call
     "compute dtype": (MMDIT, lambda model: patched("nodes_model_advanced.ModelComputeDtype", model, dtype="bf16")),
     "compiled": (MMDIT, lambda model: patched("nodes_torch_compile.TorchCompileModel", model, backend="inductor")),
     "SLG": (MMDIT, lambda model: patched("nodes_sd3.SkipLayerGuidanceSD3", model, layers="1, 99", start_percent=0.9)),
