@@ -86,7 +86,8 @@ def _by_node(outcome: Mapping[str, Any]) -> Iterator[str]:
 def _short(refused: str) -> str:
     """What is named, without where in the code it was written."""
     named = re.sub(r"^A parallel MODEL can't honour |\.$", "", refused)
-    return re.sub(r" \([^()]*\)", "", named).replace("|", "/")
+    named = re.sub(r" \([^()]*\)| by \S+ of \w+", "", named)
+    return re.sub(r"(^|; )the ", r"\1", named).replace("|", "/")
 
 
 def rows_of(outcomes: Mapping[str, Mapping[str, Any]], nodes: set[str]) -> dict[str, Row]:
