@@ -29,6 +29,7 @@ from .core_memory import WeightsElsewhere, interruptible, make_room
 from .core_model import base_model
 from .hung.compute import compute_patches
 from .hung.controlnet import ControlCost
+from .hung.extra_cost import ExtraCost
 from .hung.guidance import patching_functions
 from .hung.kinds import unknown_patches
 from .hung.layers import network_changes
@@ -98,7 +99,7 @@ class RemotePatcher(WeightsElsewhere):
     def pre_run(self) -> None:
         self.check()  # once more: what wraps the sampling has begun by now
         self.model.as_made.unseen = True
-        self.network.told, self.network.control_cost = {}, ControlCost()
+        self.network.told, self.network.control_cost, self.network.extra_cost = {}, ControlCost(), ExtraCost()
         self._wear(self.current_hooks)
         super().pre_run()
 

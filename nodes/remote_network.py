@@ -17,6 +17,7 @@ from ..parallel_backend.errors import UnsupportedError
 from ..parallel_backend.rpc.host_copies import onto_device
 from .core_memory import interruptible
 from .hung.controlnet import USES, ControlCost, by_place
+from .hung.extra_cost import ExtraCost
 from .hung.guidance import names
 from .hung.kinds import extras_of, give_reports, unknown_patches
 from .hung.layers import AsMade
@@ -37,6 +38,7 @@ class RemoteNetwork(torch.nn.Module):
     worn: WeightPatches
     told: dict[str, str]
     control_cost: ControlCost
+    extra_cost: ExtraCost
     # What patches have become, as long as these are there; by the first of them, of each kind for itself.
     translated: WeakKeyDictionary[Any, Any]
     calls_wrappers: bool
@@ -84,7 +86,9 @@ class RemoteNetwork(torch.nn.Module):
         branches, sigmas = tuple(options.get("cond_or_uncond", (0,))), options.get("sigmas")
         sigma = None if sigmas is None else float(sigmas[0])
         call = Call(self, tuple(x.shape), branches, sigma, options)
-        if not (extras := extras_of(call)):
+        extras = extras_of(call)
+        self.extra_cost.note(extras)
+        if not extras:
             return {}
         return {
             "extras": extras,
@@ -133,6 +137,7 @@ def make_remote(network: torch.nn.Module, remote: RemoteModel, dtype: torch.dtyp
     network.__class__ = _remote_class(type(network))  # type: ignore[arg-type]
     network.remote, network.dtype, network.worn = remote, dtype, WeightPatches()  # type: ignore[assignment]
     network.told, network.control_cost = {}, ControlCost()  # type: ignore[assignment]
+    network.extra_cost = ExtraCost()  # type: ignore[assignment]
     network.translated = WeakKeyDictionary()  # type: ignore[assignment]
     network.as_made = AsMade(network)  # type: ignore[assignment]
 

@@ -23,6 +23,7 @@ from .core_memory import interruptible
 from .demo_size import tells_demo_size
 from .hung.controlnet import take_over
 from .hung.displaced_steps import Displaced, displaced_of
+from .hung.extra_cost import ExtraCost
 from .hung.known_functions import closed_over
 from .hung.loop import Loop, backends_own, read_loop
 from .hung.refusal import refuse
@@ -68,8 +69,8 @@ def sample_in_backend(
         why = "\n".join([f"step by step: {'; '.join(loop)}", *(f"ComfyUI computes {name}" for name in local)])
         say(why, log=True)
         out = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **kwargs)
-        if cost := str(model.network.control_cost):
-            say(f"{why}\n{cost}", log=True)
+        if costs := list(filter(None, map(str, (model.network.control_cost, model.network.extra_cost)))):
+            say("\n".join([why, *costs]), log=True)
         return out
     model.register()
     clock = StepClock()
@@ -84,7 +85,8 @@ def sample_in_backend(
 
         out = _run(model, loop, displaced, preview_for(callback), on_step)
     report = f"{clock.report()}, the whole loop in the backend{price(model.remote.last)}"
-    say("\n".join(filter(None, [report, model.remote.note])), log=True)
+    sent = str(ExtraCost().note(loop.extras))
+    say("\n".join(filter(None, [report, sent, model.remote.note])), log=True)
     return out.to(model.load_device)
 
 

@@ -29,7 +29,7 @@ from parallel_backend.models.extra import Extra, Row
 from parallel_backend.models.families import SD3, SDXL, Kind
 from parallel_backend.models.prediction import Predictor, Prompt, Rows
 from parallel_backend.models.unet import attention_places
-from parallel_backend.rpc.extras import AnyExtra, PerturbedAttention, SkipBlocks
+from parallel_backend.rpc.extras import AnyExtra, Downscale, PerturbedAttention, SkipBlocks, TiledAttention
 from parallel_backend.small_checkpoints.unet import CONFIGS, random_unet
 
 ROWS, SIZES = 3, [(16, 12), (13, 9)]
@@ -239,3 +239,12 @@ def test_an_unknown_place_of_a_unet_is_named(backend2: Backend, unets: Path) -> 
             pooled,
             extras=[PerturbedAttention(places=[("input", 99, 0)])],
         )
+
+
+def test_what_knows_tokens_by_their_place_is_refused_beside_a_smaller_picture(backend2: Backend, unets: Path) -> None:
+    model = backend2.load_model(unets / "unet-tiny.safetensors", MeshSpec(patch=2), "float32")
+    context, pooled = unet_prompt(CONFIGS["tiny"], 1, 77, 1)
+    shrink = Downscale(block=2, factor=2.0, after_skip=True, method="bilinear", back="bilinear")
+    tiled = TiledAttention(places=[MIDDLE], tiles=[(2, 1, 4, 3)])
+    with pytest.raises(UnsupportedError, match="QueryTiles can't be honoured beside SmallerWithin"):
+        model.forward(torch.zeros(1, 4, 16, 12), torch.ones(1), context, pooled, extras=[tiled, shrink])

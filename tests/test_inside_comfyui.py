@@ -13,10 +13,10 @@ from comfyui.twin_run import run_twins
 from parallel_backend import Backend
 
 Outcomes = dict[str, dict[str, Any]]
-MODULES = ("inside_cases", "cache_cases")
+MODULES = ("inside_cases", "cache_cases", "block_cases")
 
 # What changes nothing, here as on a local MODEL.
-WITHOUT_EFFECT = {"EasyCache on SD3"}
+WITHOUT_EFFECT = {"EasyCache on SD3", "shrunk at block 32", "shrunk at no step"}
 
 
 def run(comfy: ComfyInstallation, backend: Backend, files: Path) -> Outcomes:

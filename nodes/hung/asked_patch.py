@@ -21,6 +21,8 @@ from ...parallel_backend.errors import UnsupportedError
 # As functions of packs name ComfyUI's.
 _ATTENTION = "optimized_attention"
 _ALWAYS = {"sigma_start": inf, "sigma_end": -inf}
+# What a patch may say to it that changes nothing.
+_NO_MATTER = ("attn_precision", "transformer_options")
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Heard:
 
 @dataclass
 class Recorder:
-    """An attention that notes what it is asked for, and gives ones at call `only`, else zeros.
+    """An attention that notes what it is asked for, and gives ones at call `only`, else zeros; `is_plain`: without a mask and the like.
 
     Raises: UnsupportedError: keys of another width than the queries, as an adapter for another model's has them.
     """
@@ -42,8 +44,11 @@ class Recorder:
     prompt: Tensor
     only: int
     calls: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    is_plain: bool = True
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, heads: int, *mask: Any, **more: Any) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Any = None, *_: Any, **more: Any) -> Tensor:
+        changed = [mask, *(value for name, value in more.items() if name not in _NO_MATTER)]
+        self.is_plain &= all(value is None for value in changed)
         if k is self.prompt:
             return q.new_zeros(1, 1, 1).expand(q.shape)
         if k.shape[-1] != q.shape[-1]:
@@ -111,8 +116,10 @@ def heard(patch: Any, q: Tensor, options: Mapping[str, Any]) -> Sequence[Heard] 
     while True:
         recorder = Recorder(prompt, len(found))
         out = called(patch, recorder, q, prompt, prompt, options)
+        if not recorder.is_plain or (not recorder.calls and torch.count_nonzero(out)):
+            return None
         if not recorder.calls:
-            return None if torch.count_nonzero(out) else []
+            return []
         if out.shape != q.shape or not torch.equal(out, out[..., :1].expand(out.shape)):
             return None
         found.append(Heard(*recorder.calls[len(found)], out[..., 0]))

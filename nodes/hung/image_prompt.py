@@ -35,6 +35,8 @@ _RANGE = ("sigma_start", "sigma_end")
 _FORMS: Mapping[str, ImagePromptForm] = {"ortho": "orthogonal", "ortho_v2": "partly_orthogonal"}
 # What a pack's own code raises where an adapter doesn't fit.
 _MISFITS = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError)
+# Of the transformer options what a patch is not told: the others, and of which step it is, by which an answer would hold there alone.
+_UNTOLD = ("patches", "patches_replace", "sigmas", "sample_sigmas")
 _OTHER_ADAPTER = "Choose an adapter for this model."
 # For areas of a picture, which take turns.
 _MOST_KEPT = 8
@@ -153,7 +155,7 @@ class _Asked:
 
     def __init__(self, patch: Any, at: CrossAttention, call: Call) -> None:
         self.patch, self.at, self._rows = patch, at, call.shape[0]
-        others = {key: value for key, value in call.options.items() if key not in ("patches", "patches_replace")}
+        others = {key: value for key, value in call.options.items() if key not in _UNTOLD}
         rows = {"cond_or_uncond": list(_layout(call)), "original_shape": list(call.shape)}
         self._options = others | rows | at.options
         with torch.inference_mode():

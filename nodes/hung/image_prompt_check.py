@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...parallel_backend.rpc.extras import ImagePromptForm
+from ...parallel_backend.rpc.extras import IDENTITY_TOKENS, ImagePromptForm
 from .asked_patch import Heard, always, attention, called
 from .cross_attentions import CrossAttention
 
-# Of PuLID's tokens those that it makes of the face alone.
-_IDENTITY_TOKENS = 5
 # Of a prompt that stands in for the MODEL's.
 _PROMPT_TOKENS = 3
 _EXACT, _IN_HALVES = 1e-4, 3e-2
@@ -49,6 +47,6 @@ def _added(form: ImagePromptForm, out: Tensor, q: Tensor, one: Heard, heads: int
     kept: Tensor | float = 0.0
     if form == "partly_orthogonal":
         of_tokens = (q @ one.k.float().transpose(1, 2)).softmax(-1).mean(1, keepdim=True)
-        kept = of_tokens[:, :, :_IDENTITY_TOKENS].sum(-1, keepdim=True)
+        kept = of_tokens[:, :, :IDENTITY_TOKENS].sum(-1, keepdim=True)
     along = (out * found).sum(1, keepdim=True) / (out * out).sum(1, keepdim=True) * out
     return (found - (1 - kept) * along) * share

@@ -10,11 +10,14 @@ from torch.nn import Module
 
 from ...parallel_backend.rpc.extras import AnyExtra
 from . import (
+    deep_shrink,
+    free_u,
     hyper_tile,
     image_prompt,
     joint_image_prompt,
     normalized_attention,
     perturbed_attention,
+    regional_prompts,
     self_attention_guidance,
     skip_layers,
     smoothed_energy,
@@ -30,9 +33,12 @@ KINDS: tuple[Kind, ...] = (
     joint_image_prompt.KIND,
     image_prompt.KIND,
     smoothed_energy.KIND,
+    regional_prompts.KIND,
     self_attention_guidance.KIND,
     normalized_attention.KIND,
     hyper_tile.KIND,
+    free_u.KIND,
+    deep_shrink.KIND,
 )
 # What only a UNet's network asks for, and what only a transformer's does: on the other, a patch has no effect, as in ComfyUI.
 _OF_TRANSFORMERS = ("dit",)
@@ -43,6 +49,7 @@ def unknown_patches(options: Mapping[str, Any]) -> Iterator[str]:
     yield from (patch.told for patch in patches_in(options) if _kind_of(patch) is None)
     for key, value in options.items():
         known = key in FORWARD_OPTIONS or key in ("patches", "patches_replace") or is_step_cache(key, value)
+        known = known or regional_prompts.is_told_beside(key, options)
         if not known and is_set(value):
             yield f"transformer option {key!r}"
 

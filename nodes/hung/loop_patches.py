@@ -15,6 +15,8 @@ from .refusal import is_set
 OWN = "parallel_mmdit"
 # What ComfyUI's guiders put together of the other options.
 _OF_GUIDERS = ("transformer_options", "to_load_options", "registered_hooks")
+# What nodes of a pack tell each other: ComfyUI-ppm's, that NegPiP's patch hangs.
+_OF_NODES = ("ppm_negpip",)
 # What ComfyUI's loop is made of, in comfy.samplers.
 _LOOP = (
     *("sampling_function", "calc_cond_batch", "_calc_cond_batch", "cfg_function", "process_conds"),
@@ -37,7 +39,7 @@ def replaced_functions() -> Iterator[str]:
 def loop_patches(model: ModelPatcher, options: Mapping[str, Any]) -> Iterator[str]:
     """What acts between model calls, of the MODEL and of a guider's options: only ComfyUI's own loop can heed it."""
     for key, value in options.items():
-        if key not in _OF_GUIDERS and is_set(value):
+        if key not in (*_OF_GUIDERS, *_OF_NODES) and is_set(value):
             yield f"model option {key!r}"
     transformer_options = options.get("transformer_options", {})
     for kind in ("wrappers", "callbacks"):

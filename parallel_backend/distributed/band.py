@@ -21,6 +21,31 @@ if TYPE_CHECKING:
     from .sites import UNetSites
 
 
+@dataclass(frozen=True)
+class Cut:
+    """How an image is cut in bands, one for each rank of `axis`: the `rows` of every band, and the `columns` of the image."""
+
+    axis: MeshAxis
+    rows: tuple[int, ...]
+    columns: int
+
+    def halved(self, times: int) -> Cut:
+        """At the scale at which sides were halved that often, each time rounded up."""
+        unit = 2**times
+        return Cut(self.axis, tuple(-(-rows // unit) for rows in self.rows), -(-self.columns // unit))
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Height and width of the image."""
+        return sum(self.rows), self.columns
+
+    @property
+    def own_rows(self) -> tuple[int, int]:
+        """First and one-past-last row of this rank's band."""
+        start = sum(self.rows[: self.axis.rank])
+        return start, start + self.rows[self.axis.rank]
+
+
 @dataclass
 class Band:
     """How the image of the current request is cut, and where in its job it is. All layers of a model share one.
@@ -37,10 +62,17 @@ class Band:
     sites: UNetSites | None = None
 
     @property
+    def cut(self) -> Cut:
+        return Cut(self.axis, tuple(self.rows), self.columns)
+
+    @cut.setter
+    def cut(self, cut: Cut) -> None:
+        self.axis, self.rows, self.columns = cut.axis, list(cut.rows), cut.columns
+
+    @property
     def own_rows(self) -> tuple[int, int]:
-        """First and one-past-last row of this rank's band."""
-        start = sum(self.rows[: self.axis.rank])
-        return start, start + self.rows[self.axis.rank]
+        """As `Cut.own_rows`."""
+        return self.cut.own_rows
 
     def rows_like(self, x_BCYX: Tensor) -> list[int]:
         """Rows of every band at the scale of `x`, this rank's band of it."""

@@ -130,7 +130,7 @@ class CachedCrossAttention:
 
     @breaks_graph
     def _with_extras(self, attn: Any, hidden_states: Tensor, place: Place) -> Tensor:
-        sites, at = self.band.sites, At(place, self.band, self.kernel, attn.heads)
+        sites, at = self.band.sites, At(place, self.band, self.kernel, attn.heads, attn.to_kv, self.slot)
         assert sites is not None
         attended = around(sites.cross_attended.get(place, ()), partial(self._attended, attn.heads), at)
         layer = around(sites.cross_layer.get(place, ()), lambda x: attn.to_out[0](attended(attn.to_q(x))), at)

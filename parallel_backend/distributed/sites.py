@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeAlias
 from torch import Tensor
 
 from .band import Band
+from .band_image import BandImage
 
 # A transformer block of a UNet by ComfyUI's names: "input", "middle" or "output", the number of the block there, its own in that.
 Place: TypeAlias = tuple[str, int, int]
@@ -22,12 +23,17 @@ Inner: TypeAlias = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class At:
-    """The attention that is computed: `band` says how its tokens are spread, `kernel` computes its `heads`."""
+    """The attention that is computed: `band` says how its tokens are spread, `kernel` computes its `heads`.
+
+    Of one to the prompt, `to_kv` makes keys and values (B, T, 2 * D) of tokens, and those of the prompt are the band's, by `slot`.
+    """
 
     place: Place
     band: Band
     kernel: str
     heads: int
+    to_kv: Inner | None = None
+    slot: str = ""
 
 
 class Around(Protocol):
@@ -35,6 +41,25 @@ class Around(Protocol):
 
     def __call__(self, inner: Inner, x_BLD: Tensor, at: At, /) -> Tensor:
         """In place of `inner(x)`, which it may call, once, several times or not at all. Comm: its own."""
+        ...
+
+
+class AfterInput(Protocol):
+    """What an extra does with that which an input block of a UNet gives."""
+
+    def __call__(self, image: BandImage, /) -> BandImage:
+        """In its place. Comm: its own, the same on every rank of the bands."""
+        ...
+
+
+class BeforeOutput(Protocol):
+    """What an extra does with that which an output block of a UNet is about to join: `image` from the block before, and `skip`.
+
+    Where nothing has come between, as without a middle block, both are the same object.
+    """
+
+    def __call__(self, image: BandImage, skip: BandImage, /) -> tuple[BandImage, BandImage]:
+        """In their place, `skip` in its own size. Comm: as `AfterInput`."""
         ...
 
 
@@ -50,12 +75,23 @@ class UNetSites:
         self_attended, cross_attended: around what is between the projections: x is queries, keys and values (B, L, 3 * D) of a
             self-attention, queries (B, L, D) of one to the prompt; the result goes to the projection out.
         self_layer, cross_layer: around the whole layer, projections included.
+        after_input, after_skip: by the number of an input block, on what it gives, residuals added: before this becomes a skip
+            connection, and after, on what goes on to the next block alone.
+        before_output: on what each output block joins, in the order of these numbers.
     """
 
     self_attended: defaultdict[Place, list[Around]] = field(default_factory=_by_place)
     cross_attended: defaultdict[Place, list[Around]] = field(default_factory=_by_place)
     self_layer: defaultdict[Place, list[Around]] = field(default_factory=_by_place)
     cross_layer: defaultdict[Place, list[Around]] = field(default_factory=_by_place)
+    after_input: defaultdict[int, list[AfterInput]] = field(default_factory=lambda: defaultdict(list))
+    after_skip: defaultdict[int, list[AfterInput]] = field(default_factory=lambda: defaultdict(list))
+    before_output: dict[int, BeforeOutput] = field(default_factory=dict)
+
+    @property
+    def between_blocks(self) -> bool:
+        """Whether anything acts there."""
+        return bool(self.after_input or self.after_skip or self.before_output)
 
 
 @dataclass

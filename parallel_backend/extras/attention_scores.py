@@ -42,6 +42,10 @@ class AttentionScores(ReportingExtra):
         rows, columns = target.sides_at(asked.place)
         return cls(place=asked.place, width=rows * columns, **range_of)
 
+    @property
+    def has_sizes(self) -> bool:
+        return True
+
     def _chosen(self, rows: Sequence[Row]) -> AttentionScores:
         return replace(self, uncond=tuple(i for i, (branch, _) in enumerate(rows) if branch == UNCOND))
 

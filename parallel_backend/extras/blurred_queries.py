@@ -46,6 +46,10 @@ class BlurredQueries(Extra):
         along = {place: _along(asked.blur, place, target) for place in asked.places}
         return cls(along=along, **range_of)
 
+    @property
+    def has_sizes(self) -> bool:
+        return any(across is not None for across in self.along.values())
+
     def on_unet(self, sites: UNetSites) -> None:
         for place in self.along:
             sites.self_attended[place].append(self._blurred)

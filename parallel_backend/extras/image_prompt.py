@@ -23,11 +23,8 @@ from ..distributed.sites import At, Inner, Place, UNetSites
 from ..errors import InputError
 from ..models.extra import Extra, Row
 from ..models.unet import BandUNet
-from ..rpc.extras import ImagePrompt
+from ..rpc.extras import IDENTITY_TOKENS, ImagePrompt
 from .target import Target, check_known
-
-# Of a picture's tokens those, at the front, that PuLID makes of the face alone.
-IDENTITY_TOKENS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +70,10 @@ class PromptedAttention(Extra, ABC):
             ends=tuple(zip(accumulate(values), accumulate(cells), strict=True)),
             **range_of,
         )
+
+    @property
+    def has_sizes(self) -> bool:
+        return self.masks is not None
 
     def check(self, branches: Iterable[int]) -> None:
         held = {branch for branch, _ in self.rows}
@@ -131,6 +132,10 @@ class OrthogonalAttention(PromptedAttention):
 
     Comm: a sum of 2 * B * D numbers in fp32 over the bands, at each place.
     """
+
+    @property
+    def name(self) -> str:
+        return "an image prompt's part that is orthogonal to the prompt's"
 
     def _added(self, out_BLD: Tensor, found_BLD: Tensor, q_BLD: Tensor, k_BTD: Tensor, at: At) -> Tensor:
         return self._less(out_BLD.float(), found_BLD.float(), 1.0, at)

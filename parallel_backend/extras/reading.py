@@ -17,21 +17,28 @@ from ..models.prediction import Predictor
 from ..rpc.extras import (
     AnyExtra,
     BlurQueries,
+    Downscale,
     ExtraSpec,
+    FreeU,
     ImagePrompt,
     JointImagePrompt,
     NormalizedGuidance,
     PerturbedAttention,
+    RegionalPrompts,
     ReportScores,
     SkipBlocks,
+    SplitPrompt,
     TiledAttention,
 )
 from .attention_scores import AttentionScores
 from .blurred_queries import BlurredQueries
+from .deep_shrink import SmallerWithin
+from .free_u import WeighedSkips
 from .image_prompt import PromptedAttention
 from .joint_image_prompt import JointPrompt
 from .normalized_attention import NormalizedAttention
 from .perturbed_attention import IdentityAttention
+from .regional_prompts import RegionalAttention, SplitPromptAttention
 from .skip_blocks import SkippedBlocks
 from .target import Target
 from .tiled_attention import QueryTiles
@@ -43,9 +50,13 @@ _KINDS: dict[type[ExtraSpec], tuple[Any, str]] = {
     JointImagePrompt: (JointPrompt, "mmdit"),
     ImagePrompt: (PromptedAttention, "unet"),
     BlurQueries: (BlurredQueries, "unet"),
+    RegionalPrompts: (RegionalAttention, "unet"),
+    SplitPrompt: (SplitPromptAttention, "unet"),
     NormalizedGuidance: (NormalizedAttention, "unet"),
     ReportScores: (AttentionScores, "unet"),
     TiledAttention: (QueryTiles, "unet"),
+    FreeU: (WeighedSkips, "unet"),
+    Downscale: (SmallerWithin, "unet"),
 }
 # Of samplings that take turns, each with a few.
 MOST_KEPT = 16
@@ -82,6 +93,7 @@ class Extras:
         made = tuple(self._of(spec.each(lambda index: tensors[index]), predictor, *size) for spec in asked)
         for extra in made:
             extra.check(branches)
+        _check_sizes(made)
         return made
 
     def forget(self) -> None:
@@ -100,6 +112,17 @@ class Extras:
         while len(self._made) > MOST_KEPT:
             self._made.popitem(last=False)
         return made.extra
+
+
+def _check_sizes(made: Sequence[Extra]) -> None:
+    """Raises: UnsupportedError: one makes the picture within smaller, and another knows tokens by their place in the whole one."""
+    resizing = next((extra.name for extra in made if extra.resizes), None)
+    sized = [extra.name for extra in made if extra.has_sizes]
+    if resizing and sized:
+        raise UnsupportedError(
+            f"{', '.join(sized)} can't be honoured beside {resizing}, which gives the blocks within a picture of another size.",
+            "Remove one of them (masks of an image prompt, regional prompts or HyperTile; deep shrink).",
+        )
 
 
 def read_extra(spec: AnyExtra, target: Target) -> Extra:

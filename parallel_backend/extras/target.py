@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..distributed.band import Cut
 from ..distributed.sites import Place
 from ..errors import InputError
 from ..models.mmdit import MMDiT
@@ -48,23 +49,20 @@ class Target:
 
     def sides_at(self, place: Place) -> tuple[int, int]:
         """Rows and columns of tokens that the latent has at one of `places`."""
-        scale = self._scale_at(place)
-        return -(-self.height // scale), -(-self.width // scale)
+        return self._cut_at(place).sides
 
     def own_tokens(self, place: Place) -> range:
         """Those of this rank's band there, counted row by row."""
-        assert self.unet is not None
-        band, columns = self.unet.band_of(self.height, self.width), self.sides_at(place)[1]
-        rows = [-(-count // self._scale_at(place)) for count in band.rows]
-        first = sum(rows[: band.axis.rank])
-        return range(first * columns, (first + rows[band.axis.rank]) * columns)
+        cut = self._cut_at(place)
+        first, last = cut.own_rows
+        return range(first * cut.columns, last * cut.columns)
 
-    def _scale_at(self, place: Place) -> int:
-        """Latent cells along a side of a token."""
+    def _cut_at(self, place: Place) -> Cut:
+        assert self.unet is not None
         side, number, _ = place
         levels = [level for _, level in self.config.places]
         index = {"input": number, "output": -1 - number}.get(side, -1)
-        return int(2 ** levels[index])
+        return self.unet.cut_of(self.height, self.width).halved(levels[index])
 
     def here(self, tensor: Tensor) -> Tensor:
         """On the device and in the dtype of the model."""

@@ -56,6 +56,10 @@ class QueryTiles(Extra):
             found[place] = known[key]
         return cls(tiles=found, **range_of)
 
+    @property
+    def has_sizes(self) -> bool:
+        return True
+
     def on_unet(self, sites: UNetSites) -> None:
         for place in self.tiles:
             sites.self_attended[place].append(self._tiled)

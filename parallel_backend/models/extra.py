@@ -39,6 +39,14 @@ class Extra:
     # It mixes rows of both prompts, which are evaluated at once.
     pairs: ClassVar[bool] = False
 
+    # The blocks within see a picture of another size than the latent's.
+    resizes: ClassVar[bool] = False
+
+    @property
+    def has_sizes(self) -> bool:
+        """Whether it holds something for each token that a latent of its size has at its places."""
+        return False
+
     @property
     def name(self) -> str:
         """As errors call it."""

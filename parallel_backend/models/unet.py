@@ -22,7 +22,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from ..config import ContinuousSampling
-from ..distributed.band import Band
+from ..distributed.band import Band, Cut
 from ..distributed.band_attention import CachedCrossAttention
 from ..distributed.band_conv import CuttingConv2d
 from ..distributed.collectives import all_gather, split_sizes
@@ -37,6 +37,7 @@ from .extra import Extra
 from .inputs import Inputs
 from .prepared import PreparedPrompt
 from .residuals import NONE, Residuals, check_count, check_residual
+from .unet_blocks import BlockByBlock
 
 HEAD_DIM = 64
 NORM_GROUPS = 32
@@ -138,10 +139,10 @@ class InBands:
         degree, unit = self.mesh.patch.degree, self.config.row_unit
         return self.mesh.patch if height > unit * (degree - 1) and width >= unit else MeshAxis("band")
 
-    def band_of(self, height: int, width: int) -> Band:
-        """How a latent of that size is cut."""
+    def cut_of(self, height: int, width: int) -> Cut:
+        """How the ranks share a latent of that size out."""
         axis = self._axis_for(height, width)
-        return Band(axis, band_rows(height, axis.degree, self.config.row_unit), width)
+        return Cut(axis, tuple(band_rows(height, axis.degree, self.config.row_unit)), width)
 
     def prepare_prompt(self, context_BLE: Tensor, y_BA: Tensor) -> PreparedPrompt:
         """Keys and values of each attention to the prompt, (B, L, 2 * D) by its slot.
@@ -166,8 +167,7 @@ class InBands:
     ) -> Iterator[Band]:
         """Inside, the model takes a latent of that size in bands, with that prompt and what acts at these sites, at that step."""
         band, (rows, columns) = self.band, x_BCYX.shape[2:]
-        band.axis = self._axis_for(rows, columns)
-        band.rows, band.columns, band.step = band_rows(rows, band.axis.degree, self.config.row_unit), columns, step
+        band.cut, band.step = self.cut_of(rows, columns), step
         band.prompt_kv, band.sites = prepared.tensors, sites
         if self.slices is not None:
             self.slices.begin()
@@ -218,15 +218,15 @@ class BandUNet(InBands):
         Raises: InputError: they don't fit this model, or a latent of that size.
         """
         places, config = self.config.places, self.config
-        band = self.band_of(height, width)
+        cut = self.cut_of(height, width)
 
         def own(tensor: Tensor | None, where: str, channels: int, level: int) -> Tensor | None:
             if tensor is None:
                 return None
             sides = [-(-side // 2**level) for side in (height, width)]
             check_residual(tensor, where, [channels, *sides])
-            rows = band.rows_like(tensor)
-            return tensor.narrow(2, sum(rows[: band.axis.rank]), rows[band.axis.rank])
+            start, stop = cut.halved(level).own_rows
+            return tensor[:, :, start:stop]
 
         def all_own(side: Sequence[Tensor | None], name: str) -> list[Tensor | None]:
             check_count(side, len(places), name)
@@ -286,19 +286,27 @@ class BandUNet(InBands):
         return self.evaluate(self.inputs(x_BCYX, timesteps_B, prepared, step, residuals, extras), step)
 
     def evaluate(self, inputs: Inputs, step: Step) -> Tensor:
-        x_BCYX, prepared = inputs.x, inputs.prepared
-        self._added, added = inputs.residuals, self._handed_on(inputs.residuals)
-        try:
-            with self.cut(x_BCYX, prepared, step, _sites_of(inputs.extras)) as band:
-                given = {"class_labels": prepared.pooled, "return_dict": False, **added}
-                out = self.model(x_BCYX, inputs.changing["timesteps"], prepared.context, **given)[0]
-        finally:
-            self._added = NONE
-        whole = all_gather(out, 2, band.rows, band.axis)
+        sites = _sites_of(inputs.extras)
+        with self.cut(inputs.x, inputs.prepared, step, sites) as band:
+            latent = band.cut
+            if sites is not None and sites.between_blocks:
+                out = BlockByBlock(self.model, self.config.places, band, self.cut_of)(inputs, sites)
+            else:
+                out = self._through(inputs)
+        whole = all_gather(out, 2, latent.rows, latent.axis)
         # After the output, which the next step waits for: a communicator works in order.
         if step.stale is not None:
             step.stale.end_evaluation()
         return whole
+
+    def _through(self, inputs: Inputs) -> Tensor:
+        """This rank's band of the output."""
+        self._added, added = inputs.residuals, self._handed_on(inputs.residuals)
+        try:
+            given = {"class_labels": inputs.prepared.pooled, "return_dict": False, **added}
+            return self.model(inputs.x, inputs.changing["timesteps"], inputs.prepared.context, **given)[0]  # type: ignore[no-any-return]
+        finally:
+            self._added = NONE
 
 
 def loadable_unet(config: UNetConfig, mesh: Mesh) -> Any:

@@ -92,9 +92,11 @@ class JointImagePrompt(ExtraSpec, Generic[T], frozen=True):
     fresh_fields: ClassVar[tuple[str, ...]] = ("keys_values",)
 
 
-# How the output for pictures comes to that for the prompt: as it is; its part that is orthogonal to that one, over all tokens; or
-# with so much of the other part as the share of attention that the picture's first tokens get.
+# How the output for a picture comes to that for the prompt: as it is; its part that is orthogonal to that one, over all tokens; or
+# with so much of the other part, too, as the share of attention that the identity's tokens get.
 ImagePromptForm: TypeAlias = Literal["added", "orthogonal", "partly_orthogonal"]
+# The first ones of a picture's, which PuLID makes of the face alone.
+IDENTITY_TOKENS = 5
 
 
 class ImagePrompt(ExtraSpec, Generic[T], frozen=True):
@@ -129,6 +131,27 @@ class BlurQueries(ExtraSpec, frozen=True):
 
     places: list[PlaceName]
     blur: float | None
+
+
+class RegionalPrompts(ExtraSpec, Generic[T], frozen=True):
+    """Attention of cond's rows to several prompts, at all cross-attentions of a UNet: of each what its mask says. Uncond has none.
+
+    Args:
+        strength: of the row's own prompt, whose keys and values are times that.
+        keys, values: the other prompts (1, tokens, context width), of which keys and values are made; no values where they are the same.
+        masks: by scale of the picture, (prompts, tokens of the whole picture), the own prompt first; of each token they sum to 1.
+    """
+
+    strength: float
+    keys: list[T]
+    values: list[T] | None
+    masks: list[T]
+
+    tensor_fields: ClassVar[tuple[str, ...]] = ("keys", "values", "masks")
+
+
+class SplitPrompt(ExtraSpec, frozen=True):
+    """Of a prompt's tokens, at all cross-attentions of a UNet, those of even number are keys, those of odd number values: NegPiP."""
 
 
 class NormalizedGuidance(ExtraSpec, frozen=True):
@@ -168,13 +191,53 @@ class TiledAttention(ExtraSpec, frozen=True):
     tiles: list[tuple[int, int, int, int]]
 
 
+class FreeU(ExtraSpec, frozen=True):
+    """Before output blocks of a UNet, half of the image's channels are multiplied, and the lowest frequencies of skip connections.
+
+    Source: FreeU (Si et al. 2023, arXiv 2309.11497), equations 3 to 5.
+
+    Args:
+        factors: by channels of the image where they act: (channels, of the image, of the skip connection).
+        by_structure: the image's factor differs by cell, as the mean of its channels does there: the paper's second version.
+        order: among what acts before output blocks.
+    """
+
+    factors: list[tuple[int, float, float]]
+    by_structure: bool
+    order: int = 0
+
+
+class Downscale(ExtraSpec, frozen=True):
+    """What an input block of a UNet gives is made smaller, and large again where a skip connection is.
+
+    Source: Kohya's deep shrink, as ComfyUI's PatchModelAddDownscale has it.
+
+    Args:
+        factor: both sides are divided by it, and rounded.
+        after_skip: the skip connection stays as large as it was.
+        method, back: of resizing, and of resizing back: see `distributed/resize.py`.
+        order: of the resizing back, as FreeU's.
+    """
+
+    block: int
+    factor: float
+    after_skip: bool
+    method: str
+    back: str
+    order: int = 0
+
+
 AnyExtra: TypeAlias = (
     SkipBlocks
     | PerturbedAttention
     | JointImagePrompt[Any]
     | ImagePrompt[Any]
     | BlurQueries
+    | RegionalPrompts[Any]
+    | SplitPrompt
     | NormalizedGuidance
     | ReportScores
     | TiledAttention
+    | FreeU
+    | Downscale
 )  # fmt: skip

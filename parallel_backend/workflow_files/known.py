@@ -45,7 +45,7 @@ _CONTROLNETS = (
 _OF_PACKS = (
     "FaceDetailer FaceDetailerPipe DetailerForEach DetailerForEachPipe UltimateSDUpscale UltimateSDUpscaleNoUpscale ToBasicPipe "
     "FromBasicPipe FromBasicPipe_v2 ToDetailerPipe ToDetailerPipeSDXL KSamplerAdvancedProvider KSamplerProvider LayeredDiffusionApply "
-    "BNK_CLIPTextEncodeAdvanced IPAdapterUnifiedLoader IPAdapterUnifiedLoaderFaceID IPAdapterUnifiedLoaderCommunity "
+    "BNK_CLIPTextEncodeAdvanced AttentionCouplePPM CLIPNegPip IPAdapterUnifiedLoader IPAdapterUnifiedLoaderFaceID IPAdapterUnifiedLoaderCommunity "
     "SDXLPromptStyler smZ_CLIPTextEncode"
 )
 _WITH_SPACES = (
@@ -53,7 +53,7 @@ _WITH_SPACES = (
     "Efficient Loader; Eff. Loader SDXL; Power Lora Loader (rgthree); Lora Loader Stack (rgthree); Lora Loader (pysssss); "
     "LoraLoader|pysssss; CR Apply LoRA Stack; CR LoRA Stack; LoRA Stacker; Context (rgthree); Context Big (rgthree); "
     "Context Switch (rgthree); Any Switch (rgthree); Checkpoint Loader with Name (Image Saver); ConditioningAverage ; "
-    "easy a1111Loader; easy comfyLoader; easy fullLoader; easy pipeIn; easy pipeOut; easy pipeEdit; easy preSampling; "
+    "AttentionCouple|cgem156; easy a1111Loader; easy comfyLoader; easy fullLoader; easy pipeIn; easy pipeOut; easy pipeEdit; easy preSampling; "
     "easy preSamplingAdvanced; easy preSamplingNoiseIn; easy preSamplingCustom; easy kSampler; easy fullkSampler; easy hiresFix; "
     "easy preDetailerFix; easy detailerFix; ttN pipeLoader; ttN pipeLoader_v2; ttN pipeLoaderSDXL; ttN pipeKSampler; ttN pipeKSampler_v2; "
     "ttN pipeKSamplerAdvanced; ttN pipeKSamplerSDXL; ttN pipeLoraStack; ttN pipeIN; ttN pipeOUT; ttN pipeEDIT; "

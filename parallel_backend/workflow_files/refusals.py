@@ -22,7 +22,7 @@ _CLASSES = {
         "FreeU FreeU_V2 HyperTile TomePatchModel PatchModelAddDownscale SelfAttentionGuidance PerturbedAttentionGuidance "
         "UNetSelfAttentionMultiply UNetCrossAttentionMultiply UNetTemporalAttentionMultiply NAGuidance SkipLayerGuidanceSD3 "
         "SkipLayerGuidanceDiT SkipLayerGuidanceDiTSimple HypernetworkLoader GLIGENTextBoxApply ModelAttentionBackend ScaleROPE "
-        "ReferenceOnlySimple TGateApply TGateApplySimple TGateApplyAdvanced CLIPNegPip NegPip ApplyRAUNet ApplyRAUNetSimple "
+        "ReferenceOnlySimple TGateApply TGateApplySimple TGateApplyAdvanced NegPip ApplyRAUNet ApplyRAUNetSimple "
         "ApplyMSWMSAAttention ApplyMSWMSAAttentionSimple SmoothedEnergyGuidanceAdvanced PerturbedAttention SlidingWindowGuidanceAdvanced "
         "INPAINT_ApplyFooocusInpaint"
     ),

@@ -1,0 +1,248 @@
+"""Regional prompts (attention couple) and NegPiP: what patches of attention to the prompt put in its place.
+
+Their arithmetic of strengths and masks is not repeated here: each is called, in ComfyUI's process, with rows of known numbers, and
+what it makes of these says which prompts it attends to and how much of each comes to each token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+from weakref import ref
+
+import torch
+from comfy.model_management import get_torch_device
+from torch import Tensor
+
+from ...parallel_backend.errors import UnsupportedError
+from ...parallel_backend.rpc.extras import AnyExtra, RegionalPrompts, SplitPrompt
+from .cross_attentions import cross_attentions
+from .pack_version import pack_and_version
+from .patches import Call, Kind, Patch, origin
+from .refusal import LOCALLY
+
+_NEGPIP = "unet_negpip:sdxl_attn2_negpip"
+# Of cgem156-ComfyUI, ComfyUI-ppm and comfyui-prompt-control, in this order.
+_INPUTS = (
+    "node:AttentionCouple.attention_couple_simple.<locals>.attn2_patch",
+    "unet_couple:unet_attn2_couple_wrapper.<locals>.attn2_patch",
+    "attention_couple_ppm:AttentionCoupleHook.attn2_patch",
+)
+_OUTPUTS = (
+    "node:AttentionCouple.attention_couple_simple.<locals>.attn2_output_patch",
+    "unet_couple:unet_attn2_output_couple_wrapper.<locals>.attn2_output_patch",
+    "attention_couple_ppm:AttentionCoupleHook.attn2_output_patch",
+)
+# What comfyui-prompt-control hangs in place of its methods, and what it tells other packs beside.
+_PROXY, _TOLD_BESIDE = "attention_couple_ppm:Proxy", "pc_couple"
+_UNCOND = 1
+# For areas of a picture, which take turns.
+_MOST_KEPT = 8
+
+
+def _origin(function: Any) -> str:
+    return origin(function.function) if origin(function) == _PROXY else origin(function)
+
+
+def _knows(patch: Patch) -> bool:
+    known = {"attn2_patch": (*_INPUTS, _NEGPIP), "attn2_output_patch": _OUTPUTS}
+    return _origin(patch.function) in known.get(patch.kind, ())
+
+
+def is_told_beside(option: str, options: Any) -> bool:
+    """Whether a transformer option only says again what known patches beside it hold."""
+    hung = options.get("patches", {}).get("attn2_patch", ())
+    return option == _TOLD_BESIDE and any(origin(function) == _PROXY for function in hung)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What patches became, for a layout of rows and a shape."""
+
+    of: tuple[Any, ...]
+    functions: tuple[ref[Any], ...]
+    extras: Sequence[AnyExtra]
+
+
+def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:
+    """For the same patches they are the same objects, whose tensors are sent once."""
+    functions, network = [patch.function for patch in patches], _remote(call)
+    layout = call.branches[::-1] if call.sigma is None else call.branches
+    of = (call.shape[2:], layout)
+    kept: list[_Kept] = network.translated.setdefault(functions[0], [])
+    for one in kept:
+        if one.of == of and [function() for function in one.functions] == functions:
+            return one.extras
+    _check_alone(patches, call)
+    asked = _Asked(patches, layout, call)
+    with torch.inference_mode():
+        made = _Kept(of, tuple(map(ref, functions)), asked.extras())
+    kept[:] = [*kept[1 - _MOST_KEPT :], made]
+    return made.extras
+
+
+def _remote(call: Call) -> Any:
+    """The network as what it is: see `nodes/remote_network.py`."""
+    return call.network
+
+
+def _check_alone(patches: Sequence[Patch], call: Call) -> None:
+    """Raises: UnsupportedError: others at the same place, which would be given rows of several prompts; or an order that isn't known."""
+    hung = [patch.function for patch in patches]
+    others = [
+        Patch(kind, None, function)
+        for kind in ("attn2_patch", "attn2_output_patch")
+        for function in call.options.get("patches", {}).get(kind, ())
+        if function not in hung
+    ]
+    replaced = call.options.get("patches_replace", {}).get("attn2", {}).items()
+    others += [Patch("attn2", place, function) for place, function in replaced if function is not None]
+    names = [_origin(patch.function) for patch in patches if patch.kind == "attn2_patch"]
+    outputs = [_origin(patch.function) for patch in patches if patch.kind == "attn2_output_patch"]
+    couples = [name for name in names if name != _NEGPIP]
+    if others:
+        beside = f"beside {others[0].told}: both act on attention to the prompt"
+    elif len(couples) > 1 or names[:-1].count(_NEGPIP) != len(names[:-1]):
+        beside = f"together: {', '.join(names)}. Known are one of regional prompts, and NegPiP before it"
+    elif outputs != [_OUTPUTS[_INPUTS.index(name)] for name in couples]:
+        beside = f"with {', '.join(outputs) or 'nothing'} for its output"
+    else:
+        return
+    raise UnsupportedError(f"{_told(patches)} can't be honoured {beside}.", f"Remove one of them, or {LOCALLY}.")
+
+
+def _told(patches: Sequence[Patch]) -> str:
+    function = patches[0].function
+    written = getattr(function, "function", function)
+    named = written if hasattr(written, "__qualname__") else type(written)
+    return f"Regional prompts ({named.__qualname__} of {pack_and_version(named)})"
+
+
+class _Asked:
+    """What patches say of attention to the prompt, in rows of that layout: 1 uncond, all others cond."""
+
+    def __init__(self, patches: Sequence[Patch], layout: Sequence[int], call: Call) -> None:
+        self.patches, self.layout, self.call = patches, layout, call
+        self.inputs = [patch.function for patch in patches if patch.kind == "attn2_patch"]
+        self.outputs = [patch.function for patch in patches if patch.kind == "attn2_output_patch"]
+        self.splits = any(_origin(function) == _NEGPIP for function in self.inputs)
+        self.options: dict[str, Any] = {"cond_or_uncond": list(layout), "original_shape": list(call.shape)}
+
+    def extras(self) -> list[AnyExtra]:
+        """Raises: UnsupportedError: they do something else than attend to prompts and weigh what comes of it."""
+        blocks = (b for layer in self.call.network.modules() for b in getattr(layer, "transformer_blocks", ()))
+        width = next((block.attn2.to_k.in_features for block in blocks), None)
+        if width is None:  # no attention to a prompt
+            return []
+        split: list[AnyExtra] = [SplitPrompt()] if self.splits else []
+        base = _drawn(len(self.layout), 2, width)
+        try:
+            q, k, v = self._by_branch(base)
+            if not self.outputs or all(branch == _UNCOND for branch in self.layout):
+                return split
+            strength, keys, values = self._regions(base, k, v)
+            masks = self._masks([len(rows) for rows in q])
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+            self._unknown(f"it can't be computed: {type(error).__name__}: {str(error)[:200]}")
+        same = all(torch.equal(key, value) for key, value in zip(keys, values, strict=True))
+        regions = RegionalPrompts(strength=strength, keys=keys, values=None if same else values, masks=masks)
+        return [*split, regions]
+
+    def _by_branch(self, base_BTE: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Queries, keys and values, each by branch of the layout: one row for uncond, for cond one for each prompt."""
+        given = q = _drawn(len(self.layout), 2, 3)
+        k = v = base_BTE
+        for function in self.inputs:
+            q, k, v = function(q, k, v, self.options)
+        conds = sum(branch != _UNCOND for branch in self.layout)
+        each, left = divmod(len(q) - (len(self.layout) - conds), max(conds, 1))
+        counts = [1 if branch == _UNCOND else each for branch in self.layout]
+        if left or (each < 1 and conds) or not len(q) == len(k) == len(v) == sum(counts):
+            self._unknown("it gives other numbers of rows")
+        parts = [tuple(tensor.split(counts)) for tensor in (q, k, v)]
+        tiles = self._tiles(base_BTE)
+        for number, branch in enumerate(self.layout):
+            own = [part[number] for part in parts]
+            if not torch.equal(own[0], given[number].expand_as(own[0])):
+                self._unknown("it changes queries")
+            strengths = {_strength(own[n][0], tiles[n - 1][number]) for n in (1, 2)}
+            if None in strengths or (strengths != {1.0} and (branch == _UNCOND or not self.outputs)):
+                self._unknown("it changes the prompt")
+        q_parts, k_parts, v_parts = (list(part) for part in parts)
+        return q_parts, k_parts, v_parts
+
+    def _tiles(self, base_BTE: Tensor) -> tuple[Tensor, Tensor]:
+        """The prompt's keys and values before regions: NegPiP parts them."""
+        return (base_BTE[:, 0::2], base_BTE[:, 1::2]) if self.splits else (base_BTE, base_BTE)
+
+    def _regions(
+        self, base_BTE: Tensor, k: Sequence[Tensor], v: Sequence[Tensor]
+    ) -> tuple[float, list[Tensor], list[Tensor]]:
+        """The strength of the prompt itself, and the other prompts for keys and for values, (1, T, E)."""
+        conds = [number for number, branch in enumerate(self.layout) if branch != _UNCOND]
+        tiles = self._tiles(base_BTE)
+        found = {
+            _strength(part[number][0], tile[number])
+            for part, tile in zip((k, v), tiles, strict=True)
+            for number in conds
+        }
+        if len(found) != 1 or any(not torch.equal(part[n][1:], part[conds[0]][1:]) for part in (k, v) for n in conds):
+            self._unknown("it takes keys and values of different strength, or other regions for each row")
+        keys, values = ([row[None].cpu() for row in part[conds[0]][1:]] for part in (k, v))
+        return found.pop() or 0.0, keys, values
+
+    def _masks(self, counts: Sequence[int]) -> list[Tensor]:
+        """By scale of the picture, (prompts, tokens): how much of each comes to each token."""
+        sides = tuple(self.call.shape[2:])
+        wanted = {attention.tokens for attention in cross_attentions(self.call.network, *sides).values()}
+        masks = []
+        while wanted:
+            if sides[0] * sides[1] in wanted:
+                masks.append(self._masks_at(sides, counts))
+                wanted.remove(sides[0] * sides[1])
+            sides = (-(-sides[0] // 2), -(-sides[1] // 2))
+        return masks
+
+    def _masks_at(self, sides: tuple[int, ...], counts: Sequence[int]) -> Tensor:
+        tokens, prompts = sides[0] * sides[1], max(counts)
+        # A row is 1 in the channel of its own number.
+        rows = torch.cat([torch.eye(prompts + 1, device=get_torch_device())[: n if n > 1 else 1] for n in counts])
+        options = self.options | {"activations_shape": [*self.call.shape[:2], *sides]}
+        out = rows[:, None].expand(-1, tokens, -1).clone()
+        for function in self.outputs:
+            out = function(out, options)
+        if out.shape != (len(counts), tokens, prompts + 1):
+            self._unknown("it gives other numbers of rows")
+        conds = [number for number, branch in enumerate(self.layout) if branch != _UNCOND]
+        kept = torch.zeros(prompts + 1, device=out.device)
+        kept[0] = 1.0
+        is_kept = all(torch.equal(out[n], kept.expand(tokens, -1)) for n in range(len(counts)) if n not in conds)
+        if not is_kept or any(not torch.equal(out[n], out[conds[0]]) for n in conds) or out[conds[0]][:, -1].any():
+            self._unknown("it doesn't weigh each region's output by a mask")
+        return out[conds[0]][:, :-1].T.contiguous().cpu()
+
+    def _unknown(self, why: str) -> NoReturn:
+        raise UnsupportedError(
+            f"{_told(self.patches)} are of a version that is not known, or don't fit this picture: {why}.",
+            f"Use another version of that pack, or sizes that divide by 64; or {LOCALLY}.",
+        )
+
+
+def _drawn(*shape: int) -> Tensor:
+    """Numbers of which no two are alike, where packs keep their prompts."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(get_torch_device())
+
+
+def _strength(row_TE: Tensor, tile_TE: Tensor) -> float | None:
+    """Times what a row is these tokens, again and again; None where it is something else."""
+    if row_TE.shape[0] % tile_TE.shape[0] or row_TE.shape[1] != tile_TE.shape[1]:
+        return None
+    whole = tile_TE.repeat(row_TE.shape[0] // tile_TE.shape[0], 1)
+    if torch.equal(row_TE, whole):
+        return 1.0
+    strength = round(float((row_TE * whole).sum() / (whole * whole).sum()), 6)
+    return strength if torch.allclose(row_TE, strength * whole, rtol=1e-4, atol=1e-6) else None
+
+
+KIND = Kind(_knows, _extras)

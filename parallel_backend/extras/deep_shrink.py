@@ -1,0 +1,79 @@
+"""A UNet whose inner blocks see a smaller picture than the outer ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..distributed.band_image import BandImage
+from ..distributed.resize import METHODS
+from ..distributed.sites import UNetSites
+from ..errors import InputError
+from ..models.extra import Extra
+from ..rpc.extras import Downscale
+from .target import Target, check_known
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallerWithin(Extra):
+    """Fields as those of `Downscale`."""
+
+    block: int
+    factor: float
+    after_skip: bool
+    method: str
+    back: str
+    order: int
+    resizes = True
+
+    @classmethod
+    def read(cls, asked: Downscale, target: Target, range_of: dict[str, Any]) -> SmallerWithin:
+        """Raises: InputError: a block or a method that there isn't, or sizes that the latent can't have there."""
+        places = target.config.places
+        check_known([asked.block], range(len(places)), "input block", target)
+        for method in (asked.method, asked.back):
+            if method not in METHODS:
+                raise InputError(f"There is no method {method!r} of resizing.", f"Use one of {', '.join(METHODS)}.")
+        _check_sides(asked, target, places)
+        named = {name: getattr(asked, name) for name in ("block", "factor", "after_skip", "method", "back", "order")}
+        return cls(**named, **range_of)
+
+    def on_unet(self, sites: UNetSites) -> None:
+        sites_of = sites.after_skip if self.after_skip else sites.after_input
+        sites_of[self.block].append(self._smaller)
+        sites.before_output[self.order] = self._restored
+
+    def _smaller(self, image: BandImage) -> BandImage:
+        return image.resized(*_divided(image.sides, self.factor), self.method)
+
+    def _restored(self, image: BandImage, skip: BandImage) -> tuple[BandImage, BandImage]:
+        """As ComfyUI, by height alone."""
+        if image.sides[0] == skip.sides[0]:
+            return image, skip
+        return image.resized_like(skip, self.back), skip
+
+
+def _divided(sides: tuple[int, int], factor: float) -> tuple[int, int]:
+    height, width = (round(side * (1.0 / factor)) for side in sides)
+    return height, width
+
+
+def _check_sides(asked: Downscale, target: Target, places: list[tuple[int, int]]) -> None:
+    """Raises: InputError."""
+    if not asked.factor > 0:
+        raise InputError(f"Sides of a picture can't be divided by {asked.factor:g}.", "Give a factor above 0.")
+    level = places[asked.block][1]
+    sides = -(-target.height // 2**level), -(-target.width // 2**level)
+    smaller = _divided(sides, asked.factor)
+    # Where the blocks going up meet a skip connection that wasn't made smaller, at the same scale.
+    meets = asked.after_skip or places[max(0, asked.block - 1)][1] == level
+    told = f"Input block {asked.block} gives {sides[0]} x {sides[1]} values (height x width), by {asked.factor:g}"
+    if 0 in smaller:
+        raise InputError(f"{told} none at all.", "Give a smaller factor, or a larger latent.")
+    if meets and smaller[0] == sides[0] and smaller[1] != sides[1]:
+        raise InputError(
+            f"{told} {smaller[0]} x {smaller[1]}: rounded, the height stays, and only heights are resized back.",
+            "Give another factor.",
+        )
+    if asked.block == 0 and not asked.after_skip and smaller != sides:
+        raise InputError("Made smaller at input block 0, the whole result would be.", "Give a later block.")

@@ -1,0 +1,211 @@
+"""What acts between the blocks of a UNet, in bands: FreeU and deep shrink equal plain formulas on the whole picture, in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from local_network import local_network
+from rank_pool import RankPool, groups
+from torch import Tensor
+from unet_inputs import inputs, unet_prompt
+
+from parallel_backend import Backend, Conditioning, MeshSpec, RemoteModel
+from parallel_backend.distributed.mesh import build_mesh
+from parallel_backend.distributed.resize import resized
+from parallel_backend.errors import InputError, UnsupportedError
+from parallel_backend.extras.reading import Extras
+from parallel_backend.models.families import SDXL
+from parallel_backend.models.prediction import Predictor, Prompt, Rows
+from parallel_backend.models.residuals import Residuals
+from parallel_backend.rpc.extras import AnyExtra, Downscale, FreeU
+from parallel_backend.small_checkpoints.unet import CONFIGS, random_unet
+
+pytestmark = pytest.mark.busy
+
+Size = tuple[int, int, int]
+# Of the tiny model's widths.
+FACTORS = [(128, 1.3, 0.5), (64, 1.4, 0.2)]
+FREE_U = FreeU(factors=FACTORS, by_structure=False)
+FREE_U_V2 = FreeU(factors=FACTORS, by_structure=True)
+
+
+def shrink(block: int, **changed: Any) -> Downscale:
+    settings = {"factor": 2.0, "after_skip": True, "method": "bicubic", "back": "bilinear", "order": 1}
+    return Downscale(block=block, **(settings | changed))
+
+
+# The tiny model's input blocks: 0 and 1 of the whole size, 2 and 3 of half of it, 4 and 5 of a quarter.
+CASES: dict[str, list[AnyExtra]] = {
+    "FreeU": [FREE_U],
+    "FreeU_V2": [FREE_U_V2],
+    "shrunk where a scale begins": [shrink(2)],
+    "shrunk where a scale ends, by 1.5": [shrink(3, factor=1.5, method="area", back="nearest-exact")],
+    "shrunk before the skip": [shrink(3, after_skip=False, method="bilinear", back="bicubic")],
+    "shrunk at first, before the skip of the next": [shrink(1, after_skip=False, factor=1.7, method="nearest-exact")],
+    "shrunk at last": [shrink(5, factor=1.4, method="bislerp", back="bislerp")],
+    "larger": [shrink(4, factor=0.6)],
+    "shrunk twice": [shrink(1, factor=1.3), shrink(3, factor=1.5)],
+    "FreeU before what is resized back": [FREE_U_V2, shrink(3)],
+    "FreeU after it": [FreeU(factors=FACTORS, by_structure=True, order=2), shrink(2)],
+}
+SIZES: list[Size] = [(2, 16, 16), (1, 21, 13)]
+MESHES = [MeshSpec(), MeshSpec(patch=2), MeshSpec(patch=3), MeshSpec(patch=2, sliced=True)]
+
+
+def filtered(skip: Tensor, factor: float) -> Tensor:
+    """Of the spectrum of the whole picture, two by two values around the middle are multiplied."""
+    spectrum = torch.fft.fftshift(torch.fft.fftn(skip, dim=(-2, -1)), dim=(-2, -1))
+    y, x = (side // 2 for side in skip.shape[-2:])
+    spectrum[..., max(0, y - 1) : y + 1, max(0, x - 1) : x + 1] *= factor
+    return torch.fft.ifftn(torch.fft.ifftshift(spectrum, dim=(-2, -1)), dim=(-2, -1)).real
+
+
+def weighed(asked: FreeU, h: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+    for channels, of_image, of_skip in asked.factors:
+        if channels == h.shape[1]:
+            mean = h.mean(1, keepdim=True)
+            least, most = (mean.flatten(1).aminmax(dim=1)[i].view(-1, 1, 1, 1) for i in (0, 1))
+            factor = (of_image - 1) * (mean - least) / (most - least) + 1 if asked.by_structure else of_image
+            half = channels // 2
+            return torch.cat([h[:, :half] * factor, h[:, half:]], 1), filtered(skip, of_skip)
+    return h, skip
+
+
+def smaller(asked: Downscale, h: Tensor) -> Tensor:
+    return resized(h, *(round(side / asked.factor) for side in h.shape[2:]), asked.method)
+
+
+def as_large(asked: Downscale, h: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+    return (h if h.shape[2] == skip.shape[2] else resized(h, *skip.shape[2:], asked.back)), skip
+
+
+def added(h: Tensor, residual: Tensor | None) -> Tensor:
+    return h if residual is None or h.shape != residual.shape else h + residual
+
+
+@cache
+def expected(case: str, size: Size, with_residuals: bool = False) -> Tensor:
+    """The tiny UNet of diffusers, block after block in one process, whole."""
+    asked, residuals = (
+        CASES.get(case, []),
+        residuals_of(size) if with_residuals else Residuals([None] * 6, None, [None] * 6),
+    )
+    model, (x, timesteps, context, y) = random_unet(CONFIGS["tiny"]), inputs("tiny", size)
+    with torch.inference_mode():
+        emb = model.time_embedding(model.time_proj(timesteps)) + model.class_embedding(y)
+
+        def through(block: Any, i: int, h: Tensor) -> Tensor:
+            h = block.resnets[i](h, emb)
+            return block.attentions[i](h, context)[0] if hasattr(block, "attentions") else h
+
+        steps: list[Callable[[Tensor], Tensor]] = [model.conv_in]
+        for block in model.down_blocks:
+            steps += [lambda h, block=block: through(block, 0, h), *(block.downsamplers or ())]
+        h, skips = x, []
+        for number, step in enumerate(steps):
+            h = added(step(h), residuals.input[number])
+            here = [a for a in asked if isinstance(a, Downscale) and a.block == number]
+            for a in here:
+                h = h if a.after_skip else smaller(a, h)
+            skips.append(h)
+            for a in here:
+                h = smaller(a, h) if a.after_skip else h
+        h = added(model.mid_block(h, emb, context), residuals.middle)
+        for block in model.up_blocks:
+            for i in range(2):
+                skip = skips.pop()
+                skip = added(skip, residuals.output[len(skips)])
+                for a in sorted(asked, key=lambda a: a.order):
+                    h, skip = as_large(a, h, skip) if isinstance(a, Downscale) else weighed(a, h, skip)
+                h = through(block, i, torch.cat([h, skip], 1))
+            for upsampler in block.upsamplers or ():
+                h = upsampler.conv(F.interpolate(h, size=skips[-1].shape[2:]))
+        return model.conv_out(model.conv_act(model.conv_norm_out(h)))
+
+
+def residuals_of(size: Size) -> Residuals:
+    batch, height, width = size
+    generator = torch.Generator().manual_seed(3)
+
+    def one(channels: int, level: int) -> Tensor:
+        return torch.randn(batch, channels, -(-height // 2**level), -(-width // 2**level), generator=generator)
+
+    config = CONFIGS["tiny"]
+    return Residuals([one(*place) for place in config.places], one(128, 2), [one(*place) for place in config.places])
+
+
+@cache
+def predictor(path: Path, mesh: MeshSpec) -> Predictor:
+    built = build_mesh(mesh, groups())
+    return Predictor(local_network(path, built), built, torch.float32, torch.device("cpu"), SDXL)
+
+
+@torch.inference_mode()
+def output_case(path: Path, mesh: MeshSpec, case: str, size: Size, with_residuals: bool = False) -> Tensor:
+    model, (x, timesteps, context, y) = predictor(path, mesh), inputs("tiny", size)
+    acting = Extras().read(CASES.get(case, []), [], model, size[1:], (0,))
+    rows = Rows(x, timesteps, Prompt(context, y), extras=acting, which=tuple((0, i) for i in range(size[0])))
+    return model.output(replace(rows, residuals=residuals_of(size)) if with_residuals else rows)
+
+
+def assert_near(out: Tensor, wanted: Tensor) -> None:
+    assert (out - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=MeshSpec.describe)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_equals_plain_formulas(case: str, size: Size, mesh: MeshSpec, ranks: RankPool, unets: Path) -> None:
+    wanted = expected(case, size)
+    assert (wanted - expected("none", size)).abs().max() > 1e-2 * wanted.abs().max()
+    for out in ranks(mesh.world_size, output_case, unets / "unet-tiny.safetensors", mesh, case, size):
+        assert_near(out, wanted)
+
+
+@pytest.mark.parametrize("size", [(1, 5, 3), (1, 9, 4), (1, 12, 5)], ids=str)
+@pytest.mark.parametrize("case", ["FreeU_V2", "shrunk where a scale begins", "larger"])
+def test_latents_too_small_for_bands_are_computed_whole(case: str, size: Size, ranks: RankPool, unets: Path) -> None:
+    """Some within alone, some outside alone."""
+    for out in ranks(3, output_case, unets / "unet-tiny.safetensors", MeshSpec(patch=3), case, size):
+        assert_near(out, expected(case, size))
+
+
+@pytest.mark.parametrize("case", ["FreeU", "shrunk where a scale begins", "shrunk before the skip"])
+def test_residuals_are_added_where_they_fit(case: str, ranks: RankPool, unets: Path) -> None:
+    size = SIZES[1]
+    for out in ranks(2, output_case, unets / "unet-tiny.safetensors", MeshSpec(patch=2), case, size, True):
+        assert_near(out, expected(case, size, True))
+
+
+@pytest.fixture(scope="module")
+def model(backend2: Backend, unets: Path) -> RemoteModel:
+    return backend2.load_model(str(unets / "unet-tiny.safetensors"), MeshSpec(patch=2), "float32")
+
+
+LATENT = torch.zeros(1, 4, 16, 16)
+PROMPT = Conditioning(*unet_prompt(CONFIGS["tiny"], 1))
+WRONG: list[tuple[AnyExtra, str]] = [
+    (shrink(6), "Input block 6 is named"),
+    (shrink(2, method="lanczos"), "no method 'lanczos'"),
+    (shrink(2, factor=0.0), "divided by 0"),
+    (shrink(4, factor=9.0), "by 9 none at all"),
+    (shrink(0, after_skip=False), "the whole result"),
+]
+
+
+@pytest.mark.parametrize(("asked", "words"), WRONG, ids=[words for _, words in WRONG])
+def test_what_does_not_fit_is_named_before_the_first_step(asked: AnyExtra, words: str, model: RemoteModel) -> None:
+    with pytest.raises(InputError, match=words):
+        model.sample(LATENT, PROMPT, PROMPT, steps=2, extras=[asked])
+
+
+def test_displaced_steps_refuse_them_by_name(model: RemoteModel) -> None:
+    with pytest.raises(UnsupportedError, match="WeighedSkips"):
+        model.sample(LATENT, PROMPT, PROMPT, steps=4, warmup_steps=1, extras=[FREE_U])
