@@ -9,26 +9,32 @@ A `Backend` is a set of torchrun ranks that outlives its clients:
 
 from .client.backend import Backend
 from .client.generation import Generated
+from .client.guidance import PerpNeg, WeakerModel
 from .client.remote import RemoteModel
 from .client.remote_control import ControlUse, RemoteControl
 from .client.remote_vae import RemoteVAE
 from .client.weight_patches import WeightPatches
 from .config import MeshSpec, SamplerSpec
+from .guidance_spec import APG, AwayFromWeaker
 from .rpc.conditioning import Conditioning
 from .text_encoders.protocol import TextEncoders
 from .version import __version__
 
 __all__ = [
+    "APG",
+    "AwayFromWeaker",
     "Backend",
     "Conditioning",
     "ControlUse",
     "Generated",
     "MeshSpec",
+    "PerpNeg",
     "RemoteControl",
     "RemoteModel",
     "RemoteVAE",
     "SamplerSpec",
     "TextEncoders",
+    "WeakerModel",
     "WeightPatches",
     "__version__",
 ]

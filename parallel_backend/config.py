@@ -12,6 +12,7 @@ import msgspec
 
 from .command_line import command_line
 from .errors import ConfigError
+from .guidance_spec import APG, AwayFromWeaker, check_neg_scale
 
 AXES = ("dp", "cfg", "pp", "patch", "ring", "ulysses", "tp")
 # Which axes the two kinds of model know, and which of them takes the ranks that nothing else was said of.
@@ -85,6 +86,9 @@ SCHEDULERS = (
     "linear_quadratic",
     "kl_optimal",
 )
+
+# Evaluations that guidance asks for: of the positive, the negative and the empty prompt, and the weaker model's of the positive.
+BranchName: TypeAlias = Literal["cond", "uncond", "empty", "weaker"]
 
 # What a model's output is, on the schedules of Stable Diffusion's 1000 timesteps and of a range of sigmas.
 DISCRETE_PREDICTIONS = ("eps", "v_prediction", "lcm", "x0", "img_to_img")
@@ -310,8 +314,9 @@ class SamplerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     With `warmup_steps`, ranks compute the steps after so many on what the others had a step ago; None is exact. On pp
     ranks, `num_patches` parts of the image then flow through the stages; 0 is as many as stages.
 
-    `rescale_cfg`: how far guidance is brought back to the spread of cond, 0 to 1. `differential`: a mask's values say when
-    they begin to change, at this strength; None leaves the mask as it is.
+    `rescale_cfg`: how far guidance is brought back to the spread of cond, 0 to 1. `neg_scale`: guidance is Perp-Neg, of three
+    prompts, in which the negative one has this weight. `apg` and `weaker`: see guidance_spec. `differential`: a mask's values say
+    when they begin to change, at this strength; None leaves the mask as it is.
 
     `model_sampling`: what nodes that change it say of the model's output and its sigmas; None is as the file says, with
     `shift` where that is a flow.
@@ -329,6 +334,9 @@ class SamplerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model_sampling: ModelSampling | None = None
     rescale_cfg: float = 0.0
     differential: float | None = None
+    apg: APG | None = None
+    neg_scale: float | None = None
+    weaker: AwayFromWeaker | None = None
 
     def __post_init__(self) -> None:
         choose(self.sampler, SAMPLERS, "Sampler")
@@ -345,6 +353,14 @@ class SamplerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for name, share in (("rescale_cfg", self.rescale_cfg), ("differential", self.differential or 0.0)):
             if not 0.0 <= share <= 1.0:
                 raise ConfigError(f"{name}={share} is not possible.", "Use 0 to 1.")
+        check_neg_scale(self.neg_scale)
+        if self.neg_scale is not None and self.rescale_cfg:
+            raise ConfigError(
+                f"rescale_cfg={self.rescale_cfg} rescales guidance of two prompts; Perp-Neg has three.",
+                "Leave out one of the two.",
+            )
+        if self.apg is not None and self.cfg_scale == 0:
+            raise ConfigError("cfg_scale=0 is not possible with APG, which divides by it.", "Use another cfg_scale.")
         if self.warmup_steps is not None and self.warmup_steps < 0:
             raise ConfigError(f"warmup_steps={self.warmup_steps} is not possible.", "Use 0 or more; 4 is usual.")
         if self.num_patches < 0:

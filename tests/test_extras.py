@@ -246,5 +246,5 @@ def test_what_knows_tokens_by_their_place_is_refused_beside_a_smaller_picture(ba
     context, pooled = unet_prompt(CONFIGS["tiny"], 1, 77, 1)
     shrink = Downscale(block=2, factor=2.0, after_skip=True, method="bilinear", back="bilinear")
     tiled = TiledAttention(places=[MIDDLE], tiles=[(2, 1, 4, 3)])
-    with pytest.raises(UnsupportedError, match="QueryTiles can't be honoured beside SmallerWithin"):
+    with pytest.raises(UnsupportedError, match="HyperTile can't be honoured beside deep shrink"):
         model.forward(torch.zeros(1, 4, 16, 12), torch.ones(1), context, pooled, extras=[tiled, shrink])

@@ -26,14 +26,15 @@ ALLOWED = {
     "errors": set(),
     "version": set(),
     "command_line": set(),
-    "config": {"command_line", "errors"},
+    "guidance_spec": {"errors"},
+    "config": {"guidance_spec", "command_line", "errors"},
     "mesh_choice": {"config", "errors"},
     "checkpoint_files": {"errors"},
     "workflow_files": {"errors"},
     "rpc": {"command_line", "config", "errors", "version"},
     "fused": {"errors"},
     "distributed": {"fused", "config", "errors"},
-    "sampling": {"config", "errors"},
+    "sampling": {"guidance_spec", "config", "errors"},
     "quantized": {"checkpoint_files", "errors"},
     "models": {"quantized", "distributed", "fused", "checkpoint_files", "config", "errors"},
     # In the client's process alone.
@@ -46,6 +47,7 @@ ALLOWED = {
             "checkpoint_files",
             "command_line",
             "config",
+            "guidance_spec",
             "errors",
             "version",
         ),
@@ -74,7 +76,7 @@ ALLOWED = {
         "errors",
     },
     "run": {"client", "demo", "rpc.messages", "checkpoint_files", "config", "errors", "version"},
-    "__init__": {"client", "text_encoders.protocol", "rpc.conditioning", "config", "version"},
+    "__init__": {"client", "text_encoders.protocol", "rpc.conditioning", "guidance_spec", "config", "version"},
     "doctor": {"client", "command_line", "config", "distributed.device_memory", "rpc", "errors", "version"},
     "__main__": {
         *(
@@ -99,6 +101,7 @@ RANK_ORDER = (
     *(
         "kept_tensors",
         "shared_tensors",
+        "branches",
         "control_nets",
         "step_messages",
         "sample",
@@ -111,6 +114,7 @@ RANK_ORDER = (
 KNOWN_TO_NODES = {
     "mesh_choice",
     "config",
+    "guidance_spec",
     "errors",
     "client",
     "rpc",
@@ -160,7 +164,7 @@ def test_in_the_ranks_room_nothing_imports_what_comes_after_it() -> None:
 
 def test_no_file_lies_loose_beside_the_rooms() -> None:
     loose = {file.stem for file in (ROOT / "parallel_backend").glob("*.py")}
-    assert loose == {"__init__", "__main__", "command_line", "config", "errors", "version"}
+    assert loose == {"__init__", "__main__", "command_line", "config", "errors", "guidance_spec", "version"}
 
 
 def test_only_nodes_import_comfy_and_they_keep_to_the_client() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..config import ModelSampling, SamplerSpec
 from ..errors import UnknownModelError, UnknownPatchesError
+from ..guidance_spec import APG
 from ..rpc.conditioning import Conditioning
 from ..rpc.extras import AnyExtra
 from ..rpc.messages import (
@@ -26,6 +27,7 @@ from ..rpc.messages import (
 )
 from .connection import OnEvent
 from .generation import generate
+from .guidance import PerpNeg, WeakerModel
 from .held import Held
 from .not_finite import NotFinite, held_by, is_finite
 from .pipeline_parts import PipelineParts
@@ -134,10 +136,14 @@ class RemoteModel(Held[LoadModel]):
         patches: WeightPatches | None = None,
         model_sampling: ModelSampling | None = None,
         rescale_cfg: float = 0.0,
+        apg: APG | None = None,
+        perp_neg: PerpNeg | None = None,
+        weaker: WeakerModel | None = None,
         differential: float | None = None,
         controls: Sequence[ControlUse] = (),
         negative_controls: Sequence[ControlUse] | None = None,
         extras: Sequence[AnyExtra] = (),
+        uncond_extras: Sequence[AnyExtra] = (),
         on_step: Callable[[Step], None] | None = None,
         should_cancel: Callable[[], bool] | None = None,
     ) -> Tensor:
@@ -158,9 +164,13 @@ class RemoteModel(Held[LoadModel]):
             preview: of which steps `on_step` gets the latents.
             model_sampling: what the model's output means, and its sigmas, in place of what its file and `shift` say.
             rescale_cfg: how far guidance is brought back to the spread of cond, 0 to 1: RescaleCFG's multiplier.
+            apg: adaptive projected guidance, where there is guidance: APG's settings.
+            perp_neg: guidance of three prompts, as of the guider PerpNegGuider; needs `negative`.
+            weaker: guidance away from a weaker model, at any cfg_scale: skip-layer and perturbed-attention guidance.
             differential: makes the mask's values say when they begin to change: DifferentialDiffusion's strength.
             controls: ControlNets in the ranks, on the positive prompt; and on the negative one, without `negative_controls`.
-            extras: what hangs inside the model: see rpc/extras.py.
+            extras: what hangs inside the model: see rpc/extras.py. `uncond_extras`: beside them, while it evaluates the negative
+                prompt.
             trace: keep what each rank did when, in `timeline`: rank, and the columns of distributed/traffic.py.
             patches: on the model's weights, for this job.
             on_step: told after each step. What it raises cancels the job and is raised again.
@@ -168,7 +178,8 @@ class RemoteModel(Held[LoadModel]):
             then tells at which step it began.
         Raises: InputError, ConfigError, CancelledError, BackendLostError, RankError; NotFiniteError, with `nan_is_error`.
         """
-        inputs = {"latent": latent, "noise": noise, "noise mask": noise_mask} | _tensors_of(positive, negative)
+        prompts = {"positive": positive, "negative": negative, "empty": None if perp_neg is None else perp_neg.empty}
+        inputs = {"latent": latent, "noise": noise, "noise mask": noise_mask} | _tensors_of(prompts)
         self._begin(inputs)
         of_negative = controls if negative_controls is None else negative_controls
         spec = SamplerSpec(
@@ -184,6 +195,9 @@ class RemoteModel(Held[LoadModel]):
             model_sampling,
             rescale_cfg,
             differential,
+            apg,
+            None if perp_neg is None else perp_neg.neg_scale,
+            None if weaker is None else weaker.guidance,
         )
         given = self._tensors()
         halves = (torch.float16, torch.bfloat16)  # KSampler rounds its noise to them
@@ -200,6 +214,10 @@ class RemoteModel(Held[LoadModel]):
             preview,
             trace,
             extras=given.extras(extras),
+            empty=None if perp_neg is None else given.prompt(perp_neg.empty, ()),
+            empty_number=2 if perp_neg is None else perp_neg.number,
+            uncond_extras=given.extras(uncond_extras),
+            weaker=given.extras(() if weaker is None else weaker.extras),
         )
         callbacks: dict[str, Any] = {"on_event": _telling(on_step), "should_cancel": should_cancel}
         tensors = self._patched_request(body, given.attachments, patches, [*controls, *of_negative], **callbacks)
@@ -284,8 +302,8 @@ def _telling(on_step: Callable[[Step], None] | None) -> OnEvent:
     return on_event
 
 
-def _tensors_of(positive: Conditioning, negative: Conditioning | None) -> dict[str, Tensor]:
-    named = {"positive": positive} | ({} if negative is None else {"negative": negative})
+def _tensors_of(prompts: Mapping[str, Conditioning | None]) -> dict[str, Tensor]:
+    named = {name: prompt for name, prompt in prompts.items() if prompt is not None}
     found = {f"{name} conditioning": prompt.context for name, prompt in named.items()}
     found |= {f"{name} concat": prompt.concat for name, prompt in named.items() if prompt.concat is not None}
     return found | {f"{name} pooled conditioning": prompt.pooled for name, prompt in named.items()}

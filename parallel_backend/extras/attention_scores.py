@@ -34,6 +34,7 @@ class AttentionScores(ReportingExtra):
 
     place: Place
     uncond: tuple[int, ...] = ()
+    name = "self-attention guidance"
 
     @classmethod
     def read(cls, asked: ReportScores, target: Target, range_of: dict[str, Any]) -> AttentionScores:

@@ -34,6 +34,7 @@ class BlurredQueries(Extra):
     """
 
     along: Mapping[Place, tuple[Tensor, Tensor] | None]
+    name = "smoothed energy guidance"
 
     @classmethod
     def read(cls, asked: BlurQueries, target: Target, range_of: dict[str, Any]) -> BlurredQueries:

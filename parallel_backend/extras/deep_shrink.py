@@ -25,6 +25,7 @@ class SmallerWithin(Extra):
     back: str
     order: int
     resizes = True
+    name = "deep shrink"
 
     @classmethod
     def read(cls, asked: Downscale, target: Target, range_of: dict[str, Any]) -> SmallerWithin:

@@ -28,6 +28,7 @@ class WeighedSkips(Extra):
     factors: tuple[tuple[int, float, float], ...]
     by_structure: bool
     order: int
+    name = "FreeU"
 
     @classmethod
     def read(cls, asked: FreeU, target: Target, range_of: dict[str, Any]) -> WeighedSkips:

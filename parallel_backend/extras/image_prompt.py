@@ -43,6 +43,7 @@ class PromptedAttention(Extra, ABC):
     keys_values: Tensor
     masks: Tensor | None
     ends: tuple[tuple[int, int], ...]
+    name = "an image prompt"
 
     @staticmethod
     def read(asked: ImagePrompt[Tensor], target: Target, range_of: dict[str, Any]) -> PromptedAttention:
@@ -133,9 +134,7 @@ class OrthogonalAttention(PromptedAttention):
     Comm: a sum of 2 * B * D numbers in fp32 over the bands, at each place.
     """
 
-    @property
-    def name(self) -> str:
-        return "an image prompt's part that is orthogonal to the prompt's"
+    name = "an image prompt's part that is orthogonal to the prompt's"
 
     def _added(self, out_BLD: Tensor, found_BLD: Tensor, q_BLD: Tensor, k_BTD: Tensor, at: At) -> Tensor:
         return self._less(out_BLD.float(), found_BLD.float(), 1.0, at)

@@ -34,6 +34,7 @@ class JointPrompt(Extra):
     by_branch: Mapping[int, Tensor]
     weight: float
     of_rows: Tensor | None = None
+    name = "an image prompt"
 
     @classmethod
     def read(cls, asked: JointImagePrompt[Tensor], target: Target, range_of: dict[str, Any]) -> JointPrompt:

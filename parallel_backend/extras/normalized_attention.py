@@ -41,6 +41,7 @@ class NormalizedAttention(Extra):
     spread: Spread | None = None
     by_token = True
     pairs = True
+    name = "normalized attention guidance"
 
     @classmethod
     def read(cls, asked: NormalizedGuidance, target: Target, range_of: dict[str, Any]) -> NormalizedAttention:

@@ -22,6 +22,7 @@ class IdentityAttention(Extra):
 
     places: tuple[Place, ...]
     by_token = True
+    name = "perturbed attention"
 
     @classmethod
     def read(cls, asked: PerturbedAttention, target: Target, range_of: dict[str, Any]) -> IdentityAttention:

@@ -48,6 +48,7 @@ class RegionalAttention(Extra):
     is_cond: tuple[bool, ...] = ()
     scales: Tensor | None = None
     by_token = True
+    name = "regional prompts"
 
     @classmethod
     def read(cls, asked: RegionalPrompts[Tensor], target: Target, range_of: dict[str, Any]) -> RegionalAttention:
@@ -131,6 +132,7 @@ class SplitPromptAttention(Extra):
 
     places: tuple[Place, ...]
     by_token = True
+    name = "NegPiP"
 
     @classmethod
     def read(cls, asked: SplitPrompt, target: Target, range_of: dict[str, Any]) -> SplitPromptAttention:

@@ -17,6 +17,7 @@ class SkippedBlocks(Extra):
 
     blocks: tuple[int, ...]
     by_token = True
+    name = "skipped blocks"
 
     @classmethod
     def read(cls, asked: SkipBlocks, target: Target, range_of: dict[str, Any]) -> SkippedBlocks:

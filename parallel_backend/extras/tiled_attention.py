@@ -34,6 +34,7 @@ class QueryTiles(Extra):
     """
 
     tiles: Mapping[Place, Tiles]
+    name = "HyperTile"
 
     @classmethod
     def read(cls, asked: TiledAttention, target: Target, range_of: dict[str, Any]) -> QueryTiles:

@@ -75,9 +75,9 @@ class ControlUse:
         """That of this rank's of so many rows."""
         return replace(self, hint=shard_batch(self.hint, axis)) if self.hint.shape[0] == rows else self
 
-    def twice(self) -> ControlUse:
-        """Of rows that are computed for two prompts at once."""
-        return self if self.hint.shape[0] == 1 else replace(self, hint=torch.cat([self.hint, self.hint]))
+    def times(self, prompts: int) -> ControlUse:
+        """Of rows that are computed for so many prompts at once."""
+        return self if self.hint.shape[0] == 1 else replace(self, hint=torch.cat([self.hint] * prompts))
 
     def is_at(self, sigma: float | None) -> bool:
         """Whether it is added there."""

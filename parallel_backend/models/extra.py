@@ -34,6 +34,8 @@ class Extra:
     end: float = 0.0
     _of_rows: dict[tuple[Row, ...], Any] = field(init=False, repr=False, compare=False, default_factory=dict)
 
+    # As errors call it.
+    name: ClassVar[str] = "an extra"
     # It acts on each token by itself, so that displaced steps, in which others' tokens are old, can have it.
     by_token: ClassVar[bool] = False
     # It mixes rows of both prompts, which are evaluated at once.
@@ -46,11 +48,6 @@ class Extra:
     def has_sizes(self) -> bool:
         """Whether it holds something for each token that a latent of its size has at its places."""
         return False
-
-    @property
-    def name(self) -> str:
-        """As errors call it."""
-        return type(self).__name__
 
     def is_at(self, sigma: float | None) -> bool:
         """Whether it acts there; outside of a sampling, where no sigma is known, it does."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import is_
 from weakref import ref
 
 import torch
@@ -62,12 +63,34 @@ class Prompt:
         same = [a is b for a, b in zip(self.controls, other.controls, strict=False)]
         return self.context.shape == other.context.shape and len(self.controls) == len(other.controls) and all(same)
 
-    def __add__(self, other: Prompt) -> Prompt:
-        """Both, one after the other, for twice the rows."""
-        context, pooled = (torch.cat(pair) for pair in ((self.context, other.context), (self.pooled, other.pooled)))
-        concats = [prompt.concat for prompt in (self, other) if prompt.concat is not None]
-        controls = tuple(use.twice() for use in self.controls)
-        return Prompt(context, pooled, torch.cat(concats) if concats else None, controls)
+    @classmethod
+    def stacked(cls, prompts: Sequence[Prompt]) -> Prompt:
+        """All of them, which are alike, one after the other, for as many times the rows."""
+        if len(prompts) == 1:
+            return prompts[0]
+        context, pooled = torch.cat([p.context for p in prompts]), torch.cat([p.pooled for p in prompts])
+        concats = [prompt.concat for prompt in prompts if prompt.concat is not None]
+        controls = tuple(use.times(len(prompts)) for use in prompts[0].controls)
+        return cls(context, pooled, torch.cat(concats) if concats else None, controls)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """An evaluation that guidance asks for.
+
+    Args:
+        number: which prompt its rows are of, for extras that differ by row: 0 cond, 1 uncond, others as they come.
+        extras: which may act in it.
+    """
+
+    prompt: Prompt
+    number: int = 0
+    extras: tuple[Extra, ...] = ()
+
+    def is_like(self, other: Branch) -> bool:
+        """Whether one call of the model can be of both."""
+        same = len(self.extras) == len(other.extras) and all(map(is_, self.extras, other.extras))
+        return same and self.prompt.is_like(other.prompt)
 
 
 @dataclass(frozen=True)
@@ -113,13 +136,15 @@ class Rows:
 class Call:
     """One call of the model: its prompt, and what the model and each ControlNet on it have made of that.
 
-    Nothing is made of a prompt of no rows. `which` rows these are of a job's evaluation, and how all of it are `spread`.
+    Nothing is made of a prompt of no rows. `which` rows these are of a job's evaluation, the extras that may act on them, and how
+    all of it are `spread`.
     """
 
     prompt: Prompt
     own: PreparedPrompt
     controls: tuple[PreparedPrompt, ...]
     which: tuple[Row, ...] = ()
+    extras: tuple[Extra, ...] = ()
     spread: Spread = UNKNOWN
 
     @property
@@ -138,19 +163,18 @@ class Share:
 
     Args:
         rows: of the whole latent.
-        calls: of each evaluation. Two prompts of equal length are one call, for twice the rows.
-        doubled: they are.
+        branches: of guidance, on all ranks.
+        calls: of each evaluation. Where all prompts have equal length, this rank's are one call, for as many times the rows.
+        stacked: how many branches a call is of.
         steps: of each call, the model's prompt at the steps of the job, and its ControlNets'.
-        extras: which may act in an evaluation.
     """
 
     mesh: Mesh
     rows: int
     branches: int
     calls: list[Call]
-    doubled: bool
+    stacked: int
     steps: list[list[PromptAtSteps]]
-    extras: Sequence[Extra]
 
     @classmethod
     def of(
@@ -158,24 +182,24 @@ class Share:
         network: Network,
         mesh: Mesh,
         rows: int,
-        prompts: Sequence[Prompt],
+        branches: Sequence[Branch],
         prepare: Callable[[Prompt], Call],
-        extras: Sequence[Extra] = (),
     ) -> Share:
-        """Of `rows` latents, each with these prompts (cond, uncond)."""
-        whole = own_branches(prompts, mesh.cfg)
-        doubled = len(whole) == 2 and whole[0].is_like(whole[1])
-        own = [prompt.share(mesh.dp) for prompt in whole]
+        """Of `rows` latents, each with these branches (cond, uncond and others)."""
+        own = own_branches(branches, mesh.cfg)
+        # By all branches, not by its own: ranks that gather slices of weights together make as many calls.
+        stacked = len(own) if all(branch.is_like(branches[0]) for branch in branches) else 1
         latents = range(*split_range(rows, mesh.dp.degree, mesh.dp.rank))
-        which = [tuple((n, i) for i in latents) for n in own_branches(range(len(prompts)), mesh.cfg)]
-        if doubled:
-            own, which = [own[0] + own[1]], [which[0] + which[1]]
-        every = [(n, i) for n in range(len(prompts)) for i in latents]
-        over_cfg = Spread(tuple(every), ((mesh.cfg, (len(latents),) * len(prompts)),))
-        calls = [
-            replace(prepare(prompt), which=rows_of, spread=Spread(rows_of) if len(whole) == len(prompts) else over_cfg)
-            for prompt, rows_of in zip(own, which, strict=True)
-        ]
+        every = tuple((branch.number, i) for branch in branches for i in latents)
+        over_cfg = Spread(every, ((mesh.cfg, (len(latents),) * len(branches)),))
+        is_spread = len(own) < len(branches) == 2  # beyond two, nothing mixes their rows
+        calls = []
+        for first in range(0, len(own), stacked):
+            together = own[first : first + stacked]
+            call = prepare(Prompt.stacked([branch.prompt.share(mesh.dp) for branch in together]))
+            which = tuple((branch.number, i) for branch in together for i in latents)
+            spread = over_cfg if is_spread else Spread(which)
+            calls.append(replace(call, which=which, extras=together[0].extras, spread=spread))
         most = AHEAD_BYTES // sum(1 + len(call.controls) for call in calls)
         steps = [
             [
@@ -187,7 +211,7 @@ class Share:
             ]
             for call in calls
         ]
-        return cls(mesh, rows, len(prompts), calls, doubled, steps, extras)
+        return cls(mesh, rows, len(branches), calls, stacked, steps)
 
     def foresee(self, timesteps: Sequence[Tensor]) -> None:
         """Those of the schedule, on the CPU, in their order."""
@@ -220,14 +244,14 @@ class Share:
     def own_rows(self, x: Tensor) -> Tensor:
         """The rows of `x` that each call takes."""
         own = shard_batch(x, self.mesh.dp)
-        return torch.cat([own, own]) if self.doubled else own
+        return torch.cat([own] * self.stacked) if self.stacked > 1 else own
 
     def gather(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         """The output of every branch, all rows, on every rank, from those of this rank's calls.
 
         Comm: one all-gather of the output over cfg and one over dp.
         """
-        own = list(outputs[0].chunk(2)) if self.doubled else outputs
+        own = [out for outputs_of_call in outputs for out in outputs_of_call.chunk(self.stacked)]
         branches = gather_branches(own, self.branches, self.mesh.cfg)
         return [gather_batch(out, self.rows, self.mesh.dp) for out in branches]
 
@@ -397,11 +421,15 @@ class Predictor:
 
         It holds as long as the weights stay. Comm: `Network.prepare`'s.
         """
+        return self.share_of(rows, [Branch(prompt, number, tuple(extras)) for number, prompt in enumerate(prompts)])
+
+    def share_of(self, rows: int, branches: Sequence[Branch]) -> Share:
+        """As `share`, of branches that may differ in more than their prompts."""
 
         def prepare(prompt: Prompt) -> Call:
             return self._prepared(prompt, lambda _, make: make())
 
-        return Share.of(self.network, self.mesh, rows, prompts, prepare, extras)
+        return Share.of(self.network, self.mesh, rows, branches, prepare)
 
     def _prepared(self, prompt: Prompt, get: Callable[[object, Callable[[], PreparedPrompt]], PreparedPrompt]) -> Call:
         """`get`: (network, how to make it) -> what that network makes of the prompt."""
@@ -414,7 +442,7 @@ class Predictor:
         return Call(prompt, own, tuple(get(*use) for use in uses))
 
     def outputs(self, x: Tensor, timestep: Tensor, share: Share, step: Step) -> list[Tensor]:
-        """The model's output for each prompt (cond, uncond), fp32; prompts spread over cfg, the batch over dp.
+        """The model's output for each branch (cond, uncond, others), fp32; branches spread over cfg, the batch over dp.
 
         Args:
             x: (B, C, Y, X), of as many rows as `share` is of.
@@ -425,7 +453,7 @@ class Predictor:
         times = timesteps_of(timestep, own.shape[0], self.device)
         outputs = [
             self._local(
-                Rows(own, times, call.prompt, extras=share.extras, which=call.which, spread=call.spread),
+                Rows(own, times, call.prompt, extras=call.extras, which=call.which, spread=call.spread),
                 call,
                 replace(step, branch=branch),
             )

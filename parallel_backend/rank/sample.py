@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,20 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import SAMPLERS_OF_OWN_STEPS, SAMPLERS_OF_PATCHES, SamplerSpec
+from ..config import SAMPLERS_OF_OWN_STEPS, SAMPLERS_OF_PATCHES, BranchName, SamplerSpec
 from ..distributed.stale import Kept, Step
 from ..distributed.traffic import Timeline, with_ranks
 from ..errors import BackendError, ConfigError, UnsupportedError
 from ..extras.reading import Extras
 from ..models.extra import Extra
 from ..models.pipeline import Pipeline
-from ..models.prediction import Predictor, Prompt, Share
-from ..models.reports import ReportingExtra
+from ..models.prediction import Branch, Predictor, Prompt, Share
 from ..rpc.messages import ControlUse, Result, Sample, StepDone
 from ..rpc.state import AxisCost, RankCost, Swap
 from ..sampling.driver import StepReport
 from ..sampling.image import sample_latent
 from ..sampling.parameterization import Discrete, Flow, Parameterization, parameterization_of
+from .branches import branches_of, check_extras, prompts_of
 from .control_nets import ControlNets
 from .jobs import Job
 from .step_messages import StepMessages, step_messages
@@ -41,12 +41,12 @@ class SampleJob:
     body: Sample
     job: Job
     predictor: Predictor
-    prompts: list[Prompt]
+    branches: Mapping[BranchName, Branch]
     latent: Tensor
     kept: Kept
     swap: Swap
-    extras: Sequence[Extra]
     share: Share = field(init=False)
+    weaker: Share | None = field(init=False, default=None)
     pipeline: Pipeline | None = field(init=False, default=None)
     messages: StepMessages = field(init=False)
     steps: int = field(init=False, default=0)
@@ -61,7 +61,10 @@ class SampleJob:
         Raises: InputError: an image with too few rows for the patches of a pipeline. Comm: `Predictor.share`'s.
         """
         spec, shape, kept = self.body.spec, self.latent.shape, self.kept
-        self.share = self.predictor.share(shape[0], self.prompts, self.extras)
+        always = [branch for name, branch in self.branches.items() if name != "weaker"]
+        self.share = self.predictor.share_of(shape[0], always)
+        if (weaker := self.branches.get("weaker")) is not None:
+            self.weaker = self.predictor.share_of(shape[0], [weaker])
         first, job = spec.first_displaced, self.job
         if kept.token_kv is not None and first is not None:
             make = partial(Pipeline, self.predictor, self.share, shape, kept, first, job.cancelled)
@@ -69,17 +72,31 @@ class SampleJob:
 
     def nbytes(self) -> int:
         """Of what is kept from evaluation to evaluation."""
-        return self.kept.nbytes() + self.share.nbytes()
+        return self.kept.nbytes() + sum(share.nbytes() for share in self._shares())
+
+    def _shares(self) -> list[Share]:
+        return [self.share] if self.weaker is None else [self.share, self.weaker]
+
+    def foresee(self, timesteps: Sequence[Tensor]) -> None:
+        """Those of the schedule, on the CPU, in their order."""
+        for share in self._shares():
+            share.foresee(timesteps)
 
     def outputs(self, x: Tensor, timestep: Tensor, index: int, sigma: Tensor) -> list[Tensor]:
-        """An evaluation that all ranks make together."""
+        """An evaluation that all ranks make together, of the branches that act there, in their order."""
         step, timeline = _step(self.body.spec, index, self.kept, float(sigma)), self.kept.timeline
         if timeline is not None:
             timeline.begin(index)
         with nullcontext() if timeline is None else timeline.span():
             outputs = self.predictor.outputs(x, timestep, self.share, step)
+            if self.weaker is not None and self._leads_away(step.sigma):
+                outputs += self.predictor.outputs(x, timestep, self.weaker, step)
         self._note(index, outputs)
         return outputs
+
+    def _leads_away(self, sigma: float | None) -> bool:
+        asked = self.body.spec.weaker
+        return asked is not None and sigma is not None and asked.is_at(sigma)
 
     def _note(self, step: int, tensors: Sequence[Tensor]) -> None:
         """Sums, in which NaN and infinity stay. They stay on the device: to look at one would stop the host."""
@@ -138,13 +155,14 @@ def run_sample(
                 body.spec,
                 _parameterization(predictor, body.spec),
                 latent=run.latent,
+                branches=list(run.branches),
                 mask=None if body.mask is None else tensors[body.mask],
                 noise=None if body.noise is None else tensors[body.noise].float(),
                 sigmas=None if body.sigmas is None else tensors[body.sigmas],
                 batch_index=body.batch_index,
                 noise_dtype=tensors[body.latent].dtype,
                 share=job.control.share,
-                on_schedule=run.share.foresee,
+                on_schedule=run.foresee,
                 on_step=run.on_step,
                 pipeline=run.pipeline,
             )
@@ -181,44 +199,29 @@ def _prepare(
 ) -> SampleJob:
     """Raises: BackendError: an input that can't be honoured."""
     spec, latent = body.spec, tensors[body.latent].float()
-    # At cfg 1 the uncond branch has no weight: it is not computed.
-    wanted = [body.cond] if body.uncond is None or spec.cfg_scale == 1.0 else [body.cond, body.uncond]
-    for prompt in wanted:
+    wanted = prompts_of(body)
+    for prompt in wanted.values():
         predictor.check_latent(latent, tensors[prompt.context].shape[1])
     if body.batch_index and body.noise is None and latent.shape[0] == 1:
         latent = latent.repeat(len(body.batch_index), 1, 1, 1)
     rows = latent.shape[0]
     known: dict[ControlUse, Any] = {}
-    prompts = []
-    for p in wanted:
+    prompts: dict[BranchName, Prompt] = {}
+    for name, p in wanted.items():
         prompt_of_rows = predictor.prompt(tensors[p.context], tensors[p.pooled], rows, p.sizes)
         concat = predictor.concat(None if p.concat is None else tensors[p.concat], latent)
         controls = control_nets.uses(p.controls, tensors, predictor, latent, known, is_patched=bool(body.patches.files))
-        prompts.append(replace(prompt_of_rows, concat=concat, controls=controls))
+        prompts[name] = replace(prompt_of_rows, concat=concat, controls=controls)
     size = (latent.shape[2], latent.shape[3])
-    acting = extras.read(body.extras, tensors, predictor, size, range(len(prompts)))
-    _check_extras(acting, prompts)
+    branches = branches_of(body, prompts, lambda asked, of: extras.read(asked, tensors, predictor, size, of))
+    check_extras(branches)
     steps = _sigma_count(body, tensors) - 1
+    acting = list({id(extra): extra for branch in branches.values() for extra in branch.extras}.values())
     kept = _kept(predictor, spec, steps, latent.shape[2], has_controls=bool(known), extras=acting)
     latent = latent.to(predictor.device)
     if torch.count_nonzero(latent) > 0:
         latent = predictor.kind.to_model(latent)
-    return SampleJob(body, job, predictor, prompts, latent, kept, swap, acting)
-
-
-def _check_extras(extras: Sequence[Extra], prompts: Sequence[Prompt]) -> None:
-    """Raises: UnsupportedError: those that only single evaluations can have, or with these prompts."""
-    if reporting := [extra.name for extra in extras if isinstance(extra, ReportingExtra)]:
-        raise UnsupportedError(
-            f"{', '.join(reporting)} reports of each evaluation, and a whole sampling gives no reports.",
-            "Ask for it evaluation by evaluation.",
-        )
-    paired = [extra.name for extra in extras if extra.pairs]
-    if paired and len(prompts) == 2 and not prompts[0].is_like(prompts[1]):
-        raise UnsupportedError(
-            f"{', '.join(paired)} mixes rows of both prompts, which are of unlike lengths or ControlNets.",
-            "Give prompts of one length with the same ControlNets, or ask for it evaluation by evaluation.",
-        )
+    return SampleJob(body, job, predictor, branches, latent, kept, swap)
 
 
 def _sigma_count(body: Sample, tensors: list[Tensor]) -> int:
@@ -250,10 +253,12 @@ def _kept(
             f"Sampler {spec.sampler} can't run on patches of an image that are at different steps.",
             f"Leave displaced off, or use one of: {', '.join(SAMPLERS_OF_PATCHES)}.",
         )
-    if displaced and stages > 1 and spec.rescale_cfg:
+    if displaced and stages > 1:
+        _refuse_guidance_of_whole_images(spec)
+    if displaced and spec.weaker is not None:
         raise UnsupportedError(
-            "rescale_cfg needs the spread of the whole image, whose patches are at different steps.",
-            "Leave displaced off, or RescaleCFG out.",
+            "Displaced steps can't evaluate a weaker model, of which there is nothing yet that could be stale.",
+            "Leave displaced off, or the guidance away from it out.",
         )
     if displaced and stages > 1 and has_controls:
         raise UnsupportedError(
@@ -267,6 +272,20 @@ def _kept(
             "Leave displaced off, or remove what is named here.",
         )
     return predictor.network.new_job(displaced, spec.num_patches or min(stages, predictor.network.most_patches(height)))
+
+
+def _refuse_guidance_of_whole_images(spec: SamplerSpec) -> None:
+    """Raises: UnsupportedError: guidance that patches of an image can't have while they are at different steps."""
+    for is_asked, needs, node in (
+        (spec.rescale_cfg != 0, "rescale_cfg needs the spread", "RescaleCFG"),
+        (spec.apg is not None, "APG needs the length of the guidance", "APG"),
+        (spec.neg_scale is not None, "Perp-Neg needs sums", "Perp-Neg"),
+    ):
+        if is_asked:
+            raise UnsupportedError(
+                f"{needs} of the whole image, whose patches are at different steps.",
+                f"Leave displaced off, or {node} out.",
+            )
 
 
 def _step(spec: SamplerSpec, index: int, kept: Kept, sigma: float) -> Step:

@@ -139,7 +139,11 @@ class Sample(Message, frozen=True):
     """Run the whole loop. Without `uncond` there is no guidance, whatever cfg_scale says.
 
     With `trace`, a table of what each rank did when follows the latent: see distributed/traffic.py. `extras` act in the
-    evaluations of both prompts, of which `cond` is prompt 0 and `uncond` prompt 1.
+    evaluations of all prompts, of which `cond` is prompt 0 and `uncond` prompt 1; beside them, `uncond_extras` act in those of
+    uncond alone, and `weaker` makes the weaker model that `spec.weaker` leads away from.
+
+    Args:
+        empty: Perp-Neg's third prompt, and its number for extras that differ by prompt.
     """
 
     model: str
@@ -155,6 +159,14 @@ class Sample(Message, frozen=True):
     trace: bool = False
     patches: Patches = Patches()
     extras: list[AnyExtra] = []
+    empty: Prompt | None = None
+    empty_number: int = 2
+    uncond_extras: list[AnyExtra] = []
+    weaker: list[AnyExtra] = []
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        return [prompt for prompt in (self.cond, self.uncond, self.empty) if prompt is not None]
 
 
 class Control(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -418,10 +430,9 @@ FINAL_REPLIES = (Welcome, Pong, Loaded, Result, Done, Failed, BackendState)
 def tensor_indices(body: Request | Reply) -> list[TensorIndex]:
     """Every place at which a request points into its tensors; replies have none."""
     if isinstance(body, Sample):
-        prompts = [body.cond] if body.uncond is None else [body.cond, body.uncond]
         chosen = [body.latent, body.mask, body.noise, body.sigmas]
-        of_extras = [i for extra in body.extras for i in extra.tensors()]
-        return [i for p in prompts for i in p.tensors] + [i for i in chosen if i is not None] + of_extras
+        of_extras = [i for e in (*body.extras, *body.uncond_extras, *body.weaker) for i in e.tensors()]
+        return [i for p in body.prompts for i in p.tensors] + [i for i in chosen if i is not None] + of_extras
     if isinstance(body, Forward):
         hints = [use.hint for use in body.controls]
         of_extras = [i for extra in body.extras for i in extra.tensors()]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from ..config import SamplerSpec
 from . import dpm_solver, exponential, multistep, samplers, stochastic_adams
-from .guidance import Gradual, Inpaint, guide, rescaled
+from .guidance import Guidance
+from .inpainting import Gradual, Inpaint
 from .noise import Noise, SharedNoise
 from .parameterization import Parameterization
 from .samplers import Evaluation, Run, Sampler
@@ -113,6 +113,7 @@ def drive(
     model: Parameterization,
     sigmas: Tensor,
     *,
+    guidance: Guidance,
     latent: Tensor,
     noise: Tensor,
     mask: Tensor | None,
@@ -125,7 +126,7 @@ def drive(
     """The latent at the end of the sigmas.
 
     Args:
-        outputs: (model's input, timestep, step, sigma) -> the model's output for cond and, with guidance, uncond.
+        outputs: (model's input, timestep, step, sigma) -> the model's output for each branch of the guidance.
         sigmas: one or more, on the CPU whatever the latent's device: no step waits to read them.
         latent: what is noised to the first sigma, in the model's scale.
         mask: 1 where the latent may change; None everywhere.
@@ -150,7 +151,6 @@ def drive(
         sampler = SAMPLERS_BY_NAME[spec.sampler](x[:, :, rows], Run(sigmas, own_noise, model, agreed))
         patches.append(Patch(sampler, None if keep is None else keep.of(rows)))
 
-    guided = partial(_guided, model, spec)
     step = 0
     while patches[0].result is None:
         wanted = patches[0].wanted
@@ -158,14 +158,14 @@ def drive(
         if pipeline is not None and step == pipeline.first_step:
             draws.draw_ahead(steps)
             if pipeline.runs_samplers:
-                _flow(pipeline, patches, model, sigmas, guided, on_step)
+                _flow(pipeline, patches, model, sigmas, guidance, on_step)
             else:
                 pipeline.follow([model.timestep(sigma) for sigma in sigmas[step:-1]])
             break
         sigma = wanted.sigma
         seen = torch.cat([patch.input() for patch in patches], dim=2)
         out = outputs(model.model_input(seen, sigma), model.timestep(sigma), step, sigma)
-        denoised = guided(seen, sigma, out)
+        denoised = guidance(seen, sigma, out)
         reported = torch.cat([patch.wanted.x for patch in patches], dim=2) if wanted.step is not None else None
         denoised = torch.cat(
             [patch.take(denoised[:, :, rows]) for patch, rows in zip(patches, rows_of, strict=True)], dim=2
@@ -177,23 +177,12 @@ def drive(
     return model.finish(x if pipeline is None else pipeline.finish(x), sigmas[-1])
 
 
-def _guided(model: Parameterization, spec: SamplerSpec, x: Tensor, sigma: Tensor, outputs: Sequence[Tensor]) -> Tensor:
-    """The denoised latent, of the model's outputs for cond and, with guidance, uncond."""
-    cond, *rest = (model.denoised(x, sigma, out) for out in outputs)
-    if not rest:
-        return cond
-    guided = guide(cond, rest[0], spec.cfg_scale)
-    if spec.rescale_cfg == 0:
-        return guided
-    return rescaled(guided, cond, x, sigma, spec.rescale_cfg, is_flow=model.is_flow)
-
-
 def _flow(
     pipeline: Pipeline,
     patches: Sequence[Patch],
     model: Parameterization,
     sigmas: Tensor,
-    guided: Callable[[Tensor, Tensor, Sequence[Tensor]], Tensor],
+    guidance: Guidance,
     on_step: Callable[[StepReport], None],
 ) -> None:
     """The displaced steps on the first stage: a patch enters a step as soon as it has left the one before."""
@@ -205,7 +194,7 @@ def _flow(
         patch = patches[index]
         x, sigma = patch.input(), patch.wanted.sigma
         seen.append(patch.wanted.x)
-        denoised.append(patch.take(guided(x, sigma, pipeline.collect(index))))
+        denoised.append(patch.take(guidance(x, sigma, pipeline.collect(index))))
         if len(seen) == len(patches):
             report = StepReport(step, steps, torch.cat(seen, dim=2), torch.cat(denoised, dim=2))
             seen.clear()

@@ -1,18 +1,73 @@
-"""Classifier-free guidance on denoised latents, and the mask that keeps a part of the latent.
+"""Guidance on denoised latents.
 
-Sources: Ho and Salimans 2022 (arXiv 2207.12598), equation 6. Its rescaling: Lin et al. 2023 (arXiv 2305.08891), section
-3.4. Differential diffusion: Levin and Fried 2023 (arXiv 2306.00950), algorithm 1.
+Sources: classifier-free guidance, Ho and Salimans 2022 (arXiv 2207.12598), equation 6. Its rescaling: Lin et al. 2023 (arXiv
+2305.08891), section 3.4.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..config import BranchName, SamplerSpec
 from .parameterization import Parameterization
+from .perp_neg import perp_neg
+from .projected import Projected
+
+
+@dataclass(frozen=True)
+class Branches:
+    """The denoised latent (B, C, Y, X) of each evaluation that guidance has made; None of those that it hasn't."""
+
+    cond: Tensor
+    uncond: Tensor | None = None
+    empty: Tensor | None = None
+    weaker: Tensor | None = None
+
+
+class Guidance:
+    """Of one job: what comes of a model's outputs.
+
+    Args:
+        names: of the outputs, in their order; those at the end may be missing.
+    """
+
+    def __init__(
+        self, spec: SamplerSpec, model: Parameterization, names: Sequence[BranchName] = ("cond", "uncond")
+    ) -> None:
+        self._spec, self._model, self._names = spec, model, names
+        self._projected = None if spec.apg is None else Projected(spec.apg)
+
+    def __call__(self, x: Tensor, sigma: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+        """The denoised latent at x."""
+        denoised = (self._model.denoised(x, sigma, out) for out in outputs)
+        found = Branches(**dict(zip(self._names, denoised, strict=False)))
+        cond = found.cond
+        if self._projected is not None and found.uncond is not None:
+            cond = self._projected(cond, found.uncond, sigma, self._spec.cfg_scale)
+        guided = self._guided(cond, found, x, sigma)
+        return guided if found.weaker is None else self._away_from(found.weaker, guided, cond)
+
+    def _guided(self, cond: Tensor, found: Branches, x: Tensor, sigma: Tensor) -> Tensor:
+        spec = self._spec
+        if found.empty is not None:
+            return perp_neg(cond, found.uncond, found.empty, spec.neg_scale or 0.0, spec.cfg_scale)
+        if found.uncond is None:
+            return cond
+        guided = guide(cond, found.uncond, spec.cfg_scale)
+        if spec.rescale_cfg == 0:
+            return guided
+        return rescaled(guided, cond, x, sigma, spec.rescale_cfg, is_flow=self._model.is_flow)
+
+    def _away_from(self, weaker: Tensor, guided: Tensor, cond: Tensor) -> Tensor:
+        asked = self._spec.weaker
+        assert asked is not None
+        guided = guided + (cond - weaker) * asked.scale
+        if asked.rescale == 0:
+            return guided
+        return guided * (1 + asked.rescale * (cond.std() / guided.std() - 1))
 
 
 def guide(cond: Tensor, uncond: Tensor, cfg_scale: float) -> Tensor:
@@ -33,58 +88,3 @@ def _towards_spread(tensor: Tensor, like: Tensor, share: float) -> Tensor:
     dims = tuple(range(1, tensor.ndim))
     spread = tensor.std(dim=dims, keepdim=True).clamp(min=1e-8)
     return 1 + share * (like.std(dim=dims, keepdim=True) / spread - 1)
-
-
-@dataclass(frozen=True)
-class Gradual:
-    """Of a mask's values, those begin to change first that are nearest to 1; below 1, strength mixes in the mask itself."""
-
-    sigmas: Tensor
-    strength: float
-    parameterization: Parameterization
-
-    def at(self, mask: Tensor, sigma: Tensor) -> Tensor:
-        model = self.parameterization
-        last = torch.maximum(self.sigmas[-1], model.sigmas[0])
-        now, begin, end = (model.timestep(s).float() for s in (sigma, self.sigmas[0], last))
-        begun = (mask >= float((now - end) / (begin - end))).to(mask.dtype)
-        return torch.lerp(mask, begun, self.strength) if 0 < self.strength < 1 else begun
-
-
-@dataclass(frozen=True)
-class Inpaint:
-    """Where the mask is 0 the latent stays as it was: before the model noised to sigma, after it clean."""
-
-    mask: Tensor
-    latent: Tensor
-    noise: Tensor
-    parameterization: Parameterization
-    gradual: Gradual | None = None
-
-    def of(self, rows: slice) -> Inpaint:
-        """For a sampler of these rows of latent."""
-        mask, latent, noise = (x[:, :, rows] for x in (self.mask, self.latent, self.noise))
-        return replace(self, mask=mask, latent=latent, noise=noise)
-
-    def before(self, x: Tensor, sigma: Tensor) -> Tensor:
-        kept, mask = self.parameterization.add_noise(self.latent, self.noise, sigma), self._mask(sigma)
-        return x * mask + kept * (1.0 - mask)
-
-    def after(self, denoised: Tensor, sigma: Tensor) -> Tensor:
-        mask = self._mask(sigma)
-        return denoised * mask + self.latent * (1.0 - mask)
-
-    def _mask(self, sigma: Tensor) -> Tensor:
-        return self.mask if self.gradual is None else self.gradual.at(self.mask, sigma)
-
-
-def mask_for(mask: Tensor, latent: Tensor) -> Tensor:
-    """The mask at the latent's size: bilinear, repeated over batch and channels.
-
-    Args:
-        mask: (Y, X), (B, Y, X) or (B, 1, Y, X), any Y and X.
-    """
-    mask = mask.float().reshape(-1, 1, *mask.shape[-2:])
-    mask = F.interpolate(mask, size=latent.shape[-2:], mode="bilinear").to(latent.device)
-    repeats = -(-latent.shape[0] // mask.shape[0])
-    return mask.repeat(repeats, latent.shape[1], 1, 1)[: latent.shape[0]]

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..config import SamplerSpec
+from ..config import BranchName, SamplerSpec
 from ..errors import InputError
 from .brownian import Interval
 from .driver import Pipeline, StepReport, drive
-from .guidance import mask_for
+from .guidance import Guidance
+from .inpainting import mask_for
 from .noise import StepNoise, initial_noise
 from .parameterization import Parameterization
 from .schedules import sigmas_for
@@ -25,6 +26,7 @@ def sample_latent(
     model: Parameterization,
     *,
     latent: Tensor,
+    branches: Sequence[BranchName] = ("cond", "uncond"),
     mask: Tensor | None = None,
     noise: Tensor | None = None,
     sigmas: Tensor | None = None,
@@ -39,7 +41,7 @@ def sample_latent(
     """The sampled latent, in the model's scale.
 
     Args:
-        outputs: (model's input, timestep, step, sigma) -> the model's output for cond and, with guidance, uncond.
+        outputs: (model's input, timestep, step, sigma) -> the model's output for cond and, with guidance, other `branches`.
         latent: (B, C, Y, X), fp32, on the device that computes.
         noise: start noise; None draws it from the seed.
         sigmas: in place of the scheduler's; None makes them. The model is asked with these, on the CPU. They may rise
@@ -76,6 +78,7 @@ def sample_latent(
             spec,
             model,
             sigmas,
+            guidance=Guidance(spec, model, branches),
             latent=latent,
             noise=noise,
             mask=None if mask is None else mask_for(mask, latent),
@@ -129,6 +132,7 @@ def _goes_through(sigmas: Tensor, spec: SamplerSpec, model: Parameterization) ->
             spec,
             model,
             sigmas,
+            guidance=Guidance(spec, model),
             latent=one,
             noise=one,
             mask=None,
