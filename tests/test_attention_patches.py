@@ -224,7 +224,7 @@ def test_normalized_guidance_in_displaced_steps(backend2: Backend, unets: Path) 
 
     exact, displaced, without = sampled(NAG), sampled(NAG, warmup_steps=3), sampled(warmup_steps=3)
     assert 0 < (displaced - exact).norm() < 0.1 * (exact - without).norm()
-    with pytest.raises(UnsupportedError, match="Displaced steps can't honour BlurredQueries"):
+    with pytest.raises(UnsupportedError, match="Displaced steps can't honour smoothed energy guidance"):
         sampled(BlurQueries(places=[FINE], blur=None), warmup_steps=3)
 
 
@@ -232,9 +232,9 @@ def test_a_sampling_names_what_it_can_not_have(backend2: Backend, unets: Path) -
     model = backend2.load_model(unets / FILE, MeshSpec(cfg=2), "float32")
     cond, uncond = (Conditioning(*unet_prompt(CONFIGS["tiny"], seed, tokens)) for seed, tokens in ((1, 77), (2, 154)))
     empty = torch.zeros(1, 4, 16, 12)
-    with pytest.raises(UnsupportedError, match="NormalizedAttention mixes rows of both prompts"):
+    with pytest.raises(UnsupportedError, match="normalized attention guidance mixes rows of both prompts"):
         model.sample(empty, cond, uncond, steps=1, extras=[NAG])
-    with pytest.raises(UnsupportedError, match="AttentionScores reports of each evaluation"):
+    with pytest.raises(UnsupportedError, match="self-attention guidance reports of each evaluation"):
         model.sample(empty, cond, cond, steps=1, extras=[ReportScores(place=MIDDLE)])
     with pytest.raises(InputError, match="A blur of 5 tokens is more than twice"):
         model.sample(torch.zeros(1, 4, 8, 16), cond, cond, steps=1, extras=[BlurQueries(places=[MIDDLE], blur=1.0)])
