@@ -21,15 +21,20 @@ KEPT = Path(__file__).parents[1] / "docs" / "core-nodes.md"
 COMMAND = "python tests/census.py --write"
 FAMILIES = ("SDXL", "SD3.5")
 # Each is run by a test as well, which looks whether the kept table holds.
-MODULES = ("patch_cases", "node_cases", "inside_cases", "cache_cases", "block_cases", "census_cases")
+MODULES = (
+    "patch_cases",
+    "node_cases",
+    "inside_cases",
+    "attention_cases",
+    "cache_cases",
+    "block_cases",
+    "census_cases",
+)
 _NOTHING = "-"
 # By node that is refused.
 REASONS = {
-    "HyperTile": "It attends within tiles of the whole picture, which bands cut.",
     "ModelAttentionBackend": "Ranks have a kernel of their own; Mesh Config has it.",
-    "NAGuidance": "It needs what cond and uncond attend to at one place; they are on different ranks.",
     "ScaleROPE": "No SD3 and no SDXL has rotary positions; ComfyUI's own ignores it.",
-    "SelfAttentionGuidance": "It needs the scores of the middle block's attention, over the whole picture.",
     "TomePatchModel": "It merges tokens of the whole picture by chance, by numbers that ComfyUI draws on one device.",
     "TorchCompileModel": "ComfyUI would compile a network without weights; Mesh Config compiles on the ranks.",
 }

@@ -32,7 +32,10 @@ def test_each_gives_one_latent_on_both_and_changes_it(outcomes: Outcomes) -> Non
 
 def test_what_its_nodes_can_not_mean_is_named_before_the_first_step(outcomes: Outcomes) -> None:
     errors = {name.rpartition(": ")[2]: error for name, error in refused(outcomes).items()}
-    assert errors.keys() == {"a block outside", "a blur of 0"}
+    assert errors.keys() == {"a block outside", "a blur of 0", "NAG", "PLADIS", "TPG"}
+    assert "computes with the layer" in errors["NAG"]
+    assert "pladis_utils" in errors["PLADIS"]
+    assert "transformer_blocks.0.forward" in errors["TPG"]
     assert "the block output 50 of Perturbed-Attention Guidance" in errors["a block outside"]
     assert "a blur_sigma of 0" in errors["a blur of 0"]
 

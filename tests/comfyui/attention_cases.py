@@ -1,16 +1,13 @@
 """ComfyUI's own nodes that change self-attentions, for twins.py."""
 
-import comfy_extras.nodes_attention_multiply as multiply
 import comfy_extras.nodes_hypertile as hypertile
 import comfy_extras.nodes_nag as nag
 import comfy_extras.nodes_sag as sag
-import comfy_extras.nodes_tomesd as tome
 import meshes
 import torch
 from node_cases import hung
 
 MODELS = meshes.models()
-FACTORS = {"q": 1.3, "k": 0.8, "v": 1.1, "out": 0.9}
 
 
 def cases(twins):
@@ -24,7 +21,8 @@ def cases(twins):
 
 def of_transformer():
     """Nodes that are made for UNets: their patches hang on it, and nothing calls them."""
-    yield "UNetSelfAttentionMultiply", hung(multiply.UNetSelfAttentionMultiply, **FACTORS), {}
+    tiles = {"tile_size": 32, "max_depth": 2, "scale_depth": False}
+    yield "HyperTile, without effect", hung(hypertile.HyperTile, **tiles, swap_size=2), {}
     yield "NAGuidance, without effect", hung(nag.NAGuidance, nag_scale=4.0, nag_alpha=0.5, nag_tau=1.5), {}
 
 
@@ -48,11 +46,6 @@ def of_unet():
     yield "HyperTile that draws, on all", hung(hypertile.HyperTile, **tiles, swap_size=5), latent(1, 4, 48, 32)
     yield "HyperTile by depth", hung(hypertile.HyperTile, **tiles | {"scale_depth": True}, swap_size=3), picture
     yield "HyperTile of odd sides", hung(hypertile.HyperTile, **tiles, swap_size=2), odd
-    yield "UNetSelfAttentionMultiply", hung(multiply.UNetSelfAttentionMultiply, **FACTORS), {}
-    yield "UNetCrossAttentionMultiply", hung(multiply.UNetCrossAttentionMultiply, **FACTORS), {}
-    temporal = {"self_structural": 1.1, "self_temporal": 1.2, "cross_structural": 0.9, "cross_temporal": 1.3}
-    yield "UNetTemporalAttentionMultiply", hung(multiply.UNetTemporalAttentionMultiply, **temporal), {}
-    yield "TomePatchModel, refused", hung(tome.TomePatchModel, ratio=0.5), {}
 
 
 def _prompt(tokens):

@@ -9,7 +9,6 @@ import tempfile
 import comfy_extras.nodes_attention_multiply as multiply
 import comfy_extras.nodes_eps as eps
 import comfy_extras.nodes_freelunch as freelunch
-import comfy_extras.nodes_hypertile as hypertile
 import comfy_extras.nodes_model_advanced as advanced
 import comfy_extras.nodes_model_downscale as downscale
 import comfy_extras.nodes_nag as nag
@@ -39,7 +38,6 @@ _SKIPPED = {"scale": 2.0, "start_percent": 0.0, "end_percent": 1.0}
 ON_A_MODEL = {
     "FreeU": hung(freelunch.FreeU, b1=1.1, b2=1.2, s1=0.9, s2=0.2),
     "FreeU_V2": hung(freelunch.FreeU_V2, b1=1.3, b2=1.4, s1=0.9, s2=0.2),
-    "HyperTile": hung(hypertile.HyperTile, tile_size=256, swap_size=2, max_depth=0, scale_depth=False),
     "TomePatchModel": hung(tomesd.TomePatchModel, ratio=0.3),
     "PatchModelAddDownscale": hung(
         downscale.PatchModelAddDownscale,
