@@ -91,6 +91,19 @@ def test_guiders_and_model_sampling_run_on_a_parallel_model(server: ComfyServer)
     torch.testing.assert_close(latents[1], latents[0], rtol=1e-4, atol=1e-4)
 
 
+def test_guidance_nodes_are_known_under_the_names_that_a_server_gives_their_modules(server: ComfyServer) -> None:
+    latents = []
+    for load in (local_model, parallel_model):
+        prompt = Prompt()
+        rescaled = out(prompt.add("RescaleCFG", model=load(prompt), multiplier=0.6))
+        model = out(prompt.add("APG", model=rescaled, eta=0.7, norm_threshold=5.0, momentum=0.0))
+        node = picture(prompt, "KSampler", model, f"apg {load.__name__}", steps=2)
+        outcome = server.run(prompt.nodes)
+        latents.append(latent_of(server, outcome, node))
+    torch.testing.assert_close(latents[1], latents[0], rtol=1e-4, atol=1e-4)
+    assert any("the whole loop in the backend" in text for texts in outcome.texts.values() for text in texts)
+
+
 def test_parallel_sampler_takes_the_shift_of_model_sampling(server: ComfyServer) -> None:
     latents = []
     for node, load in (("KSampler", local_model), ("ParallelSampler", parallel_model)):

@@ -19,10 +19,9 @@ WITHOUT_EFFECT = {
 }
 # What only ComfyUI's own loop can do; all else is one request.
 STEP_BY_STEP = {
-    *("Mahiro", "FreSca", "APG", "CFGZeroStar", "CFGNorm", "TCFG", "RenormCFG", "TemporalScoreRescaling"),
+    *("Mahiro", "FreSca", "CFGZeroStar", "CFGNorm", "TCFG", "RenormCFG", "TemporalScoreRescaling"),
     *(
         "LatentApplyOperationCFG",
-        "PerpNeg",
         "ContextWindowsManual",
     ),
     *(

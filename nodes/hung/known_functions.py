@@ -3,40 +3,182 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from math import isclose
 from typing import Any
 
-from .patches import origin
+from torch import Tensor
 
-# By the option that the node sets: its origin's beginning, and what `RemoteModel.sample` calls its setting, as the node's function has it.
-_KNOWN = {
-    "sampler_cfg_function": ("nodes_model_advanced:RescaleCFG.", {"rescale_cfg": "multiplier"}),
-    "denoise_mask_function": (
-        "nodes_differential_diffusion:DifferentialDiffusion.",
-        {"differential": "strength"},
-    ),
-}
+from ...parallel_backend.errors import ConfigError
+from ...parallel_backend.guidance_spec import APG, AwayFromWeaker, check_neg_scale
+from .patches import Patch, origin
+
+_PERP_NEG = ("nodes_perpneg:PerpNeg.execute.<locals>.", "nodes_perpneg:PerpNeg.patch.<locals>.")
+_APG = ("nodes_apg:APG.execute.<locals>.", "nodes_apg:APG.patch.<locals>.")
+_SLG_NODES = ("SkipLayerGuidanceDiT", "SkipLayerGuidanceSD3")
+_SLG = tuple(
+    f"{module}:{node}.{method}.<locals>.post_cfg_function"
+    for module in ("nodes_slg", "nodes_sd3")
+    for node in _SLG_NODES
+    for method in ("execute", "skip_guidance")
+)
+_SLG_SIMPLE = tuple(
+    f"nodes_slg:SkipLayerGuidanceDiTSimple.{method}.<locals>.calc_cond_batch_function"
+    for method in ("execute", "skip_guidance")
+)
+_PAG = tuple(
+    f"nodes_pag:PerturbedAttentionGuidance.{method}.<locals>.post_cfg_function" for method in ("execute", "patch")
+)
 
 
-def known_functions(options: Mapping[str, Any], *, is_flow: bool) -> tuple[dict[str, float], dict[str, Any]]:
-    """Settings of the backend's loop, and the options that these stand for no more.
+@dataclass(frozen=True)
+class Sampling:
+    """Of the sampling on which functions act.
 
     Args:
-        is_flow: of the model whose steps they act on.
+        is_flow: of its model. two_prompts: guidance is of cond and uncond, both evaluated. own_guider: a guider that leaves out
+            what the MODEL says of guidance in place of classifier-free guidance.
     """
-    settings: dict[str, float] = {}
-    others = dict(options)
-    for option, (node, named) in _KNOWN.items():
+
+    is_flow: bool
+    cfg: float
+    two_prompts: bool
+    own_guider: bool
+    sigmas: Tensor
+
+    @property
+    def is_guided(self) -> bool:
+        """Otherwise core hands its functions zeros in uncond's place."""
+        return self.two_prompts and not isclose(self.cfg, 1.0)
+
+
+@dataclass(frozen=True)
+class Weaker:
+    """What a further evaluation is made with, and what leads away from it."""
+
+    patches: tuple[Patch, ...]
+    guidance: AwayFromWeaker
+
+
+@dataclass(frozen=True)
+class InUncond:
+    """What patches the evaluations of uncond alone, between two sigmas."""
+
+    patches: tuple[Patch, ...]
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the backend's loop does in place of a MODEL's functions.
+
+    Args:
+        shares: settings of `RemoteModel.sample` by name. empty: PerpNeg's prompt, as core holds it, and its neg_scale.
+    """
+
+    shares: Mapping[str, float]
+    apg: APG | None = None
+    empty: tuple[list[dict[str, Any]], float] | None = None
+    weaker: Weaker | None = None
+    in_uncond: InUncond | None = None
+
+
+def known_functions(options: Mapping[str, Any], sampling: Sampling) -> tuple[Known, dict[str, Any]]:
+    """What of a MODEL's options the loop knows, and the options that this stands for no more."""
+    known, others = Known({}), dict(options)
+    for option, read in _READERS.items():
         function: Any = options.get(option)
-        if function is None or not origin(function).startswith(node):
+        if isinstance(function, list):
+            # The order of several matters.
+            function = function[0] if len(function) == 1 else None
+        if function is None:
             continue
-        made_with = closed_over(function)
-        if option == "sampler_cfg_function" and made_with.get("is_flow", False) != is_flow:
-            continue  # made for the other kind of models; older cores' is for all, and not the backend's on flow models
-        values = {name: made_with.get(theirs, -1.0) for name, theirs in named.items()}
-        if all(0 <= value <= 1 for value in values.values()):
-            settings |= {name: float(value) for name, value in values.items()}
+        try:
+            found = read(function, sampling, known)
+        except ConfigError:  # numbers that the backend's loop doesn't take
+            found = None
+        if found is not None:
+            known = found
             del others[option]
-    return settings, others
+    return known, others
+
+
+def _cfg_function(function: Any, sampling: Sampling, known: Known) -> Known | None:
+    if sampling.own_guider:
+        return None
+    made_with = closed_over(function)
+    if origin(function).startswith("nodes_model_advanced:RescaleCFG."):
+        # Made for the other kind of models; older cores' is for all, and not the backend's on flow models.
+        share = made_with.get("multiplier", -1.0)
+        if made_with.get("is_flow", False) != sampling.is_flow or not 0 <= share <= 1:
+            return None
+        return replace(known, shares={**known.shares, "rescale_cfg": float(share)})
+    if origin(function).startswith(_PERP_NEG) and {"nocond", "neg_scale"} <= made_with.keys() and sampling.is_guided:
+        check_neg_scale(made_with["neg_scale"])
+        return replace(known, empty=(made_with["nocond"], float(made_with["neg_scale"])))
+    return None
+
+
+def _mask_function(function: Any, sampling: Sampling, known: Known) -> Known | None:
+    strength = closed_over(function).get("strength", -1.0)
+    if not origin(function).startswith("nodes_differential_diffusion:DifferentialDiffusion.") or not 0 <= strength <= 1:
+        return None
+    return replace(known, shares={**known.shares, "differential": float(strength)})
+
+
+def _pre_cfg_function(function: Any, sampling: Sampling, known: Known) -> Known | None:
+    """APG, whose running average core keeps for as long as the MODEL lives: here it is that of one sampling."""
+    made_with = closed_over(function)
+    if not origin(function).startswith(_APG) or sampling.own_guider or not sampling.is_guided or sampling.cfg == 0:
+        return None
+    settings = {"eta", "norm_threshold", "momentum"}
+    if not settings | {"running_avg", "prev_sigma"} <= made_with.keys():
+        return None
+    apg = APG(**{name: float(made_with[name]) for name in settings})
+    former, sigmas = made_with["prev_sigma"], sampling.sigmas
+    goes_on = len(sigmas) > 0 and (float(sigmas[-1]) > 0 or (former is not None and bool(sigmas[0] <= former.cpu())))
+    return None if apg.momentum != 0 and goes_on else replace(known, apg=apg)
+
+
+def _post_cfg_function(function: Any, sampling: Sampling, known: Known) -> Known | None:
+    made_with, of = closed_over(function), origin(function)
+    scale = made_with.get("scale", 0)
+    if scale <= 0:
+        return None
+    if of in _PAG and {"perturbed_attention", "unet_block", "unet_block_id"} <= made_with.keys():
+        place = (made_with["unet_block"], made_with["unet_block_id"])
+        patches = (Patch("attn1", place, made_with["perturbed_attention"]),)
+        return replace(known, weaker=Weaker(patches, AwayFromWeaker(float(scale))))
+    if of not in _SLG or not {"sigma_start", "sigma_end"} <= made_with.keys():
+        return None
+    start, end = float(made_with["sigma_start"]), float(made_with["sigma_end"])
+    guidance = AwayFromWeaker(float(scale), start, end, float(made_with.get("rescaling_scale", 0.0)))
+    return replace(known, weaker=Weaker(_skips(made_with), guidance))
+
+
+def _calc_cond_batch_function(function: Any, sampling: Sampling, known: Known) -> Known | None:
+    made_with = closed_over(function)
+    if origin(function) not in _SLG_SIMPLE or sampling.own_guider or not sampling.is_guided:
+        return None
+    if not {"sigma_start", "sigma_end"} <= made_with.keys():
+        return None
+    start, end = float(made_with["sigma_start"]), float(made_with["sigma_end"])
+    return replace(known, in_uncond=InUncond(_skips(made_with), start, end)) if start >= end else None
+
+
+def _skips(made_with: Mapping[str, Any]) -> tuple[Patch, ...]:
+    layers = made_with.get("double_layers", made_with.get("layers", ()))
+    return tuple(Patch("dit", ("double_block", number), made_with.get("skip")) for number in layers)
+
+
+_READERS: Mapping[str, Callable[[Any, Sampling, Known], Known | None]] = {
+    "sampler_cfg_function": _cfg_function,
+    "denoise_mask_function": _mask_function,
+    "sampler_pre_cfg_function": _pre_cfg_function,
+    "sampler_post_cfg_function": _post_cfg_function,
+    "sampler_calc_cond_batch_function": _calc_cond_batch_function,
+}
 
 
 def closed_over(function: Callable[..., Any]) -> dict[str, Any]:

@@ -12,26 +12,29 @@ import comfy.samplers
 import torch
 from comfy.extra_samplers import uni_pc
 from comfy.samplers import KSAMPLER, CFGGuider
-from comfy_extras.nodes_custom_sampler import Guider_Basic
 from torch import Tensor
 
-from ...parallel_backend import Conditioning, ControlUse
+from ...parallel_backend import Conditioning, ControlUse, PerpNeg
 from ...parallel_backend.config import SAMPLERS, FlowSampling, ModelSampling
 from ...parallel_backend.errors import UnsupportedError
 from ...parallel_backend.rpc.extras import AnyExtra
 from ..known_to_core import known_to
 from .controlnet import ControlChain
+from .further_branches import in_further_branches, odd_branches, processed_empty
 from .kinds import extras_of, step_by_step
-from .known_functions import known_functions
+from .known_functions import Known, Sampling, known_functions
 from .loop_patches import loop_patches, replaced_functions
 from .model_sampling import read_sampling
-from .patches import Call
+from .patches import Call, origin
 
 # Of a processed prompt: what ComfyUI's loop reads beside the model's own inputs, and the value that changes nothing.
 _NEUTRAL: Mapping[str, Any] = {"strength": 1.0}
 _READ = ("area", "mask", "strength", "control", "gligen", "hooks", "default")
 _NAMED = {"control": "a ControlNet"}
 _INPUTS, _MAY_HAVE = {"c_crossattn", "y"}, {"c_concat"}
+# Guiders, by `origin`: core's extra nodes are loaded under a name that differs from start to start.
+_BASIC, _OF_THREE = "nodes_custom_sampler:Guider_Basic", "nodes_perpneg:Guider_PerpNeg"
+_EMPTY = "empty_negative_prompt"
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Loop:
     negative: Conditioning | None
     mask: Tensor | None
     model_sampling: ModelSampling
-    functions: Mapping[str, float]
+    functions: Mapping[str, Any]
     controls: Mapping[str, Sequence[ControlUse]]
     extras: Sequence[AnyExtra]
 
@@ -66,12 +69,20 @@ def read_loop(
     model = guider.model_patcher
     name = sampler_name(sampler)
     sampling = read_sampling(model)
-    settings, options = known_functions(guider.model_options, is_flow=isinstance(sampling, FlowSampling))
+    kind_of_guider = origin(type(guider))
+    acted_on = Sampling(
+        isinstance(sampling, FlowSampling),
+        float(guider.cfg),
+        "negative" in guider.conds,
+        kind_of_guider == _OF_THREE,
+        sigmas,
+    )
+    known, options = known_functions(guider.model_options, acted_on)
     if guider.cfg != 1:  # else both prompts are evaluated though one has no weight
         options.pop("disable_cfg1_optimization", None)
     found = [*replaced_functions(), *loop_patches(model, options)]
     found += step_by_step(guider.model_options["transformer_options"])
-    if type(guider) not in (CFGGuider, Guider_Basic):
+    if type(guider) is not CFGGuider and kind_of_guider not in (_BASIC, _OF_THREE):
         found.append(f"the guider {type(guider).__name__}")
     if name is None:
         found.append(f"the sampler {_described(sampler)}")
@@ -87,9 +98,12 @@ def read_loop(
         found.append("a noise mask that differs by channel")
     if isinstance(sampling, str):
         found.append(sampling)
+    inside = guider.model_options["transformer_options"]
+    found += odd_branches(known, Call(model.network, tuple(latent.shape), (0,), None, inside))
     conds = {kind: [dict(entry) for entry in entries] for kind, entries in guider.conds.items()}
     for kind, entries in conds.items():
         found += _odd_entries(kind, entries)
+    found += _odd_empty(conds.get(_EMPTY, ()), known)
     found += _mixed_hints(conds, len(latent))
     if found or name is None or seed is None or isinstance(sampling, str):
         return found
@@ -100,6 +114,8 @@ def read_loop(
         seen = model.model.process_latent_in(seen)
     given = (noise.float(), conds, model.load_device, seen, mask, seed)
     processed = comfy.samplers.process_conds(_AsPatched(model), *given, **shapes)
+    if (empty := processed_empty(known, model, noise.float())) is not None:
+        processed[_EMPTY] = [empty]
     prompts, controls = {}, {}
     for kind, (entry,) in processed.items():
         if not _acts_everywhere(entry, sigmas):
@@ -107,20 +123,41 @@ def read_loop(
         inputs = {key: value.cond for key, value in entry["model_conds"].items()}
         if odd := (set(inputs) - _MAY_HAVE) ^ _INPUTS:
             return [f"model inputs {', '.join(sorted(odd))} of the {kind} conditioning"]
+        if entry is empty and "c_concat" in inputs:
+            return ["PerpNeg on a model that takes a picture beside the latent"]
         prompts[kind] = Conditioning(inputs["c_crossattn"], inputs["y"], concat=inputs.get("c_concat"))
         members = entry["control"].in_ranks if "control" in entry else []
         controls[kind] = [member.use_of_loop(latent, sigmas[0], inputs) for member in members]
     mask = None if mask is None else mask[:, :1]
     named = (sigmas, name, float(guider.cfg), seed)
-    inside = guider.model_options["transformer_options"]
-    # At scale 1 neither side computes the negative prompt.
-    branches = tuple(range(1 if guider.cfg == 1 else len(prompts)))
+    perp_neg = _perp_neg(guider, known, prompts)
+    branches = _branches(guider.cfg, prompts, perp_neg)
     rows = (len(branches) * len(latent), *latent.shape[1:])
     extras = extras_of(Call(model.network, rows, branches, None, inside))
+    if any(extra.pairs for extra in extras) and (perp_neg is not None or known.in_uncond is not None):
+        return ["a patch that mixes rows of two prompts, beside others"]
     if any(extra.pairs for extra in extras) and not _are_alike(prompts, controls):
         return ["a patch that mixes rows of both prompts, which are of unlike lengths or ControlNets"]
+    settings = {**known.shares, "apg": known.apg, "perp_neg": perp_neg}
+    settings |= in_further_branches(known, Call(model.network, tuple(latent.shape), (0,), None, inside))
     of_prompts = (prompts["positive"], prompts.get("negative"))
     return Loop(latent, noise, *named, *of_prompts, mask, sampling, settings, controls, extras)
+
+
+def _perp_neg(guider: Any, known: Known, prompts: Mapping[str, Conditioning]) -> PerpNeg | None:
+    """The node evaluates the empty prompt by itself, as if it were the first of all; the guider as the third."""
+    if known.empty is not None:
+        return PerpNeg(prompts[_EMPTY], known.empty[1], 0)
+    return PerpNeg(prompts[_EMPTY], float(guider.neg_scale)) if _EMPTY in prompts else None
+
+
+def _branches(cfg: float, prompts: Mapping[str, Conditioning], perp_neg: PerpNeg | None) -> tuple[int, ...]:
+    """The numbers of the prompts that are evaluated together: at scale 1 neither side computes the negative one, nor at neg_scale 0."""
+    if perp_neg is None or perp_neg.number == 0:
+        return (0,) if cfg == 1 or "negative" not in prompts else (0, 1)
+    if perp_neg.neg_scale == 0:
+        return (0,) if cfg == 1 else (0, 2)
+    return (0, 1, 2)
 
 
 def _are_alike(prompts: Mapping[str, Conditioning], controls: Mapping[str, Sequence[ControlUse]]) -> bool:
@@ -208,6 +245,15 @@ def _acts_everywhere(entry: Mapping[str, Any], sigmas: Tensor) -> bool:
     evaluated = sigmas[sigmas > 0].float()
     begins_late = start is not None and bool((evaluated > start).any())
     return not begins_late and not (end is not None and bool((evaluated < end).any()))
+
+
+def _odd_empty(of_guider: Sequence[Mapping[str, Any]], known: Known) -> Iterator[str]:
+    """What the empty prompt carries that others may."""
+    of_node = () if known.empty is None else known.empty[0]
+    if known.empty is not None:
+        yield from _odd_entries("empty", of_node)
+    if any(entry.get("control") for entry in (*of_guider, *of_node)):
+        yield "a ControlNet in the empty conditioning"
 
 
 def _mixed_hints(conds: Mapping[str, Sequence[Mapping[str, Any]]], latents: int) -> Iterator[str]:
