@@ -13,7 +13,7 @@ from .client.remote import RemoteModel
 from .client.remote_control import ControlUse, RemoteControl
 from .client.remote_vae import RemoteVAE
 from .client.weight_patches import WeightPatches
-from .config import MeshSpec, SamplerSpec
+from .config import MeshSpec, SamplerSpec, StepCache
 from .rpc.conditioning import Conditioning
 from .text_encoders.protocol import TextEncoders
 from .version import __version__
@@ -28,6 +28,7 @@ __all__ = [
     "RemoteModel",
     "RemoteVAE",
     "SamplerSpec",
+    "StepCache",
     "TextEncoders",
     "WeightPatches",
     "__version__",

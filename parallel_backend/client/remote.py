@@ -10,7 +10,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ..config import ModelSampling, SamplerSpec
+from ..config import ModelSampling, SamplerSpec, StepCache
 from ..errors import UnknownModelError, UnknownPatchesError
 from ..rpc.conditioning import Conditioning
 from ..rpc.extras import AnyExtra
@@ -135,6 +135,7 @@ class RemoteModel(Held[LoadModel]):
         model_sampling: ModelSampling | None = None,
         rescale_cfg: float = 0.0,
         differential: float | None = None,
+        step_cache: StepCache | None = None,
         controls: Sequence[ControlUse] = (),
         negative_controls: Sequence[ControlUse] | None = None,
         extras: Sequence[AnyExtra] = (),
@@ -159,6 +160,8 @@ class RemoteModel(Held[LoadModel]):
             model_sampling: what the model's output means, and its sigmas, in place of what its file and `shift` say.
             rescale_cfg: how far guidance is brought back to the spread of cond, 0 to 1: RescaleCFG's multiplier.
             differential: makes the mask's values say when they begin to change: DifferentialDiffusion's strength.
+            step_cache: which evaluations take most of their work from an earlier one, which is faster and not exact; `note` tells how
+                many did. None: all are computed whole.
             controls: ControlNets in the ranks, on the positive prompt; and on the negative one, without `negative_controls`.
             extras: what hangs inside the model: see rpc/extras.py.
             trace: keep what each rank did when, in `timeline`: rank, and the columns of distributed/traffic.py.
@@ -184,6 +187,7 @@ class RemoteModel(Held[LoadModel]):
             model_sampling,
             rescale_cfg,
             differential,
+            step_cache,
         )
         given = self._tensors()
         halves = (torch.float16, torch.bfloat16)  # KSampler rounds its noise to them

@@ -7,9 +7,9 @@ cells, E context width, A pooled width, N heads, H head dim, F = N * H.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,11 @@ class Stream:
         return self.q_BLF, self.k_BLF, self.v_BLF
 
 
+B = TypeVar("B", bound=nn.Module)
+# (blocks, text tokens, image tokens) -> both after them.
+Run: TypeAlias = Callable[[Sequence[B], Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
 @dataclass(frozen=True)
 class Attend:
     """The attentions of one evaluation, and what acts beside them."""
@@ -63,6 +68,27 @@ class Attend:
     def is_skipped(self) -> bool:
         """Whether this block hands its tokens on as they came."""
         return self.block in self.sites.skipped
+
+    def through(
+        self, run: Run[B], blocks: Sequence[B], c_BLD: Tensor, x_BLD: Tensor, first_input: Callable[[], Tensor]
+    ) -> list[Tensor]:
+        """Text and image tokens after a stage's blocks, of which `run` computes some; what a step cache has isn't computed.
+
+        Args:
+            first_input: of the first stage, what the first block's attention takes in of the image.
+        """
+        cache = self.step.cache
+        if cache is None:
+            return list(run(blocks, c_BLD, x_BLD))
+        is_first, before = self.attention.mesh.pp.rank == 0, x_BLD
+        own = blocks[: cache.blocks_ahead] if is_first else blocks[:0]
+        c_BLD, x_BLD = run(own, c_BLD, x_BLD)
+        seen = None if not is_first else x_BLD - before if own else first_input()
+        if (rest := cache.taken(seen)) is not None:
+            return [c_BLD, x_BLD + rest]
+        c_BLD, out = run(blocks[len(own) :], c_BLD, x_BLD)
+        cache.rest = out - x_BLD
+        return [c_BLD, out]
 
     def with_residual(self, x_BLD: Tensor) -> Tensor:
         """Image tokens after this block, what a ControlNet gives for it added."""

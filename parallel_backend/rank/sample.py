@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from ..config import SAMPLERS_OF_OWN_STEPS, SAMPLERS_OF_PATCHES, SamplerSpec
+from ..distributed.cfg import own_branches
 from ..distributed.stale import Kept, Step
+from ..distributed.step_cache import StepCaches
 from ..distributed.traffic import Timeline, with_ranks
 from ..errors import BackendError, ConfigError, UnsupportedError
 from ..extras.reading import Extras
@@ -66,6 +68,12 @@ class SampleJob:
             make = partial(Pipeline, self.predictor, self.share, shape, kept, first, job.cancelled)
             self.pipeline = job.control.agreed(make)
 
+    def foresee(self, timesteps: Sequence[Tensor]) -> None:
+        """Those of the schedule, on the CPU, in their order."""
+        self.share.foresee(timesteps)
+        if self.kept.caches is not None:
+            self.kept.caches.steps = len(timesteps)
+
     def nbytes(self) -> int:
         """Of what is kept from evaluation to evaluation."""
         return self.kept.nbytes() + self.share.nbytes()
@@ -73,12 +81,19 @@ class SampleJob:
     def outputs(self, x: Tensor, timestep: Tensor, index: int, sigma: Tensor) -> list[Tensor]:
         """An evaluation that all ranks make together."""
         step, timeline = _step(self.body.spec, index, self.kept, float(sigma)), self.kept.timeline
+        if self.kept.caches is not None:
+            self.kept.caches.begin(index, self._acting(step.sigma))
         if timeline is not None:
             timeline.begin(index)
         with nullcontext() if timeline is None else timeline.span():
             outputs = self.predictor.outputs(x, timestep, self.share, step)
         self._note(index, outputs)
         return outputs
+
+    def _acting(self, sigma: float | None) -> tuple[bool, ...]:
+        """Which of its extras and ControlNets act there, whichever ranks have their rows."""
+        extras = [extra.is_at(sigma) for extra in self.extras]
+        return (*extras, *(use.is_at(sigma) for prompt in self.prompts for use in prompt.controls))
 
     def _note(self, step: int, tensors: Sequence[Tensor]) -> None:
         """Sums, in which NaN and infinity stay. They stay on the device: to look at one would stop the host."""
@@ -143,7 +158,7 @@ def run_sample(
                 batch_index=body.batch_index,
                 noise_dtype=tensors[body.latent].dtype,
                 share=job.control.share,
-                on_schedule=run.share.foresee,
+                on_schedule=run.foresee,
                 on_step=run.on_step,
                 pipeline=run.pipeline,
             )
@@ -162,8 +177,10 @@ def run_sample(
         for axis, (sent, waited) in zip(axes, before, strict=True)
     ]
     peak = torch.cuda.max_memory_allocated(device) - held if device.type == "cuda" else None
-    notes = predictor.take_notes()
-    ranks = job.control.gather(RankCost(costs, kept_bytes, peak, notes[:MOST_NOTES]))
+    notes, caches = predictor.take_notes()[:MOST_NOTES], kept.caches
+    if caches is not None and job.control.rank == 0:
+        notes.append(caches.note())
+    ranks = job.control.gather(RankCost(costs, kept_bytes, peak, notes, [] if caches is None else caches.reused()))
     timeline = [] if kept.timeline is None else [with_ranks(job.control.gather_rows(kept.timeline.table()))]
     result = Result(time.perf_counter() - start, run.steps, ranks, run.swap, run.first_bad_step(out))
     return result, [out, *timeline]
@@ -197,6 +214,7 @@ def _prepare(
     acting = extras.read(body.extras, tensors, predictor, latent.shape[2], latent.shape[3])
     steps = _sigma_count(body, tensors) - 1
     kept = _kept(predictor, spec, steps, latent.shape[2], has_controls=bool(known), extras=acting)
+    kept.caches = _caches(predictor, spec, prompts)
     latent = latent.to(predictor.device)
     if torch.count_nonzero(latent) > 0:
         latent = predictor.kind.to_model(latent)
@@ -249,6 +267,22 @@ def _kept(
             "Leave displaced off, or remove what is named here.",
         )
     return predictor.network.new_job(displaced, spec.num_patches or min(stages, predictor.network.most_patches(height)))
+
+
+def _caches(predictor: Predictor, spec: SamplerSpec, prompts: Sequence[Prompt]) -> StepCaches | None:
+    """Raises: ConfigError: a step cache that this model doesn't know."""
+    asked, network, mesh = spec.step_cache, predictor.network, predictor.mesh
+    if asked is None:
+        return None
+    if asked.method not in network.step_caches:
+        raise ConfigError(
+            f"The step cache {asked.method} is not for {network.config.family}.",
+            f"Use {' or '.join(network.step_caches)}, or leave the step cache out.",
+        )
+    numbers = range(len(prompts))
+    own = own_branches(numbers, mesh.cfg)
+    together = all(prompt.is_like(prompts[0]) for prompt in prompts)
+    return StepCaches(asked, mesh.everyone, [0] if together else own, 1 if together else len(prompts))
 
 
 def _step(spec: SamplerSpec, index: int, kept: Kept, sigma: float) -> Step:
