@@ -81,12 +81,13 @@ class Attend:
         if cache is None:
             return list(run(blocks, c_BLD, x_BLD))
         is_first, before = self.attention.mesh.pp.rank == 0, x_BLD
-        own = blocks[: cache.blocks_ahead] if is_first else blocks[:0]
-        c_BLD, x_BLD = run(own, c_BLD, x_BLD)
-        seen = None if not is_first else x_BLD - before if own else first_input()
-        if (rest := cache.taken(seen)) is not None:
-            return [c_BLD, x_BLD + rest]
-        c_BLD, out = run(blocks[len(own) :], c_BLD, x_BLD)
+        ahead = cache.blocks_ahead if is_first else 0
+        if is_first:  # others have decided before their tokens came
+            c_BLD, x_BLD = run(blocks[:ahead], c_BLD, x_BLD)
+            cache.taken(x_BLD - before if ahead else first_input())
+        if cache.rest is not None:
+            return [c_BLD, x_BLD + cache.rest]
+        c_BLD, out = run(blocks[ahead:], c_BLD, x_BLD)
         cache.rest = out - x_BLD
         return [c_BLD, out]
 
@@ -295,6 +296,8 @@ class StagedTransformer(nn.Module):
             c = prepared.tensors["text"][:, : tokens.text[1] - tokens.text[0]]
             x = self.embed_patches(patches, places)
         else:
+            if attend.step.cache is not None:  # all stages decide together, the first one before it sends
+                attend.step.cache.taken()
             c, x = arriving.wait().split(_lengths(tokens), dim=1)
         c, x = self.run_blocks(c, x, vectors_BW, places, attend)
         if not self.is_last:
