@@ -18,6 +18,7 @@ from .parallel_sampler import ParallelSampler
 from .parallelize import ParallelizeModel, ParallelizeVAE
 from .patch_parallel_vae import PatchParallelVAE
 from .routes import add_routes
+from .step_cache import ParallelStepCache
 
 
 class ParallelMMDiTExtension(ComfyExtension):
@@ -32,6 +33,7 @@ class ParallelMMDiTExtension(ComfyExtension):
             LoadParallelControlNet,
             ParallelSampler,
             DisplacedSteps,
+            ParallelStepCache,
             PatchParallelVAE,
             SaveConditioning,
             LoadConditioning,

@@ -27,6 +27,7 @@ from .hung.extra_cost import ExtraCost
 from .hung.known_functions import closed_over
 from .hung.loop import Loop, backends_own, read_loop
 from .hung.refusal import refuse
+from .hung.step_cache import step_cache_of
 from .node_text import own_text, say
 
 _EXACT = (
@@ -49,8 +50,8 @@ def sample_in_backend(
     seed: int | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """An OUTER_SAMPLE wrapper. Raises: UnsupportedError: what no path to the backend can honour, or displaced steps that
-    ComfyUI's loop would have to make."""
+    """An OUTER_SAMPLE wrapper. Raises: UnsupportedError: what no path to the backend can honour, or displaced steps or a step cache
+    that ComfyUI's loop would have to make."""
     guider: CFGGuider = executor.class_obj
     model = guider.model_patcher
     model.check()
@@ -60,6 +61,8 @@ def sample_in_backend(
     if isinstance(loop, list):
         if displaced is not None:
             refuse(iter(loop), "Displaced steps", _EXACT)
+        if step_cache_of(model) is not None:
+            refuse(iter(loop), "A step cache", "Leave out what is named here, or the Step Cache node.")
         if (name := backends_own(sampler)) is not None:
             refuse(
                 iter(loop),
@@ -104,6 +107,7 @@ def _run(model: Any, loop: Loop, displaced: Displaced | None, preview: Preview, 
         noise=loop.noise,
         sigmas=loop.sigmas,
         noise_mask=loop.mask,
+        step_cache=step_cache_of(model),
         warmup_steps=None if displaced is None else displaced.warmup_steps,
         num_patches=0 if displaced is None else displaced.num_patches,
         patches=model.patches_with(None),

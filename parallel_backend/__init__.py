@@ -14,7 +14,7 @@ from .client.remote import RemoteModel
 from .client.remote_control import ControlUse, RemoteControl
 from .client.remote_vae import RemoteVAE
 from .client.weight_patches import WeightPatches
-from .config import MeshSpec, SamplerSpec
+from .config import MeshSpec, SamplerSpec, StepCache
 from .guidance_spec import APG, AwayFromWeaker
 from .rpc.conditioning import Conditioning
 from .text_encoders.protocol import TextEncoders
@@ -33,6 +33,7 @@ __all__ = [
     "RemoteModel",
     "RemoteVAE",
     "SamplerSpec",
+    "StepCache",
     "TextEncoders",
     "WeakerModel",
     "WeightPatches",

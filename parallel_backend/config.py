@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from itertools import product
-from math import isfinite, prod
+from math import inf, isfinite, prod
 from typing import Literal, TypeAlias, get_args
 
 import msgspec
@@ -308,6 +308,36 @@ class ContinuousSampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True
 ModelSampling: TypeAlias = FlowSampling | DiscreteSampling | ContinuousSampling
 
 
+STEP_CACHES = ("first_block", "teacache", "deepcache")
+
+
+class StepCache(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which evaluations take most of their work from an earlier one. See distributed/step_cache.py.
+
+    Transformers: `first_block` where the first block adds nearly what it added in the last computed evaluation, `teacache` while the
+    changes of the first block's input add up to little. UNets: `deepcache`, all but the outermost level in one of `interval`.
+
+    `threshold`: the relative change (L1) below which the two of transformers reuse; 0 never does. `first_steps`, `last_steps`: that
+    are computed in any case.
+    """
+
+    method: str = "first_block"
+    threshold: float = 0.1
+    interval: int = 2
+    first_steps: int = 4
+    last_steps: int = 1
+
+    def __post_init__(self) -> None:
+        choose(self.method, STEP_CACHES, "Step cache")
+        if not 0.0 <= self.threshold < inf:
+            raise ConfigError(f"threshold={self.threshold} is not possible.", "Use 0, which reuses nothing, or more.")
+        if self.interval < 1:
+            raise ConfigError(f"interval={self.interval} is not possible.", "Use 1, which reuses nothing, or more.")
+        for name in ("first_steps", "last_steps"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} is not possible.", "Use 0 or more.")
+
+
 class SamplerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What KSampler's widgets say. `denoise` below 1 keeps the end of a longer schedule, at 0 no step of it.
 
@@ -319,7 +349,7 @@ class SamplerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     when they begin to change, at this strength; None leaves the mask as it is.
 
     `model_sampling`: what nodes that change it say of the model's output and its sigmas; None is as the file says, with
-    `shift` where that is a flow.
+    `shift` where that is a flow. `step_cache`: None computes every evaluation whole.
     """
 
     sampler: str = "euler"
@@ -337,6 +367,7 @@ class SamplerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     apg: APG | None = None
     neg_scale: float | None = None
     weaker: AwayFromWeaker | None = None
+    step_cache: StepCache | None = None
 
     def __post_init__(self) -> None:
         choose(self.sampler, SAMPLERS, "Sampler")
@@ -365,6 +396,21 @@ class SamplerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(f"warmup_steps={self.warmup_steps} is not possible.", "Use 0 or more; 4 is usual.")
         if self.num_patches < 0:
             raise ConfigError(f"num_patches={self.num_patches} is not possible.", "Use 0 for one a stage, or more.")
+        if self.step_cache is not None:
+            self._check_beside_cache(self.step_cache)
+
+    def _check_beside_cache(self, cache: StepCache) -> None:
+        if self.warmup_steps is not None:
+            raise ConfigError(
+                f"Displaced steps and a step cache ({cache.method}) can't be combined.",
+                "Leave the Step Cache node out; or have exact steps: method exact in Mesh Config, displaced off on Parallel "
+                "Sampler, no Displaced Steps node.",
+            )
+        if self.sampler in SAMPLERS_OF_OWN_STEPS:
+            raise ConfigError(
+                f"Sampler {self.sampler} chooses its own steps, of which a step cache ({cache.method}) can't tell the last.",
+                "Leave the step cache out, or use another sampler.",
+            )
 
     @property
     def first_displaced(self) -> int | None:

@@ -322,6 +322,29 @@ def test_displaced_steps_are_made_under_any_sampler_whose_loop_the_backend_runs(
     assert "Displaced steps can't honour model option 'sampler_post_cfg_function'" in refused(server, prompt)
 
 
+def test_a_step_cache_is_had_under_any_sampler_whose_loop_the_backend_runs(server: ComfyServer) -> None:
+    usual = {"method": "first_block", "threshold": 0.7, "interval": 2, "first_steps": 1, "last_steps": 1}
+    latents, words = [], []
+    for changes, node in (({"threshold": 0.0}, "KSampler"), ({}, "KSampler"), ({}, "ParallelSampler")):
+        prompt = Prompt()
+        cached = out(prompt.add("ParallelStepCache", model=parallel_model(prompt), **usual | changes))
+        saved = picture(prompt, node, cached, "cached", steps=8)
+        outcome = server.run(prompt.nodes)
+        latents.append(latent_of(server, outcome, saved))
+        words.append(last_words(outcome))
+    prompt = Prompt()
+    saved = picture(prompt, "KSampler", parallel_model(prompt), "exact", steps=8)
+    exact = latent_of(server, server.run(prompt.nodes), saved)
+    assert torch.equal(latents[0], exact) and "step cache: 0 of 8 evaluations reused" in words[0]
+    assert (latents[1] - exact).abs().max() > 1e-4 and "step cache: 0 of" not in words[1] and "reused" in words[1]
+    torch.testing.assert_close(latents[2], latents[1], rtol=1e-4, atol=1e-4)
+
+    prompt = Prompt()
+    cached = out(prompt.add("ParallelStepCache", model=parallel_model(prompt), **usual))
+    picture(prompt, "KSampler", out(prompt.add("Mahiro", model=cached)), "never")
+    assert "A step cache can't honour model option 'sampler_post_cfg_function'" in refused(server, prompt)
+
+
 @pytest.mark.parametrize("node", ["ParallelSampler", "KSampler"])
 def test_nan_ends_a_prompt_where_mesh_config_says_so(node: str, server: ComfyServer) -> None:
     prompt = Prompt()

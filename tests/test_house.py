@@ -69,6 +69,7 @@ ALLOWED = {
         "distributed",
         "models",
         # The predictor plays a rank: its model in its mesh, and a job as ranks run it.
+        "rank.one_process",
         *("rank.sample", "rank.jobs", "rank.control_nets", "rank.residents", "rank.allowed_files", "extras.reading"),
         "mesh_choice",
         "sampling",

@@ -22,10 +22,10 @@ from . import (
     skip_layers,
     smoothed_energy,
 )
+from .core_step_caches import is_step_cache
 from .forward_options import FORWARD_OPTIONS
 from .patches import Call, Kind, Patch, origin, patches_in
 from .refusal import is_set
-from .step_cache import is_step_cache
 
 KINDS: tuple[Kind, ...] = (
     skip_layers.KIND,

@@ -1,19 +1,20 @@
-"""Core's step caches, EasyCache and LazyCache: they decide by whole latents which evaluations are left out, in ComfyUI's process.
-
-EasyCache stands around the network's forward, which a parallel MODEL has as well; LazyCache around the guider's. Neither patches
-anything inside: what hangs in the transformer options is what they remember.
-"""
+"""A step cache asked for on a MODEL, so that any sampler has it."""
 
 from __future__ import annotations
 
-from typing import Any
+from comfy.model_patcher import ModelPatcher
 
-from .patches import origin
+from ...parallel_backend.config import StepCache
 
-_OPTION = "easycache"
-_HOLDERS = ("nodes_easycache:EasyCacheHolder", "nodes_easycache:LazyCacheHolder")
+_KEY = "parallel_mmdit.step_cache"
 
 
-def is_step_cache(option: str, value: Any) -> bool:
-    """Whether a transformer option is what one of them remembers."""
-    return option == _OPTION and origin(value) in _HOLDERS
+def with_step_cache(model: ModelPatcher, cache: StepCache) -> ModelPatcher:
+    """A clone of the MODEL that asks for it."""
+    clone = model.clone()
+    clone.set_attachments(_KEY, cache)
+    return clone
+
+
+def step_cache_of(model: ModelPatcher) -> StepCache | None:
+    return model.get_attachment(_KEY)  # type: ignore[no-any-return]

@@ -29,12 +29,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     communication.add_argument("--depth", type=int, default=4, help="blocks")
     communication.set_defaults(run=_communication)
 
-    pictures = benches.add_parser("pictures", help="what displaced steps do to the demo's pictures: PSNR and score")
+    pictures = benches.add_parser(
+        "pictures", help="what displaced steps, or step caches, do to the demo's pictures: PSNR and score"
+    )
     add_choice(pictures)
     pictures.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     pictures.add_argument("--warmups", type=int, nargs="+", default=[0, 1, 2, 4])
     pictures.add_argument("--count", type=int, default=20, help="captions")
     pictures.add_argument("--size", type=int, default=128, help="pixels")
+    pictures.add_argument(
+        "--step-caches",
+        type=float,
+        nargs="+",
+        metavar="VALUE",
+        help="step caches in place of displaced steps: thresholds, of a UNet intervals",
+    )
     pictures.add_argument("--plot", type=Path, help="a PNG of it")
     pictures.set_defaults(run=_pictures)
 
@@ -165,8 +174,11 @@ def _communication(args: argparse.Namespace) -> int:
 
 
 def _pictures(args: argparse.Namespace) -> int:
-    from .pictures import run_pictures
+    from .pictures import run_pictures, run_step_caches
 
+    if args.step_caches:
+        run_step_caches(chosen(args), args.step_caches, args.count, args.size)
+        return 0
     run_pictures(chosen(args), args.ranks, args.warmups, args.count, args.size, args.plot)
     return 0
 

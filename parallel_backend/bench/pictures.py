@@ -1,19 +1,23 @@
-"""What displaced steps do to pictures: PSNR against exact ones, and what they show, of a small trained checkpoint."""
+"""What displaced steps and step caches do to pictures: PSNR against exact ones, and what they show, of a small trained checkpoint."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from ..client.backend import Backend
-from ..config import MeshSpec
-from ..demo.scenes import Scene, held_out_scenes
+from ..config import MeshSpec, StepCache
+from ..demo.scenes import CAPTIONS, Scene, held_out_scenes
 from ..demo.trained import Trained
 from ..demo.yardsticks import psnr, sampled_pictures, share_shown
+from ..rank.one_process import OneProcess
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,58 @@ def figures(
         distance = "-" if warmup is None else f"{found[-1].mean_psnr:.1f} ({found[-1].least_psnr:.1f})"
         tqdm.write(f"| {mesh.describe()} | {'exact' if warmup is None else warmup} | {distance} | {score:.0%} |")
     return found
+
+
+def run_step_caches(trained: Trained, values: Sequence[float], count: int, size: int) -> None:
+    """Prints a table of every step cache that the model has, by threshold, or by interval: on one rank, so that seconds are of work.
+
+    "Work": floating point operations of a sampling, of one caption, beside those of the exact one.
+    """
+    scenes, caches = held_out_scenes(count), step_caches(trained, values)
+    work = _work([None, *caches], trained, size)
+    print(f"{trained.spec.steps} steps of {trained.spec.sampler}, {count} held-out captions, {size} x {size} pixels\n")
+    print(
+        "| step cache | work | seconds | PSNR against exact, mean (least), dB | captions shown |\n|---|---|---|---|---|"
+    )
+    backend = Backend(1, "cpu", "caches")
+    try:
+        model, vae = backend.load_model(trained.path, MeshSpec(), "float32"), backend.load_vae(trained.vae, "float32")
+        net = trained.net(backend, model)
+        exact: list[Tensor] = []
+        exact_seconds = 0.0
+        for cache, share in zip([None, *caches], work, strict=True):
+            start = time.perf_counter()
+            images = sampled_pictures(trained, model, vae, scenes, size, str(cache), net, leave=False, step_cache=cache)
+            seconds = time.perf_counter() - start
+            exact, exact_seconds = exact or images, exact_seconds or seconds
+            distances = [psnr(a, b) for a, b in zip(images, exact, strict=True)]
+            named = (
+                "exact"
+                if cache is None
+                else f"{cache.method}, {cache.interval if trained.is_unet else cache.threshold}"
+            )
+            distance = "-" if cache is None else f"{sum(distances) / count:.1f} ({min(distances):.1f})"
+            shown = share_shown(images, scenes)
+            tqdm.write(f"| {named} | {share:.2f} | {seconds / exact_seconds:.2f} | {distance} | {shown:.0%} |")
+    finally:
+        backend.stop()
+
+
+def step_caches(trained: Trained, values: Sequence[float]) -> list[StepCache]:
+    """Those that a model of this kind has, with these thresholds; of a UNet, intervals."""
+    if trained.is_unet:
+        return [StepCache("deepcache", interval=int(value)) for value in values]
+    return [StepCache(method, threshold=value) for method in ("first_block", "teacache") for value in values]
+
+
+def _work(caches: Sequence[StepCache | None], trained: Trained, size: int) -> list[float]:
+    """Operations of a sampling with each, as shares of the first's."""
+    process, job, found = OneProcess(trained.path), trained.job([CAPTIONS[0]], size), []
+    for cache in caches:
+        with FlopCounterMode(display=False) as counted:
+            process.sample(*job, msgspec.structs.replace(trained.spec, step_cache=cache))
+        found.append(counted.get_total_flops())
+    return [operations / found[0] for operations in found]
 
 
 def draw_plot(found: Sequence[Figures], steps: int, path: Path) -> None:

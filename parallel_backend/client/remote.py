@@ -10,7 +10,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ..config import ModelSampling, SamplerSpec
+from ..config import ModelSampling, SamplerSpec, StepCache
 from ..errors import UnknownModelError, UnknownPatchesError
 from ..guidance_spec import APG
 from ..rpc.conditioning import Conditioning
@@ -140,6 +140,7 @@ class RemoteModel(Held[LoadModel]):
         perp_neg: PerpNeg | None = None,
         weaker: WeakerModel | None = None,
         differential: float | None = None,
+        step_cache: StepCache | None = None,
         controls: Sequence[ControlUse] = (),
         negative_controls: Sequence[ControlUse] | None = None,
         extras: Sequence[AnyExtra] = (),
@@ -168,6 +169,8 @@ class RemoteModel(Held[LoadModel]):
             perp_neg: guidance of three prompts, as of the guider PerpNegGuider; needs `negative`.
             weaker: guidance away from a weaker model, at any cfg_scale: skip-layer and perturbed-attention guidance.
             differential: makes the mask's values say when they begin to change: DifferentialDiffusion's strength.
+            step_cache: which evaluations take most of their work from an earlier one, which is faster and not exact; `note` tells how
+                many did. None: all are computed whole.
             controls: ControlNets in the ranks, on the positive prompt; and on the negative one, without `negative_controls`.
             extras: what hangs inside the model: see rpc/extras.py. `uncond_extras`: beside them, while it evaluates the negative
                 prompt.
@@ -198,6 +201,7 @@ class RemoteModel(Held[LoadModel]):
             apg,
             None if perp_neg is None else perp_neg.neg_scale,
             None if weaker is None else weaker.guidance,
+            step_cache,
         )
         given = self._tensors()
         halves = (torch.float16, torch.bfloat16)  # KSampler rounds its noise to them

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,20 +67,21 @@ def sampled_pictures(
     net: RemoteControl | None = None,
     *,
     leave: bool = True,
-    warmup_steps: int | None = None,
+    **changed: Any,
 ) -> list[Tensor]:
     """A picture (Y, X, 3) in 0..1 of each scene's caption, always from the same seeds.
 
     Args:
         net: draws them along the edges of `pictures_of` the scenes.
         leave: the bar stays.
+        changed: of the checkpoint's own settings.
     """
     images: list[Tensor] = []
     drawn = pictures_of(scenes, size) if net else []
     for start in each(range(0, len(scenes), BATCH), title, leave=leave):
         captions = [scene.caption() for scene in scenes[start : start + BATCH]]
         controls = [ControlUse(net, hints(drawn[start : start + BATCH]))] if net else []
-        changed = {"seed": trained.spec.seed + start, "warmup_steps": warmup_steps}
+        changed["seed"] = trained.spec.seed + start
         images += list(vae.decode(trained.sample(model, captions, size, controls, **changed)))
     return images
 

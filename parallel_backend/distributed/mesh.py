@@ -43,6 +43,7 @@ class Mesh:
             between two ranks wait for each other, and two stages would stand still.
         first_stage: the ranks of the first stage of several; only they have it.
         weights: the ranks that share out a model's weights in slices.
+        everyone: all ranks, for what they decide together, a few numbers on the CPU.
     """
 
     spec: MeshSpec
@@ -56,6 +57,7 @@ class Mesh:
     way_back: MeshAxis = field(default_factory=lambda: MeshAxis("way_back"))
     first_stage: MeshAxis = field(default_factory=lambda: MeshAxis("first_stage"))
     weights: MeshAxis = field(default_factory=lambda: MeshAxis("weights"))
+    everyone: MeshAxis = field(default_factory=lambda: MeshAxis("everyone"))
 
     @property
     def axes(self) -> list[MeshAxis]:
@@ -133,7 +135,7 @@ _WEIGHTS, _WAY_BACK = "weights", "way back"
 
 def _uses(spec: MeshSpec) -> dict[str, tuple[str, list[list[int]]]]:
     """Each axis of the mesh with its use and its groups of ranks, in the order in which they are made."""
-    found = {axis: ("", spec.groups(axis)) for axis in AXES}
+    found = {axis: ("", spec.groups(axis)) for axis in AXES} | {"everyone": ("", spec.groups(*AXES))}
     if spec.sliced:
         found["weights"] = (_WEIGHTS, spec.groups("cfg", "patch"))
     if spec.pp > 1:

@@ -58,7 +58,8 @@ class SlicedWeights:
     def __init__(self, axis: MeshAxis) -> None:
         self.axis = axis
         self._blocks: list[tuple[nn.Module, _Block]] = []
-        self._order: list[_Block] = []
+        self._orders: dict[bool, list[_Block]] = {True: [], False: []}
+        self._order = self._orders[True]
         self._place = 0
         self._coming: tuple[_Block, Handle] | None = None
 
@@ -99,12 +100,13 @@ class SlicedWeights:
         finally:
             block.empty()
 
-    def begin(self) -> None:
-        """A new evaluation starts with the first block; what an evaluation that broke off has asked for is taken in."""
+    def begin(self, is_whole: bool = True) -> None:
+        """A new evaluation starts with the first block, of all blocks or always the same few; what an evaluation that broke off has
+        asked for is taken in."""
         if self._coming is not None:
             self._coming[1].wait()
             self._coming = None
-        self._place = 0
+        self._place, self._order = 0, self._orders[is_whole]
 
     def _before(self, block: _Block) -> None:
         gathered = self._coming[1] if self._coming is not None and self._coming[0] is block else block.start()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .collectives import Handle, start_all_gather
 from .mesh import MeshAxis
+from .step_cache import BranchCache, StepCaches
 from .traffic import Timeline
 
 # Large enough that a message's start costs nothing beside it, small enough that most of a step's are under way early.
@@ -31,12 +32,13 @@ class Kept:
     """What one job keeps from evaluation to evaluation; it dies with the job.
 
     `begun` are the uses of ControlNets that have been evaluated. `stale` and `token_kv` are there only in jobs that have displaced steps: the first where ranks share what they have
-    by messages, the second where patches of `num_patches` flow through a pipeline. `timeline` is there where the job is to be told of in detail.
+    by messages, the second where patches of `num_patches` flow through a pipeline. `caches` are there in jobs that ask for a step cache. `timeline` is there where the job is to be told of in detail.
     """
 
     stale: StaleExchanges | None = None
     token_kv: dict[Hashable, TokenKV] | None = None
     num_patches: int = 1
+    caches: StepCaches | None = None
     begun: set[Hashable] = field(default_factory=set)
     timeline: Timeline | None = None
 
@@ -44,7 +46,8 @@ class Kept:
         """Of all that is kept now."""
         kv = self.token_kv.values() if self.token_kv is not None else ()
         stale = self.stale.nbytes() if self.stale is not None else 0
-        return stale + sum(tokens.nbytes() for tokens in kv)
+        cached = self.caches.nbytes() if self.caches is not None else 0
+        return stale + cached + sum(tokens.nbytes() for tokens in kv)
 
     def close(self) -> None:
         """Waits for all that is under way, so that the next job finds the lines free."""
@@ -69,6 +72,12 @@ class Step:
     def stale(self) -> StaleExchange | None:
         """This branch's."""
         return self.kept.stale.of(self.branch) if self.kept is not None and self.kept.stale is not None else None
+
+    @property
+    def cache(self) -> BranchCache | None:
+        """That of the model's own calls of this branch; ControlNets have none."""
+        caches = None if self.kept is None else self.kept.caches
+        return None if caches is None or not isinstance(self.branch, int) else caches.branches[self.branch]
 
 
 EXACT = Step()

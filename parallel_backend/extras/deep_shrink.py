@@ -26,6 +26,7 @@ class SmallerWithin(Extra):
     order: int
     resizes = True
     name = "deep shrink"
+    between_blocks = True
 
     @classmethod
     def read(cls, asked: Downscale, target: Target, range_of: dict[str, Any]) -> SmallerWithin:

@@ -29,6 +29,7 @@ class WeighedSkips(Extra):
     by_structure: bool
     order: int
     name = "FreeU"
+    between_blocks = True
 
     @classmethod
     def read(cls, asked: FreeU, target: Target, range_of: dict[str, Any]) -> WeighedSkips:

@@ -117,8 +117,9 @@ class CapturedNetwork:
     ) -> Tensor:
         """As the network's; its tensor is the caller's own."""
         inputs = self.network.inputs(x, timesteps, prepared, step, residuals, extras)
-        if step.kept is not None and (step.kept.token_kv is not None or step.kept.timeline is not None):
-            return self.network.evaluate(inputs, step)  # patches of a pipeline; marks of time
+        kept = step.kept
+        if kept is not None and any(made is not None for made in (kept.token_kv, kept.timeline, kept.caches)):
+            return self.network.evaluate(inputs, step)  # patches of a pipeline; marks of time; decisions
         if any(isinstance(extra, ReportingExtra) for extra in extras):
             return self.network.evaluate(inputs, step)
         place = (inputs.form(), step.branch, step.kept is not None and step.kept.stale is not None)

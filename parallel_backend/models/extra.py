@@ -41,6 +41,8 @@ class Extra:
     # It mixes rows of both prompts, which are evaluated at once.
     pairs: ClassVar[bool] = False
 
+    # It acts on what a UNet's blocks give each other.
+    between_blocks: ClassVar[bool] = False
     # The blocks within see a picture of another size than the latent's.
     resizes: ClassVar[bool] = False
 

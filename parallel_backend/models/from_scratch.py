@@ -279,12 +279,18 @@ class FromScratch(StagedTransformer):
     def run_blocks(
         self, c_BLD: Tensor, x_BLD: Tensor, vectors_BW: Tensor, places: Tensor, attend: Attend
     ) -> list[Tensor]:
-        vectors = iter(vectors_BW.unsqueeze(1).split(self.config.hidden, dim=2))
-        for block in self._own():
-            own = attend.of(block.index)
-            x_BLD, c_BLD = block(x_BLD, c_BLD, list(islice(vectors, block.vector_count)), places, own)
-            x_BLD = own.with_residual(x_BLD)
-        return [c_BLD, x_BLD]
+        each = vectors_BW.unsqueeze(1).split(self.config.hidden, dim=2)
+        vectors = iter(each)
+
+        def run(blocks: Sequence[Block], c_BLD: Tensor, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
+            for block in blocks:
+                own = attend.of(block.index)
+                x_BLD, c_BLD = block(x_BLD, c_BLD, list(islice(vectors, block.vector_count)), places, own)
+                x_BLD = own.with_residual(x_BLD)
+            return c_BLD, x_BLD
+
+        own_blocks = self._own()
+        return attend.through(run, own_blocks, c_BLD, x_BLD, lambda: own_blocks[0].norm1_x(x_BLD, *each[:2]))
 
     def leave(self, x_BLD: Tensor, vectors_BW: Tensor) -> Tensor:
         shift, scale = vectors_BW[:, None, -2 * self.config.hidden :].chunk(2, dim=2)

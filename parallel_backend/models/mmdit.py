@@ -247,12 +247,20 @@ class MMDiT(StagedTransformer):
         self, c_BLD: Tensor, x_BLD: Tensor, vectors_BW: Tensor, places: Tensor, attend: Attend
     ) -> list[Tensor]:
         vectors = by_module(vectors_BW, self._modulations(), self.config.hidden)
-        for block in self._own():
-            own, c_mod, x_mod = attend.of(block.index), next(vectors), next(vectors)
-            if not own.is_skipped:
-                c_BLD, x_BLD = block(c_BLD, x_BLD, c_mod, x_mod, own)
-            x_BLD = own.with_residual(x_BLD)
-        return [c_BLD, x_BLD]
+
+        def run(blocks: Sequence[JointBlock], c_BLD: Tensor, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
+            for block in blocks:
+                own, c_mod, x_mod = attend.of(block.index), next(vectors), next(vectors)
+                if not own.is_skipped:
+                    c_BLD, x_BLD = block(c_BLD, x_BLD, c_mod, x_mod, own)
+                x_BLD = own.with_residual(x_BLD)
+            return c_BLD, x_BLD
+
+        def first_input() -> Tensor:
+            _, (shift, scale, *_) = islice(by_module(vectors_BW, self._modulations(), self.config.hidden), 2)
+            return modulated_norm(x_BLD, EPS, (shift, scale))[0]
+
+        return attend.through(run, self._own(), c_BLD, x_BLD, first_input)
 
     def leave(self, x_BLD: Tensor, vectors_BW: Tensor) -> Tensor:
         last = vectors_BW[:, None, -2 * self.config.hidden :]

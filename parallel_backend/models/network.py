@@ -23,6 +23,11 @@ class Network(Protocol):
     """A model with its weights, in its mesh."""
 
     @property
+    def step_caches(self) -> Sequence[str]:
+        """The methods that it knows."""
+        ...
+
+    @property
     def config(self) -> Any: ...
     def check_size(self, height: int, width: int, text_tokens: int) -> None: ...
     def most_patches(self, height: int) -> int:
@@ -86,6 +91,8 @@ class Positions(Protocol):
 
 class TokenNetwork:
     """A transformer, bound to its positions."""
+
+    step_caches = ("first_block", "teacache")
 
     def __init__(self, model: StagedTransformer, positions: Positions) -> None:
         self.model, self.positions, self.config = model, positions, model.config

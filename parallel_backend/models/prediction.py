@@ -464,6 +464,8 @@ class Predictor:
     def _local(self, rows: Rows, call: Call, step: Step) -> Tensor:
         x, prompt = rows.x, rows.prompt
         if x.shape[0] == 0:  # fewer rows than ranks of dp: all ranks of this share wait together
+            if step.cache is not None:  # which ranks decide together
+                step.cache.taken()
             return x[:, : self.network.config.channels].float()
         own = self.network.own_residuals(rows.residuals, x.shape[2], x.shape[3])
         added, given = own.each(lambda tensor: tensor.to(self.device, self.dtype)), x.to(self.dtype)

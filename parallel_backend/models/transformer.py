@@ -7,9 +7,9 @@ cells, E context width, A pooled width, N heads, H head dim, F = N * H.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,11 @@ class Stream:
         return self.q_BLF, self.k_BLF, self.v_BLF
 
 
+B = TypeVar("B", bound=nn.Module)
+# (blocks, text tokens, image tokens) -> both after them.
+Run: TypeAlias = Callable[[Sequence[B], Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
 @dataclass(frozen=True)
 class Attend:
     """The attentions of one evaluation, and what acts beside them."""
@@ -72,6 +77,28 @@ class Attend:
     def is_skipped(self) -> bool:
         """Whether this block hands its tokens on as they came."""
         return self.block in self.sites.skipped
+
+    def through(
+        self, run: Run[B], blocks: Sequence[B], c_BLD: Tensor, x_BLD: Tensor, first_input: Callable[[], Tensor]
+    ) -> list[Tensor]:
+        """Text and image tokens after a stage's blocks, of which `run` computes some; what a step cache has isn't computed.
+
+        Args:
+            first_input: of the first stage, what the first block's attention takes in of the image.
+        """
+        cache = self.step.cache
+        if cache is None:
+            return list(run(blocks, c_BLD, x_BLD))
+        is_first, before = self.attention.mesh.pp.rank == 0, x_BLD
+        ahead = cache.blocks_ahead if is_first else 0
+        if is_first:  # others have decided before their tokens came
+            c_BLD, x_BLD = run(blocks[:ahead], c_BLD, x_BLD)
+            cache.taken(x_BLD - before if ahead else first_input())
+        if cache.rest is not None:
+            return [c_BLD, x_BLD + cache.rest]
+        c_BLD, out = run(blocks[ahead:], c_BLD, x_BLD)
+        cache.rest = out - x_BLD
+        return [c_BLD, out]
 
     def with_residual(self, x_BLD: Tensor) -> Tensor:
         """Image tokens after this block, what a ControlNet gives for it added."""
@@ -292,6 +319,8 @@ class StagedTransformer(nn.Module):
             c = prepared.tensors["text"][:, : tokens.text[1] - tokens.text[0]]
             x = self.embed_patches(patches, places)
         else:
+            if attend.step.cache is not None:  # all stages decide together, the first one before it sends
+                attend.step.cache.taken()
             c, x = arriving.wait().split(_lengths(tokens), dim=1)
         c, x = self.run_blocks(c, x, vectors_BW, places, attend)
         if not self.is_last:

@@ -6,7 +6,7 @@ Shapes: B rows, C latent channels, Y X latent cells, L text tokens, E context wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -31,12 +31,14 @@ from ..distributed.patch_layers import join_projections, place_band_layers
 from ..distributed.sites import Place, UNetSites
 from ..distributed.sliced_weights import SlicedWeights
 from ..distributed.stale import Kept, StaleExchanges, Step
+from ..distributed.step_cache import BranchCache
 from ..errors import ConfigError
 from ..quantized.weight import QuantizedWeight
 from .extra import Extra
 from .inputs import Inputs
 from .prepared import PreparedPrompt
 from .residuals import NONE, Residuals, check_count, check_residual
+from .shallow_unet import shallow_output
 from .unet_blocks import BlockByBlock
 
 HEAD_DIM = 64
@@ -163,14 +165,21 @@ class InBands:
 
     @contextmanager
     def cut(
-        self, x_BCYX: Tensor, prepared: PreparedPrompt, step: Step, sites: UNetSites | None = None
+        self,
+        x_BCYX: Tensor,
+        prepared: PreparedPrompt,
+        step: Step,
+        sites: UNetSites | None = None,
+        *,
+        is_whole: bool = True,
     ) -> Iterator[Band]:
-        """Inside, the model takes a latent of that size in bands, with that prompt and what acts at these sites, at that step."""
+        """Inside, the model takes a latent of that size in bands, with that prompt and what acts at these sites, at that step;
+        `is_whole`: all of its blocks compute."""
         band, (rows, columns) = self.band, x_BCYX.shape[2:]
         band.cut, band.step = self.cut_of(rows, columns), step
         band.prompt_kv, band.sites = prepared.tensors, sites
         if self.slices is not None:
-            self.slices.begin()
+            self.slices.begin(is_whole)
         try:
             yield band
         finally:
@@ -183,15 +192,19 @@ class BandUNet(InBands):
     Its model is a `loadable_unet`.
     """
 
+    step_caches = ("deepcache",)
+
     def __init__(self, model: Any, config: UNetConfig, mesh: Mesh, kernel: str) -> None:
         super().__init__(model, config, mesh, kernel)
         self._added = NONE
+        self._cache: BranchCache | None = None
         # Blocks take the embedding of the timestep with its SiLU: computed once in place of once for each.
         model.time_embed_act = nn.SiLU()
         for resnet in [module for module in model.modules() if isinstance(module, ResnetBlock2D)]:
             resnet.skip_time_act = True
         for number, block in enumerate(input_blocks(model)):
             block.register_forward_hook(partial(self._add, number))
+        model.up_blocks[-1].register_forward_pre_hook(self._keep, with_kwargs=True)
         self.places = attention_places(model)
         for place, block in self.places.items():
             processors: list[Any] = [block.attn1.processor, block.attn2.processor]
@@ -242,6 +255,11 @@ class BandUNet(InBands):
             return None
         return (out[0] + added, *out[1:]) if isinstance(out, tuple) else out + added
 
+    def _keep(self, block: nn.Module, inputs: object, named: Mapping[str, Any]) -> None:
+        """A hook of the last block going up, of what the deeper ones give it."""
+        if self._cache is not None:
+            self._cache.rest = named["hidden_states"]
+
     def _handed_on(self, residuals: Residuals) -> dict[str, Any]:
         """As diffusers takes them: one for each skip connection, or none at all; it adds a number as it adds a tensor."""
         if residuals.middle is None and not any(tensor is not None for tensor in residuals.output):
@@ -286,27 +304,29 @@ class BandUNet(InBands):
         return self.evaluate(self.inputs(x_BCYX, timesteps_B, prepared, step, residuals, extras), step)
 
     def evaluate(self, inputs: Inputs, step: Step) -> Tensor:
-        sites = _sites_of(inputs.extras)
-        with self.cut(inputs.x, inputs.prepared, step, sites) as band:
+        sites, cache = _sites_of(inputs.extras), step.cache
+        deep = None if cache is None else cache.taken()
+        with self.cut(inputs.x, inputs.prepared, step, sites, is_whole=deep is None) as band:
             latent = band.cut
             if sites is not None and sites.between_blocks:
                 out = BlockByBlock(self.model, self.config.places, band, self.cut_of)(inputs, sites)
             else:
-                out = self._through(inputs)
+                out = self._through(inputs, cache, deep)
         whole = all_gather(out, 2, latent.rows, latent.axis)
         # After the output, which the next step waits for: a communicator works in order.
         if step.stale is not None:
             step.stale.end_evaluation()
         return whole
 
-    def _through(self, inputs: Inputs) -> Tensor:
-        """This rank's band of the output."""
-        self._added, added = inputs.residuals, self._handed_on(inputs.residuals)
+    def _through(self, inputs: Inputs, cache: BranchCache | None, deep: Tensor | None) -> Tensor:
+        """This rank's band of the output; `deep`: what its deeper levels gave before, where they aren't computed."""
+        self._added, added, self._cache = inputs.residuals, self._handed_on(inputs.residuals), cache
         try:
-            given = {"class_labels": inputs.prepared.pooled, "return_dict": False, **added}
-            return self.model(inputs.x, inputs.changing["timesteps"], inputs.prepared.context, **given)[0]  # type: ignore[no-any-return]
+            call = (self.model, inputs.x, inputs.changing["timesteps"], inputs.prepared.context)
+            given = {"class_labels": inputs.prepared.pooled, **added}
+            return _whole_output(*call, given) if deep is None else shallow_output(*call, given, deep)
         finally:
-            self._added = NONE
+            self._added, self._cache = NONE, None
 
 
 def loadable_unet(config: UNetConfig, mesh: Mesh) -> Any:
@@ -357,6 +377,12 @@ def attention_places(model: Any) -> dict[Place, BasicTransformerBlock]:
         for number, block in enumerate(blocks)
         for index, transformer in enumerate(getattr(block, "transformer_blocks", ()))
     }
+
+
+def _whole_output(
+    model: Any, x_BCYX: Tensor, timesteps_B: Tensor, context_BLE: Tensor, given: dict[str, Any]
+) -> Tensor:
+    return model(x_BCYX, timesteps_B, context_BLE, return_dict=False, **given)[0]  # type: ignore[no-any-return]
 
 
 def _sites_of(extras: Sequence[Extra]) -> UNetSites | None:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from ..config import SAMPLERS_OF_OWN_STEPS, SAMPLERS_OF_PATCHES, BranchName, SamplerSpec
+from ..distributed.cfg import own_branches
 from ..distributed.stale import Kept, Step
+from ..distributed.step_cache import StepCaches
 from ..distributed.traffic import Timeline, with_ranks
 from ..errors import BackendError, ConfigError, UnsupportedError
 from ..extras.reading import Extras
@@ -81,10 +83,14 @@ class SampleJob:
         """Those of the schedule, on the CPU, in their order."""
         for share in self._shares():
             share.foresee(timesteps)
+        if self.kept.caches is not None:
+            self.kept.caches.steps = len(timesteps)
 
     def outputs(self, x: Tensor, timestep: Tensor, index: int, sigma: Tensor) -> list[Tensor]:
         """An evaluation that all ranks make together, of the branches that act there, in their order."""
         step, timeline = _step(self.body.spec, index, self.kept, float(sigma)), self.kept.timeline
+        if self.kept.caches is not None:
+            self.kept.caches.begin(index, self._acting(step.sigma))
         if timeline is not None:
             timeline.begin(index)
         with nullcontext() if timeline is None else timeline.span():
@@ -97,6 +103,12 @@ class SampleJob:
     def _leads_away(self, sigma: float | None) -> bool:
         asked = self.body.spec.weaker
         return asked is not None and sigma is not None and asked.is_at(sigma)
+
+    def _acting(self, sigma: float | None) -> tuple[bool, ...]:
+        """Which of its extras and ControlNets act there, whichever ranks have their rows."""
+        branches = self.branches.values()
+        extras = [extra.is_at(sigma) for branch in branches for extra in branch.extras]
+        return (*extras, *(use.is_at(sigma) for branch in branches for use in branch.prompt.controls))
 
     def _note(self, step: int, tensors: Sequence[Tensor]) -> None:
         """Sums, in which NaN and infinity stay. They stay on the device: to look at one would stop the host."""
@@ -181,8 +193,10 @@ def run_sample(
         for axis, (sent, waited) in zip(axes, before, strict=True)
     ]
     peak = torch.cuda.max_memory_allocated(device) - held if device.type == "cuda" else None
-    notes = predictor.take_notes()
-    ranks = job.control.gather(RankCost(costs, kept_bytes, peak, notes[:MOST_NOTES]))
+    notes, caches = predictor.take_notes()[:MOST_NOTES], kept.caches
+    if caches is not None and job.control.rank == 0:
+        notes.append(caches.note())
+    ranks = job.control.gather(RankCost(costs, kept_bytes, peak, notes, [] if caches is None else caches.reused()))
     timeline = [] if kept.timeline is None else [with_ranks(job.control.gather_rows(kept.timeline.table()))]
     result = Result(time.perf_counter() - start, run.steps, ranks, run.swap, run.first_bad_step(out))
     return result, [out, *timeline]
@@ -218,6 +232,7 @@ def _prepare(
     steps = _sigma_count(body, tensors) - 1
     acting = list({id(extra): extra for branch in branches.values() for extra in branch.extras}.values())
     kept = _kept(predictor, spec, steps, latent.shape[2], has_controls=bool(known), extras=acting)
+    kept.caches = _caches(predictor, spec, list(prompts.values()), acting)
     latent = latent.to(predictor.device)
     if torch.count_nonzero(latent) > 0:
         latent = predictor.kind.to_model(latent)
@@ -286,6 +301,32 @@ def _refuse_guidance_of_whole_images(spec: SamplerSpec) -> None:
                 f"{needs} of the whole image, whose patches are at different steps.",
                 f"Leave displaced off, or {node} out.",
             )
+
+
+def _caches(
+    predictor: Predictor, spec: SamplerSpec, prompts: Sequence[Prompt], extras: Sequence[Extra]
+) -> StepCaches | None:
+    """Raises: ConfigError, UnsupportedError: a step cache that this model doesn't know, or with what it can't be."""
+    asked, network, mesh = spec.step_cache, predictor.network, predictor.mesh
+    if asked is None:
+        return None
+    if asked.method not in network.step_caches:
+        raise ConfigError(
+            f"The step cache {asked.method} is not for {network.config.family}.",
+            f"Use {' or '.join(network.step_caches)}, or leave the step cache out.",
+        )
+    others = [extra.name for extra in extras if extra.between_blocks and asked.method == "deepcache"]
+    others += ["Perp-Neg"] * (spec.neg_scale is not None) + ["guidance away from a weaker model"] * (
+        spec.weaker is not None
+    )
+    if others:
+        raise UnsupportedError(
+            f"The step cache {asked.method} can't be honoured beside {', '.join(others)}.", "Leave one of them out."
+        )
+    numbers = range(len(prompts))
+    own = own_branches(numbers, mesh.cfg)
+    together = all(prompt.is_like(prompts[0]) for prompt in prompts)
+    return StepCaches(asked, mesh.everyone, [0] if together else own, 1 if together else len(prompts))
 
 
 def _step(spec: SamplerSpec, index: int, kept: Kept, sigma: float) -> Step:

@@ -85,13 +85,15 @@ class RankCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a job cost a rank.
 
     `kept_bytes`: the most that it kept from step to step: stale tensors of the others, keys and values. `peak_bytes`: the
-    most beyond what it held before; None where it isn't known (on CPUs). `notes`: what its user should know.
+    most beyond what it held before; None where it isn't known (on CPUs). `notes`: what its user should know. `reused`: the
+    steps at which it took most of an evaluation from an earlier one.
     """
 
     costs: list[AxisCost]
     kept_bytes: int = 0
     peak_bytes: int | None = None
     notes: list[str] = []
+    reused: list[int] = []
 
 
 class Swap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
