@@ -51,16 +51,3 @@ def test_only_what_needs_it_goes_step_by_step(outcomes: Outcomes) -> None:
     assert "rows of both prompts, which are of unlike lengths" in said["NAGuidance, a longer prompt"]
     assert "HyperTile with a swap_size above 2" in said["HyperTile that draws, on all"]
     assert "sampler_post_cfg_function" in said["SelfAttentionGuidance on all"]
-
-
-@pytest.mark.parametrize("world", [1, 3, 4])
-def test_other_numbers_of_ranks_give_the_same(
-    world: int, comfy: ComfyInstallation, unets: Path, request: pytest.FixtureRequest
-) -> None:
-    if world == 4:
-        found = run(comfy, request.getfixturevalue("backend4"), unets)
-    else:
-        backend = Backend(world, "cpu", f"attention{world}", idle_seconds=300)
-        found = run(comfy, backend, unets)
-        backend.stop()
-    assert len(found) > 5 and not wrong(found), wrong(found)

@@ -41,17 +41,3 @@ def test_each_gives_one_latent_on_both(outcomes: Outcomes) -> None:
 
 def test_the_backend_runs_the_loop_of_those_that_it_has(outcomes: Outcomes) -> None:
     assert not not_as_named(outcomes), not_as_named(outcomes)
-
-
-@pytest.mark.parametrize("world", [1, 3, 4])
-def test_other_numbers_of_ranks_give_the_same(
-    world: int, comfy: ComfyInstallation, unets: Path, request: pytest.FixtureRequest
-) -> None:
-    if world == 4:
-        found = run(comfy, request.getfixturevalue("backend4"), unets)
-    else:
-        backend = Backend(world, "cpu", f"guided{world}", idle_seconds=300)
-        found = run(comfy, backend, unets)
-        backend.stop()
-    assert len(found) > 3 and not wrong(found), wrong(found)
-    assert not not_as_named(found), not_as_named(found)

@@ -38,19 +38,3 @@ def test_what_its_nodes_can_not_mean_is_named_before_the_first_step(outcomes: Ou
     assert "transformer_blocks.0.forward" in errors["TPG"]
     assert "the block output 50 of Perturbed-Attention Guidance" in errors["a block outside"]
     assert "a blur_sigma of 0" in errors["a blur of 0"]
-
-
-@pytest.mark.parametrize("world", [1, 3, 4])
-def test_other_numbers_of_ranks_give_the_same(
-    world: int, comfy: ComfyInstallation, unets: Path, request: pytest.FixtureRequest
-) -> None:
-    if missing := PERTURBED.missing(comfy):
-        pytest.skip(missing)
-    if world == 4:
-        found = run(comfy, request.getfixturevalue("backend4"), unets, PERTURBED)
-    else:
-        backend = Backend(world, "cpu", f"perturbed{world}", idle_seconds=300)
-        found = run(comfy, backend, unets, PERTURBED)
-        backend.stop()
-    computed = {name: outcome for name, outcome in found.items() if name not in refused(found)}
-    assert len(computed) >= 2 and not wrong(computed), wrong(computed)

@@ -74,17 +74,3 @@ def test_what_can_not_be_honoured_is_named_before_the_first_step(outcomes: Outco
     assert refused
     for case, outcome in refused.items():
         assert outcome.get("failed") == "parallel" and REFUSED[case] in (outcome["refused"] or ""), outcome
-
-
-@pytest.mark.parametrize("world", [1, 3, 4])
-def test_other_numbers_of_ranks_give_the_same(
-    world: int, comfy: ComfyInstallation, unets: Path, request: pytest.FixtureRequest
-) -> None:
-    packs = [pack for pack in present(comfy) if pack is not TGATE]
-    if world == 4:
-        found = run_packs(comfy, request.getfixturevalue("backend4"), unets, packs)
-    else:
-        backend = Backend(world, "cpu", f"regions{world}", idle_seconds=300)
-        found = run_packs(comfy, backend, unets, packs)
-        backend.stop()
-    assert found and not wrong(computed(found)), wrong(computed(found))
