@@ -252,12 +252,10 @@ def test_an_old_group_node_that_keeps_its_model_is_said_so() -> None:
     ("kind", "words"),
     [
         ("TomePatchModel", "attention and blocks"),
-        ("IPAdapterAdvanced", "image prompts"),
-        ("ApplyInstantID", "image prompts"),
         ("TorchCompileModel", "`compile` of Mesh Config"),
         ("SeamlessTile", "network's own layers"),
-        ("NAGuidance", "attention and blocks"),
-        ("TeaCache", "caches of steps"),
+        ("TGateApply", "attention and blocks"),
+        ("TeaCache", "Step Cache (Parallel) work"),
         ("LLLiteLoader", "attention and blocks"),
         ("SUPIRApply", "network's own layers"),
     ],
@@ -271,6 +269,17 @@ def test_what_hangs_on_the_model_and_cant_be_honoured_is_named(kind: str, words:
     assert len(added(workflow)) == 1 and not report.found.runs
     assert [(remark.key, remark.class_type) for remark in report.found.refused] == [(str(patched), kind)]
     assert words in report.found.refused[0].why
+
+
+@pytest.mark.parametrize(
+    "kind", ["IPAdapterAdvanced", "ApplyInstantID", "ApplyPulid", "FreeU_V2", "NAGuidance", "SkipLayerGuidanceSD3"]
+)
+def test_what_hangs_inside_the_model_and_ranks_know_runs(kind: str) -> None:
+    sheet = Sheet()
+    loader = sheet.checkpoint("sdxl.safetensors")
+    sheet.sampler(sheet.add(kind, [MODEL], model=(loader, 0, MODEL)), loader)
+    report = made(sheet.whole())[1]
+    assert report.found.runs and report.changed and not report.found.unknown and not report.found.refused
 
 
 @pytest.mark.parametrize(

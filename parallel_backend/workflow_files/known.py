@@ -24,8 +24,19 @@ _ON_A_MODEL = (
     "LoraLoader LoraLoaderModelOnly LoraModelLoader ModelMergeSimple ModelMergeBlocks ModelMergeSubtract ModelMergeAdd ModelMergeSDXL "
     "ModelMergeSD3_2B ModelMergeSD35_Large ModelSamplingDiscrete ModelSamplingContinuousEDM ModelSamplingContinuousV ModelSamplingSD3 "
     "ModelSamplingAuraFlow ModelSamplingFlux RescaleCFG PerpNeg DifferentialDiffusion Mahiro CFGZeroStar CFGNorm FreSca APG TCFG "
-    "FreeU FreeU_V2 PatchModelAddDownscale "
     "EasyCache LazyCache CFGOverride RenormCFG TemporalScoreRescaling ContextWindowsManual LatentApplyOperationCFG ComfySwitchNode LazySwitchKJ"
+)
+# Inside the model: extras of the ranks stand for them, see nodes/hung.
+_INSIDE = (
+    "FreeU FreeU_V2 PatchModelAddDownscale HyperTile SelfAttentionGuidance PerturbedAttentionGuidance NAGuidance SkipLayerGuidanceSD3 "
+    "SkipLayerGuidanceDiT SkipLayerGuidanceDiTSimple UNetSelfAttentionMultiply UNetCrossAttentionMultiply UNetTemporalAttentionMultiply "
+    "PerturbedAttention SmoothedEnergyGuidanceAdvanced SlidingWindowGuidanceAdvanced AttentionCouplePPM CLIPNegPip ParallelStepCache "
+    "IPAdapter IPAdapterAdvanced IPAdapterBatch IPAdapterFaceID IPAAdapterFaceIDBatch IPAdapterTiled IPAdapterTiledBatch IPAdapterEmbeds "
+    "IPAdapterEmbedsBatch IPAdapterStyleComposition IPAdapterStyleCompositionBatch IPAdapterMS IPAdapterClipVisionEnhancer "
+    "IPAdapterClipVisionEnhancerBatch IPAdapterFromParams IPAdapterPreciseStyleTransfer IPAdapterPreciseStyleTransferBatch "
+    "IPAdapterPreciseComposition IPAdapterPreciseCompositionBatch IPAdapterUnifiedLoader IPAdapterUnifiedLoaderFaceID "
+    "IPAdapterUnifiedLoaderCommunity ApplyInstantID ApplyInstantIDAdvanced InstantIDAttentionPatch InstantIdAdapterApply ApplyPulid "
+    "ApplyPulidAdvanced ApplyIPAdapterSD3"
 )
 _ON_CONDITIONING = (
     "CLIPTextEncode CLIPTextEncodeSDXL CLIPTextEncodeSDXLRefiner CLIPTextEncodeSD3 CLIPTextEncodeControlnet ConditioningAverage "
@@ -46,8 +57,7 @@ _CONTROLNETS = (
 _OF_PACKS = (
     "FaceDetailer FaceDetailerPipe DetailerForEach DetailerForEachPipe UltimateSDUpscale UltimateSDUpscaleNoUpscale ToBasicPipe "
     "FromBasicPipe FromBasicPipe_v2 ToDetailerPipe ToDetailerPipeSDXL KSamplerAdvancedProvider KSamplerProvider LayeredDiffusionApply "
-    "BNK_CLIPTextEncodeAdvanced AttentionCouplePPM CLIPNegPip IPAdapterUnifiedLoader IPAdapterUnifiedLoaderFaceID IPAdapterUnifiedLoaderCommunity "
-    "SDXLPromptStyler smZ_CLIPTextEncode"
+    "BNK_CLIPTextEncodeAdvanced SDXLPromptStyler smZ_CLIPTextEncode"
 )
 _WITH_SPACES = (
     "KSampler (Efficient); KSampler Adv. (Efficient); KSampler SDXL (Eff.); KSampler //Inspire; KSamplerAdvanced //Inspire; "
@@ -66,6 +76,6 @@ RUN = (
     | OURS
     | {PARALLELIZE}.union(
         _WITH_SPACES.split("; "),
-        *(names.split() for names in (_SAMPLERS, _ON_A_MODEL, _ON_CONDITIONING, _CONTROLNETS, _OF_PACKS)),
+        *(names.split() for names in (_SAMPLERS, _ON_A_MODEL, _INSIDE, _ON_CONDITIONING, _CONTROLNETS, _OF_PACKS)),
     )
 )

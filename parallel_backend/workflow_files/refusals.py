@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from .graph import Node
 from .known import RUN
 
-IMAGE_PROMPT = "image prompts (IP-Adapter, InstantID, PuLID) aren't honoured on a parallel MODEL yet"
-ATTENTION = "patches of attention and blocks aren't honoured on a parallel MODEL yet"
-CACHE = "caches of steps live inside the model, and aren't honoured on a parallel MODEL yet"
+ATTENTION = "this patch of attention and blocks isn't honoured on a parallel MODEL"
+CACHE = "this cache of steps lives inside the model: EasyCache, LazyCache and Step Cache (Parallel) work on a parallel MODEL"
 LAYERS = "it changes the network's own layers, and those of a parallel MODEL live in the backend"
 CHANNELS = "it gives the model more input channels than its file has"
 COMPILE = "the weights live in the backend: set `compile` of Mesh Config instead"
@@ -19,12 +18,9 @@ TRAINING = "a parallel MODEL can't be trained"
 
 _CLASSES = {
     ATTENTION: (
-        "HyperTile TomePatchModel SelfAttentionGuidance PerturbedAttentionGuidance "
-        "UNetSelfAttentionMultiply UNetCrossAttentionMultiply UNetTemporalAttentionMultiply NAGuidance SkipLayerGuidanceSD3 "
-        "SkipLayerGuidanceDiT SkipLayerGuidanceDiTSimple HypernetworkLoader GLIGENTextBoxApply ModelAttentionBackend ScaleROPE "
+        "TomePatchModel HypernetworkLoader GLIGENTextBoxApply ModelAttentionBackend ScaleROPE "
         "ReferenceOnlySimple TGateApply TGateApplySimple TGateApplyAdvanced NegPip ApplyRAUNet ApplyRAUNetSimple "
-        "ApplyMSWMSAAttention ApplyMSWMSAAttentionSimple SmoothedEnergyGuidanceAdvanced PerturbedAttention SlidingWindowGuidanceAdvanced "
-        "INPAINT_ApplyFooocusInpaint"
+        "ApplyMSWMSAAttention ApplyMSWMSAAttentionSimple INPAINT_ApplyFooocusInpaint"
     ),
     CACHE: "TeaCache DeepCache ApplyFBCacheOnModel ApplyTeaCachePatch ApplyTeaCachePatchAdvanced",
     LAYERS: "SeamlessTile LoraLoaderBypass LoraLoaderBypassModelOnly LoadAndApplyICLightUnet BrushNet PowerPaint RAUNet",
@@ -37,7 +33,6 @@ _BY_CLASS = {name: why for why, names in _CLASSES.items() for name in names.spli
 _BY_PATTERN = tuple(
     (re.compile(pattern), why)
     for pattern, why in (
-        (r"(?i)ip[-_ ]?adapter(?!.*(Loader|Load)\b)|instant[-_ ]?id|pulid|faceid", IMAGE_PROMPT),
         (r"LLLite|^ACN_Reference", ATTENTION),
         (r"^ADE_|AnimateDiff", LAYERS),
         (r"(?i)brushnet|powerpaint", LAYERS),
@@ -46,7 +41,7 @@ _BY_PATTERN = tuple(
         (r"(?i)fooocus.?inpaint", ATTENTION),
         (r"(?i)seamless|asymmetric.*tiled|circular.*(vae|pad)", LAYERS),
         (r"(?i)style[-_ ]?align|reference.*attention|prompt[-_ ]?to[-_ ]?prompt|attention[-_ ]?couple|cross.?attention", ATTENTION),
-        (r"(?i)perturbed|self.?attention.?guid|free[-_ ]?u\b|hyper[-_ ]?tile|\bNAG|t-?gate|automatic[-_ ]?cfg|skip.?layer", ATTENTION),
+        (r"(?i)\bNAG|t-?gate|automatic[-_ ]?cfg|pladis|token[-_ ]?merg", ATTENTION),
     )
 )  # fmt: skip
 _BY_FILE = tuple(
