@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel_backend import APG, AwayFromWeaker, Backend, Conditioning, MeshSpec, PerpNeg, WeakerModel
+from parallel_backend import (
+    APG,
+    AwayFromWeaker,
+    Backend,
+    Conditioning,
+    MeshSpec,
+    PerpNeg,
+    RemoteModel,
+    StepCache,
+    WeakerModel,
+)
+from parallel_backend.client.guidance import settings_of
 from parallel_backend.config import SamplerSpec
 from parallel_backend.errors import BackendError, ConfigError, UnsupportedError
 from parallel_backend.rpc.extras import SkipBlocks
@@ -175,3 +187,12 @@ def test_perp_neg_needs_a_negative_prompt(backend2: Backend, checkpoint: Path) -
     model = backend2.load_model(checkpoint, MeshSpec(cfg=2), "float32")
     with pytest.raises(ConfigError, match="a positive, a negative and an empty prompt"):
         model.sample(torch.zeros(1, 16, 8, 6), positive, perp_neg=PerpNeg(empty))
+
+
+def test_a_specs_settings_are_those_of_a_sampling() -> None:
+    spec = SamplerSpec(steps=3, cfg_scale=2.0, apg=APG(), step_cache=StepCache("first_block"))
+    assert set(settings_of(spec)) <= set(inspect.signature(RemoteModel.sample).parameters)
+    assert SamplerSpec(**settings_of(spec)) == spec
+    for beside in ({"neg_scale": 1.0}, {"weaker": AwayFromWeaker()}):
+        with pytest.raises(ValueError, match="more than a spec"):
+            settings_of(SamplerSpec(**beside))

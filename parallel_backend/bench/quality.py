@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ..client.backend import Backend
+from ..client.guidance import settings_of
 from ..client.remote import RemoteModel, Step
 from ..config import MeshSpec, SamplerSpec
 from ..demo.progress import each
@@ -103,7 +103,7 @@ def _run(model: RemoteModel, prompt: Conditioning, steps: int, size: int, warmup
         seen.append((step.x.clone(), step.denoised.clone()))
 
     latent, spec = torch.zeros(1, 4, size // 8, size // 8), _spec(steps, warmup)
-    latent = model.sample(latent, prompt, None, **msgspec.structs.asdict(spec), preview="all", on_step=on_step)
+    latent = model.sample(latent, prompt, None, **settings_of(spec), preview="all", on_step=on_step)
     return Run(seen, latent)
 
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import msgspec
+
+from ..config import SamplerSpec
 from ..guidance_spec import AwayFromWeaker
 from ..rpc.conditioning import Conditioning
 from ..rpc.extras import AnyExtra
@@ -34,3 +38,14 @@ class WeakerModel:
 
     extras: Sequence[AnyExtra]
     guidance: AwayFromWeaker
+
+
+def settings_of(spec: SamplerSpec) -> dict[str, Any]:
+    """As `RemoteModel.sample` takes them.
+
+    Raises: ValueError: of guidance that takes a prompt or extras beside its numbers, which a spec hasn't.
+    """
+    if spec.neg_scale is not None or spec.weaker is not None:
+        raise ValueError("Perp-Neg and guidance away from a weaker model are more than a spec")
+    beside = ("neg_scale", "weaker")
+    return {name: value for name, value in msgspec.structs.asdict(spec).items() if name not in beside}

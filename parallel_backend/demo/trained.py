@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..checkpoint_files.taesd_files import FAMILIES, taesd_files
 from ..client.backend import Backend
+from ..client.guidance import settings_of
 from ..client.remote import RemoteModel
 from ..client.remote_control import ControlUse, RemoteControl
 from ..config import MeshSpec, SamplerSpec
@@ -90,7 +91,7 @@ class Trained:
     ) -> Tensor:
         """The latents of a batch, by the checkpoint's own settings or others of `spec`."""
         spec = msgspec.structs.replace(self.spec, **changed)
-        return model.sample(*self.job(captions, size), controls=controls, **msgspec.structs.asdict(spec))
+        return model.sample(*self.job(captions, size), controls=controls, **settings_of(spec))
 
 
 def add_choice(parser: argparse.ArgumentParser) -> None:
