@@ -59,8 +59,7 @@ class RemoteNetwork(torch.nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         options = transformer_options or {}
-        # Checked here too: some guiders add their patches while they sample.
-        refuse(_unsendable(options, kwargs), "A parallel MODEL", ELSEWHERE)
+        refuse(_unsendable(kwargs), "A parallel MODEL", ELSEWHERE)
         around = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
         wrappers = comfy.patcher_extension.get_all_wrappers(around, options) if self.calls_wrappers else []
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._remote_forward, self, wrappers)
@@ -69,6 +68,8 @@ class RemoteNetwork(torch.nn.Module):
     def _remote_forward(
         self, x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor, control: Any, options: dict[str, Any], **_: Any
     ) -> Tensor:
+        # Checked here too: some guiders and wrappers add their patches while they sample.
+        refuse(unknown_patches(options), "A parallel MODEL", ELSEWHERE)
         if self.as_made.unseen:
             refuse(self.as_made.changes(), "A parallel MODEL", RELOAD)
             self.as_made.unseen = False
@@ -121,8 +122,7 @@ def step_of(options: dict[str, Any]) -> tuple[int, int]:
     return min(max(passed, 1), len(all_sigmas) - 1), len(all_sigmas) - 1
 
 
-def _unsendable(options: dict[str, Any], kwargs: dict[str, Any]) -> Iterator[str]:
-    yield from unknown_patches(options)
+def _unsendable(kwargs: dict[str, Any]) -> Iterator[str]:
     given = (name for name, value in kwargs.items() if value is not None and name != _OF_CONTROLNETS)
     yield from (f"the model argument {name!r}" for name in given)
 

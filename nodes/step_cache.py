@@ -31,7 +31,7 @@ class ParallelStepCache(io.ComfyNode):
                     options=list(STEP_CACHES),
                     default=_USUAL.method,
                     tooltip="SD3.x: first_block computes the first block and looks at what it adds; teacache looks at its input alone. "
-                    "SDXL: deepcache computes the outermost level alone in all but one of interval steps.",
+                    "SDXL: deepcache computes the outermost level alone in all but one of interval evaluations.",
                 ),
                 io.Float.Input(
                     "threshold",
@@ -47,7 +47,7 @@ class ParallelStepCache(io.ComfyNode):
                     default=_USUAL.interval,
                     min=1,
                     max=100,
-                    tooltip="deepcache: one of so many steps is computed whole. 1: each is.",
+                    tooltip="deepcache: one of so many evaluations is computed whole (most samplers make one a step). 1: each is.",
                 ),
                 io.Int.Input(
                     "first_steps",

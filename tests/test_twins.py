@@ -35,6 +35,7 @@ STEP_BY_STEP = {
     *("sampler dpmpp_2m_sde_gpu", "sampler euler_cfg_pp", "SamplerEulerAncestral, eta 0.5"),
     "FlipSigmas",
     *("a pack's sampling_function", "a pack's sample_euler"),
+    *("a pack's partial", "a pack's object", "a pack's closure"),
     *("hook on one prompt", "hook with keyframes", "hook of a model", "LoRA and hook"),
 }
 # Cases of cores that are older than the newest.

@@ -12,21 +12,33 @@ from ...parallel_backend.rpc.extras import AnyExtra
 
 @dataclass
 class ExtraCost:
-    """`sizes`: bytes of the tensors that are kept, each once."""
+    """`kept`: tensors that are sent once; `fresh`: bytes of those that are others at each of `evaluations`."""
 
-    sizes: dict[int, int] = field(default_factory=dict)
+    kept: dict[int, Tensor] = field(default_factory=dict)
+    fresh: int = 0
+    evaluations: int = 0
 
     def note(self, extras: Iterable[AnyExtra]) -> ExtraCost:
         """Once more, of an evaluation or of a whole sampling."""
+        before = self.fresh
         for extra in extras:
-            extra.each(self._kept, fresh=lambda tensor: tensor)
+            extra.each(self._keep, fresh=self._count)
+        self.evaluations += self.fresh > before
         return self
 
-    def _kept(self, tensor: Tensor) -> Tensor:
-        self.sizes[id(tensor)] = tensor.nbytes
+    def _keep(self, tensor: Tensor) -> Tensor:
+        self.kept[id(tensor)] = tensor
+        return tensor
+
+    def _count(self, tensor: Tensor) -> Tensor:
+        self.fresh += tensor.nbytes
         return tensor
 
     def __str__(self) -> str:
         """Empty where nothing was sent."""
-        mib = sum(self.sizes.values()) / 2**20
-        return f"image prompts and other tensors inside the model: {mib:.1f} MiB, sent once" if self.sizes else ""
+        told = []
+        if self.kept:
+            told.append(f"{sum(tensor.nbytes for tensor in self.kept.values()) / 2**20:.1f} MiB, sent once")
+        if self.evaluations:
+            told.append(f"{self.fresh / self.evaluations / 2**20:.1f} MiB an evaluation")
+        return f"image prompts and other tensors inside the model: {'; '.join(told)}" if told else ""

@@ -48,9 +48,12 @@ def odd_branches(known: Known, call: Call) -> Iterator[str]:
         if asked is None:
             continue
         kinds = {patch.kind for patch in asked.patches}
-        replaced = any(patch.place is not None and patch.kind in kinds for patch in patches_in(call.options))
-        if replaced or not _extras(asked.patches, call):
-            yield f"evaluations with patches of {', '.join(sorted(kinds))}"
+        # Of one kind with those: "attn1_patch" and "attn1_output_patch" are of "attn1".
+        own = [patch for patch in patches_in(call.options) if any(patch.kind.startswith(kind) for kind in kinds)]
+        if own:
+            yield f"evaluations with patches of {', '.join(sorted(kinds))}, beside the MODEL's own"
+        elif not _extras(asked.patches, call):
+            yield "guidance away from a weaker model that nothing here makes weaker"
 
 
 def _extras(patches: Sequence[Patch], call: Call) -> list[AnyExtra]:

@@ -24,7 +24,7 @@ from .image_prompt_check import gives_the_same
 from .image_prompt_tensors import prompt_of
 from .pack_version import pack_and_version
 from .patches import Call, Kind, Patch
-from .refusal import LOCALLY
+from .refusal import LOCALLY, MISFITS
 from .unet_places import places_of
 
 # By the name of the class: what it holds one of for each picture. The packs' forks have the same names in other folders.
@@ -33,11 +33,9 @@ _CALLBACKS = ("ipadapter_attention", "instantid_attention", "pulid_attention")
 _RANGE = ("sigma_start", "sigma_end")
 # PuLID's settings that make its output another than attention times a number, the one that goes first first.
 _FORMS: Mapping[str, ImagePromptForm] = {"ortho": "orthogonal", "ortho_v2": "partly_orthogonal"}
-# What a pack's own code raises where an adapter doesn't fit.
-_MISFITS = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError)
 # Of the transformer options what a patch is not told: the others, and of which step it is, by which an answer would hold there alone.
 _UNTOLD = ("patches", "patches_replace", "sigmas", "sample_sigmas")
-_OTHER_ADAPTER = "Choose an adapter for this model."
+_OTHER_ADAPTER = f"Choose an adapter for this model, or another version of that pack; or {LOCALLY}."
 # For areas of a picture, which take turns.
 _MOST_KEPT = 8
 
@@ -175,7 +173,7 @@ class _Asked:
             found = heard(picture.plain, q, self._options)
         except UnsupportedError as error:
             raise UnsupportedError(f"{self._told}: {error.message}", error.remedy) from error
-        except _MISFITS as error:
+        except MISFITS as error:
             if isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
             what = f"{type(error).__name__}: {str(error)[:200]}"

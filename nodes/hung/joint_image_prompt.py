@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ...parallel_backend.errors import UnsupportedError
 from ...parallel_backend.rpc.extras import AnyExtra, JointImagePrompt
+from .pack_version import pack_and_version
 from .patches import Call, Kind, Patch, origin
-from .refusal import LOCALLY, module_of
+from .refusal import LOCALLY, MISFITS
 
 _PARTS = ("norm_ip", "to_k_ip", "to_v_ip", "norm_q", "norm_k", "norm_ip_k")
 _OPTIONS = {"hidden_states", "t_emb", "weight"}
@@ -63,7 +64,12 @@ def _ask(patch: Patch, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     attention = patch.function.original_block.x_block.attn
     heads = attention.num_heads
     hidden, rows = options["hidden_states"], options["hidden_states"].shape[0]
-    width = adapter.to_k_ip.weight.shape[0]
+    width, own = adapter.to_k_ip.weight.shape[0], attention.qkv.weight.shape[1]
+    if width != own:
+        raise UnsupportedError(
+            f"An image prompt ({pack_and_version(type(adapter))}) for blocks {width} wide came to a model whose blocks are {own} wide.",
+            "Choose an adapter for this model: InstantX's is for SD3.5-Large.",
+        )
     generator = torch.Generator().manual_seed(0)
     token = torch.randn(rows, 1, width, generator=generator).to(hidden)
     noted: list[Tensor] = []
@@ -75,7 +81,13 @@ def _ask(patch: Patch, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     forward = type(adapter).forward
     known = {**forward.__globals__, "F": SimpleNamespace(scaled_dot_product_attention=attend)}
     asking = FunctionType(forward.__code__, known, forward.__name__, forward.__defaults__, forward.__closure__)
-    asking(adapter, hidden, token, token, token.unflatten(-1, (heads, -1)), options["t_emb"], heads)
+    try:
+        asking(adapter, hidden, token, token, token.unflatten(-1, (heads, -1)), options["t_emb"], heads)
+    except MISFITS as error:
+        raise UnsupportedError(
+            f"The image prompt of {pack_and_version(type(adapter))} can't be computed: {type(error).__name__}: {str(error)[:200]}.",
+            f"Use another version of that pack, or {LOCALLY}.",
+        ) from error
     norms = [norm.weight.detach().to(hidden) for norm in (adapter.norm_q, adapter.norm_k)]
     image = token.unflatten(-1, (heads, -1)).transpose(1, 2)
     wanted = [F.rms_norm(image, image.shape[-1:], norm, _EPS) for norm in norms] + [image]
@@ -85,8 +97,8 @@ def _ask(patch: Patch, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     )
     if not as_known:
         raise UnsupportedError(
-            f"A parallel MODEL can't honour the image prompt of {module_of(type(adapter))}: it attends otherwise than is known here.",
-            f"Update that pack, or {LOCALLY}.",
+            f"A parallel MODEL can't honour the image prompt of {pack_and_version(type(adapter))}: it attends otherwise than is known.",
+            f"Use another version of that pack, or {LOCALLY}.",
         )
     k, v = (tensor[:, :, 1:].transpose(1, 2) for tensor in noted[1:])
     return k, v, torch.stack(norms)

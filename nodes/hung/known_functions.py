@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import isclose
+from types import CellType, FunctionType
 from typing import Any
 
 from torch import Tensor
@@ -92,7 +93,7 @@ def known_functions(options: Mapping[str, Any], sampling: Sampling) -> tuple[Kno
         if isinstance(function, list):
             # The order of several matters.
             function = function[0] if len(function) == 1 else None
-        if function is None:
+        if not isinstance(function, FunctionType):  # a pack's own object is none of core's
             continue
         try:
             found = read(function, sampling, known)
@@ -183,5 +184,5 @@ _READERS: Mapping[str, Callable[[Any, Sampling, Known], Known | None]] = {
 
 def closed_over(function: Callable[..., Any]) -> dict[str, Any]:
     """What a function made inside another has of it, by name."""
-    cells = function.__closure__ or ()
-    return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True))
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    return {name: cell.cell_contents for name, cell in cells if cell != CellType()}

@@ -21,7 +21,7 @@ from ...parallel_backend.rpc.extras import AnyExtra
 from ..known_to_core import known_to
 from .controlnet import ControlChain
 from .further_branches import in_further_branches, odd_branches, processed_empty
-from .kinds import extras_of, step_by_step
+from .kinds import extras_of, step_by_step, unknown_patches
 from .known_functions import Known, Sampling, known_functions
 from .loop_patches import loop_patches, replaced_functions
 from .model_sampling import read_sampling
@@ -99,6 +99,7 @@ def read_loop(
     if isinstance(sampling, str):
         found.append(sampling)
     inside = guider.model_options["transformer_options"]
+    found += unknown_patches(inside)
     found += odd_branches(known, Call(model.network, tuple(latent.shape), (0,), None, inside))
     conds = {kind: [dict(entry) for entry in entries] for kind, entries in guider.conds.items()}
     for kind, entries in conds.items():

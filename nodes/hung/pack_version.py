@@ -15,11 +15,17 @@ def pack_and_version(function: Any) -> str:
     file = getattr(sys.modules.get(function.__module__), "__file__", None)
     if file is None:
         return str(function.__module__)
-    folder = Path(file).parent
-    for above in (folder, *list(folder.parents)[:2]):
-        project = above / "pyproject.toml"
-        if project.is_file():
-            text = project.read_text(encoding="utf-8", errors="replace")
-            found = [match[1] for field in ("name", "version") if (match := re.search(_FIELD.format(field), text))]
-            return " ".join(found) or above.name
-    return folder.name
+    folder = _own_folder(Path(file).parent)
+    project = folder / "pyproject.toml"
+    if not project.is_file():
+        return folder.name
+    text = project.read_text(encoding="utf-8", errors="replace")
+    found = [match[1] for field in ("name", "version") if (match := re.search(_FIELD.format(field), text))]
+    return " ".join(found) or folder.name
+
+
+def _own_folder(folder: Path) -> Path:
+    """The pack's, of one of its folders: the outermost that is a package."""
+    while (folder.parent / "__init__.py").is_file():
+        folder = folder.parent
+    return folder

@@ -14,6 +14,9 @@ ELSEWHERE = f"The weights live in the backend. Remove that node, or {LOCALLY}."
 IN_MESH_CONFIG = "Remove that node; Mesh Config has the ranks' dtype, and compiles on the ranks."
 RELOAD = f"The weights live in the backend. Remove that node and free the models and node cache, or {LOCALLY}."
 
+# What a pack's own code raises where what it is given doesn't fit it.
+MISFITS = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError)
+
 # In a sentence; a MODEL with more on it has the rest of them in the details.
 _TOLD = 6
 

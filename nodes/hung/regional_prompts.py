@@ -20,7 +20,7 @@ from ...parallel_backend.rpc.extras import AnyExtra, RegionalPrompts, SplitPromp
 from .cross_attentions import cross_attentions
 from .pack_version import pack_and_version
 from .patches import Call, Kind, Patch, origin
-from .refusal import LOCALLY
+from .refusal import LOCALLY, MISFITS
 
 _NEGPIP = "unet_negpip:sdxl_attn2_negpip"
 # Of cgem156-ComfyUI, ComfyUI-ppm and comfyui-prompt-control, in this order.
@@ -143,7 +143,7 @@ class _Asked:
                 return split
             strength, keys, values = self._regions(base, k, v)
             masks = self._masks([len(rows) for rows in q])
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        except MISFITS as error:
             self._unknown(f"it can't be computed: {type(error).__name__}: {str(error)[:200]}")
         same = all(torch.equal(key, value) for key, value in zip(keys, values, strict=True))
         regions = RegionalPrompts(strength=strength, keys=keys, values=None if same else values, masks=masks)
@@ -236,7 +236,7 @@ def _drawn(*shape: int) -> Tensor:
 
 def _strength(row_TE: Tensor, tile_TE: Tensor) -> float | None:
     """Times what a row is these tokens, again and again; None where it is something else."""
-    if row_TE.shape[0] % tile_TE.shape[0] or row_TE.shape[1] != tile_TE.shape[1]:
+    if not len(row_TE) or len(row_TE) % len(tile_TE) or row_TE.shape[1] != tile_TE.shape[1]:
         return None
     whole = tile_TE.repeat(row_TE.shape[0] // tile_TE.shape[0], 1)
     if torch.equal(row_TE, whole):

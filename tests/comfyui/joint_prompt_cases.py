@@ -1,11 +1,13 @@
 """ComfyUI-InstantX-IPAdapter-SD3's own code on a local MODEL and its parallel twin, with a small random adapter, for twins.py."""
 
+import functools
 import os
 import types
 
 import meshes
 import packs
 import torch
+from refusals import named
 
 FOLDER = os.environ["INSTANTX_IPADAPTER_SD3_PATH"]
 SEEN, TOKENS = 24, 5
@@ -14,12 +16,12 @@ if meshes.WORLD == 2:
     MODELS["sd3.5-medium"] = "sd3.5-medium.safetensors", {"ring": 2}
 
 
-def adapter(twins, model):
-    """What the pack's loader gives, of the model's width: it knows SD3.5-Large's alone."""
+def adapter(twins, model, wider=0):
+    """What the pack's loader gives, of the model's width: it knows SD3.5-Large's alone. `wider`: made for another model."""
     jointblock = packs.part_of_pack(FOLDER, "models.jointblock")
     resampler = packs.part_of_pack(FOLDER, "models.resampler")
     blocks = model.model.diffusion_model.joint_blocks
-    width = blocks[0].x_block.attn.num_heads * 64
+    width = blocks[0].x_block.attn.num_heads * 64 + wider
     torch.manual_seed(3)
     procs = [jointblock.IPAttnProcessor(width, width, width, width, 64, 48) for _ in blocks]
     for proc in procs:
@@ -33,12 +35,12 @@ def adapter(twins, model):
     return types.SimpleNamespace(device="cpu", resampler=modules[0], procs=modules[1:])
 
 
-def applied(twins, seed=4, **settings):
+def applied(twins, seed=4, wider=0, **settings):
     """The node on a MODEL, but in fp32: it takes its image in half precision."""
 
     def change(model):
         nodes = packs.part_of_pack(FOLDER, "nodes")
-        new, made = model.clone(), adapter(twins, model)
+        new, made = model.clone(), adapter(twins, model, wider)
         seen = torch.randn(1, 7, SEEN, generator=torch.Generator().manual_seed(seed))
         nodes.patch(new, made.procs, made.resampler, torch.cat([seen, torch.zeros_like(seen)]), **settings)
         return new
@@ -52,4 +54,8 @@ def cases(twins):
         yield name, "SD3 IP-Adapter, two latents of an odd size", applied(twins, weight=0.7), odd
         if name == "sd3.5-large" and meshes.WORLD == 2:
             yield name, "SD3 IP-Adapter, some steps", applied(twins, start=0.3, end=0.8), {"steps": 4, "denoise": 1.0}
+            wider = applied(twins, wider=64)
+            words = ("wide came to a model whose blocks are", "Choose an adapter for this model")
+            refused = functools.partial(named, twins, words, lambda model, change=wider: twins.sample(change(model)))
+            yield name, "SD3 IP-Adapter, of a wider model", lambda model: model, {"of": refused}
             yield name, "SD3 IP-Adapter, no guidance", applied(twins), {"cfg": 1.0}

@@ -36,6 +36,37 @@ def hung(node, **inputs):
     return lambda model: call(node, model=model, **inputs)
 
 
+def weaker_guidance(share, args):
+    return args["denoised"] * share
+
+
+class WeakerGuidance:
+    """A pack's own object in a function's place."""
+
+    def __call__(self, args):
+        return weaker_guidance(0.9, args)
+
+
+def with_an_empty_cell():
+    """A function that closes over a name which nobody has set yet."""
+
+    def guide(args):
+        return args["denoised"] * 0.9 if args else late
+
+    if guide is None:
+        late = None
+    return guide
+
+
+def guided_by(function):
+    def change(model):
+        model = model.clone()
+        model.set_model_sampler_post_cfg_function(function)
+        return model
+
+    return change
+
+
 def model_nodes(twins, name):
     """By what they are called: MODEL -> MODEL."""
     # Older cores' has one formula for all models; that of flow models is not the backend's.
@@ -58,6 +89,9 @@ def model_nodes(twins, name):
             perpneg.PerpNeg, model=model, empty_conditioning=twins.prompt(model, 3), neg_scale=0.7
         ),
         "DifferentialDiffusion": hung(differential.DifferentialDiffusion, strength=0.8),
+        "a pack's partial": guided_by(functools.partial(weaker_guidance, 0.8)),
+        "a pack's object": guided_by(WeakerGuidance()),
+        "a pack's closure": guided_by(with_an_empty_cell()),
     }
     if name == "sdxl":
         for kind in ("eps", "v_prediction", "lcm", "x0"):
