@@ -52,11 +52,20 @@ class AwayFromWeaker(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         _check_finite("Guidance away from a weaker model", scale=self.scale, rescale=self.rescale)
         if self.scale <= 0:
             raise ConfigError(f"scale={self.scale} leads to no weaker model.", "Use more than 0; 3 is usual.")
+        start, end = self._range
+        if not start >= end:
+            raise ConfigError(
+                f"Guidance away from a weaker model acts from sigma {start} to {end}.", "Give the greater sigma first."
+            )
 
     def is_at(self, sigma: float) -> bool:
         """Whether it acts there."""
-        start, end = inf if self.start is None else self.start, 0.0 if self.end is None else self.end
+        start, end = self._range
         return end <= sigma <= start
+
+    @property
+    def _range(self) -> tuple[float, float]:
+        return inf if self.start is None else self.start, 0.0 if self.end is None else self.end
 
 
 def check_neg_scale(neg_scale: float | None) -> None:

@@ -19,17 +19,31 @@ from served import EMPTY, NEGATIVE, POSITIVE
 from torch import Tensor
 from unet_inputs import unet_prompt
 
-from parallel_backend import Backend, MeshSpec, RemoteModel
+from parallel_backend import Backend, Conditioning, MeshSpec, RemoteModel, StepCache
 from parallel_backend.distributed.mesh import build_mesh
+from parallel_backend.distributed.sites import UNetSites
 from parallel_backend.distributed.stale import Step
 from parallel_backend.errors import InputError, UnsupportedError
+from parallel_backend.extras.free_u import WeighedSkips
 from parallel_backend.extras.reading import Extras
 from parallel_backend.models.captured import CapturedNetwork
 from parallel_backend.models.extra import Extra, Row
 from parallel_backend.models.families import SD3, SDXL, Kind
 from parallel_backend.models.prediction import Predictor, Prompt, Rows
 from parallel_backend.models.unet import attention_places
-from parallel_backend.rpc.extras import AnyExtra, Downscale, PerturbedAttention, SkipBlocks, TiledAttention
+from parallel_backend.rpc.extras import (
+    AnyExtra,
+    BlurQueries,
+    Downscale,
+    FreeU,
+    ImagePrompt,
+    NormalizedGuidance,
+    PerturbedAttention,
+    RegionalPrompts,
+    SkipBlocks,
+    SplitPrompt,
+    TiledAttention,
+)
 from parallel_backend.small_checkpoints.unet import CONFIGS, random_unet
 
 ROWS, SIZES = 3, [(16, 12), (13, 9)]
@@ -248,3 +262,60 @@ def test_what_knows_tokens_by_their_place_is_refused_beside_a_smaller_picture(ba
     tiled = TiledAttention(places=[MIDDLE], tiles=[(2, 1, 4, 3)])
     with pytest.raises(UnsupportedError, match="HyperTile can't be honoured beside deep shrink"):
         model.forward(torch.zeros(1, 4, 16, 12), torch.ones(1), context, pooled, extras=[tiled, shrink])
+
+
+def test_a_step_cache_decides_by_the_calls_that_are_made(backend2: Backend, large: Path) -> None:
+    """Prompts of one length, of which one has an extra of its own, are two calls."""
+    model = backend2.load_model(large, MeshSpec(tp=2), "float32")
+    cache = StepCache("first_block", threshold=0.0)
+    one = {"steps": 3, "uncond_extras": [SKIPPED]}
+    prompts = (POSITIVE, Conditioning(NEGATIVE.context.repeat(1, 2, 1), NEGATIVE.pooled))
+    assert prompts[0].context.shape == prompts[1].context.shape
+    exact, cached = (model.sample(EMPTY, *prompts, step_cache=asked, **one) for asked in (None, cache))
+    assert torch.equal(exact, cached)
+
+
+def test_a_skipped_attention_that_comes_back_is_refused_beside_displaced_steps(backend2: Backend, large: Path) -> None:
+    model = backend2.load_model(large, MeshSpec(ring=2), "float32")
+    with pytest.raises(UnsupportedError, match="Displaced steps can't honour skipped blocks"):
+        sampled(model, SkipBlocks(blocks=[1], end=0.5), warmup_steps=1)
+    assert torch.isfinite(sampled(model, SKIPPED, warmup_steps=1)).all()
+
+
+def test_sizes_are_looked_at_in_each_branch(backend2: Backend, unets: Path) -> None:
+    model = backend2.load_model(unets / "unet-tiny.safetensors", MeshSpec(patch=2), "float32")
+    prompt = Conditioning(*unet_prompt(CONFIGS["tiny"], 1, 77, 1))
+    shrink = Downscale(block=2, factor=2.0, after_skip=True, method="bilinear", back="bilinear")
+    tiled = TiledAttention(places=[MIDDLE], tiles=[(2, 1, 4, 3)])
+    with pytest.raises(UnsupportedError, match="HyperTile can't be honoured beside deep shrink"):
+        model.sample(torch.zeros(1, 4, 16, 12), prompt, prompt, steps=2, extras=[shrink], uncond_extras=[tiled])
+    with pytest.raises(InputError, match="A prompt of 77 tokens can't be half keys"):
+        model.sample(torch.zeros(1, 4, 16, 12), prompt, steps=2, extras=[SplitPrompt()])
+
+
+def test_all_that_acts_before_output_blocks_does() -> None:
+    sites = UNetSites()
+    for _ in range(2):
+        WeighedSkips(factors=((4, 1.0, 1.0),), by_structure=False, order=0).on_unet(sites)
+    assert len(sites.before_output) == 2
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        Downscale(block=2, factor=1e-3, after_skip=True, method="bilinear", back="bilinear"),
+        BlurQueries(places=[MIDDLE], blur=float("inf")),
+        NormalizedGuidance(scale=float("nan"), alpha=0.5, tau=1.5),
+        NormalizedGuidance(scale=5.0, alpha=0.5, tau=-1.0),
+        FreeU(factors=[(128, float("inf"), 1.0)], by_structure=False),
+        TiledAttention(places=[MIDDLE], tiles=[(-1, -1, -4, -3)]),
+        ImagePrompt(places=[MIDDLE], tokens=[0], rows=[(0, None)], keys_values=torch.zeros(1, 0)),
+        RegionalPrompts(strength=0.5, keys=[], values=None, masks=[]),
+    ],
+    ids=lambda extra: type(extra).__name__,
+)
+def test_numbers_that_no_node_gives_are_named(extra: AnyExtra, backend2: Backend, unets: Path) -> None:
+    model = backend2.load_model(unets / "unet-tiny.safetensors", MeshSpec(patch=2), "float32")
+    context, pooled = unet_prompt(CONFIGS["tiny"], 1, 77, 1)
+    with pytest.raises(InputError):
+        model.forward(torch.zeros(1, 4, 16, 12), torch.ones(1), context, pooled, extras=[extra])

@@ -173,7 +173,7 @@ def changed(**fields: Any) -> ImagePrompt[Tensor]:
         (changed(places=[("input", 1, 0), *list(PLACES)[1:]]), "Transformer block input 1 0 is named"),
         (changed(keys_values=torch.zeros(3, 640)), r"keys and values have shape \[3, 640\]"),
         (changed(masks=torch.zeros(3, 203)), r"masks have shape \[3, 203\]; .* it is \[3, 202\]"),
-        (changed(tokens=[8]), "1 counts of tokens for 4 places"),
+        (changed(tokens=[8]), "Counts of tokens \\[8\\] came for 4 places"),
     ],
 )
 def test_what_does_not_fit_is_named_by_size(asked: ImagePrompt[Tensor], words: str, unets: Path) -> None:

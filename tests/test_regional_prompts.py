@@ -159,7 +159,10 @@ def changed(**fields: Any) -> RegionalPrompts[Tensor]:
     ("asked", "words"),
     [
         (changed(keys=[torch.zeros(1, 8, 5)] * 2), r"has shape \[1, 8, 5\]; this model needs \(1, tokens, "),
-        (changed(values=[drawn(1, 8, CONFIGS["tiny"].context_width)]), "1 values came for 2 keys"),
+        (
+            changed(values=[drawn(1, 8, CONFIGS["tiny"].context_width)]),
+            "keys of \\[8, 12\\] tokens and values of \\[8\\]",
+        ),
         (changed(masks=[torch.full((2, 77), 0.5)]), r"have shape \[2, 77\]"),
         (changed(masks=[torch.full((3, 77), 0.5)]), "sum to 1.5 to 1.5"),
         (changed(masks=[torch.full((3, 77), float("nan"))]), "sum to nan"),

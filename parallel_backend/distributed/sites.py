@@ -77,7 +77,7 @@ class UNetSites:
         self_layer, cross_layer: around the whole layer, projections included.
         after_input, after_skip: by the number of an input block, on what it gives, residuals added: before this becomes a skip
             connection, and after, on what goes on to the next block alone.
-        before_output: on what each output block joins, in the order of these numbers.
+        before_output: on what each output block joins, with numbers in whose order they act.
     """
 
     self_attended: defaultdict[Place, list[Around]] = field(default_factory=_by_place)
@@ -86,7 +86,7 @@ class UNetSites:
     cross_layer: defaultdict[Place, list[Around]] = field(default_factory=_by_place)
     after_input: defaultdict[int, list[AfterInput]] = field(default_factory=lambda: defaultdict(list))
     after_skip: defaultdict[int, list[AfterInput]] = field(default_factory=lambda: defaultdict(list))
-    before_output: dict[int, BeforeOutput] = field(default_factory=dict)
+    before_output: list[tuple[int, BeforeOutput]] = field(default_factory=list)
 
     @property
     def between_blocks(self) -> bool:

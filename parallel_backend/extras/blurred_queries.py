@@ -23,6 +23,9 @@ from ..models.extra import Extra
 from ..rpc.extras import BlurQueries
 from .target import Target, check_known
 
+# In tokens, far beyond any picture's.
+MOST_BLUR = 1e5
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlurredQueries(Extra):
@@ -40,9 +43,10 @@ class BlurredQueries(Extra):
     def read(cls, asked: BlurQueries, target: Target, range_of: dict[str, Any]) -> BlurredQueries:
         """Raises: InputError: places that the model hasn't, or a picture whose sides are too unlike to be blurred there."""
         check_known(asked.places, target.places, "transformer block", target)
-        if asked.blur is not None and not asked.blur > 0:
+        if asked.blur is not None and not 0 < asked.blur <= MOST_BLUR:
             raise InputError(
-                f"Queries are to be blurred by {asked.blur}.", "Give a number above 0, or None for the mean."
+                f"Queries are to be blurred by {asked.blur}.",
+                f"Give a number above 0, up to {MOST_BLUR:g}, or None for the mean.",
             )
         along = {place: _along(asked.blur, place, target) for place in asked.places}
         return cls(along=along, **range_of)

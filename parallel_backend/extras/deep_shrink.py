@@ -13,6 +13,9 @@ from ..models.extra import Extra
 from ..rpc.extras import Downscale
 from .target import Target, check_known
 
+# As ComfyUI's node has them.
+LEAST_FACTOR, MOST_FACTOR = 0.1, 9.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class SmallerWithin(Extra):
@@ -43,7 +46,7 @@ class SmallerWithin(Extra):
     def on_unet(self, sites: UNetSites) -> None:
         sites_of = sites.after_skip if self.after_skip else sites.after_input
         sites_of[self.block].append(self._smaller)
-        sites.before_output[self.order] = self._restored
+        sites.before_output.append((self.order, self._restored))
 
     def _smaller(self, image: BandImage) -> BandImage:
         return image.resized(*_divided(image.sides, self.factor), self.method)
@@ -62,8 +65,10 @@ def _divided(sides: tuple[int, int], factor: float) -> tuple[int, int]:
 
 def _check_sides(asked: Downscale, target: Target, places: list[tuple[int, int]]) -> None:
     """Raises: InputError."""
-    if not asked.factor > 0:
-        raise InputError(f"Sides of a picture can't be divided by {asked.factor:g}.", "Give a factor above 0.")
+    if not LEAST_FACTOR <= asked.factor <= MOST_FACTOR:
+        raise InputError(
+            f"Sides of a picture can't be divided by {asked.factor:g}.", f"Give {LEAST_FACTOR:g} to {MOST_FACTOR:g}."
+        )
     level = places[asked.block][1]
     sides = -(-target.height // 2**level), -(-target.width // 2**level)
     smaller = _divided(sides, asked.factor)

@@ -36,7 +36,7 @@ class WeighedSkips(Extra):
         return cls(factors=tuple(asked.factors), by_structure=asked.by_structure, order=asked.order, **range_of)
 
     def on_unet(self, sites: UNetSites) -> None:
-        sites.before_output[self.order] = self._weighed
+        sites.before_output.append((self.order, self._weighed))
 
     def _weighed(self, image: BandImage, skip: BandImage) -> tuple[BandImage, BandImage]:
         """Comm: 7 numbers for each channel of the skip connection to every rank; by structure, two more a row."""

@@ -22,7 +22,6 @@ from ..distributed.collectives import start_all_reduce
 from ..distributed.sites import At, Inner, Place, UNetSites
 from ..errors import InputError
 from ..models.extra import Extra, Row
-from ..models.unet import BandUNet
 from ..rpc.extras import IDENTITY_TOKENS, ImagePrompt
 from .target import Target, check_known
 
@@ -51,12 +50,13 @@ class PromptedAttention(Extra, ABC):
         check_known(asked.places, target.places, "transformer block", target)
         unet = target.unet
         assert unet is not None
-        if len(asked.tokens) != len(asked.places):
+        if len(asked.tokens) != len(asked.places) or any(count < 1 for count in asked.tokens):
             raise InputError(
-                f"{len(asked.tokens)} counts of tokens for {len(asked.places)} places.", "Give one for each."
+                f"Counts of tokens {asked.tokens} came for {len(asked.places)} places.",
+                "Give one for each, of one token or more.",
             )
         widths = [unet.places[place].attn2.inner_dim for place in asked.places]
-        sides = [_sides(unet, place, target.height, target.width) for place in asked.places]
+        sides = [target.sides_at(place) for place in asked.places]
         values = [2 * width * count for width, count in zip(widths, asked.tokens, strict=True)]
         cells = [rows * columns for rows, columns in sides]
         _check_size(asked.keys_values, len(asked.rows), sum(values), "keys and values")
@@ -166,14 +166,6 @@ _FORMS: dict[str, type[PromptedAttention]] = {
     "orthogonal": OrthogonalAttention,
     "partly_orthogonal": PartlyOrthogonalAttention,
 }
-
-
-def _sides(unet: BandUNet, place: Place, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of tokens there: an output block's are those of the input block whose output it takes in."""
-    side, number, _ = place
-    levels = [level for _, level in unet.config.places]
-    level = levels[{"input": number, "middle": -1, "output": -1 - number}[side]]
-    return -(-height // 2**level), -(-width // 2**level)
 
 
 def _check_size(tensor: Tensor, rows: int, expected: int, what: str) -> None:

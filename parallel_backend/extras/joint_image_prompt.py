@@ -41,9 +41,15 @@ class JointPrompt(Extra):
         """Raises: InputError: blocks that the model hasn't, or tensors of other sizes than its attentions'."""
         check_known(asked.blocks, range(target.config.depth), "joint block", target)
         heads, blocks = target.config.heads, len(asked.blocks)
+        counts = {tensor.shape[2] for tensor in asked.keys_values.values() if tensor.ndim == 6}
+        if len(set(asked.blocks)) < blocks or len(counts) > 1:
+            raise InputError(
+                f"An image prompt names blocks {asked.blocks}, with {sorted(counts)} tokens.",
+                "Name each block once, and give every branch as many tokens.",
+            )
         for tensor in asked.keys_values.values():
             sizes = list(tensor.shape)
-            if tensor.ndim != 6 or sizes[1] != blocks or sizes[3:] != [2, heads, HEAD_DIM]:
+            if tensor.ndim != 6 or 0 in sizes or sizes[1] != blocks or sizes[3:] != [2, heads, HEAD_DIM]:
                 raise InputError(
                     f"An image prompt's keys and values have shape {sizes}; {blocks} blocks of this model need (rows, {blocks}, "
                     f"tokens, 2, {heads}, {HEAD_DIM}).",

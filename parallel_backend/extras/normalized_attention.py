@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..distributed.sites import At, Inner, Place, UNetSites
+from ..errors import InputError
 from ..models.extra import Extra
 from ..models.spread import Spread
 from ..rpc.extras import NormalizedGuidance
@@ -46,6 +47,10 @@ class NormalizedAttention(Extra):
     @classmethod
     def read(cls, asked: NormalizedGuidance, target: Target, range_of: dict[str, Any]) -> NormalizedAttention:
         assert target.unet is not None
+        if not asked.tau > 0:
+            raise InputError(
+                f"tau={asked.tau} of normalized attention guidance is no limit.", "Use 1 or more; 1.5 is usual."
+            )
         places = tuple(target.unet.places)
         return cls(scale=asked.scale, alpha=asked.alpha, tau=asked.tau, places=places, **range_of)
 

@@ -22,6 +22,7 @@ class IdentityAttention(Extra):
 
     places: tuple[Place, ...]
     by_token = True
+    omits_attention = True
     name = "perturbed attention"
 
     @classmethod

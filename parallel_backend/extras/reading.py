@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import inf
+from math import inf, isfinite
 from typing import Any
 from weakref import ref
 
@@ -90,10 +90,10 @@ class Extras:
 
         Raises: InputError, UnsupportedError: it doesn't fit the model.
         """
+        self._made = OrderedDict((key, made) for key, made in self._made.items() if made.is_used())
         made = tuple(self._of(spec.each(lambda index: tensors[index]), predictor, *size) for spec in asked)
         for extra in made:
             extra.check(branches)
-        _check_sizes(made)
         return made
 
     def forget(self) -> None:
@@ -101,7 +101,6 @@ class Extras:
         self._made.clear()
 
     def _of(self, spec: AnyExtra, predictor: Predictor, height: int, width: int) -> Extra:
-        self._made = OrderedDict((key, made) for key, made in self._made.items() if made.is_used())
         key = (repr(spec.each(id)), id(predictor), height, width)
         # Nothing that is in use has another's number.
         made = self._made.pop(key, None)
@@ -114,7 +113,7 @@ class Extras:
         return made.extra
 
 
-def _check_sizes(made: Sequence[Extra]) -> None:
+def check_sizes(made: Sequence[Extra]) -> None:
     """Raises: UnsupportedError: one makes the picture within smaller, and another knows tokens by their place in the whole one."""
     resizing = next((extra.name for extra in made if extra.resizes), None)
     sized = [extra.name for extra in made if extra.has_sizes]
@@ -134,11 +133,28 @@ def read_extra(spec: AnyExtra, target: Target) -> Extra:
             f"{type(spec).__name__} acts inside {_NAMES[network]}; this model is a {target.config.family}.",
             "Remove the node that hangs it on the MODEL, or load a model of that kind.",
         )
+    _check_finite(spec)
     start, end = (default if sigma is None else sigma for sigma, default in ((spec.start, inf), (spec.end, 0.0)))
     if not start >= end >= 0:
         raise InputError(f"{type(spec).__name__} acts from sigma {start} to {end}.", "Give the greater sigma first.")
     extra: Extra = kind.read(spec, target, {"start": start, "end": end})
     return extra
+
+
+def _check_finite(spec: ExtraSpec) -> None:
+    """Raises: InputError: a number is none. Of its range NaN is told where that is looked at."""
+    for name in spec.__struct_fields__:
+        if name not in ("start", "end", *spec.tensor_fields) and not _is_finite(getattr(spec, name)):
+            raise InputError(
+                f"{name} of {type(spec).__name__} is {getattr(spec, name)}, which is not finite.",
+                "Give finite numbers.",
+            )
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or isfinite(value)
 
 
 _NAMES = {"unet": "a UNet", "mmdit": "an MMDiT"}

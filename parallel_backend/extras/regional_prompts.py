@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from math import prod
 from typing import Any
 
 import torch
@@ -62,12 +63,16 @@ class RegionalAttention(Extra):
                 f"A regional prompt has shape {odd[0]}; this model needs (1, tokens, {width}).",
                 "Encode it with this model's own text encoders.",
             )
-        if values and len(values) != len(asked.keys):
-            raise InputError(f"{len(values)} values came for {len(asked.keys)} keys.", "Give as many, or none.")
+        lengths, of_values = [x.shape[1] for x in asked.keys], [x.shape[1] for x in values]
+        if not lengths or 0 in lengths or (values and of_values != lengths):
+            raise InputError(
+                f"Regional prompts have keys of {lengths} tokens and values of {of_values}.",
+                "Give one prompt or more, and values of as many tokens as their keys, or none.",
+            )
         for mask in asked.masks:
             _check_mask(mask, len(asked.keys) + 1)
         came = [mask.shape[1] for mask in asked.masks]
-        if none := _tokens(target) - set(came):
+        if none := {prod(target.sides_at(place)) for place in unet.places} - set(came):
             raise InputError(
                 f"Regional prompts have masks for {came} tokens, and none for {min(none)}.",
                 "Give one for each scale of the picture at which this model attends to a prompt.",
@@ -140,6 +145,13 @@ class SplitPromptAttention(Extra):
         assert unet is not None
         return cls(places=tuple(unet.places), **range_of)
 
+    def check_tokens(self, tokens: int) -> None:
+        if tokens % 2:
+            raise InputError(
+                f"A prompt of {tokens} tokens can't be half keys and half values.",
+                "Encode every prompt with the CLIP that NegPiP's node gives, and its MODEL with it.",
+            )
+
     def on_unet(self, sites: UNetSites) -> None:
         for place in self.places:
             sites.cross_attended[place].append(_split)
@@ -157,16 +169,6 @@ def _runs(is_cond: Sequence[bool]) -> Iterator[tuple[int, int, bool]]:
         last = first + len(list(alike))
         yield first, last, cond
         first = last
-
-
-def _tokens(target: Target) -> set[int]:
-    """Of the whole picture, at each scale that has transformer blocks."""
-    config = target.config
-    coarsest = len(config.block_channels) - 1
-    levels = {level for level, depths in enumerate(config.down_depths) if any(depths)}
-    levels |= {coarsest - number for number, depths in enumerate(config.up_depths) if any(depths)}
-    levels |= {coarsest} if config.mid_depth else set()
-    return {-(-target.height // 2**level) * -(-target.width // 2**level) for level in levels}
 
 
 def _check_mask(mask: Tensor, prompts: int) -> None:

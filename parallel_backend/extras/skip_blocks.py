@@ -17,6 +17,7 @@ class SkippedBlocks(Extra):
 
     blocks: tuple[int, ...]
     by_token = True
+    omits_attention = True
     name = "skipped blocks"
 
     @classmethod

@@ -66,7 +66,8 @@ class Target:
 
     def here(self, tensor: Tensor) -> Tensor:
         """On the device and in the dtype of the model."""
-        return tensor.to(self.predictor.device, self.predictor.dtype)
+        # Always another tensor: what was made of one is kept as long as that one is.
+        return tensor.to(self.predictor.device, self.predictor.dtype, copy=True)
 
 
 def check_known(named: Iterable[Any], known: Container[Any], what: str, target: Target) -> None:

@@ -46,7 +46,12 @@ class QueryTiles(Extra):
         found = {}
         for place, tiling in zip(asked.places, asked.tiles, strict=True):
             sides, own = target.sides_at(place), target.own_tokens(place)
-            if sides[0] * sides[1] != tiling[2] * tiling[3] or tiling[2] % tiling[0] or tiling[3] % tiling[1]:
+            if (
+                min(tiling) < 1
+                or sides[0] * sides[1] != tiling[2] * tiling[3]
+                or tiling[2] % tiling[0]
+                or tiling[3] % tiling[1]
+            ):
                 raise InputError(
                     f"{tiling[0]} x {tiling[1]} tiles of a grid of {tiling[2]} x {tiling[3]} don't fit the "
                     f"{sides[0]} x {sides[1]} tokens at {' '.join(map(str, place))}.",

@@ -41,10 +41,17 @@ class Extra:
     # It mixes rows of both prompts, which are evaluated at once.
     pairs: ClassVar[bool] = False
 
+    # Attentions that it acts on are not computed: ranks tell each other nothing there.
+    omits_attention: ClassVar[bool] = False
     # It acts on what a UNet's blocks give each other.
     between_blocks: ClassVar[bool] = False
     # The blocks within see a picture of another size than the latent's.
     resizes: ClassVar[bool] = False
+
+    @property
+    def comes_and_goes(self) -> bool:
+        """Whether an attention that it omits is computed in some steps, and not in others."""
+        return self.omits_attention and (self.start < inf or self.end > 0)
 
     @property
     def has_sizes(self) -> bool:
@@ -57,6 +64,9 @@ class Extra:
 
     def check(self, branches: Iterable[int]) -> None:
         """Before the first evaluation, on every rank. Raises: InputError: it has nothing for rows of one of these branches."""
+
+    def check_tokens(self, tokens: int) -> None:
+        """As `check`, of the prompt's tokens. Raises: InputError: a prompt of so many can't be computed with it."""
 
     def of(self: E, rows: tuple[Row, ...]) -> E:
         """That of an evaluation of these rows; the same object for the same rows."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 from ..distributed.band import Band, Cut
 from ..distributed.band_image import BandImage, Cutter
 from ..distributed.sites import UNetSites
-from ..errors import InputError
 from .inputs import Inputs
 
 Layers = Sequence[nn.Module]
@@ -60,7 +60,7 @@ class BlockByBlock:
             out = model.mid_block(image.x, embedding, **_context_for(model.mid_block, inputs.prepared.context))
             image = image.with_band(out)
         image = _with(residuals.middle, image, latent)
-        joins = [join for _, join in sorted(sites.before_output.items())]
+        joins = [join for _, join in sorted(sites.before_output, key=itemgetter(0))]
         for layers, upsamplers in _output_blocks(model):
             skip = skips.pop()
             skip = _with(_entry(residuals.output, len(skips)), skip, latent)
@@ -128,11 +128,11 @@ def _with(residual: Tensor | None, image: BandImage, latent: Cut) -> BandImage:
 
 
 def _joined(image: BandImage, skip: BandImage) -> BandImage:
-    """Channels of both. Raises: InputError: an extra has left them in two sizes."""
+    """Channels of both. Raises: RuntimeError: extras have left them in two sizes, perhaps on the ranks of some rows alone."""
     if image.sides != skip.sides:
         ours, theirs = (f"{height} x {width}" for height, width in (image.sides, skip.sides))
-        raise InputError(
-            f"An output block has {ours} values (height x width), and {theirs} to join them with.",
-            "Give the nodes that make blocks smaller the same factor, or use one of them.",
+        raise RuntimeError(
+            f"An output block has {ours} values (height x width), and {theirs} to join them with: the nodes that make blocks smaller "
+            "need one factor."
         )
     return skip.with_band(torch.cat([image.cut_as(skip.latent).x, skip.x], dim=1))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..extras.reading import Extras
+from ..extras.reading import Extras, check_sizes
 from ..models.extra import Row
 from ..models.prediction import Predictor, Rows
 from ..models.residuals import Residuals
@@ -55,6 +55,9 @@ def run_forward(
         residuals = _residuals(body.control, tensors, x.shape[0])
         predictor.network.own_residuals(residuals, x.shape[2], x.shape[3])  # which raises what doesn't fit
         acting = extras.read(body.extras, tensors, predictor, (x.shape[2], x.shape[3]), body.branches)
+        check_sizes(acting)
+        for extra in acting:
+            extra.check_tokens(context.shape[1])
         return predictor, Rows(x, timesteps, prompt, residuals, acting, _which(body.branches, x.shape[0])), swap
 
     predictor, rows, swap = job.control.agreed(prepare)

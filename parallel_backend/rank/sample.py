@@ -232,7 +232,7 @@ def _prepare(
     steps = _sigma_count(body, tensors) - 1
     acting = list({id(extra): extra for branch in branches.values() for extra in branch.extras}.values())
     kept = _kept(predictor, spec, steps, latent.shape[2], has_controls=bool(known), extras=acting)
-    kept.caches = _caches(predictor, spec, list(prompts.values()), acting)
+    kept.caches = _caches(predictor, spec, list(branches.values()), acting)
     latent = latent.to(predictor.device)
     if torch.count_nonzero(latent) > 0:
         latent = predictor.kind.to_model(latent)
@@ -280,7 +280,7 @@ def _kept(
             "ControlNets in the ranks can't run on patches of an image that are at different steps.",
             "Leave displaced off, or set ring in place of pp in Mesh Config.",
         )
-    of_others = [extra.name for extra in extras if stages > 1 or not extra.by_token]
+    of_others = [extra.name for extra in extras if stages > 1 or not extra.by_token or extra.comes_and_goes]
     if displaced and of_others:
         raise UnsupportedError(
             f"Displaced steps can't honour {', '.join(of_others)}, which needs what other ranks have now.",
@@ -304,7 +304,7 @@ def _refuse_guidance_of_whole_images(spec: SamplerSpec) -> None:
 
 
 def _caches(
-    predictor: Predictor, spec: SamplerSpec, prompts: Sequence[Prompt], extras: Sequence[Extra]
+    predictor: Predictor, spec: SamplerSpec, branches: Sequence[Branch], extras: Sequence[Extra]
 ) -> StepCaches | None:
     """Raises: ConfigError, UnsupportedError: a step cache that this model doesn't know, or with what it can't be."""
     asked, network, mesh = spec.step_cache, predictor.network, predictor.mesh
@@ -323,10 +323,9 @@ def _caches(
         raise UnsupportedError(
             f"The step cache {asked.method} can't be honoured beside {', '.join(others)}.", "Leave one of them out."
         )
-    numbers = range(len(prompts))
-    own = own_branches(numbers, mesh.cfg)
-    together = all(prompt.is_like(prompts[0]) for prompt in prompts)
-    return StepCaches(asked, mesh.everyone, [0] if together else own, 1 if together else len(prompts))
+    own = own_branches(range(len(branches)), mesh.cfg)
+    together = all(branch.is_like(branches[0]) for branch in branches)
+    return StepCaches(asked, mesh.everyone, [0] if together else own, 1 if together else len(branches))
 
 
 def _step(spec: SamplerSpec, index: int, kept: Kept, sigma: float) -> Step:
