@@ -154,3 +154,12 @@ def test_so_it_does_on_three_ranks(comfy: ComfyInstallation, unets: Path, runtim
 
 def test_so_it_does_on_four_ranks(comfy: ComfyInstallation, unets: Path, backend4: Backend) -> None:
     check(run(comfy, backend4, unets))
+
+
+def test_a_rank_without_rows_waits_for_the_others(backend2: Backend, large: Path) -> None:
+    given = (torch.ones(1, 16, 8, 8), torch.ones(1), POSITIVE.context, POSITIVE.pooled)
+    alone, spread = (
+        backend2.load_model(large, mesh, "float32").forward(*given, extras=[asked(4)])
+        for mesh in (MeshSpec(tp=2), MeshSpec(cfg=2))
+    )
+    assert (alone - spread).abs().max() <= 1e-5 * alone.abs().max()

@@ -396,8 +396,8 @@ class Predictor:
         local = replace(local, spread=Spread(rows.which, tuple(stages)))
         call = self._prepared(local.prompt, lambda net, make: self.prepared.of(net, context, pooled, make))
         out = self._local(local, call, Step())
-        acting = [extra.of(local.which) for extra in rows.extras]
-        reports = [extra.take(self.device) for extra in acting if isinstance(extra, ReportingExtra)]
+        reporting = [extra.of(local.which) for extra in rows.extras if isinstance(extra, ReportingExtra)]
+        reports = [extra.take(self.device) for extra in reporting]
         return [local.spread.gather(result) for result in (out, *reports)]
 
     def _axes_of(self, rows: Rows) -> list[MeshAxis]:
