@@ -32,8 +32,8 @@ def groups_after(specs: list[MeshSpec], kept: list[MeshSpec]) -> tuple[int, floa
 def test_groups_leave_with_the_last_mesh_that_has_them_and_come_again(kept: int, ranks: RankPool) -> None:
     """Two meshes that share the pairs (0, 1) and (2, 3): ulysses of one, tp of the other."""
     specs = [MeshSpec(cfg=2, ulysses=2), MeshSpec(pp=2, tp=2)]
-    # cfg or pp over (0, 2), (1, 3); the pairs; and for pp the way back and the first stage, (0, 1), which is a pair too.
-    expected = [0, 4, 6][kept]
+    # cfg or pp over (0, 2), (1, 3); the pairs; all four; and for pp the way back and the first stage, (0, 1), which is a pair too.
+    expected = [0, 5, 7][kept]
     assert ranks(4, groups_after, specs, specs[:kept]) == [(expected, 2.0)] * 4
 
 

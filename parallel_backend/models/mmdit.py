@@ -145,6 +145,7 @@ class JointBlock(nn.Module):
         image = x_block.attn.stream(x_in)
         c_attended, x_attended = attend.joint(c_block.attn.stream(c_in), image, EPS)
         x_attended = attend.with_beside(image, x_attended)
+        del image  # memory that the products below take
 
         # The sums over tp run while the other stream's products are computed.
         x_sum = x_block.attn.proj.start(x_attended)
