@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from .asked_patch import Heard, heard, part_of
 from .cross_attentions import CrossAttention, cross_attentions
 from .image_prompt_check import gives_the_same
 from .image_prompt_tensors import prompt_of
+from .kept_extras import kept_extras
 from .pack_version import pack_and_version
 from .patches import Call, Kind, Patch
 from .refusal import LOCALLY, MISFITS
@@ -36,8 +36,6 @@ _FORMS: Mapping[str, ImagePromptForm] = {"ortho": "orthogonal", "ortho_v2": "par
 # Of the transformer options what a patch is not told: the others, and of which step it is, by which an answer would hold there alone.
 _UNTOLD = ("patches", "patches_replace", "sigmas", "sample_sigmas")
 _OTHER_ADAPTER = f"Choose an adapter for this model, or another version of that pack; or {LOCALLY}."
-# For areas of a picture, which take turns.
-_MOST_KEPT = 8
 
 
 def _knows(patch: Patch) -> bool:
@@ -78,34 +76,13 @@ def _pictures(patch: Any) -> list[_Picture]:
     return found
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """What patches became, for a layout of rows and a shape."""
-
-    of: tuple[Any, ...]
-    patches: tuple[ref[Any], ...]
-    extras: Sequence[ImagePrompt[Tensor]]
-
-
 def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:
     """Those that act at the call's sigma. For the same patches they are the same objects, whose tensors are sent once."""
-    functions, network = [patch.function for patch in patches], _remote(call)
     # Nodes that hang one more picture add it to the patch that is there.
-    counts = tuple(len(getattr(function, _FIELDS[type(function).__qualname__][0])) for function in functions)
+    counts = tuple(len(getattr(p.function, _FIELDS[type(p.function).__qualname__][0])) for p in patches)
     of = (counts, call.shape, call.branches, call.sigma is None)
-    kept: list[_Kept] = network.translated.setdefault(functions[0], [])
-    for one in kept:
-        if one.of == of and [patch() for patch in one.patches] == functions:
-            break
-    else:
-        one = _Kept(of, tuple(map(ref, functions)), _translated(patches, call))
-        kept[:] = [*kept[1 - _MOST_KEPT :], one]
-    return [extra for extra in one.extras if _acts(extra, call.sigma)]
-
-
-def _remote(call: Call) -> Any:
-    """The network as what it is: see `nodes/remote_network.py`."""
-    return call.network
+    extras = kept_extras(patches, call, of, lambda: _translated(patches, call))
+    return [extra for extra in extras if _acts(extra, call.sigma)]
 
 
 def _acts(extra: ImagePrompt[Tensor], sigma: float | None) -> bool:
@@ -136,13 +113,8 @@ def _translated(patches: Sequence[Patch], call: Call) -> list[ImagePrompt[Tensor
             continue  # at no step
         settings = {"form": form, "start": start, "end": end}
         of_picture = found[number, turn, form, start, end]
-        made.append(prompt_of(of_picture, _layout(call), _remote(call).dtype, **settings))
+        made.append(prompt_of(of_picture, call.layout, call.dtype, **settings))
     return [prompt for prompt in made if prompt is not None]
-
-
-def _layout(call: Call) -> tuple[int, ...]:
-    """Which prompts the rows are of; ComfyUI evaluates the last one first."""
-    return call.branches[::-1] if call.sigma is None else call.branches
 
 
 class _Asked:
@@ -154,7 +126,7 @@ class _Asked:
     def __init__(self, patch: Any, at: CrossAttention, call: Call) -> None:
         self.patch, self.at, self._rows = patch, at, call.shape[0]
         others = {key: value for key, value in call.options.items() if key not in _UNTOLD}
-        rows = {"cond_or_uncond": list(_layout(call)), "original_shape": list(call.shape)}
+        rows = {"cond_or_uncond": list(call.layout), "original_shape": list(call.shape)}
         self._options = others | rows | at.options
         with torch.inference_mode():
             self.pictures = [(picture, self._heard(picture)) for picture in _pictures(patch)]

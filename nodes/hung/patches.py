@@ -52,6 +52,16 @@ class Call:
     options: Mapping[str, Any]
 
     @property
+    def layout(self) -> tuple[int, ...]:
+        """`branches` in the order of their rows in an evaluation; of a whole sampling, ComfyUI would put the last one first."""
+        return self.branches[::-1] if self.sigma is None else self.branches
+
+    @property
+    def dtype(self) -> Any:
+        """That in which the ranks compute."""
+        return self.network.dtype
+
+    @property
     def is_unet(self) -> bool:
         return hasattr(self.network, "input_blocks")
 

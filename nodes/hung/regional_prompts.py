@@ -7,9 +7,7 @@ what it makes of these says which prompts it attends to and how much of each com
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, NoReturn
-from weakref import ref
 
 import torch
 from comfy.model_management import get_torch_device
@@ -18,6 +16,7 @@ from torch import Tensor
 from ...parallel_backend.errors import UnsupportedError
 from ...parallel_backend.rpc.extras import AnyExtra, RegionalPrompts, SplitPrompt
 from .cross_attentions import cross_attentions
+from .kept_extras import kept_extras
 from .pack_version import pack_and_version
 from .patches import Call, Kind, Patch, origin
 from .refusal import LOCALLY, MISFITS
@@ -37,8 +36,6 @@ _OUTPUTS = (
 # What comfyui-prompt-control hangs in place of its methods, and what it tells other packs beside.
 _PROXY, _TOLD_BESIDE = "attention_couple_ppm:Proxy", "pc_couple"
 _UNCOND = 1
-# For areas of a picture, which take turns.
-_MOST_KEPT = 8
 
 
 def _origin(function: Any) -> str:
@@ -56,35 +53,16 @@ def is_told_beside(option: str, options: Any) -> bool:
     return option == _TOLD_BESIDE and any(origin(function) == _PROXY for function in hung)
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """What patches became, for a layout of rows and a shape."""
-
-    of: tuple[Any, ...]
-    functions: tuple[ref[Any], ...]
-    extras: Sequence[AnyExtra]
-
-
 def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:
     """For the same patches they are the same objects, whose tensors are sent once."""
-    functions, network = [patch.function for patch in patches], _remote(call)
-    layout = call.branches[::-1] if call.sigma is None else call.branches
-    of = (call.shape[2:], layout)
-    kept: list[_Kept] = network.translated.setdefault(functions[0], [])
-    for one in kept:
-        if one.of == of and [function() for function in one.functions] == functions:
-            return one.extras
+    return kept_extras(patches, call, (call.shape[2:], call.layout), lambda: _translated(patches, call))
+
+
+@torch.inference_mode()
+def _translated(patches: Sequence[Patch], call: Call) -> list[AnyExtra]:
+    """Raises: UnsupportedError: as `_check_alone` and `_Asked.extras` say."""
     _check_alone(patches, call)
-    asked = _Asked(patches, layout, call)
-    with torch.inference_mode():
-        made = _Kept(of, tuple(map(ref, functions)), asked.extras())
-    kept[:] = [*kept[1 - _MOST_KEPT :], made]
-    return made.extras
-
-
-def _remote(call: Call) -> Any:
-    """The network as what it is: see `nodes/remote_network.py`."""
-    return call.network
+    return _Asked(patches, call.layout, call).extras()
 
 
 def _check_alone(patches: Sequence[Patch], call: Call) -> None:

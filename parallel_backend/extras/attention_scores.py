@@ -15,12 +15,10 @@ from torch import Tensor
 
 from ..distributed.collectives import all_gather, start_all_reduce
 from ..distributed.sites import At, Inner, Place, UNetSites
-from ..models.extra import Row
+from ..models.extra import UNCOND, Row
 from ..models.reports import ReportingExtra
 from ..rpc.extras import ReportScores
 from .target import Target, check_known
-
-UNCOND = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from ..distributed.sites import At, Inner, Place, UNetSites
 from ..errors import InputError
-from ..models.extra import Extra
+from ..models.extra import COND, UNCOND, Extra
 from ..models.spread import Spread
 from ..rpc.extras import NormalizedGuidance
 from .target import Target
 
-COND, UNCOND = 0, 1
 _LEAST_NORM = 1e-6
 
 

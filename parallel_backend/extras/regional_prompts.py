@@ -18,11 +18,10 @@ from torch import Tensor
 from ..distributed.band_attention import attend_heads
 from ..distributed.sites import At, Inner, Place, UNetSites
 from ..errors import InputError
-from ..models.extra import Extra, Row
+from ..models.extra import UNCOND, Extra, Row
 from ..rpc.extras import RegionalPrompts, SplitPrompt
 from .target import Target
 
-_UNCOND = 1
 # Of the sum of masks, which the coarsest dtype rounds.
 _TOLERANCE = 0.02
 
@@ -91,7 +90,7 @@ class RegionalAttention(Extra):
         return True
 
     def _chosen(self, rows: Sequence[Row]) -> RegionalAttention:
-        is_cond = tuple(branch != _UNCOND for branch, _ in rows)
+        is_cond = tuple(branch != UNCOND for branch, _ in rows)
         if self.strength == 1.0:
             return replace(self, is_cond=is_cond)
         scales = [self.strength if cond else 1.0 for cond in is_cond]

@@ -17,7 +17,9 @@ from ..distributed.sites import TransformerSites, UNetSites
 if TYPE_CHECKING:
     from .spread import Spread
 
-# A row of an evaluation: of which prompt it is (0 cond, 1 uncond, others as they come), and which latent of a batch.
+# Numbers of prompts; others come as they do.
+COND, UNCOND = 0, 1
+# A row of an evaluation: of which prompt it is, and which latent of a batch.
 Row: TypeAlias = tuple[int, int]
 E = TypeVar("E", bound="Extra")
 
