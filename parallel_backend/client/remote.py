@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..config import ModelSampling, SamplerSpec, StepCache
+from ..config.guidance import APG
 from ..errors import UnknownModelError, UnknownPatchesError
-from ..guidance_spec import APG
 from ..rpc.conditioning import Conditioning
 from ..rpc.extras import AnyExtra
 from ..rpc.messages import (
