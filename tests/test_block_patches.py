@@ -22,8 +22,9 @@ from parallel_backend.distributed.resize import resized
 from parallel_backend.errors import InputError, UnsupportedError
 from parallel_backend.extras.reading import Extras
 from parallel_backend.models.families import SDXL
-from parallel_backend.models.prediction import Predictor, Prompt, Rows
+from parallel_backend.models.prediction import Predictor
 from parallel_backend.models.residuals import Residuals
+from parallel_backend.models.rows import Prompt, Rows
 from parallel_backend.rpc.extras import AnyExtra, Downscale, FreeU
 from parallel_backend.small_checkpoints.unet import CONFIGS, random_unet
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from ..errors import InputError
 from ..extras.reading import Extras, check_sizes
 from ..models.extra import Row
-from ..models.prediction import Predictor, Rows
+from ..models.prediction import Predictor
 from ..models.residuals import Residuals
+from ..models.rows import Rows
 from ..rpc.host_copies import on_host, onto_device
 from ..rpc.messages import Control, Forward, Result
 from ..rpc.state import RankCost, Swap
