@@ -96,12 +96,25 @@ ALLOWED = {
 }
 # Inside the ranks' room, from the bottom up: a file imports only those before it.
 RANK_ORDER = (
-    *("lean_imports", "jobs", "meter", "room", "allowed_files", "pulse", "watch", "world", "place", "residents"),
+    *(
+        "lean_imports",
+        "jobs",
+        "meter",
+        "room",
+        "allowed_files",
+        "pulse",
+        "watch",
+        "world",
+        "place",
+        "residents",
+        "meshes",
+    ),
     *(
         "kept_tensors",
         "shared_tensors",
         "branches",
         "control_nets",
+        "vaes",
         "step_messages",
         "sample",
         "forward",

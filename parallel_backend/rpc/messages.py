@@ -73,6 +73,11 @@ class LoadVAE(Message, frozen=True):
     key: str
     dtype: str
 
+    @property
+    def held_as(self) -> str:
+        """The name under which it is held."""
+        return f"{self.key}/{self.dtype}/vae"
+
 
 class LoadControl(Message, frozen=True):
     """Hold the ControlNet at `path` for the resident `model`, in its mesh and dtype."""
