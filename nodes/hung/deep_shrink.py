@@ -51,11 +51,10 @@ def _of(patch: Patch, call: Call) -> Iterator[dict[str, Any]]:
     """What it does; nothing where it never acts: at a block that the model hasn't, or at no sigma."""
     made_with = closed_over(patch.function)
     start, end, block = float(made_with["sigma_start"]), float(made_with["sigma_end"]), made_with["block_number"]
-    acts = start >= end if call.sigma is None else start >= call.sigma >= end
-    if acts and 0 <= block < len(call.network.input_blocks):  # type: ignore[arg-type]
+    if start >= end and 0 <= block < len(call.network.input_blocks):  # type: ignore[arg-type]
         found: dict[str, Any] = {"block": int(block), "factor": float(made_with["downscale_factor"])}
         found |= {"after_skip": patch.kind == _AFTER_SKIP, "method": made_with["downscale_method"]}
-        yield found if call.sigma is not None else found | {"start": start, "end": end}
+        yield found | {"start": start, "end": end}
 
 
 KIND = Kind(_knows, _extras)

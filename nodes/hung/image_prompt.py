@@ -77,18 +77,11 @@ def _pictures(patch: Any) -> list[_Picture]:
 
 
 def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:
-    """Those that act at the call's sigma. For the same patches they are the same objects, whose tensors are sent once."""
+    """Those that act at some step. For the same patches they are the same objects, whose tensors are sent once."""
     # Nodes that hang one more picture add it to the patch that is there.
     counts = tuple(len(getattr(p.function, _FIELDS[type(p.function).__qualname__][0])) for p in patches)
     of = (counts, call.shape, call.branches, call.sigma is None)
-    extras = kept_extras(patches, call, of, lambda: _translated(patches, call))
-    return [extra for extra in extras if _acts(extra, call.sigma)]
-
-
-def _acts(extra: ImagePrompt[Tensor], sigma: float | None) -> bool:
-    if sigma is None or extra.start is None or extra.end is None:
-        return True
-    return extra.end <= sigma <= extra.start
+    return kept_extras(patches, call, of, lambda: _translated(patches, call))
 
 
 def _translated(patches: Sequence[Patch], call: Call) -> list[ImagePrompt[Tensor]]:

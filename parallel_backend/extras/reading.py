@@ -114,14 +114,15 @@ class Extras:
 
 
 def check_sizes(made: Sequence[Extra]) -> None:
-    """Raises: UnsupportedError: one makes the picture within smaller, and another knows tokens by their place in the whole one."""
-    resizing = next((extra.name for extra in made if extra.resizes), None)
-    sized = [extra.name for extra in made if extra.has_sizes]
-    if resizing and sized:
-        raise UnsupportedError(
-            f"{', '.join(sized)} can't be honoured beside {resizing}, which gives the blocks within a picture of another size.",
-            "Remove one of them (masks of an image prompt, regional prompts or HyperTile; deep shrink).",
-        )
+    """Raises: UnsupportedError: one makes the picture within smaller, and another, at the same step, knows tokens by their place."""
+    for resizing in (extra for extra in made if extra.resizes):
+        sized = [extra.name for extra in made if extra.has_sizes and extra.meets(resizing)]
+        if sized:
+            raise UnsupportedError(
+                f"{', '.join(sized)} can't be honoured beside {resizing.name}, which gives the blocks within a picture of another size.",
+                "Remove one of them (masks of an image prompt, regional prompts or HyperTile; deep shrink), or let them act at "
+                "different steps.",
+            )
 
 
 def read_extra(spec: AnyExtra, target: Target) -> Extra:

@@ -64,6 +64,10 @@ class Extra:
         """Whether it acts there; outside of a sampling, where no sigma is known, it does."""
         return sigma is None or self.end <= sigma <= self.start
 
+    def meets(self, other: Extra) -> bool:
+        """Whether both act at some sigma."""
+        return min(self.start, other.start) >= max(self.end, other.end)
+
     def check(self, branches: Iterable[int]) -> None:
         """Before the first evaluation, on every rank. Raises: InputError: it has nothing for rows of one of these branches."""
 

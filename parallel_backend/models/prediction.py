@@ -165,14 +165,14 @@ class Predictor:
     def _repeated(x: Tensor, rows: int) -> Tensor:
         return x.repeat(-(-rows // x.shape[0]), *[1] * (x.ndim - 1))[:rows] if x.shape[0] != rows else x
 
-    def output(self, rows: Rows) -> Tensor:
+    def output(self, rows: Rows, sigma: float | None = None) -> Tensor:
         """The first of `output_and_reports`."""
-        return self.output_and_reports(rows)[0]
+        return self.output_and_reports(rows, sigma)[0]
 
-    def output_and_reports(self, rows: Rows) -> list[Tensor]:
+    def output_and_reports(self, rows: Rows, sigma: float | None = None) -> list[Tensor]:
         """The model's output, fp32, exact; its rows spread over cfg, then dp: for callers that have made one batch of all.
 
-        What is made of a prompt is made once for the same prompt, by identity. After it come what those extras that report have of
+        What is made of a prompt is made once for the same prompt, by identity. Of the rows' extras, those act that do at `sigma`. After it come what those extras that report have of
         all rows, in their order.
         Comm: the model's, `Network.prepare`'s, and one all-gather of each result over dp and one over cfg.
         """
@@ -183,7 +183,7 @@ class Predictor:
             local = local.share(axis)
         local = replace(local, spread=Spread(rows.which, tuple(stages)))
         call = self._prepared(local.prompt, lambda net, make: self.prepared.of(net, context, pooled, make))
-        out = self._local(local, call, Step())
+        out = self._local(local, call, Step(sigma=sigma))
         reporting = [extra.of(local.which) for extra in rows.extras if isinstance(extra, ReportingExtra)]
         reports = [extra.take(self.device) for extra in reporting]
         return [local.spread.gather(result) for result in (out, *reports)]
