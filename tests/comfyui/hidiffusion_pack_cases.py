@@ -159,7 +159,7 @@ def of_rau_net():
     pooled = {**CA, **ALONE, "ca_downscale_mode": "avg_pool2d"}
     yield "pooled", rau_net(pooled, **unit, ca_avg_pool2d_ceil_mode=False), odd
     yield "pooled, rounded up", rau_net(pooled, **unit, ca_downscale_factor_w=3.0), odd
-    after_skip = {**CA, **ALONE, "ca_output_blocks": "2", "ca_downscale_mode": "bilinear", "ca_downscale_factor": 1.5}
+    after_skip = {**CA, **ALONE, "ca_input_blocks": "2", "ca_downscale_mode": "bilinear", "ca_downscale_factor": 1.5}
     gains = {f"ca_{name}": gain for name, gain in zip(gains, (0.9, 1.1, 0.8, 1.2), strict=True)}
     yield "after the skip", rau_net(after_skip, **unit, **gains, ca_input_after_skip_mode=True), odd
     fading = {"ca_fadeout_start_time": 0.1, "ca_fadeout_cap": 0.2, "ca_downscale_mode": "area"}
