@@ -8,10 +8,10 @@ from typing import Any
 from ...parallel_backend.errors import UnsupportedError
 from ...parallel_backend.rpc.extras import AnyExtra, Downscale
 from .block_patches import AFTER_SKIP, INPUT, OUTPUT, acts, orders_of, range_of
+from .hidiffusion_pack import scales_residuals
 from .known_functions import closed_over
 from .patches import Call, Kind, Patch, origin
 from .refusal import ELSEWHERE
-from .scaled_residuals import scales_residuals
 
 # By what ComfyUI calls its functions' places, their names in the node and what they hold. Older cores' nodes have a method of
 # another name.

@@ -12,17 +12,14 @@ from typing import Any
 
 import torch
 
-from ...parallel_backend.errors import UnsupportedError
 from ...parallel_backend.rpc.extras import AnyExtra, DownsampleByFour, Rescale, RescaleBack, UpsampleBy
 from .block_patches import AFTER_SKIP, INPUT, OUTPUT, acts, orders_of, range_of
+from .hidiffusion_pack import check_known, number_of, scales_residuals
 from .known_functions import closed_over
-from .pack_version import pack_and_version
 from .patches import Call, Kind, Patch, origin
-from .refusal import ELSEWHERE, LOCALLY
-from .scaled_residuals import scales_residuals
 
 FORWARD = "forward"
-_LAYER, _SCALES = "raunet:HDForward", "utils:scale_samples"
+_LAYER = "raunet:HDForward"
 _NODE = "raunet:ApplyRAUNet.patch.<locals>."
 _FUNCTIONS = {INPUT: "input_block_patch", AFTER_SKIP: "input_block_patch", OUTPUT: "output_block_patch"}
 _HOLDS = {
@@ -70,23 +67,15 @@ def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:
 
 def _check(patch: Patch) -> None:
     """Raises: UnsupportedError: it isn't as this version of the pack has it, or resizes by another pack's code."""
-    function = patch.function
+    function: Any = patch.function
     if patch.kind == FORWARD:
-        known, code = vars(function).keys() == _HELD_BY_LAYER, type(function).__init__
+        is_known, code = vars(function).keys() == _HELD_BY_LAYER, type(function).__init__
         config = getattr(function, "config", None)
     else:
-        known, code = set(function.__code__.co_freevars) == _HOLDS[_FUNCTIONS[patch.kind]], function
+        is_known, code = set(function.__code__.co_freevars) == _HOLDS[_FUNCTIONS[patch.kind]], function
         config = closed_over(function).get("config")
-    if not (known and is_dataclass(config) and {field.name for field in fields(config)} == _SETTINGS):
-        raise UnsupportedError(
-            f"{pack_and_version(code)} hangs another RAUNet than the known one on the MODEL.",
-            f"Use version 0.8.5 of that pack, or {LOCALLY}.",
-        )
-    resizes = code.__globals__.get("scale_samples")
-    if origin(resizes) != _SCALES:
-        raise UnsupportedError(
-            f"RAUNet resizes by {origin(resizes)}, which another pack (ComfyUI-bleh) has put there.", ELSEWHERE
-        )
+    settings = [field.name for field in fields(config)] if is_known and is_dataclass(config) else None
+    check_known("RAUNet", code, settings, _SETTINGS)
 
 
 def _of_layer(layer: Any, call: Call) -> Iterator[AnyExtra]:
@@ -170,14 +159,6 @@ def _rescaled_back(function: Any, call: Call, order: int) -> Iterator[AnyExtra]:
 def _blocks(config: Any, side: str, count: int) -> tuple[int, ...]:
     """Those of one side that the model has: at others nothing is called."""
     return tuple(sorted(number for of, number in config.ca_use_blocks if of == side and 0 <= number < count))
-
-
-def number_of(config: Any, name: str) -> float:
-    """One of a node's settings. Raises: UnsupportedError: it is no number, as only its text of parameters can have it."""
-    value = getattr(config, name)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UnsupportedError(f"{name} is {value!r}, which is no number.", "Give a number in the node's parameters.")
-    return float(value)
 
 
 def _step_by_step(patch: Patch) -> Iterator[str]:

@@ -14,11 +14,10 @@ import torch
 from ...parallel_backend.errors import UnsupportedError
 from ...parallel_backend.rpc.extras import AnyExtra, DownsampleByFour, Downscale, PlaceName, Rescale, ShiftedWindows
 from . import deep_shrink, rau_net
+from .hidiffusion_pack import check_known, number_of
 from .known_functions import closed_over
-from .pack_version import pack_and_version
 from .patches import Call, Kind, Patch, origin, patches_in
-from .rau_net import number_of
-from .refusal import ELSEWHERE, LOCALLY
+from .refusal import ELSEWHERE
 from .unet_places import all_places, sides_within
 
 _NODE = "msw_msa_attention:ApplyMSWMSAAttention.patch.<locals>."
@@ -30,7 +29,7 @@ _SETTINGS = {
     *("start_sigma", "end_sigma", "use_blocks", "scale_mode", "reverse_scale_mode", "silent", "last_shift_mode"),
     *("last_shift_strategy", "force_apply_attn2", "rescale_search_tolerance", "verbose", *_GAINS),
 }
-_SCALES, _SKIPS = "utils:scale_samples", "skip"
+_SKIPS = "skip"
 
 
 def _knows(patch: Patch) -> bool:
@@ -42,7 +41,8 @@ def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:
     for patch in patches:
         _check(patch)
     cuts = [patch.function for patch in patches if _PLACES[patch.kind] == _CUTS]
-    if call.sigma is None or not cuts:
+    _check_alone(cuts, call)
+    if call.sigma is None:
         return []
     sides = sides_within(call, _resizes(call))
     windows: list[dict[PlaceName, tuple[int, int, int, int]]] = [{} for _ in cuts]
@@ -50,7 +50,6 @@ def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:
         for found, function in zip(windows, cuts, strict=True):
             if (window := _asked(function, place, sides[place[:2]], call)) is not None:
                 found[place] = window
-    _check_alone(windows, call)
     return [_extra(function, found) for function, found in zip(cuts, windows, strict=True) if found]
 
 
@@ -68,23 +67,20 @@ def _extra(function: Any, windows: dict[PlaceName, tuple[int, int, int, int]]) -
 
 
 def _check(patch: Patch) -> None:
-    function, held = patch.function, _HOLDS[_PLACES[patch.kind]]
-    state = closed_over(function).get("state")
-    config = getattr(state, "config", None)
-    if set(function.__code__.co_freevars) != held or set(getattr(config, "_fields", ())) != _SETTINGS:
-        raise UnsupportedError(
-            f"{pack_and_version(function)} hangs another MSW-MSA attention than the known one on the MODEL.",
-            f"Use version 0.8.5 of that pack, or {LOCALLY}.",
-        )
-    resizes = function.__globals__.get("scale_samples")
-    if origin(resizes) != _SCALES:
-        raise UnsupportedError(
-            f"MSW-MSA resizes by {origin(resizes)}, which another pack (ComfyUI-bleh) has put there.", ELSEWHERE
-        )
-    if config is not None and config.force_apply_attn2:
+    function: Any = patch.function
+    is_known = set(function.__code__.co_freevars) == _HOLDS[_PLACES[patch.kind]]
+    config = getattr(closed_over(function).get("state"), "config", None)
+    check_known("MSW-MSA attention", function, getattr(config, "_fields", None) if is_known else None, _SETTINGS)
+    if getattr(config, "force_apply_attn2", False):
         raise UnsupportedError(
             "A parallel MODEL can't honour force_apply_attn2 of MSW-MSA, windows of the prompt's tokens.",
             "Leave force_apply_attn2 out of the node's parameters.",
+        )
+    gains = [number_of(config, name) for name in _GAINS]
+    if config.scale_mode == _SKIPS and any(gain != 1 for gain in gains):
+        raise UnsupportedError(
+            f"A parallel MODEL can't honour multipliers of MSW-MSA beside scale_mode {_SKIPS}.",
+            "Choose another scale_mode, or leave the multipliers out.",
         )
 
 
@@ -100,20 +96,16 @@ def _asked(function: Any, place: PlaceName, sides: tuple[int, int], call: Call) 
         return None
     _, shift, rows, columns = args[0]
     if config.scale_mode == _SKIPS and (rows % 2 or columns % 2):
-        if any(number_of(config, name) != 1 for name in _GAINS):
-            raise UnsupportedError(
-                f"A parallel MODEL can't honour multipliers of MSW-MSA with scale_mode skip at {rows} x {columns} tokens.",
-                "Choose another scale_mode, or sides that are multiples of 64 pixels.",
-            )
         return None
     # Neither side is shifted where one isn't.
     down, right = shift if shift[0] * shift[1] > 0 else (0, 0)
     return int(rows), int(columns), int(down), int(right)
 
 
-def _check_alone(windows: Sequence[dict[PlaceName, Any]], call: Call) -> None:
-    """Raises: UnsupportedError: something else changes attentions that are cut in windows."""
-    taken = [place for found in windows for place in found]
+def _check_alone(cuts: Sequence[Any], call: Call) -> None:
+    """Raises: UnsupportedError: something else changes attentions that are cut in windows at whatever sigma."""
+    configs = [config for function in cuts if _acts_ever(config := closed_over(function)["config"])]
+    taken = [place for config in configs for place in all_places(call.network) if place[:2] in config.use_blocks]
     if not taken:
         return
     if len(set(taken)) < len(taken):
@@ -130,6 +122,10 @@ def _check_alone(windows: Sequence[dict[PlaceName, Any]], call: Call) -> None:
             raise UnsupportedError(f"A parallel MODEL can't honour MSW-MSA beside {patch.told}.", ELSEWHERE)
 
 
+def _acts_ever(config: Any) -> bool:
+    return bool(config.start_sigma >= config.end_sigma and config.start_sigma > 0)
+
+
 def _resizes(call: Call) -> list[Downscale | Rescale | DownsampleByFour]:
     """What makes the picture within smaller in this call."""
     found: list[AnyExtra] = []
@@ -142,7 +138,7 @@ def _resizes(call: Call) -> list[Downscale | Rescale | DownsampleByFour]:
 def _step_by_step(patch: Patch) -> Iterator[str]:
     if _PLACES[patch.kind] == _CUTS:
         config = closed_over(patch.function).get("config")
-        if getattr(config, "start_sigma", 1.0) > 0:
+        if not hasattr(config, "start_sigma") or _acts_ever(config):
             yield "MSW-MSA attention, which draws its shifts anew for each evaluation"
 
 

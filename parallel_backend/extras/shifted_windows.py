@@ -80,13 +80,13 @@ class WindowedAttention(Extra):
         (rows, columns, *_), (before, cut, joined, after) = self.windows[at.place], self.gains
         even = _even(rows, columns)
         if even == (rows, columns):
-            return layer(x_BLD * (before * cut)) * (joined * after)
+            return _times(layer(_times(x_BLD, before * cut)), joined * after)
         tokens, axis = at.band.tokens_like(x_BLD), at.band.axis
-        whole = _tokens_resized(all_gather(x_BLD * before, 1, tokens, axis), (rows, columns), even, self.method)
+        whole = _tokens_resized(all_gather(_times(x_BLD, before), 1, tokens, axis), (rows, columns), even, self.method)
         shares = split_sizes(even[0] * even[1], axis.degree)
         own = whole.split(shares, dim=1)[axis.rank]
-        out = all_gather(layer(own * cut) * joined, 1, shares, axis)
-        return _tokens_resized(out, even, (rows, columns), self.back).split(tokens, dim=1)[axis.rank] * after
+        out = all_gather(_times(layer(_times(own, cut)), joined), 1, shares, axis)
+        return _times(_tokens_resized(out, even, (rows, columns), self.back).split(tokens, dim=1)[axis.rank], after)
 
     def _windowed(self, inner: Inner, qkv_BLD: Tensor, at: At) -> Tensor:
         rows, columns, down, right = self.windows[at.place]
@@ -112,6 +112,10 @@ def _tiles(
     window_K = row_K // (rows // 2) * 2 + column_K // (columns // 2)
     tiles = tiles_of(window_K[first : first + own], 4, rows * columns // 4, device)
     return tiles, window_K.argsort(stable=True).to(device)
+
+
+def _times(x: Tensor, gain: float) -> Tensor:
+    return x if gain == 1 else x * gain
 
 
 def _even(rows: int, columns: int) -> tuple[int, int]:

@@ -197,6 +197,8 @@ def refused(alone):
     yield "multipliers where skipped", windows(scale_mode="skip", pre_window_multiplier=2.0), sized(1, 21, 13, of=alone)
     tiled = hung(hypertile.HyperTile, tile_size=32, swap_size=2, max_depth=2, scale_depth=False)
     yield "HyperTile and windows", both(tiled, windows()), even
+    late = windows({"middle_blocks": "0", "start_time": 0.9})
+    yield "PAG at a window", both(late, hung(pag.PerturbedAttentionGuidance, scale=3.0)), even
     yield "nothing resizes back", rau_net({**CA, "ca_output_blocks": "1"}, ca_latent_pixel_increment=1), even
     yield "all of it smaller", rau_net({**CA, "ca_input_blocks": "0"}, ca_latent_pixel_increment=1), even
     yield "a method that isn't there", rau_net({"upscale_mode": "lanczos"}), even
