@@ -69,9 +69,9 @@ def _extra(function: Any, windows: dict[PlaceName, tuple[int, int, int, int]]) -
 def _check(patch: Patch) -> None:
     function: Any = patch.function
     is_known = set(function.__code__.co_freevars) == _HOLDS[_PLACES[patch.kind]]
-    config = getattr(closed_over(function).get("state"), "config", None)
+    config: Any = getattr(closed_over(function).get("state"), "config", None)
     check_known("MSW-MSA attention", function, getattr(config, "_fields", None) if is_known else None, _SETTINGS)
-    if getattr(config, "force_apply_attn2", False):
+    if config.force_apply_attn2:
         raise UnsupportedError(
             "A parallel MODEL can't honour force_apply_attn2 of MSW-MSA, windows of the prompt's tokens.",
             "Leave force_apply_attn2 out of the node's parameters.",
