@@ -17,6 +17,7 @@ from ..models.prediction import Predictor
 from ..rpc.extras import (
     AnyExtra,
     BlurQueries,
+    DownsampleByFour,
     Downscale,
     ExtraSpec,
     FreeU,
@@ -26,19 +27,26 @@ from ..rpc.extras import (
     PerturbedAttention,
     RegionalPrompts,
     ReportScores,
+    Rescale,
+    RescaleBack,
+    ShiftedWindows,
     SkipBlocks,
     SplitPrompt,
     TiledAttention,
+    UpsampleBy,
 )
 from .attention_scores import AttentionScores
 from .blurred_queries import BlurredQueries
 from .deep_shrink import SmallerWithin
 from .free_u import WeighedSkips
 from .image_prompt import PromptedAttention
+from .inner_sides import check_inner_sides
 from .joint_image_prompt import JointPrompt
 from .normalized_attention import NormalizedAttention
 from .perturbed_attention import IdentityAttention
+from .rau_net import OtherUpsample, RescaledBack, RescaledBlocks, WideDownsample
 from .regional_prompts import RegionalAttention, SplitPromptAttention
+from .shifted_windows import WindowedAttention
 from .skip_blocks import SkippedBlocks
 from .target import Target
 from .tiled_attention import QueryTiles
@@ -57,6 +65,11 @@ _KINDS: dict[type[ExtraSpec], tuple[Any, str]] = {
     TiledAttention: (QueryTiles, "unet"),
     FreeU: (WeighedSkips, "unet"),
     Downscale: (SmallerWithin, "unet"),
+    Rescale: (RescaledBlocks, "unet"),
+    RescaleBack: (RescaledBack, "unet"),
+    DownsampleByFour: (WideDownsample, "unet"),
+    UpsampleBy: (OtherUpsample, "unet"),
+    ShiftedWindows: (WindowedAttention, "unet"),
 }
 # Of samplings that take turns, each with a few.
 MOST_KEPT = 16
@@ -94,6 +107,7 @@ class Extras:
         made = tuple(self._of(spec.each(lambda index: tensors[index]), predictor, *size) for spec in asked)
         for extra in made:
             extra.check(branches)
+        check_inner_sides(made, Target(predictor, *size))
         return made
 
     def forget(self) -> None:
@@ -120,7 +134,7 @@ def check_sizes(made: Sequence[Extra]) -> None:
         if sized:
             raise UnsupportedError(
                 f"{', '.join(sized)} can't be honoured beside {resizing.name}, which gives the blocks within a picture of another size.",
-                "Remove one of them (masks of an image prompt, regional prompts or HyperTile; deep shrink), or let them act at "
+                "Remove one of them (masks of an image prompt, regional prompts or HyperTile; deep shrink or RAUNet), or let them act at "
                 "different steps.",
             )
 
