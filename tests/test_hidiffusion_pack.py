@@ -24,15 +24,16 @@ REFUSED = {
     "another version of RAUNet": "comfyui_jankhidiffusion 0.8.5 hangs another RAUNet than the known one",
     "another version of MSW-MSA": "comfyui_jankhidiffusion 0.8.5 hangs another MSW-MSA attention than the known one",
     "RAUNet with ComfyUI-bleh": "RAUNet resizes by hidiffusion_pack_cases:sized",
-    "MSW-MSA with ComfyUI-bleh": "MSW-MSA resizes by hidiffusion_pack_cases:sized",
+    "MSW-MSA with ComfyUI-bleh": "MSW-MSA attention resizes by hidiffusion_pack_cases:sized",
 }
 
 
 @pytest.fixture(scope="module")
-def outcomes(comfy: ComfyInstallation, control_files: Path, backend2: Backend) -> Outcomes:
+def outcomes(comfy: ComfyInstallation, unets: Path, control_files: Path, backend2: Backend) -> Outcomes:
+    assert unets == control_files  # which have files in one folder
     if missing := HIDIFFUSION.missing(comfy):
         pytest.skip(missing)
-    return run(comfy, backend2, control_files, HIDIFFUSION)
+    return run(comfy, backend2, unets, HIDIFFUSION)
 
 
 def case_of(name: str) -> str:

@@ -1,6 +1,7 @@
 """The nodes of the pack comfyui_jankhidiffusion, for twins.py."""
 
 import functools
+import importlib
 import json
 import os
 
@@ -221,7 +222,12 @@ def of_layers(twins):
     yield "RAUNet Simple, low", simple_rau("low (1024 or lower)"), {"same": True}
     yield "both Simple, ultra", both(simple_rau("ultra (over 2048)"), simple), picture
     model = twins.pair(LAYERS, *MODELS[LAYERS])[0]
-    control = control_cases.sdxl_control(model), 0.8, 0.0, 1.0, control_cases.image()
-    controlled = control_cases.applied(twins, model, control)
-    yield "RAUNet with a ControlNet", simple_rau("ultra (over 2048)"), picture | controlled
-    yield "deep shrink with a ControlNet, after RAUNet ran once", SHRINK, sized(1, 13, 9) | controlled
+
+    def controlled(control):
+        return control_cases.applied(twins, model, (control, 0.8, 0.0, 1.0, control_cases.image()))
+
+    importlib.import_module("pack.nodes.controlnet_files").remember_files()
+    in_ranks = controlled(control_cases.loaded(twins, "control-one.safetensors"))
+    yield "RAUNet with a ControlNet", simple_rau("ultra (over 2048)"), picture | in_ranks
+    local = controlled(control_cases.sdxl_control(model))
+    yield "deep shrink with a ControlNet, after RAUNet ran once, step by step", SHRINK, sized(1, 13, 9) | local
