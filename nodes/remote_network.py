@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from types import FunctionType
-from typing import Any, NoReturn
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import comfy.patcher_extension
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..parallel_backend import RemoteModel, WeightPatches
-from ..parallel_backend.errors import UnsupportedError
 from ..parallel_backend.rpc.host_copies import onto_device
 from .core_memory import interruptible
 from .hung.controlnet import USES, ControlCost, by_place
@@ -22,6 +21,7 @@ from .hung.guidance import names
 from .hung.kinds import extras_of, give_reports, unknown_patches
 from .hung.layers import AsMade
 from .hung.patches import Call
+from .hung.prompt_projection import PROJECTIONS, of_prompt, refuse_layer
 from .hung.refusal import ELSEWHERE, RELOAD, refuse
 from .node_text import say
 
@@ -131,8 +131,10 @@ def make_remote(network: torch.nn.Module, remote: RemoteModel, dtype: torch.dtyp
     """The network's evaluations are requests from now on; it stays an instance of its own class, with all that this one has."""
     network.to("meta").requires_grad_(False)
     for name, layer in network.named_modules():
-        if layer is not network:
-            layer.register_forward_pre_hook(partial(_refuse_layer, name))
+        if name.endswith(PROJECTIONS):
+            layer.forward = partial(of_prompt, name)  # type: ignore[method-assign]
+        elif layer is not network:
+            layer.register_forward_pre_hook(partial(refuse_layer, name))
     network.calls_wrappers = _calls_wrappers(type(network))  # type: ignore[assignment]
     network.__class__ = _remote_class(type(network))  # type: ignore[arg-type]
     network.remote, network.dtype, network.worn = remote, dtype, WeightPatches()  # type: ignore[assignment]
@@ -151,7 +153,3 @@ def _calls_wrappers(of: type) -> bool:
 def _remote_class(of: type) -> type[torch.nn.Module]:
     """Known by the same name: nodes ask for it."""
     return type(of.__name__, (RemoteNetwork, of), {"__module__": of.__module__, "__qualname__": of.__qualname__})
-
-
-def _refuse_layer(name: str, *_: Any) -> NoReturn:
-    raise UnsupportedError(f"A node computes with the layer {name} of a parallel MODEL.", ELSEWHERE)

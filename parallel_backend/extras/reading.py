@@ -23,6 +23,7 @@ from ..rpc.extras import (
     ImagePrompt,
     JointImagePrompt,
     NormalizedGuidance,
+    NormalizedPrompt,
     PerturbedAttention,
     RegionalPrompts,
     ReportScores,
@@ -37,6 +38,7 @@ from .free_u import WeighedSkips
 from .image_prompt import PromptedAttention
 from .joint_image_prompt import JointPrompt
 from .normalized_attention import NormalizedAttention
+from .normalized_prompt import PromptNormalizedAttention
 from .perturbed_attention import IdentityAttention
 from .regional_prompts import RegionalAttention, SplitPromptAttention
 from .skip_blocks import SkippedBlocks
@@ -53,6 +55,7 @@ _KINDS: dict[type[ExtraSpec], tuple[Any, str]] = {
     RegionalPrompts: (RegionalAttention, "unet"),
     SplitPrompt: (SplitPromptAttention, "unet"),
     NormalizedGuidance: (NormalizedAttention, "unet"),
+    NormalizedPrompt: (PromptNormalizedAttention, "unet"),
     ReportScores: (AttentionScores, "unet"),
     TiledAttention: (QueryTiles, "unet"),
     FreeU: (WeighedSkips, "unet"),

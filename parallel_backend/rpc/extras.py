@@ -169,6 +169,23 @@ class NormalizedGuidance(ExtraSpec, frozen=True):
     pairs = True
 
 
+class NormalizedPrompt(ExtraSpec, Generic[T], frozen=True):
+    """As `NormalizedGuidance`, of a UNet's attentions to the prompt: what cond's rows take is guided away from what they take of
+    another prompt. Uncond's rows stay as they are, evaluated or not.
+
+    Args:
+        prompt: (1, tokens, context width), of which each of the places makes keys and values.
+    """
+
+    places: list[PlaceName]
+    prompt: T
+    scale: float
+    alpha: float
+    tau: float
+
+    tensor_fields: ClassVar[tuple[str, ...]] = ("prompt",)
+
+
 class ReportScores(ExtraSpec, frozen=True):
     """How much each token is looked at in a UNet's self-attention: the report, of all tokens of the picture, is their softmax scores
     summed over queries, their mean over heads; of uncond's rows, zeros of others.
@@ -236,6 +253,7 @@ AnyExtra: TypeAlias = (
     | RegionalPrompts[Any]
     | SplitPrompt
     | NormalizedGuidance
+    | NormalizedPrompt[Any]
     | ReportScores
     | TiledAttention
     | FreeU
