@@ -15,6 +15,11 @@ def guided_away(positive: Tensor, negative: Tensor, scale: float, alpha: float, 
     return alpha * guided * (growth.clamp(max=tau) / growth) + (1 - alpha) * positive
 
 
+def in_fp32(sigma: float) -> float:
+    """As packs compare it with sigmas, which are in fp32."""
+    return float(torch.tensor(sigma, dtype=torch.float32))
+
+
 def drawn(*shape: int) -> Tensor:
     """The same random numbers each time, another set for each shape."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))

@@ -17,7 +17,7 @@ from ...parallel_backend.rpc.extras import AnyExtra, NormalizedPrompt, PlaceName
 from .asked_patch import attention
 from .kept_extras import kept_extras
 from .known_functions import closed_over
-from .normalized_formula import drawn, guided_away, is_alike
+from .normalized_formula import drawn, guided_away, in_fp32, is_alike
 from .pack_version import pack_and_version
 from .patches import Call, Kind, Patch, origin
 from .prompt_projection import OfPrompt
@@ -64,16 +64,11 @@ def _translated(patches: Sequence[Patch], call: Call) -> list[NormalizedPrompt[T
     for (_, scale, tau, alpha, start, end), (prompt, places) in found.items():
         if scale == 0 or start <= end:  # at no step
             continue
-        range_of = {"start": None if start == inf else _in_fp32(start), "end": None if end < 0 else _above(end)}
+        range_of = {"start": None if start == inf else in_fp32(start), "end": None if end < 0 else _above(end)}
         # Its scale is of what is added to cond's output; the paper's is that of cond's output itself.
         numbers = {"scale": scale + 1, "alpha": alpha, "tau": tau}
         made.append(NormalizedPrompt(places=places, prompt=prompt.cpu(), **numbers, **range_of))
     return made
-
-
-def _in_fp32(sigma: float) -> float:
-    """As it is compared with sigmas there."""
-    return float(torch.tensor(sigma, dtype=torch.float32))
 
 
 def _above(sigma: float) -> float:

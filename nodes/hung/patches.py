@@ -47,6 +47,7 @@ class Call:
         branches: which prompts the rows are of, as many rows for each: 0 cond, 1 uncond.
         sigma: None for all of a sampling.
         options: the transformer options.
+        tokens: of each row's prompt; of a whole sampling, of cond's. 0 where nothing asks.
     """
 
     network: Module
@@ -54,6 +55,7 @@ class Call:
     branches: tuple[int, ...]
     sigma: float | None
     options: Mapping[str, Any]
+    tokens: int = 0
 
     @property
     def layout(self) -> tuple[int, ...]:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..distributed.collectives import start_all_reduce
+from ..distributed.mesh import MeshAxis
 from ..distributed.sites import At, Inner, Place, UNetSites
 from ..errors import InputError
 from ..models.extra import COND, UNCOND, Extra
@@ -37,16 +39,20 @@ class GuidedAway(Extra):
     tau: float
     name = "normalized attention guidance"
 
-    def away(self, positive_BLD: Tensor, negative_BLD: Tensor) -> Tensor:
-        """Guided, token by token."""
+    def away(self, positive_BLD: Tensor, negative_BLD: Tensor, axis: MeshAxis | None = None) -> Tensor:
+        """Guided, token by token.
+
+        Args:
+            axis: of the ranks that have the other channels; None where all of them are here.
+        Comm: under such an axis a sum of 2 * B * L numbers.
+        """
         guided = positive_BLD * self.scale - negative_BLD * (self.scale - 1)
-        before, after = (norm.clamp_min(_LEAST_NORM) for norm in self._norms(positive_BLD, guided))
+        norms_BL2 = torch.cat([x.norm(p=1, dim=-1, keepdim=True) for x in (positive_BLD, guided)], dim=-1)
+        if axis is not None:
+            norms_BL2 = start_all_reduce(norms_BL2, axis).wait()
+        before, after = norms_BL2.clamp_min(_LEAST_NORM).split(1, dim=-1)
         growth = after / before
         return guided * (growth.clamp(max=self.tau) / growth) * self.alpha + positive_BLD * (1 - self.alpha)
-
-    def _norms(self, *of_BLD: Tensor) -> list[Tensor]:
-        """(B, L, 1) each."""
-        return [x.norm(p=1, dim=-1, keepdim=True) for x in of_BLD]
 
 
 def settings_of(asked: Any) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from ..rpc.extras import (
     ImagePrompt,
     JointImagePrompt,
     NormalizedGuidance,
+    NormalizedJointPrompt,
     NormalizedPrompt,
     PerturbedAttention,
     RegionalPrompts,
@@ -38,6 +39,7 @@ from .free_u import WeighedSkips
 from .image_prompt import PromptedAttention
 from .joint_image_prompt import JointPrompt
 from .normalized_attention import NormalizedAttention
+from .normalized_joint_prompt import JointNormalizedAttention
 from .normalized_prompt import PromptNormalizedAttention
 from .perturbed_attention import IdentityAttention
 from .regional_prompts import RegionalAttention, SplitPromptAttention
@@ -55,6 +57,7 @@ _KINDS: dict[type[ExtraSpec], tuple[Any, str]] = {
     RegionalPrompts: (RegionalAttention, "unet"),
     SplitPrompt: (SplitPromptAttention, "unet"),
     NormalizedGuidance: (NormalizedAttention, "unet"),
+    NormalizedJointPrompt: (JointNormalizedAttention, "mmdit"),
     NormalizedPrompt: (PromptNormalizedAttention, "unet"),
     ReportScores: (AttentionScores, "unet"),
     TiledAttention: (QueryTiles, "unet"),
@@ -117,7 +120,9 @@ class Extras:
 
 
 def check_sizes(made: Sequence[Extra]) -> None:
-    """Raises: UnsupportedError: one makes the picture within smaller, and another knows tokens by their place in the whole one."""
+    """Raises: UnsupportedError: one makes the picture within smaller, and another knows tokens by their place in the whole one; or
+    two have text of their own.
+    """
     resizing = next((extra.name for extra in made if extra.resizes), None)
     sized = [extra.name for extra in made if extra.has_sizes]
     if resizing and sized:
@@ -125,6 +130,8 @@ def check_sizes(made: Sequence[Extra]) -> None:
             f"{', '.join(sized)} can't be honoured beside {resizing}, which gives the blocks within a picture of another size.",
             "Remove one of them (masks of an image prompt, regional prompts or HyperTile; deep shrink).",
         )
+    if len(with_text := [extra.name for extra in made if extra.has_text]) > 1:
+        raise UnsupportedError(f"{' and '.join(with_text)} can't be honoured together.", "Remove one of them.")
 
 
 def read_extra(spec: AnyExtra, target: Target) -> Extra:

@@ -186,6 +186,23 @@ class NormalizedPrompt(ExtraSpec, Generic[T], frozen=True):
     tensor_fields: ClassVar[tuple[str, ...]] = ("prompt",)
 
 
+class NormalizedJointPrompt(ExtraSpec, Generic[T], frozen=True):
+    """As `NormalizedPrompt`, of all joint attentions of an MMDiT: image tokens of cond's rows are guided away from what they would
+    take beside the text tokens of another prompt, which go through the blocks beside them.
+
+    Args:
+        context, pooled: the other prompt, one row each, of as many tokens as cond's.
+    """
+
+    context: T
+    pooled: T
+    scale: float
+    alpha: float
+    tau: float
+
+    tensor_fields: ClassVar[tuple[str, ...]] = ("context", "pooled")
+
+
 class ReportScores(ExtraSpec, frozen=True):
     """How much each token is looked at in a UNet's self-attention: the report, of all tokens of the picture, is their softmax scores
     summed over queries, their mean over heads; of uncond's rows, zeros of others.
@@ -254,6 +271,7 @@ AnyExtra: TypeAlias = (
     | SplitPrompt
     | NormalizedGuidance
     | NormalizedPrompt[Any]
+    | NormalizedJointPrompt[Any]
     | ReportScores
     | TiledAttention
     | FreeU
