@@ -191,7 +191,7 @@ class NormalizedJointPrompt(ExtraSpec, Generic[T], frozen=True):
     take beside the text tokens of another prompt, which go through the blocks beside them.
 
     Args:
-        context, pooled: the other prompt, one row each, of as many tokens as cond's.
+        context, pooled: the other prompt, one row each, of as many tokens as the rows' prompts.
     """
 
     context: T

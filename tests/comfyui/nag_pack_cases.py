@@ -42,6 +42,18 @@ class Sampled:
         noise = self.twins.comfy.sample.prepare_noise(latent, 5)
         return guider.sample(noise, latent, samplers.sampler_object("euler"), sigmas, seed=5, disable_pbar=True)
 
+    def by_another_version(self, model, **settings):
+        """Whose formula is another one."""
+        parts = [packs.part_of_pack(FOLDER, name) for name in ("sd.attention", "sd3.mmdit")]
+        formulas = [part.nag for part in parts]
+        for part in parts:
+            part.nag = lambda positive, negative, scale, *_: positive + scale * (positive - negative)
+        try:
+            return self.by_sampler(model, **settings)
+        finally:
+            for part, formula in zip(parts, formulas, strict=True):
+                part.nag = formula
+
     def _prompts(self, model, other):
         kinds = (("positive", 1, 24), ("negative", 2, 24), ("nag_negative", 3, other))
         return {kind: self.twins.prompt(model, seed, tokens) for kind, seed, tokens in kinds}
@@ -68,6 +80,8 @@ def every(sampled, channels):
     yield "cfg 1, some steps", {"of": sampled.by_sampler, "cfg": 1.0, "steps": 4, "nag_sigma_end": 0.6}
     yield "step by step", {"of": sampled.by_sampler, "change": step_by_step, "latent": batch}
     yield "NAGGuider", {"of": sampled.by_guider}
+    yield "another version", {"of": sampled.by_another_version}
+    yield "a scale of 1 after it", {"of": sampled.by_sampler, "nag_scale": 1.0}
     if channels == 4:  # on the other family the pack itself fails
         yield "NAGGuider of another batch", {"of": sampled.by_guider, "batch": 2}
 
