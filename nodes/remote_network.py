@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from types import FunctionType
-from typing import Any, NoReturn
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import comfy.patcher_extension
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..parallel_backend import RemoteModel, WeightPatches
-from ..parallel_backend.errors import UnsupportedError
 from ..parallel_backend.rpc.host_copies import onto_device
 from .core_memory import interruptible
 from .hung.controlnet import USES, ControlCost, by_place
@@ -21,7 +20,9 @@ from .hung.extra_cost import ExtraCost
 from .hung.guidance import names
 from .hung.kinds import extras_of, give_reports, unknown_patches
 from .hung.layers import AsMade
+from .hung.nag_guider import repeated_prompt
 from .hung.patches import Call
+from .hung.prompt_projection import PROJECTIONS, of_prompt, refuse_layer
 from .hung.refusal import ELSEWHERE, RELOAD, refuse
 from .node_text import say
 
@@ -77,16 +78,17 @@ class RemoteNetwork(torch.nn.Module):
         self.control_cost.note(residuals, self.dtype.itemsize)
         given = {"patches": self.worn, "step": partial(step_of, options)}
         given |= {"residuals": residuals, "controls": (control or {}).get(USES, ())}
-        given |= self._extras(x, options)
+        given |= self._extras(x, context, options)
+        context = self._prompt(context, given)
         out = interruptible(self.remote.backend, self.remote.forward, x, timesteps, context, y, **given)
         self._tell_once()
         return onto_device(out, x.device).to(x.dtype)
 
-    def _extras(self, x: Tensor, options: dict[str, Any]) -> dict[str, Any]:
+    def _extras(self, x: Tensor, context: Tensor, options: dict[str, Any]) -> dict[str, Any]:
         """What `forward` is told of the patches in these options."""
         branches, sigmas = tuple(options.get("cond_or_uncond", (0,))), options.get("sigmas")
         sigma = None if sigmas is None else float(sigmas[0])
-        call = Call(self, tuple(x.shape), branches, sigma, options)
+        call = Call(self, tuple(x.shape), branches, sigma, options, context.shape[1])
         extras = extras_of(call)
         self.extra_cost.note(extras)
         if not extras:
@@ -97,6 +99,14 @@ class RemoteNetwork(torch.nn.Module):
             "sigma": sigma,
             "on_reports": lambda reports: give_reports(call, extras, reports, x),
         }
+
+    def _prompt(self, context: Tensor, given: dict[str, Any]) -> Tensor:
+        """The tokens of every row's prompt, as what hangs inside wants them. Raises: UnsupportedError: so ControlNets can't have them."""
+        as_long = repeated_prompt(context, given.get("extras", ()))
+        if as_long is not context and given["controls"]:
+            beside = "a ControlNet in the ranks beside a negative prompt of ComfyUI-NAG that is longer than the prompt"
+            refuse(iter([beside]), "A parallel MODEL", ELSEWHERE)
+        return as_long
 
     def _tell_once(self) -> None:
         """What an evaluation was the first of the sampling to tell stands on the node, below what was told before."""
@@ -132,8 +142,10 @@ def make_remote(network: torch.nn.Module, remote: RemoteModel, dtype: torch.dtyp
     """The network's evaluations are requests from now on; it stays an instance of its own class, with all that this one has."""
     network.to("meta").requires_grad_(False)
     for name, layer in network.named_modules():
-        if layer is not network:
-            layer.register_forward_pre_hook(partial(_refuse_layer, name))
+        if name.endswith(PROJECTIONS):
+            layer.forward = partial(of_prompt, name)  # type: ignore[method-assign]
+        elif layer is not network:
+            layer.register_forward_pre_hook(partial(refuse_layer, name))
     network.calls_wrappers = _calls_wrappers(type(network))  # type: ignore[assignment]
     network.__class__ = _remote_class(type(network))  # type: ignore[arg-type]
     network.remote, network.dtype, network.worn = remote, dtype, WeightPatches()  # type: ignore[assignment]
@@ -149,10 +161,18 @@ def _calls_wrappers(of: type) -> bool:
     return any("DIFFUSION_MODEL" in names(f.__code__) for f in own if isinstance(f, FunctionType))
 
 
+class _StandsFor(type):
+    """Of classes that are equal to the last one of their bases: packs compare a network's class with ComfyUI's."""
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is cls.__bases__[-1]
+
+    def __hash__(cls) -> int:
+        return hash(cls.__bases__[-1])
+
+
 def _remote_class(of: type) -> type[torch.nn.Module]:
     """Known by the same name: nodes ask for it."""
-    return type(of.__name__, (RemoteNetwork, of), {"__module__": of.__module__, "__qualname__": of.__qualname__})
-
-
-def _refuse_layer(name: str, *_: Any) -> NoReturn:
-    raise UnsupportedError(f"A node computes with the layer {name} of a parallel MODEL.", ELSEWHERE)
+    named = {"__module__": of.__module__, "__qualname__": of.__qualname__}
+    made: Any = _StandsFor(of.__name__, (RemoteNetwork, of), named)
+    return made  # type: ignore[no-any-return]

@@ -26,6 +26,7 @@ from .hung.displaced_steps import Displaced, displaced_of
 from .hung.extra_cost import ExtraCost
 from .hung.known_functions import closed_over
 from .hung.loop import Loop, backends_own, read_loop
+from .hung.nag_guider import take_forward
 from .hung.refusal import refuse
 from .hung.step_cache import step_cache_of
 from .node_text import own_text, say
@@ -54,6 +55,7 @@ def sample_in_backend(
     that ComfyUI's loop would have to make."""
     guider: CFGGuider = executor.class_obj
     model = guider.model_patcher
+    take_forward(guider, model.network)
     model.check()
     local = take_over(guider.conds, model)
     displaced = displaced_of(model)

@@ -13,6 +13,7 @@ import pytest
 from comfyui.installation import ComfyInstallation
 from comfyui.twin_run import run_twins
 from test_control_packs import Pack
+from test_perturbed_pack import PERTURBED
 
 from parallel_backend import Backend
 
@@ -34,7 +35,9 @@ def missing(comfy: ComfyInstallation) -> dict[str, str]:
 
 def run(comfy: ComfyInstallation, backend: Backend, files: Path, missing: dict[str, str]) -> Outcomes:
     folders = {name: str(pack.folder) for name, pack in PACKS.items() if name not in missing}
-    if not folders:
+    if not PERTURBED.missing(comfy):  # whose guidance goes around image prompts
+        folders[PERTURBED.variable] = str(PERTURBED.folder)
+    if not folders.keys() & PACKS.keys():
         pytest.skip("; ".join(missing.values()))
     found = run_twins(comfy, backend, files, CASES, seconds=500, TWINS_WORLD=str(backend.world_size), **folders)
     return {f"{model}, {case}": outcome for model, cases in found.items() for case, outcome in cases.items()}

@@ -30,10 +30,17 @@ def test_each_gives_one_latent_on_both_and_changes_it(outcomes: Outcomes) -> Non
     assert not {name for name, outcome in computed.items() if outcome["effect"] < 1e-3}
 
 
+def test_normalized_guidance_is_in_the_backends_loop(outcomes: Outcomes) -> None:
+    said = {name.rpartition(": ")[2]: outcome.get("said", "") for name, outcome in outcomes.items()}
+    whole = {name for name, words in said.items() if "the whole loop in the backend" in words}
+    assert {"NAG", "NAG of a list, at some sigmas", "NAG, cfg 1", "NAG twice"} <= whole
+    assert "step by step: " in said["NAG beside PAG"]
+
+
 def test_what_its_nodes_can_not_mean_is_named_before_the_first_step(outcomes: Outcomes) -> None:
     errors = {name.rpartition(": ")[2]: error for name, error in refused(outcomes).items()}
-    assert errors.keys() == {"a block outside", "a blur of 0", "NAG", "PLADIS", "TPG"}
-    assert "computes with the layer" in errors["NAG"]
+    assert errors.keys() == {"a block outside", "a blur of 0", "NAG of two prompts", "PLADIS", "TPG"}
+    assert "a negative prompt of 2 rows" in errors["NAG of two prompts"]
     assert "pladis_utils" in errors["PLADIS"]
     assert "transformer_blocks.0.forward" in errors["TPG"]
     assert "the block output 50 of Perturbed-Attention Guidance" in errors["a block outside"]

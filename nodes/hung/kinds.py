@@ -15,7 +15,9 @@ from . import (
     hyper_tile,
     image_prompt,
     joint_image_prompt,
+    nag_guider,
     normalized_attention,
+    normalized_prompt,
     perturbed_attention,
     rau_net,
     regional_prompts,
@@ -38,6 +40,8 @@ KINDS: tuple[Kind, ...] = (
     regional_prompts.KIND,
     self_attention_guidance.KIND,
     normalized_attention.KIND,
+    normalized_prompt.KIND,
+    nag_guider.KIND,
     hyper_tile.KIND,
     free_u.KIND,
     deep_shrink.KIND,
@@ -45,7 +49,7 @@ KINDS: tuple[Kind, ...] = (
     shifted_windows.KIND,
 )
 # What only a UNet's network asks for, and what only a transformer's does: on the other, a patch has no effect, as in ComfyUI.
-_OF_TRANSFORMERS = ("dit",)
+_OF_TRANSFORMERS = ("dit", "dit_forward")
 
 
 def unknown_patches(options: Mapping[str, Any]) -> Iterator[str]:

@@ -25,6 +25,7 @@ from .kinds import extras_of, step_by_step, unknown_patches
 from .known_functions import Known, Sampling, known_functions
 from .loop_patches import loop_patches, replaced_functions
 from .model_sampling import read_sampling
+from .nag_guider import GUIDER, uneven_prompts
 from .patches import Call, origin
 
 # Of a processed prompt: what ComfyUI's loop reads beside the model's own inputs, and the value that changes nothing.
@@ -82,7 +83,7 @@ def read_loop(
         options.pop("disable_cfg1_optimization", None)
     found = [*replaced_functions(), *loop_patches(model, options)]
     found += step_by_step(guider.model_options["transformer_options"])
-    if type(guider) is not CFGGuider and kind_of_guider not in (_BASIC, _OF_THREE):
+    if type(guider) is not CFGGuider and kind_of_guider not in (_BASIC, _OF_THREE, GUIDER):
         found.append(f"the guider {type(guider).__name__}")
     if name is None:
         found.append(f"the sampler {_described(sampler)}")
@@ -134,7 +135,10 @@ def read_loop(
     perp_neg = _perp_neg(guider, known, prompts)
     branches = _branches(guider.cfg, prompts, perp_neg)
     rows = (len(branches) * len(latent), *latent.shape[1:])
-    extras = extras_of(Call(model.network, rows, branches, None, inside))
+    lengths = [prompt.context.shape[1] for prompt in prompts.values()]
+    extras = extras_of(Call(model.network, rows, branches, None, inside, prompts["positive"].context.shape[1]))
+    if uneven := list(uneven_prompts(inside, extras, lengths)):
+        return uneven
     if any(extra.pairs for extra in extras) and (perp_neg is not None or known.in_uncond is not None):
         return ["a patch that mixes rows of two prompts, beside others"]
     if any(extra.pairs for extra in extras) and not _are_alike(prompts, controls):

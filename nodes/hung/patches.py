@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from inspect import getclosurevars
 from pathlib import PurePath
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch import Tensor
 from torch.nn import Module
 
 from ...parallel_backend.rpc.extras import AnyExtra
+
+# By the `origin` of a replacement, its variable that holds what hung there before.
+_KEPT_WITHIN = {"nag_nodes:nag_attn2_replace_wrapper.<locals>.nag_attn2_replace": "prev_attn2_replace"}
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Call:
         branches: which prompts the rows are of, as many rows for each: 0 cond, 1 uncond.
         sigma: None for all of a sampling.
         options: the transformer options.
+        tokens: of each row's prompt; of a whole sampling, of cond's. 0 where nothing asks.
     """
 
     network: Module
@@ -50,6 +55,7 @@ class Call:
     branches: tuple[int, ...]
     sigma: float | None
     options: Mapping[str, Any]
+    tokens: int = 0
 
     @property
     def layout(self) -> tuple[int, ...]:
@@ -88,11 +94,22 @@ class Kind:
 
 
 def patches_in(options: Mapping[str, Any]) -> Iterator[Patch]:
-    """In the order in which ComfyUI's network calls them at one place."""
+    """In the order in which ComfyUI's network calls them at one place; what a replacement holds and calls comes before it."""
     for kind, by_place in options.get("patches_replace", {}).items():
-        yield from (Patch(kind, place, function) for place, function in by_place.items() if function is not None)
+        hung = [Patch(kind, place, function) for place, function in by_place.items() if function is not None]
+        layers = [hung]
+        while inner := [within for patch in layers[-1] if (within := _within(patch)) is not None]:
+            layers.append(inner)
+        yield from (patch for layer in reversed(layers) for patch in layer)
     for kind, functions in options.get("patches", {}).items():
         yield from (Patch(kind, None, function) for function in functions)
+
+
+def _within(patch: Patch) -> Patch | None:
+    """What hung at its place before, where it is one that keeps that and calls it."""
+    cell = _KEPT_WITHIN.get(origin(patch.function))
+    held = None if cell is None else getclosurevars(patch.function).nonlocals.get(cell)
+    return None if held is None else replace(patch, function=held)
 
 
 def origin(function: Any) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .band import Band
 from .band_image import BandImage
+from .mesh import MeshAxis
 
 # A transformer block of a UNet by ComfyUI's names: "input", "middle" or "output", the number of the block there, its own in that.
 Place: TypeAlias = tuple[str, int, int]
@@ -148,16 +149,35 @@ class UNetSites:
         return image, skip
 
 
+@dataclass(frozen=True)
+class FurtherText:
+    """Rows of text beyond those of the latents, which go through all blocks of an MMDiT after them.
+
+    Args:
+        context_BLE, pooled_BA: their prompts, as long as the others.
+        beside: by row, the row of latents whose image tokens take part in its attention.
+        guided: (what image tokens of those rows take beside their own text, what they take beside this one, the axis over which
+            heads are spread) -> what they go on with; (B, L, F) each.
+    """
+
+    context_BLE: Tensor
+    pooled_BA: Tensor
+    beside: tuple[int, ...]
+    guided: Callable[[Tensor, Tensor, MeshAxis], Tensor]
+
+
 @dataclass
 class TransformerSites:
     """Of an MMDiT.
 
     Args:
+        further: text beyond that of the latents' rows.
         skipped: blocks that hand text and image tokens on as they came.
         beside: by block, what is added to what the image's tokens take from the joint attention: of the block's `Attend` and the
             image's `Stream`.
     """
 
+    further: FurtherText | None = None
     skipped: set[int] = field(default_factory=set)
     beside: defaultdict[int, list[Callable[[Any, Any], Tensor]]] = field(default_factory=lambda: defaultdict(list))
 

@@ -24,6 +24,8 @@ from ..rpc.extras import (
     ImagePrompt,
     JointImagePrompt,
     NormalizedGuidance,
+    NormalizedJointPrompt,
+    NormalizedPrompt,
     PerturbedAttention,
     RegionalPrompts,
     ReportScores,
@@ -43,6 +45,8 @@ from .image_prompt import PromptedAttention
 from .inner_sides import check_inner_sides
 from .joint_image_prompt import JointPrompt
 from .normalized_attention import NormalizedAttention
+from .normalized_joint_prompt import JointNormalizedAttention
+from .normalized_prompt import PromptNormalizedAttention
 from .perturbed_attention import IdentityAttention
 from .rau_net import OtherUpsample, RescaledBack, RescaledBlocks, WideDownsample
 from .regional_prompts import RegionalAttention, SplitPromptAttention
@@ -61,6 +65,8 @@ _KINDS: dict[type[ExtraSpec], tuple[Any, str]] = {
     RegionalPrompts: (RegionalAttention, "unet"),
     SplitPrompt: (SplitPromptAttention, "unet"),
     NormalizedGuidance: (NormalizedAttention, "unet"),
+    NormalizedJointPrompt: (JointNormalizedAttention, "mmdit"),
+    NormalizedPrompt: (PromptNormalizedAttention, "unet"),
     ReportScores: (AttentionScores, "unet"),
     TiledAttention: (QueryTiles, "unet"),
     FreeU: (WeighedSkips, "unet"),
@@ -127,8 +133,10 @@ class Extras:
         return made.extra
 
 
-def check_sizes(made: Sequence[Extra]) -> None:
-    """Raises: UnsupportedError: one makes the picture within smaller, and another, at the same step, knows tokens by their place."""
+def check_together(made: Sequence[Extra]) -> None:
+    """Raises: UnsupportedError: one makes the picture within smaller, and another, at the same step, knows tokens by their place; or
+    two have text of their own.
+    """
     for resizing in (extra for extra in made if extra.resizes):
         sized = [extra.name for extra in made if extra.has_sizes and extra.meets(resizing)]
         if sized:
@@ -137,6 +145,8 @@ def check_sizes(made: Sequence[Extra]) -> None:
                 "Remove one of them (masks of an image prompt, regional prompts or HyperTile; deep shrink or RAUNet), or let them act at "
                 "different steps.",
             )
+    if len(with_text := [extra.name for extra in made if extra.has_text]) > 1:
+        raise UnsupportedError(f"{' and '.join(with_text)} can't be honoured together.", "Remove one of them.")
 
 
 def read_extra(spec: AnyExtra, target: Target) -> Extra:

@@ -45,6 +45,8 @@ class Extra:
 
     # Attentions that it acts on are not computed: ranks tell each other nothing there.
     omits_attention: ClassVar[bool] = False
+    # Text beyond that of the latents' rows goes through a transformer with it.
+    has_text: ClassVar[bool] = False
     # It acts on what a UNet's blocks give each other.
     between_blocks: ClassVar[bool] = False
     # The blocks within see a picture of another size than the latent's.

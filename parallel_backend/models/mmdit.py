@@ -251,20 +251,21 @@ class MMDiT(StagedTransformer):
 
         def run(blocks: Sequence[JointBlock], c_BLD: Tensor, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
             for block in blocks:
-                own, c_mod, x_mod = attend.of(block.index), next(vectors), next(vectors)
+                own, c_mod, x_mod = attend.of(block.index), next(vectors), of_image(next(vectors), x_BLD)
                 if not own.is_skipped:
                     c_BLD, x_BLD = block(c_BLD, x_BLD, c_mod, x_mod, own)
                 x_BLD = own.with_residual(x_BLD)
             return c_BLD, x_BLD
 
         def first_input() -> Tensor:
-            _, (shift, scale, *_) = islice(by_module(vectors_BW, self._modulations(), self.config.hidden), 2)
+            _, x_mod = islice(by_module(vectors_BW, self._modulations(), self.config.hidden), 2)
+            shift, scale, *_ = of_image(x_mod, x_BLD)
             return modulated_norm(x_BLD, EPS, (shift, scale))[0]
 
         return attend.through(run, self._own(), c_BLD, x_BLD, first_input)
 
     def leave(self, x_BLD: Tensor, vectors_BW: Tensor) -> Tensor:
-        last = vectors_BW[:, None, -2 * self.config.hidden :]
+        last = vectors_BW[: len(x_BLD), None, -2 * self.config.hidden :]
         return self.final_layer(x_BLD, list(last.chunk(2, dim=2)))
 
     def unpatchify(self, x_BLP: Tensor, shape: torch.Size) -> Tensor:
@@ -299,6 +300,11 @@ def by_module(vectors_BW: Tensor, modules: Sequence[Modulation], hidden: int) ->
     vectors = iter(vectors_BW.unsqueeze(1).split(hidden, dim=2))
     for module in modules:
         yield list(islice(vectors, module.count))
+
+
+def of_image(vectors: Sequence[Tensor], x_BLD: Tensor) -> list[Tensor]:
+    """A module's vectors of the image's rows: those of further text come after them."""
+    return [vector[: len(x_BLD)] for vector in vectors]
 
 
 def mlp_hidden(mlp: Mlp, x_BLD: Tensor, mod: Sequence[Tensor]) -> Tensor:

@@ -170,7 +170,7 @@ class Pipeline:
 
     def _start_receive(self, patch: int, call: int) -> Handle:
         tokens, rows = self.tokens[call].of_patch(patch), self._shapes[patch][0]
-        return self.network.model.start_receive(rows, tokens, self.dtype, self.device)
+        return self.network.model.start_receive((rows, rows), tokens, self.dtype, self.device)
 
     def _send(self, x: Tensor, to: int, axis: Any) -> None:
         self._sent.append(start_send(x, to, axis))

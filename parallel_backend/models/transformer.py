@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -27,7 +28,7 @@ from ..distributed.attention import (
 from ..distributed.collectives import Handle, all_gather, broadcast, start_receive, start_send
 from ..distributed.graph_breaks import breaks_graph
 from ..distributed.mesh import Mesh
-from ..distributed.sites import TransformerSites
+from ..distributed.sites import FurtherText, TransformerSites
 from ..distributed.stale import EXACT, Step, TokenKV
 from ..errors import ConfigError
 from ..fused.joint_heads import join_heads
@@ -52,6 +53,16 @@ class Stream:
     def qkv_BLF(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.q_BLF, self.k_BLF, self.v_BLF
 
+    def with_rows(self, again: Sequence[int]) -> Stream:
+        """These rows once more, after all."""
+        q, k, v = (with_rows(x, again) for x in self.qkv_BLF)
+        return replace(self, q_BLF=q, k_BLF=k, v_BLF=v)
+
+
+def with_rows(x: Tensor, again: Sequence[int]) -> Tensor:
+    """These rows of `x` once more, after all."""
+    return torch.cat([x, *(x[number : number + 1] for number in again)])
+
 
 B = TypeVar("B", bound=nn.Module)
 # (blocks, text tokens, image tokens) -> both after them.
@@ -72,6 +83,11 @@ class Attend:
     def of(self, block: int) -> Attend:
         """Those of one block."""
         return replace(self, block=block)
+
+    def rows(self, latents: int) -> tuple[int, int]:
+        """Of text and of image tokens, where there are so many latents."""
+        further = self.sites.further
+        return latents + (0 if further is None else len(further.beside)), latents
 
     @property
     def is_skipped(self) -> bool:
@@ -110,10 +126,27 @@ class Attend:
         """Text and image tokens to all of both: (B, L, N * H) of each.
 
         Args:
+            text: with its further rows, where extras have some.
             eps: of the norms of queries and keys; None is `RMS_EPS`.
         """
+        further = self.sites.further
+        if further is not None:
+            image = image.with_rows(further.beside)
         joined = self._joined(text, image, eps)
-        return self.attention.alone(joined) if self._is_alone else self._joint(joined)
+        attended = self.attention.alone(joined) if self._is_alone else self._joint(joined)
+        return attended if further is None else self._guided(further, *attended)
+
+    @breaks_graph
+    def _guided(self, further: FurtherText, text_BLF: Tensor, image_BLF: Tensor) -> tuple[Tensor, Tensor]:
+        """Image tokens of the latents' rows alone. Comm: its own."""
+        rows = list(image_BLF.split(1))
+        count = len(rows) - len(further.beside)
+        own, negative = (torch.cat(part) for part in ([rows[number] for number in further.beside], rows[count:]))
+        for number, row in zip(
+            further.beside, further.guided(own, negative, self.attention.mesh.tp).split(1), strict=True
+        ):
+            rows[number] = row
+        return text_BLF, torch.cat(rows[:count])
 
     def image(self, image: Stream, eps: float | None) -> Tensor:
         """Image tokens to all image tokens."""
@@ -286,8 +319,11 @@ class StagedTransformer(nn.Module):
         num_patches = step.kept.num_patches if step.kept is not None else 1
         tokens = self.tokens_for(x_BCYX.shape[2], x_BCYX.shape[3], prepared.context.shape[1], num_patches)
         vectors = vectors_at(prepared, timesteps_B, self.vectors)
-        arriving = None if self.is_first else self.start_receive(len(x_BCYX), tokens, x_BCYX.dtype, x_BCYX.device)
         attend = Attend(self.attention, tokens, step, residuals=residuals, sites=sites or TransformerSites())
+        if (further := attend.sites.further) is not None:
+            prepared, vectors = self._with_further(further, prepared, timesteps_B, vectors)
+        rows, dtype, device = attend.rows(len(x_BCYX)), x_BCYX.dtype, x_BCYX.device
+        arriving = None if self.is_first else self.start_receive(rows, tokens, dtype, device)
         passed = self.stage(x_BCYX, prepared, places, vectors, attend, arriving)
         if self.mesh.pp.degree == 1:
             return passed
@@ -295,6 +331,18 @@ class StagedTransformer(nn.Module):
             start_send(passed, self.mesh.pp.rank + 1, self.mesh.pp).wait()
             passed = x_BCYX.new_empty(x_BCYX.shape)
         return broadcast(passed, self.mesh.pp.degree - 1, self.mesh.pp)
+
+    def _with_further(
+        self, further: FurtherText, prepared: PreparedPrompt, timesteps_B: Tensor, vectors_BW: Tensor
+    ) -> tuple[PreparedPrompt, Tensor]:
+        """With what is made of further rows of text after the others', in each evaluation anew."""
+        own = self.prepare(further.context_BLE, further.pooled_BA)
+        timesteps = torch.cat([timesteps_B[number : number + 1] for number in further.beside])
+        vectors = torch.cat([vectors_BW, self.vectors(timesteps, own.tensors["pooled"])])
+        if not self.is_first:
+            return prepared, vectors
+        text = torch.cat([prepared.tensors["text"], own.tensors["text"]])
+        return replace(prepared, tensors={**prepared.tensors, "text": text}), vectors
 
     def stage(
         self,
@@ -321,18 +369,23 @@ class StagedTransformer(nn.Module):
         else:
             if attend.step.cache is not None:  # all stages decide together, the first one before it sends
                 attend.step.cache.taken()
-            c, x = arriving.wait().split(_lengths(tokens), dim=1)
+            sizes = [
+                (*size, self.config.hidden) for size in zip(attend.rows(len(x_BCYX)), _lengths(tokens), strict=True)
+            ]
+            parts = arriving.wait().split([prod(size) for size in sizes])
+            c, x = (part.view(size) for part, size in zip(parts, sizes, strict=True))
         c, x = self.run_blocks(c, x, vectors_BW, places, attend)
         if not self.is_last:
-            return torch.cat([c, x], dim=1)
+            return torch.cat([c.reshape(-1), x.reshape(-1)])
         out = self.leave(x, vectors_BW)
         for axis, counts in gathers(self.mesh, tokens.counts(tokens.image_segments)):
             out = all_gather(out, 1, counts, axis)
         return self.unpatchify(tokens.in_order(out), x_BCYX.shape)
 
-    def start_receive(self, rows: int, tokens: Tokens, dtype: torch.dtype, device: torch.device) -> Handle:
-        """What the stage before sends of these tokens."""
-        blank = torch.empty(rows, sum(_lengths(tokens)), self.config.hidden, dtype=dtype, device=device)
+    def start_receive(self, rows: tuple[int, int], tokens: Tokens, dtype: torch.dtype, device: torch.device) -> Handle:
+        """What the stage before sends of these tokens, the text's and then the image's, of so many rows each."""
+        count = sum(of_rows * length for of_rows, length in zip(rows, _lengths(tokens), strict=True))
+        blank = torch.empty(count * self.config.hidden, dtype=dtype, device=device)
         return start_receive(blank, self.mesh.pp.rank - 1, self.mesh.pp)
 
 

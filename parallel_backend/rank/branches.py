@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ..config import BranchName
 from ..errors import ConfigError, UnsupportedError
-from ..extras.reading import check_sizes
+from ..extras.reading import check_together
 from ..models.extra import Extra
 from ..models.reports import ReportingExtra
 from ..models.rows import Branch, Prompt
@@ -65,7 +65,7 @@ def branches_of(
 def check_extras(branches: Mapping[BranchName, Branch]) -> None:
     """Raises: UnsupportedError, InputError: those that only single evaluations can have, or that don't fit these branches or each other."""
     for branch in branches.values():
-        check_sizes(branch.extras)
+        check_together(branch.extras)
         for extra in branch.extras:
             extra.check_tokens(branch.prompt.context.shape[1])
     extras = {id(extra): extra for branch in branches.values() for extra in branch.extras}.values()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..extras.reading import Extras, check_sizes
+from ..extras.reading import Extras, check_together
 from ..models.extra import Row
 from ..models.prediction import Predictor
 from ..models.residuals import Residuals
@@ -59,7 +59,7 @@ def run_forward(
         if body.sigma is not None and not isfinite(body.sigma):
             raise InputError(f"Sigma {body.sigma} is not finite.", "Give that of the evaluation, or none.")
         asked = extras.read(body.extras, tensors, predictor, (x.shape[2], x.shape[3]), body.branches)
-        check_sizes(asked)
+        check_together(asked)
         for extra in asked:
             extra.check_tokens(context.shape[1])
         return predictor, Rows(x, timesteps, prompt, residuals, asked, _which(body.branches, x.shape[0])), swap

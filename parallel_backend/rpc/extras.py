@@ -175,6 +175,40 @@ class NormalizedGuidance(ExtraSpec, frozen=True):
     pairs = True
 
 
+class NormalizedPrompt(ExtraSpec, Generic[T], frozen=True):
+    """As `NormalizedGuidance`, of a UNet's attentions to the prompt: what cond's rows take is guided away from what they take of
+    another prompt. Uncond's rows stay as they are, evaluated or not.
+
+    Args:
+        prompt: (1, tokens, context width), of which each of the places makes keys and values.
+    """
+
+    places: list[PlaceName]
+    prompt: T
+    scale: float
+    alpha: float
+    tau: float
+
+    tensor_fields: ClassVar[tuple[str, ...]] = ("prompt",)
+
+
+class NormalizedJointPrompt(ExtraSpec, Generic[T], frozen=True):
+    """As `NormalizedPrompt`, of all joint attentions of an MMDiT: image tokens of cond's rows are guided away from what they would
+    take beside the text tokens of another prompt, which go through the blocks beside them.
+
+    Args:
+        context, pooled: the other prompt, one row each, of as many tokens as the rows' prompts.
+    """
+
+    context: T
+    pooled: T
+    scale: float
+    alpha: float
+    tau: float
+
+    tensor_fields: ClassVar[tuple[str, ...]] = ("context", "pooled")
+
+
 class ReportScores(ExtraSpec, frozen=True):
     """How much each token is looked at in a UNet's self-attention: the report, of all tokens of the picture, is their softmax scores
     summed over queries, their mean over heads; of uncond's rows, zeros of others.
@@ -366,6 +400,8 @@ AnyExtra: TypeAlias = (
     | RegionalPrompts[Any]
     | SplitPrompt
     | NormalizedGuidance
+    | NormalizedPrompt[Any]
+    | NormalizedJointPrompt[Any]
     | ReportScores
     | TiledAttention
     | FreeU

@@ -123,6 +123,10 @@ def of_ipadapter(twins):
         return by_embeds(model, seed=2, attn_mask=mask(), weight_type="ease out", weight=-0.6)
 
     odd = {"latent": drawn(2, 4, 13, 7, seed=3)}
+    if (folder := os.environ.get("PERTURBED_ATTENTION_PATH")) is not None:
+        guided = part_of_pack(folder, "nag_nodes").NormalizedAttentionGuidance
+        negative = [[drawn(1, 30, CONTEXT, seed=8), {}]]
+        yield "under NAG", lambda model: call(guided, model=two(model), negative=negative, unet_block_list="u0,m0"), odd
     yield "mask, an odd size, a batch", hung(attn_mask=mask()), odd
     yield "two, one masked, some steps", two, {"steps": 4}
     batch = {"node": plus.IPAdapterEmbedsBatch, "weight": [0.4, 1.2], "count": 2, "attn_mask": mask(2)}

@@ -22,13 +22,24 @@ def cases(twins):
     for number, name in enumerate(MODELS):
         picture = {"latent": torch.randn(2, 4, 21, 13, generator=torch.Generator().manual_seed(9))}
         square = {"latent": torch.randn(1, 4, 20, 20, generator=torch.Generator().manual_seed(9))}
-        found = every(picture, square, [[torch.randn(1, 24, 2048), {}]])
+        negative, longer = ([[torch.randn(1, tokens, 2048), {}]] for tokens in (24, 41))
+        found = every(picture, square, negative, longer)
         for case, change, settings in found:
-            if (meshes.WORLD == 2 and number == 0) or case in ("PAG of a list", "SEG, the mean", "SEG, a blur"):
+            if (meshes.WORLD == 2 and number == 0) or case in (
+                "PAG of a list",
+                "SEG, the mean",
+                "SEG, a blur",
+                "NAG",
+                "NAG beside PAG",
+            ):
                 yield name, f"{NAME}: {case}", change, dict(settings)
 
 
-def every(picture, square, negative):
+def guided(negative, **inputs):
+    return node("NormalizedAttentionGuidance", "nag_nodes", negative=negative, **inputs)
+
+
+def every(picture, square, negative, longer):
     perturbed, smoothed = "PerturbedAttention", "SmoothedEnergyGuidanceAdvanced"
     yield "PAG", node(perturbed, scale=3.0), picture
     listed = {"unet_block_list": "d0.0,m0,u0.1,u1", "adaptive_scale": 0.1, "rescale": 0.5}
@@ -44,7 +55,14 @@ def every(picture, square, negative):
     yield "SWG", node("SlidingWindowGuidanceAdvanced", scale=2.0, **window), picture
     yield "FDG", node("FrequencyDecoupledGuidance", "fdg_nodes", strength_high=6.0), {}
     yield "momentum", node("MomentumGuidance", "mg_nodes", momentum=0.5, ema=0.6), {"steps": 4}
-    yield "NAG", node("NormalizedAttentionGuidance", "nag_nodes", negative=negative), {}
+    yield "NAG", guided(negative, scale=3.0, tau=1.5, alpha=0.7), picture
+    other = {"unet_block_list": "d0.0,m0,u1", "sigma_start": 8.0, "sigma_end": 1.0}
+    yield "NAG of a list, at some sigmas", guided(longer, **other), {"steps": 4}
+    yield "NAG, cfg 1", guided(longer), picture | {"cfg": 1.0}
+    twice = guided(negative, tau=0.0, alpha=0.3), guided(longer, scale=1.5, unet_block_list="d1,u0.0")
+    yield "NAG twice", lambda model: twice[1](twice[0](model)), {}
+    yield "NAG beside PAG", lambda model: guided(longer)(node(perturbed, scale=3.0)(model)), picture
+    yield "NAG of two prompts", guided([[torch.randn(2, 24, 2048), {}]]), {}
     yield "PLADIS", node("Pladis", "pladis_nodes"), {}
     yield "TPG", node("TokenPerturbationGuidance", "tpg_nodes", unet_block_list="d1"), {}
     yield "a block outside", node(perturbed, unet_block="output", unet_block_id=50), picture
