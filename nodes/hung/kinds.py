@@ -21,6 +21,7 @@ from . import (
     self_attention_guidance,
     skip_layers,
     smoothed_energy,
+    token_merging,
 )
 from .core_step_caches import is_step_cache
 from .forward_options import FORWARD_OPTIONS
@@ -39,6 +40,7 @@ KINDS: tuple[Kind, ...] = (
     hyper_tile.KIND,
     free_u.KIND,
     deep_shrink.KIND,
+    token_merging.KIND,
 )
 # What only a UNet's network asks for, and what only a transformer's does: on the other, a patch has no effect, as in ComfyUI.
 _OF_TRANSFORMERS = ("dit",)
