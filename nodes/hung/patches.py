@@ -12,14 +12,18 @@ from torch.nn import Module
 
 from ...parallel_backend.rpc.extras import AnyExtra
 
+# The kind of one that a node has put on a layer of the network itself, in place of its forward.
+FORWARD = "forward"
+
 
 @dataclass(frozen=True)
 class Patch:
     """One function, and where it hangs.
 
     Args:
-        kind: as ComfyUI calls it: "attn2", "dit", "output_block_patch".
-        place: of one that replaces: ("middle", 0), ("input", 4, 1), ("double_block", 7); None of those that are called everywhere.
+        kind: as ComfyUI calls it: "attn2", "dit", "output_block_patch"; or `FORWARD`.
+        place: of one that replaces: ("middle", 0), ("input", 4, 1), ("double_block", 7), a layer's name; None of those that are called
+            everywhere.
     """
 
     kind: str
@@ -93,6 +97,13 @@ def patches_in(options: Mapping[str, Any]) -> Iterator[Patch]:
         yield from (Patch(kind, place, function) for place, function in by_place.items() if function is not None)
     for kind, functions in options.get("patches", {}).items():
         yield from (Patch(kind, None, function) for function in functions)
+
+
+def forwards_in(network: Module) -> Iterator[Patch]:
+    """Those that stand in place of layers' own forwards, the network's aside."""
+    for name, layer in network.named_modules():
+        if name and FORWARD in vars(layer):
+            yield Patch(FORWARD, (name,), vars(layer)[FORWARD])
 
 
 def origin(function: Any) -> str:

@@ -22,6 +22,7 @@ from ..rpc.extras import (
     FreeU,
     ImagePrompt,
     JointImagePrompt,
+    KeptAttention,
     NormalizedGuidance,
     PerturbedAttention,
     RegionalPrompts,
@@ -36,6 +37,8 @@ from .deep_shrink import SmallerWithin
 from .free_u import WeighedSkips
 from .image_prompt import PromptedAttention
 from .joint_image_prompt import JointPrompt
+from .kept_attention import GatedAttention
+from .kept_outputs import Samplings
 from .normalized_attention import NormalizedAttention
 from .perturbed_attention import IdentityAttention
 from .regional_prompts import RegionalAttention, SplitPromptAttention
@@ -57,6 +60,7 @@ _KINDS: dict[type[ExtraSpec], tuple[Any, str]] = {
     TiledAttention: (QueryTiles, "unet"),
     FreeU: (WeighedSkips, "unet"),
     Downscale: (SmallerWithin, "unet"),
+    KeptAttention: (GatedAttention, "unet"),
 }
 # Of samplings that take turns, each with a few.
 MOST_KEPT = 16
@@ -77,6 +81,7 @@ class Extras:
 
     def __init__(self) -> None:
         self._made: OrderedDict[tuple[Any, ...], _Made] = OrderedDict()
+        self._samplings = Samplings()
 
     def read(
         self,
@@ -99,14 +104,22 @@ class Extras:
     def forget(self) -> None:
         """Nothing is kept."""
         self._made.clear()
+        self._samplings.clear()
+
+    def end(self, samplings: Iterable[str]) -> None:
+        """Nothing is kept of samplings of these names."""
+        for name in samplings:
+            self._samplings.pop(name, None)
 
     def _of(self, spec: AnyExtra, predictor: Predictor, height: int, width: int) -> Extra:
         key = (repr(spec.each(id)), id(predictor), height, width)
         # Nothing that is in use has another's number.
         made = self._made.pop(key, None)
         if made is None:
-            extra = read_extra(spec, Target(predictor, height, width))
+            extra = read_extra(spec, Target(predictor, height, width, self._samplings))
             made = _Made(ref(predictor), tuple(map(ref, spec.tensors())), extra)
+        if made.extra.has_memory:  # it ends with its sampling
+            return made.extra
         self._made[key] = made
         while len(self._made) > MOST_KEPT:
             self._made.popitem(last=False)

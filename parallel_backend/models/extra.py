@@ -43,6 +43,8 @@ class Extra:
     # It mixes rows of both prompts, which are evaluated at once.
     pairs: ClassVar[bool] = False
 
+    # It keeps something from an evaluation for later, which no graph may hold.
+    has_memory: ClassVar[bool] = False
     # Attentions that it acts on are not computed: ranks tell each other nothing there.
     omits_attention: ClassVar[bool] = False
     # It acts on what a UNet's blocks give each other.

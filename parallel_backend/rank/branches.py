@@ -74,6 +74,11 @@ def check_extras(branches: Mapping[BranchName, Branch]) -> None:
             f"{', '.join(reporting)} reports of each evaluation, and a whole sampling gives no reports.",
             "Ask for it evaluation by evaluation.",
         )
+    if keeping := [extra.name for extra in extras if extra.has_memory]:
+        raise UnsupportedError(
+            f"{', '.join(keeping)} is told at each evaluation what to keep and what to take, and a whole sampling is asked for once.",
+            "Ask for it evaluation by evaluation.",
+        )
     first, *others = (branch for name, branch in branches.items() if name != "weaker")
     paired = [extra.name for extra in extras if extra.pairs]
     if paired and len(others) > 1:

@@ -227,6 +227,26 @@ class Downscale(ExtraSpec, frozen=True):
     order: int = 0
 
 
+# What an evaluation does with the outputs of its attention layers: computes them; keeps them, too; takes those that were kept; or takes
+# the mean of these over the prompts that were evaluated together.
+KeptForm: TypeAlias = Literal["computed", "kept", "taken", "taken_mean"]
+
+
+class KeptAttention(ExtraSpec, frozen=True):
+    """All attention layers of a UNet, whose outputs are kept from one evaluation of a sampling for later ones.
+
+    Source: T-GATE (Zhang et al. 2024, arXiv 2404.02747), section 4.
+
+    Args:
+        sampling: a name of its own; what was kept under it is dropped by `Forget`, by which it is one of the keys.
+    """
+
+    sampling: str
+    self_attention: KeptForm
+    cross_attention: KeptForm
+    pairs = True
+
+
 AnyExtra: TypeAlias = (
     SkipBlocks
     | PerturbedAttention
@@ -240,4 +260,5 @@ AnyExtra: TypeAlias = (
     | TiledAttention
     | FreeU
     | Downscale
+    | KeptAttention
 )  # fmt: skip

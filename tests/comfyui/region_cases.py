@@ -36,7 +36,6 @@ def cases(twins):
     ppm = part("PPM_PATH", "src.nodes_ppm.attention_couple_ppm")
     negpip = part("PPM_PATH", "src.negpip.unet_negpip")
     control = part("PROMPT_CONTROL_PATH", "prompt_control.attention_couple_ppm")
-    gate = part("TGATE_PATH", "TGate")
     for number, name in enumerate(MODELS):
         is_first = number == 0
         if cgem is not None:
@@ -48,9 +47,6 @@ def cases(twins):
                 yield from ((name, *case) for case in negpip_cases(twins, ppm, negpip))
         if control is not None and is_first:
             yield name, "prompt-control's masks", lambda model: model, {"of": masked(twins, control)}
-    if gate is not None:  # it changes the network itself, for good, and ComfyUI's sampling
-        for node in ("TGateApply", "TGateApplyAdvanced"):
-            yield next(iter(MODELS)), node, gated(getattr(gate, node)), {"of": parallel_alone(twins)}
 
 
 def negpip_cases(twins, ppm, negpip):
@@ -140,10 +136,6 @@ def masked(twins, module):
         return twins.sample(model, latent=twins.latent(model, *ODD), positive=positive, **settings)
 
     return run
-
-
-def gated(node):
-    return lambda model: call(node, model=model, start_at=0.5)
 
 
 def parallel_alone(twins):
