@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..models.extra import Row
-from ..models.spread import Spread
+from ..models.spread import Spread, chosen
 
 # Each is as large as all attention layers' outputs: a second client's sampling may take turns with the first one's.
 MOST_SAMPLINGS = 2
@@ -62,7 +62,7 @@ class KeptOutputs:
         if layer not in self._means:
             kept = self._kept.pop(layer)
             self._means[layer] = _over_prompts(kept.spread.gather(kept.own_BLD), kept.spread.rows)
-        return self._means[layer][[latent for _, latent in rows]]
+        return chosen(self._means[layer], [latent for _, latent in rows])
 
 
 class Samplings(OrderedDict[str, KeptOutputs]):

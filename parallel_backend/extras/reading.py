@@ -27,6 +27,8 @@ from ..rpc.extras import (
     PerturbedAttention,
     RegionalPrompts,
     ReportScores,
+    SharedAttention,
+    SharedNorms,
     SkipBlocks,
     SplitPrompt,
     TiledAttention,
@@ -42,6 +44,8 @@ from .kept_outputs import Samplings
 from .normalized_attention import NormalizedAttention
 from .perturbed_attention import IdentityAttention
 from .regional_prompts import RegionalAttention, SplitPromptAttention
+from .shared_attention import AttendedTogether
+from .shared_norms import NormedTogether
 from .skip_blocks import SkippedBlocks
 from .target import Target
 from .tiled_attention import QueryTiles
@@ -61,6 +65,8 @@ _KINDS: dict[type[ExtraSpec], tuple[Any, str]] = {
     FreeU: (WeighedSkips, "unet"),
     Downscale: (SmallerWithin, "unet"),
     KeptAttention: (GatedAttention, "unet"),
+    SharedAttention: (AttendedTogether, "unet"),
+    SharedNorms: (NormedTogether, "unet"),
 }
 # Of samplings that take turns, each with a few.
 MOST_KEPT = 16

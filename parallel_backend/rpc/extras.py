@@ -247,6 +247,38 @@ class KeptAttention(ExtraSpec, frozen=True):
     pairs = True
 
 
+# Of which prompt a row of an evaluation is (0 cond, 1 uncond), and which latent of its batch.
+RowName: TypeAlias = tuple[int, int]
+
+
+class SharedAttention(ExtraSpec, frozen=True):
+    """Self-attentions of a UNet whose tokens look at those of another row as well; of StyleAligned, and of "reference only" nodes.
+
+    Source: StyleAligned (Hertz et al. 2023, arXiv 2312.02133), section 4, equations 3 to 5.
+
+    Args:
+        rows: of the evaluation, all.
+        sources: of each, the row whose values it has beside its own; that has itself.
+        key_sources, key_weights: of each, the row whose keys it has beside its own, times a weight; one of the sources.
+        matched: of what, "q", "k" and "v", the tokens are given their source's mean and standard deviation of each channel.
+    """
+
+    rows: list[RowName]
+    sources: list[RowName]
+    key_sources: list[RowName]
+    key_weights: list[float]
+    matched: list[Literal["q", "k", "v"]] = []
+    pairs = True
+
+
+class SharedNorms(ExtraSpec, frozen=True):
+    """Group norms of a UNet by each row's pixels and those of another row together: StyleAligned's. Arguments as of `SharedAttention`."""
+
+    rows: list[RowName]
+    sources: list[RowName]
+    pairs = True
+
+
 AnyExtra: TypeAlias = (
     SkipBlocks
     | PerturbedAttention
@@ -261,4 +293,6 @@ AnyExtra: TypeAlias = (
     | FreeU
     | Downscale
     | KeptAttention
+    | SharedAttention
+    | SharedNorms
 )  # fmt: skip
