@@ -9,6 +9,7 @@ import test_gate_pack as gate
 import test_guidance_comfyui as guidance
 import test_perturbed_pack as perturbed
 import test_region_packs as regions
+import test_style_packs as style
 from comfyui.installation import ComfyInstallation
 from comfyui.twin_run import run_twins
 from test_control_packs import PYTHONPATH, Outcomes, wrong
@@ -20,7 +21,9 @@ OF_CORE = ("inside_cases", "cache_cases", "block_cases", "attention_cases", "gui
 
 def run(comfy: ComfyInstallation, backend: Backend, files: Path) -> Outcomes:
     """Packs that aren't there are left out: their own tests say so."""
-    packs = [pack for pack in (*regions.COMPUTED, perturbed.PERTURBED, gate.TGATE) if not pack.missing(comfy)]
+    packs = [
+        pack for pack in (*regions.COMPUTED, perturbed.PERTURBED, gate.TGATE, *style.PACKS) if not pack.missing(comfy)
+    ]
     cases = [*OF_CORE, *dict.fromkeys(pack.cases for pack in packs)]
     environment = PYTHONPATH | {pack.variable: str(pack.folder) for pack in packs}
     world = str(backend.world_size)

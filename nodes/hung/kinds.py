@@ -19,6 +19,8 @@ from . import (
     perturbed_attention,
     regional_prompts,
     self_attention_guidance,
+    shared_attention,
+    shared_norms,
     skip_layers,
     smoothed_energy,
     t_gate,
@@ -42,6 +44,8 @@ KINDS: tuple[Kind, ...] = (
     free_u.KIND,
     deep_shrink.KIND,
     token_merging.KIND,
+    shared_attention.KIND,
+    shared_norms.KIND,
     t_gate.KIND,
 )
 # What only a UNet's network asks for, and what only a transformer's does: on the other, a patch has no effect, as in ComfyUI.
@@ -102,7 +106,8 @@ def settings_refused(function: Any, network: Module) -> Iterator[str] | None:
 
 def is_known_change(attribute: str, value: Any) -> bool:
     """Whether what a node has put on a layer of the network is what a kind knows."""
-    return attribute == FORWARD and _kind_of(Patch(FORWARD, None, value)) is not None
+    is_patch = attribute == FORWARD and _kind_of(Patch(FORWARD, None, value)) is not None
+    return is_patch or shared_norms.is_kept_forward(attribute, value)
 
 
 def _kind_of(patch: Patch) -> Kind | None:

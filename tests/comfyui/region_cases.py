@@ -138,13 +138,13 @@ def masked(twins, module):
     return run
 
 
-def parallel_alone(twins):
+def parallel_alone(twins, **given):
     """The parallel MODEL's latent; of the local one, which what hangs on it can break, nothing is asked."""
 
     def run(model, **settings):
-        latent = twins.latent(model, *ODD)
+        wanted = {"latent": twins.latent(model, *ODD)} | given | settings
         if not isinstance(model, twins.remote_model.RemotePatcher):
-            return latent
-        return twins.sample(model, latent=latent, **settings)
+            return wanted["latent"]
+        return twins.sample(model, **wanted)
 
     return run
