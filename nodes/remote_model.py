@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -23,8 +24,8 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..parallel_backend import RemoteControl, RemoteModel, WeightPatches
-from ..parallel_backend.errors import UnsupportedError
-from ..parallel_backend.rpc.messages import LoadControl
+from ..parallel_backend.errors import BackendError, UnsupportedError
+from ..parallel_backend.rpc.messages import Forget, LoadControl
 from .base_weights import BaseWeights
 from .core_memory import WeightsElsewhere, interruptible, make_room
 from .core_model import base_model
@@ -35,7 +36,8 @@ from .hung.guidance import patching_functions
 from .hung.kinds import unknown_patches
 from .hung.layers import network_changes
 from .hung.loop_patches import OWN
-from .hung.rau_net import FORWARD, is_forward
+from .hung.patches import FORWARD
+from .hung.rau_net import is_forward
 from .hung.refusal import ELSEWHERE, IN_MESH_CONFIG, RELOAD, refuse
 from .hung.weights import PREFIX, PatchedWeights, all_patches, unsendable_weights, weight_patches
 from .model_files import name_elsewhere
@@ -112,6 +114,14 @@ class RemotePatcher(WeightsElsewhere):
         self.network.told, self.network.control_cost, self.network.extra_cost = {}, ControlCost(), ExtraCost()
         self._wear(self.current_hooks)
         super().pre_run()
+
+    def cleanup(self) -> None:
+        """After a sampling, however it ended."""
+        super().cleanup()
+        if names := list(self.network.of_sampling):
+            self.network.of_sampling.clear()
+            with suppress(BackendError):  # one that has ended keeps nothing
+                self.remote.backend.request(Forget(names))
 
     def patch_hooks(self, hooks: HookGroup | None) -> None:
         self.current_hooks = hooks

@@ -18,7 +18,7 @@ from .core_memory import interruptible
 from .hung.controlnet import USES, ControlCost, by_place
 from .hung.extra_cost import ExtraCost
 from .hung.guidance import names
-from .hung.kinds import extras_of, give_reports, unknown_patches
+from .hung.kinds import extras_of, give_reports, is_known_change, unknown_patches
 from .hung.layers import AsMade
 from .hung.nag_guider import repeated_prompt
 from .hung.patches import Call
@@ -42,6 +42,8 @@ class RemoteNetwork(torch.nn.Module):
     extra_cost: ExtraCost
     # What patches have become, as long as these are there; by the first of them, of each kind for itself.
     translated: WeakKeyDictionary[Any, Any]
+    # What kinds remember in a sampling, by the names under which the ranks keep theirs.
+    of_sampling: dict[str, Any]
     calls_wrappers: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -152,7 +154,8 @@ def make_remote(network: torch.nn.Module, remote: RemoteModel, dtype: torch.dtyp
     network.told, network.control_cost = {}, ControlCost()  # type: ignore[assignment]
     network.extra_cost = ExtraCost()  # type: ignore[assignment]
     network.translated = WeakKeyDictionary()  # type: ignore[assignment]
-    network.as_made = AsMade(network)  # type: ignore[assignment]
+    network.of_sampling = {}  # type: ignore[assignment]
+    network.as_made = AsMade(network, is_known_change)  # type: ignore[assignment]
 
 
 def _calls_wrappers(of: type) -> bool:

@@ -31,6 +31,8 @@ from .hung.refusal import refuse
 from .hung.step_cache import step_cache_of
 from .node_text import own_text, say
 
+# Callbacks that write into the sampler's own latent: StyleAligned puts its reference there, step by step.
+_CHANGING = ("StyleAlignedReferenceSampler.patch.<locals>.callback",)
 _EXACT = (
     "Leave out what is named here; or have exact steps: method exact in Mesh Config, displaced off on Parallel Sampler, "
     "no Displaced Steps node."
@@ -60,6 +62,8 @@ def sample_in_backend(
     local = take_over(guider.conds, model)
     displaced = displaced_of(model)
     loop = read_loop(guider, noise, latent_image, sampler, sigmas, denoise_mask, seed)
+    if not isinstance(loop, list) and getattr(callback, "__qualname__", "") in _CHANGING:
+        loop = ["a callback that changes the latent between steps"]
     if isinstance(loop, list):
         if displaced is not None:
             refuse(iter(loop), "Displaced steps", _EXACT)

@@ -35,7 +35,6 @@ _NOTHING = "-"
 REASONS = {
     "ModelAttentionBackend": "Ranks have a kernel of their own; Mesh Config has it.",
     "ScaleROPE": "No SD3 and no SDXL has rotary positions; ComfyUI's own ignores it.",
-    "TomePatchModel": "It merges tokens of the whole picture by chance, by numbers that ComfyUI draws on one device.",
     "TorchCompileModel": "ComfyUI would compile a network without weights; Mesh Config compiles on the ranks.",
 }
 

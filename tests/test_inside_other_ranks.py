@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import test_gate_pack as gate
 import test_guidance_comfyui as guidance
 import test_hidiffusion_pack as hidiffusion
 import test_nag_pack as nag
 import test_perturbed_pack as perturbed
 import test_region_packs as regions
+import test_style_packs as style
 from comfyui.installation import ComfyInstallation
 from comfyui.twin_run import run_twins
 from test_control_packs import PYTHONPATH, Outcomes, wrong
@@ -17,7 +19,7 @@ from test_control_packs import PYTHONPATH, Outcomes, wrong
 from parallel_backend import Backend
 
 OF_CORE = ("inside_cases", "cache_cases", "block_cases", "attention_cases", "guidance_cases")
-PACKS = (perturbed.PERTURBED, hidiffusion.HIDIFFUSION, nag.NAG)
+PACKS = (perturbed.PERTURBED, hidiffusion.HIDIFFUSION, nag.NAG, gate.TGATE, *style.PACKS)
 
 
 def run(comfy: ComfyInstallation, backend: Backend, files: Path) -> Outcomes:

@@ -16,19 +16,15 @@ CASES = "region_cases"
 CGEM156 = Pack("cgem156-ComfyUI", "CGEM156_PATH", CASES)
 PPM = Pack("ComfyUI-ppm", "PPM_PATH", CASES)
 PROMPT_CONTROL = Pack("comfyui-prompt-control", "PROMPT_CONTROL_PATH", CASES)
-TGATE = Pack("ComfyUI_TGate", "TGATE_PATH", CASES)
 # By pack: the cases that give one latent, and those that are refused.
 COMPUTED = {
     CGEM156: {"AttentionCouple of cgem156"},
     PPM: {"AttentionCouplePPM", "CLIPNegPip", "CLIPNegPip and AttentionCouplePPM"},
     PROMPT_CONTROL: {"prompt-control's masks"},
-    TGATE: set(),
 }
 REFUSED = {
     "the other way round": "Known are one of regional prompts, and NegPiP before it",
     "two AttentionCouplePPM": "Known are one of regional prompts",
-    "TGateApply": "transformer option 'tgate_enable'",
-    "TGateApplyAdvanced": "forward",
 }
 
 

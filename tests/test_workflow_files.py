@@ -242,7 +242,7 @@ def test_an_old_group_node_that_keeps_its_model_is_said_so() -> None:
     sheet = Sheet()
     group = sheet.add("workflow/Draw", [LATENT], ["sdxl.safetensors"])
     sheet.add("SaveLatent", samples=(group, 0, LATENT))
-    members = {"nodes": [{"type": "CheckpointLoaderSimple"}, {"type": "KSampler"}, {"type": "TomePatchModel"}]}
+    members = {"nodes": [{"type": "CheckpointLoaderSimple"}, {"type": "KSampler"}, {"type": "TGateApply"}]}
     report = made(sheet.whole() | {"extra": {"groupNodes": {"Draw": members}}})[1]
     assert "turn the group into nodes first" in report.found.hidden[0].why
     assert ["attention and blocks" in remark.why for remark in report.found.refused] == [True]
@@ -251,7 +251,7 @@ def test_an_old_group_node_that_keeps_its_model_is_said_so() -> None:
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("TomePatchModel", "attention and blocks"),
+        ("ScaleROPE", "attention and blocks"),
         ("TorchCompileModel", "`compile` of Mesh Config"),
         ("SeamlessTile", "network's own layers"),
         ("TGateApply", "attention and blocks"),
@@ -272,7 +272,11 @@ def test_what_hangs_on_the_model_and_cant_be_honoured_is_named(kind: str, words:
 
 
 @pytest.mark.parametrize(
-    "kind", ["IPAdapterAdvanced", "ApplyInstantID", "ApplyPulid", "FreeU_V2", "NAGuidance", "SkipLayerGuidanceSD3"]
+    "kind",
+    [
+        *("IPAdapterAdvanced", "ApplyInstantID", "ApplyPulid", "FreeU_V2", "NAGuidance", "SkipLayerGuidanceSD3"),
+        *("TomePatchModel", "TGateApplySimple", "ReferenceOnlySimple", "StyleAlignedBatchAlign"),
+    ],
 )
 def test_what_hangs_inside_the_model_and_ranks_know_runs(kind: str) -> None:
     sheet = Sheet()

@@ -22,13 +22,17 @@ from . import (
     rau_net,
     regional_prompts,
     self_attention_guidance,
+    shared_attention,
+    shared_norms,
     shifted_windows,
     skip_layers,
     smoothed_energy,
+    t_gate,
+    token_merging,
 )
 from .core_step_caches import is_step_cache
 from .forward_options import FORWARD_OPTIONS
-from .patches import Call, Kind, Patch, origin, patches_in
+from .patches import FORWARD, Call, Kind, Patch, forwards_in, origin, patches_in
 from .refusal import is_set
 
 KINDS: tuple[Kind, ...] = (
@@ -47,6 +51,10 @@ KINDS: tuple[Kind, ...] = (
     deep_shrink.KIND,
     rau_net.KIND,
     shifted_windows.KIND,
+    token_merging.KIND,
+    shared_attention.KIND,
+    shared_norms.KIND,
+    t_gate.KIND,
 )
 # What only a UNet's network asks for, and what only a transformer's does: on the other, a patch has no effect, as in ComfyUI.
 _OF_TRANSFORMERS = ("dit", "dit_forward")
@@ -57,7 +65,7 @@ def unknown_patches(options: Mapping[str, Any]) -> Iterator[str]:
     yield from (patch.told for patch in patches_in(options) if _kind_of(patch) is None)
     for key, value in options.items():
         known = key in FORWARD_OPTIONS or key in ("patches", "patches_replace") or is_step_cache(key, value)
-        known = known or regional_prompts.is_told_beside(key, options)
+        known = known or regional_prompts.is_told_beside(key, options) or t_gate.is_told(key, options)
         if not known and is_set(value):
             yield f"transformer option {key!r}"
 
@@ -89,7 +97,7 @@ def step_by_step(options: Mapping[str, Any]) -> Iterator[str]:
 def _by_kind(call: Call) -> dict[int, list[Patch]]:
     """Patches that the call's network asks for, by the number of their kind."""
     found: dict[int, list[Patch]] = {}
-    for patch in patches_in(call.options):
+    for patch in (*patches_in(call.options), *forwards_in(call.network)):
         kind = _kind_of(patch)
         if kind is not None and (patch.kind in _OF_TRANSFORMERS) != call.is_unet:
             found.setdefault(KINDS.index(kind), []).append(patch)
@@ -102,6 +110,12 @@ def settings_refused(function: Any, network: Module) -> Iterator[str] | None:
         if (check := kind.functions.get(origin(function))) is not None:
             return check(function, network)
     return None
+
+
+def is_known_change(attribute: str, value: Any) -> bool:
+    """Whether what a node has put on a layer of the network is what a kind knows."""
+    is_patch = attribute == FORWARD and _kind_of(Patch(FORWARD, None, value)) is not None
+    return is_patch or shared_norms.is_kept_forward(attribute, value)
 
 
 def _kind_of(patch: Patch) -> Kind | None:

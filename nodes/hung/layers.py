@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import PurePath
 from types import FunctionType, MethodType
@@ -40,10 +40,13 @@ class AsMade:
     """A network's layers as they were, to be compared with what nodes have made of them.
 
     Copied with its network, it compares the copy. `unseen`: a sampling has begun since the layers were last compared.
+
+    Args:
+        is_known: whether that which is found as an attribute of this name may be there.
     """
 
-    def __init__(self, network: Module) -> None:
-        self.network, self.unseen = network, True
+    def __init__(self, network: Module, is_known: Callable[[str, Any], bool] = lambda *_: False) -> None:
+        self.network, self.unseen, self.is_known = network, True, is_known
         self.layers = {name: (layer, type(layer), _state(layer)) for name, layer in network.named_modules()}
         self.classes = {kind: dict(functions_of(kind)) for _, kind, _ in self.layers.values()}
 
@@ -66,7 +69,8 @@ class AsMade:
             if type(layer) is not kind:
                 yield f"the replaced class of {name or 'the network'} ({type(layer).__name__})", type(layer)
             now = _state(layer)
-            for attribute in _differing(state, now):
+            changed = (name for name in _differing(state, now) if name not in now or not self.is_known(name, now[name]))
+            for attribute in changed:
                 yield _told(name, attribute, state.get(attribute, now.get(attribute))), now.get(attribute)
 
 

@@ -15,6 +15,8 @@ from ...parallel_backend.rpc.extras import AnyExtra
 
 # By the `origin` of a replacement, its variable that holds what hung there before.
 _KEPT_WITHIN = {"nag_nodes:nag_attn2_replace_wrapper.<locals>.nag_attn2_replace": "prev_attn2_replace"}
+# The kind of one that a node has put on a layer of the network itself, in place of its forward.
+FORWARD = "forward"
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,9 @@ class Patch:
     """One function, and where it hangs.
 
     Args:
-        kind: as ComfyUI calls it: "attn2", "dit", "output_block_patch".
-        place: of one that replaces: ("middle", 0), ("input", 4, 1), ("double_block", 7); None of those that are called everywhere.
+        kind: as ComfyUI calls it: "attn2", "dit", "output_block_patch"; or `FORWARD`.
+        place: of one that replaces: ("middle", 0), ("input", 4, 1), ("double_block", 7), a layer's name; None of those that are called
+            everywhere.
     """
 
     kind: str
@@ -110,6 +113,13 @@ def _within(patch: Patch) -> Patch | None:
     cell = _KEPT_WITHIN.get(origin(patch.function))
     held = None if cell is None else getclosurevars(patch.function).nonlocals.get(cell)
     return None if held is None else replace(patch, function=held)
+
+
+def forwards_in(network: Module) -> Iterator[Patch]:
+    """Those that stand in place of layers' own forwards, the network's aside."""
+    for name, layer in network.named_modules():
+        if name and FORWARD in vars(layer):
+            yield Patch(FORWARD, (name,), vars(layer)[FORWARD])
 
 
 def origin(function: Any) -> str:

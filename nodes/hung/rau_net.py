@@ -16,9 +16,8 @@ from ...parallel_backend.rpc.extras import AnyExtra, DownsampleByFour, Rescale, 
 from .block_patches import AFTER_SKIP, INPUT, OUTPUT, acts, orders_of, range_of
 from .hidiffusion_pack import check_known, number_of, scales_residuals
 from .known_functions import closed_over
-from .patches import Call, Kind, Patch, origin
+from .patches import FORWARD, Call, Kind, Patch, origin
 
-FORWARD = "forward"
 _LAYER = "raunet:HDForward"
 _NODE = "raunet:ApplyRAUNet.patch.<locals>."
 _FUNCTIONS = {INPUT: "input_block_patch", AFTER_SKIP: "input_block_patch", OUTPUT: "output_block_patch"}

@@ -71,7 +71,8 @@ class BandSelfAttention:
         sites, at = self.band.sites, At(place, self.band, self.kernel, attn.heads)
         assert sites is not None
         attended = around(sites.self_attended.get(place, ()), partial(self._attended, attn.heads), at)
-        layer = around(sites.self_layer.get(place, ()), lambda x: attn.to_out[0](attended(attn.to_qkv(x))), at)
+        project = around(sites.self_projected.get(place, ()), attn.to_qkv, at)
+        layer = around(sites.self_layer.get(place, ()), lambda x: attn.to_out[0](attended(project(x))), at)
         return layer(hidden_states)
 
     def _attended(self, heads: int, qkv_BLD: Tensor) -> Tensor:
@@ -133,7 +134,8 @@ class CachedCrossAttention:
         sites, at = self.band.sites, At(place, self.band, self.kernel, attn.heads, attn.to_kv, self.slot)
         assert sites is not None
         attended = around(sites.cross_attended.get(place, ()), partial(self._attended, attn.heads), at)
-        return attn.to_out[0](attended(attn.to_q(hidden_states)))
+        layer = around(sites.cross_layer.get(place, ()), lambda x: attn.to_out[0](attended(attn.to_q(x))), at)
+        return layer(hidden_states)
 
     def _attended(self, heads: int, q_BLD: Tensor) -> Tensor:
         k, v = self._keys_values().chunk(2, dim=-1)

@@ -25,6 +25,8 @@ from ..fused.group_norm import (
     write_rows,
 )
 from .band import Band
+from .graph_breaks import breaks_graph
+from .sites import NormRows
 
 
 class BandGroupNorm(nn.Module):
@@ -44,6 +46,8 @@ class BandGroupNorm(nn.Module):
 
     def forward(self, x_BCYX: Tensor) -> Tensor:
         """(B, C, above + Y + below, X)."""
+        if self.band.sites is not None and self.band.sites.norm_rows is not None:
+            return self._with_other_rows(x_BCYX, self.band.sites.norm_rows)
         if x_BCYX.device.type != "cpu":
             return self.by_kernels(x_BCYX)
         if self.band.axis.degree > 1:
@@ -51,8 +55,16 @@ class BandGroupNorm(nn.Module):
         out = self.norm(x_BCYX)
         return F.silu(out, inplace=True) if self.activated else out
 
-    def by_kernels(self, x_BCYX: Tensor) -> Tensor:
-        """For GPUs, whose kernels compute in fp32 while they read and write half precision: no copy of x is made."""
+    @breaks_graph
+    def _with_other_rows(self, x_BCYX: Tensor, others: NormRows) -> Tensor:
+        return self.by_kernels(x_BCYX, others)
+
+    def by_kernels(self, x_BCYX: Tensor, others: NormRows | None = None) -> Tensor:
+        """For GPUs, whose kernels compute in fp32 while they read and write half precision: no copy of x is made.
+
+        Args:
+            others: whose statistics count as much as a row's own, where they do.
+        """
         norm = self.norm
         shares = shares_of(part_sizes(x_BCYX.shape[2] * x_BCYX.shape[3]), x_BCYX.device)
         every = MOMENTS(x_BCYX, norm.num_groups)
@@ -63,6 +75,8 @@ class BandGroupNorm(nn.Module):
             told, fresh = self._told(x_BCYX, every, shares)
             every, top, bottom = self._read(told, x_BCYX)
             shares = self.band.shares_like(x_BCYX)
+        if others is not None:
+            every, shares = torch.cat([every, others(every)]), torch.cat([shares, shares]) / 2
         rank, edges = self.band.axis.rank, (above, below, top, bottom)
         return NORM(x_BCYX, every, shares, fresh, rank, norm.weight, norm.bias, norm.eps, self.activated, *edges)
 

@@ -48,6 +48,17 @@ class Around(Protocol):
         ...
 
 
+class NormRows(Protocol):
+    """Whose statistics a group norm joins to those of each row."""
+
+    def __call__(self, every_S2BG: Tensor, /) -> Tensor:
+        """Of this rank's rows mean and variance, by parts of the image and groups; those of the other rows, of the same shape.
+
+        Comm: its own, the same on every rank of the bands.
+        """
+        ...
+
+
 class AfterInput(Protocol):
     """What an extra does with that which an input block of a UNet gives."""
 
@@ -109,7 +120,9 @@ class UNetSites:
     Args:
         self_attended, cross_attended: around what is between the projections: x is queries, keys and values (B, L, 3 * D) of a
             self-attention, queries (B, L, D) of one to the prompt; the result goes to the projection out.
-        self_layer: around the whole layer of a self-attention, projections included.
+        self_layer, cross_layer: around the whole layer of a self-attention, or of one to the prompt, projections included.
+        self_projected: around the projection of a self-attention: x (B, L, D) comes, and queries, keys and values go on (B, L, 3 * D).
+        norm_rows: see `NormRows`; of all group norms.
         after_input, after_skip: by the number of an input block, on what it gives, residuals added: before this becomes a skip
             connection, and after, on what goes on to the next block alone; with numbers in whose order they act.
         before_output: on what each output block joins, with numbers likewise.
@@ -120,6 +133,9 @@ class UNetSites:
     self_attended: defaultdict[Place, list[Around]] = field(default_factory=_by_place)
     cross_attended: defaultdict[Place, list[Around]] = field(default_factory=_by_place)
     self_layer: defaultdict[Place, list[Around]] = field(default_factory=_by_place)
+    cross_layer: defaultdict[Place, list[Around]] = field(default_factory=_by_place)
+    self_projected: defaultdict[Place, list[Around]] = field(default_factory=_by_place)
+    norm_rows: NormRows | None = None
     after_input: defaultdict[int, list[tuple[int, AfterInput]]] = field(default_factory=lambda: defaultdict(list))
     after_skip: defaultdict[int, list[tuple[int, AfterInput]]] = field(default_factory=lambda: defaultdict(list))
     before_output: list[tuple[int, BeforeOutput]] = field(default_factory=list)

@@ -23,6 +23,7 @@ from ..rpc.extras import (
     FreeU,
     ImagePrompt,
     JointImagePrompt,
+    KeptAttention,
     NormalizedGuidance,
     NormalizedJointPrompt,
     NormalizedPrompt,
@@ -31,6 +32,8 @@ from ..rpc.extras import (
     ReportScores,
     Rescale,
     RescaleBack,
+    SharedAttention,
+    SharedNorms,
     ShiftedWindows,
     SkipBlocks,
     SplitPrompt,
@@ -44,12 +47,16 @@ from .free_u import WeighedSkips
 from .image_prompt import PromptedAttention
 from .inner_sides import check_inner_sides
 from .joint_image_prompt import JointPrompt
+from .kept_attention import GatedAttention
+from .kept_outputs import Samplings
 from .normalized_attention import NormalizedAttention
 from .normalized_joint_prompt import JointNormalizedAttention
 from .normalized_prompt import PromptNormalizedAttention
 from .perturbed_attention import IdentityAttention
 from .rau_net import OtherUpsample, RescaledBack, RescaledBlocks, WideDownsample
 from .regional_prompts import RegionalAttention, SplitPromptAttention
+from .shared_attention import AttendedTogether
+from .shared_norms import NormedTogether
 from .shifted_windows import WindowedAttention
 from .skip_blocks import SkippedBlocks
 from .target import Target
@@ -76,6 +83,9 @@ _KINDS: dict[type[ExtraSpec], tuple[Any, str]] = {
     DownsampleByFour: (WideDownsample, "unet"),
     UpsampleBy: (OtherUpsample, "unet"),
     ShiftedWindows: (WindowedAttention, "unet"),
+    KeptAttention: (GatedAttention, "unet"),
+    SharedAttention: (AttendedTogether, "unet"),
+    SharedNorms: (NormedTogether, "unet"),
 }
 # Of samplings that take turns, each with a few.
 MOST_KEPT = 16
@@ -96,6 +106,7 @@ class Extras:
 
     def __init__(self) -> None:
         self._made: OrderedDict[tuple[Any, ...], _Made] = OrderedDict()
+        self._samplings = Samplings()
 
     def read(
         self,
@@ -119,14 +130,22 @@ class Extras:
     def forget(self) -> None:
         """Nothing is kept."""
         self._made.clear()
+        self._samplings.clear()
+
+    def end(self, samplings: Iterable[str]) -> None:
+        """Nothing is kept of samplings of these names."""
+        for name in samplings:
+            self._samplings.pop(name, None)
 
     def _of(self, spec: AnyExtra, predictor: Predictor, height: int, width: int) -> Extra:
         key = (repr(spec.each(id)), id(predictor), height, width)
         # Nothing that is in use has another's number.
         made = self._made.pop(key, None)
         if made is None:
-            extra = read_extra(spec, Target(predictor, height, width))
+            extra = read_extra(spec, Target(predictor, height, width, self._samplings))
             made = _Made(ref(predictor), tuple(map(ref, spec.tensors())), extra)
+        if made.extra.has_memory:  # it ends with its sampling
+            return made.extra
         self._made[key] = made
         while len(self._made) > MOST_KEPT:
             self._made.popitem(last=False)

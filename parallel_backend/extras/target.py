@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -15,15 +15,17 @@ from ..models.mmdit import MMDiT
 from ..models.network import TokenNetwork
 from ..models.prediction import Predictor
 from ..models.unet import BandUNet
+from .kept_outputs import Samplings
 
 
 @dataclass(frozen=True)
 class Target:
-    """`height` and `width` are the latent's."""
+    """`height` and `width` are the latent's; `samplings` have what extras keep from one evaluation for later."""
 
     predictor: Predictor
     height: int
     width: int
+    samplings: Samplings = field(default_factory=Samplings)
 
     @property
     def config(self) -> Any:

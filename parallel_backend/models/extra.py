@@ -43,6 +43,10 @@ class Extra:
     # It mixes rows of both prompts, which are evaluated at once.
     pairs: ClassVar[bool] = False
 
+    # It mixes rows of other latents of the batch, too.
+    across_batch: ClassVar[bool] = False
+    # It keeps something from an evaluation for later, which no graph may hold.
+    has_memory: ClassVar[bool] = False
     # Attentions that it acts on are not computed: ranks tell each other nothing there.
     omits_attention: ClassVar[bool] = False
     # Text beyond that of the latents' rows goes through a transformer with it.

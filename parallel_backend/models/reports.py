@@ -19,6 +19,7 @@ class ReportingExtra(Extra):
     """
 
     width: int
+    has_memory = True
     _noted: list[Tensor] = field(init=False, repr=False, compare=False, default_factory=list)
 
     def note(self, numbers_BN: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..distributed.cfg import gather_branches, own_branches
 from ..distributed.collectives import split_range
 from ..distributed.data import gather_batch, shard_batch
-from ..distributed.mesh import Mesh
+from ..distributed.mesh import Mesh, MeshAxis
 from .extra import Extra, Row
 from .network import Network
 from .prepared import PreparedPrompt
@@ -78,15 +78,13 @@ class Share:
         # By all branches, not by its own: ranks that gather slices of weights together make as many calls.
         stacked = len(own) if all(branch.is_like(branches[0]) for branch in branches) else 1
         latents = range(*split_range(rows, mesh.dp.degree, mesh.dp.rank))
-        every = tuple((branch.number, i) for branch in branches for i in latents)
-        over_cfg = Spread(every, ((mesh.cfg, (len(latents),) * len(branches)),))
         is_spread = len(own) < len(branches) == 2  # beyond two, nothing mixes their rows
         calls = []
         for first in range(0, len(own), stacked):
             together = own[first : first + stacked]
             call = prepare(Prompt.stacked([branch.prompt.share(mesh.dp) for branch in together]))
             which = tuple((branch.number, i) for branch in together for i in latents)
-            spread = over_cfg if is_spread else Spread(which)
+            spread = _spread(mesh, rows, branches if is_spread else together, is_spread)
             calls.append(replace(call, which=which, extras=together[0].extras, spread=spread))
         most = AHEAD_BYTES // sum(1 + len(call.controls) for call in calls)
         steps = [
@@ -142,3 +140,17 @@ class Share:
         own = [out for outputs_of_call in outputs for out in outputs_of_call.chunk(self.stacked)]
         branches = gather_branches(own, self.branches, self.mesh.cfg)
         return [gather_batch(out, self.rows, self.mesh.dp) for out in branches]
+
+
+def _spread(mesh: Mesh, rows: int, branches: Sequence[Branch], over_cfg: bool) -> Spread:
+    """Where the rows of a call of these branches are: over cfg, and over dp where an extra mixes latents of the batch."""
+    mixed = any(extra.across_batch for branch in branches for extra in branch.extras)
+    ranks = range(mesh.dp.degree) if mixed else [mesh.dp.rank]
+    shares = [range(*split_range(rows, mesh.dp.degree, rank)) for rank in ranks]
+    every = tuple((branch.number, i) for latents in shares for branch in branches for i in latents)
+    own, stages = len(range(*split_range(rows, mesh.dp.degree, mesh.dp.rank))), list[tuple[MeshAxis, tuple[int, ...]]]()
+    if over_cfg:
+        stages.append((mesh.cfg, (own,) * len(branches)))
+    if mixed:
+        stages.append((mesh.dp, tuple(len(branches) * len(latents) for latents in shares)))
+    return Spread(every, tuple(stages))

@@ -62,8 +62,8 @@ def branches_of(
     return branches
 
 
-def check_extras(branches: Mapping[BranchName, Branch]) -> None:
-    """Raises: UnsupportedError, InputError: those that only single evaluations can have, or that don't fit these branches or each other."""
+def check_extras(branches: Mapping[BranchName, Branch], rows: int, dp: int) -> None:
+    """Of `rows` latents on so many ranks of dp. Raises: UnsupportedError, InputError: those that only single evaluations can have, or that don't fit these branches or each other."""
     for branch in branches.values():
         check_together(branch.extras)
         for extra in branch.extras:
@@ -73,6 +73,17 @@ def check_extras(branches: Mapping[BranchName, Branch]) -> None:
         raise UnsupportedError(
             f"{', '.join(reporting)} reports of each evaluation, and a whole sampling gives no reports.",
             "Ask for it evaluation by evaluation.",
+        )
+    if keeping := [extra.name for extra in extras if extra.has_memory]:
+        raise UnsupportedError(
+            f"{', '.join(keeping)} is told at each evaluation what to keep and what to take, and a whole sampling is asked for once.",
+            "Ask for it evaluation by evaluation.",
+        )
+    across = [extra.name for extra in extras if extra.across_batch]
+    if across and rows < dp:
+        raise UnsupportedError(
+            f"{', '.join(across)} mixes {rows} latents, which {dp} ranks of dp can't have shares of.",
+            "Set dp to 1 in Mesh Config, or make the batch larger.",
         )
     first, *others = (branch for name, branch in branches.items() if name != "weaker")
     paired = [extra.name for extra in extras if extra.pairs]

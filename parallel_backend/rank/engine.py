@@ -363,6 +363,7 @@ class Engine:
 
     def _forget(self, body: Forget, _: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         self.kept_tensors.forget(body.keys)
+        self.extras.end(body.keys)
         self.shared_tensors.forget()
         return Done(), []
 

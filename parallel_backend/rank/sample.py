@@ -230,7 +230,7 @@ def _prepare(
         prompts[name] = replace(prompt_of_rows, concat=concat, controls=controls)
     size = (latent.shape[2], latent.shape[3])
     branches = branches_of(body, prompts, lambda asked, of: extras.read(asked, tensors, predictor, size, of))
-    check_extras(branches)
+    check_extras(branches, rows, predictor.mesh.dp.degree)
     steps = _sigma_count(body, tensors) - 1
     acting = list({id(extra): extra for branch in branches.values() for extra in branch.extras}.values())
     kept = _kept(predictor, spec, steps, latent.shape[2], has_controls=bool(known), extras=acting)

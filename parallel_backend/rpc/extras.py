@@ -391,6 +391,58 @@ class ShiftedWindows(ExtraSpec, frozen=True):
     gains: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
 
 
+# What an evaluation does with the outputs of its attention layers: computes them; keeps them, too; takes those that were kept; or takes
+# the mean of these over the prompts that were evaluated together.
+KeptForm: TypeAlias = Literal["computed", "kept", "taken", "taken_mean"]
+
+
+class KeptAttention(ExtraSpec, frozen=True):
+    """All attention layers of a UNet, whose outputs are kept from one evaluation of a sampling for later ones.
+
+    Source: T-GATE (Zhang et al. 2024, arXiv 2404.02747), section 4.
+
+    Args:
+        sampling: a name of its own; what was kept under it is dropped by `Forget`, by which it is one of the keys.
+    """
+
+    sampling: str
+    self_attention: KeptForm
+    cross_attention: KeptForm
+    pairs = True
+
+
+# Of which prompt a row of an evaluation is (0 cond, 1 uncond), and which latent of its batch.
+RowName: TypeAlias = tuple[int, int]
+
+
+class SharedAttention(ExtraSpec, frozen=True):
+    """Self-attentions of a UNet whose tokens look at those of another row as well; of StyleAligned, and of "reference only" nodes.
+
+    Source: StyleAligned (Hertz et al. 2023, arXiv 2312.02133), section 4, equations 3 to 5.
+
+    Args:
+        rows: of the evaluation, all.
+        sources: of each, the row whose values it has beside its own; that has itself.
+        key_sources, key_weights: of each, the row whose keys it has beside its own, times a weight; one of the sources.
+        matched: of what, "q", "k" and "v", the tokens are given their source's mean and standard deviation of each channel.
+    """
+
+    rows: list[RowName]
+    sources: list[RowName]
+    key_sources: list[RowName]
+    key_weights: list[float]
+    matched: list[Literal["q", "k", "v"]] = []
+    pairs = True
+
+
+class SharedNorms(ExtraSpec, frozen=True):
+    """Group norms of a UNet by each row's pixels and those of another row together: StyleAligned's. Arguments as of `SharedAttention`."""
+
+    rows: list[RowName]
+    sources: list[RowName]
+    pairs = True
+
+
 AnyExtra: TypeAlias = (
     SkipBlocks
     | PerturbedAttention
@@ -411,4 +463,7 @@ AnyExtra: TypeAlias = (
     | DownsampleByFour
     | UpsampleBy
     | ShiftedWindows
+    | KeptAttention
+    | SharedAttention
+    | SharedNorms
 )  # fmt: skip

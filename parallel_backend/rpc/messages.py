@@ -234,7 +234,8 @@ class Unload(Message, frozen=True):
 
 
 class Forget(Message, frozen=True):
-    """Free these kept tensors. Rank 0 asks for it when the connection that sent them is closed."""
+    """Free these kept tensors, and what was kept in samplings of these names. Rank 0 asks for it when the connection that sent them is
+    closed."""
 
     keys: list[str]
 

@@ -36,7 +36,8 @@ _INSIDE = (
     "IPAdapterClipVisionEnhancerBatch IPAdapterFromParams IPAdapterPreciseStyleTransfer IPAdapterPreciseStyleTransferBatch "
     "IPAdapterPreciseComposition IPAdapterPreciseCompositionBatch IPAdapterUnifiedLoader IPAdapterUnifiedLoaderFaceID "
     "IPAdapterUnifiedLoaderCommunity ApplyInstantID ApplyInstantIDAdvanced InstantIDAttentionPatch InstantIdAdapterApply ApplyPulid "
-    "ApplyPulidAdvanced ApplyIPAdapterSD3"
+    "ApplyPulidAdvanced ApplyIPAdapterSD3 TomePatchModel TGateApplySimple TGateApplyAdvanced ReferenceOnlySimple "
+    "StyleAlignedBatchAlign StyleAlignedReferenceSampler StyleAlignedSampleReferenceLatents"
 )
 _ON_CONDITIONING = (
     "CLIPTextEncode CLIPTextEncodeSDXL CLIPTextEncodeSDXLRefiner CLIPTextEncodeSD3 CLIPTextEncodeControlnet ConditioningAverage "

@@ -18,8 +18,8 @@ TRAINING = "a parallel MODEL can't be trained"
 
 _CLASSES = {
     ATTENTION: (
-        "TomePatchModel HypernetworkLoader GLIGENTextBoxApply ModelAttentionBackend ScaleROPE "
-        "ReferenceOnlySimple TGateApply TGateApplySimple TGateApplyAdvanced NegPip ApplyRAUNet ApplyRAUNetSimple "
+        "HypernetworkLoader GLIGENTextBoxApply ModelAttentionBackend ScaleROPE "
+        "TGateApply NegPip ApplyRAUNet ApplyRAUNetSimple "
         "ApplyMSWMSAAttention ApplyMSWMSAAttentionSimple INPAINT_ApplyFooocusInpaint"
     ),
     CACHE: "TeaCache DeepCache ApplyFBCacheOnModel ApplyTeaCachePatch ApplyTeaCachePatchAdvanced",
@@ -40,8 +40,8 @@ _BY_PATTERN = tuple(
         (r"^SUPIR|(?i:ic[-_]?light)", LAYERS),
         (r"(?i)fooocus.?inpaint", ATTENTION),
         (r"(?i)seamless|asymmetric.*tiled|circular.*(vae|pad)", LAYERS),
-        (r"(?i)style[-_ ]?align|reference.*attention|prompt[-_ ]?to[-_ ]?prompt|attention[-_ ]?couple|cross.?attention", ATTENTION),
-        (r"(?i)\bNAG|t-?gate|automatic[-_ ]?cfg|pladis|token[-_ ]?merg", ATTENTION),
+        (r"(?i)reference.*attention|prompt[-_ ]?to[-_ ]?prompt|attention[-_ ]?couple|cross.?attention", ATTENTION),
+        (r"(?i)\bNAG|automatic[-_ ]?cfg|pladis|token[-_ ]?merg", ATTENTION),
     )
 )  # fmt: skip
 _BY_FILE = tuple(

@@ -36,7 +36,6 @@ def cases(twins):
     ppm = part("PPM_PATH", "src.nodes_ppm.attention_couple_ppm")
     negpip = part("PPM_PATH", "src.negpip.unet_negpip")
     control = part("PROMPT_CONTROL_PATH", "prompt_control.attention_couple_ppm")
-    gate = part("TGATE_PATH", "TGate")
     for number, name in enumerate(MODELS):
         is_first = number == 0
         if cgem is not None:
@@ -48,9 +47,6 @@ def cases(twins):
                 yield from ((name, *case) for case in negpip_cases(twins, ppm, negpip))
         if control is not None and is_first:
             yield name, "prompt-control's masks", lambda model: model, {"of": masked(twins, control)}
-    if gate is not None:  # it changes the network itself, for good, and ComfyUI's sampling
-        for node in ("TGateApply", "TGateApplyAdvanced"):
-            yield next(iter(MODELS)), node, gated(getattr(gate, node)), {"of": parallel_alone(twins)}
 
 
 def negpip_cases(twins, ppm, negpip):
@@ -142,17 +138,13 @@ def masked(twins, module):
     return run
 
 
-def gated(node):
-    return lambda model: call(node, model=model, start_at=0.5)
-
-
-def parallel_alone(twins):
+def parallel_alone(twins, **given):
     """The parallel MODEL's latent; of the local one, which what hangs on it can break, nothing is asked."""
 
     def run(model, **settings):
-        latent = twins.latent(model, *ODD)
+        wanted = {"latent": twins.latent(model, *ODD)} | given | settings
         if not isinstance(model, twins.remote_model.RemotePatcher):
-            return latent
-        return twins.sample(model, latent=latent, **settings)
+            return wanted["latent"]
+        return twins.sample(model, **wanted)
 
     return run

@@ -1,0 +1,90 @@
+"""T-Gate of the pack ComfyUI_TGate: attention layers that are computed until a step, and kept from there on.
+
+The node puts its own forward in the place of that of each transformer block, for good. It does nothing until the MODEL's wrapper says
+so in an evaluation's options; from a step on that wrapper evaluates cond alone, in ComfyUI's process.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf
+from typing import Any
+
+from ...parallel_backend.errors import UnsupportedError
+from ...parallel_backend.rpc.extras import AnyExtra, KeptAttention, KeptForm
+from .known_functions import closed_over
+from .pack_version import pack_and_version
+from .patches import FORWARD, Call, Kind, Patch, origin
+from .refusal import RELOAD
+from .unet_places import all_places
+
+_FORWARD = "TGate:make_tgate_forward.<locals>.tgate_forward"
+_HOLDS = {"attn_cache", "only_cross_attention", "sigma_gate", "sigma_gate_attn1", "use_cpu_cache"}
+_ENABLED, _CLEARED = "tgate_enable", "tgate_clear"
+
+
+@dataclass
+class _Sampling:
+    """What the ranks keep of a sampling, under its name."""
+
+    name: str = field(default_factory=lambda: uuid.uuid4().hex)
+    has_self: bool = False
+    has_cross: bool = False
+
+
+@dataclass(frozen=True)
+class _Gates:
+    """As the node made them. Below these sigmas attentions to the prompt are taken from what was kept, and self-attentions."""
+
+    cross: float
+    own: float
+    only_cross: bool
+
+    def forms(self, sigma: float, sampling: _Sampling) -> tuple[KeptForm, KeptForm]:
+        """What an evaluation does, of self-attention and of attention to the prompt."""
+        own: KeptForm = "computed" if self.only_cross else "kept"
+        if not self.only_cross and sigma < self.own and sampling.has_self:
+            own = "taken_mean" if sigma < self.cross else "taken"
+        if sigma < self.cross and sampling.has_cross:
+            return own, "taken_mean" if self.only_cross or sigma < self.own else "taken"
+        return own, "kept"
+
+
+def is_told(option: str, options: Mapping[str, Any]) -> bool:
+    """Whether a transformer option is what the wrapper says while it samples: a MODEL that carries it is of the node's older form."""
+    return option in (_ENABLED, _CLEARED) and "sigmas" in options
+
+
+def _knows(patch: Patch) -> bool:
+    function = getattr(patch.function, "__func__", patch.function)
+    return patch.kind == FORWARD and origin(function) == _FORWARD and closed_over(function).keys() == _HOLDS
+
+
+def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:
+    """Raises: UnsupportedError: blocks of a MODEL that differ."""
+    if not call.options.get(_ENABLED):
+        return
+    gates = {_gates(patch) for patch in patches}
+    if len(gates) != 1 or len(patches) != len(list(all_places(call.network))):
+        told = pack_and_version(patches[0].function)
+        raise UnsupportedError(f"A parallel MODEL can't honour {told} with blocks of unlike settings.", RELOAD)
+    of_sampling: dict[str, Any] = call.network.of_sampling  # type: ignore[assignment]
+    sampling = next((kept for kept in of_sampling.values() if isinstance(kept, _Sampling)), None) or _Sampling()
+    of_sampling[sampling.name] = sampling
+    own, cross = gates.pop().forms(inf if call.sigma is None else call.sigma, sampling)
+    sampling.has_self |= own == "kept"
+    sampling.has_cross |= cross == "kept"
+    if call.options.get(_CLEARED):
+        sampling.has_self = sampling.has_cross = False
+    yield KeptAttention(sampling=sampling.name, self_attention=own, cross_attention=cross)
+
+
+def _gates(patch: Patch) -> _Gates:
+    made_with = closed_over(getattr(patch.function, "__func__", patch.function))
+    cross, own = (float(made_with[name]) for name in ("sigma_gate", "sigma_gate_attn1"))
+    return _Gates(cross, own, bool(made_with["only_cross_attention"]))
+
+
+KIND = Kind(_knows, _extras)
