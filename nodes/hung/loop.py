@@ -17,7 +17,7 @@ from torch import Tensor
 from ...parallel_backend import Conditioning, ControlUse, PerpNeg
 from ...parallel_backend.config import SAMPLERS, FlowSampling, ModelSampling
 from ...parallel_backend.errors import UnsupportedError
-from ...parallel_backend.rpc.extras import AnyExtra
+from ...parallel_backend.rpc.extras import AnyExtra, ImagePrompt
 from ..known_to_core import known_to
 from .controlnet import ControlChain
 from .further_branches import in_further_branches, odd_branches, processed_empty
@@ -139,6 +139,10 @@ def read_loop(
         return ["a patch that mixes rows of two prompts, beside others"]
     if any(extra.pairs for extra in extras) and not _are_alike(prompts, controls):
         return ["a patch that mixes rows of both prompts, which are of unlike lengths or ControlNets"]
+    if any(isinstance(extra, ImagePrompt) and extra.regions is not None for extra in extras):
+        found += _evaluated_apart(known, processed)
+    if found:
+        return found
     settings = {**known.shares, "apg": known.apg, "perp_neg": perp_neg}
     settings |= in_further_branches(known, Call(model.network, tuple(latent.shape), (0,), None, inside))
     of_prompts = (prompts["positive"], prompts.get("negative"))
@@ -165,6 +169,18 @@ def _are_alike(prompts: Mapping[str, Conditioning], controls: Mapping[str, Seque
     """Whether one evaluation is of all of them."""
     lengths = {prompt.context.shape[1] for prompt in prompts.values()}
     return len(lengths) == 1 and not any(controls.values())
+
+
+def _evaluated_apart(known: Known, processed: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
+    """Where ComfyUI doesn't evaluate all prompts at once: what an image prompt gives each of a row's prompts depends on that."""
+    what = "an image prompt beside regional prompts"
+    if known.weaker is not None or known.empty is not None:
+        yield f"{what}, and evaluations of one prompt by itself"
+    first, *others = (entry for (entry,) in processed.values())
+    for other in others:
+        alike = comfy.samplers.cond_equal_size(first["model_conds"], other["model_conds"])
+        if not alike or first.get("control") is not other.get("control"):
+            yield f"{what}, and prompts that ComfyUI evaluates one after the other"
 
 
 class _AsPatched:

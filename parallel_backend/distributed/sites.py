@@ -74,6 +74,7 @@ class UNetSites:
     Args:
         self_attended, cross_attended: around what is between the projections: x is queries, keys and values (B, L, 3 * D) of a
             self-attention, queries (B, L, D) of one to the prompt; the result goes to the projection out.
+        of_regions: around an attention to one of a row's regional prompts, by place and the prompt's number.
         self_layer: around the whole layer of a self-attention, projections included.
         after_input, after_skip: by the number of an input block, on what it gives, residuals added: before this becomes a skip
             connection, and after, on what goes on to the next block alone.
@@ -82,6 +83,7 @@ class UNetSites:
 
     self_attended: defaultdict[Place, list[Around]] = field(default_factory=_by_place)
     cross_attended: defaultdict[Place, list[Around]] = field(default_factory=_by_place)
+    of_regions: defaultdict[tuple[Place, int], list[Around]] = field(default_factory=lambda: defaultdict(list))
     self_layer: defaultdict[Place, list[Around]] = field(default_factory=_by_place)
     after_input: defaultdict[int, list[AfterInput]] = field(default_factory=lambda: defaultdict(list))
     after_skip: defaultdict[int, list[AfterInput]] = field(default_factory=lambda: defaultdict(list))

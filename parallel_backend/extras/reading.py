@@ -94,6 +94,7 @@ class Extras:
         made = tuple(self._of(spec.each(lambda index: tensors[index]), predictor, *size) for spec in asked)
         for extra in made:
             extra.check(branches)
+            extra.check_beside(made)
         return made
 
     def forget(self) -> None:

@@ -67,6 +67,9 @@ class Extra:
     def check(self, branches: Iterable[int]) -> None:
         """Before the first evaluation, on every rank. Raises: InputError: it has nothing for rows of one of these branches."""
 
+    def check_beside(self, others: Sequence[Extra]) -> None:
+        """As `check`, of all that come with it. Raises: InputError: it can't act without another, or beside one."""
+
     def check_tokens(self, tokens: int) -> None:
         """As `check`, of the prompt's tokens. Raises: InputError: a prompt of so many can't be computed with it."""
 

@@ -107,6 +107,8 @@ class ImagePrompt(ExtraSpec, Generic[T], frozen=True):
         rows: of which prompt each row of the tensors is (0 cond, 1 uncond), and for which latent of its batch; None for all of them.
         keys_values: (rows, N), place after place (tokens, 2 * width); the values times the weight that the place has.
         masks: (rows, M), place after place how much each of the whole latent's tokens there takes; None where all take all of it.
+        regions: beside regional prompts, to the outputs for which of a row's prompts it is added: 0 the row's own, which uncond has
+            alone. None where there are none.
     Source: IP-Adapter (Ye et al. 2023, arXiv 2308.06721), equation 5.
     """
 
@@ -116,6 +118,7 @@ class ImagePrompt(ExtraSpec, Generic[T], frozen=True):
     keys_values: T
     masks: T | None = None
     form: ImagePromptForm = "added"
+    regions: list[int] | None = None
 
     tensor_fields: ClassVar[tuple[str, ...]] = ("keys_values", "masks")
 
