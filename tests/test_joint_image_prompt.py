@@ -26,32 +26,66 @@ from parallel_backend.models.mmdit import EPS, JointBlock
 from parallel_backend.rpc.extras import JointImagePrompt
 
 PACK = Pack("ComfyUI-InstantX-IPAdapter-SD3", "INSTANTX_IPADAPTER_SD3_PATH", "joint_prompt_cases")
-TOKENS, BLOCKS = 5, [1, 2, 3]
+TOKENS, BLOCKS, WIDTH = 5, [1, 2, 3], 48
+SIGMAS = (0.75, 0.5)
 
 
-def asked(heads: int) -> JointImagePrompt[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    norms = 1 + 0.3 * torch.randn(len(BLOCKS), 2, 64, generator=generator)
-    kv = [torch.randn(rows, len(BLOCKS), TOKENS, 2, heads, 64, generator=generator) for rows in (2, 1)]
-    return JointImagePrompt(blocks=BLOCKS, norms=norms, keys_values=dict(enumerate(kv)), weight=0.8)
+def drawn(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def asked(heads: int, sigmas: tuple[float, ...] = ()) -> JointImagePrompt[Tensor]:
+    """Of two latents of cond, and one row for those of uncond."""
+    blocks, steps = len(BLOCKS), max(len(sigmas), 1)
+    return JointImagePrompt(
+        blocks=BLOCKS,
+        norms=1 + drawn(blocks, 3, 64, seed=1, scale=0.3),
+        matrices=drawn(blocks, 2, heads * 64, WIDTH, seed=2, scale=WIDTH**-0.5),
+        tokens={branch: drawn(steps, rows, TOKENS, WIDTH, seed=3 + branch) for branch, rows in ((0, 2), (1, 1))},
+        modulation={branch: drawn(steps, rows, blocks, 2, WIDTH, seed=5 + branch) for branch, rows in ((0, 2), (1, 1))},
+        sigmas=list(sigmas),
+        weight=0.8,
+    )
 
 
 @torch.inference_mode()
-def output_case(path: Path, mesh: MeshSpec, size: tuple[int, int]) -> Tensor:
+def output_case(path: Path, mesh: MeshSpec, size: tuple[int, int]) -> list[Tensor]:
+    """At whatever sigma, and at the second of two."""
     model, rows = predictor(path, mesh, SD3), rows_of(SD3, size)
-    spec = asked(model.network.config.heads)
-    tensors = spec.tensors()
-    named = spec.each(lambda tensor: next(i for i, t in enumerate(tensors) if t is tensor))
-    extras = Extras().read([named], tensors, model, size, (0, 1))
-    return model.output(replace(rows, extras=extras, which=((0, 0), (0, 1), (1, 0))))
+    outputs, extras = [], Extras()
+    for spec in (asked(model.network.config.heads), asked(model.network.config.heads, SIGMAS)):
+        tensors = spec.tensors()
+        named = spec.each(lambda tensor, given=tensors: next(i for i, t in enumerate(given) if t is tensor))
+        (made,) = extras.read([named], tensors, model, size, (0, 1))
+        acting = AtSigma(made, SIGMAS[1]) if spec.sigmas else made
+        outputs.append(model.output(replace(rows, extras=[acting], which=((0, 0), (0, 1), (1, 0)))))
+    return outputs
+
+
+class AtSigma:
+    """An extra at that sigma, in an evaluation that knows of none."""
+
+    def __init__(self, extra: Any, sigma: float) -> None:
+        self.extra, self.sigma = extra, sigma
+
+    def of(self, rows: Any) -> AtSigma:
+        return AtSigma(self.extra.of(rows), self.sigma)
+
+    def at(self, sigma: float | None) -> Any:
+        return self.extra.at(self.sigma)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.extra, name)
 
 
 @torch.inference_mode()
-def expected(path: Path, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> Tensor:
+def expected(
+    path: Path, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch, sigmas: tuple[float, ...] = (), step: int = 0
+) -> Tensor:
     """On one process, with the attention beside written out."""
     model = predictor(path, MeshSpec(), SD3)
-    spec = asked(model.network.config.heads)
-    kv = torch.cat([spec.keys_values[0], spec.keys_values[1]])  # by the three rows
+    spec = asked(model.network.config.heads, sigmas)
+    kv = keys_values(spec, step)
     forward = JointBlock.forward
 
     def with_beside(self: JointBlock, c: Tensor, x: Tensor, c_mod: Any, x_mod: Any, attend: Any) -> Any:
@@ -70,6 +104,19 @@ def expected(path: Path, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch)
     out = model.output(rows_of(SD3, size))
     monkeypatch.undo()
     return out
+
+
+def keys_values(spec: JointImagePrompt[Tensor], step: int) -> Tensor:
+    """(3, blocks, T, 2, N, H), by the rows of the evaluation, block by block."""
+    made = []
+    for branch, row in ((0, 0), (0, 1), (1, 0)):
+        tokens, modulation = spec.tokens[branch][step, row], spec.modulation[branch][step, row]
+        normed = (tokens - tokens.mean(1, keepdim=True)) / (tokens.var(1, keepdim=True, correction=0) + 1e-6).sqrt()
+        for (shift, scale), own, norm in zip(modulation, spec.matrices, spec.norms[:, 2], strict=True):
+            taken = normed * (1 + scale) + shift
+            k, v = ((taken @ matrix.T).unflatten(1, (-1, 64)) for matrix in own)
+            made.append(torch.stack([F.rms_norm(k, (64,), norm, EPS), v], dim=1))
+    return torch.stack(made).unflatten(0, (3, -1))
 
 
 def plain(block: int, kv: Tensor, image: Any, spec: JointImagePrompt[Tensor]) -> Tensor:
@@ -97,23 +144,30 @@ def plain(block: int, kv: Tensor, image: Any, spec: JointImagePrompt[Tensor]) ->
 def test_ranks_give_what_one_process_gives(
     mesh: MeshSpec, size: tuple[int, int], ranks: RankPool, large: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = expected(large, size, monkeypatch)
-    for out in ranks(mesh.world_size, output_case, large, mesh, size):
-        assert (out - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    wanted = [expected(large, size, monkeypatch), expected(large, size, monkeypatch, SIGMAS, step=1)]
+    assert (wanted[0] - wanted[1]).abs().max() > 1e-3 * wanted[0].abs().max()
+    for outputs in ranks(mesh.world_size, output_case, large, mesh, size):
+        for out, own in zip(outputs, wanted, strict=True):
+            assert (out - own).abs().max() <= 1e-5 * own.abs().max()
 
 
 WRONG = [
     ({"blocks": [1, 2, 99]}, "Joint block 99 is named"),
-    ({"norms": torch.ones(3, 2, 32)}, r"Norms of shape \[3, 2, 32\] came for 3 blocks"),
     (
-        {"keys_values": {0: torch.zeros(1, 3, 5, 2, 38, 64)}},
-        r"have shape \[1, 3, 5, 2, 38, 64\]; 3 blocks of this model need",
+        {"norms": torch.ones(3, 2, 64)},
+        r"norms have shape \[3, 2, 64\]; for 3 blocks of this model .* it is \[3, 3, 64\]",
     ),
-    ({"keys_values": {1: asked(4).keys_values[1]}}, "without keys and values of branch 0"),
+    ({"matrices": torch.zeros(3, 2, 2432, WIDTH)}, r"matrices have shape \[3, 2, 2432, 48\]"),
+    (
+        {"tokens": {0: torch.zeros(2, 1, 5, WIDTH)}, "modulation": {0: asked(4).modulation[0]}},
+        "tokens of branch 0 have shape",
+    ),
+    ({"modulation": {0: asked(4).modulation[0]}}, r"tokens of branches \[0, 1\] and shifts and scales of \[0\]"),
+    ({"tokens": {1: asked(4).tokens[1]}, "modulation": {1: asked(4).modulation[1]}}, "without tokens of branch 0"),
 ]
 
 
-@pytest.mark.parametrize(("change", "words"), WRONG, ids=[words[:30] for _, words in WRONG])
+@pytest.mark.parametrize(("change", "words"), WRONG, ids=[words[:24] for _, words in WRONG])
 def test_what_does_not_fit_is_named(change: dict[str, Any], words: str, model: RemoteModel) -> None:
     spec = msgspec.structs.replace(asked(4), **change)
     with pytest.raises(InputError, match=words):

@@ -35,6 +35,14 @@ class Patch:
 
 
 @dataclass(frozen=True)
+class Schedule:
+    """Sigmas at which a sampling evaluates the network, of a MODEL with a function `around` that which patches are told by."""
+
+    sigmas: tuple[float, ...]
+    around: Any
+
+
+@dataclass(frozen=True)
 class Call:
     """The evaluation, or all evaluations of a sampling, for which patches become extras.
 
@@ -43,6 +51,7 @@ class Call:
         branches: which prompts the rows are of, as many rows for each: 0 cond, 1 uncond.
         sigma: None for all of a sampling.
         options: the transformer options.
+        schedule: of all of a sampling, where a function around the network belongs to its patches.
     """
 
     network: Module
@@ -50,6 +59,7 @@ class Call:
     branches: tuple[int, ...]
     sigma: float | None
     options: Mapping[str, Any]
+    schedule: Schedule | None = None
 
     @property
     def layout(self) -> tuple[int, ...]:

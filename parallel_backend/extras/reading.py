@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
 from typing import Any
 from weakref import ref
 
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import InputError, UnsupportedError
 from ..models.extra import Extra
@@ -35,7 +36,7 @@ from .blurred_queries import BlurredQueries
 from .deep_shrink import SmallerWithin
 from .free_u import WeighedSkips
 from .image_prompt import PromptedAttention
-from .joint_image_prompt import JointPrompt
+from .joint_image_prompt import JointAdapter
 from .normalized_attention import NormalizedAttention
 from .perturbed_attention import IdentityAttention
 from .regional_prompts import RegionalAttention, SplitPromptAttention
@@ -47,7 +48,7 @@ from .tiled_attention import QueryTiles
 _KINDS: dict[type[ExtraSpec], tuple[Any, str]] = {
     SkipBlocks: (SkippedBlocks, "mmdit"),
     PerturbedAttention: (IdentityAttention, "unet"),
-    JointImagePrompt: (JointPrompt, "mmdit"),
+    JointImagePrompt: (JointAdapter, "mmdit"),
     ImagePrompt: (PromptedAttention, "unet"),
     BlurQueries: (BlurredQueries, "unet"),
     RegionalPrompts: (RegionalAttention, "unet"),
@@ -77,6 +78,8 @@ class Extras:
 
     def __init__(self) -> None:
         self._made: OrderedDict[tuple[Any, ...], _Made] = OrderedDict()
+        # Of single tensors, by extras that come anew with each evaluation.
+        self._parts: MutableMapping[Tensor, Any] = WeakIdKeyDictionary()
 
     def read(
         self,
@@ -100,13 +103,14 @@ class Extras:
     def forget(self) -> None:
         """Nothing is kept."""
         self._made.clear()
+        self._parts.clear()
 
     def _of(self, spec: AnyExtra, predictor: Predictor, height: int, width: int) -> Extra:
         key = (repr(spec.each(id)), id(predictor), height, width)
         # Nothing that is in use has another's number.
         made = self._made.pop(key, None)
         if made is None:
-            extra = read_extra(spec, Target(predictor, height, width))
+            extra = read_extra(spec, Target(predictor, height, width, self._parts))
             made = _Made(ref(predictor), tuple(map(ref, spec.tensors())), extra)
         self._made[key] = made
         while len(self._made) > MOST_KEPT:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Hashable, Iterable, MutableMapping
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import ref
 
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..distributed.band import Cut
 from ..distributed.sites import Place
@@ -19,11 +21,14 @@ from ..models.unet import BandUNet
 
 @dataclass(frozen=True)
 class Target:
-    """`height` and `width` are the latent's."""
+    """`height` and `width` are the latent's; `made` is what was made of tensors for models, as long as these are kept."""
 
     predictor: Predictor
     height: int
     width: int
+    made: MutableMapping[Tensor, list[tuple[ref[Predictor], Hashable, Tensor]]] = field(
+        default_factory=WeakIdKeyDictionary
+    )
 
     @property
     def config(self) -> Any:
@@ -68,6 +73,19 @@ class Target:
         """On the device and in the dtype of the model."""
         # Always another tensor: what was made of one is kept as long as that one is.
         return tensor.to(self.predictor.device, self.predictor.dtype, copy=True)
+
+    def once(self, tensor: Tensor, of: Hashable, make: Callable[[Tensor], Tensor]) -> Tensor:
+        """`make(tensor)`, made once for as long as the tensor is kept: for what is too large to be made at each evaluation.
+
+        Args:
+            of: what else it depends on, beside the model. make: gives what doesn't hold the tensor.
+        """
+        kept = [one for one in self.made.get(tensor, ()) if one[0]() is not None]
+        found = next((own for model, key, own in kept if model() is self.predictor and key == of), None)
+        if found is None:
+            found = make(tensor)
+            self.made[tensor] = [*kept, (ref(self.predictor), of, found)]
+        return found
 
 
 def check_known(named: Iterable[Any], known: Container[Any], what: str, target: Target) -> None:

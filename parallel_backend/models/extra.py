@@ -83,6 +83,10 @@ class Extra:
         """As `of`, made now. What does not differ by row is the same for all."""
         return self
 
+    def at(self, sigma: float | None) -> Extra:
+        """What is evaluated there; None where no sigma is known. It may differ from sigma to sigma in its tensors alone."""
+        return self
+
     def among(self, spread: Spread) -> Extra:
         """That of this rank's rows among all that are evaluated at once."""
         return self

@@ -75,21 +75,31 @@ class PerturbedAttention(ExtraSpec, frozen=True):
 class JointImagePrompt(ExtraSpec, Generic[T], frozen=True):
     """Beside the joint attention of an MMDiT's blocks, one of the image's queries to image and image prompt; its result is added.
 
+    Keys and values are made of the image prompt's tokens in the ranks, by each block's matrices after a layer norm that is shifted
+    and scaled: the matrices are sent once, tokens, shifts and scales change with the timestep.
     Source: InstantX's IP-Adapter for SD3.5.
 
     Args:
-        norms: (blocks, 2, H), weights of further RMS norms of the image's queries and keys, after the block's own.
-        keys_values: by branch, (rows, blocks, T, 2, N, H), rows 1 or as many as latents; they change with the timestep.
+        norms: (blocks, 3, H), weights of further RMS norms of the image's queries and keys, after the block's own, and of the image
+            prompt's keys.
+        matrices: (blocks, 2, N * H, E), of keys and of values.
+        tokens: by branch, (sigmas, rows, T, E), rows 1 or as many as latents.
+        modulation: by branch, (sigmas, rows, blocks, 2, E), what the normed tokens are shifted by, and 1 less than what they are
+            multiplied by.
+        sigmas: those of tokens and modulation; it acts at these alone. Where none is named, there is one of each, at whatever sigma.
         weight: what the result is multiplied by.
     """
 
     blocks: list[int]
     norms: T
-    keys_values: dict[int, T]
+    matrices: T
+    tokens: dict[int, T]
+    modulation: dict[int, T]
+    sigmas: list[float] = []
     weight: float = 1.0
 
-    tensor_fields: ClassVar[tuple[str, ...]] = ("norms", "keys_values")
-    fresh_fields: ClassVar[tuple[str, ...]] = ("keys_values",)
+    tensor_fields: ClassVar[tuple[str, ...]] = ("norms", "matrices", "tokens", "modulation")
+    fresh_fields: ClassVar[tuple[str, ...]] = ("tokens", "modulation")
 
 
 # How the output for a picture comes to that for the prompt: as it is; its part that is orthogonal to that one, over all tokens; or
