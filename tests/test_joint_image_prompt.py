@@ -39,8 +39,8 @@ def asked(heads: int, sigmas: tuple[float, ...] = ()) -> JointImagePrompt[Tensor
     blocks, steps = len(BLOCKS), max(len(sigmas), 1)
     return JointImagePrompt(
         blocks=BLOCKS,
-        norms=1 + drawn(blocks, 3, 64, seed=1, scale=0.3),
-        matrices=drawn(blocks, 2, heads * 64, WIDTH, seed=2, scale=WIDTH**-0.5),
+        norms=list(1 + drawn(blocks, 3, 64, seed=1, scale=0.3)),
+        matrices=list(drawn(blocks, 2, heads * 64, WIDTH, seed=2, scale=WIDTH**-0.5)),
         tokens={branch: drawn(steps, rows, TOKENS, WIDTH, seed=3 + branch) for branch, rows in ((0, 2), (1, 1))},
         modulation={branch: drawn(steps, rows, blocks, 2, WIDTH, seed=5 + branch) for branch, rows in ((0, 2), (1, 1))},
         sigmas=list(sigmas),
@@ -50,16 +50,23 @@ def asked(heads: int, sigmas: tuple[float, ...] = ()) -> JointImagePrompt[Tensor
 
 @torch.inference_mode()
 def output_case(path: Path, mesh: MeshSpec, size: tuple[int, int]) -> list[Tensor]:
-    """At whatever sigma, and at the second of two."""
+    """At whatever sigma, at the second of two, and in one block alone."""
     model, rows = predictor(path, mesh, SD3), rows_of(SD3, size)
     outputs, extras = [], Extras()
-    for spec in (asked(model.network.config.heads), asked(model.network.config.heads, SIGMAS)):
+    heads = model.network.config.heads
+    for spec in (asked(heads), asked(heads, SIGMAS), in_first(asked(heads))):
         tensors = spec.tensors()
         named = spec.each(lambda tensor, given=tensors: next(i for i, t in enumerate(given) if t is tensor))
         (made,) = extras.read([named], tensors, model, size, (0, 1))
         acting = AtSigma(made, SIGMAS[1]) if spec.sigmas else made
         outputs.append(model.output(replace(rows, extras=[acting], which=((0, 0), (0, 1), (1, 0)))))
     return outputs
+
+
+def in_first(spec: JointImagePrompt[Tensor]) -> JointImagePrompt[Tensor]:
+    modulation = {branch: both[:, :, :1] for branch, both in spec.modulation.items()}
+    own = {"blocks": spec.blocks[:1], "norms": spec.norms[:1], "matrices": spec.matrices[:1]}
+    return msgspec.structs.replace(spec, modulation=modulation, **own)
 
 
 class AtSigma:
@@ -80,11 +87,10 @@ class AtSigma:
 
 @torch.inference_mode()
 def expected(
-    path: Path, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch, sigmas: tuple[float, ...] = (), step: int = 0
+    path: Path, size: tuple[int, int], spec: JointImagePrompt[Tensor], monkeypatch: pytest.MonkeyPatch, step: int = 0
 ) -> Tensor:
     """On one process, with the attention beside written out."""
     model = predictor(path, MeshSpec(), SD3)
-    spec = asked(model.network.config.heads, sigmas)
     kv = keys_values(spec, step)
     forward = JointBlock.forward
 
@@ -98,7 +104,7 @@ def expected(
                 return getattr(attend, name)
 
         block = self.index
-        return forward(self, c, x, c_mod, x_mod, Beside() if block in BLOCKS else attend)
+        return forward(self, c, x, c_mod, x_mod, Beside() if block in spec.blocks else attend)
 
     monkeypatch.setattr(JointBlock, "forward", with_beside)
     out = model.output(rows_of(SD3, size))
@@ -112,15 +118,15 @@ def keys_values(spec: JointImagePrompt[Tensor], step: int) -> Tensor:
     for branch, row in ((0, 0), (0, 1), (1, 0)):
         tokens, modulation = spec.tokens[branch][step, row], spec.modulation[branch][step, row]
         normed = (tokens - tokens.mean(1, keepdim=True)) / (tokens.var(1, keepdim=True, correction=0) + 1e-6).sqrt()
-        for (shift, scale), own, norm in zip(modulation, spec.matrices, spec.norms[:, 2], strict=True):
+        for (shift, scale), own, norm in zip(modulation, spec.matrices, spec.norms, strict=True):
             taken = normed * (1 + scale) + shift
             k, v = ((taken @ matrix.T).unflatten(1, (-1, 64)) for matrix in own)
-            made.append(torch.stack([F.rms_norm(k, (64,), norm, EPS), v], dim=1))
+            made.append(torch.stack([F.rms_norm(k, (64,), norm[2], EPS), v], dim=1))
     return torch.stack(made).unflatten(0, (3, -1))
 
 
 def plain(block: int, kv: Tensor, image: Any, spec: JointImagePrompt[Tensor]) -> Tensor:
-    place = BLOCKS.index(block)
+    place = spec.blocks.index(block)
 
     def heads(x: Tensor) -> Tensor:
         return x.unflatten(-1, (image.heads, 64)).transpose(1, 2)
@@ -144,7 +150,9 @@ def plain(block: int, kv: Tensor, image: Any, spec: JointImagePrompt[Tensor]) ->
 def test_ranks_give_what_one_process_gives(
     mesh: MeshSpec, size: tuple[int, int], ranks: RankPool, large: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = [expected(large, size, monkeypatch), expected(large, size, monkeypatch, SIGMAS, step=1)]
+    heads = predictor(large, MeshSpec(), SD3).network.config.heads
+    specs = [(asked(heads), 0), (asked(heads, SIGMAS), 1), (in_first(asked(heads)), 0)]
+    wanted = [expected(large, size, spec, monkeypatch, step) for spec, step in specs]
     assert (wanted[0] - wanted[1]).abs().max() > 1e-3 * wanted[0].abs().max()
     for outputs in ranks(mesh.world_size, output_case, large, mesh, size):
         for out, own in zip(outputs, wanted, strict=True):
@@ -153,11 +161,9 @@ def test_ranks_give_what_one_process_gives(
 
 WRONG = [
     ({"blocks": [1, 2, 99]}, "Joint block 99 is named"),
-    (
-        {"norms": torch.ones(3, 2, 64)},
-        r"norms have shape \[3, 2, 64\]; for 3 blocks of this model .* it is \[3, 3, 64\]",
-    ),
-    ({"matrices": torch.zeros(3, 2, 2432, WIDTH)}, r"matrices have shape \[3, 2, 2432, 48\]"),
+    ({"norms": [torch.ones(2, 64)] * 3}, r"norms have shape \[2, 64\]; for 3 blocks of this model .* it is \[3, 64\]"),
+    ({"norms": [torch.ones(3, 64)] * 2}, r"norms of 2 and matrices of 3 blocks, and names 3"),
+    ({"matrices": [torch.zeros(2, 2432, WIDTH)] * 3}, r"matrices have shape \[2, 2432, 48\]"),
     (
         {"tokens": {0: torch.zeros(2, 1, 5, WIDTH)}, "modulation": {0: asked(4).modulation[0]}},
         "tokens of branch 0 have shape",

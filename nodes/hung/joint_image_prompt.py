@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
-import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -63,12 +62,12 @@ def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:
     made = list(_made_at(options, call))
     if not made:
         return
-    adapters = [Patch(patch.kind, patch.place, patch.function.adapter) for patch in patches]
-    of = (tuple(patch.place for patch in patches), call.dtype)
-    (adapter,) = kept_extras(adapters, call, of, lambda: [_adapter(patches, call, *made[0][1:])])
+    adapters = [_adapter(patch, call, *made[0][1:]) for patch in patches]
     modulations = [_modulation([patch.function.adapter for patch in patches], t_emb) for _, _, t_emb in made]
-    yield msgspec.structs.replace(
-        adapter,
+    yield JointImagePrompt(
+        blocks=[block for adapter in adapters for block in adapter.blocks],
+        norms=[norms for adapter in adapters for norms in adapter.norms],
+        matrices=[matrices for adapter in adapters for matrices in adapter.matrices],
         tokens=_by_branch([hidden for _, hidden, _ in made], call),
         modulation=_by_branch(modulations, call),
         sigmas=[sigma for sigma, *_ in made if sigma is not None],
@@ -109,25 +108,33 @@ def _by_branch(made: Sequence[Tensor], call: Call) -> dict[int, Tensor]:
     return {branch: part.contiguous() for branch, part in zip(call.layout, alike, strict=True)}
 
 
-def _adapter(patches: Sequence[Patch], call: Call, hidden: Tensor, t_emb: Tensor) -> JointImagePrompt[Tensor]:
-    """What doesn't change from step to step. Raises: UnsupportedError: as `_check` says."""
-    adapters = [patch.function.adapter for patch in patches]
-    first = adapters[0]
-    shape = (len(adapters), 2, *first.to_k_ip.weight.shape)
-    with torch.inference_mode(False):  # of which torch tells whether something was written into them
-        matrices = torch.empty(shape, dtype=call.dtype)
-    norms = [torch.stack([norm.weight for norm in (a.norm_q, a.norm_k, a.norm_ip_k)]) for a in adapters]
-    for patch, own in zip(patches, matrices, strict=True):
+def _adapter(patch: Patch, call: Call, hidden: Tensor, t_emb: Tensor) -> JointImagePrompt[Tensor]:
+    """What of one block doesn't change from step to step, the same objects for the same adapter.
+
+    Raises: UnsupportedError: as `_check` says.
+    """
+    adapter, place = patch.function.adapter, patch.place
+    assert place is not None
+
+    def make() -> list[JointImagePrompt[Tensor]]:
         _check(patch, hidden, t_emb)
-        for place, layer in enumerate((patch.function.adapter.to_k_ip, patch.function.adapter.to_v_ip)):
-            own[place].copy_(layer.weight)
-    return JointImagePrompt(
-        blocks=[patch.place[1] for patch in patches if patch.place is not None],
-        norms=torch.stack(norms).to(call.dtype).cpu(),
-        matrices=matrices,
-        tokens={},
-        modulation={},
-    )
+        norms = [norm.weight for norm in (adapter.norm_q, adapter.norm_k, adapter.norm_ip_k)]
+        both = _joined([adapter.to_k_ip.weight, adapter.to_v_ip.weight], call)
+        return [
+            JointImagePrompt(blocks=[place[1]], norms=[_joined(norms, call)], matrices=[both], tokens={}, modulation={})
+        ]
+
+    (made,) = kept_extras([Patch(patch.kind, place, adapter)], call, (place, call.dtype), make)
+    return made
+
+
+def _joined(weights: Sequence[Tensor], call: Call) -> Tensor:
+    """In a tensor of which torch tells whether something was written into it."""
+    with torch.inference_mode(False):
+        joined = torch.empty(len(weights), *weights[0].shape, dtype=call.dtype)
+    for own, weight in zip(joined, weights, strict=True):
+        own.copy_(weight)
+    return joined
 
 
 def _check(patch: Patch, hidden: Tensor, t_emb: Tensor) -> None:

@@ -36,14 +36,14 @@ class JointAdapter(Extra):
     evaluation.
 
     Args:
-        blocks: those of this stage. norms: (K, 3, H). matrices: (K, 2 * F, E).
+        blocks: those of this stage. norms: (K, 3, H). matrices: of each (2 * F, E).
         tokens: by branch (sigmas, rows, T, E). modulation: by branch (sigmas, rows, K, 2, E).
         sigmas: none of what acts everywhere. rows: of an evaluation, once they are known.
     """
 
     blocks: tuple[int, ...]
     norms: Tensor
-    matrices: Tensor
+    matrices: tuple[Tensor, ...]
     tokens: Mapping[int, Tensor]
     modulation: Mapping[int, Tensor]
     sigmas: tuple[float, ...]
@@ -61,13 +61,13 @@ class JointAdapter(Extra):
         heads = slice(*split_range(target.config.heads, tp.degree, tp.rank))
 
         def own_rows(matrices: Tensor) -> Tensor:
-            by_head = matrices[places].unflatten(2, (target.config.heads, HEAD_DIM))
-            return target.here(by_head[:, :, heads]).flatten(2, 3).flatten(1, 2)
+            by_head = matrices.unflatten(1, (target.config.heads, HEAD_DIM))
+            return target.here(by_head[:, heads]).flatten(0, 2)
 
         return cls(
             blocks=tuple(asked.blocks[place] for place in places),
-            norms=target.here(asked.norms[places]),
-            matrices=target.once(asked.matrices, tuple(places), own_rows),
+            norms=target.here(torch.stack([*asked.norms])[places]),
+            matrices=tuple(target.once(asked.matrices[place], own_rows) for place in places),
             tokens={branch: target.here(tokens) for branch, tokens in asked.tokens.items()},
             modulation={branch: target.here(both[:, :, places]) for branch, both in asked.modulation.items()},
             sigmas=tuple(asked.sigmas),
@@ -86,7 +86,9 @@ class JointAdapter(Extra):
     def _chosen(self, rows: Sequence[Row]) -> JointAdapter:
         return replace(self, rows=tuple(rows))
 
-    def at(self, sigma: float | None) -> JointPrompt:
+    def at(self, sigma: float | None) -> Extra:
+        if not self.blocks:  # in other stages
+            return Extra()
         step = self.sigmas.index(sigma) if sigma is not None and self.sigmas else 0
         tokens_BTE, shift_and_scale = (
             self._of_rows_at(step, by_branch) for by_branch in (self.tokens, self.modulation)
@@ -94,9 +96,9 @@ class JointAdapter(Extra):
         shift_KB1E, scale_KB1E = shift_and_scale.permute(2, 1, 0, 3).unsqueeze(3).unbind(0)
         normed_BTE = F.layer_norm(tokens_BTE, tokens_BTE.shape[-1:], eps=_TOKEN_EPS)
         taken_KBTE = normed_BTE * (1 + scale_KB1E) + shift_KB1E
-        made = taken_KBTE.flatten(1, 2) @ self.matrices.mT
-        B, T = tokens_BTE.shape[:2]
-        k_KBTNH, v_KBTNH = made.unflatten(2, (2, -1, HEAD_DIM)).unflatten(1, (B, T)).unbind(3)
+        pairs = zip(taken_KBTE, self.matrices, strict=True)
+        made = torch.stack([F.linear(taken_BTE, both) for taken_BTE, both in pairs])
+        k_KBTNH, v_KBTNH = made.unflatten(3, (2, -1, HEAD_DIM)).unbind(3)
         k_KBTNH = F.rms_norm(k_KBTNH, (HEAD_DIM,), eps=EPS) * self.norms[:, None, None, 2:]
         of_rows = torch.stack([k_KBTNH, v_KBTNH], dim=1)
         own = {"start": self.start, "end": self.end, "weight": self.weight}
@@ -149,12 +151,17 @@ def _check(asked: JointImagePrompt[Tensor], target: Target) -> None:
             f"{sorted(asked.modulation)}.",
             "Name each block once, and give every branch both.",
         )
-    width = asked.matrices.shape[-1] if asked.matrices.ndim else 0
+    if not blocks or len(asked.norms) != blocks or len(asked.matrices) != blocks:
+        raise InputError(
+            f"An image prompt has norms of {len(asked.norms)} and matrices of {len(asked.matrices)} blocks, and names {blocks}.",
+            "Give both for each block, and one block or more.",
+        )
+    width = asked.matrices[0].shape[-1] if asked.matrices[0].ndim else 0
     counts = {tokens.shape[2] for tokens in asked.tokens.values() if tokens.ndim == 4}
     steps, tokens = max(len(asked.sigmas), 1), min(counts, default=0)
     expected: list[tuple[str, Tensor, list[int]]] = [
-        ("norms", asked.norms, [blocks, 3, HEAD_DIM]),
-        ("matrices", asked.matrices, [blocks, 2, heads * HEAD_DIM, width]),
+        *(("norms", own, [3, HEAD_DIM]) for own in asked.norms),
+        *(("matrices", own, [2, heads * HEAD_DIM, width]) for own in asked.matrices),
     ]
     for branch, own in asked.tokens.items():
         rows = own.shape[1] if own.ndim > 1 else 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Hashable, Iterable, MutableMapping
+from collections.abc import Callable, Container, Iterable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import ref
@@ -26,9 +26,7 @@ class Target:
     predictor: Predictor
     height: int
     width: int
-    made: MutableMapping[Tensor, list[tuple[ref[Predictor], Hashable, Tensor]]] = field(
-        default_factory=WeakIdKeyDictionary
-    )
+    made: MutableMapping[Tensor, list[tuple[ref[Predictor], Tensor]]] = field(default_factory=WeakIdKeyDictionary)
 
     @property
     def config(self) -> Any:
@@ -74,17 +72,17 @@ class Target:
         # Always another tensor: what was made of one is kept as long as that one is.
         return tensor.to(self.predictor.device, self.predictor.dtype, copy=True)
 
-    def once(self, tensor: Tensor, of: Hashable, make: Callable[[Tensor], Tensor]) -> Tensor:
-        """`make(tensor)`, made once for as long as the tensor is kept: for what is too large to be made at each evaluation.
+    def once(self, tensor: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+        """`make(tensor)`, made once for this model as long as the tensor is kept: for what is too large to be made at each evaluation.
 
         Args:
-            of: what else it depends on, beside the model. make: gives what doesn't hold the tensor.
+            make: the same for all that ask for this tensor; what it gives doesn't hold the tensor.
         """
         kept = [one for one in self.made.get(tensor, ()) if one[0]() is not None]
-        found = next((own for model, key, own in kept if model() is self.predictor and key == of), None)
+        found = next((own for model, own in kept if model() is self.predictor), None)
         if found is None:
             found = make(tensor)
-            self.made[tensor] = [*kept, (ref(self.predictor), of, found)]
+            self.made[tensor] = [*kept, (ref(self.predictor), found)]
         return found
 
 

@@ -80,9 +80,9 @@ class JointImagePrompt(ExtraSpec, Generic[T], frozen=True):
     Source: InstantX's IP-Adapter for SD3.5.
 
     Args:
-        norms: (blocks, 3, H), weights of further RMS norms of the image's queries and keys, after the block's own, and of the image
+        norms: by block, (3, H), weights of further RMS norms of the image's queries and keys, after the block's own, and of the image
             prompt's keys.
-        matrices: (blocks, 2, N * H, E), of keys and of values.
+        matrices: by block, (2, N * H, E), of keys and of values.
         tokens: by branch, (sigmas, rows, T, E), rows 1 or as many as latents.
         modulation: by branch, (sigmas, rows, blocks, 2, E), what the normed tokens are shifted by, and 1 less than what they are
             multiplied by.
@@ -91,8 +91,8 @@ class JointImagePrompt(ExtraSpec, Generic[T], frozen=True):
     """
 
     blocks: list[int]
-    norms: T
-    matrices: T
+    norms: list[T]
+    matrices: list[T]
     tokens: dict[int, T]
     modulation: dict[int, T]
     sigmas: list[float] = []
