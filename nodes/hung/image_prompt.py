@@ -49,13 +49,13 @@ def _acts(extra: ImagePrompt[Tensor], sigma: float | None) -> bool:
 def _translated(patches: Sequence[Patch], call: Call) -> list[ImagePrompt[Tensor]]:
     """Raises: UnsupportedError: an adapter for other models, or a version that does something else."""
     at = {place: patch.function for patch in patches for place in places_of(patch, call)}
-    attentions, rows = cross_attentions(call.network, *call.shape[2:]), prompt_rows(call)
+    attentions, rows = cross_attentions(call), prompt_rows(call)
     asked = [_Asked(at[place], attended, call, len(rows)) for place, attended in attentions.items() if place in at]
-    # A place with few tokens for each picture: what is right there is right elsewhere.
-    smallest: dict[int, _Asked] = {}
-    for one in sorted(asked, key=lambda one: one.at.tokens):
-        smallest |= {number: one for number in one.adding if number not in smallest}
-    for one in {id(one): one for one in smallest.values()}.values():
+    # Of places that are alike one with few tokens: what is right there is right in the others.
+    smallest: dict[Any, _Asked] = {}
+    for one in sorted((one for one in asked if one.adds), key=lambda one: one.at.tokens):
+        smallest.setdefault(one.kind, one)
+    for one in smallest.values():
         one.check()
     found: dict[Any, list[tuple[PlaceName, Heard]]] = defaultdict(list)
     for one in asked:
@@ -86,9 +86,15 @@ class _Asked:
             self.pictures = [(picture, self._heard(picture)) for picture in pictures_of(patch)]
 
     @property
-    def adding(self) -> list[int]:
-        """The pictures that add something here."""
-        return [number for number, (_, added) in enumerate(self.pictures) if added]
+    def adds(self) -> bool:
+        """Whether any picture adds something here."""
+        return any(added for _, added in self.pictures)
+
+    @property
+    def kind(self) -> Any:
+        """Equal where the same functions add as many attentions to as many tokens, at the same side of a network, of the same width."""
+        added = [(p.function, p.form, tuple(one.k.shape[1] for one in added)) for p, added in self.pictures]
+        return self.at.place[0], self.at.width, self.at.heads, tuple(added)
 
     def _heard(self, picture: Picture) -> Sequence[Heard]:
         q = torch.zeros(1, 1, 1, device=picture.device).expand(self._rows, self.at.tokens, self.at.width)

@@ -50,6 +50,11 @@ class Picture:
     end: float | None = None
 
     @property
+    def function(self) -> Any:
+        """What computes it."""
+        return self.plain.callback[0] if hasattr(self.plain, "callback") else type(self.plain)
+
+    @property
     def device(self) -> Any:
         """Where it is computed; None where that isn't said."""
         given = self.plain.kwargs[0].get("cond") if hasattr(self.plain, "kwargs") else self.plain.conds[0]

@@ -218,15 +218,8 @@ class _Asked:
 
     def _masks(self, counts: Sequence[int]) -> list[Tensor]:
         """By scale of the picture, (prompts, tokens): how much of each comes to each token."""
-        sides = tuple(self.call.shape[2:])
-        wanted = {attention.tokens for attention in cross_attentions(self.call.network, *sides).values()}
-        masks = []
-        while wanted:
-            if sides[0] * sides[1] in wanted:
-                masks.append(self._masks_at(sides, counts))
-                wanted.remove(sides[0] * sides[1])
-            sides = (-(-sides[0] // 2), -(-sides[1] // 2))
-        return masks
+        scales = dict.fromkeys(attention.sides for attention in cross_attentions(self.call).values())
+        return [self._masks_at(sides, counts) for sides in scales]
 
     def _masks_at(self, sides: tuple[int, ...], counts: Sequence[int]) -> Tensor:
         tokens, prompts = sides[0] * sides[1], max(counts)
