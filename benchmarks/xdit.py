@@ -37,7 +37,8 @@ from parallel_backend.config import AXES, MeshSpec
 from parallel_backend.distributed.mesh import Mesh, MeshAxis, build_mesh
 from parallel_backend.distributed.stale import EXACT
 from parallel_backend.models.families import SD3
-from parallel_backend.models.prediction import Predictor, Prompt
+from parallel_backend.models.prediction import Predictor
+from parallel_backend.models.rows import Prompt
 from parallel_backend.small_checkpoints.mmdit import small_config, write_mmdit
 from parallel_backend.small_checkpoints.prompts import random_prompt
 

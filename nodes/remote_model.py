@@ -5,6 +5,7 @@ Stock samplers and guiders run on it as on any MODEL. What can't be sent is refu
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from functools import partial
@@ -34,6 +35,7 @@ from .hung.guidance import patching_functions
 from .hung.kinds import unknown_patches
 from .hung.layers import network_changes
 from .hung.loop_patches import OWN
+from .hung.rau_net import FORWARD, is_forward
 from .hung.refusal import ELSEWHERE, IN_MESH_CONFIG, RELOAD, refuse
 from .hung.weights import PREFIX, PatchedWeights, all_patches, unsendable_weights, weight_patches
 from .model_files import name_elsewhere
@@ -62,6 +64,14 @@ class RemotePatcher(WeightsElsewhere):
         copy = super().clone(*args, **kwargs)
         copy._sets = self._sets
         return copy
+
+    def add_object_patch(self, name: str, obj: Any) -> None:
+        """A layer here computes nothing: what is put in the place of its forward, where the ranks know it, hangs with the other patches."""
+        block = re.fullmatch(r"diffusion_model\.(input|output)_blocks\.(\d+)\.\d+\.forward", name)
+        if block is not None and is_forward(obj):
+            self.set_model_patch_replace(obj, FORWARD, block[1], int(block[2]))
+        else:
+            super().add_object_patch(name, obj)
 
     @property
     def network(self) -> Any:

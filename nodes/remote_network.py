@@ -94,6 +94,7 @@ class RemoteNetwork(torch.nn.Module):
         return {
             "extras": extras,
             "branches": branches,
+            "sigma": sigma,
             "on_reports": lambda reports: give_reports(call, extras, reports, x),
         }
 

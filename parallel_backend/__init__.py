@@ -15,7 +15,7 @@ from .client.remote_control import ControlUse, RemoteControl
 from .client.remote_vae import RemoteVAE
 from .client.weight_patches import WeightPatches
 from .config import MeshSpec, SamplerSpec, StepCache
-from .guidance_spec import APG, AwayFromWeaker
+from .config.guidance import APG, AwayFromWeaker
 from .rpc.conditioning import Conditioning
 from .text_encoders.protocol import TextEncoders
 from .version import __version__

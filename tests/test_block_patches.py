@@ -1,4 +1,4 @@
-"""What acts between the blocks of a UNet, in bands: FreeU and deep shrink equal plain formulas on the whole picture, in one process."""
+"""What acts between the blocks of a UNet, in bands: FreeU, deep shrink and RAU-Net equal plain formulas on the whole picture, in one process."""
 
 from __future__ import annotations
 
@@ -22,9 +22,19 @@ from parallel_backend.distributed.resize import resized
 from parallel_backend.errors import InputError, UnsupportedError
 from parallel_backend.extras.reading import Extras
 from parallel_backend.models.families import SDXL
-from parallel_backend.models.prediction import Predictor, Prompt, Rows
+from parallel_backend.models.prediction import Predictor
 from parallel_backend.models.residuals import Residuals
-from parallel_backend.rpc.extras import AnyExtra, Downscale, FreeU
+from parallel_backend.models.rows import Prompt, Rows
+from parallel_backend.rpc.extras import (
+    AnyExtra,
+    DownsampleByFour,
+    Downscale,
+    FreeU,
+    Rescale,
+    RescaleBack,
+    ShiftedWindows,
+    UpsampleBy,
+)
 from parallel_backend.small_checkpoints.unet import CONFIGS, random_unet
 
 pytestmark = pytest.mark.busy
@@ -41,6 +51,16 @@ def shrink(block: int, **changed: Any) -> Downscale:
     return Downscale(block=block, **(settings | changed))
 
 
+def rescale(block: int, **changed: Any) -> Rescale:
+    settings = {"factors": (2.0, 2.0), "unit": 1.0, "after_skip": False, "method": "bilinear"}
+    return Rescale(blocks=(block,), **(settings | changed))
+
+
+GAINS = {"before": 0.9, "after": 1.2}
+TWICE_APART: list[AnyExtra] = [
+    DownsampleByFour(block=2, **GAINS),
+    UpsampleBy(block=3, method="bicubic", halfway="nearest", **GAINS),
+]
 # The tiny model's input blocks: 0 and 1 of the whole size, 2 and 3 of half of it, 4 and 5 of a quarter.
 CASES: dict[str, list[AnyExtra]] = {
     "FreeU": [FREE_U],
@@ -53,7 +73,24 @@ CASES: dict[str, list[AnyExtra]] = {
     "larger": [shrink(4, factor=0.6)],
     "shrunk twice": [shrink(1, factor=1.3), shrink(3, factor=1.5)],
     "FreeU before what is resized back": [FREE_U_V2, shrink(3)],
+    "RAU-Net": TWICE_APART,
+    "RAU-Net, smaller before the skip, too": [
+        *TWICE_APART,
+        DownsampleByFour(block=4),
+        rescale(3, method="area", factors=(1.5, 2.0)),
+        RescaleBack(blocks=(3,), method="bicubic", **GAINS),
+    ],
+    "means of cells": [
+        rescale(2, method="avg_pool2d", after_skip=True, round_up=False, factors=(2.0, 3.0), **GAINS),
+        RescaleBack(blocks=(2, 3), method="bislerp"),
+    ],
+    "means of cells, rounded up, after deep shrink": [
+        shrink(2, factor=1.3),
+        rescale(2, method="avg_pool2d", after_skip=True, first=1),
+        RescaleBack(blocks=(3,), method="nearest"),
+    ],
     "FreeU after it": [FreeU(factors=FACTORS, by_structure=True, order=2), shrink(2)],
+    "residuals in the size within": [shrink(3, after_skip=False, scales_residuals=True), *TWICE_APART],
 }
 SIZES: list[Size] = [(2, 16, 16), (1, 21, 13)]
 MESHES = [MeshSpec(), MeshSpec(patch=2), MeshSpec(patch=3), MeshSpec(patch=2, sliced=True)]
@@ -86,8 +123,63 @@ def as_large(asked: Downscale, h: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]
     return (h if h.shape[2] == skip.shape[2] else resized(h, *skip.shape[2:], asked.back)), skip
 
 
-def added(h: Tensor, residual: Tensor | None) -> Tensor:
-    return h if residual is None or h.shape != residual.shape else h + residual
+def rescaled(asked: Rescale, h: Tensor) -> Tensor:
+    aimed = [int(max(asked.unit, side / asked.unit // f * asked.unit)) for side, f in zip(h.shape[2:], asked.factors)]
+    if asked.method != "avg_pool2d":
+        return F.interpolate(h * asked.before, size=aimed, mode=asked.method) * asked.after
+    cells = [side // part for side, part in zip(h.shape[2:], aimed, strict=True)]
+    return F.avg_pool2d(h * asked.before, cells, ceil_mode=asked.round_up) * asked.after
+
+
+def given_by(number: int, h: Tensor, asked: list[AnyExtra]) -> tuple[Tensor, Tensor]:
+    """What an input block gives as a skip connection, and to the next block."""
+    skip = h
+    for after_skip in (False, True):
+        for a in asked:
+            if isinstance(a, Downscale) and (a.block, a.after_skip) == (number, after_skip):
+                h = smaller(a, h)
+            elif isinstance(a, Rescale) and number in a.blocks and a.after_skip == after_skip:
+                h = rescaled(a, h)
+        skip = skip if after_skip else h
+    return skip, h
+
+
+def joined(number: int, h: Tensor, skip: Tensor, asked: list[AnyExtra]) -> Tensor:
+    """What an output block is given."""
+    for a in sorted(asked, key=lambda a: getattr(a, "order", 0)):
+        if isinstance(a, Downscale):
+            h, skip = as_large(a, h, skip)
+        elif isinstance(a, FreeU):
+            h, skip = weighed(a, h, skip)
+        elif isinstance(a, RescaleBack) and number in a.blocks and h.shape[2:] != skip.shape[2:]:
+            h = resized(h * a.before, *skip.shape[2:], a.method) * a.after
+    return torch.cat([h, skip], 1)
+
+
+def downsampled(number: int, layer: Any, asked: list[AnyExtra], h: Tensor) -> Tensor:
+    for a in asked:
+        if isinstance(a, DownsampleByFour) and a.block == number:
+            given = {"stride": 4, "padding": 2, "dilation": 2}
+            return F.conv2d(h * a.before, layer.conv.weight, layer.conv.bias, **given) * a.after
+    return layer(h)
+
+
+def upsampled(number: int, layer: Any, asked: list[AnyExtra], h: Tensor, sides: torch.Size) -> Tensor:
+    for a in asked:
+        if isinstance(a, UpsampleBy) and a.block == number:
+            h = h * a.before
+            if a.halfway is not None:
+                h = resized(h, sides[0] // 2, sides[1] // 2, a.halfway)
+            return layer.conv(resized(h, *sides, a.method)) * a.after
+    return layer.conv(F.interpolate(h, size=sides))
+
+
+def added(h: Tensor, residual: Tensor | None, scales: bool = False) -> Tensor:
+    if residual is None:
+        return h
+    if scales:
+        residual = F.interpolate(residual, size=h.shape[2:], mode="bilinear")
+    return h + residual if h.shape == residual.shape else h
 
 
 @cache
@@ -108,25 +200,18 @@ def expected(case: str, size: Size, with_residuals: bool = False) -> Tensor:
         steps: list[Callable[[Tensor], Tensor]] = [model.conv_in]
         for block in model.down_blocks:
             steps += [lambda h, block=block: through(block, 0, h), *(block.downsamplers or ())]
-        h, skips = x, []
+        h, skips, scales = x, [], any(getattr(a, "scales_residuals", False) for a in asked)
         for number, step in enumerate(steps):
-            h = added(step(h), residuals.input[number])
-            here = [a for a in asked if isinstance(a, Downscale) and a.block == number]
-            for a in here:
-                h = h if a.after_skip else smaller(a, h)
-            skips.append(h)
-            for a in here:
-                h = smaller(a, h) if a.after_skip else h
-        h = added(model.mid_block(h, emb, context), residuals.middle)
-        for block in model.up_blocks:
-            for i in range(2):
-                skip = skips.pop()
-                skip = added(skip, residuals.output[len(skips)])
-                for a in sorted(asked, key=lambda a: a.order):
-                    h, skip = as_large(a, h, skip) if isinstance(a, Downscale) else weighed(a, h, skip)
-                h = through(block, i, torch.cat([h, skip], 1))
-            for upsampler in block.upsamplers or ():
-                h = upsampler.conv(F.interpolate(h, size=skips[-1].shape[2:]))
+            h = step(h) if number in (0, 1, 3, 5) else downsampled(number, step, asked, h)
+            skip, h = given_by(number, added(h, residuals.input[number], scales), asked)
+            skips.append(skip)
+        h = added(model.mid_block(h, emb, context), residuals.middle, scales)
+        for number in range(6):
+            block, skip = model.up_blocks[number // 2], skips.pop()
+            skip = added(skip, residuals.output[len(skips)], scales)
+            h = through(block, number % 2, joined(number, h, skip, asked))
+            for upsampler in (block.upsamplers or ()) if number % 2 else ():
+                h = upsampled(number, upsampler, asked, h, skips[-1].shape[2:])
         return model.conv_out(model.conv_act(model.conv_norm_out(h)))
 
 
@@ -170,14 +255,16 @@ def test_equals_plain_formulas(case: str, size: Size, mesh: MeshSpec, ranks: Ran
 
 
 @pytest.mark.parametrize("size", [(1, 5, 3), (1, 9, 4), (1, 12, 5)], ids=str)
-@pytest.mark.parametrize("case", ["FreeU_V2", "shrunk where a scale begins", "larger"])
+@pytest.mark.parametrize("case", ["FreeU_V2", "shrunk where a scale begins", "larger", "RAU-Net"])
 def test_latents_too_small_for_bands_are_computed_whole(case: str, size: Size, ranks: RankPool, unets: Path) -> None:
     """Some within alone, some outside alone."""
     for out in ranks(3, output_case, unets / "unet-tiny.safetensors", MeshSpec(patch=3), case, size):
         assert_near(out, expected(case, size))
 
 
-@pytest.mark.parametrize("case", ["FreeU", "shrunk where a scale begins", "shrunk before the skip"])
+@pytest.mark.parametrize(
+    "case", ["FreeU", "shrunk where a scale begins", "shrunk before the skip", "residuals in the size within"]
+)
 def test_residuals_are_added_where_they_fit(case: str, ranks: RankPool, unets: Path) -> None:
     size = SIZES[1]
     for out in ranks(2, output_case, unets / "unet-tiny.safetensors", MeshSpec(patch=2), case, size, True):
@@ -189,6 +276,11 @@ def model(backend2: Backend, unets: Path) -> RemoteModel:
     return backend2.load_model(str(unets / "unet-tiny.safetensors"), MeshSpec(patch=2), "float32")
 
 
+def windows(rows: int, columns: int, down: int = 0, method: str = "nearest") -> ShiftedWindows:
+    window = (rows, columns, down, 0)
+    return ShiftedWindows(places=[("input", 3, 0)], windows=[window], method=method, back="nearest")
+
+
 LATENT = torch.zeros(1, 4, 16, 16)
 PROMPT = Conditioning(*unet_prompt(CONFIGS["tiny"], 1))
 WRONG: list[tuple[AnyExtra, str]] = [
@@ -197,6 +289,20 @@ WRONG: list[tuple[AnyExtra, str]] = [
     (shrink(2, factor=0.0), "divided by 0"),
     (shrink(4, factor=9.0), "by 9 none at all"),
     (shrink(0, after_skip=False), "the whole result"),
+    (rescale(6), "Input block 6 is named"),
+    (rescale(3, method="lanczos"), "no method 'lanczos'"),
+    (rescale(3, factors=(0.0, 2.0)), "can't be divided by 0 and 2 to multiples of 1"),
+    (rescale(3, unit=0.0), "can't be divided by 2 and 2 to multiples of 0"),
+    (rescale(3), "At output block 3 a picture of 4 x 4 values .* meets one of 8 x 8"),
+    (rescale(2, after_skip=True, start=0.3), "At output block 3 a picture of 4 x 4 values .* meets one of 8 x 8"),
+    (rescale(0), "At the end a picture of 8 x 8 values .* meets one of 16 x 16"),
+    (RescaleBack(blocks=(9,), method="area"), "Output block 9 is named"),
+    (DownsampleByFour(block=3), "Downsampling input block 3 is named"),
+    (UpsampleBy(block=5, method="area"), "Upsampling output block 5 is named"),
+    (UpsampleBy(block=1, method="area", halfway="lanczos"), "no method 'lanczos'"),
+    (windows(6, 8), "Windows of 6 x 8 tokens came for the 8 x 8 tokens at input 3 0"),
+    (windows(8, 8, -1), "Windows of 8 x 8 tokens, shifted by -1 and 0"),
+    (windows(8, 8, method="lanczos"), "no method 'lanczos'"),
 ]
 
 

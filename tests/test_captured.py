@@ -24,8 +24,9 @@ from parallel_backend.distributed.stale import Step
 from parallel_backend.models import captured
 from parallel_backend.models.captured import CapturedNetwork
 from parallel_backend.models.families import FROM_SCRATCH, SD3, SDXL
-from parallel_backend.models.prediction import Predictor, Prompt, Rows
+from parallel_backend.models.prediction import Predictor
 from parallel_backend.models.residuals import Residuals
+from parallel_backend.models.rows import Prompt, Rows
 from parallel_backend.small_checkpoints.prompts import random_prompt
 from parallel_backend.small_checkpoints.unet import CONFIGS
 

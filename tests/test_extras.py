@@ -29,7 +29,8 @@ from parallel_backend.extras.reading import Extras
 from parallel_backend.models.captured import CapturedNetwork
 from parallel_backend.models.extra import Extra, Row
 from parallel_backend.models.families import SD3, SDXL, Kind
-from parallel_backend.models.prediction import Predictor, Prompt, Rows
+from parallel_backend.models.prediction import Predictor
+from parallel_backend.models.rows import Prompt, Rows
 from parallel_backend.models.unet import attention_places
 from parallel_backend.rpc.extras import (
     AnyExtra,
@@ -214,6 +215,20 @@ def test_one_evaluation_and_a_whole_sampling_give_the_same(model: RemoteModel) -
     assert (model.forward(*given) - velocity).abs().max() > 1e-3
 
 
+def test_one_evaluation_heeds_an_extra_between_its_sigmas(model: RemoteModel) -> None:
+    x = torch.randn(1, 16, 16, 12, generator=torch.Generator().manual_seed(3))
+    given = (x, torch.tensor([500.0]), POSITIVE.context, POSITIVE.pooled)
+    without, everywhere = model.forward(*given), model.forward(*given, extras=[SKIPPED])
+    early = [SkipBlocks(blocks=[1, 3], end=0.9)]
+    assert torch.equal(model.forward(*given, extras=early, sigma=0.95), everywhere)
+    assert torch.equal(model.forward(*given, extras=early, sigma=0.5), without)
+    assert torch.equal(model.forward(*given, extras=early), everywhere)
+    with pytest.raises(InputError, match="Joint block 99 is named"):
+        model.forward(*given, extras=[SkipBlocks(blocks=[99], end=0.9)], sigma=0.5)
+    with pytest.raises(InputError, match="Sigma nan is not finite"):
+        model.forward(*given, extras=early, sigma=float("nan"))
+
+
 WRONG: list[tuple[AnyExtra, type[Exception], str]] = [
     (SkipBlocks(blocks=[1, 99]), InputError, "Joint block 99 is named; this sd3.5-large has none of that number"),
     (SkipBlocks(blocks=[-1]), InputError, "Joint block -1 is named"),
@@ -258,10 +273,16 @@ def test_an_unknown_place_of_a_unet_is_named(backend2: Backend, unets: Path) -> 
 def test_what_knows_tokens_by_their_place_is_refused_beside_a_smaller_picture(backend2: Backend, unets: Path) -> None:
     model = backend2.load_model(unets / "unet-tiny.safetensors", MeshSpec(patch=2), "float32")
     context, pooled = unet_prompt(CONFIGS["tiny"], 1, 77, 1)
-    shrink = Downscale(block=2, factor=2.0, after_skip=True, method="bilinear", back="bilinear")
+    shrink = Downscale(block=2, factor=2.0, after_skip=True, method="bilinear", back="bilinear", end=5.0)
     tiled = TiledAttention(places=[MIDDLE], tiles=[(2, 1, 4, 3)])
+    later = TiledAttention(places=[MIDDLE], tiles=[(2, 1, 4, 3)], start=4.0)
+    given = torch.zeros(1, 4, 16, 12), torch.ones(1), context, pooled
     with pytest.raises(UnsupportedError, match="HyperTile can't be honoured beside deep shrink"):
-        model.forward(torch.zeros(1, 4, 16, 12), torch.ones(1), context, pooled, extras=[tiled, shrink])
+        model.forward(*given, extras=[tiled, shrink], sigma=1.0)
+    for sigma, acting in ((9.0, shrink), (1.0, later)):
+        assert torch.equal(
+            model.forward(*given, extras=[later, shrink], sigma=sigma), model.forward(*given, extras=[acting])
+        )
 
 
 def test_a_step_cache_decides_by_the_calls_that_are_made(backend2: Backend, large: Path) -> None:

@@ -26,15 +26,14 @@ ALLOWED = {
     "errors": set(),
     "version": set(),
     "command_line": set(),
-    "guidance_spec": {"errors"},
-    "config": {"guidance_spec", "command_line", "errors"},
+    "config": {"command_line", "errors"},
     "mesh_choice": {"config", "errors"},
     "checkpoint_files": {"errors"},
     "workflow_files": {"errors"},
     "rpc": {"command_line", "config", "errors", "version"},
     "fused": {"errors"},
     "distributed": {"fused", "config", "errors"},
-    "sampling": {"guidance_spec", "config", "errors"},
+    "sampling": {"config", "errors"},
     "quantized": {"checkpoint_files", "errors"},
     "models": {"quantized", "distributed", "fused", "checkpoint_files", "config", "errors"},
     # In the client's process alone.
@@ -47,7 +46,6 @@ ALLOWED = {
             "checkpoint_files",
             "command_line",
             "config",
-            "guidance_spec",
             "errors",
             "version",
         ),
@@ -77,7 +75,7 @@ ALLOWED = {
         "errors",
     },
     "run": {"client", "demo", "rpc.messages", "checkpoint_files", "config", "errors", "version"},
-    "__init__": {"client", "text_encoders.protocol", "rpc.conditioning", "guidance_spec", "config", "version"},
+    "__init__": {"client", "text_encoders.protocol", "rpc.conditioning", "config", "version"},
     "doctor": {"client", "command_line", "config", "distributed.device_memory", "rpc", "errors", "version"},
     "__main__": {
         *(
@@ -98,12 +96,25 @@ ALLOWED = {
 }
 # Inside the ranks' room, from the bottom up: a file imports only those before it.
 RANK_ORDER = (
-    *("lean_imports", "jobs", "meter", "room", "allowed_files", "pulse", "watch", "world", "place", "residents"),
+    *(
+        "lean_imports",
+        "jobs",
+        "meter",
+        "room",
+        "allowed_files",
+        "pulse",
+        "watch",
+        "world",
+        "place",
+        "residents",
+        "meshes",
+    ),
     *(
         "kept_tensors",
         "shared_tensors",
         "branches",
         "control_nets",
+        "vaes",
         "step_messages",
         "sample",
         "forward",
@@ -115,7 +126,6 @@ RANK_ORDER = (
 KNOWN_TO_NODES = {
     "mesh_choice",
     "config",
-    "guidance_spec",
     "errors",
     "client",
     "rpc",
@@ -165,7 +175,7 @@ def test_in_the_ranks_room_nothing_imports_what_comes_after_it() -> None:
 
 def test_no_file_lies_loose_beside_the_rooms() -> None:
     loose = {file.stem for file in (ROOT / "parallel_backend").glob("*.py")}
-    assert loose == {"__init__", "__main__", "command_line", "config", "errors", "guidance_spec", "version"}
+    assert loose == {"__init__", "__main__", "command_line", "errors", "version"}
 
 
 def test_only_nodes_import_comfy_and_they_keep_to_the_client() -> None:

@@ -144,7 +144,7 @@ def test_memory_is_told_in_bytes_that_can_be() -> None:
 def test_what_a_decode_or_a_load_that_failed_took_is_given_back(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, where others may need it; torch would keep it for this rank."""
     given: list[str] = []
-    monkeypatch.setattr("parallel_backend.rank.engine.give_back", lambda device: given.append("decode"))
+    monkeypatch.setattr("parallel_backend.rank.vaes.give_back", lambda device: given.append("decode"))
     monkeypatch.setattr(Residents, "give_back_memory", lambda residents: given.append("load"))
     engine, job = Engine(torch.device("cpu")), Job(Control(), lambda body, tensors: None, lambda: False)
     path = models / "vae" / "sd3_vae.safetensors"
@@ -156,7 +156,7 @@ def test_what_a_decode_or_a_load_that_failed_took_is_given_back(models: Path, mo
     assert given == ["decode", "decode"]
     with pytest.raises(CheckpointError):
         engine.handle(RequestHeader(4, LoadModel(str(path), content_key(path), "float32", MeshSpec())), [], job)
-    assert given[2:] == ["load"] and engine._joining is None
+    assert given[2:] == ["load"] and engine.meshes._joining is None
 
 
 def test_a_prompt_is_made_ready_once_for_all_evaluations_that_ask_with_it(models: Path) -> None:

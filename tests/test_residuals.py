@@ -30,8 +30,9 @@ from parallel_backend.distributed.mesh import build_mesh
 from parallel_backend.errors import InputError, ProtocolError, UnseenTensorsError
 from parallel_backend.models.families import SD3, SDXL, Kind
 from parallel_backend.models.network import Network
-from parallel_backend.models.prediction import Predictor, Prompt, Rows
+from parallel_backend.models.prediction import Predictor
 from parallel_backend.models.residuals import Residuals
+from parallel_backend.models.rows import Prompt, Rows
 from parallel_backend.models.unet import input_blocks
 from parallel_backend.rank.shared_tensors import SharedTensors
 from parallel_backend.rpc import shared_memory

@@ -17,7 +17,8 @@ from parallel_backend.models.families import SD3, SDXL
 from parallel_backend.models.mmdit import MMDiT, MMDiTConfig
 from parallel_backend.models.mmdit_checkpoint import POS_EMBED, PositionTable
 from parallel_backend.models.network import TokenNetwork
-from parallel_backend.models.prediction import Predictor, Prompt
+from parallel_backend.models.prediction import Predictor
+from parallel_backend.models.rows import Prompt
 from parallel_backend.models.unet import BandUNet, UNetConfig, loadable_unet
 from parallel_backend.small_checkpoints.prompts import random_prompt, random_sdxl_prompt
 

@@ -7,19 +7,19 @@ from typing import Any
 
 from ...parallel_backend.errors import UnsupportedError
 from ...parallel_backend.rpc.extras import AnyExtra, Downscale
+from .block_patches import AFTER_SKIP, INPUT, OUTPUT, acts, orders_of, range_of
+from .hidiffusion_pack import scales_residuals
 from .known_functions import closed_over
-from .output_patches import OUTPUT, orders_of
 from .patches import Call, Kind, Patch, origin
 from .refusal import ELSEWHERE
 
-_INPUT, _AFTER_SKIP = "input_block_patch", "input_block_patch_after_skip"
 # By what ComfyUI calls its functions' places, their names in the node and what they hold. Older cores' nodes have a method of
 # another name.
 _FUNCTIONS = {
-    _INPUT: ("input_block_patch", {"block_number", "sigma_start", "sigma_end", "downscale_factor", "downscale_method"}),
+    INPUT: ("input_block_patch", {"block_number", "sigma_start", "sigma_end", "downscale_factor", "downscale_method"}),
     OUTPUT: ("output_block_patch", {"upscale_method"}),
 }
-_FUNCTIONS[_AFTER_SKIP] = _FUNCTIONS[_INPUT]
+_FUNCTIONS[AFTER_SKIP] = _FUNCTIONS[INPUT]
 _METHODS = ("execute", "patch")
 
 
@@ -36,26 +36,31 @@ def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:
 
     Of several, the first one's function resizes back for all: it acts at every sigma, and after it the sizes are alike.
     """
-    shrinking = [extra for patch in patches if patch.kind != OUTPUT for extra in _of(patch, call)]
+    shrinking = [
+        extra
+        for kind in (INPUT, AFTER_SKIP)
+        for first, function in orders_of(_knows, call, kind)
+        for extra in _of(function, call, {"after_skip": kind == AFTER_SKIP, "first": first})
+    ]
     if not shrinking:
         return
     back = orders_of(_knows, call)
     if not back:
         raise UnsupportedError("PatchModelAddDownscale makes a picture smaller that nothing resizes back.", ELSEWHERE)
     order, function = back[0]
+    given = {"back": closed_over(function)["upscale_method"], "order": order, "scales_residuals": scales_residuals()}
     for extra in shrinking:
-        yield Downscale(**extra, back=closed_over(function)["upscale_method"], order=order)
+        yield Downscale(**extra, **given)
 
 
-def _of(patch: Patch, call: Call) -> Iterator[dict[str, Any]]:
-    """What it does; nothing where it never acts: at a block that the model hasn't, or at no sigma."""
-    made_with = closed_over(patch.function)
+def _of(function: Any, call: Call, found: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """`found` and what it does; nothing where it never acts: at a block that the model hasn't, or at no sigma."""
+    made_with = closed_over(function)
     start, end, block = float(made_with["sigma_start"]), float(made_with["sigma_end"]), made_with["block_number"]
-    acts = start >= end if call.sigma is None else start >= call.sigma >= end
-    if acts and 0 <= block < len(call.network.input_blocks):  # type: ignore[arg-type]
-        found: dict[str, Any] = {"block": int(block), "factor": float(made_with["downscale_factor"])}
-        found |= {"after_skip": patch.kind == _AFTER_SKIP, "method": made_with["downscale_method"]}
-        yield found if call.sigma is not None else found | {"start": start, "end": end}
+    if acts(start, end) and 0 <= block < len(call.network.input_blocks):  # type: ignore[arg-type]
+        found |= {"block": int(block), "factor": float(made_with["downscale_factor"])}
+        found |= {"method": made_with["downscale_method"]}
+        yield found | range_of(start, end)
 
 
 KIND = Kind(_knows, _extras)

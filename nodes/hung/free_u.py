@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ...parallel_backend.rpc.extras import AnyExtra, FreeU
+from .block_patches import OUTPUT, orders_of
 from .known_functions import closed_over
-from .output_patches import OUTPUT, orders_of
 from .patches import Call, Kind, Patch, origin
 
 # By where the function was written, whether the image's factor differs by cell. Older cores' nodes have a method of another name.

@@ -33,17 +33,10 @@ _OTHER_ADAPTER = f"Choose an adapter for this model, or another version of that 
 
 
 def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:
-    """Those that act at the call's sigma. For the same patches they are the same objects, whose tensors are sent once."""
+    """Those that act at some step. For the same patches they are the same objects, whose tensors are sent once."""
     regional = regional_patches(call)
     of = (tuple(map(count_of, patches)), call.shape, call.branches, call.sigma is None)
-    extras = kept_extras([*patches, *regional], call, of, lambda: _translated(patches, call))
-    return [extra for extra in extras if _acts(extra, call.sigma)]
-
-
-def _acts(extra: ImagePrompt[Tensor], sigma: float | None) -> bool:
-    if sigma is None or extra.start is None or extra.end is None:
-        return True
-    return extra.end <= sigma <= extra.start
+    return kept_extras([*patches, *regional], call, of, lambda: _translated(patches, call))
 
 
 def _translated(patches: Sequence[Patch], call: Call) -> list[ImagePrompt[Tensor]]:

@@ -17,8 +17,10 @@ from . import (
     joint_image_prompt,
     normalized_attention,
     perturbed_attention,
+    rau_net,
     regional_prompts,
     self_attention_guidance,
+    shifted_windows,
     skip_layers,
     smoothed_energy,
 )
@@ -39,6 +41,8 @@ KINDS: tuple[Kind, ...] = (
     hyper_tile.KIND,
     free_u.KIND,
     deep_shrink.KIND,
+    rau_net.KIND,
+    shifted_windows.KIND,
 )
 # What only a UNet's network asks for, and what only a transformer's does: on the other, a patch has no effect, as in ComfyUI.
 _OF_TRANSFORMERS = ("dit",)

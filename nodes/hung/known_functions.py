@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ...parallel_backend.config.guidance import APG, AwayFromWeaker, check_neg_scale
 from ...parallel_backend.errors import ConfigError
-from ...parallel_backend.guidance_spec import APG, AwayFromWeaker, check_neg_scale
 from .patches import Patch, origin
 
 _PERP_NEG = ("nodes_perpneg:PerpNeg.execute.<locals>.", "nodes_perpneg:PerpNeg.patch.<locals>.")

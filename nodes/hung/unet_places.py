@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from ...parallel_backend.rpc.extras import PlaceName
+from ...parallel_backend.rpc.extras import DownsampleByFour, Downscale, PlaceName, Rescale
 from .patches import Call, Patch
 
 
@@ -26,17 +26,32 @@ def all_places(network: Any) -> Iterator[PlaceName]:
 
 
 def sides_at(place: PlaceName, call: Call) -> tuple[int, int]:
-    """Rows and columns of tokens at a place."""
+    """Rows and columns of tokens at a place, where nothing resizes the picture."""
+    return sides_within(call)[place[:2]]
+
+
+def sides_within(
+    call: Call, resizes: Sequence[Downscale | Rescale | DownsampleByFour] = ()
+) -> dict[tuple[str, int], tuple[int, int]]:
+    """Rows and columns that each block sees; an output block sees those of the skip connection that it joins."""
     network: Any = call.network
-    side, number, _ = place
-    inputs = len(network.input_blocks)
-    # Blocks on the way down, each of which may halve both sides; an output block has the sides of the input block that it joins.
-    passed = {"input": number, "output": inputs - 1 - number}.get(side, inputs - 1)
-    halvings = sum(
-        type(layer).__name__ == "Downsample" for block in network.input_blocks[: passed + 1] for layer in block
-    )
-    rows, columns = (-(-length // 2**halvings) for length in call.shape[-2:])
-    return rows, columns
+    height, width = call.shape[-2:]
+    found, skips, sides = {}, [], (height, width)
+    by_four = {extra.block: extra for extra in resizes if isinstance(extra, DownsampleByFour)}
+    others = sorted((e for e in resizes if not isinstance(e, DownsampleByFour)), key=lambda extra: extra.first)
+    for number, block in enumerate(network.input_blocks):
+        if any(type(layer).__name__ == "Downsample" for layer in block):
+            sides = by_four[number].sides(*sides) if number in by_four else (-(-sides[0] // 2), -(-sides[1] // 2))
+        found["input", number] = sides
+        here = [e for e in others if number in (e.blocks if isinstance(e, Rescale) else (e.block,))]
+        for extra in (extra for extra in here if not extra.after_skip):
+            sides = extra.sides(*sides)
+        skips.append(sides)
+        for extra in (extra for extra in here if extra.after_skip):
+            sides = extra.sides(*sides)
+    found["middle", 0] = sides
+    found |= {("output", number): skip for number, skip in enumerate(reversed(skips))}
+    return found
 
 
 def places_of(patch: Patch, call: Call) -> list[PlaceName]:

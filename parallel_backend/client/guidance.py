@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from ..config import SamplerSpec
-from ..guidance_spec import AwayFromWeaker
+from ..config.guidance import AwayFromWeaker
 from ..rpc.conditioning import Conditioning
 from ..rpc.extras import AnyExtra
 

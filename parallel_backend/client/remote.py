@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..config import ModelSampling, SamplerSpec, StepCache
+from ..config.guidance import APG
 from ..errors import UnknownModelError, UnknownPatchesError
-from ..guidance_spec import APG
 from ..rpc.conditioning import Conditioning
 from ..rpc.extras import AnyExtra
 from ..rpc.messages import (
@@ -249,6 +249,7 @@ class RemoteModel(Held[LoadModel]):
         controls: Sequence[ControlUse] = (),
         extras: Sequence[AnyExtra] = (),
         branches: Sequence[int] = (0,),
+        sigma: float | None = None,
         patches: WeightPatches | None = None,
         step: Callable[[], tuple[int, int]] = lambda: (0, 0),
         on_reports: Callable[[Sequence[Tensor]], object] | None = None,
@@ -261,8 +262,9 @@ class RemoteModel(Held[LoadModel]):
             residuals: a ControlNet's, whole, of B rows or one for all, by `input`, `middle` and `output`, each in the order of
                 the model's blocks. They travel in the dtype in which the model computes.
             controls: ControlNets in the ranks, on all rows.
-            extras: what hangs inside the model and acts now. `branches`: which prompt the rows are of, as many for each: 0 cond, 1
-                uncond.
+            extras: what hangs inside the model, with what doesn't act at `sigma`: what can't be honoured at any step is refused at the
+                first. `branches`: which prompt the rows are of, as many for each: 0 cond, 1 uncond.
+            sigma: of the noise, where extras act between two; None lets all act.
             on_reports: told what those extras that report have of all rows, in their order: (B, N) each, fp32, on the CPU.
             step: asked where the output holds NaN or infinity: of which step, from 1, of how many it is; (0, 0) of none.
         Raises: as `sample`.
@@ -279,6 +281,7 @@ class RemoteModel(Held[LoadModel]):
             controls=[use.named(given.hint) for use in controls],
             extras=given.extras(extras),
             branches=list(branches),
+            sigma=sigma,
         )
         room = x.numel() * torch.float32.itemsize
         callbacks: dict[str, Any] = {"should_cancel": should_cancel, "room": room}

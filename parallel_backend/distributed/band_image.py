@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 
@@ -48,25 +49,28 @@ class BandImage:
         """Another tensor of the same band."""
         return replace(self, x=x_BCYX)
 
-    def resized(self, height: int, width: int, method: str) -> BandImage:
-        """The whole image made larger or smaller, and cut anew in bands of whole units.
+    def whole(self) -> Tensor:
+        """(B, C, height, width). Comm: all bands to every rank, where they are of several."""
+        return all_gather(self.x, 2, self.cut.rows, self.cut.axis)
 
-        Comm: all bands to every rank, where they are of several.
-        """
-        return self._as(self.cutter(height << self.level, width << self.level), self.level, method)
+    def resized(self, height: int, width: int, method: str) -> BandImage:
+        """The whole image made larger or smaller, and cut anew in bands of whole units. Comm: as `whole`."""
+        return self.made(height, width, partial(resized, height=height, width=width, method=method))
+
+    def made(self, height: int, width: int, make: Callable[[Tensor], Tensor]) -> BandImage:
+        """As `resized`, by `make`, which gives the whole image these sides."""
+        return self._as(self.cutter(height << self.level, width << self.level), self.level, make)
 
     def resized_like(self, other: BandImage, method: str) -> BandImage:
         """In the size and the bands of `other`, which may be of another level. Comm: as `resized`."""
-        return self._as(other.latent, other.level, method)
+        height, width = other.sides
+        return self._as(other.latent, other.level, partial(resized, height=height, width=width, method=method))
 
     def cut_as(self, latent: Cut) -> BandImage:
         """In the bands of a latent that has the same sides at this level. Comm: as `resized`, where these are others."""
         assert self.sides == latent.halved(self.level).sides
         return replace(self, latent=latent) if self.cut == latent.halved(self.level) else self._as(latent, self.level)
 
-    def _as(self, latent: Cut, level: int, method: str | None = None) -> BandImage:
-        whole, cut = all_gather(self.x, 2, self.cut.rows, self.cut.axis), latent.halved(level)
-        if method is not None:
-            whole = resized(whole, *cut.sides, method)
-        start, stop = cut.own_rows
+    def _as(self, latent: Cut, level: int, make: Callable[[Tensor], Tensor] = lambda whole: whole) -> BandImage:
+        whole, (start, stop) = make(self.whole()), latent.halved(level).own_rows
         return BandImage(whole[:, :, start:stop], latent, level, self.cutter)

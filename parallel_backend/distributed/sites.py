@@ -9,7 +9,8 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, TypeAlias
+from operator import itemgetter
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from torch import Tensor
 
@@ -18,6 +19,8 @@ from .band_image import BandImage
 
 # A transformer block of a UNet by ComfyUI's names: "input", "middle" or "output", the number of the block there, its own in that.
 Place: TypeAlias = tuple[str, int, int]
+# A block of a UNet: the first two parts of such a place.
+BlockName: TypeAlias = tuple[str, int]
 Inner: TypeAlias = Callable[[Tensor], Tensor]
 
 
@@ -52,15 +55,46 @@ class AfterInput(Protocol):
         ...
 
 
+class Convolve(Protocol):
+    """The convolution of a downsampling."""
+
+    def __call__(self, x_BCYX: Tensor, /, *, stride: int, dilation: int, columns: int) -> Tensor:
+        """By its kernel, of rows that have what is around them with them, and with so many columns of zeros on both sides."""
+        ...
+
+
+class AtDownsample(Protocol):
+    """What an extra does in place of an input block that is a downsampling."""
+
+    def __call__(self, image: BandImage, convolve: Convolve, /) -> BandImage:
+        """Of what comes to it; `convolve` is called once on every rank. Comm: as `AfterInput`."""
+        ...
+
+
+class AtUpsample(Protocol):
+    """What an extra does in an upsampling of a UNet around its convolution, which keeps sides as they are."""
+
+    def __call__(self, image: BandImage, skip: BandImage, convolve: Callable[[BandImage], BandImage], /) -> BandImage:
+        """Of what comes to it, in the size of `skip`, with which `convolve` is called once on every rank. Comm: as `AfterInput`."""
+        ...
+
+
 class BeforeOutput(Protocol):
     """What an extra does with that which an output block of a UNet is about to join: `image` from the block before, and `skip`.
 
-    Where nothing has come between, as without a middle block, both are the same object.
+    `number` is the block's. Where nothing has come between, as without a middle block, both are the same object.
     """
 
-    def __call__(self, image: BandImage, skip: BandImage, /) -> tuple[BandImage, BandImage]:
+    def __call__(self, image: BandImage, skip: BandImage, number: int, /) -> tuple[BandImage, BandImage]:
         """In their place, `skip` in its own size. Comm: as `AfterInput`."""
         ...
+
+
+W = TypeVar("W")
+
+
+def _in_order(works: Sequence[tuple[int, W]]) -> list[tuple[int, W]]:
+    return sorted(works, key=itemgetter(0))
 
 
 def _by_place() -> defaultdict[Place, list[Around]]:
@@ -77,22 +111,43 @@ class UNetSites:
         of_regions: around an attention to one of a row's regional prompts, by place and the prompt's number.
         self_layer: around the whole layer of a self-attention, projections included.
         after_input, after_skip: by the number of an input block, on what it gives, residuals added: before this becomes a skip
-            connection, and after, on what goes on to the next block alone.
-        before_output: on what each output block joins, with numbers in whose order they act.
+            connection, and after, on what goes on to the next block alone; with numbers in whose order they act.
+        before_output: on what each output block joins, with numbers likewise.
+        downsample, upsample: by the number of an input block that is a downsampling, and of an output block that ends in the opposite.
+        scales_residuals: a ControlNet's are added in the size of the image that they come to.
     """
 
     self_attended: defaultdict[Place, list[Around]] = field(default_factory=_by_place)
     cross_attended: defaultdict[Place, list[Around]] = field(default_factory=_by_place)
     of_regions: defaultdict[tuple[Place, int], list[Around]] = field(default_factory=lambda: defaultdict(list))
     self_layer: defaultdict[Place, list[Around]] = field(default_factory=_by_place)
-    after_input: defaultdict[int, list[AfterInput]] = field(default_factory=lambda: defaultdict(list))
-    after_skip: defaultdict[int, list[AfterInput]] = field(default_factory=lambda: defaultdict(list))
+    after_input: defaultdict[int, list[tuple[int, AfterInput]]] = field(default_factory=lambda: defaultdict(list))
+    after_skip: defaultdict[int, list[tuple[int, AfterInput]]] = field(default_factory=lambda: defaultdict(list))
     before_output: list[tuple[int, BeforeOutput]] = field(default_factory=list)
+    downsample: dict[int, AtDownsample] = field(default_factory=dict)
+    upsample: dict[int, AtUpsample] = field(default_factory=dict)
+    scales_residuals: bool = False
 
     @property
     def between_blocks(self) -> bool:
         """Whether anything acts there."""
-        return bool(self.after_input or self.after_skip or self.before_output)
+        works = (self.after_input, self.after_skip, self.before_output, self.downsample, self.upsample)
+        return any(works)
+
+    def after_block(self, number: int, image: BandImage) -> tuple[BandImage, BandImage]:
+        """What an input block gives: as a skip connection, and to the next block."""
+        for _, work in _in_order(self.after_input.get(number, ())):
+            image = work(image)
+        skip = image
+        for _, work in _in_order(self.after_skip.get(number, ())):
+            image = work(image)
+        return skip, image
+
+    def before_block(self, number: int, image: BandImage, skip: BandImage) -> tuple[BandImage, BandImage]:
+        """What an output block joins."""
+        for _, join in _in_order(self.before_output):
+            image, skip = join(image, skip, number)
+        return image, skip
 
 
 @dataclass

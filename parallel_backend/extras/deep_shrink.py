@@ -19,14 +19,9 @@ LEAST_FACTOR, MOST_FACTOR = 0.1, 9.0
 
 @dataclass(frozen=True, kw_only=True)
 class SmallerWithin(Extra):
-    """Fields as those of `Downscale`."""
+    """As asked."""
 
-    block: int
-    factor: float
-    after_skip: bool
-    method: str
-    back: str
-    order: int
+    asked: Downscale
     resizes = True
     name = "deep shrink"
     between_blocks = True
@@ -36,31 +31,31 @@ class SmallerWithin(Extra):
         """Raises: InputError: a block or a method that there isn't, or sizes that the latent can't have there."""
         places = target.config.places
         check_known([asked.block], range(len(places)), "input block", target)
-        for method in (asked.method, asked.back):
-            if method not in METHODS:
-                raise InputError(f"There is no method {method!r} of resizing.", f"Use one of {', '.join(METHODS)}.")
+        check_methods(asked.method, asked.back)
         _check_sides(asked, target, places)
-        named = {name: getattr(asked, name) for name in ("block", "factor", "after_skip", "method", "back", "order")}
-        return cls(**named, **range_of)
+        return cls(asked=asked, **range_of)
 
     def on_unet(self, sites: UNetSites) -> None:
-        sites_of = sites.after_skip if self.after_skip else sites.after_input
-        sites_of[self.block].append(self._smaller)
-        sites.before_output.append((self.order, self._restored))
+        sites_of = sites.after_skip if self.asked.after_skip else sites.after_input
+        sites_of[self.asked.block].append((self.asked.first, self._smaller))
+        sites.before_output.append((self.asked.order, self._restored))
+        sites.scales_residuals |= self.asked.scales_residuals
 
     def _smaller(self, image: BandImage) -> BandImage:
-        return image.resized(*_divided(image.sides, self.factor), self.method)
+        return image.resized(*self.asked.sides(*image.sides), self.asked.method)
 
-    def _restored(self, image: BandImage, skip: BandImage) -> tuple[BandImage, BandImage]:
+    def _restored(self, image: BandImage, skip: BandImage, number: int) -> tuple[BandImage, BandImage]:
         """As ComfyUI, by height alone."""
         if image.sides[0] == skip.sides[0]:
             return image, skip
-        return image.resized_like(skip, self.back), skip
+        return image.resized_like(skip, self.asked.back), skip
 
 
-def _divided(sides: tuple[int, int], factor: float) -> tuple[int, int]:
-    height, width = (round(side * (1.0 / factor)) for side in sides)
-    return height, width
+def check_methods(*methods: str) -> None:
+    """Raises: InputError: there is no such method of resizing."""
+    for method in methods:
+        if method not in METHODS:
+            raise InputError(f"There is no method {method!r} of resizing.", f"Use one of {', '.join(METHODS)}.")
 
 
 def _check_sides(asked: Downscale, target: Target, places: list[tuple[int, int]]) -> None:
@@ -71,7 +66,7 @@ def _check_sides(asked: Downscale, target: Target, places: list[tuple[int, int]]
         )
     level = places[asked.block][1]
     sides = -(-target.height // 2**level), -(-target.width // 2**level)
-    smaller = _divided(sides, asked.factor)
+    smaller = asked.sides(*sides)
     # Where the blocks going up meet a skip connection that wasn't made smaller, at the same scale.
     meets = asked.after_skip or places[max(0, asked.block - 1)][1] == level
     told = f"Input block {asked.block} gives {sides[0]} x {sides[1]} values (height x width), by {asked.factor:g}"

@@ -38,7 +38,7 @@ class WeighedSkips(Extra):
     def on_unet(self, sites: UNetSites) -> None:
         sites.before_output.append((self.order, self._weighed))
 
-    def _weighed(self, image: BandImage, skip: BandImage) -> tuple[BandImage, BandImage]:
+    def _weighed(self, image: BandImage, skip: BandImage, number: int) -> tuple[BandImage, BandImage]:
         """Comm: 7 numbers for each channel of the skip connection to every rank; by structure, two more a row."""
         found = [(of_image, of_skip) for channels, of_image, of_skip in self.factors if channels == image.x.shape[1]]
         if not found:

@@ -18,6 +18,7 @@ from ..models.prediction import Predictor
 from ..rpc.extras import (
     AnyExtra,
     BlurQueries,
+    DownsampleByFour,
     Downscale,
     ExtraSpec,
     FreeU,
@@ -27,19 +28,26 @@ from ..rpc.extras import (
     PerturbedAttention,
     RegionalPrompts,
     ReportScores,
+    Rescale,
+    RescaleBack,
+    ShiftedWindows,
     SkipBlocks,
     SplitPrompt,
     TiledAttention,
+    UpsampleBy,
 )
 from .attention_scores import AttentionScores
 from .blurred_queries import BlurredQueries
 from .deep_shrink import SmallerWithin
 from .free_u import WeighedSkips
 from .image_prompt import PromptedAttention
+from .inner_sides import check_inner_sides
 from .joint_image_prompt import JointAdapter
 from .normalized_attention import NormalizedAttention
 from .perturbed_attention import IdentityAttention
+from .rau_net import OtherUpsample, RescaledBack, RescaledBlocks, WideDownsample
 from .regional_prompts import RegionalAttention, SplitPromptAttention
+from .shifted_windows import WindowedAttention
 from .skip_blocks import SkippedBlocks
 from .target import Target
 from .tiled_attention import QueryTiles
@@ -58,6 +66,11 @@ _KINDS: dict[type[ExtraSpec], tuple[Any, str]] = {
     TiledAttention: (QueryTiles, "unet"),
     FreeU: (WeighedSkips, "unet"),
     Downscale: (SmallerWithin, "unet"),
+    Rescale: (RescaledBlocks, "unet"),
+    RescaleBack: (RescaledBack, "unet"),
+    DownsampleByFour: (WideDownsample, "unet"),
+    UpsampleBy: (OtherUpsample, "unet"),
+    ShiftedWindows: (WindowedAttention, "unet"),
 }
 # Of samplings that take turns, each with a few.
 MOST_KEPT = 16
@@ -98,6 +111,7 @@ class Extras:
         for extra in made:
             extra.check(branches)
             extra.check_beside(made)
+        check_inner_sides(made, Target(predictor, *size))
         return made
 
     def forget(self) -> None:
@@ -119,14 +133,15 @@ class Extras:
 
 
 def check_sizes(made: Sequence[Extra]) -> None:
-    """Raises: UnsupportedError: one makes the picture within smaller, and another knows tokens by their place in the whole one."""
-    resizing = next((extra.name for extra in made if extra.resizes), None)
-    sized = [extra.name for extra in made if extra.has_sizes]
-    if resizing and sized:
-        raise UnsupportedError(
-            f"{', '.join(sized)} can't be honoured beside {resizing}, which gives the blocks within a picture of another size.",
-            "Remove one of them (masks of an image prompt, regional prompts or HyperTile; deep shrink).",
-        )
+    """Raises: UnsupportedError: one makes the picture within smaller, and another, at the same step, knows tokens by their place."""
+    for resizing in (extra for extra in made if extra.resizes):
+        sized = [extra.name for extra in made if extra.has_sizes and extra.meets(resizing)]
+        if sized:
+            raise UnsupportedError(
+                f"{', '.join(sized)} can't be honoured beside {resizing.name}, which gives the blocks within a picture of another size.",
+                "Remove one of them (masks of an image prompt, regional prompts or HyperTile; deep shrink or RAUNet), or let them act at "
+                "different steps.",
+            )
 
 
 def read_extra(spec: AnyExtra, target: Target) -> Extra:

@@ -58,7 +58,8 @@ class QueryTiles(Extra):
                     "Give a grid of as many tokens, whose sides the tiles divide.",
                 )
             key = (*tiling, own)
-            known[key] = known[key] if key in known else _tiles(*tiling, own, target.predictor.device)
+            if key not in known:
+                known[key] = _tiles(*tiling, own, target.predictor.device)
             found[place] = known[key]
         return cls(tiles=found, **range_of)
 
@@ -71,21 +72,31 @@ class QueryTiles(Extra):
             sites.self_attended[place].append(self._tiled)
 
     def _tiled(self, inner: Inner, qkv_BLD: Tensor, at: At) -> Tensor:
-        order, back, counts, strip = self.tiles[at.place]
         q, kv = qkv_BLD.tensor_split([qkv_BLD.shape[-1] // 3], dim=-1)
         whole = all_gather(kv, 1, at.band.tokens_like(kv), at.band.axis)
-        of_tiles = zip(q[:, order].split(counts, dim=1), whole.split(strip, dim=1), strict=True)
-        parts = [
-            attend_heads(at.kernel, at.heads, q_BLD, *kv_BLD.chunk(2, dim=-1))
-            for q_BLD, kv_BLD in of_tiles
-            if q_BLD.shape[1]
-        ]
-        return torch.cat(parts, dim=1)[:, back]
+        return attended_in_tiles(self.tiles[at.place], q, whole, at)
+
+
+def attended_in_tiles(tiles: Tiles, q_BLD: Tensor, kv_BKD: Tensor, at: At) -> Tensor:
+    """(B, L, D): `kv` are keys and values of all tokens, strip after strip."""
+    order, back, counts, strip = tiles
+    of_tiles = zip(q_BLD[:, order].split(counts, dim=1), kv_BKD.split(strip, dim=1), strict=True)
+    parts = [
+        attend_heads(at.kernel, at.heads, of_tile, *of_strip.chunk(2, dim=-1))
+        for of_tile, of_strip in of_tiles
+        if of_tile.shape[1]
+    ]
+    return torch.cat(parts, dim=1)[:, back]
+
+
+def tiles_of(tile_L: Tensor, tiles: int, strip: int, device: torch.device) -> Tiles:
+    """`tile_L`: in which of so many tiles each of this rank's queries is."""
+    order = tile_L.argsort(stable=True)
+    counts = torch.bincount(tile_L, minlength=tiles).tolist()
+    return order.to(device), order.argsort().to(device), tuple(counts), strip
 
 
 def _tiles(nh: int, nw: int, h: int, w: int, own: range, device: torch.device) -> Tiles:
     tokens_L = torch.arange(own.start, own.stop)
     tile_L = (tokens_L // w) // (h // nh) * nw + (tokens_L % w) // (w // nw)
-    order = tile_L.argsort(stable=True)
-    counts = torch.bincount(tile_L, minlength=nh * nw).tolist()
-    return order.to(device), order.argsort().to(device), tuple(counts), h * w // (nh * nw)
+    return tiles_of(tile_L, nh * nw, h * w // (nh * nw), device)

@@ -120,7 +120,7 @@ class CapturedNetwork:
         kept = step.kept
         if kept is not None and any(made is not None for made in (kept.token_kv, kept.timeline, kept.caches)):
             return self.network.evaluate(inputs, step)  # patches of a pipeline; marks of time; decisions
-        if any(isinstance(extra, ReportingExtra) for extra in extras):
+        if any(isinstance(extra, ReportingExtra) or extra.is_drawn for extra in extras):
             return self.network.evaluate(inputs, step)
         place = (inputs.form(), step.branch, step.kept is not None and step.kept.stale is not None)
         stale, standing = step.stale, self._standing.get(place)

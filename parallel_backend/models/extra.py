@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 from torch import Tensor
 
-from ..distributed.sites import TransformerSites, UNetSites
+from ..distributed.sites import BlockName, TransformerSites, UNetSites
 
 if TYPE_CHECKING:
     from .spread import Spread
@@ -49,6 +49,8 @@ class Extra:
     between_blocks: ClassVar[bool] = False
     # The blocks within see a picture of another size than the latent's.
     resizes: ClassVar[bool] = False
+    # It is another one at nearly every evaluation, so that graphs of them would not be done again.
+    is_drawn: ClassVar[bool] = False
 
     @property
     def comes_and_goes(self) -> bool:
@@ -64,6 +66,10 @@ class Extra:
         """Whether it acts there; outside of a sampling, where no sigma is known, it does."""
         return sigma is None or self.end <= sigma <= self.start
 
+    def meets(self, other: Extra) -> bool:
+        """Whether both act at some sigma."""
+        return min(self.start, other.start) >= max(self.end, other.end)
+
     def check(self, branches: Iterable[int]) -> None:
         """Before the first evaluation, on every rank. Raises: InputError: it has nothing for rows of one of these branches."""
 
@@ -72,6 +78,10 @@ class Extra:
 
     def check_tokens(self, tokens: int) -> None:
         """As `check`, of the prompt's tokens. Raises: InputError: a prompt of so many can't be computed with it."""
+
+    def check_inside(self, sides: Mapping[BlockName, tuple[int, int]]) -> None:
+        """As `check`, of the rows and columns of tokens that each block has, whatever resizes them. Raises: InputError: it has
+        something for others."""
 
     def of(self: E, rows: tuple[Row, ...]) -> E:
         """That of an evaluation of these rows; the same object for the same rows."""

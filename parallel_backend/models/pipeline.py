@@ -23,7 +23,8 @@ from ..distributed.collectives import Handle, broadcast, first_says, start_recei
 from ..distributed.stale import Kept, Step
 from ..errors import CancelledError
 from .network import TokenNetwork
-from .prediction import Predictor, Share
+from .prediction import Predictor
+from .share import Share
 from .tokens import padded, patch_rows
 from .transformer import Attend
 

@@ -7,30 +7,26 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from operator import is_
 from weakref import ref
 
 import torch
 from torch import Tensor
 
 from ..config import MeshSpec
-from ..distributed.cfg import gather_branches, own_branches
-from ..distributed.collectives import split_range, split_sizes
-from ..distributed.data import gather_batch, shard_batch
+from ..distributed.collectives import split_sizes
 from ..distributed.mesh import Mesh, MeshAxis
 from ..distributed.stale import Step
 from ..errors import InputError
 from .captured import CapturedNetwork
 from .compiled import FirstTimes
-from .control_use import ControlUse
-from .extra import Extra, Row
+from .extra import Extra
 from .families import Kind
 from .network import Network
 from .prepared import PreparedPrompt, PreparedPrompts
 from .reports import ReportingExtra
-from .residuals import NONE, Residuals
-from .spread import UNKNOWN, Spread
-from .steps_ahead import AHEAD_BYTES, PromptAtSteps
+from .rows import Branch, Prompt, Rows
+from .share import Call, Share
+from .spread import Spread
 from .unet import micro_conditioning
 
 # On the device: cond, uncond and what a few others take turns with.
@@ -40,220 +36,12 @@ KEPT_PREPARED = 4
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """Text tokens (B, L, E) and pooled prompt (B, A), in the model's dtype and on its device, and the ControlNets on it.
-
-    `concat`: (B, extra channels, Y, X), which the model takes beside the latent's own, where its input doesn't have them already.
-    """
-
-    context: Tensor
-    pooled: Tensor
-    concat: Tensor | None = None
-    controls: tuple[ControlUse, ...] = ()
-
-    def share(self, axis: MeshAxis) -> Prompt:
-        """That of this rank's rows."""
-        rows = self.context.shape[0]
-        controls = tuple(use.share(axis, rows) for use in self.controls)
-        concat = None if self.concat is None else shard_batch(self.concat, axis)
-        return Prompt(shard_batch(self.context, axis), shard_batch(self.pooled, axis), concat, controls)
-
-    def is_like(self, other: Prompt) -> bool:
-        """Whether one call of the model can be of both."""
-        same = [a is b for a, b in zip(self.controls, other.controls, strict=False)]
-        return self.context.shape == other.context.shape and len(self.controls) == len(other.controls) and all(same)
-
-    @classmethod
-    def stacked(cls, prompts: Sequence[Prompt]) -> Prompt:
-        """All of them, which are alike, one after the other, for as many times the rows."""
-        if len(prompts) == 1:
-            return prompts[0]
-        context, pooled = torch.cat([p.context for p in prompts]), torch.cat([p.pooled for p in prompts])
-        concats = [prompt.concat for prompt in prompts if prompt.concat is not None]
-        controls = tuple(use.times(len(prompts)) for use in prompts[0].controls)
-        return cls(context, pooled, torch.cat(concats) if concats else None, controls)
-
-
-@dataclass(frozen=True)
-class Branch:
-    """An evaluation that guidance asks for.
-
-    Args:
-        number: which prompt its rows are of, for extras that differ by row: 0 cond, 1 uncond, others as they come.
-        extras: which may act in it.
-    """
-
-    prompt: Prompt
-    number: int = 0
-    extras: tuple[Extra, ...] = ()
-
-    def is_like(self, other: Branch) -> bool:
-        """Whether one call of the model can be of both."""
-        same = len(self.extras) == len(other.extras) and all(map(is_, self.extras, other.extras))
-        return same and self.prompt.is_like(other.prompt)
-
-
-@dataclass(frozen=True)
 class _Ready:
     """A prompt as the model takes it, and the tensors that it was made of, as long as these are kept."""
 
     context: ref[Tensor]
     pooled: ref[Tensor]
     prompt: Prompt
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Latents (B, C, Y, X) with their timesteps (B,) and prompt, on every rank.
-
-    Args:
-        residuals: whole, for all rows or one for each of them, anywhere and in any dtype.
-        extras: which may act; `which` rows these are, for those that differ by row, and among which others they are `spread`.
-    """
-
-    x: Tensor
-    timesteps: Tensor
-    prompt: Prompt
-    residuals: Residuals = NONE
-    extras: Sequence[Extra] = ()
-    which: tuple[Row, ...] = ()
-    spread: Spread = UNKNOWN
-
-    def share(self, axis: MeshAxis) -> Rows:
-        """Those of this rank of the axis."""
-        rows = self.x.shape[0]
-
-        def own(tensor: Tensor) -> Tensor:
-            return shard_batch(tensor, axis) if tensor.shape[0] == rows else tensor
-
-        x, times = shard_batch(self.x, axis), shard_batch(self.timesteps, axis)
-        first, last = split_range(rows, axis.degree, axis.rank)
-        residuals, which = self.residuals.each(own), self.which[first:last]
-        return Rows(x, times, self.prompt.share(axis), residuals, self.extras, which)
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of the model: its prompt, and what the model and each ControlNet on it have made of that.
-
-    Nothing is made of a prompt of no rows. `which` rows these are of a job's evaluation, the extras that may act on them, and how
-    all of it are `spread`.
-    """
-
-    prompt: Prompt
-    own: PreparedPrompt
-    controls: tuple[PreparedPrompt, ...]
-    which: tuple[Row, ...] = ()
-    extras: tuple[Extra, ...] = ()
-    spread: Spread = UNKNOWN
-
-    @property
-    def is_empty(self) -> bool:
-        """Of no rows."""
-        return self.own.context.shape[0] == 0
-
-    def nbytes(self) -> int:
-        """Of what was made."""
-        return sum(prepared.nbytes() for prepared in (self.own, *self.controls))
-
-
-@dataclass(frozen=True)
-class Share:
-    """What of a job's evaluations with guidance this rank computes: its branches of cfg, its rows of dp.
-
-    Args:
-        rows: of the whole latent.
-        branches: of guidance, on all ranks.
-        calls: of each evaluation. Where all prompts have equal length, this rank's are one call, for as many times the rows.
-        stacked: how many branches a call is of.
-        steps: of each call, the model's prompt at the steps of the job, and its ControlNets'.
-    """
-
-    mesh: Mesh
-    rows: int
-    branches: int
-    calls: list[Call]
-    stacked: int
-    steps: list[list[PromptAtSteps]]
-
-    @classmethod
-    def of(
-        cls,
-        network: Network,
-        mesh: Mesh,
-        rows: int,
-        branches: Sequence[Branch],
-        prepare: Callable[[Prompt], Call],
-    ) -> Share:
-        """Of `rows` latents, each with these branches (cond, uncond and others)."""
-        own = own_branches(branches, mesh.cfg)
-        # By all branches, not by its own: ranks that gather slices of weights together make as many calls.
-        stacked = len(own) if all(branch.is_like(branches[0]) for branch in branches) else 1
-        latents = range(*split_range(rows, mesh.dp.degree, mesh.dp.rank))
-        every = tuple((branch.number, i) for branch in branches for i in latents)
-        over_cfg = Spread(every, ((mesh.cfg, (len(latents),) * len(branches)),))
-        is_spread = len(own) < len(branches) == 2  # beyond two, nothing mixes their rows
-        calls = []
-        for first in range(0, len(own), stacked):
-            together = own[first : first + stacked]
-            call = prepare(Prompt.stacked([branch.prompt.share(mesh.dp) for branch in together]))
-            which = tuple((branch.number, i) for branch in together for i in latents)
-            spread = over_cfg if is_spread else Spread(which)
-            calls.append(replace(call, which=which, extras=together[0].extras, spread=spread))
-        most = AHEAD_BYTES // sum(1 + len(call.controls) for call in calls)
-        steps = [
-            [
-                PromptAtSteps(network, call.own, most),
-                *(
-                    PromptAtSteps(use.network, p, most)
-                    for use, p in zip(call.prompt.controls, call.controls, strict=True)
-                ),
-            ]
-            for call in calls
-        ]
-        return cls(mesh, rows, len(branches), calls, stacked, steps)
-
-    def foresee(self, timesteps: Sequence[Tensor]) -> None:
-        """Those of the schedule, on the CPU, in their order."""
-        for at_steps in self.steps:
-            for prompt in at_steps:
-                prompt.foresee([float(timestep) for timestep in timesteps])
-
-    def at(self, timestep: Tensor, sigma: float | None) -> list[Call]:
-        """The calls of an evaluation, with what networks take from its timestep, which is on the CPU.
-
-        Comm: the networks', where that wasn't made ahead.
-        """
-        return [
-            call if call.is_empty else self._at(call, at_steps, float(timestep), sigma)
-            for call, at_steps in zip(self.calls, self.steps, strict=True)
-        ]
-
-    @staticmethod
-    def _at(call: Call, at_steps: Sequence[PromptAtSteps], timestep: float, sigma: float | None) -> Call:
-        own, *controls = at_steps
-        of_controls = zip(call.prompt.controls, controls, call.controls, strict=True)
-        added = tuple(at.at(timestep) if use.is_at(sigma) else prepared for use, at, prepared in of_controls)
-        return replace(call, own=own.at(timestep), controls=added)
-
-    def nbytes(self) -> int:
-        """Of what was made of prompts and timesteps."""
-        steps = sum(prompt.nbytes() for at_steps in self.steps for prompt in at_steps)
-        return steps + sum(call.nbytes() for call in self.calls)
-
-    def own_rows(self, x: Tensor) -> Tensor:
-        """The rows of `x` that each call takes."""
-        own = shard_batch(x, self.mesh.dp)
-        return torch.cat([own] * self.stacked) if self.stacked > 1 else own
-
-    def gather(self, outputs: Sequence[Tensor]) -> list[Tensor]:
-        """The output of every branch, all rows, on every rank, from those of this rank's calls.
-
-        Comm: one all-gather of the output over cfg and one over dp.
-        """
-        own = [out for outputs_of_call in outputs for out in outputs_of_call.chunk(self.stacked)]
-        branches = gather_branches(own, self.branches, self.mesh.cfg)
-        return [gather_batch(out, self.rows, self.mesh.dp) for out in branches]
 
 
 def timesteps_of(timestep: Tensor, rows: int, device: torch.device) -> Tensor:
@@ -377,14 +165,14 @@ class Predictor:
     def _repeated(x: Tensor, rows: int) -> Tensor:
         return x.repeat(-(-rows // x.shape[0]), *[1] * (x.ndim - 1))[:rows] if x.shape[0] != rows else x
 
-    def output(self, rows: Rows) -> Tensor:
+    def output(self, rows: Rows, sigma: float | None = None) -> Tensor:
         """The first of `output_and_reports`."""
-        return self.output_and_reports(rows)[0]
+        return self.output_and_reports(rows, sigma)[0]
 
-    def output_and_reports(self, rows: Rows) -> list[Tensor]:
+    def output_and_reports(self, rows: Rows, sigma: float | None = None) -> list[Tensor]:
         """The model's output, fp32, exact; its rows spread over cfg, then dp: for callers that have made one batch of all.
 
-        What is made of a prompt is made once for the same prompt, by identity. After it come what those extras that report have of
+        What is made of a prompt is made once for the same prompt, by identity. Of the rows' extras, those act that do at `sigma`. After it come what those extras that report have of
         all rows, in their order.
         Comm: the model's, `Network.prepare`'s, and one all-gather of each result over dp and one over cfg.
         """
@@ -395,7 +183,7 @@ class Predictor:
             local = local.share(axis)
         local = replace(local, spread=Spread(rows.which, tuple(stages)))
         call = self._prepared(local.prompt, lambda net, make: self.prepared.of(net, context, pooled, make))
-        out = self._local(local, call, Step())
+        out = self._local(local, call, Step(sigma=sigma))
         reporting = [extra.of(local.which) for extra in rows.extras if isinstance(extra, ReportingExtra)]
         reports = [extra.take(self.device) for extra in reporting]
         return [local.spread.gather(result) for result in (out, *reports)]

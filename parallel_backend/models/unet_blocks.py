@@ -5,12 +5,13 @@ Shapes: B rows, C channels, Y rows of this rank's band, X columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from operator import itemgetter
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
@@ -44,31 +45,30 @@ class BlockByBlock:
         embedding = model.time_embedding(model.get_time_embed(inputs.x, inputs.changing["timesteps"]))
         embedding = model.time_embed_act(embedding + model.get_class_embed(inputs.x, inputs.prepared.pooled))
         given = (embedding, inputs.prepared.context)
+        added = partial(_with, latent, sites.scales_residuals)
         # The first convolution cuts the latent, which is whole until then.
         image = BandImage(inputs.x, latent, 0, self.cutter)
         skips: list[BandImage] = []
         for number, layers in enumerate(_input_blocks(model)):
-            image = replace(self._run(layers, image, *given), level=self.places[number][1])
-            image = _with(_entry(residuals.input, number), image, latent)
-            for work in sites.after_input.get(number, ()):
-                image = work(image)
-            skips.append(image)
-            for work in sites.after_skip.get(number, ()):
-                image = work(image)
+            if (downsample := sites.downsample.get(number)) is not None:
+                image = downsample(image, partial(_convolved, layers[0]))
+            else:
+                image = replace(self._run(layers, image, *given), level=self.places[number][1])
+            skip, image = sites.after_block(number, added(_entry(residuals.input, number), image))
+            skips.append(skip)
         if model.mid_block is not None:
             self.band.cut = image.latent
             out = model.mid_block(image.x, embedding, **_context_for(model.mid_block, inputs.prepared.context))
             image = image.with_band(out)
-        image = _with(residuals.middle, image, latent)
-        joins = [join for _, join in sorted(sites.before_output, key=itemgetter(0))]
-        for layers, upsamplers in _output_blocks(model):
+        image = added(residuals.middle, image)
+        for number, (layers, upsamplers) in enumerate(_output_blocks(model)):
             skip = skips.pop()
-            skip = _with(_entry(residuals.output, len(skips)), skip, latent)
-            for join in joins:
-                image, skip = join(image, skip)
+            skip = added(_entry(residuals.output, len(skips)), skip)
+            image, skip = sites.before_block(number, image, skip)
             image = self._run(layers, _joined(image, skip), *given)
             for upsampler in upsamplers:
-                image = self._upsampled(upsampler, image, skips[-1])
+                upsample = sites.upsample.get(number, _of_nearest)
+                image = upsample(image, skips[-1], partial(self._upsampled, upsampler, skips[-1]))
         return model.conv_out(model.conv_act(model.conv_norm_out(image.x)))  # type: ignore[no-any-return]
 
     def _run(self, layers: Layers, image: BandImage, embedding: Tensor, context: Tensor) -> BandImage:
@@ -82,12 +82,37 @@ class BlockByBlock:
                 x = layer(x)
         return image.with_band(x)
 
-    def _upsampled(self, upsampler: nn.Module, image: BandImage, skip: BandImage) -> BandImage:
-        """In the size of the next skip connection, twice as large unless an extra has made one of them smaller."""
-        if image.latent != skip.latent:
-            image = image.resized_like(skip, "nearest")
+    def _upsampled(self, upsampler: nn.Module, skip: BandImage, image: BandImage) -> BandImage:
+        """Of the latent of `skip`, its convolution done."""
         self.band.cut = skip.latent
         return skip.with_band(upsampler(image.x, skip.x.shape[2:]))
+
+
+def _of_nearest(image: BandImage, skip: BandImage, convolve: Callable[[BandImage], BandImage]) -> BandImage:
+    """In the size of the next skip connection, twice as large unless an extra has made one of them smaller."""
+    return convolve(image if image.latent == skip.latent else image.resized_like(skip, "nearest"))
+
+
+class _Kernel(nn.Module):
+    """That of another convolution, with strides and places of its own."""
+
+    def __init__(self, of: nn.Module, stride: int, dilation: int, columns: int) -> None:
+        super().__init__()
+        self.of: Any = of
+        self.done: Any = {"stride": stride, "dilation": dilation, "padding": (0, columns)}
+
+    def forward(self, x_BCYX: Tensor) -> Tensor:
+        return F.conv2d(x_BCYX, self.of.weight, self.of.bias, **self.done)
+
+
+def _convolved(downsampler: Any, x_BCYX: Tensor, *, stride: int, dilation: int, columns: int) -> Tensor:
+    """By its kernel, as `Convolve` says. It is called, for what it does around that: with weights in slices it gathers them."""
+    own = downsampler.conv
+    downsampler.conv = _Kernel(own.conv, stride, dilation, columns)
+    try:
+        return downsampler(x_BCYX)  # type: ignore[no-any-return]
+    finally:
+        downsampler.conv = own
 
 
 def _input_blocks(model: Any) -> Iterator[Layers]:
@@ -119,11 +144,16 @@ def _entry(side: Sequence[Tensor | None], number: int) -> Tensor | None:
     return side[number] if number < len(side) else None
 
 
-def _with(residual: Tensor | None, image: BandImage, latent: Cut) -> BandImage:
-    """The residual added, which is of the latent's size: to an image that an extra made smaller it isn't, as in ComfyUI."""
-    if residual is None or image.sides != latent.halved(image.level).sides:
+def _with(latent: Cut, scales: bool, residual: Tensor | None, image: BandImage) -> BandImage:
+    """The residual added, which is of the latent's size: to an image that an extra made smaller only where it `scales`, as in ComfyUI."""
+    if residual is None:
         return image
-    image = image.cut_as(latent)
+    if image.sides == latent.halved(image.level).sides:
+        image = image.cut_as(latent)
+    elif not scales:
+        return image
+    else:
+        residual = BandImage(residual, latent, image.level, image.cutter).resized_like(image, "bilinear").x
     return image.with_band(image.x + residual)
 
 

@@ -9,8 +9,8 @@ from ..config import BranchName
 from ..errors import ConfigError, UnsupportedError
 from ..extras.reading import check_sizes
 from ..models.extra import Extra
-from ..models.prediction import Branch, Prompt
 from ..models.reports import ReportingExtra
+from ..models.rows import Branch, Prompt
 from ..rpc.extras import AnyExtra
 from ..rpc.messages import Prompt as AskedPrompt
 from ..rpc.messages import Sample

@@ -12,14 +12,13 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from ..config import CELL, DTYPES, FP8, KERNELS, WEIGHTS, MeshSpec, choose
+from ..config import DTYPES, FP8, KERNELS, WEIGHTS, MeshSpec, choose
 from ..distributed.device_memory import give_back
 from ..distributed.kernel_trial import choose_kernel
 from ..distributed.kernels import Use
-from ..distributed.mesh import BandAxes, Groups, Mesh, MeshAxis, build_mesh
+from ..distributed.mesh import Mesh, MeshAxis
 from ..distributed.peer_access import cards_reach_each_other
-from ..distributed.warm_up import warm_up
-from ..errors import BackendError, InputError, ProtocolError, UnknownModelError
+from ..errors import BackendError, ProtocolError
 from ..extras.reading import Extras
 from ..extras.weights import PatchedWeights, PatchFiles
 from ..fused.all import FUSED
@@ -37,7 +36,6 @@ from ..models.network import Network
 from ..models.prediction import Predictor
 from ..models.shared_reading import pass_on
 from ..models.vae import BandVAE
-from ..models.vae_checkpoint import open_vae
 from ..rpc.headers import RequestHeader
 from ..rpc.messages import (
     Adjust,
@@ -55,7 +53,6 @@ from ..rpc.messages import (
     Progress,
     Reply,
     Request,
-    Result,
     Sample,
     Unload,
 )
@@ -65,10 +62,12 @@ from .control_nets import ControlNets
 from .forward import run_forward
 from .jobs import Job
 from .kept_tensors import KeptTensors
+from .meshes import Meshes
 from .meter import Meter
 from .residents import Resident, Residents
 from .sample import run_sample
 from .shared_tensors import SharedTensors
+from .vaes import VAEs
 
 COMPILED = "/compiled"
 # Patches that take longer to lay on are told of.
@@ -127,10 +126,8 @@ class Engine:
         self.patch_files = PatchFiles(patches_folder)
         self.control_nets = ControlNets(self.residents, files, beat)
         self.extras = Extras()
-        self._meshes: dict[MeshSpec, Mesh] = {}
-        self._groups = Groups()
-        self._bands = BandAxes(self._groups)
-        self._joining: MeshSpec | None = None
+        self.meshes = Meshes(device)
+        self.vaes = VAEs(device, self.residents, files, self.meshes.bands)
         self._job: Job | None = None
         self._beat = beat
         self._handlers: dict[type, Any] = {
@@ -145,12 +142,6 @@ class Engine:
             Forget: self._forget,
             Adjust: self._adjust,
         }
-
-    @property
-    def place(self) -> list[int]:
-        """How many collectives this rank has started, by axis: alike on ranks that stand at the same place."""
-        meshes = list(self._meshes.values())  # another thread may be looking
-        return [axis.traffic.collectives for mesh in meshes for axis in mesh.axes] + [self._bands.traffic.collectives]
 
     @torch.inference_mode()
     def handle(self, header: RequestHeader, tensors: Sequence[Tensor | None], job: Job) -> tuple[Reply, list[Tensor]]:
@@ -172,14 +163,15 @@ class Engine:
             lies_in_memory = any(meta.shared is not None for meta in header.tensors)
             return handler(header.body, job.control.agreed(given) if lies_in_memory else given(), job)
         except BackendError:
-            self._joining = None
+            self.meshes.joined()
             if isinstance(header.body, (LoadModel, LoadVAE, LoadControl)):
                 self.residents.clear_up()
             elif isinstance(header.body, (Decode, Encode)):
                 give_back(self.device)
             raise
         finally:
-            self._joining = self._job = None
+            self.meshes.joined()
+            self._job = None
 
     # -- loading ------------------------------------------------------------------------------------------------
 
@@ -199,13 +191,13 @@ class Engine:
             world, kind = job.control.world_size, opened.kind.name
             spec = default_mesh(world, kind, self.device.type, graphs=body.graphs).mesh
         name = f"{body.held_as}{spec.describe()}/{'-'.join(spec.order)}{COMPILED * body.compile}"
-        if name in self.residents and body.kind in ("any", self._resident(name, Predictor).kind.name):
-            self._capture(self._resident(name, Predictor), body.graphs)
+        if name in self.residents and body.kind in ("any", self.residents.model(name, Predictor).kind.name):
+            self._capture(self.residents.model(name, Predictor), body.graphs)
             return self._loaded(name, _Sizes(0, 0), [], start, job), []
         opened = opened or job.control.agreed(find)
         dtype, path = getattr(torch, body.dtype), opened.source.path
         evicted = self._room_for_communicators(spec, path.name, opened.kind.name, job)
-        mesh = self._mesh(spec)
+        mesh = self.meshes.join(spec)
 
         def build() -> tuple[nn.Module, str, int, list[str]]:
             heads = -(-opened.config.heads // (mesh.tp.degree * mesh.ulysses.degree))
@@ -293,32 +285,14 @@ class Engine:
             predictor.captured = CapturedNetwork(predictor.network, predictor.mesh, graphs, *told)
 
     def _load_vae(self, body: LoadVAE, _: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
-        start = time.perf_counter()
-        choose(body.dtype, DTYPES, "dtype")
-        name = f"{body.key}/{body.dtype}/vae"
-        if name in self.residents:
-            return self._loaded(name, _Sizes(0, 0), [], start, job), []
-        paths = job.control.agreed(lambda: self.files.all_checked(body.paths, body.key))
-        checkpoint = job.control.agreed(lambda: open_vae(paths))
-        dtype = getattr(torch, body.dtype)
-        needed = checkpoint.elements * dtype.itemsize
-        evicted = self.residents.make_room(needed, paths[0].name, "vae", MeshSpec(), job.control)
-
-        def build() -> tuple[BandVAE, str]:
-            vae = checkpoint.build(self.device, dtype, self._bands, job.given_up, meter.add)
-            return vae, note_of(FUSED, self.device)
-
-        meter = Meter(job, f"loading {paths[0].name}", "bytes", needed)
-        vae, note = job.control.agreed(build)
-        meter.finish()
-        state = ModelState(name, paths[0].name, vae.family, "bands", body.dtype, needed)
-        self.residents[name] = Resident(vae, state, vae.latent_channels)
-        sizes = _Sizes(checkpoint.bytes_read, needed, [checkpoint.note, note])
-        return self._loaded(name, sizes, evicted, start, job), []
+        start, name, evicted, read, notes = time.perf_counter(), body.held_as, list[str](), 0, list[str]()
+        if name not in self.residents:
+            evicted, read, notes = self.vaes.load(body, name, job)
+        return self._loaded(name, _Sizes(read, 0, notes), evicted, start, job), []
 
     def _load_control(self, body: LoadControl, _: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
         start = time.perf_counter()
-        base: Predictor = job.control.agreed(lambda: self._resident(body.model, Predictor))
+        base: Predictor = job.control.agreed(lambda: self.residents.model(body.model, Predictor))
         name, evicted, read, notes = body.held_as, list[str](), 0, list[str]()
         if name not in self.residents:
             evicted, read, notes = self.control_nets.load(body, base, job)
@@ -347,32 +321,20 @@ class Engine:
         alike = job.control.world_size > 1 and not spec.sliced and spec.tp * spec.pp == 1
         if not alike or is_quantised(source) or not cards_reach_each_other(self.device, job.control):
             return None
-        return self._bands.first(job.control.world_size)
+        return self.meshes.bands.first(job.control.world_size)
 
     def _room_for_communicators(self, spec: MeshSpec, name: str, kind: str, job: Job) -> list[str]:
         """On GPUs, for those of a mesh that is new: NCCL can't take what torch keeps for itself. The models that left for it."""
-        if self.device.type != "cuda" or spec in self._meshes or spec.world_size == 1:
+        if self.device.type != "cuda" or spec in self.meshes or spec.world_size == 1:
             return []
         self.residents.give_back_memory()
         return self.residents.make_room(COMMUNICATOR_BYTES, f"The mesh of {name}", kind, spec, job.control)
 
-    def _mesh(self, spec: MeshSpec) -> Mesh:
-        """It is kept while a model of it is loaded or resident.
-
-        Comm: where it is new, the groups and the communicators of all its axes are made.
-        """
-        self._joining = spec
-        if spec not in self._meshes:
-            self._meshes[spec] = build_mesh(spec, self._groups)
-            warm_up(self._meshes[spec], self.device)
-        return self._meshes[spec]
-
     def _let_go_of_groups(self) -> None:
-        """Of meshes that no model is in, and none is on its way into: a communicator takes up to hundreds of MB of a GPU."""
+        """Of meshes that no model is in."""
         models = [resident.model for resident in self.residents.values()]
-        used = {model.spec for model in models if isinstance(model, Predictor)} | {self._joining}
-        self._meshes = {spec: mesh for spec, mesh in self._meshes.items() if spec in used}
-        self._groups.keep_only(list(self._meshes.values()), any(isinstance(model, BandVAE) for model in models))
+        used = {model.spec for model in models if isinstance(model, Predictor)}
+        self.meshes.keep_only(used, bands=any(isinstance(model, BandVAE) for model in models))
 
     def _loaded(self, name: str, sizes: _Sizes, evicted: list[str], start: float, job: Job) -> Loaded:
         self.residents.move_to_end(name)
@@ -411,20 +373,9 @@ class Engine:
 
     # -- computing ----------------------------------------------------------------------------------------------
 
-    def _resident(self, name: str, kind: type) -> Any:
-        if name not in self.residents:
-            raise UnknownModelError(f"The backend does not hold {name!r} (any more).", "Load it again.")
-        self.residents.move_to_end(name)
-        model = self.residents[name].model
-        if not isinstance(model, kind):
-            raise InputError(
-                f"{name!r} is not a model for this request.", "Use a diffusion model to sample, a VAE to decode."
-            )
-        return model
-
     def _patched(self, name: str, patches: Patches, job: Job) -> tuple[Predictor, Swap]:
         """The model of that name with these patches, and no others, on its weights."""
-        predictor: Predictor = self._resident(name, Predictor)
+        predictor: Predictor = self.residents.model(name, Predictor)
         weights = self.residents[name].weights
         assert weights is not None
         meter = Meter(job, "laying patches on the weights", "", quiet_seconds=PATCHES_SECONDS)
@@ -453,29 +404,7 @@ class Engine:
         return Done(), []
 
     def _decode(self, body: Decode, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
-        start = time.perf_counter()
-        vae: BandVAE = job.control.agreed(lambda: self._checked_vae(body.vae, tensors[body.latent], "latent"))
-        self._room_for_picture(vae, *tensors[body.latent].shape[2:])
-        image = vae.decode(tensors[body.latent], raw=body.raw, cancelled=job.cancelled, agreed=job.control.agreed)
-        results = [image] if image is not None else []
-        give_back(self.device)  # the most that any job takes: others may need it, a text encoder of ComfyUI's perhaps
-        return Result(time.perf_counter() - start), results
+        return self.vaes.decode(body, tensors, job)
 
     def _encode(self, body: Encode, tensors: list[Tensor], job: Job) -> tuple[Reply, list[Tensor]]:
-        start = time.perf_counter()
-        vae: BandVAE = job.control.agreed(lambda: self._checked_vae(body.vae, tensors[body.image], "image"))
-        self._room_for_picture(vae, *(side // CELL for side in tensors[body.image].shape[1:3]))
-        latent = vae.encode(tensors[body.image], cancelled=job.cancelled, agreed=job.control.agreed)
-        results = [latent] if latent is not None else []
-        give_back(self.device)
-        return Result(time.perf_counter() - start), results
-
-    def _room_for_picture(self, vae: BandVAE, latent_rows: int, latent_columns: int) -> None:
-        """Graphs leave where a VAE would lack their memory. Each rank for itself: one without a graph computes beside those with one."""
-        if vae.most_bytes(latent_rows, latent_columns) > self.residents.free_bytes():
-            self.residents.let_go_of_graphs()
-
-    def _checked_vae(self, name: str, x: Tensor, what: str) -> BandVAE:
-        vae: BandVAE = self._resident(name, BandVAE)
-        vae.check_latent(x) if what == "latent" else vae.check_image(x)
-        return vae
+        return self.vaes.encode(body, tensors, job)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -12,8 +13,9 @@ from torch import Tensor
 from ..errors import InputError
 from ..extras.reading import Extras, check_sizes
 from ..models.extra import Row
-from ..models.prediction import Predictor, Rows
+from ..models.prediction import Predictor
 from ..models.residuals import Residuals
+from ..models.rows import Rows
 from ..rpc.host_copies import on_host, onto_device
 from ..rpc.messages import Control, Forward, Result
 from ..rpc.state import RankCost, Swap
@@ -54,14 +56,16 @@ def run_forward(
         prompt = replace(prompt, controls=uses)
         residuals = _residuals(body.control, tensors, x.shape[0])
         predictor.network.own_residuals(residuals, x.shape[2], x.shape[3])  # which raises what doesn't fit
-        acting = extras.read(body.extras, tensors, predictor, (x.shape[2], x.shape[3]), body.branches)
-        check_sizes(acting)
-        for extra in acting:
+        if body.sigma is not None and not isfinite(body.sigma):
+            raise InputError(f"Sigma {body.sigma} is not finite.", "Give that of the evaluation, or none.")
+        asked = extras.read(body.extras, tensors, predictor, (x.shape[2], x.shape[3]), body.branches)
+        check_sizes(asked)
+        for extra in asked:
             extra.check_tokens(context.shape[1])
-        return predictor, Rows(x, timesteps, prompt, residuals, acting, _which(body.branches, x.shape[0])), swap
+        return predictor, Rows(x, timesteps, prompt, residuals, asked, _which(body.branches, x.shape[0])), swap
 
     predictor, rows, swap = job.control.agreed(prepare)
-    output = on_host(predictor.output_and_reports(rows))  # which waits for the device
+    output = on_host(predictor.output_and_reports(rows, body.sigma))  # which waits for the device
     notes = predictor.take_notes()
     ranks = [RankCost([], notes=notes)] if notes else []
     return Result(time.perf_counter() - start, 1, ranks, swap), output

@@ -7,6 +7,7 @@ import gc
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import torch
@@ -14,7 +15,7 @@ import torch
 from ..config import MeshSpec
 from ..distributed.control import Control
 from ..distributed.device_memory import give_back, memory_of
-from ..errors import ConfigError
+from ..errors import ConfigError, InputError, UnknownModelError
 from ..extras.weights import PatchedWeights
 from ..models.control_use import ControlNetwork
 from ..models.prediction import Predictor
@@ -69,6 +70,18 @@ class Residents(OrderedDict[str, Resident]):
     @property
     def held_bytes(self) -> int:
         return sum(resident.state.rank_bytes for resident in self.values())
+
+    def model(self, name: str, kind: type) -> Any:
+        """The model of that name, now used. Raises: UnknownModelError: none is held. InputError: it is none of that kind."""
+        if name not in self:
+            raise UnknownModelError(f"The backend does not hold {name!r} (any more).", "Load it again.")
+        self.move_to_end(name)
+        model = self[name].model
+        if not isinstance(model, kind):
+            raise InputError(
+                f"{name!r} is not a model for this request.", "Use a diffusion model to sample, a VAE to decode."
+            )
+        return model
 
     def let_go(self, *names: str) -> None:
         """They are gone, those that were there, and their memory is free."""

@@ -21,7 +21,9 @@ from ..errors import BackendError, ConfigError, UnsupportedError
 from ..extras.reading import Extras
 from ..models.extra import Extra
 from ..models.pipeline import Pipeline
-from ..models.prediction import Branch, Predictor, Prompt, Share
+from ..models.prediction import Predictor
+from ..models.rows import Branch, Prompt
+from ..models.share import Share
 from ..rpc.messages import ControlUse, Result, Sample, StepDone
 from ..rpc.state import AxisCost, RankCost, Swap
 from ..sampling.driver import StepReport

@@ -106,7 +106,7 @@ class Rank:
         files_of = AllowedFiles(tuple(args.models))
         patches = files.patches_folder()
         self.engine = Engine(self.device, args.memory_budget, files_of, sharers, lambda: self.pulse.beat(), patches)
-        self.pulse = Pulse(self.device, lambda: self.control.calls + sum(self.engine.place))
+        self.pulse = Pulse(self.device, lambda: self.control.calls + sum(self.engine.meshes.place))
         self.server: SocketServer | None = None
         self.board: StateBoard | None = None
         self.record: files.BackendRecord | None = None
@@ -264,7 +264,7 @@ class Rank:
         except BackendError as error:
             body, results = self._failed(error, kind), []
         except Exception as error:
-            named = self.control.verdict(error, self.engine.place)
+            named = self.control.verdict(error, self.engine.meshes.place)
             if named is None:
                 raise
             body, results = self._failed(named, kind), []

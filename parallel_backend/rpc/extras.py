@@ -14,6 +14,8 @@ from msgspec import Struct
 
 T = TypeVar("T")
 X = TypeVar("X", bound="ExtraSpec")
+# A method of `Rescale` alone.
+POOLED = "avg_pool2d"
 # See distributed/sites.py.
 PlaceName: TypeAlias = tuple[str, int, int]
 
@@ -36,6 +38,10 @@ class ExtraSpec(Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_on
 
     # Those of them that are other tensors at each evaluation, and are not kept.
     fresh_fields: ClassVar[tuple[str, ...]] = ()
+
+    def is_at(self, sigma: float) -> bool:
+        """Whether it acts there."""
+        return (self.end or 0.0) <= sigma and (self.start is None or sigma <= self.start)
 
     def each(self: X, change: Callable[[Any], Any], fresh: Callable[[Any], Any] | None = None) -> X:
         """`change` done to every tensor, in a fixed order; `fresh` to those of `fresh_fields`, where it is given."""
@@ -229,7 +235,8 @@ class Downscale(ExtraSpec, frozen=True):
         factor: both sides are divided by it, and rounded.
         after_skip: the skip connection stays as large as it was.
         method, back: of resizing, and of resizing back: see `distributed/resize.py`.
-        order: of the resizing back, as FreeU's.
+        first: among what acts after input blocks. order: of the resizing back, as FreeU's.
+        scales_residuals: a ControlNet's are added in the size of the picture within, bilinear; else not at all where sizes differ.
     """
 
     block: int
@@ -237,7 +244,130 @@ class Downscale(ExtraSpec, frozen=True):
     after_skip: bool
     method: str
     back: str
+    first: int = 0
     order: int = 0
+    scales_residuals: bool = False
+
+    def sides(self, height: int, width: int) -> tuple[int, int]:
+        """What a picture's sides become."""
+        return round(height * (1.0 / self.factor)), round(width * (1.0 / self.factor))
+
+
+class Rescale(ExtraSpec, frozen=True):
+    """What input blocks of a UNet give is made smaller by whole multiples of some cells.
+
+    Source: HiDiffusion (Zhang et al. 2023, arXiv 2311.17528), RAU-Net, as comfyui_jankhidiffusion has it.
+
+    Args:
+        factors: by which height and width are divided; below 1 they grow.
+        unit: sides become multiples of it, or stay what they are.
+        after_skip, first, scales_residuals: as `Downscale`'s.
+        method: as `Downscale`'s; or "avg_pool2d", means of whole cells, so that sides come near to what is asked.
+        round_up: whether of those cells a last part makes one, too.
+        before, after: what values are multiplied by.
+    """
+
+    blocks: tuple[int, ...]
+    factors: tuple[float, float]
+    unit: float
+    after_skip: bool
+    method: str
+    round_up: bool = True
+    before: float = 1.0
+    after: float = 1.0
+    first: int = 0
+    scales_residuals: bool = False
+
+    def asked_sides(self, height: int, width: int) -> tuple[int, int]:
+        """Those that are aimed at."""
+        found = []
+        for side, factor in zip((height, width), self.factors, strict=True):
+            aimed = int(max(self.unit, ((side / self.unit) // factor) * self.unit))
+            found.append(min(side, aimed) if factor >= 1 else max(side, aimed))
+        return found[0], found[1]
+
+    def cells(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the cells whose means "avg_pool2d" takes."""
+        rows, columns = self.asked_sides(height, width)
+        return max(1, height // rows), max(1, width // columns)
+
+    def sides(self, height: int, width: int) -> tuple[int, int]:
+        """As `Downscale.sides`."""
+        asked = self.asked_sides(height, width)
+        if self.method != POOLED or asked == (height, width):
+            return asked
+        rows, columns = (
+            -(-side // cell) if self.round_up else side // cell
+            for side, cell in zip((height, width), self.cells(height, width), strict=True)
+        )
+        return rows, columns
+
+
+class RescaleBack(ExtraSpec, frozen=True):
+    """Before output blocks of a UNet, an image of another size than its skip connection is brought to that one's.
+
+    Source, before, after: as `Rescale`'s. order: as FreeU's.
+    """
+
+    blocks: tuple[int, ...]
+    method: str
+    before: float = 1.0
+    after: float = 1.0
+    order: int = 0
+
+
+class DownsampleByFour(ExtraSpec, frozen=True):
+    """A downsampling of a UNet gives a quarter of both sides in place of half: its kernel's cells and steps are twice as far apart.
+
+    Source, before, after, scales_residuals: as `Rescale`'s.
+
+    Args:
+        block: the input block that it is.
+    """
+
+    block: int
+    before: float = 1.0
+    after: float = 1.0
+    scales_residuals: bool = False
+
+    def sides(self, height: int, width: int) -> tuple[int, int]:
+        """As `Downscale.sides`."""
+        return -(-height // 4), -(-width // 4)
+
+
+class UpsampleBy(ExtraSpec, frozen=True):
+    """An upsampling of a UNet, before its convolution, by another method than of nearest cells.
+
+    Source, before, after: as `Rescale`'s.
+
+    Args:
+        block: the output block that ends in it.
+        halfway: the method by which it first comes to half of the size; None: by one alone.
+    """
+
+    block: int
+    method: str
+    halfway: str | None = None
+    before: float = 1.0
+    after: float = 1.0
+
+
+class ShiftedWindows(ExtraSpec, frozen=True):
+    """Self-attentions of a UNet in two by two windows, which are shifted around the picture's edges: each token sees its window alone.
+
+    Source: HiDiffusion (Zhang et al. 2023, arXiv 2311.17528), MSW-MSA, as comfyui_jankhidiffusion has it.
+
+    Args:
+        windows: by place, rows and columns as which tokens are counted, and by how many the windows are shifted down and right.
+        method, back: of resizing tokens whose rows or columns are odd to the next even numbers, and their outputs back.
+        gains: what tokens are multiplied by before that and after, and outputs before and after they are resized back.
+    """
+
+    places: list[PlaceName]
+    windows: list[tuple[int, int, int, int]]
+    method: str
+    back: str
+    gains: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
 
 
 AnyExtra: TypeAlias = (
@@ -253,4 +383,9 @@ AnyExtra: TypeAlias = (
     | TiledAttention
     | FreeU
     | Downscale
+    | Rescale
+    | RescaleBack
+    | DownsampleByFour
+    | UpsampleBy
+    | ShiftedWindows
 )  # fmt: skip

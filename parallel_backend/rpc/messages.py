@@ -73,6 +73,11 @@ class LoadVAE(Message, frozen=True):
     key: str
     dtype: str
 
+    @property
+    def held_as(self) -> str:
+        """The name under which it is held."""
+        return f"{self.key}/{self.dtype}/vae"
+
 
 class LoadControl(Message, frozen=True):
     """Hold the ControlNet at `path` for the resident `model`, in its mesh and dtype."""
@@ -182,7 +187,10 @@ class Control(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Forward(Message, frozen=True):
-    """One evaluation of the model, rows as they come: as many for each of `branches`, which are prompts' numbers (0 cond, 1 uncond)."""
+    """One evaluation of the model, rows as they come: as many for each of `branches`, which are prompts' numbers (0 cond, 1 uncond).
+
+    Of `extras`, those act that do at `sigma`; all do where it is None.
+    """
 
     model: str
     x: TensorIndex
@@ -194,6 +202,7 @@ class Forward(Message, frozen=True):
     controls: list[ControlUse] = []
     extras: list[AnyExtra] = []
     branches: list[int] = msgspec.field(default_factory=lambda: [0])
+    sigma: float | None = None
 
 
 class PatchFilePart(Message, frozen=True):

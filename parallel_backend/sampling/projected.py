@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..guidance_spec import APG
+from ..config.guidance import APG
 
 _OF_A_ROW = (-1, -2, -3)
 

@@ -22,7 +22,9 @@ from parallel_backend.models.families import FROM_SCRATCH, SD3, SDXL
 from parallel_backend.models.from_scratch import FromScratch, FromScratchConfig, GridPositions
 from parallel_backend.models.mmdit import MMDiT, MMDiTConfig
 from parallel_backend.models.network import TokenNetwork
-from parallel_backend.models.prediction import Predictor, Prompt, Share
+from parallel_backend.models.prediction import Predictor
+from parallel_backend.models.rows import Prompt
+from parallel_backend.models.share import Share
 from parallel_backend.models.unet import BandUNet, UNetConfig, band_rows, loadable_unet
 from parallel_backend.models.vae import BandVAE
 from parallel_backend.quantized.forms import GGUF, ScaledFP8

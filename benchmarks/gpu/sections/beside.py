@@ -22,7 +22,8 @@ from parallel_backend.config import MeshSpec, SamplerSpec
 from parallel_backend.distributed.mesh import build_mesh
 from parallel_backend.distributed.stale import EXACT
 from parallel_backend.models.families import SD3
-from parallel_backend.models.prediction import Predictor, Prompt
+from parallel_backend.models.prediction import Predictor
+from parallel_backend.models.rows import Prompt
 from parallel_backend.sampling.image import sample_latent
 from parallel_backend.sampling.parameterization import Discrete, Flow, Parameterization
 

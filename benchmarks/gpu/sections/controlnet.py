@@ -12,8 +12,9 @@ from torch import Tensor
 from parallel_backend.bench.device_time import timed
 from parallel_backend.distributed.stale import EXACT
 from parallel_backend.models.control_use import ControlUse
-from parallel_backend.models.prediction import Predictor, Prompt, Rows
+from parallel_backend.models.prediction import Predictor
 from parallel_backend.models.residuals import Residuals
+from parallel_backend.models.rows import Prompt, Rows
 from parallel_backend.models.unet_control import BandControlNet, UNetControlConfig, loadable_unet_control
 from parallel_backend.small_checkpoints.unet_control import control_config
 

@@ -15,7 +15,8 @@ from parallel_backend.distributed.stale import EXACT
 from parallel_backend.models.compiled import compile_blocks
 from parallel_backend.models.mmdit import HEAD_DIM, JointBlock
 from parallel_backend.models.network import TokenNetwork
-from parallel_backend.models.prediction import Predictor, Prompt
+from parallel_backend.models.prediction import Predictor
+from parallel_backend.models.rows import Prompt
 from parallel_backend.models.transformer import StagedTransformer
 from parallel_backend.sampling.image import sample_latent
 from parallel_backend.sampling.parameterization import Flow

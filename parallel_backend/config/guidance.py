@@ -6,7 +6,7 @@ from math import inf, isfinite
 
 import msgspec
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 
 class APG(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -1,0 +1,65 @@
+"""Plain, frozen settings and their checks: what a mesh is, what a sampling run is. They travel as they are."""
+
+from .backend import DEFAULT_IDLE_SECONDS, LONGEST_IDLE_SECONDS, BackendSpec, DeviceType, Hosts, ServeSpec, gpu_numbers
+from .choices import check_positive, choose
+from .guidance import APG, AwayFromWeaker, check_neg_scale
+from .loading import AUTO, CAST_TO, CELL, DTYPES, FP8, KERNELS, WEIGHTS
+from .mesh import AXES, MMDIT_AXES, MMDIT_REST, UNET_AXES, UNET_REST, MeshSpec
+from .sampling import (
+    CONTINUOUS_PREDICTIONS,
+    DISCRETE_PREDICTIONS,
+    SAMPLERS,
+    SAMPLERS_OF_OWN_STEPS,
+    SAMPLERS_OF_PATCHES,
+    SCHEDULERS,
+    STEP_CACHES,
+    BranchName,
+    ContinuousSampling,
+    DiscreteSampling,
+    FlowSampling,
+    ModelSampling,
+    SamplerSpec,
+    StepCache,
+)
+
+__all__ = [
+    "APG",
+    "AUTO",
+    "AXES",
+    "CAST_TO",
+    "CELL",
+    "CONTINUOUS_PREDICTIONS",
+    "DEFAULT_IDLE_SECONDS",
+    "DISCRETE_PREDICTIONS",
+    "DTYPES",
+    "FP8",
+    "KERNELS",
+    "LONGEST_IDLE_SECONDS",
+    "MMDIT_AXES",
+    "MMDIT_REST",
+    "SAMPLERS",
+    "SAMPLERS_OF_OWN_STEPS",
+    "SAMPLERS_OF_PATCHES",
+    "SCHEDULERS",
+    "STEP_CACHES",
+    "UNET_AXES",
+    "UNET_REST",
+    "WEIGHTS",
+    "AwayFromWeaker",
+    "BackendSpec",
+    "BranchName",
+    "ContinuousSampling",
+    "DeviceType",
+    "DiscreteSampling",
+    "FlowSampling",
+    "Hosts",
+    "MeshSpec",
+    "ModelSampling",
+    "SamplerSpec",
+    "ServeSpec",
+    "StepCache",
+    "check_neg_scale",
+    "check_positive",
+    "choose",
+    "gpu_numbers",
+]
