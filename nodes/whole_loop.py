@@ -94,7 +94,7 @@ def sample_in_backend(
 
         out = _run(model, loop, displaced, preview_for(callback), on_step)
     report = f"{clock.report()}, the whole loop in the backend{price(model.remote.last)}"
-    sent = str(ExtraCost().note(loop.extras))
+    sent = str(ExtraCost().note(loop.extras, evaluations=len(loop.sigmas) - 1))
     say("\n".join(filter(None, [report, sent, model.remote.note])), log=True)
     return out.to(model.load_device)
 

@@ -14,11 +14,12 @@ from comfyui.installation import ComfyInstallation
 from comfyui.twin_run import run_twins
 from test_control_packs import Pack
 from test_perturbed_pack import PERTURBED
+from test_region_packs import CGEM156, PPM, PROMPT_CONTROL
 
 from parallel_backend import Backend
 
 Outcomes = dict[str, dict[str, Any]]
-CASES = "image_prompt_cases"
+CASES, WITH_REGIONS = "image_prompt_cases", "region_picture_cases"
 # By the variable that has its folder, if another than the common one.
 PACKS = {
     "IPADAPTER_PLUS": Pack("ComfyUI_IPAdapter_plus", "IPADAPTER_PLUS", CASES, ("torchvision", "einops")),
@@ -26,6 +27,9 @@ PACKS = {
     "PULID": Pack("PuLID_ComfyUI", "PULID", CASES, ("torchvision",)),
     "FACESWAP": Pack("comfyui-instantId-faceswap", "FACESWAP", CASES, ("torchvision",)),
 }
+
+
+REGIONAL = (CGEM156, PPM, PROMPT_CONTROL)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,9 @@ def run(comfy: ComfyInstallation, backend: Backend, files: Path, missing: dict[s
         folders[PERTURBED.variable] = str(PERTURBED.folder)
     if not folders.keys() & PACKS.keys():
         pytest.skip("; ".join(missing.values()))
-    found = run_twins(comfy, backend, files, CASES, seconds=500, TWINS_WORLD=str(backend.world_size), **folders)
+    folders |= {pack.variable: str(pack.folder) for pack in REGIONAL if not pack.missing(comfy)}
+    cases = (CASES, WITH_REGIONS)
+    found = run_twins(comfy, backend, files, *cases, seconds=500, TWINS_WORLD=str(backend.world_size), **folders)
     return {f"{model}, {case}": outcome for model, cases in found.items() for case, outcome in cases.items()}
 
 
@@ -83,6 +89,21 @@ def test_in_halves(outcomes: Outcomes, missing: dict[str, str]) -> None:
     found = of_pack("FACESWAP", outcomes, missing)
     assert len(found) >= 3 and not wrong(found, 1e-2), wrong(found, 1e-2)
     assert all(outcome["effect"] > 0.1 for outcome in found.values())
+
+
+def test_beside_regional_prompts(comfy: ComfyInstallation, outcomes: Outcomes, missing: dict[str, str]) -> None:
+    """What the packs give each of a row's prompts, on both routes."""
+    lacking = [why for pack in REGIONAL if (why := pack.missing(comfy))]
+    lacking += [why for name, why in missing.items() if name != "FACESWAP"]
+    if lacking:
+        pytest.skip("; ".join(lacking))
+    found = {name: o for name, o in outcomes.items() if ", REGIONS: " in name}
+    assert len(found) >= 9 and not wrong(found), wrong(found)
+    refused = {name for name in found if "two prompts for one latent" in name}
+    assert len(refused) == 1
+    assert all(o["effect"] > 1e-2 for name, o in found.items() if name not in refused)
+    by_steps = {name for name, o in found.items() if o["said"].startswith("step by step")}
+    assert by_steps == {name for name in found if "step by step" in name or "prompt-control" in name}
 
 
 @pytest.mark.parametrize("world", [1, 3, 4])

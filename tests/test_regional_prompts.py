@@ -26,7 +26,7 @@ from parallel_backend.extras.target import Target
 from parallel_backend.models.network import Network
 from parallel_backend.models.residuals import NONE
 from parallel_backend.models.unet import attention_places
-from parallel_backend.rpc.extras import AnyExtra, RegionalPrompts, SplitPrompt
+from parallel_backend.rpc.extras import AnyExtra, ImagePrompt, RegionalPrompts, SplitPrompt
 from parallel_backend.small_checkpoints.unet import CONFIGS, random_unet
 
 # At the second scale 11 x 7 tokens, at the third 6 x 4.
@@ -57,10 +57,34 @@ def reference_model() -> Any:
     return random_unet(CONFIGS["tiny"])
 
 
+PICTURED = (("input", 3, 0), 77, 6), (("output", 0, 0), 24, 4)
+
+
+def picture(
+    rows: list[tuple[int, int | None]], regions: list[int] | None, seed: int, **form: Any
+) -> ImagePrompt[Tensor]:
+    """At two of the places, of other numbers of tokens, with masks."""
+    widths = [int(attention_places(reference_model())[place].attn2.inner_dim) for place, *_ in PICTURED]
+    values = sum(2 * width * tokens for width, (_, _, tokens) in zip(widths, PICTURED, strict=True))
+    cells = sum(count for _, count, _ in PICTURED)
+    return ImagePrompt(
+        places=[place for place, *_ in PICTURED],
+        tokens=[tokens for *_, tokens in PICTURED],
+        rows=rows,
+        keys_values=drawn(len(rows), values, seed=seed),
+        masks=drawn(len(rows), cells, seed=seed + 1).abs(),
+        regions=regions,
+        **form,
+    )
+
+
 class Whole:
     """A processor of a reference's cross-attention, on all tokens at once: the layer's output weighed, its projection included."""
 
-    def __init__(self, asked: list[AnyExtra]) -> None:
+    def __init__(self, asked: list[AnyExtra], place: Any) -> None:
+        numbers = [number for number, (at, *_) in enumerate(PICTURED) if at == place]
+        self.number = numbers[0] if numbers else None
+        self.pictures = [one for one in asked if isinstance(one, ImagePrompt)]
         self.splits = any(isinstance(one, SplitPrompt) for one in asked)
         self.regions = next((one for one in asked if isinstance(one, RegionalPrompts)), None)
 
@@ -69,28 +93,45 @@ class Whole:
         if self.splits:
             keys, values = keys[:, 0::2], values[:, 1::2]
         if self.regions is None:
-            return self.layer(attn, x, keys, values)
-        cond, uncond = (self.layer(attn, x[i : i + 1], keys[i : i + 1], values[i : i + 1]) for i in (0, 1))
+            rows = zip(x.split(1), keys.split(1), values.split(1), (0, 1), strict=True)
+            return torch.cat([self.layer(attn, *row, branch, None) for *row, branch in rows])
         asked = self.regions
+        uncond = self.layer(attn, x[1:], keys[1:], values[1:], 1, 0)
         mask = next(mask for mask in asked.masks if mask.shape[1] == x.shape[1])[..., None]
-        of_own = self.layer(attn, x[:1], keys[:1] * asked.strength, values[:1] * asked.strength)
-        others = zip(asked.keys, asked.values or asked.keys, mask[1:], strict=True)
-        cond = mask[0] * of_own + sum(m * self.layer(attn, x[:1], k, v) for k, v, m in others)
+        of_own = self.layer(attn, x[:1], keys[:1] * asked.strength, values[:1] * asked.strength, 0, 0)
+        others = enumerate(zip(asked.keys, asked.values or asked.keys, mask[1:], strict=True), 1)
+        cond = mask[0] * of_own + sum(m * self.layer(attn, x[:1], k, v, 0, n) for n, (k, v, m) in others)
         return torch.cat([cond, uncond])
 
+    def layer(self, attn: Any, x: Tensor, keys: Tensor, values: Tensor, branch: int, region: int | None) -> Tensor:
+        """Of one row: what it takes from its prompt's tokens, and from the pictures for it."""
+        q = attn.to_q(x)
+        out = self.attend(attn, q, attn.to_k(keys), attn.to_v(values))
+        theirs = [one for one in self.pictures if region in (one.regions or [None])]
+        for one in theirs if self.number is not None else ():
+            row = next(n for n, (of, latent) in enumerate(one.rows) if of == branch and latent in (None, 2))
+            places = attention_places(reference_model())
+            counts = [2 * places[p].attn2.inner_dim * t for p, t in zip(one.places, one.tokens, strict=True)]
+            flat = one.keys_values[row].split(counts)[self.number].unflatten(0, (1, one.tokens[self.number], -1))
+            found = self.attend(attn, q, *flat.chunk(2, dim=-1))
+            if one.form == "orthogonal":
+                found = found - (out * found).sum(1, keepdim=True) / (out**2).sum(1, keepdim=True) * out
+            assert one.masks is not None
+            out = out + found * one.masks[row].split([cells for _, cells, _ in PICTURED])[self.number][None, :, None]
+        return attn.to_out[0](out)
+
     @staticmethod
-    def layer(attn: Any, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        q, k, v = attn.to_q(x), attn.to_k(keys), attn.to_v(values)
+    def attend(attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        return attn.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 @torch.inference_mode()
 def expected(asked: list[AnyExtra]) -> Tensor:
     model, places = reference_model(), attention_places(reference_model())
     before = {place: block.attn2.processor for place, block in places.items()}
-    for block in places.values():
-        block.attn2.processor = Whole(asked)
+    for place, block in places.items():
+        block.attn2.processor = Whole(asked, place)
     x, timesteps, context, y = inputs("tiny", SIZE)
     out = model(x, timesteps, context, class_labels=y).sample
     for place, processor in before.items():
@@ -125,6 +166,14 @@ CASES: dict[str, list[AnyExtra]] = {
     "of a strength": [regions(strength=0.7)],
     "split": [SplitPrompt()],
     "split regions": [SplitPrompt(), regions(strength=1.2, split=True)],
+    "a picture, split": [picture([(0, None), (1, 2)], None, 20), SplitPrompt()],
+    "pictures in regions, split": [
+        picture([(0, 2), (1, None)], [0], 20),
+        picture([(0, None)], [1], 22, form="orthogonal"),
+        picture([(0, 0), (0, 2)], [1, 2], 24),
+        regions(strength=1.2, split=True),
+        SplitPrompt(),
+    ],
 }
 
 
@@ -172,6 +221,26 @@ def changed(**fields: Any) -> RegionalPrompts[Tensor]:
 def test_what_does_not_fit_is_named(asked: RegionalPrompts[Tensor], words: str, unets: Path) -> None:
     with pytest.raises(InputError, match=words):
         read_extra(asked, target(unets / "unet-tiny.safetensors", MeshSpec()))
+
+
+WRONG_BESIDE = [
+    ([picture([(0, None)], [1], 20)], "is for the regional prompt 1; 0 came"),
+    ([picture([(0, None)], [3], 20), regions()], "is for the regional prompt 3; 3 came"),
+    ([picture([(0, None)], None, 20), regions()], "beside regional prompts"),
+]
+
+
+@pytest.mark.parametrize(("asked", "words"), WRONG_BESIDE, ids=[words for _, words in WRONG_BESIDE])
+def test_pictures_name_the_prompts_that_they_are_for(asked: list[AnyExtra], words: str, unets: Path) -> None:
+    made = [read_extra(one, target(unets / "unet-tiny.safetensors", MeshSpec())) for one in asked]
+    with pytest.raises(InputError, match=words):
+        made[0].check_beside(made)
+
+
+@pytest.mark.parametrize(("rows", "of"), [([(0, None)], []), ([(0, None)], [1, 1]), ([(0, None), (1, None)], [0, 1])])
+def test_regions_of_a_picture_that_can_not_be(rows: Any, of: list[int], unets: Path) -> None:
+    with pytest.raises(InputError, match=r"is for regional prompts \["):
+        read_extra(picture(rows, of, 20), target(unets / "unet-tiny.safetensors", MeshSpec()))
 
 
 def test_the_same_rows_are_the_same_object(unets: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 import torch
+from torch import Tensor
 
 from parallel_backend import SamplerSpec
 from parallel_backend.client.sent_tensors import REMEMBERED, Attachment, SentTensors
@@ -138,6 +141,31 @@ def test_tensors_that_a_backend_misses_all_travel_again() -> None:
     sent.forget()
     metas, travelling, _ = sent.prepare(prompt)
     assert len(travelling) == 2 and all(meta.sent for meta in metas)
+
+
+def test_a_lasting_tensor_is_read_again_only_when_it_was_written_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter of 900 MB is named at every evaluation."""
+    sent, tensor = SentTensors(), torch.zeros(3)
+    read: list[Tensor] = []
+    by_value = SentTensors._key_by_value
+
+    def noted(self: SentTensors, tensor: Tensor, before: Any) -> str:
+        read.append(tensor)
+        return by_value(self, tensor, before)
+
+    monkeypatch.setattr(SentTensors, "_key_by_value", noted)
+
+    def travels(tensor: Tensor) -> bool:
+        _, travelling, keys = sent.prepare([Attachment(tensor, kept=True, lasting=True)])
+        sent.note_sent(keys)
+        return bool(travelling)
+
+    assert travels(tensor) and not travels(tensor) and len(read) == 1
+    tensor[0] = 1.0
+    assert travels(tensor) and not travels(tensor) and len(read) == 2
+    with torch.inference_mode():  # of which torch doesn't tell
+        untold = torch.full((3,), 2.0)
+    assert travels(untold) and not travels(untold) and len(read) == 4
 
 
 def test_what_one_request_names_stays_for_the_next_however_much_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample
-
 from ...parallel_backend.rpc.extras import PlaceName
+from .patches import Call
+from .unet_places import sides_at, transformer_layers
 
 
 @dataclass(frozen=True)
@@ -17,9 +17,14 @@ class CrossAttention:
 
     place: PlaceName
     transformer: int
-    tokens: int
+    sides: tuple[int, int]
     width: int
     heads: int
+
+    @property
+    def tokens(self) -> int:
+        rows, columns = self.sides
+        return rows * columns
 
     @property
     def options(self) -> dict[str, Any]:
@@ -29,31 +34,11 @@ class CrossAttention:
         return at | {"n_heads": self.heads, "dim_head": self.width // self.heads, "attn_precision": None}
 
 
-def cross_attentions(network: Any, height: int, width: int) -> Mapping[PlaceName, CrossAttention]:
-    """By place. An output block works at the size of the input block whose output it takes in."""
-    return {attention.place: attention for attention in _all(network, height, width)}
-
-
-def _all(network: Any, height: int, width: int) -> Iterator[CrossAttention]:
-    transformer = 0
-    sides, taken_in = (height, width), []
-    for side, blocks in (("input", network.input_blocks), ("middle", [network.middle_block])):
-        for number, block in enumerate(blocks):
-            for layer in block if block is not None else ():
-                if isinstance(layer, Downsample):
-                    sides = (-(-sides[0] // 2), -(-sides[1] // 2))
-                yield from _of_layer(layer, (side, number), transformer, sides)
-                transformer += hasattr(layer, "transformer_blocks")
-            if side == "input":
-                taken_in.append(sides)
-    for number, block in enumerate(network.output_blocks):
-        sides = taken_in.pop()
-        for layer in block:
-            yield from _of_layer(layer, ("output", number), transformer, sides)
-            transformer += hasattr(layer, "transformer_blocks")
-
-
-def _of_layer(layer: Any, block: tuple[str, int], transformer: int, sides: tuple[int, int]) -> Iterator[CrossAttention]:
-    for index, blocks in enumerate(getattr(layer, "transformer_blocks", ())):
-        width = blocks.attn2.to_q.out_features
-        yield CrossAttention((*block, index), transformer, sides[0] * sides[1], width, blocks.n_heads)
+def cross_attentions(call: Call) -> Mapping[PlaceName, CrossAttention]:
+    """By place, for a call's latent."""
+    found = {}
+    for transformer, (block, layer) in enumerate(transformer_layers(call.network)):
+        for index, blocks in enumerate(layer.transformer_blocks):
+            place, width = (*block, index), blocks.attn2.to_q.out_features
+            found[place] = CrossAttention(place, transformer, sides_at(place, call), width, blocks.n_heads)
+    return found

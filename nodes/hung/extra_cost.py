@@ -18,12 +18,12 @@ class ExtraCost:
     fresh: int = 0
     evaluations: int = 0
 
-    def note(self, extras: Iterable[AnyExtra]) -> ExtraCost:
-        """Once more, of an evaluation or of a whole sampling."""
+    def note(self, extras: Iterable[AnyExtra], evaluations: int = 1) -> ExtraCost:
+        """Once more, of so many evaluations at once."""
         before = self.fresh
         for extra in extras:
             extra.each(self._keep, fresh=self._count)
-        self.evaluations += self.fresh > before
+        self.evaluations += evaluations if self.fresh > before else 0
         return self
 
     def _keep(self, tensor: Tensor) -> Tensor:

@@ -15,10 +15,11 @@ from comfy.samplers import KSAMPLER, CFGGuider
 from torch import Tensor
 
 from ...parallel_backend import Conditioning, ControlUse, PerpNeg
-from ...parallel_backend.config import SAMPLERS, FlowSampling, ModelSampling
+from ...parallel_backend.config import SAMPLERS, SAMPLERS_OF_PATCHES, FlowSampling, ModelSampling
 from ...parallel_backend.errors import UnsupportedError
-from ...parallel_backend.rpc.extras import AnyExtra
+from ...parallel_backend.rpc.extras import AnyExtra, ImagePrompt
 from ..known_to_core import known_to
+from . import joint_image_prompt
 from .controlnet import ControlChain
 from .further_branches import in_further_branches, odd_branches, processed_empty
 from .kinds import extras_of, step_by_step, unknown_patches
@@ -26,7 +27,7 @@ from .known_functions import Known, Sampling, known_functions
 from .loop_patches import loop_patches, replaced_functions
 from .model_sampling import read_sampling
 from .nag_guider import GUIDER, uneven_prompts
-from .patches import Call, origin
+from .patches import Call, Schedule, origin
 
 # Of a processed prompt: what ComfyUI's loop reads beside the model's own inputs, and the value that changes nothing.
 _NEUTRAL: Mapping[str, Any] = {"strength": 1.0}
@@ -36,6 +37,8 @@ _INPUTS, _MAY_HAVE = {"c_crossattn", "y"}, {"c_concat"}
 # Guiders, by `origin`: core's extra nodes are loaded under a name that differs from start to start.
 _BASIC, _OF_THREE = "nodes_custom_sampler:Guider_Basic", "nodes_perpneg:Guider_PerpNeg"
 _EMPTY = "empty_negative_prompt"
+# A MODEL's option.
+_AROUND = "model_function_wrapper"
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,9 @@ def read_loop(
     known, options = known_functions(guider.model_options, acted_on)
     if guider.cfg != 1:  # else both prompts are evaluated though one has no weight
         options.pop("disable_cfg1_optimization", None)
+    schedule = _schedule(options, name, sigmas)
+    if schedule is not None:
+        del options[_AROUND]
     found = [*replaced_functions(), *loop_patches(model, options)]
     found += step_by_step(guider.model_options["transformer_options"])
     if type(guider) is not CFGGuider and kind_of_guider not in (_BASIC, _OF_THREE, GUIDER):
@@ -136,17 +142,32 @@ def read_loop(
     branches = _branches(guider.cfg, prompts, perp_neg)
     rows = (len(branches) * len(latent), *latent.shape[1:])
     lengths = [prompt.context.shape[1] for prompt in prompts.values()]
-    extras = extras_of(Call(model.network, rows, branches, None, inside, prompts["positive"].context.shape[1]))
+    whole = Call(
+        model.network, rows, branches, None, inside, tokens=prompts["positive"].context.shape[1], schedule=schedule
+    )
+    extras = extras_of(whole)
     if uneven := list(uneven_prompts(inside, extras, lengths)):
         return uneven
     if any(extra.pairs for extra in extras) and (perp_neg is not None or known.in_uncond is not None):
         return ["a patch that mixes rows of two prompts, beside others"]
     if any(extra.pairs for extra in extras) and not _are_alike(prompts, controls):
         return ["a patch that mixes rows of both prompts, which are of unlike lengths or ControlNets"]
+    if any(isinstance(extra, ImagePrompt) and extra.regions is not None for extra in extras):
+        found += _evaluated_apart(known, processed)
+    if found:
+        return found
     settings = {**known.shares, "apg": known.apg, "perp_neg": perp_neg}
     settings |= in_further_branches(known, Call(model.network, tuple(latent.shape), (0,), None, inside))
     of_prompts = (prompts["positive"], prompts.get("negative"))
     return Loop(latent, noise, *named, *of_prompts, mask, sampling, settings, controls, extras)
+
+
+def _schedule(options: Mapping[str, Any], sampler: str | None, sigmas: Tensor) -> Schedule | None:
+    """Where the function around the network is known, and the sampler evaluates it at the schedule's sigmas alone."""
+    around = options.get(_AROUND)
+    if sampler not in SAMPLERS_OF_PATCHES or not joint_image_prompt.is_around(around, options["transformer_options"]):
+        return None
+    return Schedule(tuple(float(sigma) for sigma in sigmas.float() if sigma > 0), around)
 
 
 def _perp_neg(guider: Any, known: Known, prompts: Mapping[str, Conditioning]) -> PerpNeg | None:
@@ -169,6 +190,18 @@ def _are_alike(prompts: Mapping[str, Conditioning], controls: Mapping[str, Seque
     """Whether one evaluation is of all of them."""
     lengths = {prompt.context.shape[1] for prompt in prompts.values()}
     return len(lengths) == 1 and not any(controls.values())
+
+
+def _evaluated_apart(known: Known, processed: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
+    """Where ComfyUI doesn't evaluate all prompts at once: what an image prompt gives each of a row's prompts depends on that."""
+    what = "an image prompt beside regional prompts"
+    if known.weaker is not None or known.empty is not None:
+        yield f"{what}, and evaluations of one prompt by itself"
+    first, *others = (entry for (entry,) in processed.values())
+    for other in others:
+        alike = comfy.samplers.cond_equal_size(first["model_conds"], other["model_conds"])
+        if not alike or first.get("control") is not other.get("control"):
+            yield f"{what}, and prompts that ComfyUI evaluates one after the other"
 
 
 class _AsPatched:

@@ -42,6 +42,14 @@ class Patch:
 
 
 @dataclass(frozen=True)
+class Schedule:
+    """Sigmas at which a sampling evaluates the network, of a MODEL with a function `around` that which patches are told by."""
+
+    sigmas: tuple[float, ...]
+    around: Any
+
+
+@dataclass(frozen=True)
 class Call:
     """The evaluation, or all evaluations of a sampling, for which patches become extras.
 
@@ -51,6 +59,7 @@ class Call:
         sigma: None for all of a sampling.
         options: the transformer options.
         tokens: of each row's prompt; of a whole sampling, of cond's. 0 where nothing asks.
+        schedule: of all of a sampling, where a function around the network belongs to its patches.
     """
 
     network: Module
@@ -59,6 +68,7 @@ class Call:
     sigma: float | None
     options: Mapping[str, Any]
     tokens: int = 0
+    schedule: Schedule | None = None
 
     @property
     def layout(self) -> tuple[int, ...]:

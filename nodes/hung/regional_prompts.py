@@ -16,9 +16,11 @@ from torch import Tensor
 from ...parallel_backend.errors import UnsupportedError
 from ...parallel_backend.rpc.extras import AnyExtra, RegionalPrompts, SplitPrompt
 from .cross_attentions import cross_attentions
+from .image_prompt_patches import is_image_prompt
 from .kept_extras import kept_extras
 from .pack_version import pack_and_version
-from .patches import Call, Kind, Patch, origin
+from .patches import Call, Kind, Patch, origin, patches_in
+from .prompt_rows import PromptRow, plain_rows
 from .refusal import LOCALLY, MISFITS
 
 _NEGPIP = "unet_negpip:sdxl_attn2_negpip"
@@ -65,6 +67,24 @@ def _translated(patches: Sequence[Patch], call: Call) -> list[AnyExtra]:
     return _Asked(patches, call.layout, call).extras()
 
 
+def regional_patches(call: Call) -> list[Patch]:
+    """Those among a call's."""
+    return [patch for patch in patches_in(call.options) if _knows(patch)]
+
+
+@torch.inference_mode()
+def prompt_rows(call: Call) -> Sequence[PromptRow]:
+    """The rows that what replaces an attention to the prompt is given: of cond one for each prompt that it attends to.
+
+    Raises: UnsupportedError: as `_check_alone` says, or rows that aren't known.
+    """
+    patches = regional_patches(call)
+    if not patches:
+        return plain_rows(call)
+    _check_alone(patches, call)
+    return _Asked(patches, call.layout, call).rows()
+
+
 def _check_alone(patches: Sequence[Patch], call: Call) -> None:
     """Raises: UnsupportedError: others at the same place, which would be given rows of several prompts; or an order that isn't known."""
     hung = [patch.function for patch in patches]
@@ -76,6 +96,8 @@ def _check_alone(patches: Sequence[Patch], call: Call) -> None:
     ]
     replaced = call.options.get("patches_replace", {}).get("attn2", {}).items()
     others += [Patch("attn2", place, function) for place, function in replaced if function is not None]
+    # These are asked what they add to each of the prompts: see `prompt_rows`.
+    others = [patch for patch in others if not is_image_prompt(patch)]
     names = [_origin(patch.function) for patch in patches if patch.kind == "attn2_patch"]
     outputs = [_origin(patch.function) for patch in patches if patch.kind == "attn2_output_patch"]
     couples = [name for name in names if name != _NEGPIP]
@@ -107,17 +129,40 @@ class _Asked:
         self.splits = any(_origin(function) == _NEGPIP for function in self.inputs)
         self.options: dict[str, Any] = {"cond_or_uncond": list(layout), "original_shape": list(call.shape)}
 
+    @property
+    def _width(self) -> int | None:
+        """Of the prompt; None where nothing attends to it."""
+        blocks = (b for layer in self.call.network.modules() for b in getattr(layer, "transformer_blocks", ()))
+        return next((block.attn2.to_k.in_features for block in blocks), None)
+
+    @property
+    def _has_regions(self) -> bool:
+        return bool(self.outputs) and any(branch != _UNCOND for branch in self.layout)
+
+    def rows(self) -> Sequence[PromptRow]:
+        """Those that attention is computed for. Raises: UnsupportedError: others than each latent's for each of its prompts."""
+        width, plain = self._width, plain_rows(self.call)
+        if width is None or not self._has_regions:
+            return plain
+        try:
+            queries, _, _ = self._by_branch(_drawn(len(plain), 2, width))
+        except MISFITS as error:
+            self._unknown(f"it can't be computed: {type(error).__name__}: {str(error)[:200]}")
+        latents, found = len(plain) // len(self.layout), list[PromptRow]()
+        for entry, (branch, own) in enumerate(zip(self.layout, queries, strict=True)):
+            found += [PromptRow(entry, branch, n % latents, n // latents) for n in range(len(own))]
+        return found
+
     def extras(self) -> list[AnyExtra]:
         """Raises: UnsupportedError: they do something else than attend to prompts and weigh what comes of it."""
-        blocks = (b for layer in self.call.network.modules() for b in getattr(layer, "transformer_blocks", ()))
-        width = next((block.attn2.to_k.in_features for block in blocks), None)
-        if width is None:  # no attention to a prompt
+        width = self._width
+        if width is None:
             return []
         split: list[AnyExtra] = [SplitPrompt()] if self.splits else []
         base = _drawn(len(self.layout), 2, width)
         try:
             q, k, v = self._by_branch(base)
-            if not self.outputs or all(branch == _UNCOND for branch in self.layout):
+            if not self._has_regions:
                 return split
             strength, keys, values = self._regions(base, k, v)
             masks = self._masks([len(rows) for rows in q])
@@ -128,23 +173,24 @@ class _Asked:
         return [*split, regions]
 
     def _by_branch(self, base_BTE: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Queries, keys and values, each by branch of the layout: one row for uncond, for cond one for each prompt."""
-        given = q = _drawn(len(self.layout), 2, 3)
+        """Queries, keys and values, each by branch of the layout: a row for each latent of uncond, for cond as many for each prompt."""
+        latents = len(base_BTE) // len(self.layout)
+        given = q = _drawn(len(base_BTE), 2, 3)
         k = v = base_BTE
         for function in self.inputs:
             q, k, v = function(q, k, v, self.options)
         conds = sum(branch != _UNCOND for branch in self.layout)
-        each, left = divmod(len(q) - (len(self.layout) - conds), max(conds, 1))
-        counts = [1 if branch == _UNCOND else each for branch in self.layout]
+        each, left = divmod(len(q) - latents * (len(self.layout) - conds), max(latents * conds, 1))
+        counts = [latents if branch == _UNCOND else latents * each for branch in self.layout]
         if left or (each < 1 and conds) or not len(q) == len(k) == len(v) == sum(counts):
             self._unknown("it gives other numbers of rows")
         parts = [tuple(tensor.split(counts)) for tensor in (q, k, v)]
         tiles = self._tiles(base_BTE)
         for number, branch in enumerate(self.layout):
-            own = [part[number] for part in parts]
-            if not torch.equal(own[0], given[number].expand_as(own[0])):
+            own, first = [part[number] for part in parts], number * latents
+            if not torch.equal(own[0], given[first : first + latents].repeat(len(own[0]) // latents, 1, 1)):
                 self._unknown("it changes queries")
-            strengths = {_strength(own[n][0], tiles[n - 1][number]) for n in (1, 2)}
+            strengths = {_strength(own[n][i], tiles[n - 1][first + i]) for n in (1, 2) for i in range(latents)}
             if None in strengths or (strengths != {1.0} and (branch == _UNCOND or not self.outputs)):
                 self._unknown("it changes the prompt")
         q_parts, k_parts, v_parts = (list(part) for part in parts)
@@ -172,15 +218,8 @@ class _Asked:
 
     def _masks(self, counts: Sequence[int]) -> list[Tensor]:
         """By scale of the picture, (prompts, tokens): how much of each comes to each token."""
-        sides = tuple(self.call.shape[2:])
-        wanted = {attention.tokens for attention in cross_attentions(self.call.network, *sides).values()}
-        masks = []
-        while wanted:
-            if sides[0] * sides[1] in wanted:
-                masks.append(self._masks_at(sides, counts))
-                wanted.remove(sides[0] * sides[1])
-            sides = (-(-sides[0] // 2), -(-sides[1] // 2))
-        return masks
+        scales = dict.fromkeys(attention.sides for attention in cross_attentions(self.call).values())
+        return [self._masks_at(sides, counts) for sides in scales]
 
     def _masks_at(self, sides: tuple[int, ...], counts: Sequence[int]) -> Tensor:
         tokens, prompts = sides[0] * sides[1], max(counts)

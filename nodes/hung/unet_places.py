@@ -9,14 +9,20 @@ from ...parallel_backend.rpc.extras import DownsampleByFour, Downscale, PlaceNam
 from .patches import Call, Patch
 
 
-def all_places(network: Any) -> Iterator[PlaceName]:
-    """In the order in which the network runs them."""
+def transformer_layers(network: Any) -> Iterator[tuple[tuple[str, int], Any]]:
+    """Layers of transformer blocks, each with the block that it is in, in the order in which the network runs them."""
     sides = {"input": network.input_blocks, "middle": [network.middle_block], "output": network.output_blocks}
     for side, blocks in sides.items():
         for number, block in enumerate(blocks):
             for layer in block if block is not None else ():
-                transformers = getattr(layer, "transformer_blocks", ())
-                yield from ((side, number, index) for index in range(len(transformers)))
+                if hasattr(layer, "transformer_blocks"):
+                    yield (side, number), layer
+
+
+def all_places(network: Any) -> Iterator[PlaceName]:
+    """In the order in which the network runs them."""
+    for block, layer in transformer_layers(network):
+        yield from ((*block, index) for index in range(len(layer.transformer_blocks)))
 
 
 def sides_at(place: PlaceName, call: Call) -> tuple[int, int]:

@@ -32,8 +32,8 @@ class RequestTensors:
         self._dtype = dtype
         self._places: dict[tuple[int, bool], TensorIndex] = {}
 
-    def place(self, tensor: Tensor, *, kept: bool = False, shared: bool = False) -> TensorIndex:
-        self.attachments.append(Attachment(tensor, kept, shared))
+    def place(self, tensor: Tensor, *, kept: bool = False, shared: bool = False, lasting: bool = False) -> TensorIndex:
+        self.attachments.append(Attachment(tensor, kept, shared, lasting))
         return len(self.attachments) - 1
 
     def in_fp32(self, tensor: Tensor | None) -> TensorIndex | None:
@@ -54,12 +54,12 @@ class RequestTensors:
 
     def extras(self, given: Sequence[AnyExtra]) -> list[AnyExtra]:
         """As a request names them: what comes again is kept."""
-        keep, once = (partial(self._once, kept=kept) for kept in (True, False))
+        keep, once = partial(self._once, kept=True, lasting=True), partial(self._once, kept=False)
         return [extra.each(keep, once) for extra in given]
 
-    def _once(self, tensor: Tensor, *, kept: bool) -> TensorIndex:
+    def _once(self, tensor: Tensor, *, kept: bool, lasting: bool = False) -> TensorIndex:
         """One that stands in several places travels once."""
         key = (id(tensor), kept)
         if key not in self._places:
-            self._places[key] = self.place(tensor.to(self._dtype), kept=kept, shared=not kept)
+            self._places[key] = self.place(tensor.to(self._dtype), kept=kept, shared=not kept, lasting=lasting)
         return self._places[key]

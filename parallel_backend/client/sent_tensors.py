@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import ProtocolError
 from ..rpc.headers import SharedPlace, SharedRoom, TensorMeta
@@ -27,11 +28,20 @@ Words: TypeAlias = "np.ndarray[Any, np.dtype[np.uint64]]"
 
 @dataclass(frozen=True)
 class Attachment:
-    """A tensor of a request; `kept` ones are sent once and then named by their key, `shared` ones lie in memory where they can."""
+    """A tensor of a request; `kept` ones are sent once and then named by their key, `shared` ones lie in memory where they can.
+
+    A `lasting` one isn't compared with what was sent while torch says that nothing was written into it.
+    """
 
     tensor: Tensor
     kept: bool = False
     shared: bool = False
+    lasting: bool = False
+
+    @property
+    def version(self) -> int | None:
+        """Another one after each writing; None where that isn't known."""
+        return None if not self.lasting or self.tensor.is_inference() else self.tensor._version
 
 
 class SentTensors:
@@ -47,6 +57,7 @@ class SentTensors:
         self._count = 0
         self._copies: OrderedDict[str, tuple[object, Words]] = OrderedDict()
         self._sent: set[str] = set()
+        self._unread: MutableMapping[Tensor, tuple[int, str]] = WeakIdKeyDictionary()
 
     def prepare(self, attachments: Sequence[Attachment]) -> tuple[list[TensorMeta], list[Tensor], list[str]]:
         """What the message says of its tensors, those that must travel with it, and the keys among these."""
@@ -58,7 +69,7 @@ class SentTensors:
             if attachment.shared and places:
                 metas.append(tensor_meta(tensor, sent=False, shared=places.pop(0)))
                 continue
-            key = self._key_of(tensor, metas) if attachment.kept else None
+            key = self._key_of(attachment, tensor, metas) if attachment.kept else None
             known = key is not None and (key in self._sent or key in keys)
             metas.append(tensor_meta(tensor, sent=not known, key=key))
             if not known:
@@ -93,8 +104,23 @@ class SentTensors:
         """The backend may hold none of them."""
         self._sent.clear()
 
-    def _key_of(self, tensor: Tensor, before: Sequence[TensorMeta]) -> str:
-        """Of a tensor of a request; the copies of those that came before it there stay."""
+    def _key_of(self, attachment: Attachment, tensor: Tensor, before: Sequence[TensorMeta]) -> str:
+        """Of a tensor of a request; the copies of those that came before it there stay.
+
+        One of a known version has its key without being read.
+        """
+        version = attachment.version
+        if version is None:
+            return self._key_by_value(tensor, before)
+        known = self._unread.get(attachment.tensor)
+        if known is not None and known[0] == version and known[1] in self._copies:
+            self._copies.move_to_end(known[1])
+            return known[1]
+        key = self._key_by_value(tensor, before)
+        self._unread[attachment.tensor] = version, key
+        return key
+
+    def _key_by_value(self, tensor: Tensor, before: Sequence[TensorMeta]) -> str:
         # In numpy: torch would wake its threads, which then spin for a while on the ranks' cores.
         data = _words(np.asarray(tensor_frame(tensor)))
         # Tells others apart as a rule; what it takes for the same is compared in full.

@@ -120,6 +120,7 @@ class UNetSites:
     Args:
         self_attended, cross_attended: around what is between the projections: x is queries, keys and values (B, L, 3 * D) of a
             self-attention, queries (B, L, D) of one to the prompt; the result goes to the projection out.
+        of_regions: around an attention to one of a row's regional prompts, by place and the prompt's number.
         self_layer, cross_layer: around the whole layer of a self-attention, or of one to the prompt, projections included.
         self_projected: around the projection of a self-attention: x (B, L, D) comes, and queries, keys and values go on (B, L, 3 * D).
         norm_rows: see `NormRows`; of all group norms.
@@ -132,6 +133,7 @@ class UNetSites:
 
     self_attended: defaultdict[Place, list[Around]] = field(default_factory=_by_place)
     cross_attended: defaultdict[Place, list[Around]] = field(default_factory=_by_place)
+    of_regions: defaultdict[tuple[Place, int], list[Around]] = field(default_factory=lambda: defaultdict(list))
     self_layer: defaultdict[Place, list[Around]] = field(default_factory=_by_place)
     cross_layer: defaultdict[Place, list[Around]] = field(default_factory=_by_place)
     self_projected: defaultdict[Place, list[Around]] = field(default_factory=_by_place)

@@ -21,8 +21,9 @@ from ..distributed.band_attention import attend_heads
 from ..distributed.collectives import start_all_reduce
 from ..distributed.sites import At, Inner, Place, UNetSites
 from ..errors import InputError
-from ..models.extra import Extra, Row
+from ..models.extra import UNCOND, Extra, Row
 from ..rpc.extras import IDENTITY_TOKENS, ImagePrompt
+from .regional_prompts import RegionalAttention
 from .target import Target, check_known
 
 
@@ -34,6 +35,7 @@ class PromptedAttention(Extra, ABC):
         rows: which evaluations' rows each row of the tensors is for; a number of None is for all latents.
         keys_values: (R, N), place after place (T, 2 * D). masks: (R, M), place after place a number for each token of the latent.
         ends: where each place's part of `keys_values` ends, and of `masks`.
+        regions: of regional prompts beside it, those to whose outputs it is added; rows of uncond have the first alone.
     """
 
     places: tuple[Place, ...]
@@ -42,6 +44,7 @@ class PromptedAttention(Extra, ABC):
     keys_values: Tensor
     masks: Tensor | None
     ends: tuple[tuple[int, int], ...]
+    regions: tuple[int, ...] | None = None
     name = "an image prompt"
 
     @staticmethod
@@ -55,6 +58,7 @@ class PromptedAttention(Extra, ABC):
                 f"Counts of tokens {asked.tokens} came for {len(asked.places)} places.",
                 "Give one for each, of one token or more.",
             )
+        _check_regions(asked)
         widths = [unet.places[place].attn2.inner_dim for place in asked.places]
         sides = [target.sides_at(place) for place in asked.places]
         values = [2 * width * count for width, count in zip(widths, asked.tokens, strict=True)]
@@ -69,6 +73,7 @@ class PromptedAttention(Extra, ABC):
             keys_values=target.here(asked.keys_values),
             masks=None if asked.masks is None else target.here(asked.masks),
             ends=tuple(zip(accumulate(values), accumulate(cells), strict=True)),
+            regions=None if asked.regions is None else tuple(asked.regions),
             **range_of,
         )
 
@@ -79,10 +84,27 @@ class PromptedAttention(Extra, ABC):
     def check(self, branches: Iterable[int]) -> None:
         held = {branch for branch, _ in self.rows}
         for branch in branches:
-            if branch not in held:
+            if branch not in held and (self._has_uncond or branch != UNCOND):
                 raise InputError(f"An image prompt came without keys and values of branch {branch}.", "Give them too.")
 
+    def check_beside(self, others: Sequence[Extra]) -> None:
+        count = max((other.prompts for other in others if isinstance(other, RegionalAttention)), default=0)
+        if self.regions is not None and max(self.regions) >= count:
+            raise InputError(
+                f"An image prompt is for the regional prompt {max(self.regions)}; {count} came.",
+                "Name those that come with it, from 0.",
+            )
+        if self.regions is None and count:
+            raise InputError("An image prompt came beside regional prompts.", "Say which of these it is for.")
+
+    @property
+    def _has_uncond(self) -> bool:
+        """Whether it is for rows of uncond, too."""
+        return self.regions is None or 0 in self.regions
+
     def _chosen(self, rows: Sequence[Row]) -> PromptedAttention:
+        if not self._has_uncond:
+            rows = [row for row in rows if row[0] != UNCOND]
         found = [self._row_of(*row) for row in rows]
         if found == list(range(len(self.rows))):
             return self
@@ -96,7 +118,11 @@ class PromptedAttention(Extra, ABC):
 
     def on_unet(self, sites: UNetSites) -> None:
         for number, place in enumerate(self.places):
-            sites.cross_attended[place].append(partial(self._attended, number))
+            work = partial(self._attended, number)
+            if self.regions is None:
+                sites.cross_attended[place].append(work)
+            for region in self.regions or ():
+                sites.of_regions[place, region].append(work)
 
     def _attended(self, number: int, inner: Inner, q_BLD: Tensor, at: At) -> Tensor:
         first = self.ends[number - 1][0] if number else 0
@@ -166,6 +192,19 @@ _FORMS: dict[str, type[PromptedAttention]] = {
     "orthogonal": OrthogonalAttention,
     "partly_orthogonal": PartlyOrthogonalAttention,
 }
+
+
+def _check_regions(asked: ImagePrompt[Tensor]) -> None:
+    """Raises: InputError: numbers that are none of prompts, or rows of uncond beside what cond alone has."""
+    regions = asked.regions
+    if regions is None:
+        return
+    has_uncond = any(branch == UNCOND for branch, _ in asked.rows)
+    if not regions or min(regions) < 0 or len(set(regions)) < len(regions) or (has_uncond and regions != [0]):
+        raise InputError(
+            f"An image prompt {'with rows of uncond ' if has_uncond else ''}is for regional prompts {regions}.",
+            "Name each once, from 0; uncond has 0 alone, so that an image prompt with its rows is for no other.",
+        )
 
 
 def _check_size(tensor: Tensor, rows: int, expected: int, what: str) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
 from typing import Any
 from weakref import ref
 
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import InputError, UnsupportedError
 from ..models.extra import Extra
@@ -46,7 +47,7 @@ from .deep_shrink import SmallerWithin
 from .free_u import WeighedSkips
 from .image_prompt import PromptedAttention
 from .inner_sides import check_inner_sides
-from .joint_image_prompt import JointPrompt
+from .joint_image_prompt import JointAdapter
 from .kept_attention import GatedAttention
 from .kept_outputs import Samplings
 from .normalized_attention import NormalizedAttention
@@ -66,7 +67,7 @@ from .tiled_attention import QueryTiles
 _KINDS: dict[type[ExtraSpec], tuple[Any, str]] = {
     SkipBlocks: (SkippedBlocks, "mmdit"),
     PerturbedAttention: (IdentityAttention, "unet"),
-    JointImagePrompt: (JointPrompt, "mmdit"),
+    JointImagePrompt: (JointAdapter, "mmdit"),
     ImagePrompt: (PromptedAttention, "unet"),
     BlurQueries: (BlurredQueries, "unet"),
     RegionalPrompts: (RegionalAttention, "unet"),
@@ -107,6 +108,8 @@ class Extras:
     def __init__(self) -> None:
         self._made: OrderedDict[tuple[Any, ...], _Made] = OrderedDict()
         self._samplings = Samplings()
+        # Of single tensors, by extras that come anew with each evaluation.
+        self._parts: MutableMapping[Tensor, Any] = WeakIdKeyDictionary()
 
     def read(
         self,
@@ -124,6 +127,7 @@ class Extras:
         made = tuple(self._of(spec.each(lambda index: tensors[index]), predictor, *size) for spec in asked)
         for extra in made:
             extra.check(branches)
+            extra.check_beside(made)
         check_inner_sides(made, Target(predictor, *size))
         return made
 
@@ -131,6 +135,7 @@ class Extras:
         """Nothing is kept."""
         self._made.clear()
         self._samplings.clear()
+        self._parts.clear()
 
     def end(self, samplings: Iterable[str]) -> None:
         """Nothing is kept of samplings of these names."""
@@ -142,7 +147,7 @@ class Extras:
         # Nothing that is in use has another's number.
         made = self._made.pop(key, None)
         if made is None:
-            extra = read_extra(spec, Target(predictor, height, width, self._samplings))
+            extra = read_extra(spec, Target(predictor, height, width, self._samplings, self._parts))
             made = _Made(ref(predictor), tuple(map(ref, spec.tensors())), extra)
         if made.extra.has_memory:  # it ends with its sampling
             return made.extra

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from math import prod
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..distributed.band_attention import attend_heads
-from ..distributed.sites import At, Inner, Place, UNetSites
+from ..distributed.sites import Around, At, Inner, Place, UNetSites, around
 from ..errors import InputError
 from ..models.extra import UNCOND, Extra, Row
 from ..rpc.extras import RegionalPrompts, SplitPrompt
@@ -96,27 +97,44 @@ class RegionalAttention(Extra):
         scales = [self.strength if cond else 1.0 for cond in is_cond]
         return replace(self, is_cond=is_cond, scales=self.keys[0].new_tensor(scales)[:, None, None])
 
+    @property
+    def prompts(self) -> int:
+        """How many a row of cond attends to, its own included."""
+        return len(self.keys) + 1
+
     def on_unet(self, sites: UNetSites) -> None:
         for place in self.places:
-            sites.cross_attended[place].append(self._attended)
+            # Lists to which others may yet add.
+            works = [sites.of_regions[place, number] for number in range(self.prompts)]
+            sites.cross_attended[place].append(partial(self._attended, works))
 
-    def _attended(self, inner: Inner, q_BLD: Tensor, at: At) -> Tensor:
+    def _attended(self, works: Sequence[Sequence[Around]], inner: Inner, q_BLD: Tensor, at: At) -> Tensor:
+        own_BLD = around(works[0], partial(self._own, inner), at)(q_BLD)
+        runs = list(_runs(self.is_cond))
+        conds = [slice(first, last) for first, last, cond in runs if cond]
+        if not conds:
+            return own_BLD
+        # All at once: what acts around one of the prompts has a row for each of these.
+        of_cond_BLD, q_of_cond_BLD = (torch.cat([x[run] for run in conds]) for x in (own_BLD, q_BLD))
+        weighed_BLD = self._weighed(works, of_cond_BLD, q_of_cond_BLD, at)
+        parts = iter(weighed_BLD.split([run.stop - run.start for run in conds]))
+        return torch.cat([next(parts) if cond else own_BLD[first:last] for first, last, cond in runs])
+
+    def _own(self, inner: Inner, q_BLD: Tensor) -> Tensor:
         # Attention to keys and values times s is that of queries times s, times s.
-        own_BLD = inner(q_BLD) if self.scales is None else inner(q_BLD * self.scales) * self.scales
-        parts = [
-            self._weighed(own_BLD[first:last], q_BLD[first:last], at) if cond else own_BLD[first:last]
-            for first, last, cond in _runs(self.is_cond)
-        ]
-        return torch.cat(parts)
+        return inner(q_BLD) if self.scales is None else inner(q_BLD * self.scales) * self.scales
 
-    def _weighed(self, own_BLD: Tensor, q_BLD: Tensor, at: At) -> Tensor:
+    def _weighed(self, works: Sequence[Sequence[Around]], own_BLD: Tensor, q_BLD: Tensor, at: At) -> Tensor:
         own_mask, *masks = self._own_masks(q_BLD, at)
         out_BLD = own_BLD * own_mask
         for number, mask in enumerate(masks):
-            k_1TD, v_1TD = self._keys_values(number, at)
-            k_BTD, v_BTD = (x.expand(len(q_BLD), -1, -1) for x in (k_1TD, v_1TD))
-            out_BLD = out_BLD + attend_heads(at.kernel, at.heads, q_BLD, k_BTD, v_BTD) * mask
+            other = around(works[number + 1], partial(self._other, number, at), at)
+            out_BLD = out_BLD + other(q_BLD) * mask
         return out_BLD
+
+    def _other(self, number: int, at: At, q_BLD: Tensor) -> Tensor:
+        k_BTD, v_BTD = (x.expand(len(q_BLD), -1, -1) for x in self._keys_values(number, at))
+        return attend_heads(at.kernel, at.heads, q_BLD, k_BTD, v_BTD)
 
     def _keys_values(self, number: int, at: At) -> tuple[Tensor, Tensor]:
         assert at.to_kv is not None
@@ -153,7 +171,8 @@ class SplitPromptAttention(Extra):
 
     def on_unet(self, sites: UNetSites) -> None:
         for place in self.places:
-            sites.cross_attended[place].append(_split)
+            # Within all others, which add to what it gives.
+            sites.cross_attended[place].insert(0, _split)
 
 
 def _split(inner: Inner, q_BLD: Tensor, at: At) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import ref
 
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..distributed.band import Cut
 from ..distributed.sites import Place
@@ -20,12 +22,16 @@ from .kept_outputs import Samplings
 
 @dataclass(frozen=True)
 class Target:
-    """`height` and `width` are the latent's; `samplings` have what extras keep from one evaluation for later."""
+    """`height` and `width` are the latent's.
+
+    `samplings` have what extras keep from one evaluation for later, `made` what was made of tensors for models, as long as these are kept.
+    """
 
     predictor: Predictor
     height: int
     width: int
     samplings: Samplings = field(default_factory=Samplings)
+    made: MutableMapping[Tensor, list[tuple[ref[Predictor], Tensor]]] = field(default_factory=WeakIdKeyDictionary)
 
     @property
     def config(self) -> Any:
@@ -70,6 +76,19 @@ class Target:
         """On the device and in the dtype of the model."""
         # Always another tensor: what was made of one is kept as long as that one is.
         return tensor.to(self.predictor.device, self.predictor.dtype, copy=True)
+
+    def once(self, tensor: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+        """`make(tensor)`, made once for this model as long as the tensor is kept: for what is too large to be made at each evaluation.
+
+        Args:
+            make: the same for all that ask for this tensor; what it gives doesn't hold the tensor.
+        """
+        kept = [one for one in self.made.get(tensor, ()) if one[0]() is not None]
+        found = next((own for model, own in kept if model() is self.predictor), None)
+        if found is None:
+            found = make(tensor)
+            self.made[tensor] = [*kept, (ref(self.predictor), found)]
+        return found
 
 
 def check_known(named: Iterable[Any], known: Container[Any], what: str, target: Target) -> None:

@@ -79,6 +79,9 @@ class Extra:
     def check(self, branches: Iterable[int]) -> None:
         """Before the first evaluation, on every rank. Raises: InputError: it has nothing for rows of one of these branches."""
 
+    def check_beside(self, others: Sequence[Extra]) -> None:
+        """As `check`, of all that come with it. Raises: InputError: it can't act without another, or beside one."""
+
     def check_tokens(self, tokens: int) -> None:
         """As `check`, of the prompt's tokens. Raises: InputError: a prompt of so many can't be computed with it."""
 
@@ -94,6 +97,10 @@ class Extra:
 
     def _chosen(self: E, rows: Sequence[Row]) -> E:
         """As `of`, made now. What does not differ by row is the same for all."""
+        return self
+
+    def at(self, sigma: float | None) -> Extra:
+        """What is evaluated there; None where no sigma is known. It may differ from sigma to sigma in its tensors alone."""
         return self
 
     def among(self, spread: Spread) -> Extra:

@@ -263,7 +263,8 @@ class Predictor:
         if prompt.concat is not None:
             given = torch.cat([given, prompt.concat], dim=1)
         evaluate = self.captured or self.network
-        extras = tuple(extra.of(rows.which).among(rows.spread) for extra in rows.extras if extra.is_at(step.sigma))
+        sigma, acting = step.sigma, [extra.of(rows.which) for extra in rows.extras if extra.is_at(step.sigma)]
+        extras = tuple(extra.at(sigma).among(rows.spread) for extra in acting)
         kind = (prompt.context.shape[1], step.phase)
         with nullcontext() if self.compiling is None else self.compiling.told(x, *kind):
             return evaluate(given, rows.timesteps, call.own, step, added, extras).float()

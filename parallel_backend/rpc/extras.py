@@ -81,21 +81,31 @@ class PerturbedAttention(ExtraSpec, frozen=True):
 class JointImagePrompt(ExtraSpec, Generic[T], frozen=True):
     """Beside the joint attention of an MMDiT's blocks, one of the image's queries to image and image prompt; its result is added.
 
+    Keys and values are made of the image prompt's tokens in the ranks, by each block's matrices after a layer norm that is shifted
+    and scaled: the matrices are sent once, tokens, shifts and scales change with the timestep.
     Source: InstantX's IP-Adapter for SD3.5.
 
     Args:
-        norms: (blocks, 2, H), weights of further RMS norms of the image's queries and keys, after the block's own.
-        keys_values: by branch, (rows, blocks, T, 2, N, H), rows 1 or as many as latents; they change with the timestep.
+        norms: by block, (3, H), weights of further RMS norms of the image's queries and keys, after the block's own, and of the image
+            prompt's keys.
+        matrices: by block, (2, N * H, E), of keys and of values.
+        tokens: by branch, (sigmas, rows, T, E), rows 1 or as many as latents.
+        modulation: by branch, (sigmas, rows, blocks, 2, E), what the normed tokens are shifted by, and 1 less than what they are
+            multiplied by.
+        sigmas: those of tokens and modulation; it acts at these alone. Where none is named, there is one of each, at whatever sigma.
         weight: what the result is multiplied by.
     """
 
     blocks: list[int]
-    norms: T
-    keys_values: dict[int, T]
+    norms: list[T]
+    matrices: list[T]
+    tokens: dict[int, T]
+    modulation: dict[int, T]
+    sigmas: list[float] = []
     weight: float = 1.0
 
-    tensor_fields: ClassVar[tuple[str, ...]] = ("norms", "keys_values")
-    fresh_fields: ClassVar[tuple[str, ...]] = ("keys_values",)
+    tensor_fields: ClassVar[tuple[str, ...]] = ("norms", "matrices", "tokens", "modulation")
+    fresh_fields: ClassVar[tuple[str, ...]] = ("tokens", "modulation")
 
 
 # How the output for a picture comes to that for the prompt: as it is; its part that is orthogonal to that one, over all tokens; or
@@ -113,6 +123,8 @@ class ImagePrompt(ExtraSpec, Generic[T], frozen=True):
         rows: of which prompt each row of the tensors is (0 cond, 1 uncond), and for which latent of its batch; None for all of them.
         keys_values: (rows, N), place after place (tokens, 2 * width); the values times the weight that the place has.
         masks: (rows, M), place after place how much each of the whole latent's tokens there takes; None where all take all of it.
+        regions: beside regional prompts, to the outputs for which of a row's prompts it is added: 0 the row's own, which uncond has
+            alone. None where there are none.
     Source: IP-Adapter (Ye et al. 2023, arXiv 2308.06721), equation 5.
     """
 
@@ -122,6 +134,7 @@ class ImagePrompt(ExtraSpec, Generic[T], frozen=True):
     keys_values: T
     masks: T | None = None
     form: ImagePromptForm = "added"
+    regions: list[int] | None = None
 
     tensor_fields: ClassVar[tuple[str, ...]] = ("keys_values", "masks")
 

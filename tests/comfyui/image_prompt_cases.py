@@ -152,7 +152,12 @@ def of_ipadapter(twins):
     yield "of SD1.5", hung(adapter=sd15), {"of": refused}
     words = ["is of a version that is not known", "comfyui_ipadapter_plus 2."]
     refused = functools.partial(named, twins, words, twins.sample)
-    for name, of_theirs in (("what it adds bends", _bent), ("its attention has a mask", _masked)):
+    others = {
+        "what it adds bends": _bent,
+        "so it does in output blocks": _bent_late,
+        "its attention has a mask": _masked,
+    }
+    for name, of_theirs in others.items():
         yield f"an unknown version: {name}", functools.partial(of_another_version, hung(), of_theirs), {"of": refused}
 
 
@@ -221,6 +226,11 @@ def pictured(q, extra_options, ipadapter, module_key, cond, uncond, **kwargs):
 def _bent(out, q, k, v, extra_options, **kwargs):
     attended = optimized_attention(q, *pictured(q, extra_options, **kwargs), extra_options["n_heads"])  # noqa: F821 - the pack's
     return torch.tanh(attended)
+
+
+def _bent_late(out, q, k, v, extra_options, **kwargs):
+    attended = optimized_attention(q, *pictured(q, extra_options, **kwargs), extra_options["n_heads"])  # noqa: F821 - the pack's
+    return torch.tanh(attended) if extra_options["block"][0] == "output" else attended
 
 
 def _masked(out, q, k, v, extra_options, **kwargs):

@@ -4,13 +4,17 @@ import functools
 import os
 import types
 
+import comfy_extras.nodes_mahiro as mahiro
+import comfy_extras.nodes_slg as slg
 import meshes
 import packs
 import torch
 from refusals import named
+from twins import call
 
 FOLDER = os.environ["INSTANTX_IPADAPTER_SD3_PATH"]
 SEEN, TOKENS = 24, 5
+SKIPPED = {"double_layers": "1", "single_layers": "", "start_percent": 0.0, "end_percent": 1.0}
 MODELS = {name: model for name, model in meshes.models().items() if name.startswith("sd3")}
 if meshes.WORLD == 2:
     MODELS["sd3.5-medium"] = "sd3.5-medium.safetensors", {"ring": 2}
@@ -48,12 +52,24 @@ def applied(twins, seed=4, wider=0, **settings):
     return change
 
 
+def stepwise(change):
+    """And something that only ComfyUI's own loop can heed: one request for each evaluation."""
+    return lambda model: call(mahiro.Mahiro, model=change(model))
+
+
 def cases(twins):
     for name in MODELS:
         odd = {"latent": torch.randn(2, 16, 9, 7, generator=torch.Generator().manual_seed(2))}
+        some = applied(twins, start=0.3, end=0.8)
         yield name, "SD3 IP-Adapter, two latents of an odd size", applied(twins, weight=0.7), odd
+        yield name, "SD3 IP-Adapter, step by step", stepwise(applied(twins, weight=0.7)), odd
         if name == "sd3.5-large" and meshes.WORLD == 2:
-            yield name, "SD3 IP-Adapter, some steps", applied(twins, start=0.3, end=0.8), {"steps": 4, "denoise": 1.0}
+            yield name, "SD3 IP-Adapter, some steps", some, {"steps": 4, "denoise": 1.0}
+            yield name, "SD3 IP-Adapter, some steps, step by step", stepwise(some), {"steps": 4, "denoise": 1.0}
+            between = {"sampler": "dpm_2", "steps": 3, "denoise": 1.0}
+            yield name, "SD3 IP-Adapter, between sigmas, step by step", applied(twins, start=0.05, end=0.8), between
+            skipped = lambda model: call(slg.SkipLayerGuidanceDiTSimple, model=applied(twins)(model), **SKIPPED)  # noqa: E731
+            yield name, "SD3 IP-Adapter and skipped layers, step by step", skipped, {}
             wider = applied(twins, wider=64)
             words = ("wide came to a model whose blocks are", "Choose an adapter for this model")
             refused = functools.partial(named, twins, words, lambda model, change=wider: twins.sample(change(model)))

@@ -27,15 +27,20 @@ def part(variable, name, **constants):
     return importlib.import_module(f"{pack}.{name}")
 
 
-def cases(twins):
-    """On the first mesh each kind, on others two."""
+def packs():
+    """cgem156's, ComfyUI-ppm's two and prompt-control's modules; None of those that aren't there."""
     # ComfyUI-ppm imports it for models of another family; newer cores haven't it.
     vars(predict2).setdefault("apply_rotary_pos_emb", None)
     names = {"SYMBOL": "", "NODE_SURFIX": "", "ROOT_NAME": ""}
     cgem = part("CGEM156_PATH", "scripts.attention_couple.node", **names)
     ppm = part("PPM_PATH", "src.nodes_ppm.attention_couple_ppm")
     negpip = part("PPM_PATH", "src.negpip.unet_negpip")
-    control = part("PROMPT_CONTROL_PATH", "prompt_control.attention_couple_ppm")
+    return cgem, ppm, negpip, part("PROMPT_CONTROL_PATH", "prompt_control.attention_couple_ppm")
+
+
+def cases(twins):
+    """On the first mesh each kind, on others two."""
+    cgem, ppm, negpip, control = packs()
     for number, name in enumerate(MODELS):
         is_first = number == 0
         if cgem is not None:
@@ -127,13 +132,14 @@ def doubled(twins):
 def masked(twins, module):
     """The prompt's masks as a hook on it."""
 
-    def run(model, **settings):
+    def run(model, latent=None, **settings):
         _, one, two = masks(ODD)
         first, second = (
             [c, o | {"mask": m, "mask_strength": 1.0}] for [[c, o]], m in zip(regions(twins, model), (one, two))
         )
         positive = module.set_cond_attnmask(twins.prompt(model, 1), [first, second], fill=True)
-        return twins.sample(model, latent=twins.latent(model, *ODD), positive=positive, **settings)
+        latent = twins.latent(model, *ODD) if latent is None else latent
+        return twins.sample(model, latent=latent, positive=positive, **settings)
 
     return run
 
