@@ -86,7 +86,7 @@ class RemoteNetwork(torch.nn.Module):
         """What `forward` is told of the patches in these options."""
         branches, sigmas = tuple(options.get("cond_or_uncond", (0,))), options.get("sigmas")
         sigma = None if sigmas is None else float(sigmas[0])
-        call = Call(self, tuple(x.shape), branches, sigma, options)
+        call = Call(self, tuple(x.shape), branches, sigma, options, x.device)
         extras = extras_of(call)
         self.extra_cost.note(extras)
         if not extras:

@@ -56,7 +56,7 @@ PACKS = (ADVANCED, LAYER_DIFFUSE, BRUSHNET)
 def run(comfy: ComfyInstallation, backend: Backend, files: Path, *packs: Pack) -> Outcomes:
     environment = PYTHONPATH | {pack.variable: str(pack.folder) for pack in packs}
     world = str(backend.world_size)
-    cases = [pack.cases for pack in packs]
+    cases = dict.fromkeys(pack.cases for pack in packs)
     found = run_twins(comfy, backend, files, *cases, seconds=400, TWINS_WORLD=world, **environment)
     return {f"{model}, {case}": outcome for model, of_model in found.items() for case, outcome in of_model.items()}
 

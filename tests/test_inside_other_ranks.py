@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import test_guidance_comfyui as guidance
+import test_guidance_packs as of_guidance
 import test_perturbed_pack as perturbed
 import test_region_packs as regions
 from comfyui.installation import ComfyInstallation
@@ -19,7 +20,7 @@ OF_CORE = ("inside_cases", "cache_cases", "block_cases", "attention_cases", "gui
 
 def run(comfy: ComfyInstallation, backend: Backend, files: Path) -> Outcomes:
     """Packs that aren't there are left out: their own tests say so."""
-    packs = [pack for pack in (*regions.COMPUTED, perturbed.PERTURBED) if not pack.missing(comfy)]
+    packs = [pack for pack in (*regions.COMPUTED, perturbed.PERTURBED, of_guidance.PPM) if not pack.missing(comfy)]
     cases = [*OF_CORE, *dict.fromkeys(pack.cases for pack in packs)]
     environment = PYTHONPATH | {pack.variable: str(pack.folder) for pack in packs}
     world = str(backend.world_size)

@@ -10,6 +10,7 @@ from torch.nn import Module
 
 from ...parallel_backend.rpc.extras import AnyExtra
 from . import (
+    advanced_free_u,
     deep_shrink,
     free_u,
     hyper_tile,
@@ -19,8 +20,10 @@ from . import (
     perturbed_attention,
     regional_prompts,
     self_attention_guidance,
+    shuffled_tokens,
     skip_layers,
     smoothed_energy,
+    sparse_attention,
 )
 from .core_step_caches import is_step_cache
 from .forward_options import FORWARD_OPTIONS
@@ -38,8 +41,12 @@ KINDS: tuple[Kind, ...] = (
     normalized_attention.KIND,
     hyper_tile.KIND,
     free_u.KIND,
+    advanced_free_u.KIND,
     deep_shrink.KIND,
+    sparse_attention.KIND,
+    shuffled_tokens.KIND,
 )
+_OPTIONS = frozenset(kind.option for kind in KINDS if kind.option is not None)
 # What only a UNet's network asks for, and what only a transformer's does: on the other, a patch has no effect, as in ComfyUI.
 _OF_TRANSFORMERS = ("dit",)
 
@@ -49,7 +56,7 @@ def unknown_patches(options: Mapping[str, Any]) -> Iterator[str]:
     yield from (patch.told for patch in patches_in(options) if _kind_of(patch) is None)
     for key, value in options.items():
         known = key in FORWARD_OPTIONS or key in ("patches", "patches_replace") or is_step_cache(key, value)
-        known = known or regional_prompts.is_told_beside(key, options)
+        known = known or key in _OPTIONS or regional_prompts.is_told_beside(key, options)
         if not known and is_set(value):
             yield f"transformer option {key!r}"
 
@@ -76,15 +83,19 @@ def step_by_step(options: Mapping[str, Any]) -> Iterator[str]:
     for patch in patches_in(options):
         if (kind := _kind_of(patch)) is not None:
             yield from kind.step_by_step(patch)
+    yield from (f"transformer option {key!r}" for key in _OPTIONS if is_set(options.get(key)))
 
 
 def _by_kind(call: Call) -> dict[int, list[Patch]]:
-    """Patches that the call's network asks for, by the number of their kind."""
+    """Patches that the call's network asks for, by the number of their kind; none of a kind that an option asks for."""
     found: dict[int, list[Patch]] = {}
     for patch in patches_in(call.options):
         kind = _kind_of(patch)
         if kind is not None and (patch.kind in _OF_TRANSFORMERS) != call.is_unet:
             found.setdefault(KINDS.index(kind), []).append(patch)
+    for number, kind in enumerate(KINDS):
+        if kind.option is not None and is_set(call.options.get(kind.option)):
+            found.setdefault(number, [])
     return found
 
 

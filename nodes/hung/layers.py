@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from .refusal import module_of
+from .shuffled_tokens import is_shuffling
 
 NAMED = 4
 _NO_PACKS = frozenset({*sys.stdlib_module_names, "torch", "comfy"})
@@ -30,6 +31,7 @@ _NO_MATTER = frozenset(
 )
 # Where ComfyUI's patcher notes how a layer's weights are to be cast and patched.
 _CORES_OWN = ("comfy_", "prev_comfy")
+_FORWARD = "forward"
 _EMPTY_AT_FIRST = ("weight_function", "bias_function")
 
 
@@ -64,6 +66,8 @@ class AsMade:
                 yield f"the replaced class of {name or 'the network'} ({type(layer).__name__})", type(layer)
             now = _state(layer)
             for attribute in _differing(state, now):
+                if attribute == _FORWARD and is_shuffling(now.get(attribute)):
+                    continue  # by itself it changes nothing: see the file
                 yield _told(name, attribute, state.get(attribute, now.get(attribute))), now.get(attribute)
 
 

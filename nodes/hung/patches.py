@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 
@@ -43,6 +44,7 @@ class Call:
         branches: which prompts the rows are of, as many rows for each: 0 cond, 1 uncond.
         sigma: None for all of a sampling.
         options: the transformer options.
+        device: on which ComfyUI would compute it, where it draws by chance.
     """
 
     network: Module
@@ -50,6 +52,7 @@ class Call:
     branches: tuple[int, ...]
     sigma: float | None
     options: Mapping[str, Any]
+    device: torch.device | str = "cpu"
 
     @property
     def layout(self) -> tuple[int, ...]:
@@ -77,6 +80,7 @@ class Kind:
             what of its settings can't be honoured.
         reported: by extra that reports, what is done with its report: (patches of this kind, call, (B, N), the latent that the
             network was given).
+        option: a transformer option that asks for extras without a patch.
         step_by_step: why a patch that it knows can't be had for all evaluations of a sampling at once.
     """
 
@@ -84,6 +88,7 @@ class Kind:
     extras: Callable[[Sequence[Patch], Call], Iterable[AnyExtra]]
     functions: Mapping[str, Callable[[Any, Module], Iterator[str]]] = field(default_factory=dict)
     reported: Mapping[type, Callable[[Sequence[Patch], Call, Tensor, Tensor], None]] = field(default_factory=dict)
+    option: str | None = None
     step_by_step: Callable[[Patch], Iterator[str]] = lambda _: iter(())
 
 

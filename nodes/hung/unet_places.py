@@ -5,18 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from torch.nn import Module
+
 from ...parallel_backend.rpc.extras import PlaceName
 from .patches import Call, Patch
 
 
 def all_places(network: Any) -> Iterator[PlaceName]:
     """In the order in which the network runs them."""
+    return (place for place, _ in blocks_of(network))
+
+
+def blocks_of(network: Any) -> Iterator[tuple[PlaceName, Module]]:
+    """As `all_places`, each with its block; none of another network."""
+    if not hasattr(network, "input_blocks"):
+        return
     sides = {"input": network.input_blocks, "middle": [network.middle_block], "output": network.output_blocks}
     for side, blocks in sides.items():
         for number, block in enumerate(blocks):
             for layer in block if block is not None else ():
-                transformers = getattr(layer, "transformer_blocks", ())
-                yield from ((side, number, index) for index in range(len(transformers)))
+                for index, transformer in enumerate(getattr(layer, "transformer_blocks", ())):
+                    yield (side, number, index), transformer
 
 
 def sides_at(place: PlaceName, call: Call) -> tuple[int, int]:

@@ -44,8 +44,16 @@ class Around(Protocol):
         ...
 
 
-class AfterInput(Protocol):
-    """What an extra does with that which an input block of a UNet gives."""
+class OnTokens(Protocol):
+    """What an extra does with the tokens that come to a transformer block of a UNet."""
+
+    def __call__(self, x_BLD: Tensor, band: Band, /) -> Tensor:
+        """In their place. Comm: its own."""
+        ...
+
+
+class AfterBlock(Protocol):
+    """What an extra does with that which an input block of a UNet gives, or its middle block."""
 
     def __call__(self, image: BandImage, /) -> BandImage:
         """In its place. Comm: its own, the same on every rank of the bands."""
@@ -59,7 +67,7 @@ class BeforeOutput(Protocol):
     """
 
     def __call__(self, image: BandImage, skip: BandImage, /) -> tuple[BandImage, BandImage]:
-        """In their place, `skip` in its own size. Comm: as `AfterInput`."""
+        """In their place, `skip` in its own size. Comm: as `AfterBlock`."""
         ...
 
 
@@ -75,22 +83,26 @@ class UNetSites:
         self_attended, cross_attended: around what is between the projections: x is queries, keys and values (B, L, 3 * D) of a
             self-attention, queries (B, L, D) of one to the prompt; the result goes to the projection out.
         self_layer: around the whole layer of a self-attention, projections included.
+        block_input: on the tokens that come to a transformer block.
         after_input, after_skip: by the number of an input block, on what it gives, residuals added: before this becomes a skip
             connection, and after, on what goes on to the next block alone.
+        after_middle: on what the middle block gives, or would give where there is none.
         before_output: on what each output block joins, with numbers in whose order they act.
     """
 
     self_attended: defaultdict[Place, list[Around]] = field(default_factory=_by_place)
     cross_attended: defaultdict[Place, list[Around]] = field(default_factory=_by_place)
     self_layer: defaultdict[Place, list[Around]] = field(default_factory=_by_place)
-    after_input: defaultdict[int, list[AfterInput]] = field(default_factory=lambda: defaultdict(list))
-    after_skip: defaultdict[int, list[AfterInput]] = field(default_factory=lambda: defaultdict(list))
+    block_input: defaultdict[Place, list[OnTokens]] = field(default_factory=lambda: defaultdict(list))
+    after_input: defaultdict[int, list[AfterBlock]] = field(default_factory=lambda: defaultdict(list))
+    after_skip: defaultdict[int, list[AfterBlock]] = field(default_factory=lambda: defaultdict(list))
+    after_middle: list[AfterBlock] = field(default_factory=list)
     before_output: list[tuple[int, BeforeOutput]] = field(default_factory=list)
 
     @property
     def between_blocks(self) -> bool:
         """Whether anything acts there."""
-        return bool(self.after_input or self.after_skip or self.before_output)
+        return bool(self.after_input or self.after_skip or self.after_middle or self.before_output)
 
 
 @dataclass

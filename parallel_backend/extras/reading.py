@@ -26,7 +26,9 @@ from ..rpc.extras import (
     PerturbedAttention,
     RegionalPrompts,
     ReportScores,
+    ShuffledTokens,
     SkipBlocks,
+    SparseAttention,
     SplitPrompt,
     TiledAttention,
 )
@@ -39,7 +41,9 @@ from .joint_image_prompt import JointPrompt
 from .normalized_attention import NormalizedAttention
 from .perturbed_attention import IdentityAttention
 from .regional_prompts import RegionalAttention, SplitPromptAttention
+from .shuffled_tokens import TokenOrders
 from .skip_blocks import SkippedBlocks
+from .sparse_attention import SparseCrossAttention
 from .target import Target
 from .tiled_attention import QueryTiles
 
@@ -50,6 +54,8 @@ _KINDS: dict[type[ExtraSpec], tuple[Any, str]] = {
     JointImagePrompt: (JointPrompt, "mmdit"),
     ImagePrompt: (PromptedAttention, "unet"),
     BlurQueries: (BlurredQueries, "unet"),
+    SparseAttention: (SparseCrossAttention, "unet"),
+    ShuffledTokens: (TokenOrders, "unet"),
     RegionalPrompts: (RegionalAttention, "unet"),
     SplitPrompt: (SplitPromptAttention, "unet"),
     NormalizedGuidance: (NormalizedAttention, "unet"),

@@ -60,6 +60,11 @@ class BlockByBlock:
             out = model.mid_block(image.x, embedding, **_context_for(model.mid_block, inputs.prepared.context))
             image = image.with_band(out)
         image = _with(residuals.middle, image, latent)
+        for work in sites.after_middle:
+            changed = work(image)
+            if image is skips[-1]:  # without a middle block they are one tensor, which ComfyUI changes in place
+                skips[-1] = changed
+            image = changed
         joins = [join for _, join in sorted(sites.before_output, key=itemgetter(0))]
         for layers, upsamplers in _output_blocks(model):
             skip = skips.pop()
