@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,10 @@ FREE_U = FreeU(factors=FACTORS, by_structure=False)
 FREE_U_V2 = FreeU(factors=FACTORS, by_structure=True)
 
 
+def replaced(asked: FreeU, **changed: Any) -> FreeU:
+    return msgspec.structs.replace(asked, **changed)
+
+
 def shrink(block: int, **changed: Any) -> Downscale:
     settings = {"factor": 2.0, "after_skip": True, "method": "bicubic", "back": "bilinear", "order": 1}
     return Downscale(block=block, **(settings | changed))
@@ -45,6 +50,12 @@ def shrink(block: int, **changed: Any) -> Downscale:
 CASES: dict[str, list[AnyExtra]] = {
     "FreeU": [FREE_U],
     "FreeU_V2": [FREE_U_V2],
+    "FreeU at all places": [
+        replaced(FREE_U_V2, at="input", scaled=[96, 40]),
+        replaced(FREE_U_V2, at="middle", scaled=[100, 64]),
+        replaced(FREE_U_V2, scaled=[96, 0], cycles=2),
+    ],
+    "many frequencies": [replaced(FREE_U, cycles=4)],
     "shrunk where a scale begins": [shrink(2)],
     "shrunk where a scale ends, by 1.5": [shrink(3, factor=1.5, method="area", back="nearest-exact")],
     "shrunk before the skip": [shrink(3, after_skip=False, method="bilinear", back="bicubic")],
@@ -59,22 +70,23 @@ SIZES: list[Size] = [(2, 16, 16), (1, 21, 13)]
 MESHES = [MeshSpec(), MeshSpec(patch=2), MeshSpec(patch=3), MeshSpec(patch=2, sliced=True)]
 
 
-def filtered(skip: Tensor, factor: float) -> Tensor:
-    """Of the spectrum of the whole picture, two by two values around the middle are multiplied."""
+def filtered(skip: Tensor, factor: float, cycles: int) -> Tensor:
+    """Of the spectrum of the whole picture, the values around the middle are multiplied."""
     spectrum = torch.fft.fftshift(torch.fft.fftn(skip, dim=(-2, -1)), dim=(-2, -1))
     y, x = (side // 2 for side in skip.shape[-2:])
-    spectrum[..., max(0, y - 1) : y + 1, max(0, x - 1) : x + 1] *= factor
+    spectrum[..., y - cycles : y + cycles, x - cycles : x + cycles] *= factor
     return torch.fft.ifftn(torch.fft.ifftshift(spectrum, dim=(-2, -1)), dim=(-2, -1)).real
 
 
-def weighed(asked: FreeU, h: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
-    for channels, of_image, of_skip in asked.factors:
+def weighed(asked: FreeU, h: Tensor, skip: Tensor | None = None) -> tuple[Tensor, Any]:
+    for number, (channels, of_image, of_skip) in enumerate(asked.factors):
         if channels == h.shape[1]:
             mean = h.mean(1, keepdim=True)
             least, most = (mean.flatten(1).aminmax(dim=1)[i].view(-1, 1, 1, 1) for i in (0, 1))
             factor = (of_image - 1) * (mean - least) / (most - least) + 1 if asked.by_structure else of_image
-            half = channels // 2
-            return torch.cat([h[:, :half] * factor, h[:, half:]], 1), filtered(skip, of_skip)
+            few = channels // 2 if asked.scaled is None else asked.scaled[number]
+            skip = None if skip is None else filtered(skip, of_skip, asked.cycles)
+            return torch.cat([h[:, :few] * factor, h[:, few:]], 1), skip
     return h, skip
 
 
@@ -112,17 +124,22 @@ def expected(case: str, size: Size, with_residuals: bool = False) -> Tensor:
         for number, step in enumerate(steps):
             h = added(step(h), residuals.input[number])
             here = [a for a in asked if isinstance(a, Downscale) and a.block == number]
+            for a in asked:
+                h = weighed(a, h)[0] if isinstance(a, FreeU) and a.at == "input" else h
             for a in here:
                 h = h if a.after_skip else smaller(a, h)
             skips.append(h)
             for a in here:
                 h = smaller(a, h) if a.after_skip else h
         h = added(model.mid_block(h, emb, context), residuals.middle)
+        for a in asked:
+            h = weighed(a, h)[0] if isinstance(a, FreeU) and a.at == "middle" else h
         for block in model.up_blocks:
             for i in range(2):
                 skip = skips.pop()
                 skip = added(skip, residuals.output[len(skips)])
-                for a in sorted(asked, key=lambda a: a.order):
+                joining = [a for a in asked if not isinstance(a, FreeU) or a.at == "output"]
+                for a in sorted(joining, key=lambda a: a.order):
                     h, skip = as_large(a, h, skip) if isinstance(a, Downscale) else weighed(a, h, skip)
                 h = through(block, i, torch.cat([h, skip], 1))
             for upsampler in block.upsamplers or ():

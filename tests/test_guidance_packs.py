@@ -33,7 +33,7 @@ def outcomes(comfy: ComfyInstallation, unets: Path, backend2: Backend) -> Outcom
 
 def case_of(name: str) -> str:
     """Without its model and mesh."""
-    model, _, rest = name.partition(", ")
+    rest = name.partition(", ")[2]
     return rest.partition(", ")[2] if "=" in rest.partition(", ")[0] else rest
 
 

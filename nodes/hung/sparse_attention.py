@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ...parallel_backend.errors import UnsupportedError
-from ...parallel_backend.rpc.extras import AnyExtra, PlaceName, SparseAttention, SparseMap
+from ...parallel_backend.rpc.extras import AnyExtra, PlaceName, SparseAttention
 from .known_functions import closed_over
 from .patches import Call, Kind, Patch, origin
 from .refusal import ELSEWHERE
@@ -13,7 +13,7 @@ from .unet_places import places_of
 
 _ATTENTION = "pladis_utils:pladis_attention_wrapper.<locals>._pladis_sparse_attention"
 # The pack takes the first one for names that it doesn't know.
-_MAPS: dict[str, SparseMap] = {"entmax1.5": "entmax1.5", "sparsemax": "sparsemax"}
+_MAPS = ("entmax1.5", "sparsemax")
 # Patches of what goes into these attentions, whose extras don't say it.
 _INTO = "attn2_patch"
 
@@ -29,10 +29,10 @@ def _knows(patch: Patch) -> bool:
 
 def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:
     """Raises: UnsupportedError: another node's queries, keys or values go into them."""
-    by_setting: dict[tuple[float, SparseMap], list[PlaceName]] = {}
+    by_setting: dict[tuple[float, str], list[PlaceName]] = {}
     for patch in patches:
         made_with = closed_over(patch.function)
-        key = (float(made_with["pladis_scale"]), _MAPS[made_with["sparse_func"]])
+        key = (float(made_with["pladis_scale"]), str(made_with["sparse_func"]))
         by_setting.setdefault(key, []).extend(places_of(patch, call))
     found = [
         SparseAttention(places=places, scale=scale, sparse=sparse)

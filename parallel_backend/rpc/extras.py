@@ -120,10 +120,6 @@ class ImagePrompt(ExtraSpec, Generic[T], frozen=True):
     tensor_fields: ClassVar[tuple[str, ...]] = ("keys_values", "masks")
 
 
-# Of what PLADIS mixes with softmax: see `SparseAttention`.
-SparseMap: TypeAlias = Literal["entmax1.5", "sparsemax"]
-
-
 class SparseAttention(ExtraSpec, frozen=True):
     """Attentions to the prompt of a UNet whose scores are led away from softmax, towards a map that gives most of them nothing.
 
@@ -131,11 +127,12 @@ class SparseAttention(ExtraSpec, frozen=True):
 
     Args:
         scale: how often the sparse map counts; softmax counts 1 - scale times.
+        sparse: of SPARSE_MAPS in extras/sparse_attention.py.
     """
 
     places: list[PlaceName]
     scale: float
-    sparse: SparseMap
+    sparse: str
 
 
 class ShuffledTokens(ExtraSpec, Generic[T], frozen=True):
