@@ -11,13 +11,15 @@ from test_control_packs import Outcomes, Pack, run, wrong
 from parallel_backend import Backend
 
 PERTURBED = Pack("sd-perturbed-attention", "PERTURBED_ATTENTION_PATH", "perturbed_pack_cases")
+# Of it only a patch that PLADIS is refused beside, where it is there.
+NEGPIP = Pack("ComfyUI-ppm", "PPM_PATH", PERTURBED.cases)
 
 
 @pytest.fixture(scope="module")
 def outcomes(comfy: ComfyInstallation, unets: Path, backend2: Backend) -> Outcomes:
     if missing := PERTURBED.missing(comfy):
         pytest.skip(missing)
-    return run(comfy, backend2, unets, PERTURBED)
+    return run(comfy, backend2, unets, PERTURBED, *([] if NEGPIP.missing(comfy) else [NEGPIP]))
 
 
 def refused(outcomes: Outcomes) -> dict[str, str]:
@@ -32,12 +34,18 @@ def test_each_gives_one_latent_on_both_and_changes_it(outcomes: Outcomes) -> Non
 
 
 def test_the_backend_runs_the_loop_where_nothing_acts_between_evaluations(outcomes: Outcomes) -> None:
-    said = {name: o["said"].startswith("step by step") for name, o in outcomes.items() if "PLADIS" in name}
+    said = {
+        name: o["said"].startswith("step by step") for name, o in outcomes.items() if "PLADIS" in name and "said" in o
+    }
     assert len(said) >= 4 and all(by_steps == ("step by step: " in name) for name, by_steps in said.items()), said
 
 
-def test_what_its_nodes_can_not_mean_is_named_before_the_first_step(outcomes: Outcomes) -> None:
+def test_what_its_nodes_can_not_mean_is_named_before_the_first_step(
+    outcomes: Outcomes, comfy: ComfyInstallation
+) -> None:
     errors = {name.rpartition(": ")[2]: error for name, error in refused(outcomes).items()}
+    if not NEGPIP.missing(comfy):
+        assert "PLADIS beside the attn2_patch by sdxl_attn2_negpip" in errors.pop("PLADIS beside NegPiP")
     assert errors.keys() == {"a block outside", "a blur of 0", "NAG"}
     assert "computes with the layer" in errors["NAG"]
     assert "the block output 50 of Perturbed-Attention Guidance" in errors["a block outside"]

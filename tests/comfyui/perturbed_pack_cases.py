@@ -5,6 +5,7 @@ import os
 import meshes
 import packs
 import torch
+from region_cases import doubled, part, with_negpip
 from twins import call
 
 FOLDER = os.environ["PERTURBED_ATTENTION_PATH"]
@@ -58,6 +59,8 @@ def every(twins, picture, square, negative):
     listed = {"scale": 1.5, "sparse_func": "sparsemax", "unet_block_list": "d0,m0,u0.0"}
     yield "PLADIS of a list", node("Pladis", "pladis_nodes", **listed), {}
     yield "step by step: PLADIS and PAG", both(node("Pladis", "pladis_nodes"), node(perturbed, scale=2.0)), picture
+    if (negpip := part("PPM_PATH", "src.negpip.unet_negpip")) is not None:
+        yield "PLADIS beside NegPiP", both(with_negpip(negpip), node("Pladis", "pladis_nodes")), {"of": doubled(twins)}
     shuffled = "TokenPerturbationGuidance"
     drawn = {"of": seeded(twins, picture)}
     yield "TPG", node(shuffled, "tpg_nodes", unet_block_list=""), dict(drawn)
