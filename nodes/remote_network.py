@@ -90,7 +90,8 @@ class RemoteNetwork(torch.nn.Module):
         """What `forward` is told of the patches in these options."""
         branches, sigmas = tuple(options.get("cond_or_uncond", (0,))), options.get("sigmas")
         sigma = None if sigmas is None else float(sigmas[0])
-        call = Call(self, tuple(x.shape), branches, sigma, options, context.shape[1])
+        tokens, device = context.shape[1], x.device
+        call = Call(self, tuple(x.shape), branches, sigma, options, tokens=tokens, device=device)
         extras = extras_of(call)
         self.extra_cost.note(extras)
         if not extras:

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,10 @@ FREE_U = FreeU(factors=FACTORS, by_structure=False)
 FREE_U_V2 = FreeU(factors=FACTORS, by_structure=True)
 
 
+def replaced(asked: FreeU, **changed: Any) -> FreeU:
+    return msgspec.structs.replace(asked, **changed)
+
+
 def shrink(block: int, **changed: Any) -> Downscale:
     settings = {"factor": 2.0, "after_skip": True, "method": "bicubic", "back": "bilinear", "order": 1}
     return Downscale(block=block, **(settings | changed))
@@ -65,6 +70,12 @@ TWICE_APART: list[AnyExtra] = [
 CASES: dict[str, list[AnyExtra]] = {
     "FreeU": [FREE_U],
     "FreeU_V2": [FREE_U_V2],
+    "FreeU at all places": [
+        replaced(FREE_U_V2, at="input", scaled=[96, 40]),
+        replaced(FREE_U_V2, at="middle", scaled=[100, 64]),
+        replaced(FREE_U_V2, scaled=[96, 0], cycles=2),
+    ],
+    "many frequencies": [replaced(FREE_U, cycles=4)],
     "shrunk where a scale begins": [shrink(2)],
     "shrunk where a scale ends, by 1.5": [shrink(3, factor=1.5, method="area", back="nearest-exact")],
     "shrunk before the skip": [shrink(3, after_skip=False, method="bilinear", back="bicubic")],
@@ -96,22 +107,23 @@ SIZES: list[Size] = [(2, 16, 16), (1, 21, 13)]
 MESHES = [MeshSpec(), MeshSpec(patch=2), MeshSpec(patch=3), MeshSpec(patch=2, sliced=True)]
 
 
-def filtered(skip: Tensor, factor: float) -> Tensor:
-    """Of the spectrum of the whole picture, two by two values around the middle are multiplied."""
+def filtered(skip: Tensor, factor: float, cycles: int) -> Tensor:
+    """Of the spectrum of the whole picture, the values around the middle are multiplied."""
     spectrum = torch.fft.fftshift(torch.fft.fftn(skip, dim=(-2, -1)), dim=(-2, -1))
     y, x = (side // 2 for side in skip.shape[-2:])
-    spectrum[..., max(0, y - 1) : y + 1, max(0, x - 1) : x + 1] *= factor
+    spectrum[..., y - cycles : y + cycles, x - cycles : x + cycles] *= factor
     return torch.fft.ifftn(torch.fft.ifftshift(spectrum, dim=(-2, -1)), dim=(-2, -1)).real
 
 
-def weighed(asked: FreeU, h: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
-    for channels, of_image, of_skip in asked.factors:
+def weighed(asked: FreeU, h: Tensor, skip: Tensor | None = None) -> tuple[Tensor, Any]:
+    for number, (channels, of_image, of_skip) in enumerate(asked.factors):
         if channels == h.shape[1]:
             mean = h.mean(1, keepdim=True)
             least, most = (mean.flatten(1).aminmax(dim=1)[i].view(-1, 1, 1, 1) for i in (0, 1))
             factor = (of_image - 1) * (mean - least) / (most - least) + 1 if asked.by_structure else of_image
-            half = channels // 2
-            return torch.cat([h[:, :half] * factor, h[:, half:]], 1), filtered(skip, of_skip)
+            few = channels // 2 if asked.scaled is None else asked.scaled[number]
+            skip = None if skip is None else filtered(skip, of_skip, asked.cycles)
+            return torch.cat([h[:, :few] * factor, h[:, few:]], 1), skip
     return h, skip
 
 
@@ -140,6 +152,8 @@ def given_by(number: int, h: Tensor, asked: list[AnyExtra]) -> tuple[Tensor, Ten
                 h = smaller(a, h)
             elif isinstance(a, Rescale) and number in a.blocks and a.after_skip == after_skip:
                 h = rescaled(a, h)
+            elif isinstance(a, FreeU) and a.at == "input" and not after_skip:
+                h = weighed(a, h)[0]
         skip = skip if after_skip else h
     return skip, h
 
@@ -149,7 +163,7 @@ def joined(number: int, h: Tensor, skip: Tensor, asked: list[AnyExtra]) -> Tenso
     for a in sorted(asked, key=lambda a: getattr(a, "order", 0)):
         if isinstance(a, Downscale):
             h, skip = as_large(a, h, skip)
-        elif isinstance(a, FreeU):
+        elif isinstance(a, FreeU) and a.at == "output":
             h, skip = weighed(a, h, skip)
         elif isinstance(a, RescaleBack) and number in a.blocks and h.shape[2:] != skip.shape[2:]:
             h = resized(h * a.before, *skip.shape[2:], a.method) * a.after
@@ -206,6 +220,8 @@ def expected(case: str, size: Size, with_residuals: bool = False) -> Tensor:
             skip, h = given_by(number, added(h, residuals.input[number], scales), asked)
             skips.append(skip)
         h = added(model.mid_block(h, emb, context), residuals.middle, scales)
+        for a in asked:
+            h = weighed(a, h)[0] if isinstance(a, FreeU) and a.at == "middle" else h
         for number in range(6):
             block, skip = model.up_blocks[number // 2], skips.pop()
             skip = added(skip, residuals.output[len(skips)], scales)

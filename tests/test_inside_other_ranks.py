@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import test_gate_pack as gate
 import test_guidance_comfyui as guidance
+import test_guidance_packs as of_guidance
 import test_hidiffusion_pack as hidiffusion
 import test_nag_pack as nag
 import test_perturbed_pack as perturbed
@@ -19,7 +20,7 @@ from test_control_packs import PYTHONPATH, Outcomes, wrong
 from parallel_backend import Backend
 
 OF_CORE = ("inside_cases", "cache_cases", "block_cases", "attention_cases", "guidance_cases")
-PACKS = (perturbed.PERTURBED, hidiffusion.HIDIFFUSION, nag.NAG, gate.TGATE, *style.PACKS)
+PACKS = (perturbed.PERTURBED, hidiffusion.HIDIFFUSION, nag.NAG, gate.TGATE, of_guidance.PPM, *style.PACKS)
 
 
 def run(comfy: ComfyInstallation, backend: Backend, files: Path) -> Outcomes:

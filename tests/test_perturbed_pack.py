@@ -11,13 +11,15 @@ from test_control_packs import Outcomes, Pack, run, wrong
 from parallel_backend import Backend
 
 PERTURBED = Pack("sd-perturbed-attention", "PERTURBED_ATTENTION_PATH", "perturbed_pack_cases")
+# Of it only a patch that PLADIS is refused beside, where it is there.
+NEGPIP = Pack("ComfyUI-ppm", "PPM_PATH", PERTURBED.cases)
 
 
 @pytest.fixture(scope="module")
 def outcomes(comfy: ComfyInstallation, unets: Path, backend2: Backend) -> Outcomes:
     if missing := PERTURBED.missing(comfy):
         pytest.skip(missing)
-    return run(comfy, backend2, unets, PERTURBED)
+    return run(comfy, backend2, unets, PERTURBED, *([] if NEGPIP.missing(comfy) else [NEGPIP]))
 
 
 def refused(outcomes: Outcomes) -> dict[str, str]:
@@ -27,21 +29,24 @@ def refused(outcomes: Outcomes) -> dict[str, str]:
 def test_each_gives_one_latent_on_both_and_changes_it(outcomes: Outcomes) -> None:
     computed = {name: outcome for name, outcome in outcomes.items() if name not in refused(outcomes)}
     assert len(computed) >= 10 and not wrong(computed), wrong(computed)
-    assert not {name for name, outcome in computed.items() if outcome["effect"] < 1e-3}
+    without = {name for name, outcome in computed.items() if outcome["effect"] < 1e-3}
+    assert without == {name for name in computed if name.endswith("without effect")}
 
 
-def test_normalized_guidance_is_in_the_backends_loop(outcomes: Outcomes) -> None:
+def test_the_backend_runs_the_loop_where_nothing_acts_between_evaluations(outcomes: Outcomes) -> None:
     said = {name.rpartition(": ")[2]: outcome.get("said", "") for name, outcome in outcomes.items()}
     whole = {name for name, words in said.items() if "the whole loop in the backend" in words}
-    assert {"NAG", "NAG of a list, at some sigmas", "NAG, cfg 1", "NAG twice"} <= whole
-    assert "step by step: " in said["NAG beside PAG"]
+    assert {"NAG", "NAG of a list, at some sigmas", "NAG, cfg 1", "NAG twice", "PLADIS", "PLADIS of a list"} <= whole
+    assert "step by step: " in said["NAG beside PAG"] and "step by step: " in said["PLADIS and PAG"]
 
 
-def test_what_its_nodes_can_not_mean_is_named_before_the_first_step(outcomes: Outcomes) -> None:
+def test_what_its_nodes_can_not_mean_is_named_before_the_first_step(
+    outcomes: Outcomes, comfy: ComfyInstallation
+) -> None:
     errors = {name.rpartition(": ")[2]: error for name, error in refused(outcomes).items()}
-    assert errors.keys() == {"a block outside", "a blur of 0", "NAG of two prompts", "PLADIS", "TPG"}
+    if not NEGPIP.missing(comfy):
+        assert "PLADIS beside the attn2_patch by sdxl_attn2_negpip" in errors.pop("PLADIS beside NegPiP")
+    assert errors.keys() == {"a block outside", "a blur of 0", "NAG of two prompts"}
     assert "a negative prompt of 2 rows" in errors["NAG of two prompts"]
-    assert "pladis_utils" in errors["PLADIS"]
-    assert "transformer_blocks.0.forward" in errors["TPG"]
     assert "the block output 50 of Perturbed-Attention Guidance" in errors["a block outside"]
     assert "a blur_sigma of 0" in errors["a blur of 0"]

@@ -10,6 +10,7 @@ from torch.nn import Module
 
 from ...parallel_backend.rpc.extras import AnyExtra
 from . import (
+    advanced_free_u,
     deep_shrink,
     free_u,
     hyper_tile,
@@ -25,8 +26,10 @@ from . import (
     shared_attention,
     shared_norms,
     shifted_windows,
+    shuffled_tokens,
     skip_layers,
     smoothed_energy,
+    sparse_attention,
     t_gate,
     token_merging,
 )
@@ -48,6 +51,7 @@ KINDS: tuple[Kind, ...] = (
     nag_guider.KIND,
     hyper_tile.KIND,
     free_u.KIND,
+    advanced_free_u.KIND,
     deep_shrink.KIND,
     rau_net.KIND,
     shifted_windows.KIND,
@@ -55,7 +59,10 @@ KINDS: tuple[Kind, ...] = (
     shared_attention.KIND,
     shared_norms.KIND,
     t_gate.KIND,
+    sparse_attention.KIND,
+    shuffled_tokens.KIND,
 )
+_OPTIONS = frozenset(kind.option for kind in KINDS if kind.option is not None)
 # What only a UNet's network asks for, and what only a transformer's does: on the other, a patch has no effect, as in ComfyUI.
 _OF_TRANSFORMERS = ("dit", "dit_forward")
 
@@ -65,7 +72,8 @@ def unknown_patches(options: Mapping[str, Any]) -> Iterator[str]:
     yield from (patch.told for patch in patches_in(options) if _kind_of(patch) is None)
     for key, value in options.items():
         known = key in FORWARD_OPTIONS or key in ("patches", "patches_replace") or is_step_cache(key, value)
-        known = known or regional_prompts.is_told_beside(key, options) or t_gate.is_told(key, options)
+        known = known or key in _OPTIONS or regional_prompts.is_told_beside(key, options)
+        known = known or t_gate.is_told(key, options)
         if not known and is_set(value):
             yield f"transformer option {key!r}"
 
@@ -92,15 +100,19 @@ def step_by_step(options: Mapping[str, Any]) -> Iterator[str]:
     for patch in patches_in(options):
         if (kind := _kind_of(patch)) is not None:
             yield from kind.step_by_step(patch)
+    yield from (f"transformer option {key!r}" for key in _OPTIONS if is_set(options.get(key)))
 
 
 def _by_kind(call: Call) -> dict[int, list[Patch]]:
-    """Patches that the call's network asks for, by the number of their kind."""
+    """Patches that the call's network asks for, by the number of their kind; none of a kind that an option asks for."""
     found: dict[int, list[Patch]] = {}
     for patch in (*patches_in(call.options), *forwards_in(call.network)):
         kind = _kind_of(patch)
         if kind is not None and (patch.kind in _OF_TRANSFORMERS) != call.is_unet:
             found.setdefault(KINDS.index(kind), []).append(patch)
+    for number, kind in enumerate(KINDS):
+        if kind.option is not None and is_set(call.options.get(kind.option)):
+            found.setdefault(number, [])
     return found
 
 
@@ -114,8 +126,8 @@ def settings_refused(function: Any, network: Module) -> Iterator[str] | None:
 
 def is_known_change(attribute: str, value: Any) -> bool:
     """Whether what a node has put on a layer of the network is what a kind knows."""
-    is_patch = attribute == FORWARD and _kind_of(Patch(FORWARD, None, value)) is not None
-    return is_patch or shared_norms.is_kept_forward(attribute, value)
+    is_patch = _kind_of(Patch(FORWARD, None, value)) is not None or shuffled_tokens.is_shuffling(value)
+    return (attribute == FORWARD and is_patch) or shared_norms.is_kept_forward(attribute, value)
 
 
 def _kind_of(patch: Patch) -> Kind | None:

@@ -33,6 +33,7 @@ _NO_MATTER = frozenset(
 )
 # Where ComfyUI's patcher notes how a layer's weights are to be cast and patched.
 _CORES_OWN = ("comfy_", "prev_comfy")
+_FORWARD = "forward"
 _EMPTY_AT_FIRST = ("weight_function", "bias_function")
 
 

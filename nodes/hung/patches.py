@@ -8,6 +8,7 @@ from inspect import getclosurevars
 from pathlib import PurePath
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 
@@ -60,6 +61,7 @@ class Call:
         options: the transformer options.
         tokens: of each row's prompt; of a whole sampling, of cond's. 0 where nothing asks.
         schedule: of all of a sampling, where a function around the network belongs to its patches.
+        device: on which ComfyUI would compute it, where it draws by chance.
     """
 
     network: Module
@@ -69,6 +71,7 @@ class Call:
     options: Mapping[str, Any]
     tokens: int = 0
     schedule: Schedule | None = None
+    device: torch.device | str = "cpu"
 
     @property
     def layout(self) -> tuple[int, ...]:
@@ -96,6 +99,7 @@ class Kind:
             what of its settings can't be honoured.
         reported: by extra that reports, what is done with its report: (patches of this kind, call, (B, N), the latent that the
             network was given).
+        option: a transformer option that asks for extras without a patch.
         step_by_step: why a patch that it knows can't be had for all evaluations of a sampling at once.
     """
 
@@ -103,6 +107,7 @@ class Kind:
     extras: Callable[[Sequence[Patch], Call], Iterable[AnyExtra]]
     functions: Mapping[str, Callable[[Any, Module], Iterator[str]]] = field(default_factory=dict)
     reported: Mapping[type, Callable[[Sequence[Patch], Call, Tensor, Tensor], None]] = field(default_factory=dict)
+    option: str | None = None
     step_by_step: Callable[[Patch], Iterator[str]] = lambda _: iter(())
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from torch.nn import Module
+
 from ...parallel_backend.rpc.extras import DownsampleByFour, Downscale, PlaceName, Rescale
 from .patches import Call, Patch
 
 
 def transformer_layers(network: Any) -> Iterator[tuple[tuple[str, int], Any]]:
-    """Layers of transformer blocks, each with the block that it is in, in the order in which the network runs them."""
+    """Layers of transformer blocks, each with the block that it is in, in the order in which the network runs them; of a UNet alone."""
+    if not hasattr(network, "input_blocks"):
+        return
     sides = {"input": network.input_blocks, "middle": [network.middle_block], "output": network.output_blocks}
     for side, blocks in sides.items():
         for number, block in enumerate(blocks):
@@ -19,10 +23,16 @@ def transformer_layers(network: Any) -> Iterator[tuple[tuple[str, int], Any]]:
                     yield (side, number), layer
 
 
-def all_places(network: Any) -> Iterator[PlaceName]:
-    """In the order in which the network runs them."""
+def blocks_of(network: Any) -> Iterator[tuple[PlaceName, Module]]:
+    """Transformer blocks by their places, in the order in which the network runs them; none of another network."""
     for block, layer in transformer_layers(network):
-        yield from ((*block, index) for index in range(len(layer.transformer_blocks)))
+        for index, transformer in enumerate(layer.transformer_blocks):
+            yield (*block, index), transformer
+
+
+def all_places(network: Any) -> Iterator[PlaceName]:
+    """As `blocks_of`, without these."""
+    return (place for place, _ in blocks_of(network))
 
 
 def sides_at(place: PlaceName, call: Call) -> tuple[int, int]:

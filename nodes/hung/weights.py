@@ -21,6 +21,7 @@ from torch import Tensor
 from ...parallel_backend import WeightPatches
 from ...parallel_backend.checkpoint_files.patch_file import LowRank, Whole
 from ...parallel_backend.errors import UnsupportedError
+from .shuffled_tokens import is_shuffling
 
 PREFIX = "diffusion_model."
 # Older cores have it beside their patcher.
@@ -42,8 +43,8 @@ def unsendable_weights(model: ModelPatcher) -> Iterator[str]:
                 yield f"a patch on {key}, which is outside the diffusion model"
             else:
                 yield from _widened(key, entries, comfy.utils.get_attr(model.model, key))
-    for key in model.object_patches:
-        if key.split(".")[0] in ("diffusion_model", "apply_model", "_apply_model"):
+    for key, put in model.object_patches.items():
+        if not is_shuffling(put) and key.split(".")[0] in ("diffusion_model", "apply_model", "_apply_model"):
             yield f"the object patch {key!r}"
 
 

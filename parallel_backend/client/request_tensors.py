@@ -24,7 +24,7 @@ class RequestTensors:
     """Each is taken along and told its place.
 
     Args:
-        dtype: the model's, in which what belongs to ControlNets and extras travels.
+        dtype: the model's, in which what belongs to ControlNets and extras travels; whole numbers stay what they are.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -61,5 +61,8 @@ class RequestTensors:
         """One that stands in several places travels once."""
         key = (id(tensor), kept)
         if key not in self._places:
-            self._places[key] = self.place(tensor.to(self._dtype), kept=kept, shared=not kept, lasting=lasting)
+            self._places[key] = self.place(self._as_told(tensor), kept=kept, shared=not kept, lasting=lasting)
         return self._places[key]
+
+    def _as_told(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor

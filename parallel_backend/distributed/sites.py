@@ -59,8 +59,16 @@ class NormRows(Protocol):
         ...
 
 
-class AfterInput(Protocol):
-    """What an extra does with that which an input block of a UNet gives."""
+class OnTokens(Protocol):
+    """What an extra does with the tokens that come to a transformer block of a UNet."""
+
+    def __call__(self, x_BLD: Tensor, band: Band, /) -> Tensor:
+        """In their place. Comm: its own."""
+        ...
+
+
+class AfterBlock(Protocol):
+    """What an extra does with that which an input block of a UNet gives, or its middle block."""
 
     def __call__(self, image: BandImage, /) -> BandImage:
         """In its place. Comm: its own, the same on every rank of the bands."""
@@ -79,7 +87,7 @@ class AtDownsample(Protocol):
     """What an extra does in place of an input block that is a downsampling."""
 
     def __call__(self, image: BandImage, convolve: Convolve, /) -> BandImage:
-        """Of what comes to it; `convolve` is called once on every rank. Comm: as `AfterInput`."""
+        """Of what comes to it; `convolve` is called once on every rank. Comm: as `AfterBlock`."""
         ...
 
 
@@ -87,7 +95,7 @@ class AtUpsample(Protocol):
     """What an extra does in an upsampling of a UNet around its convolution, which keeps sides as they are."""
 
     def __call__(self, image: BandImage, skip: BandImage, convolve: Callable[[BandImage], BandImage], /) -> BandImage:
-        """Of what comes to it, in the size of `skip`, with which `convolve` is called once on every rank. Comm: as `AfterInput`."""
+        """Of what comes to it, in the size of `skip`, with which `convolve` is called once on every rank. Comm: as `AfterBlock`."""
         ...
 
 
@@ -98,7 +106,7 @@ class BeforeOutput(Protocol):
     """
 
     def __call__(self, image: BandImage, skip: BandImage, number: int, /) -> tuple[BandImage, BandImage]:
-        """In their place, `skip` in its own size. Comm: as `AfterInput`."""
+        """In their place, `skip` in its own size. Comm: as `AfterBlock`."""
         ...
 
 
@@ -124,8 +132,10 @@ class UNetSites:
         self_layer, cross_layer: around the whole layer of a self-attention, or of one to the prompt, projections included.
         self_projected: around the projection of a self-attention: x (B, L, D) comes, and queries, keys and values go on (B, L, 3 * D).
         norm_rows: see `NormRows`; of all group norms.
+        block_input: on the tokens that come to a transformer block.
         after_input, after_skip: by the number of an input block, on what it gives, residuals added: before this becomes a skip
             connection, and after, on what goes on to the next block alone; with numbers in whose order they act.
+        after_middle: on what the middle block gives, or would give where there is none.
         before_output: on what each output block joins, with numbers likewise.
         downsample, upsample: by the number of an input block that is a downsampling, and of an output block that ends in the opposite.
         scales_residuals: a ControlNet's are added in the size of the image that they come to.
@@ -138,8 +148,10 @@ class UNetSites:
     cross_layer: defaultdict[Place, list[Around]] = field(default_factory=_by_place)
     self_projected: defaultdict[Place, list[Around]] = field(default_factory=_by_place)
     norm_rows: NormRows | None = None
-    after_input: defaultdict[int, list[tuple[int, AfterInput]]] = field(default_factory=lambda: defaultdict(list))
-    after_skip: defaultdict[int, list[tuple[int, AfterInput]]] = field(default_factory=lambda: defaultdict(list))
+    block_input: defaultdict[Place, list[OnTokens]] = field(default_factory=lambda: defaultdict(list))
+    after_input: defaultdict[int, list[tuple[int, AfterBlock]]] = field(default_factory=lambda: defaultdict(list))
+    after_skip: defaultdict[int, list[tuple[int, AfterBlock]]] = field(default_factory=lambda: defaultdict(list))
+    after_middle: list[AfterBlock] = field(default_factory=list)
     before_output: list[tuple[int, BeforeOutput]] = field(default_factory=list)
     downsample: dict[int, AtDownsample] = field(default_factory=dict)
     upsample: dict[int, AtUpsample] = field(default_factory=dict)
@@ -148,7 +160,7 @@ class UNetSites:
     @property
     def between_blocks(self) -> bool:
         """Whether anything acts there."""
-        works = (self.after_input, self.after_skip, self.before_output, self.downsample, self.upsample)
+        works = self.after_input, self.after_skip, self.after_middle, self.before_output, self.downsample, self.upsample
         return any(works)
 
     def after_block(self, number: int, image: BandImage) -> tuple[BandImage, BandImage]:

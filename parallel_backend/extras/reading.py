@@ -36,7 +36,9 @@ from ..rpc.extras import (
     SharedAttention,
     SharedNorms,
     ShiftedWindows,
+    ShuffledTokens,
     SkipBlocks,
+    SparseAttention,
     SplitPrompt,
     TiledAttention,
     UpsampleBy,
@@ -59,7 +61,9 @@ from .regional_prompts import RegionalAttention, SplitPromptAttention
 from .shared_attention import AttendedTogether
 from .shared_norms import NormedTogether
 from .shifted_windows import WindowedAttention
+from .shuffled_tokens import TokenOrders
 from .skip_blocks import SkippedBlocks
+from .sparse_attention import SparseCrossAttention
 from .target import Target
 from .tiled_attention import QueryTiles
 
@@ -70,6 +74,8 @@ _KINDS: dict[type[ExtraSpec], tuple[Any, str]] = {
     JointImagePrompt: (JointAdapter, "mmdit"),
     ImagePrompt: (PromptedAttention, "unet"),
     BlurQueries: (BlurredQueries, "unet"),
+    SparseAttention: (SparseCrossAttention, "unet"),
+    ShuffledTokens: (TokenOrders, "unet"),
     RegionalPrompts: (RegionalAttention, "unet"),
     SplitPrompt: (SplitPromptAttention, "unet"),
     NormalizedGuidance: (NormalizedAttention, "unet"),

@@ -210,6 +210,7 @@ class BandUNet(InBands):
             processors: list[Any] = [block.attn1.processor, block.attn2.processor]
             for processor in processors:
                 processor.place = place
+            block.register_forward_pre_hook(partial(self._come_to, place))
 
     def check_size(self, height: int, width: int, text_tokens: int) -> None:
         """Any size can be computed: see `_axis_for`."""
@@ -254,6 +255,16 @@ class BandUNet(InBands):
         if added is None:
             return None
         return (out[0] + added, *out[1:]) if isinstance(out, tuple) else out + added
+
+    def _come_to(self, place: Place, block: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """A hook of a transformer block, whose first input are its tokens."""
+        works = () if self.band.sites is None else self.band.sites.block_input.get(place, ())
+        if not works:
+            return None
+        tokens, *others = inputs
+        for work in works:
+            tokens = work(tokens, self.band)
+        return (tokens, *others)
 
     def _keep(self, block: nn.Module, inputs: object, named: Mapping[str, Any]) -> None:
         """A hook of the last block going up, of what the deeper ones give it."""

@@ -61,6 +61,11 @@ class BlockByBlock:
             out = model.mid_block(image.x, embedding, **_context_for(model.mid_block, inputs.prepared.context))
             image = image.with_band(out)
         image = added(residuals.middle, image)
+        for work in sites.after_middle:
+            changed = work(image)
+            if image is skips[-1]:  # without a middle block they are one tensor, which ComfyUI changes in place
+                skips[-1] = changed
+            image = changed
         for number, (layers, upsamplers) in enumerate(_output_blocks(model)):
             skip = skips.pop()
             skip = added(_entry(residuals.output, len(skips)), skip)

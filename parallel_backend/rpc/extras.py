@@ -139,6 +139,37 @@ class ImagePrompt(ExtraSpec, Generic[T], frozen=True):
     tensor_fields: ClassVar[tuple[str, ...]] = ("keys_values", "masks")
 
 
+class SparseAttention(ExtraSpec, frozen=True):
+    """Attentions to the prompt of a UNet whose scores are led away from softmax, towards a map that gives most of them nothing.
+
+    Source: PLADIS (Kim and Sim 2025, arXiv 2503.07677).
+
+    Args:
+        scale: how often the sparse map counts; softmax counts 1 - scale times.
+        sparse: of SPARSE_MAPS in extras/sparse_attention.py.
+    """
+
+    places: list[PlaceName]
+    scale: float
+    sparse: str
+
+
+class ShuffledTokens(ExtraSpec, Generic[T], frozen=True):
+    """Transformer blocks of a UNet to which tokens come in another order, in which they stay.
+
+    Source: token perturbation guidance (Rajabi et al. 2025, arXiv 2506.10036).
+
+    Args:
+        orders: (N,) int64, place after place which token, counted row by row in the whole picture, comes to each token's place.
+    """
+
+    places: list[PlaceName]
+    orders: T
+
+    tensor_fields: ClassVar[tuple[str, ...]] = ("orders",)
+    fresh_fields: ClassVar[tuple[str, ...]] = ("orders",)
+
+
 class BlurQueries(ExtraSpec, frozen=True):
     """Self-attentions of a UNet whose queries are blurred over the picture: smoothed energy guidance's weaker model.
 
@@ -244,8 +275,12 @@ class TiledAttention(ExtraSpec, frozen=True):
     tiles: list[tuple[int, int, int, int]]
 
 
+# Where FreeU acts on a UNet's image: on what input blocks give, on what the middle block gives, on what output blocks join.
+FreeUSite: TypeAlias = Literal["input", "middle", "output"]
+
+
 class FreeU(ExtraSpec, frozen=True):
-    """Before output blocks of a UNet, half of the image's channels are multiplied, and the lowest frequencies of skip connections.
+    """Between blocks of a UNet, some of the image's channels are multiplied, and the lowest frequencies of skip connections.
 
     Source: FreeU (Si et al. 2023, arXiv 2309.11497), equations 3 to 5.
 
@@ -253,11 +288,17 @@ class FreeU(ExtraSpec, frozen=True):
         factors: by channels of the image where they act: (channels, of the image, of the skip connection).
         by_structure: the image's factor differs by cell, as the mean of its channels does there: the paper's second version.
         order: among what acts before output blocks.
+        scaled: how many of the image's channels, the first ones, are multiplied, for each of `factors`; None: half of them.
+        at: where; only output blocks join skip connections.
+        cycles: frequencies of -cycles to cycles - 1 in each direction are the lowest ones.
     """
 
     factors: list[tuple[int, float, float]]
     by_structure: bool
     order: int = 0
+    scaled: list[int] | None = None
+    at: FreeUSite = "output"
+    cycles: int = 1
 
 
 class Downscale(ExtraSpec, frozen=True):
@@ -462,6 +503,8 @@ AnyExtra: TypeAlias = (
     | JointImagePrompt[Any]
     | ImagePrompt[Any]
     | BlurQueries
+    | SparseAttention
+    | ShuffledTokens[Any]
     | RegionalPrompts[Any]
     | SplitPrompt
     | NormalizedGuidance

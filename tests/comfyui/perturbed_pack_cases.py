@@ -5,11 +5,14 @@ import os
 import meshes
 import packs
 import torch
+from region_cases import doubled, part, with_negpip
 from twins import call
 
 FOLDER = os.environ["PERTURBED_ATTENTION_PATH"]
 NAME = "sd-perturbed-attention"
-MODELS = {name: model for name, model in meshes.models().items() if name.startswith("sdxl")}
+MODELS = meshes.models()
+# On every mesh; on others than the first of 2 ranks, these alone.
+EVERYWHERE = ("PAG of a list", "SEG, the mean", "SEG, a blur", "NAG", "NAG beside PAG", "PLADIS", "TPG of a list")
 
 
 def node(name, module="pag_nodes", **inputs):
@@ -19,19 +22,19 @@ def node(name, module="pag_nodes", **inputs):
 
 def cases(twins):
     """All on the first mesh of 2 ranks, of others those that differ by mesh."""
-    for number, name in enumerate(MODELS):
+    for name in MODELS:
+        if not name.startswith("sdxl"):
+            if meshes.WORLD == 2 and "," not in name:
+                yield from (
+                    (name, f"{NAME}: {case}", change, settings) for case, change, settings in on_transformers(twins)
+                )
+            continue
         picture = {"latent": torch.randn(2, 4, 21, 13, generator=torch.Generator().manual_seed(9))}
         square = {"latent": torch.randn(1, 4, 20, 20, generator=torch.Generator().manual_seed(9))}
         negative, longer = ([[torch.randn(1, tokens, 2048), {}]] for tokens in (24, 41))
-        found = every(picture, square, negative, longer)
+        found = every(twins, picture, square, negative, longer)
         for case, change, settings in found:
-            if (meshes.WORLD == 2 and number == 0) or case in (
-                "PAG of a list",
-                "SEG, the mean",
-                "SEG, a blur",
-                "NAG",
-                "NAG beside PAG",
-            ):
+            if (meshes.WORLD == 2 and "," not in name) or case in EVERYWHERE:
                 yield name, f"{NAME}: {case}", change, dict(settings)
 
 
@@ -39,7 +42,7 @@ def guided(negative, **inputs):
     return node("NormalizedAttentionGuidance", "nag_nodes", negative=negative, **inputs)
 
 
-def every(picture, square, negative, longer):
+def every(twins, picture, square, negative, longer):
     perturbed, smoothed = "PerturbedAttention", "SmoothedEnergyGuidanceAdvanced"
     yield "PAG", node(perturbed, scale=3.0), picture
     listed = {"unet_block_list": "d0.0,m0,u0.1,u1", "adaptive_scale": 0.1, "rescale": 0.5}
@@ -63,7 +66,51 @@ def every(picture, square, negative, longer):
     yield "NAG twice", lambda model: twice[1](twice[0](model)), {}
     yield "NAG beside PAG", lambda model: guided(longer)(node(perturbed, scale=3.0)(model)), picture
     yield "NAG of two prompts", guided([[torch.randn(2, 24, 2048), {}]]), {}
-    yield "PLADIS", node("Pladis", "pladis_nodes"), {}
-    yield "TPG", node("TokenPerturbationGuidance", "tpg_nodes", unet_block_list="d1"), {}
+    yield "SMC", node("SlidingModeControlCFG", "smc_nodes", **{"lambda": 5.0, "k": 0.2}), {"steps": 3}
+    yield "PLADIS", node("Pladis", "pladis_nodes"), picture
+    listed = {"scale": 1.5, "sparse_func": "sparsemax", "unet_block_list": "d0,m0,u0.0"}
+    yield "PLADIS of a list", node("Pladis", "pladis_nodes", **listed), {}
+    yield "step by step: PLADIS and PAG", both(node("Pladis", "pladis_nodes"), node(perturbed, scale=2.0)), picture
+    if (negpip := part("PPM_PATH", "src.negpip.unet_negpip")) is not None:
+        yield "PLADIS beside NegPiP", both(with_negpip(negpip), node("Pladis", "pladis_nodes")), {"of": doubled(twins)}
+    shuffled = "TokenPerturbationGuidance"
+    drawn = {"of": seeded(twins, picture)}
+    yield "TPG", node(shuffled, "tpg_nodes", unet_block_list=""), dict(drawn)
+    listed = {"unet_block_list": "d1,m0,u1.0", "rescale": 0.4, "rescale_mode": "partial"}
+    yield "TPG of a list", node(shuffled, "tpg_nodes", scale=2.0, **listed), drawn | {"steps": 3}
+    late = {"sigma_start": 8.0, "rescale_mode": "snf", "unet_block_list": "u0"}
+    yield "TPG at some sigmas", node(shuffled, "tpg_nodes", scale=2.0, **late), drawn | {"steps": 4}
     yield "a block outside", node(perturbed, unet_block="output", unet_block_id=50), picture
     yield "a blur of 0", node(smoothed, blur_sigma=0.0), picture
+
+
+def on_transformers(twins):
+    """Those that act on denoised latents; and those whose patches nothing calls there."""
+    window = {"tile_width": 48, "tile_height": 32, "tile_overlap": 16, "sigma_end": -1.0}
+    yield "SWG", node("SlidingWindowGuidanceAdvanced", scale=2.0, **window), {}
+    yield "FDG", node("FrequencyDecoupledGuidance", "fdg_nodes", strength_high=6.0), {}
+    yield "momentum", node("MomentumGuidance", "mg_nodes", momentum=0.5, ema=0.6), {"steps": 3}
+    yield "SMC", node("SlidingModeControlCFG", "smc_nodes", **{"lambda": 5.0, "k": 0.2}), {"steps": 3}
+    yield "PAG, without effect", node("PerturbedAttention", scale=3.0), {}
+    yield "SEG, without effect", node("SmoothedEnergyGuidanceAdvanced", scale=3.0), {}
+    yield "PLADIS, without effect", node("Pladis", "pladis_nodes"), {}
+    yield "TPG, without effect", node("TokenPerturbationGuidance", "tpg_nodes", unet_block_list=""), {}
+
+
+def both(*changes):
+    def change(model):
+        for one in changes:
+            model = one(model)
+        return model
+
+    return change
+
+
+def seeded(twins, picture):
+    """The node draws from torch's own generator, which ComfyUI doesn't seed for it."""
+
+    def run(model, **settings):
+        torch.manual_seed(11)
+        return twins.sample(model, **picture, **settings)
+
+    return run

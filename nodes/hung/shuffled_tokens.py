@@ -1,0 +1,82 @@
+"""Token perturbation guidance of the pack sd-perturbed-attention: its weaker model's transformer blocks shuffle their tokens.
+
+The node puts its own forward in the place of each block's, and sets a transformer option where they are to shuffle. These are asked
+for the orders that they draw, in the network's order: then ComfyUI's generator gives what it gives on a local MODEL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from inspect import unwrap
+from types import CellType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...parallel_backend.errors import UnsupportedError
+from ...parallel_backend.rpc.extras import AnyExtra, ShuffledTokens
+from .known_functions import closed_over
+from .patches import Call, Kind, Patch, origin
+from .refusal import ELSEWHERE
+from .unet_places import blocks_of, sides_at
+
+_FORWARD = "tpg_nodes:tpg_forward_wrapper.<locals>.forward"
+_OPTION, _INNER = "tpg", "forward_orig"
+
+
+def is_shuffling(function: Any) -> bool:
+    """Whether it is the node's, around a block's own or another of the node's: ComfyUI leaves those there while a MODEL is loaded."""
+    if not isinstance(function, FunctionType) or origin(function) != _FORWARD:
+        return False
+    held = closed_over(_plain(function))
+    inner = held.get(_INNER)
+    return held.keys() == {_INNER} and (is_shuffling(inner) or _is_blocks_own(inner))
+
+
+def _is_blocks_own(forward: Any) -> bool:
+    return isinstance(forward, MethodType) and forward.__func__ is getattr(type(forward.__self__), "forward", None)
+
+
+def _plain(function: FunctionType) -> FunctionType:
+    """Without the decorator that turns gradients off."""
+    return unwrap(function)  # type: ignore[return-value]
+
+
+def _knows(patch: Patch) -> bool:
+    """It hangs nothing where patches hang."""
+    return False
+
+
+def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:
+    """Raises: UnsupportedError: what stands in a block's place, and would be told to shuffle, isn't known."""
+    places, orders = [], []
+    for place, block in blocks_of(call.network):
+        forward = vars(block).get("forward")
+        if forward is None or _is_blocks_own(forward):
+            continue
+        if not is_shuffling(forward):
+            raise UnsupportedError(
+                f"A parallel MODEL can't honour the {_OPTION} option at {' '.join(map(str, place))}.", ELSEWHERE
+            )
+        rows, columns = sides_at(place, call)
+        places.append(place)
+        orders.append(_drawn(forward, torch.arange(rows * columns, device=call.device)[None, :, None]))
+    if places:
+        yield ShuffledTokens(places=places, orders=torch.cat(orders).cpu())
+
+
+def _drawn(forward: FunctionType, tokens_1L1: Tensor) -> Tensor:
+    """(L,): as a block would be given tokens, each its own number, by the node's code."""
+    plain = _plain(forward)
+    inner = closed_over(plain)[_INNER]
+    asked = FunctionType(plain.__code__, plain.__globals__, closure=(CellType(_as_given),))
+    given: Tensor = asked(tokens_1L1, None, {_OPTION: True})
+    return _drawn(inner, given) if is_shuffling(inner) else given[0, :, 0]
+
+
+def _as_given(x: Tensor, **_: Any) -> Tensor:
+    return x
+
+
+KIND = Kind(_knows, _extras, option=_OPTION)
