@@ -271,7 +271,8 @@ def begun_server(
     sharing: Sharing,
 ) -> Iterator[ComfyServer]:
     """`server` on its way: for modules that have other things to do meanwhile."""
-    begun = ComfyServer(comfy, tmp_path_factory.mktemp("comfyui"), models)
+    # Core itself lets pages of any origin ask: where one is refused, it is by this pack.
+    begun = ComfyServer(comfy, tmp_path_factory.mktemp("comfyui"), models, ["--enable-cors-header", "*"])
     yield from sharing.until_last_use("server", begun, ComfyServer.stop)
 
 

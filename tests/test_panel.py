@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 from comfyui.editor_page import EditorPage, OpenEditor
-from comfyui.installation import ComfyInstallation
 from comfyui.server import ComfyServer
 from ui_workflow import WORKFLOWS
 
@@ -429,19 +428,8 @@ def answered(
         return refused.code, json.loads(text) if text.startswith(b"{") else {}
 
 
-@pytest.fixture(scope="module")
-def open_to_pages(comfy: ComfyInstallation, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    """A ComfyUI that lets pages of any origin ask, as far as core is concerned."""
-    folder = tmp_path_factory.mktemp("open")
-    (folder / "models").mkdir()
-    server = ComfyServer(comfy, folder / "comfyui", folder / "models", ["--enable-cors-header", "*"])
-    server.wait()
-    yield server
-    server.stop()
-
-
-def test_pages_of_other_origins_are_refused(open_to_pages: ComfyServer) -> None:
-    port = open_to_pages.port
+def test_pages_of_other_origins_are_refused(server: ComfyServer) -> None:
+    port = server.port
     own = f"http://127.0.0.1:{port}"
     strangers = [
         {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Origin": f"http://127.0.0.1:{int(port) + 1}"},
@@ -457,25 +445,25 @@ def test_pages_of_other_origins_are_refused(open_to_pages: ComfyServer) -> None:
     asked += [("/parallel_mmdit/everywhere", {"on": True}), (f"/api{STATUS}", None)]
     for path, body in asked:
         for headers in strangers:
-            status, told = answered(open_to_pages, path, body, headers)
+            status, told = answered(server, path, body, headers)
             assert status == 403 and told["error"]["message"] and told["error"]["remedy"], (path, headers)
     for path, body in asked:
         if body is not None:
-            assert answered(open_to_pages, path, body, {"Content-Type": "text/plain"})[0] == 403, path
+            assert answered(server, path, body, {"Content-Type": "text/plain"})[0] == 403, path
 
 
-def test_comfyuis_own_pages_and_programs_are_answered(open_to_pages: ComfyServer) -> None:
-    own = f"http://127.0.0.1:{open_to_pages.port}"
+def test_comfyuis_own_pages_and_programs_are_answered(server: ComfyServer) -> None:
+    own = f"http://127.0.0.1:{server.port}"
     friends: list[dict[str, str]] = [{}, {"Origin": own}, {"Origin": own, "Sec-Fetch-Site": "same-origin"}]
     friends += [{"Sec-Fetch-Site": "none"}, {"Host": "comfy.example", "Origin": "https://comfy.example"}]
     friends += [{"Host": "comfy.example:443", "Origin": "https://comfy.example"}]
     for headers in friends:
-        assert answered(open_to_pages, STATUS, None, headers)[0] == 200, headers
-        status, told = answered(open_to_pages, BACKEND, {"name": "none", "do": "stop"}, headers)
+        assert answered(server, STATUS, None, headers)[0] == 200, headers
+        status, told = answered(server, BACKEND, {"name": "none", "do": "stop"}, headers)
         assert status == 400 and told["error"]["message"] == "No backend 'none' runs.", headers
     assert (
         answered(
-            open_to_pages,
+            server,
             "/parallel_mmdit/everywhere",
             {"on": False},
             {"Content-Type": "application/json; charset=utf-8"},
