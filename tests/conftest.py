@@ -315,6 +315,14 @@ def editor(open_editor: OpenEditor, request: pytest.FixtureRequest) -> EditorPag
     return open_editor(request.param)
 
 
+@pytest.fixture(scope="module", params=VARIANTS)
+def kept_editor(server: ComfyServer, browser: Any, request: pytest.FixtureRequest) -> Iterator[EditorPage]:
+    """`editor`, one of each form for all tests of a module: to open one takes six seconds of a core."""
+    opened = EditorPage(browser, server, request.param)
+    yield opened
+    opened.close()
+
+
 def _stop(name: str) -> None:
     """The backend of that name, if any test has let it start."""
     with suppress(StartError):
