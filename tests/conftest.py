@@ -271,7 +271,8 @@ def begun_server(
     sharing: Sharing,
 ) -> Iterator[ComfyServer]:
     """`server` on its way: for modules that have other things to do meanwhile."""
-    begun = ComfyServer(comfy, tmp_path_factory.mktemp("comfyui"), models)
+    # Core itself lets pages of any origin ask: where one is refused, it is by this pack.
+    begun = ComfyServer(comfy, tmp_path_factory.mktemp("comfyui"), models, ["--enable-cors-header", "*"])
     yield from sharing.until_last_use("server", begun, ComfyServer.stop)
 
 
@@ -312,6 +313,14 @@ def open_editor(server: ComfyServer, browser: Any) -> Iterator[OpenEditor]:
 def editor(open_editor: OpenEditor, request: pytest.FixtureRequest) -> EditorPage:
     """The editor of `server`, once in its classic form and once with Nodes 2.0; `open_editor` for one of them."""
     return open_editor(request.param)
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def kept_editor(server: ComfyServer, browser: Any, request: pytest.FixtureRequest) -> Iterator[EditorPage]:
+    """`editor`, one of each form for all tests of a module: to open one takes six seconds of a core."""
+    opened = EditorPage(browser, server, request.param)
+    yield opened
+    opened.close()
 
 
 def _stop(name: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class Job:
     steps: int = STEPS
 
 
-@cache
+@lru_cache(maxsize=1)  # in each rank, which is one of many
 def predictor(kind: str, path: Path, spec: MeshSpec) -> Predictor:
     mesh = build_mesh(spec, groups())
     network = local_network(path, mesh)

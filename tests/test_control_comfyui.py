@@ -16,7 +16,7 @@ Outcomes = dict[str, dict[str, Any]]
 
 def run(comfy: ComfyInstallation, backend: Backend, files: Path) -> Outcomes:
     world = str(backend.world_size)
-    found = run_twins(comfy, backend, files, "control_cases", seconds=400, TWINS_WORLD=world)
+    found = run_twins(comfy, backend, files, "control_cases", seconds=800, TWINS_WORLD=world)
     return {f"{model}, {case}": outcome for model, cases in found.items() for case, outcome in cases.items()}
 
 

@@ -21,8 +21,9 @@ REMEDY = "Set pp or ring in Mesh Config, or leave displaced off."
 
 
 @pytest.fixture
-def demo(editor: EditorPage) -> EditorPage:
+def demo(kept_editor: EditorPage) -> EditorPage:
     """With the demo's workflow, and a seed of which ComfyUI has no picture yet."""
+    editor = kept_editor
     editor.load_workflow(json.loads(template("demo_text_to_image").path.read_text()))
     set_widget(editor, "ParallelSampler", "seed", random.getrandbits(32))
     return editor

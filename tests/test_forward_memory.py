@@ -262,21 +262,29 @@ def test_a_job_that_is_cancelled_while_it_waits_is_never_handed_on(
     before, failed, other = begun(), backend2.status().jobs_failed, Backend.attach("test2")
     tensors = [torch.zeros(1, 16, 16, 16), *PROMPT]
     waiting = RequestHeader(77, Sample(model.name, SamplerSpec(), 0, Prompt(1, 2)), [tensor_meta(t) for t in tensors])
+    steps = [0]  # of the running job, before another one has come and gone; then those after
 
     def another_comes_and_goes(step: Step) -> None:
+        steps[-1] += 1
         if step.index == 0:
             raw_line.send_multipart(pack(waiting, tensors))
             raw_line.send_multipart(pack(RequestHeader(78, Cancel(77)), []))
             wait_until(lambda: other.status().queued == 1)
+            steps.append(0)
 
-    assert torch.equal(sample(model, on_step=another_comes_and_goes), expected)
+    # More steps than are made while a busy machine looks at its queue.
+    with pytest.raises(CancelledError):
+        sample(
+            model, steps=5000, on_step=another_comes_and_goes, should_cancel=lambda: steps[-1] > 3 and len(steps) > 1
+        )
+    assert torch.equal(sample(model), expected)
     answers = {}
     while len(answers) < 2:
         assert raw_line.poll(20_000)
         header, _ = unpack(raw_line.recv_multipart(), ReplyHeader)
         answers[header.job] = header.body
     assert isinstance(answers[77], Failed) and answers[77].code == CancelledError.code
-    assert begun() == before + 1 and backend2.status().jobs_failed == failed + 1
+    assert begun() == before + 2 and backend2.status().jobs_failed == failed + 2
     other.close()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from comfyui.core_run import run_script
 from comfyui.installation import HERE, ComfyInstallation
 from quantised_files import bitsandbytes
 from reference_models import diffusers_mmdit
@@ -93,10 +93,7 @@ def test_a_file_holds_its_model_whatever_it_is_called_and_has_beside_it(name: st
 
 
 def test_comfyui_loads_the_same_of_each(folder: Path, comfy: ComfyInstallation, tmp_path: Path) -> None:
-    arguments = [comfy.folder, HERE.parents[1], folder, tmp_path / "core", *FILES]
-    command = [comfy.python, HERE / "core_weights.py", *arguments]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_script(comfy, "core_weights.py", HERE.parents[1], folder, tmp_path / "core", *FILES, seconds=120)
     cores = load_file(tmp_path / "core")
     for name in FILES:
         opened = open_model(folder / name)

@@ -24,6 +24,24 @@ AS_PUT_DOWN = {
     "attention": "auto", "backend": "default", "memory_budget_mib": 0, "idle_minutes": 30, "patch": 0, "pp": 1, "sliced": False,
     "address": "", "keys": "", "compile": False, "nan_is_error": False, "graphs": False, **NEW,
 }  # fmt: skip
+EMPTY = {
+    "last_node_id": 0,
+    "last_link_id": 0,
+    "nodes": [],
+    "links": [],
+    "groups": [],
+    "config": {},
+    "extra": {},
+    "version": 0.4,
+}
+
+
+@pytest.fixture
+def editor(kept_editor: EditorPage) -> EditorPage:
+    """With no nodes, and no errors yet."""
+    kept_editor.load_workflow(EMPTY)
+    kept_editor.errors.clear()
+    return kept_editor
 
 
 def old(name: str) -> dict[str, Any]:
@@ -159,22 +177,13 @@ PUT_DOWN = """(values) => {
 }"""
 NODE = "app.graph.nodes.find((node) => node.type === 'MeshConfig')"
 SHOWN = f"{NODE}.meshPicture.shown"
-EMPTY = {
-    "last_node_id": 0,
-    "last_link_id": 0,
-    "nodes": [],
-    "links": [],
-    "groups": [],
-    "config": {},
-    "extra": {},
-    "version": 0.4,
-}
 
 
 def put_down(editor: EditorPage, **values: Any) -> None:
     """A new node with these values, alone in the graph."""
     editor.load_workflow(EMPTY)
-    editor.page.evaluate(PUT_DOWN, {"device": "cpu"} | values)
+    # All of them: the editor keeps values by a node's number, and an earlier one had the same.
+    editor.page.evaluate(PUT_DOWN, AS_PUT_DOWN | {"device": "cpu"} | values)
 
 
 def change(editor: EditorPage, name: str, value: Any) -> None:

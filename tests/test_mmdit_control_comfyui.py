@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from comfyui.installation import HERE, ComfyInstallation
+from comfyui.core_run import run_script
+from comfyui.installation import ComfyInstallation
 from local_network import control_residuals, evaluated, local_control, local_network
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -62,9 +62,7 @@ def of_core(comfy: ComfyInstallation, folder: Path) -> dict[str, Tensor]:
         tensors |= {f"{name}/{part}": tensor for part, tensor in inputs(kind, *size).items()}
         cases[name] = {"control": f"{folder / name}.safetensors", "main": f"{folder / family}.safetensors"}
     save_file(tensors, given, metadata={"cases": json.dumps(cases)})
-    command = [comfy.python, HERE / "control_reference.py", comfy.folder, given, results]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(comfy, "control_reference.py", given, results, seconds=600)
     return load_file(results)
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from comfyui.core_run import run_script
 from comfyui.installation import HERE, ComfyInstallation
 
 from parallel_backend import Backend
@@ -27,14 +26,8 @@ def backend1(runtime_folder: Path) -> Iterator[Backend]:
 
 @pytest.fixture(scope="module")
 def outcomes(comfy: ComfyInstallation, unets: Path, backend1: Backend, backend2: Backend) -> Outcomes:
-    command = [comfy.python, HERE / "odd_values.py", comfy.folder, HERE.parents[1], unets.parent]
-    command += [backend1.spec.name, backend2.spec.name]
-    environment = os.environ | {"PYTHONPATH": str(HERE)}
-    done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, timeout=300, check=False, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    arguments = (HERE.parents[1], unets.parent, backend1.spec.name, backend2.spec.name)
+    return json.loads(run_script(comfy, "odd_values.py", *arguments, seconds=300).splitlines()[-1])
 
 
 def each(outcomes: Outcomes) -> Iterator[tuple[str, dict[str, Any]]]:

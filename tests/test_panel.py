@@ -8,13 +8,12 @@ import signal
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from comfyui.editor_page import EditorPage, OpenEditor
-from comfyui.installation import ComfyInstallation
 from comfyui.server import ComfyServer
 from ui_workflow import WORKFLOWS
 
@@ -328,32 +327,38 @@ MANY = {
 }  # fmt: skip
 
 
+SIZE = (1280, 2600)
+
+
+@pytest.fixture(scope="module")
+def panel_of_many(server: ComfyServer, browser: Any) -> Iterator[Panel]:
+    editor = EditorPage(browser, server, size=SIZE)
+    editor.page.route(f"**{STATUS}", lambda route: route.fulfill(json=MANY))
+    yield Panel(editor)
+    editor.close()
+
+
 @pytest.fixture
-def many(server: ComfyServer, open_editor: OpenEditor) -> Callable[..., Panel]:
-    def opened(theme: str = "dark") -> Panel:
-        editor = open_editor("classic", theme, size=(1280, 2600))
-        editor.page.route(f"**{STATUS}", lambda route: route.fulfill(json=MANY))
-        panel = Panel(editor)
-        expect(panel.card("two")).to_be_visible()
-        return panel
-
-    return opened
+def many(panel_of_many: Panel) -> Panel:
+    """One panel for all that look at many backends, each of which leaves it as it was."""
+    panel_of_many.page.set_viewport_size({"width": SIZE[0], "height": SIZE[1]})
+    expect(panel_of_many.card("two")).to_be_visible()
+    return panel_of_many
 
 
-def test_any_number_of_ranks_and_backends_fits_a_narrow_sidebar(many: Callable[..., Panel]) -> None:
-    panel = many()
-    panel.page.add_style_tag(content=".pm-panel { width: 250px !important; }")
-    panel.page.wait_for_timeout(1500)
+def test_any_number_of_ranks_and_backends_fits_a_narrow_sidebar(many: Panel) -> None:
+    narrow = many.page.add_style_tag(content=".pm-panel { width: 250px !important; }")
+    many.page.wait_for_timeout(1500)
     for name, ranks in (("none", 0), ("one", 1), ("two", 2), ("eight", 8), ("sixteen", 16)):
-        assert panel.card(name).locator(".pm-mesh svg text", has_text=": cuda:").count() == ranks
-    too_wide = panel.root.evaluate(
+        assert many.card(name).locator(".pm-mesh svg text", has_text=": cuda:").count() == ranks
+    too_wide = many.root.evaluate(
         "(root) => [root, ...root.querySelectorAll('*')].filter((e) => e.scrollWidth > e.clientWidth + 1 && e.clientWidth).map((e) => e.className)"
     )
+    narrow.evaluate("(style) => style.remove()")
     assert [name for name in too_wide if name != "pm-spoken"] == []
 
 
-def test_states_are_told_in_words(many: Callable[..., Panel]) -> None:
-    panel = many()
+def test_states_are_told_in_words(many: Panel) -> None:
     told = {
         "eight": ["drawing", "step 5 of 28", "0.41 s a step", "2 jobs wait", "also used by pid 7", "patches on 38 weights",
                   "28 steps in 11.5 s (0.41 a step) · 369 MiB sent", "8 ranks on NVIDIA H100", "up 1 h 6 min · version 0.1.0"],
@@ -364,22 +369,21 @@ def test_states_are_told_in_words(many: Callable[..., Panel]) -> None:
     }  # fmt: skip
     for name, words in told.items():
         for word in words:
-            expect(panel.card(name)).to_contain_text(word)
-    mesh = panel.card("eight").locator(".pm-mesh")
+            expect(many.card(name)).to_contain_text(word)
+    mesh = many.card("eight").locator(".pm-mesh")
     expect(mesh).to_contain_text("cfg: uncond")
-    panel.card("eight").get_by_role("button", name="wide.safetensors").click()
+    many.card("eight").get_by_role("button", name="wide.safetensors").click()
     expect(mesh).to_contain_text("ulysses 0..7")
 
 
-def test_focus_scroll_and_elements_outlive_an_update(many: Callable[..., Panel]) -> None:
-    panel = many()
-    panel.page.set_viewport_size({"width": 1280, "height": 500})
-    panel.card("two").get_by_role("button", name="Restart", exact=True).focus()
-    panel.page.evaluate("window.kept = [document.activeElement, ...document.querySelectorAll('.pm-mesh svg')]")
-    panel.root.evaluate("(root) => { root.scrollTop = 300; }")
-    panel.page.wait_for_timeout(2500)
-    assert panel.page.evaluate("document.activeElement === window.kept[0] && window.kept.every((e) => e.isConnected)")
-    assert panel.root.evaluate("(root) => root.scrollTop") == 300
+def test_focus_scroll_and_elements_outlive_an_update(many: Panel) -> None:
+    many.page.set_viewport_size({"width": 1280, "height": 500})
+    many.card("two").get_by_role("button", name="Restart", exact=True).focus()
+    many.page.evaluate("window.kept = [document.activeElement, ...document.querySelectorAll('.pm-mesh svg')]")
+    many.root.evaluate("(root) => { root.scrollTop = 300; }")
+    many.page.wait_for_timeout(2500)
+    assert many.page.evaluate("document.activeElement === window.kept[0] && window.kept.every((e) => e.isConnected)")
+    assert many.root.evaluate("(root) => root.scrollTop") == 300
 
 
 def test_the_doctors_page_is_copied_or_shown(server: ComfyServer, open_editor: OpenEditor) -> None:
@@ -398,17 +402,17 @@ def test_the_doctors_page_is_copied_or_shown(server: ComfyServer, open_editor: O
     expect(shown).to_be_focused()
 
 
-def test_an_error_is_shown_with_its_remedy(many: Callable[..., Panel]) -> None:
-    panel = many()
+def test_an_error_is_shown_with_its_remedy(many: Panel) -> None:
     error = {"code": "start", "message": "It did not come up.", "remedy": "Read the log.", "details": "Its log ends: x"}
-    panel.page.route(f"**{BACKEND}", lambda route: route.fulfill(status=400, json={"error": error}))
-    card = panel.card("one")
+    many.page.route(f"**{BACKEND}", lambda route: route.fulfill(status=400, json={"error": error}))
+    card = many.card("one")
     card.get_by_role("button", name="Restart", exact=True).click()
     card.get_by_role("button", name="Restart all the same").click()
     for words in ("It did not come up.", "Read the log.", "Its log ends: x"):
         expect(card.get_by_role("alert")).to_contain_text(words)
     card.get_by_role("button", name="Dismiss").click()
     expect(card.get_by_role("alert")).to_have_count(0)
+    many.page.unroute(f"**{BACKEND}")
 
 
 # -- the routes, as programs and other pages meet them ---------------------------------------------------------------
@@ -429,19 +433,8 @@ def answered(
         return refused.code, json.loads(text) if text.startswith(b"{") else {}
 
 
-@pytest.fixture(scope="module")
-def open_to_pages(comfy: ComfyInstallation, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    """A ComfyUI that lets pages of any origin ask, as far as core is concerned."""
-    folder = tmp_path_factory.mktemp("open")
-    (folder / "models").mkdir()
-    server = ComfyServer(comfy, folder / "comfyui", folder / "models", ["--enable-cors-header", "*"])
-    server.wait()
-    yield server
-    server.stop()
-
-
-def test_pages_of_other_origins_are_refused(open_to_pages: ComfyServer) -> None:
-    port = open_to_pages.port
+def test_pages_of_other_origins_are_refused(server: ComfyServer) -> None:
+    port = server.port
     own = f"http://127.0.0.1:{port}"
     strangers = [
         {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Origin": f"http://127.0.0.1:{int(port) + 1}"},
@@ -457,25 +450,25 @@ def test_pages_of_other_origins_are_refused(open_to_pages: ComfyServer) -> None:
     asked += [("/parallel_mmdit/everywhere", {"on": True}), (f"/api{STATUS}", None)]
     for path, body in asked:
         for headers in strangers:
-            status, told = answered(open_to_pages, path, body, headers)
+            status, told = answered(server, path, body, headers)
             assert status == 403 and told["error"]["message"] and told["error"]["remedy"], (path, headers)
     for path, body in asked:
         if body is not None:
-            assert answered(open_to_pages, path, body, {"Content-Type": "text/plain"})[0] == 403, path
+            assert answered(server, path, body, {"Content-Type": "text/plain"})[0] == 403, path
 
 
-def test_comfyuis_own_pages_and_programs_are_answered(open_to_pages: ComfyServer) -> None:
-    own = f"http://127.0.0.1:{open_to_pages.port}"
+def test_comfyuis_own_pages_and_programs_are_answered(server: ComfyServer) -> None:
+    own = f"http://127.0.0.1:{server.port}"
     friends: list[dict[str, str]] = [{}, {"Origin": own}, {"Origin": own, "Sec-Fetch-Site": "same-origin"}]
     friends += [{"Sec-Fetch-Site": "none"}, {"Host": "comfy.example", "Origin": "https://comfy.example"}]
     friends += [{"Host": "comfy.example:443", "Origin": "https://comfy.example"}]
     for headers in friends:
-        assert answered(open_to_pages, STATUS, None, headers)[0] == 200, headers
-        status, told = answered(open_to_pages, BACKEND, {"name": "none", "do": "stop"}, headers)
+        assert answered(server, STATUS, None, headers)[0] == 200, headers
+        status, told = answered(server, BACKEND, {"name": "none", "do": "stop"}, headers)
         assert status == 400 and told["error"]["message"] == "No backend 'none' runs.", headers
     assert (
         answered(
-            open_to_pages,
+            server,
             "/parallel_mmdit/everywhere",
             {"on": False},
             {"Content-Type": "application/json; charset=utf-8"},

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from comfyui.core_run import run_script
 from comfyui.installation import HERE, ComfyInstallation
 
 from parallel_backend.small_checkpoints.unet import CONFIGS, write_unet
@@ -46,10 +46,7 @@ REFUSED = {
 def outcomes(comfy: ComfyInstallation, unets: Path) -> dict[str, Any]:
     if not (koala := unets / "sdxl-koala.safetensors").exists():
         write_unet(koala, CONFIGS["koala"], "single file")
-    command = [comfy.python, HERE / "network.py", comfy.folder, HERE.parents[1], unets]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=180, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(run_script(comfy, "network.py", HERE.parents[1], unets, seconds=180).splitlines()[-1])
 
 
 def alike(name: str) -> dict[str, Any]:

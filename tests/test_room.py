@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from comfyui.core_run import run_script
 from comfyui.installation import HERE, ComfyInstallation
 
 from parallel_backend.client import dtypes
@@ -23,10 +23,7 @@ BOTH = {"said": "", "loaded": ["Held", "ModelPatcher"]}
 @pytest.fixture(scope="module")
 def outcomes(comfy: ComfyInstallation, models: Path) -> dict[str, Any]:
     model = models / "diffusion_models" / "sd3.5-medium.safetensors"
-    command = [comfy.python, HERE / "room.py", comfy.folder, HERE.parents[1], model]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=180, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(run_script(comfy, "room.py", HERE.parents[1], model, seconds=180).splitlines()[-1])
 
 
 def test_comfyuis_own_models_leave_when_a_rank_lacks_room_and_only_then(outcomes: dict[str, Any]) -> None:

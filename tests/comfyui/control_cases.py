@@ -67,6 +67,15 @@ FEW = {
     ),
     *("InstantX's ControlNet, an odd size", "Stability's ControlNet, True", "Stability's ControlNet, False"),
 }
+# On the one of two UNet meshes that shares out rows: with those, what is not alike in all rows.
+OF_ROWS = FEW | {
+    *("file", "file, cfg 1", "file, a batch of 3 with hints", "file, on one prompt step by step", "file in an area"),
+    *("ControlNet, a batch of 3", "ControlNet, prompts of two lengths", "ControlNets of areas", "T2I-Adapter"),
+}
+SOME = {
+    "sdxl, cfg": OF_ROWS,
+    **dict.fromkeys(("sdxl, dp", "sdxl, sliced", "sd3.5-large, ring", "sd3.5-large, pp"), FEW),
+}
 CPU = torch.device("cpu")
 
 
@@ -200,7 +209,7 @@ def cases(twins):
             found = [sharded_cases(twins, model), sdxl_cases(twins, model)]
         else:
             found = [sharded_sd3_cases(twins, model, name), sd3_cases(twins, model, name)]
-        some = FEW if WORLD != 2 or name in ("sdxl, dp", "sdxl, sliced", "sd3.5-large, pp") else None
+        some = SOME.get(name) if WORLD == 2 else FEW
         for group in found:
             yield from ((name, *case) for case in group if some is None or case[0] in some)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from parallel_backend.config import ContinuousSampling, DiscreteSampling, FlowSa
 from parallel_backend.sampling.parameterization import Parameterization
 from parallel_backend.sampling.schedules import sigmas_for
 
-from .installation import HERE, ComfyInstallation
+from .core_run import run_script
+from .installation import ComfyInstallation
 
 # A case of any model family: the loop's own DifferentialDiffusion and RescaleCFG.
 MASKED_BY_DEGREES = {
@@ -38,9 +38,7 @@ def ksampler_latents(
     """KSampler's latent for each case, and `sigmas/SCHEDULER/STEPS`; a case's `file` goes before `model`, see reference.py."""
     given, results = folder / "cases.safetensors", folder / "out.safetensors"
     save_file(inputs, given, metadata={"cases": json.dumps(cases)})
-    command = [comfy.python, HERE / "reference.py", comfy.folder, model, given, results]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(comfy, "reference.py", model, given, results, seconds=600)
     return load_file(results)
 
 

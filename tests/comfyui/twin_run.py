@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 from parallel_backend import Backend
 
+from .core_run import run_script
 from .installation import HERE, ComfyInstallation
 
 Outcomes = dict[str, dict[str, dict[str, Any]]]
@@ -23,15 +22,7 @@ def run_twins(
     Args:
         folder: of the models' files. environment: what the cases read there.
     """
-    command = [comfy.python, HERE / "twins.py", comfy.folder, HERE.parents[1], backend.spec.name, folder, *cases]
-    done = subprocess.run(
-        list(map(str, command)),
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-        check=False,
-        env=os.environ | {"PYTHONPATH": str(HERE)} | environment,
-    )
+    arguments = (HERE.parents[1], backend.spec.name, folder, *cases)
+    printed = run_script(comfy, "twins.py", *arguments, seconds=seconds, **environment)
     backend.unload()  # nobody else asks for these
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(printed.splitlines()[-1])
