@@ -317,7 +317,7 @@ def test_sizes_are_looked_at_in_each_branch(backend2: Backend, unets: Path) -> N
 def test_all_that_acts_before_output_blocks_does() -> None:
     sites = UNetSites()
     for _ in range(2):
-        weighed = {"by_structure": False, "order": 0, "at": "output", "cycles": 1, "inputs": 6}
+        weighed = {"by_structure": False, "order": 0, "site": "output", "cycles": 1, "inputs": 6}
         WeighedSkips(factors=((4, 2, 1.0, 1.0),), **weighed).on_unet(sites)
     assert len(sites.before_output) == 2
 

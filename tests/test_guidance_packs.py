@@ -17,10 +17,7 @@ EXPERIMENTS = Pack("ComfyUI_experiments", "EXPERIMENTS_PATH", CASES)
 # Of each pack how many cases there are on a UNet, and on a transformer.
 COUNTS = {PPM: (19, 12), EXPERIMENTS: (3, 3)}
 OF_EXPERIMENTS = {"RescaleClassifierFreeGuidance", "ModelSamplerTonemapNoiseTest", "TonemapNoiseWithRescaleCFG"}
-REFUSED = {
-    "FreeU V2 (PPM) beside what acts on input blocks": "beside the input_block_patch by PatchModelAddDownscale",
-    "ModelAttentionSelector": "transformer option 'optimized_attention_override'",
-}
+REFUSED = {"ModelAttentionSelector": "transformer option 'optimized_attention_override'"}
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ def free_u(node):
     yield "FreeU V2 (PPM) at SDXL's widths, without effect", hung(node, **at_all, **SETTINGS), {}
     before_skip = shrink(3, downscale_after_skip=False)
     yield (
-        "FreeU V2 (PPM) beside what acts on input blocks",
+        "FreeU V2 (PPM) before what acts on input blocks",
         both(narrowed(node, **at_all), before_skip),
         sized(1, 24, 20),
     )
