@@ -150,7 +150,9 @@ class Engine:
     def place(self) -> list[int]:
         """How many collectives this rank has started, by axis: alike on ranks that stand at the same place."""
         meshes = list(self._meshes.values())  # another thread may be looking
-        return [axis.traffic.collectives for mesh in meshes for axis in mesh.axes] + [self._bands.traffic.collectives]
+        return [axis.traffic.collectives for mesh in meshes for axis in mesh.counted] + [
+            self._bands.traffic.collectives
+        ]
 
     @torch.inference_mode()
     def handle(self, header: RequestHeader, tensors: Sequence[Tensor | None], job: Job) -> tuple[Reply, list[Tensor]]:
