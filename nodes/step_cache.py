@@ -30,8 +30,9 @@ class ParallelStepCache(io.ComfyNode):
                     "method",
                     options=list(STEP_CACHES),
                     default=_USUAL.method,
-                    tooltip="SD3.x: first_block computes the first block and looks at what it adds; teacache looks at its input alone. "
-                    "SDXL: deepcache computes the outermost level alone in all but one of interval evaluations.",
+                    tooltip="auto: first_block for SD3.x, deepcache for SDXL. SD3.x: first_block computes the first block and looks at what "
+                    "it adds; teacache looks at its input alone. SDXL: deepcache computes the outermost level alone in all but one "
+                    "of interval evaluations.",
                 ),
                 io.Float.Input(
                     "threshold",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel_backend import Backend, Conditioning, MeshSpec
+from parallel_backend import Backend, Conditioning, MeshSpec, StepCache
 from parallel_backend.rpc.messages import Progress
 from parallel_backend.small_checkpoints.mmdit import small_config, write_mmdit
 from parallel_backend.small_checkpoints.prompts import random_prompt, random_sdxl_prompt
@@ -22,6 +22,8 @@ CASES: dict[str, tuple[str, MeshSpec, dict[str, Any]]] = {
     "attention between graphs": ("mmdit", MeshSpec(ulysses=2), {}),
     "bands": ("unet", MeshSpec(patch=2), {"warmup_steps": 1}),
     "sliced bands": ("unet", MeshSpec(patch=2, sliced=True), {"warmup_steps": 1}),
+    "a step cache": ("mmdit", MeshSpec(ulysses=2), {"step_cache": StepCache("first_block", 1e9, 2, 1, 0)}),
+    "a step cache of bands": ("unet", MeshSpec(patch=2), {"step_cache": StepCache("deepcache", 0.0, 2, 1, 0)}),
 }
 
 

@@ -325,7 +325,7 @@ def test_displaced_steps_are_made_under_any_sampler_whose_loop_the_backend_runs(
 def test_a_step_cache_is_had_under_any_sampler_whose_loop_the_backend_runs(server: ComfyServer) -> None:
     usual = {"method": "first_block", "threshold": 0.7, "interval": 2, "first_steps": 1, "last_steps": 1}
     latents, words = [], []
-    for changes, node in (({"threshold": 0.0}, "KSampler"), ({}, "KSampler"), ({}, "ParallelSampler")):
+    for changes, node in (({"threshold": 0.0}, "KSampler"), ({}, "KSampler"), ({"method": "auto"}, "ParallelSampler")):
         prompt = Prompt()
         cached = out(prompt.add("ParallelStepCache", model=parallel_model(prompt), **usual | changes))
         saved = picture(prompt, node, cached, "cached", steps=8)
@@ -335,8 +335,8 @@ def test_a_step_cache_is_had_under_any_sampler_whose_loop_the_backend_runs(serve
     prompt = Prompt()
     saved = picture(prompt, "KSampler", parallel_model(prompt), "exact", steps=8)
     exact = latent_of(server, server.run(prompt.nodes), saved)
-    assert torch.equal(latents[0], exact) and "step cache: 0 of 8 evaluations reused" in words[0]
-    assert (latents[1] - exact).abs().max() > 1e-4 and "step cache: 0 of" not in words[1] and "reused" in words[1]
+    assert torch.equal(latents[0], exact) and "step cache (first_block): 0 of 8 evaluations reused" in words[0]
+    assert (latents[1] - exact).abs().max() > 1e-4 and " 0 of 8 evaluations" not in words[1] and "reused" in words[1]
     torch.testing.assert_close(latents[2], latents[1], rtol=1e-4, atol=1e-4)
 
     prompt = Prompt()

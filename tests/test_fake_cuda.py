@@ -26,7 +26,8 @@ from fake_cuda.networks import (
 from fake_cuda.watch import HostSyncError, MixedDevicesError, Watch
 from torch import Tensor
 
-from parallel_backend.config import MMDIT_AXES, MeshSpec
+from parallel_backend.config import MMDIT_AXES, MeshSpec, StepCache
+from parallel_backend.distributed.step_cache import BranchCache, StepCaches
 from parallel_backend.models.pipeline import Pipeline
 from parallel_backend.models.vae import BandVAE
 
@@ -118,6 +119,40 @@ UNETS = [
 @pytest.mark.parametrize(("mesh", "rank", "displaced"), UNETS, ids=named)
 def test_a_unets_evaluations_stay_on_their_device(mesh: MeshSpec, rank: int, displaced: int) -> None:
     checked(shallow_sdxl(), mesh, rank, displaced=displaced)
+
+
+@pytest.mark.parametrize(
+    ("config", "mesh", "method"),
+    [
+        (medium(2, dual=1), MeshSpec(ulysses=2), "first_block"),
+        (medium(2, dual=1), MeshSpec(tp=2), "teacache"),
+        (shallow_sdxl(), MeshSpec(patch=2), "deepcache"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else named(value) or "",
+)
+def test_step_caches_mix_no_devices_and_counting_waits_for_none(
+    config: Config, mesh: MeshSpec, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    relative_change = BranchCache._relative_change
+
+    def little(cache: BranchCache, seen: Tensor | None) -> float:
+        """Tensors here have no values, of which one could be told from another."""
+        relative_change(cache, seen)
+        return 0.0
+
+    monkeypatch.setattr(BranchCache, "_relative_change", little)
+    asked = StepCache(method, threshold=1e9, interval=2, first_steps=0, last_steps=0)
+    with fake_cuda(1, 2), torch.inference_mode():
+        run = Evaluations(predictor(config, mesh), (512, 768), tokens=(77, 77), rows=mesh.dp)
+        run.kept.caches = caches = StepCaches(asked, run.predictor.mesh.everyone, [0], 1)
+        caches.steps, launches = 4, []
+        for step in range(4):
+            caches.begin(step, ())
+            with Watch(armed=method == "deepcache") as watch:
+                run.next()
+            launches.append(watch.launches.total())
+        assert caches.reused() == ([1, 3] if method == "deepcache" else [1, 2, 3])
+        assert launches[1] < launches[0] and launches[1] == launches[3]
 
 
 STAGES = [

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from parallel_backend.checkpoint_files.content import content_key
 from parallel_backend.checkpoint_files.patch_file import write_low_rank
-from parallel_backend.config import MeshSpec, SamplerSpec
+from parallel_backend.config import MeshSpec, SamplerSpec, StepCache
 from parallel_backend.distributed.control import Control
 from parallel_backend.distributed.stale import Step
 from parallel_backend.errors import ConfigError
@@ -134,6 +134,18 @@ def test_a_timeline_is_of_evaluations_that_run_as_ever(large: Path, monkeypatch:
     body = Sample(loaded.model, SamplerSpec(steps=4), 0, Prompt(1, 2), trace=True)
     _, (_, timeline) = rank.ask(body, [torch.zeros(1, 16, 8, 8), *prompt])
     assert len(timeline) >= 4 and rank.recorders[0].evaluated == rank.recorders[0].recorded_ones == 0
+
+
+def test_a_step_cache_is_of_evaluations_that_run_as_ever(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank, asked = Rank(monkeypatch), {"steps": 8, "step_cache": StepCache("first_block", threshold=0.7, first_steps=1)}
+    loaded = rank.load(large)
+    result, expected = rank.sample(loaded.model, **asked)
+    assert result.ranks[0].reused
+    rank.load(large, graphs=True)
+    exact = rank.sample(loaded.model)[1]
+    assert not torch.equal(exact, expected) and rank.recorders[0].done_again == 6
+    assert torch.equal(rank.sample(loaded.model, **asked)[1], expected) and rank.recorders[0].done_again == 6
+    assert torch.equal(rank.sample(loaded.model)[1], exact) and rank.recorders[0].done_again == 14
 
 
 @pytest.mark.parametrize("weights", ["", "fp8"])

@@ -91,7 +91,7 @@ def test_a_unet_in_bands_reuses_its_deeper_levels(backend2: Backend, unets: Path
         out = model.sample(latent, *UNET, **SETTINGS, step_cache=DEEPCACHE)
         assert_same(out, expected)
         assert reused(model) == [[1, 2, 4, 5]] * 2
-        assert "step cache: 4 of 8 evaluations reused" in model.note
+        assert "step cache (deepcache): 4 of 8 evaluations reused" in model.note
 
 
 def test_nothing_reused_is_exact_to_the_last_bit(backend2: Backend, checkpoint: Path, unets: Path) -> None:
@@ -99,10 +99,43 @@ def test_nothing_reused_is_exact_to_the_last_bit(backend2: Backend, checkpoint: 
     exact = model.sample(EMPTY, *EQUAL, **SETTINGS)
     for method in ("first_block", "teacache"):
         assert torch.equal(sampled(model, EQUAL, StepCache(method, threshold=0.0, first_steps=0)), exact)
-        assert model.note == "step cache: 0 of 8 evaluations reused"
+        assert model.note == f"step cache ({method}): 0 of 8 evaluations reused"
     unet, latent = backend2.load_model(unets / "unet-tiny.safetensors", MeshSpec(patch=2), "float32"), EMPTY[:, :4]
     exact = unet.sample(latent, *UNET, **SETTINGS)
     assert torch.equal(unet.sample(latent, *UNET, **SETTINGS, step_cache=StepCache("deepcache", interval=1)), exact)
+
+
+def test_auto_is_the_first_that_the_model_knows(backend2: Backend, checkpoint: Path, unets: Path) -> None:
+    mmdit = backend2.load_model(checkpoint, MeshSpec(tp=2), "float32")
+    usual = StepCache(threshold=FIRST_BLOCK.threshold, first_steps=1)
+    assert torch.equal(sampled(mmdit, EQUAL, usual), sampled(mmdit, EQUAL, FIRST_BLOCK))
+    assert mmdit.note.startswith("step cache (first_block): ")
+    unet = backend2.load_model(unets / "unet-tiny.safetensors", MeshSpec(patch=2), "float32")
+    unet.sample(EMPTY[:, :4], *UNET, **SETTINGS, step_cache=StepCache(interval=3, first_steps=1))
+    assert unet.note == "step cache (deepcache): 4 of 8 evaluations reused"
+
+
+@pytest.mark.parametrize(("prompts", "parts"), [(EQUAL, 1), (UNEQUAL, 2)], ids=["one call", "two calls"])
+def test_what_decisions_send_is_told(
+    prompts: tuple[Conditioning, Conditioning], parts: int, backend2: Backend, checkpoint: Path
+) -> None:
+    """By each part two numbers of 8 bytes for each; nothing in steps that are computed in any case."""
+    model = backend2.load_model(checkpoint, MeshSpec(ulysses=2), "float32")
+
+    def sent(cache: StepCache | None) -> list[tuple[str, int]]:
+        model.sample(EMPTY, *prompts, **SETTINGS, step_cache=cache, trace=True)
+        assert model.last is not None and model.timeline is not None
+        for number, rank in enumerate(model.last.ranks):
+            marks = model.timeline[(model.timeline[:, 0] == number) & (model.timeline[:, 1] < 0)]
+            assert marks[:, -1].sum() == sum(cost.sent_bytes for cost in rank.costs)
+        return [(cost.axis, cost.sent_bytes) for cost in model.last.costs]
+
+    never, always = (StepCache("first_block", threshold=t, first_steps=2, last_steps=1) for t in (0.0, 1e9))
+    ((axis, exact),) = sent(None)
+    decisions = 5 * parts * 16 * parts  # of 8 steps, of which the first two and the last are computed
+    assert sent(never) == [(axis, exact), ("everyone", decisions)]
+    (_, reusing), decided = sent(always)
+    assert reusing < 0.6 * exact and decided == ("everyone", decisions)
 
 
 def test_a_cancelled_job_leaves_nothing_to_the_next(backend2: Backend, checkpoint: Path) -> None:

@@ -17,6 +17,7 @@ from local_network import control_residuals, evaluated, local_network, local_une
 from rank_pool import RankPool, groups
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from unet_inputs import inputs
 
 from parallel_backend import MeshSpec
@@ -173,6 +174,33 @@ def test_sliced_weights_change_nothing(ranks: RankPool, controls: Path) -> None:
     given, hint = inputs("tiny", SIZES[0]), hint_for(SIZES[0])
     for band in ranks(2, control_case, file(controls, "tiny"), MeshSpec(cfg=2, sliced=True), given, hint):
         assert_same(together([band]), whole("tiny", given, hint))
+
+
+@torch.inference_mode()
+def shallow_case(path: Path, spec: MeshSpec, given: Sequence[Tensor], hint: Tensor, types: Sequence[int]) -> Residuals:
+    control = network(path, spec)
+    return control_residuals(control, *given, control.prepare(hint), Step(is_shallow=True), types)
+
+
+@pytest.mark.parametrize(("name", "types"), [("tiny", ()), ("promax", (7,))])
+def test_of_the_outermost_level_alone_they_are_the_same(
+    name: str, types: tuple[int, ...], ranks: RankPool, controls: Path
+) -> None:
+    given, hint, path, mesh = inputs("tiny", SIZES[1]), hint_for(SIZES[1]), file(controls, name), MeshSpec(patch=2)
+    shallow, exact = (ranks(2, case, path, mesh, given, hint, types) for case in (shallow_case, control_case))
+    for some, every in zip(shallow, exact, strict=True):
+        assert some.middle is None and len(some.output) == 1 + CONTROLS[name].layers_per_block < len(every.output)
+        for ours, expected in zip(some.output, every.output, strict=False):
+            assert ours is not None and expected is not None and torch.equal(ours, expected)
+
+
+def test_of_the_outermost_level_alone_little_is_computed(controls: Path) -> None:
+    path, given, hint, operations = file(controls, "tiny"), inputs("tiny", SIZES[0]), hint_for(SIZES[0]), []
+    for case in (shallow_case, control_case):
+        with FlopCounterMode(display=False) as counted:
+            case(path, MeshSpec(), given, hint, ())
+        operations.append(counted.get_total_flops())
+    assert 0 < operations[0] < 0.8 * operations[1]  # the hint's embedding is in both
 
 
 # -- displaced steps ---------------------------------------------------------------------------------------------------

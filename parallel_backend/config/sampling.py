@@ -125,20 +125,22 @@ class ContinuousSampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True
 ModelSampling: TypeAlias = FlowSampling | DiscreteSampling | ContinuousSampling
 
 
-STEP_CACHES = ("first_block", "teacache", "deepcache")
+# "auto" is the first that the model knows.
+STEP_CACHES = ("auto", "first_block", "teacache", "deepcache")
 
 
 class StepCache(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which evaluations take most of their work from an earlier one. See distributed/step_cache.py.
 
     Transformers: `first_block` where the first block adds nearly what it added in the last computed evaluation, `teacache` while the
-    changes of the first block's input add up to little. UNets: `deepcache`, all but the outermost level in one of `interval`.
+    changes of the first block's input add up to little. UNets: `deepcache`, all but the outermost blocks in one of `interval`.
+    `auto`: first_block of transformers, deepcache of UNets.
 
     `threshold`: the relative change (L1) below which the two of transformers reuse; 0 never does. `first_steps`, `last_steps`: that
     are computed in any case.
     """
 
-    method: str = "first_block"
+    method: str = "auto"
     threshold: float = 0.1
     interval: int = 2
     first_steps: int = 4

@@ -65,6 +65,11 @@ class Mesh:
         return [*(getattr(self, axis) for axis in AXES), self.weights]
 
     @property
+    def counted(self) -> list[MeshAxis]:
+        """All along which an evaluation may send: `axes`, and what all ranks decide."""
+        return [*self.axes, self.everyone]
+
+    @property
     def sp_degree(self) -> int:
         return self.ring.degree * self.ulysses.degree
 

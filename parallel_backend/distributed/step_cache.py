@@ -54,7 +54,7 @@ class StepCaches:
 
     def note(self) -> str:
         """What the user is told in the end."""
-        return f"step cache: {len(self.reused())} of {self.evaluations * len(self.branches)} evaluations reused"
+        return f"step cache ({self.asked.method}): {len(self.reused())} of {self.evaluations * len(self.branches)} evaluations reused"
 
     def nbytes(self) -> int:
         """Of what is kept now."""
@@ -78,6 +78,13 @@ class BranchCache:
         self._since: int | None = None
         self._seen: Tensor | None = None
         self._change = 0.0
+
+    @property
+    def is_foreseen(self) -> bool:
+        """Whether the next call of `taken` is known to give `rest`: DeepCache counts."""
+        asked, since = self.job.asked, self._since
+        counts = asked.method == "deepcache" and self.job.may_reuse
+        return counts and since is not None and since + 1 < asked.interval
 
     @property
     def blocks_ahead(self) -> int:
@@ -107,11 +114,10 @@ class BranchCache:
         return self.rest
 
     def _is_like(self, seen: Tensor | None) -> bool:
-        """DeepCache counts; TeaCache adds up changes from evaluation to evaluation; a first-block cache looks at the change since the
-        last computed one."""
+        """TeaCache adds up changes from evaluation to evaluation; a first-block cache looks at the change since the last computed one."""
         asked = self.job.asked
         if asked.method == "deepcache":
-            return self._since is not None and self._since + 1 < asked.interval
+            return self.is_foreseen
         change = self._relative_change(seen)
         if asked.method == "teacache":
             self._change += change

@@ -48,7 +48,7 @@ class ControlNetwork(Protocol):
         control_types: Sequence[int],
         /,
     ) -> Residuals:
-        """This rank's part of what it adds to the model's activations at `x`, which is whole."""
+        """This rank's part of what it adds to the model's activations at `x`, which is whole; in a shallow step of what is used."""
         ...
 
 
@@ -95,7 +95,8 @@ class ControlUse:
         if step.kept is not None:
             phase = phase if place in step.kept.begun else "sync"
             step.kept.begun.add(place)
-        own = replace(step, branch=place, phase=phase)
+        is_shallow = step.cache is not None and step.cache.is_foreseen
+        own = replace(step, branch=place, phase=phase, is_shallow=is_shallow)
         added = self.network(x, timesteps, prompt, self.hint, own, self.types)
         if own.stale is not None:
             own.stale.end_evaluation()

@@ -24,7 +24,7 @@ class Network(Protocol):
 
     @property
     def step_caches(self) -> Sequence[str]:
-        """The methods that it knows."""
+        """The methods that it knows, the usual one first."""
         ...
 
     @property

@@ -1,7 +1,7 @@
-"""The outermost level of a UNet by itself, on what the deeper ones gave an earlier evaluation.
+"""The outermost level of a UNet by itself, on what the deeper ones gave an earlier evaluation; and what a ControlNet gives it.
 
 Source: DeepCache (Ma et al. 2023, arXiv 2312.00858), section 3.3.
-Shapes: B rows, C channels, Y X cells of this rank's band.
+Shapes: B rows, C channels, Y X cells of this rank's band, W the width of the first block, D width of the timestep's embedding.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+
+from .residuals import Residuals
 
 
 def shallow_output(
@@ -33,9 +35,24 @@ def shallow_output(
     return model.conv_out(model.conv_act(model.conv_norm_out(out)))  # type: ignore[no-any-return]
 
 
-def _skips(model: Any, x_BCYX: Tensor, emb: Tensor, context_BLE: Tensor) -> list[Tensor]:
-    """What the first block going down hands to the last one going up."""
+def shallow_residuals(
+    model: Any, x_BCYX: Tensor, timesteps_B: Tensor, context_BLE: Tensor, hint_BWYX: Tensor, embedding_BD: Tensor
+) -> Residuals:
+    """Those of diffusers' ControlNet that `shallow_output` uses, as its own forward gives them."""
+    times = model.time_proj(timesteps_B).to(x_BCYX.dtype)
+    emb = model.time_embedding(times) + model.class_embedding(embedding_BD)
+    skips = _skips(model, x_BCYX, emb, context_BLE, hint_BWYX)
+    outs = zip(model.controlnet_down_blocks, skips, strict=False)  # the deeper levels' aren't made
+    return Residuals(output=[out(skip) for out, skip in outs])
+
+
+def _skips(
+    model: Any, x_BCYX: Tensor, emb: Tensor, context_BLE: Tensor, hint_BWYX: Tensor | None = None
+) -> list[Tensor]:
+    """What the first block going down hands to the last one going up; `hint`: added to what goes into it."""
     down, x_BCYX = model.down_blocks[0], model.conv_in(x_BCYX)
+    if hint_BWYX is not None:
+        x_BCYX = x_BCYX + hint_BWYX
     skips = [x_BCYX]
     for number, resnet in enumerate(down.resnets):
         x_BCYX = resnet(x_BCYX, emb)

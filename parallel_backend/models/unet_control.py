@@ -21,6 +21,7 @@ from ..distributed.stale import Step
 from ..errors import InputError, UnsupportedError
 from .prepared import PreparedPrompt
 from .residuals import Residuals
+from .shallow_unet import shallow_residuals
 from .unet import InBands, UNetConfig, with_joined_projections
 
 # Pixels of a control image, in each direction, for one latent cell.
@@ -157,7 +158,8 @@ class BandControlNet(InBands):
         step: Step,
         control_types: Sequence[int] = (),
     ) -> Residuals:
-        """This rank's band of what is added, at full strength: `output`, one for each input block, and `middle`.
+        """This rank's band of what is added, at full strength: `output`, one for each input block, and `middle`; in a shallow step
+        `output` of the outermost level alone, and nothing else is computed.
 
         Args:
             x_BCYX: full latent, scaled as the model takes it, in the model's dtype.
@@ -177,10 +179,15 @@ class BandControlNet(InBands):
             hint_BWYX = prepared_BWYX[:, :, start:stop]
             if self.types is not None and control_types:
                 hint_BWYX = hint_BWYX + self.types.shift(prepared_BWYX, control_types[0])
-            output, middle = self.model(
-                x_BCYX, timesteps_B, prepared.context, hint_BWYX, class_labels=embedding_BD, return_dict=False
-            )
-        return Residuals(output=list(output), middle=middle)
+            call = (self.model, x_BCYX, timesteps_B, prepared.context, hint_BWYX, embedding_BD)
+            return shallow_residuals(*call) if step.is_shallow else _all_residuals(*call)
+
+
+def _all_residuals(
+    model: Any, x_BCYX: Tensor, timesteps_B: Tensor, context_BLE: Tensor, hint_BWYX: Tensor, embedding_BD: Tensor
+) -> Residuals:
+    output, middle = model(x_BCYX, timesteps_B, context_BLE, hint_BWYX, class_labels=embedding_BD, return_dict=False)
+    return Residuals(output=list(output), middle=middle)
 
 
 def _check_prepared(prepared_BWYX: Tensor, shape: Sequence[int]) -> None:

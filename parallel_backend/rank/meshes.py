@@ -28,7 +28,7 @@ class Meshes(Container[MeshSpec]):
     def place(self) -> list[int]:
         """How many collectives this rank has started, by axis: alike on ranks that stand at the same place."""
         meshes = list(self._meshes.values())  # another thread may be looking
-        return [axis.traffic.collectives for mesh in meshes for axis in mesh.axes] + [self.bands.traffic.collectives]
+        return [axis.traffic.collectives for mesh in meshes for axis in mesh.counted] + [self.bands.traffic.collectives]
 
     def join(self, spec: MeshSpec) -> Mesh:
         """That mesh, for a model on its way in; `joined` ends the way.

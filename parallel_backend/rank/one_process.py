@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -13,6 +13,7 @@ from ..checkpoint_files.content import content_key
 from ..config import MeshSpec, SamplerSpec
 from ..distributed.control import Control
 from ..rpc.conditioning import Conditioning
+from ..rpc.extras import AnyExtra
 from ..rpc.headers import RequestHeader
 from ..rpc.messages import (
     ControlUse,
@@ -46,6 +47,7 @@ class OneProcess:
         negative: Conditioning,
         spec: SamplerSpec,
         hints: Mapping[str, Tensor] | None = None,
+        extras: Sequence[AnyExtra] = (),
     ) -> Tensor:
         """As `RemoteModel.sample`, of the same settings; `hints` of ControlNets by name, which are on both prompts."""
         tensors = [latent]
@@ -59,7 +61,8 @@ class OneProcess:
         def prompt(conditioning: Conditioning) -> Prompt:
             return msgspec.structs.replace(conditioning.prompt(attach), controls=controls)
 
-        body = Sample(self.loaded.model, spec, 0, prompt(positive), prompt(negative))
+        named = [extra.each(attach, attach) for extra in extras]
+        body = Sample(self.loaded.model, spec, 0, prompt(positive), prompt(negative), extras=named)
         _, (sampled,) = self._ask(body, tensors)
         return sampled
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -151,10 +152,9 @@ def run_sample(
     start = time.perf_counter()
     run = job.control.agreed(lambda: _prepare(body, tensors, job, control_nets, extras, *resident()))
     predictor, kept, device = run.predictor, run.kept, run.latent.device
-    traffic = [axis.traffic for axis in predictor.mesh.axes]
-    kept.timeline = Timeline(traffic, device) if body.trace else None
-    axes = [axis for axis in predictor.mesh.axes if axis.degree > 1]
-    before = [(axis.traffic.sent_bytes, axis.traffic.waited) for axis in axes]
+    counted = predictor.mesh.counted
+    kept.timeline = Timeline([axis.traffic for axis in counted], device) if body.trace else None
+    before = [(axis.traffic.sent_bytes, axis.traffic.waited) for axis in counted]
     timed = device.type == "cpu" or kept.timeline is not None  # see Traffic
     job.check_cancelled()
     held = 0
@@ -192,7 +192,8 @@ def run_sample(
     run.messages.finish()
     costs = [
         AxisCost(axis.name, axis.traffic.sent_bytes - sent, axis.traffic.waited - waited if timed else None)
-        for axis, (sent, waited) in zip(axes, before, strict=True)
+        for axis, (sent, waited) in zip(counted, before, strict=True)
+        if axis.degree > 1 and (axis is not predictor.mesh.everyone or axis.traffic.sent_bytes > sent)
     ]
     peak = torch.cuda.max_memory_allocated(device) - held if device.type == "cuda" else None
     notes, caches = predictor.take_notes()[:MOST_NOTES], kept.caches
@@ -312,10 +313,12 @@ def _caches(
     asked, network, mesh = spec.step_cache, predictor.network, predictor.mesh
     if asked is None:
         return None
+    if asked.method == "auto":
+        asked = msgspec.structs.replace(asked, method=network.step_caches[0])
     if asked.method not in network.step_caches:
         raise ConfigError(
             f"The step cache {asked.method} is not for {network.config.family}.",
-            f"Use {' or '.join(network.step_caches)}, or leave the step cache out.",
+            f"Use auto or {' or '.join(network.step_caches)}, or leave the step cache out.",
         )
     others = [extra.name for extra in extras if extra.between_blocks and asked.method == "deepcache"]
     others += ["Perp-Neg"] * (spec.neg_scale is not None) + ["guidance away from a weaker model"] * (
