@@ -31,7 +31,7 @@ class ParallelStepCache(io.ComfyNode):
                     options=list(STEP_CACHES),
                     default=_USUAL.method,
                     tooltip="auto: first_block for SD3.x, deepcache for SDXL. SD3.x: first_block computes the first block and looks at what "
-                    "it adds; teacache looks at its input alone. SDXL: deepcache computes the outermost level alone in all but one "
+                    "it adds; teacache looks at its input alone. SDXL: deepcache computes the outermost blocks alone in all but one "
                     "of interval evaluations.",
                 ),
                 io.Float.Input(

@@ -76,7 +76,7 @@ def test_controlnets_of_sd3(
 
 
 def test_controlnets_of_sdxl(backend2: Backend, unets: Path, tmp_path: Path) -> None:
-    """Two, of which evaluations that are reused compute the outermost level alone."""
+    """Two, of which evaluations that are reused compute what the outermost blocks take alone."""
     meshes = [MeshSpec(patch=2), MeshSpec(patch=2, sliced=True), MeshSpec(cfg=2), MeshSpec(dp=2)]
     pixels = torch.rand(1, 3, *(8 * side for side in CELLS.shape[2:]), generator=torch.Generator().manual_seed(7))
     hints = {

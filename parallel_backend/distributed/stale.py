@@ -59,8 +59,8 @@ class Kept:
 class Step:
     """Which evaluation of a job this is. `branch` tells apart calls that one step makes: for cond and for uncond, of ControlNets.
 
-    `sigma` is the noise's, as on the CPU; None outside of a sampling. `is_shallow`: of a UNet's evaluation the outermost level alone
-    will be computed, so that of a ControlNet only what it gives that level is asked for.
+    `sigma` is the noise's, as on the CPU; None outside of a sampling. `is_shallow`: of a UNet's evaluation the outermost blocks alone
+    will be computed, so that of a ControlNet only what it gives these is asked for.
     """
 
     index: int = 0

@@ -6,7 +6,7 @@ Shapes: B rows, C latent channels, Y X latent cells, L text tokens, E context wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +38,7 @@ from .extra import Extra
 from .inputs import Inputs
 from .prepared import PreparedPrompt
 from .residuals import NONE, Residuals, check_count, check_residual
-from .shallow_unet import shallow_output
+from .shallow_unet import on_deep, shallow_output
 from .unet_blocks import BlockByBlock
 
 HEAD_DIM = 64
@@ -204,7 +204,7 @@ class BandUNet(InBands):
             resnet.skip_time_act = True
         for number, block in enumerate(input_blocks(model)):
             block.register_forward_hook(partial(self._add, number))
-        model.up_blocks[-1].register_forward_pre_hook(self._keep, with_kwargs=True)
+        on_deep(model, self._keep)
         self.places = attention_places(model)
         for place, block in self.places.items():
             processors: list[Any] = [block.attn1.processor, block.attn2.processor]
@@ -266,10 +266,10 @@ class BandUNet(InBands):
             tokens = work(tokens, self.band)
         return (tokens, *others)
 
-    def _keep(self, block: nn.Module, inputs: object, named: Mapping[str, Any]) -> None:
-        """A hook of the last block going up, of what the deeper ones give it."""
+    def _keep(self, deep: Tensor) -> None:
+        """What the deeper blocks gave is there for the evaluations that take it."""
         if self._cache is not None:
-            self._cache.rest = named["hidden_states"]
+            self._cache.rest = deep.clone()  # a part of what would stay with it
 
     def _handed_on(self, residuals: Residuals) -> dict[str, Any]:
         """As diffusers takes them: one for each skip connection, or none at all; it adds a number as it adds a tensor."""
@@ -330,7 +330,7 @@ class BandUNet(InBands):
         return whole
 
     def _through(self, inputs: Inputs, cache: BranchCache | None, deep: Tensor | None) -> Tensor:
-        """This rank's band of the output; `deep`: what its deeper levels gave before, where they aren't computed."""
+        """This rank's band of the output; `deep`: what its deeper blocks gave before, where they aren't computed."""
         self._added, added, self._cache = inputs.residuals, self._handed_on(inputs.residuals), cache
         try:
             call = (self.model, inputs.x, inputs.changing["timesteps"], inputs.prepared.context)

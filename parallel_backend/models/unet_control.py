@@ -159,7 +159,7 @@ class BandControlNet(InBands):
         control_types: Sequence[int] = (),
     ) -> Residuals:
         """This rank's band of what is added, at full strength: `output`, one for each input block, and `middle`; in a shallow step
-        `output` of the outermost level alone, and nothing else is computed.
+        `output` of the first input block alone, and nothing else is computed.
 
         Args:
             x_BCYX: full latent, scaled as the model takes it, in the model's dtype.
@@ -171,23 +171,20 @@ class BandControlNet(InBands):
         Comm: as the layers say. In displaced steps the caller ends the evaluation of the stale tensors.
         """
         self.check(prepared_BWYX, control_types, x_BCYX.shape)
-        embedding_BD = self.embed_y(prepared.pooled)
-        if self.types is not None:
-            embedding_BD = embedding_BD + self.types.embedded(control_types)
         with self.cut(x_BCYX, prepared, step) as band:
             start, stop = band.own_rows
             hint_BWYX = prepared_BWYX[:, :, start:stop]
             if self.types is not None and control_types:
                 hint_BWYX = hint_BWYX + self.types.shift(prepared_BWYX, control_types[0])
-            call = (self.model, x_BCYX, timesteps_B, prepared.context, hint_BWYX, embedding_BD)
-            return shallow_residuals(*call) if step.is_shallow else _all_residuals(*call)
-
-
-def _all_residuals(
-    model: Any, x_BCYX: Tensor, timesteps_B: Tensor, context_BLE: Tensor, hint_BWYX: Tensor, embedding_BD: Tensor
-) -> Residuals:
-    output, middle = model(x_BCYX, timesteps_B, context_BLE, hint_BWYX, class_labels=embedding_BD, return_dict=False)
-    return Residuals(output=list(output), middle=middle)
+            if step.is_shallow:
+                return shallow_residuals(self.model, x_BCYX, hint_BWYX)
+            embedding_BD = self.embed_y(prepared.pooled)
+            if self.types is not None:
+                embedding_BD = embedding_BD + self.types.embedded(control_types)
+            output, middle = self.model(
+                x_BCYX, timesteps_B, prepared.context, hint_BWYX, class_labels=embedding_BD, return_dict=False
+            )
+        return Residuals(output=list(output), middle=middle)
 
 
 def _check_prepared(prepared_BWYX: Tensor, shape: Sequence[int]) -> None:
