@@ -37,6 +37,8 @@ _INPUTS, _MAY_HAVE = {"c_crossattn", "y"}, {"c_concat"}
 # Guiders, by `origin`: core's extra nodes are loaded under a name that differs from start to start.
 _BASIC, _OF_THREE = "nodes_custom_sampler:Guider_Basic", "nodes_perpneg:Guider_PerpNeg"
 _EMPTY = "empty_negative_prompt"
+# Marks the processed one that PerpNeg's node evaluates by itself.
+_OF_NODE = "of_node"
 # A MODEL's option.
 _AROUND = "model_function_wrapper"
 
@@ -70,96 +72,114 @@ def read_loop(
     seed: int | None,
 ) -> Loop | list[str]:
     """The sampling that this guider is about to make; or, each by its name, what only ComfyUI's own loop can do."""
-    model = guider.model_patcher
-    name = sampler_name(sampler)
-    sampling = read_sampling(model)
-    kind_of_guider = origin(type(guider))
-    acted_on = Sampling(
-        isinstance(sampling, FlowSampling),
-        float(guider.cfg),
-        "negative" in guider.conds,
-        kind_of_guider == _OF_THREE,
-        sigmas,
-    )
+    model, inside = guider.model_patcher, guider.model_options["transformer_options"]
+    name, sampling, kind_of_guider = sampler_name(sampler), read_sampling(model), origin(type(guider))
+    of_three, is_flow = kind_of_guider == _OF_THREE, isinstance(sampling, FlowSampling)
+    acted_on = Sampling(is_flow, float(guider.cfg), "negative" in guider.conds, of_three, sigmas)
     known, options = known_functions(guider.model_options, acted_on)
     if guider.cfg != 1:  # else both prompts are evaluated though one has no weight
         options.pop("disable_cfg1_optimization", None)
     schedule = _schedule(options, name, sigmas)
     if schedule is not None:
         del options[_AROUND]
-    found = [*replaced_functions(), *loop_patches(model, options)]
-    found += step_by_step(guider.model_options["transformer_options"])
+    found = [*replaced_functions(), *loop_patches(model, options), *step_by_step(inside)]
     if type(guider) is not CFGGuider and kind_of_guider not in (_BASIC, _OF_THREE, GUIDER):
         found.append(f"the guider {type(guider).__name__}")
-    if name is None:
-        found.append(f"the sampler {_described(sampler)}")
-    elif name.startswith("uni_pc") and len(sigmas) == 2:
-        found.append(f"the sampler {name} in one step")
-    if seed is None:
-        found.append("a sampling without a seed")
-    if (sigmas.diff() >= 0).any():
-        found.append("sigmas that don't fall")
-    if getattr(latent, "is_nested", False) or latent.ndim != 4:
-        found.append("a latent of several parts or dims")
-    if mask is not None and not torch.equal(mask, mask[:, :1].expand_as(mask)):
-        found.append("a noise mask that differs by channel")
+    found += _odd_sampling(sampler, name, sigmas, latent, mask, seed)
     if isinstance(sampling, str):
         found.append(sampling)
-    inside = guider.model_options["transformer_options"]
     found += unknown_patches(inside)
-    found += odd_branches(known, Call(model.network, tuple(latent.shape), (0,), None, inside))
+    one_prompt = Call(model.network, tuple(latent.shape), (0,), None, inside)
+    found += odd_branches(known, one_prompt)
     conds = {kind: [dict(entry) for entry in entries] for kind, entries in guider.conds.items()}
-    for kind, entries in conds.items():
-        found += _odd_entries(kind, entries)
-    found += _odd_empty(conds.get(_EMPTY, ()), known)
-    found += _mixed_hints(conds, len(latent))
+    found += _odd_prompts(conds, known, len(latent))
     if found or name is None or seed is None or isinstance(sampling, str):
         return found
+    processed = _processed(model, known, conds, noise, latent, mask, seed)
+    prompts, controls = dict[str, Conditioning](), dict[str, list[ControlUse]]()
+    for kind, (entry,) in processed.items():
+        inputs = {key: value.cond for key, value in entry["model_conds"].items()}
+        if found := [*_odd_inputs(kind, entry, inputs, sigmas)]:
+            return found
+        prompts[kind] = Conditioning(inputs["c_crossattn"], inputs["y"], concat=inputs.get("c_concat"))
+        members = entry["control"].in_ranks if "control" in entry else []
+        controls[kind] = [member.use_of_loop(latent, sigmas[0], inputs) for member in members]
+    perp_neg = _perp_neg(guider, known, prompts)
+    branches = _branches(guider.cfg, prompts, perp_neg)
+    rows, tokens = (len(branches) * len(latent), *latent.shape[1:]), prompts["positive"].context.shape[1]
+    extras = extras_of(Call(model.network, rows, branches, None, inside, tokens=tokens, schedule=schedule))
+    found += uneven_prompts(inside, extras, [prompt.context.shape[1] for prompt in prompts.values()])
+    mixes_others = perp_neg is not None or known.in_uncond is not None
+    if any(extra.pairs for extra in extras) and mixes_others:
+        found.append("a patch that mixes rows of two prompts, beside others")
+    elif any(extra.pairs for extra in extras) and not _are_alike(prompts, controls):
+        found.append("a patch that mixes rows of both prompts, which are of unlike lengths or ControlNets")
+    if any(isinstance(extra, ImagePrompt) and extra.regions is not None for extra in extras):
+        found += _evaluated_apart(known, processed)
+    if found:
+        return found
+    settings = {**known.shares, "apg": known.apg, "perp_neg": perp_neg} | in_further_branches(known, one_prompt)
+    named = (sigmas, name, float(guider.cfg), seed, prompts["positive"], prompts.get("negative"))
+    mask = None if mask is None else mask[:, :1]
+    return Loop(latent, noise, *named, mask, sampling, settings, controls, extras)
+
+
+def _odd_sampling(
+    sampler: Any, name: str | None, sigmas: Tensor, latent: Tensor, mask: Tensor | None, seed: int | None
+) -> Iterator[str]:
+    """What of the sampler, its schedule and its latent only ComfyUI's own loop can do."""
+    if name is None:
+        yield f"the sampler {_described(sampler)}"
+    elif name.startswith("uni_pc") and len(sigmas) == 2:
+        yield f"the sampler {name} in one step"
+    if seed is None:
+        yield "a sampling without a seed"
+    if (sigmas.diff() >= 0).any():
+        yield "sigmas that don't fall"
+    if getattr(latent, "is_nested", False) or latent.ndim != 4:
+        yield "a latent of several parts or dims"
+    if mask is not None and not torch.equal(mask, mask[:, :1].expand_as(mask)):
+        yield "a noise mask that differs by channel"
+
+
+def _odd_prompts(conds: Mapping[str, Sequence[Mapping[str, Any]]], known: Known, latents: int) -> Iterator[str]:
+    """What of the prompts only ComfyUI's own loop can do."""
+    for kind, entries in conds.items():
+        yield from _odd_entries(kind, entries)
+    yield from _odd_empty(conds.get(_EMPTY, ()), known)
+    yield from _mixed_hints(conds, latents)
+
+
+def _processed(
+    model: Any,
+    known: Known,
+    conds: Mapping[str, list[dict[str, Any]]],
+    noise: Tensor,
+    latent: Tensor,
+    mask: Tensor | None,
+    seed: int,
+) -> dict[str, list[dict[str, Any]]]:
+    """The prompts as ComfyUI hands them to the model, the empty one of a node among them."""
     shapes = known_to(comfy.samplers.process_conds, latent_shapes=[latent.shape])
     # What goes in beside the latent is made of it, as the model sees it.
     seen = latent.float()
     if torch.count_nonzero(seen) > 0:
         seen = model.model.process_latent_in(seen)
     given = (noise.float(), conds, model.load_device, seen, mask, seed)
-    processed = comfy.samplers.process_conds(_AsPatched(model), *given, **shapes)
+    processed: dict[str, list[dict[str, Any]]] = comfy.samplers.process_conds(_AsPatched(model), *given, **shapes)
     if (empty := processed_empty(known, model, noise.float())) is not None:
-        processed[_EMPTY] = [empty]
-    prompts, controls = {}, {}
-    for kind, (entry,) in processed.items():
-        if not _acts_everywhere(entry, sigmas):
-            return [f"a range of steps in the {kind} conditioning"]
-        inputs = {key: value.cond for key, value in entry["model_conds"].items()}
-        if odd := (set(inputs) - _MAY_HAVE) ^ _INPUTS:
-            return [f"model inputs {', '.join(sorted(odd))} of the {kind} conditioning"]
-        if entry is empty and "c_concat" in inputs:
-            return ["PerpNeg on a model that takes a picture beside the latent"]
-        prompts[kind] = Conditioning(inputs["c_crossattn"], inputs["y"], concat=inputs.get("c_concat"))
-        members = entry["control"].in_ranks if "control" in entry else []
-        controls[kind] = [member.use_of_loop(latent, sigmas[0], inputs) for member in members]
-    mask = None if mask is None else mask[:, :1]
-    named = (sigmas, name, float(guider.cfg), seed)
-    perp_neg = _perp_neg(guider, known, prompts)
-    branches = _branches(guider.cfg, prompts, perp_neg)
-    rows = (len(branches) * len(latent), *latent.shape[1:])
-    lengths = [prompt.context.shape[1] for prompt in prompts.values()]
-    whole = Call(
-        model.network, rows, branches, None, inside, tokens=prompts["positive"].context.shape[1], schedule=schedule
-    )
-    extras = extras_of(whole)
-    if uneven := list(uneven_prompts(inside, extras, lengths)):
-        return uneven
-    if any(extra.pairs for extra in extras) and (perp_neg is not None or known.in_uncond is not None):
-        return ["a patch that mixes rows of two prompts, beside others"]
-    if any(extra.pairs for extra in extras) and not _are_alike(prompts, controls):
-        return ["a patch that mixes rows of both prompts, which are of unlike lengths or ControlNets"]
-    if any(isinstance(extra, ImagePrompt) and extra.regions is not None for extra in extras):
-        found += _evaluated_apart(known, processed)
-    if found:
-        return found
-    settings = {**known.shares, "apg": known.apg, "perp_neg": perp_neg}
-    settings |= in_further_branches(known, Call(model.network, tuple(latent.shape), (0,), None, inside))
-    of_prompts = (prompts["positive"], prompts.get("negative"))
-    return Loop(latent, noise, *named, *of_prompts, mask, sampling, settings, controls, extras)
+        processed[_EMPTY] = [empty | {_OF_NODE: True}]
+    return processed
+
+
+def _odd_inputs(kind: str, entry: Mapping[str, Any], inputs: Mapping[str, Tensor], sigmas: Tensor) -> Iterator[str]:
+    """What of a processed prompt only ComfyUI's own loop can do."""
+    if not _acts_everywhere(entry, sigmas):
+        yield f"a range of steps in the {kind} conditioning"
+    elif odd := (set(inputs) - _MAY_HAVE) ^ _INPUTS:
+        yield f"model inputs {', '.join(sorted(odd))} of the {kind} conditioning"
+    elif _OF_NODE in entry and "c_concat" in inputs:
+        yield "PerpNeg on a model that takes a picture beside the latent"
 
 
 def _schedule(options: Mapping[str, Any], sampler: str | None, sigmas: Tensor) -> Schedule | None:
