@@ -172,7 +172,7 @@ class RemoteModel(Held[LoadModel]):
             step_cache: which evaluations take most of their work from an earlier one, which is faster and not exact; `note` tells how
                 many did. None: all are computed whole.
             controls: ControlNets in the ranks, on the positive prompt; and on the negative one, without `negative_controls`.
-            extras: what hangs inside the model: see rpc/extras.py. `uncond_extras`: beside them, while it evaluates the negative
+            extras: what hangs inside the model: see rpc/extras. `uncond_extras`: beside them, while it evaluates the negative
                 prompt.
             trace: keep what each rank did when, in `timeline`: rank, and the columns of distributed/traffic.py.
             patches: on the model's weights, for this job.
