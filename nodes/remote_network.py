@@ -19,7 +19,7 @@ from .hung.controlnet import USES, ControlCost, by_place
 from .hung.extra_cost import ExtraCost
 from .hung.guidance import names
 from .hung.kinds import extras_of, give_reports, is_known_change, unknown_patches
-from .hung.layers import AsMade
+from .hung.layers import AsMade, is_own
 from .hung.nag_guider import repeated_prompt
 from .hung.patches import Call
 from .hung.prompt_projection import PROJECTIONS, of_prompt, refuse_layer
@@ -47,7 +47,10 @@ class RemoteNetwork(torch.nn.Module):
     calls_wrappers: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if "forward" in vars(self):  # put there while sampling: it would compute with layers that have no weights
+        forward = vars(self).get("forward")
+        if forward is not None and not is_own(
+            self, "forward", forward
+        ):  # put there while sampling: it would compute with layers that have no weights
             refuse(self.as_made.changes(), "A parallel MODEL", RELOAD)
         return super().__call__(*args, **kwargs)
 

@@ -22,11 +22,14 @@ from test_extras import MMDIT_MESHES, predictor, rows_of
 from torch import Tensor
 
 from parallel_backend import Backend, MeshSpec, RemoteModel
+from parallel_backend.config import SAMPLERS, SAMPLERS_BELOW_ONE, SamplerSpec
 from parallel_backend.errors import InputError
 from parallel_backend.extras.reading import Extras
 from parallel_backend.models.families import SD3
 from parallel_backend.models.mmdit import EPS, JointBlock
 from parallel_backend.rpc.extras import JointImagePrompt
+from parallel_backend.sampling.image import sample_latent
+from parallel_backend.sampling.parameterization import Flow
 
 PACK = Pack("ComfyUI-InstantX-IPAdapter-SD3", "INSTANTX_IPADAPTER_SD3_PATH", "joint_prompt_cases")
 TOKENS, BLOCKS, WIDTH = 5, [1, 2, 3], 48
@@ -271,3 +274,17 @@ def test_a_rank_without_rows_waits_for_the_others(backend2: Backend, large: Path
         for mesh in (MeshSpec(tp=2), MeshSpec(cfg=2))
     )
     assert (alone - spread).abs().max() <= 1e-5 * alone.abs().max()
+
+
+def test_samplers_that_begin_below_sigma_one_are_known() -> None:
+    """What is asked at the schedule's sigmas alone would not be there at theirs."""
+    for sampler in sorted({*SAMPLERS} - {"dpm_adaptive", "euler_stochastic"}):
+        seen: list[float] = []
+
+        def outputs(x: Tensor, timestep: Tensor, step: int, sigma: Tensor, seen: list[float] = seen) -> list[Tensor]:
+            seen.append(float(sigma))
+            return [x * 0.5, x * 0.25]
+
+        spec = SamplerSpec(sampler=sampler, steps=4)
+        sample_latent(outputs, spec, Flow(3.0), latent=torch.zeros(1, 16, 8, 8))
+        assert (seen[0] < 1) == (sampler in SAMPLERS_BELOW_ONE), sampler

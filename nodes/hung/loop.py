@@ -15,9 +15,9 @@ from comfy.samplers import KSAMPLER, CFGGuider
 from torch import Tensor
 
 from ...parallel_backend import Conditioning, ControlUse, PerpNeg
-from ...parallel_backend.config import SAMPLERS, SAMPLERS_OF_PATCHES, FlowSampling, ModelSampling
+from ...parallel_backend.config import SAMPLERS, SAMPLERS_BELOW_ONE, SAMPLERS_OF_PATCHES, FlowSampling, ModelSampling
 from ...parallel_backend.errors import UnsupportedError
-from ...parallel_backend.rpc.extras import AnyExtra, ImagePrompt
+from ...parallel_backend.rpc.extras import AnyExtra, ImagePrompt, SharedAttention, SharedNorms
 from ..known_to_core import known_to
 from . import joint_image_prompt
 from .controlnet import ControlChain
@@ -110,7 +110,8 @@ def read_loop(
     extras = extras_of(Call(model.network, rows, branches, None, inside, tokens=tokens, schedule=schedule))
     found += uneven_prompts(inside, extras, [prompt.context.shape[1] for prompt in prompts.values()])
     mixes_others = perp_neg is not None or known.in_uncond is not None
-    if any(extra.pairs for extra in extras) and mixes_others:
+    names_rows = any(isinstance(extra, SharedAttention | SharedNorms) for extra in extras)
+    if (any(extra.pairs for extra in extras) and mixes_others) or (names_rows and known.weaker is not None):
         found.append("a patch that mixes rows of two prompts, beside others")
     elif any(extra.pairs for extra in extras) and not _are_alike(prompts, controls):
         found.append("a patch that mixes rows of both prompts, which are of unlike lengths or ControlNets")
@@ -185,7 +186,9 @@ def _odd_inputs(kind: str, entry: Mapping[str, Any], inputs: Mapping[str, Tensor
 def _schedule(options: Mapping[str, Any], sampler: str | None, sigmas: Tensor) -> Schedule | None:
     """Where the function around the network is known, and the sampler evaluates it at the schedule's sigmas alone."""
     around = options.get(_AROUND)
-    if sampler not in SAMPLERS_OF_PATCHES or not joint_image_prompt.is_around(around, options["transformer_options"]):
+    if sampler not in SAMPLERS_OF_PATCHES or (sampler in SAMPLERS_BELOW_ONE and sigmas[0] >= 1):
+        return None
+    if not joint_image_prompt.is_around(around, options["transformer_options"]):
         return None
     return Schedule(tuple(float(sigma) for sigma in sigmas.float() if sigma > 0), around)
 

@@ -56,14 +56,16 @@ def is_told_beside(option: str, options: Any) -> bool:
 
 
 def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:
-    """For the same patches they are the same objects, whose tensors are sent once."""
+    """For the same patches they are the same objects, whose tensors are sent once.
+
+    Raises: UnsupportedError: as `_check_alone` says, of what hangs beside them now, and `_Asked.extras`.
+    """
+    _check_alone(patches, call)
     return kept_extras(patches, call, (call.shape[2:], call.layout), lambda: _translated(patches, call))
 
 
 @torch.inference_mode()
 def _translated(patches: Sequence[Patch], call: Call) -> list[AnyExtra]:
-    """Raises: UnsupportedError: as `_check_alone` and `_Asked.extras` say."""
-    _check_alone(patches, call)
     return _Asked(patches, call.layout, call).extras()
 
 

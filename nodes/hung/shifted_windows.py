@@ -13,7 +13,7 @@ import torch
 
 from ...parallel_backend.errors import UnsupportedError
 from ...parallel_backend.rpc.extras import AnyExtra, DownsampleByFour, Downscale, PlaceName, Rescale, ShiftedWindows
-from . import deep_shrink, rau_net
+from . import deep_shrink, rau_net, token_merging
 from .hidiffusion_pack import check_known, number_of
 from .known_functions import closed_over
 from .patches import Call, Kind, Patch, origin, patches_in
@@ -120,7 +120,8 @@ def _check_alone(cuts: Sequence[Any], call: Call) -> None:
             told = " ".join(map(str, place))
             raise UnsupportedError(f"MSW-MSA cuts the attention at {told}, which another node replaces.", ELSEWHERE)
     for patch in patches_in(call.options):
-        if patch.kind in ("attn1_patch", "attn1_output_patch") and not _knows(patch):
+        changes = patch.kind in ("attn1_patch", "attn1_output_patch") and not token_merging.KIND.knows(patch)
+        if changes and not _knows(patch):
             raise UnsupportedError(f"A parallel MODEL can't honour MSW-MSA beside {patch.told}.", ELSEWHERE)
 
 

@@ -63,7 +63,8 @@ def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:
         places.append(place)
         orders.append(_drawn(forward, torch.arange(rows * columns, device=call.device)[None, :, None]))
     if places:
-        yield ShuffledTokens(places=places, orders=torch.cat(orders).cpu())
+        # Drawn for this evaluation alone.
+        yield ShuffledTokens(places=places, orders=torch.cat(orders).cpu(), start=call.sigma, end=call.sigma)
 
 
 def _drawn(forward: FunctionType, tokens_1L1: Tensor) -> Tensor:

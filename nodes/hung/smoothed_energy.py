@@ -29,7 +29,9 @@ def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:
     for patch in patches:
         sigma = float(closed_over(patch.function)["blur_sigma"])
         by_blur.setdefault(sigma if sigma >= 0 else None, []).extend(places_of(patch, call))
-    return [BlurQueries(places=places, blur=blur) for blur, places in by_blur.items() if places]
+    # Its function hangs these for the evaluations in which they act, and takes them away after each.
+    only = {"start": call.sigma, "end": call.sigma}
+    return [BlurQueries(places=places, blur=blur, **only) for blur, places in by_blur.items() if places]
 
 
 def _refused(function: Any, network: Module) -> Iterator[str]:

@@ -55,6 +55,11 @@ SAMPLERS_OF_PATCHES = (
 )
 # Those that make other steps than their schedule has, so that none of them can be told to be the last.
 SAMPLERS_OF_OWN_STEPS = ("dpm_fast", "dpm_adaptive")
+# Those that begin at a little less than sigma 1 of a flow model, where the log of signal to noise is infinite.
+SAMPLERS_BELOW_ONE = (
+    *("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde", "er_sde", "seeds_2", "seeds_3"),
+    *("exp_heun_2_x0", "exp_heun_2_x0_sde", "sa_solver", "sa_solver_pece"),
+)
 SCHEDULERS = (
     "simple",
     "sgm_uniform",

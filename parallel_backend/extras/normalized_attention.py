@@ -19,7 +19,7 @@ from ..distributed.mesh import MeshAxis
 from ..distributed.sites import At, Inner, Place, UNetSites
 from ..errors import InputError
 from ..models.extra import COND, UNCOND, Extra
-from ..models.spread import Spread
+from ..models.spread import UNKNOWN, Spread
 from ..rpc.extras import NormalizedGuidance
 from .target import Target
 
@@ -70,12 +70,12 @@ class NormalizedAttention(GuidedAway):
 
     Args:
         places: all that the model has.
-        spread: where rows of both prompts are; None as long as that isn't known.
+        spread: where rows of both prompts are.
     Comm: where they are on several ranks, what each attention gives for every row to all of these.
     """
 
     places: tuple[Place, ...]
-    spread: Spread | None = None
+    spread: Spread = UNKNOWN
     by_token = True
     pairs = True
 
@@ -88,7 +88,6 @@ class NormalizedAttention(GuidedAway):
         return replace(self, spread=spread)
 
     def on_unet(self, sites: UNetSites) -> None:
-        assert self.spread is not None
         partners = _partners(self.spread)
         if not partners:
             return
@@ -97,7 +96,6 @@ class NormalizedAttention(GuidedAway):
             sites.self_layer[place].append(partial(self._guided, own))
 
     def _guided(self, own: Sequence[tuple[int, int]], inner: Inner, x_BLD: Tensor, at: At) -> Tensor:
-        assert self.spread is not None
         out = inner(x_BLD)
         every = self.spread.gather(out)
         rows = list(out.split(1))

@@ -3,6 +3,7 @@
 import comfy_extras.nodes_freelunch as freelunch
 import comfy_extras.nodes_mahiro as mahiro
 import comfy_extras.nodes_model_downscale as downscale
+import comfy_extras.nodes_nag as nag
 import comfy_extras.nodes_pag as pag
 import meshes
 import torch
@@ -52,6 +53,7 @@ def few():
 
 
 def more():
+    yield "NAGuidance, shrunk", both(hung(nag.NAGuidance, nag_scale=4.0, nag_alpha=0.5, nag_tau=1.5), shrink(3)), {}
     yield "by steps, a stronger FreeU", both(hung(freelunch.FreeU, b1=0.9, b2=2.0, s1=0.0, s2=3.0), BY_STEPS), {}
     yield "by steps, PAG and FreeU_V2", both(FREE_U_V2, PAG), sized(2, 16, 12)
     yield (

@@ -68,6 +68,8 @@ def cases(twins):
             yield name, "SD3 IP-Adapter, some steps, step by step", stepwise(some), {"steps": 4, "denoise": 1.0}
             between = {"sampler": "dpm_2", "steps": 3, "denoise": 1.0}
             yield name, "SD3 IP-Adapter, between sigmas, step by step", applied(twins, start=0.05, end=0.8), between
+            below_one = {"sampler": "dpmpp_2m_sde", "steps": 3, "denoise": 1.0}
+            yield name, "SD3 IP-Adapter, below sigma 1, step by step", applied(twins), below_one
             skipped = lambda model: call(slg.SkipLayerGuidanceDiTSimple, model=applied(twins)(model), **SKIPPED)  # noqa: E731
             yield name, "SD3 IP-Adapter and skipped layers, step by step", skipped, {}
             wider = applied(twins, wider=64)
