@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import weakref
 from dataclasses import replace
@@ -25,6 +26,7 @@ from parallel_backend import Backend, MeshSpec, RemoteModel
 from parallel_backend.config import SAMPLERS, SAMPLERS_BELOW_ONE, SamplerSpec
 from parallel_backend.errors import InputError
 from parallel_backend.extras.reading import Extras
+from parallel_backend.extras.target import Target
 from parallel_backend.models.families import SD3
 from parallel_backend.models.mmdit import EPS, JointBlock
 from parallel_backend.rpc.extras import JointImagePrompt
@@ -226,6 +228,19 @@ def test_matrices_are_made_once_as_long_as_they_are_kept(large: Path) -> None:
     del spec, first, second
     third = read(fresh)
     assert third.matrices[0] is not gone() is None
+
+
+class Left:
+    """A model, as far as what is made for it looks at it."""
+
+
+def test_what_was_made_for_a_model_leaves_with_it() -> None:
+    extras, model, tensor = Extras(), Left(), torch.ones(3)
+    Target(model, 8, 8, extras._samplings, extras._parts).once(tensor, torch.clone)  # type: ignore[arg-type]
+    assert not extras.prune() and len(extras._parts[tensor]) == 1
+    del model
+    gc.collect()
+    assert extras.prune() and extras._parts[tensor] == [] and not extras.prune()
 
 
 def run(comfy: ComfyInstallation, backend: Backend, files: Path) -> dict[str, dict[str, Any]]:

@@ -20,9 +20,10 @@ from parallel_backend.errors import InputError, UnsupportedError
 from parallel_backend.extras.kept_outputs import MOST_SAMPLINGS
 from parallel_backend.extras.reading import Extras
 from parallel_backend.models.extra import Row
-from parallel_backend.models.prediction import Predictor, Prompt, Rows
+from parallel_backend.models.prediction import Predictor
+from parallel_backend.models.rows import Prompt, Rows
 from parallel_backend.models.unet import attention_places
-from parallel_backend.rpc.extras import KeptAttention, KeptForm
+from parallel_backend.rpc.extras import Downscale, KeptAttention, KeptForm
 from parallel_backend.small_checkpoints.unet import CONFIGS, random_unet
 
 SIZE = (21, 13)
@@ -151,3 +152,21 @@ def test_a_whole_sampling_is_asked_for_without_it(backend2: Backend, unets: Path
     cond = Conditioning(*unet_prompt(CONFIGS["tiny"], 1, 77))
     with pytest.raises(UnsupportedError, match="T-Gate is told at each evaluation"):
         model.sample(torch.zeros(1, 4, 16, 12), cond, cond, steps=1, extras=asked_for("computed", "kept"))
+
+
+@torch.inference_mode()
+def test_rows_are_not_taken_once_their_mean_was(unets: Path) -> None:
+    model, kept = predictor(unets / FILE, MeshSpec(), SDXL), Extras()
+    for form in ("kept", "taken_mean"):
+        extras = kept.read(asked_for("computed", form), [], model, SIZE, (0, 1))  # type: ignore[arg-type]
+        which = BOTH if form == "kept" else COND
+        model.output(Rows(*given_at(1, which), extras=extras, which=which))
+    with pytest.raises(InputError, match="not kept"):
+        kept.read(asked_for("computed", "taken"), [], model, SIZE, (0, 1))
+
+
+def test_a_picture_of_another_size_within_is_refused(unets: Path) -> None:
+    model = predictor(unets / FILE, MeshSpec(), SDXL)
+    shrink = Downscale(block=2, factor=2.0, after_skip=True, method="bilinear", back="bilinear", end=5.0)
+    with pytest.raises(UnsupportedError, match="T-Gate can't be honoured beside deep shrink"):
+        Extras().read([*asked_for("computed", "kept"), shrink], [], model, SIZE, (0, 1))

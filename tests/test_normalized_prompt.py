@@ -24,7 +24,7 @@ from parallel_backend.extras.target import Target
 from parallel_backend.models.extra import Row
 from parallel_backend.models.families import SD3, Kind
 from parallel_backend.models.mmdit import JointBlock
-from parallel_backend.models.prediction import Prompt, Rows
+from parallel_backend.models.rows import Prompt, Rows
 from parallel_backend.models.unet import attention_places
 from parallel_backend.rpc.conditioning import Conditioning
 from parallel_backend.rpc.extras import NormalizedJointPrompt, NormalizedPrompt

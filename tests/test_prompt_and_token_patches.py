@@ -19,7 +19,7 @@ from parallel_backend import Backend, Conditioning, MeshSpec, RemoteModel
 from parallel_backend.errors import InputError, UnsupportedError
 from parallel_backend.extras.reading import Extras
 from parallel_backend.extras.sparse_attention import entmax15, sparsemax
-from parallel_backend.models.prediction import Prompt, Rows
+from parallel_backend.models.rows import Prompt, Rows
 from parallel_backend.models.unet import attention_places
 from parallel_backend.rpc.extras import AnyExtra, Downscale, FreeU, ShuffledTokens, SparseAttention
 from parallel_backend.small_checkpoints.unet import CONFIGS, random_unet

@@ -24,7 +24,8 @@ from parallel_backend.errors import InputError, UnsupportedError
 from parallel_backend.extras.reading import Extras
 from parallel_backend.models.captured import CapturedNetwork
 from parallel_backend.models.extra import Row
-from parallel_backend.models.prediction import Predictor, Prompt, Rows
+from parallel_backend.models.prediction import Predictor
+from parallel_backend.models.rows import Prompt, Rows
 from parallel_backend.models.unet import attention_places
 from parallel_backend.rpc.extras import AnyExtra, SharedAttention, SharedNorms
 from parallel_backend.small_checkpoints.unet import CONFIGS, random_unet

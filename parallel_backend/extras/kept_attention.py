@@ -6,6 +6,7 @@ Shapes: B rows, L tokens of this rank's band, D width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..distributed.sites import At, Inner, Place, UNetSites
-from ..errors import InputError
+from ..errors import InputError, UnsupportedError
 from ..models.extra import Extra
 from ..models.spread import UNKNOWN, Spread
 from ..rpc.extras import KeptAttention, KeptForm
@@ -50,7 +51,8 @@ class GatedAttention(Extra):
         size = (target.height, target.width)
         forms = {"self": asked.self_attention, "cross": asked.cross_attention}
         taken = [(layer, place) for layer, form in forms.items() if form in _TAKEN for place in places]
-        if any(layer not in outputs for layer in taken):
+        alone = [layer for layer in taken if forms[layer[0]] == "taken"]
+        if any(layer not in outputs for layer in taken) or not all(map(outputs.has_rows, alone)):
             raise InputError(
                 f"T-Gate asks for outputs of attention layers that are not kept of the sampling {asked.sampling!r}.",
                 "Sample again; where several clients sample with T-Gate at the same time, one after the other.",
@@ -63,6 +65,13 @@ class GatedAttention(Extra):
         outputs.size = size
         gates: dict[str, Any] = {"self_attention": asked.self_attention, "cross_attention": asked.cross_attention}
         return cls(places=places, outputs=outputs, **gates, **range_of)
+
+    def check_beside(self, others: Sequence[Extra]) -> None:
+        if resizing := [other.name for other in others if other.resizes]:
+            raise UnsupportedError(
+                f"{self.name} can't be honoured beside {', '.join(resizing)}: outputs that are kept would be of pictures of two sizes.",
+                "Remove one of them.",
+            )
 
     def among(self, spread: Spread) -> GatedAttention:
         """Raises: InputError: what is to be taken is of other rows."""

@@ -44,6 +44,10 @@ class KeptOutputs:
     def __contains__(self, layer: Hashable) -> bool:
         return layer in self._kept or layer in self._means
 
+    def has_rows(self, layer: Hashable) -> bool:
+        """Whether its rows are still there by themselves: once a mean was taken, that alone is."""
+        return layer in self._kept
+
     def keep(self, layer: Hashable, out_BLD: Tensor, spread: Spread) -> None:
         """In place of what was kept of it before."""
         self.rows = spread.rows

@@ -143,6 +143,17 @@ class Extras:
         self._samplings.clear()
         self._parts.clear()
 
+    def prune(self) -> bool:
+        """What was made for models that have left is gone. Returns: whether there was something."""
+        gone = [key for key, made in self._made.items() if not made.is_used()]
+        for key in gone:
+            del self._made[key]
+        left = {tensor: [one for one in kept if one[0]() is not None] for tensor, kept in self._parts.items()}
+        stale = [tensor for tensor, kept in left.items() if len(kept) < len(self._parts[tensor])]
+        for tensor in stale:
+            self._parts[tensor] = left[tensor]
+        return bool(gone or stale)
+
     def end(self, samplings: Iterable[str]) -> None:
         """Nothing is kept of samplings of these names."""
         for name in samplings:

@@ -331,9 +331,11 @@ class Engine:
         return self.residents.make_room(COMMUNICATOR_BYTES, f"The mesh of {name}", kind, spec, job.control)
 
     def _let_go_of_groups(self) -> None:
-        """Of meshes that no model is in."""
+        """Of meshes that no model is in, and of what extras have made for models that are gone."""
         models = [resident.model for resident in self.residents.values()]
         used = {model.spec for model in models if isinstance(model, Predictor)}
+        if self.extras.prune():
+            give_back(self.device)
         self.meshes.keep_only(used, bands=any(isinstance(model, BandVAE) for model in models))
 
     def _loaded(self, name: str, sizes: _Sizes, evicted: list[str], start: float, job: Job) -> Loaded:
