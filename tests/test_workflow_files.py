@@ -275,6 +275,14 @@ def test_what_hangs_on_the_model_and_cant_be_honoured_is_named(kind: str, words:
     "kind",
     [
         *("IPAdapterAdvanced", "ApplyInstantID", "ApplyPulid", "FreeU_V2", "NAGuidance", "SkipLayerGuidanceSD3"),
+        *(
+            "ApplyRAUNetSimple",
+            "ApplyMSWMSAAttention",
+            "PLADIS",
+            "NAGCFGGuider",
+            "FreeU2PPM",
+            "KSamplerWithNAG (Advanced)",
+        ),
         *("TomePatchModel", "TGateApplySimple", "ReferenceOnlySimple", "StyleAlignedBatchAlign"),
     ],
 )

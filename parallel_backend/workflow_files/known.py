@@ -24,7 +24,8 @@ _ON_A_MODEL = (
     "LoraLoader LoraLoaderModelOnly LoraModelLoader ModelMergeSimple ModelMergeBlocks ModelMergeSubtract ModelMergeAdd ModelMergeSDXL "
     "ModelMergeSD3_2B ModelMergeSD35_Large ModelSamplingDiscrete ModelSamplingContinuousEDM ModelSamplingContinuousV ModelSamplingSD3 "
     "ModelSamplingAuraFlow ModelSamplingFlux RescaleCFG PerpNeg DifferentialDiffusion Mahiro CFGZeroStar CFGNorm FreSca APG TCFG "
-    "EasyCache LazyCache CFGOverride RenormCFG TemporalScoreRescaling ContextWindowsManual LatentApplyOperationCFG ComfySwitchNode LazySwitchKJ"
+    "EasyCache LazyCache FrequencyDecoupledGuidance MomentumGuidance SlidingModeControlCFG CFGLimiterGuider RescaleCFGPost DynamicThresholdingSimplePost "
+    "DynamicThresholdingPost RenormCFGPost TCFGAdvanced SkipFirstStepCFG CADSPPM EpsilonScalingPPM CFGOverride RenormCFG TemporalScoreRescaling ContextWindowsManual LatentApplyOperationCFG ComfySwitchNode LazySwitchKJ"
 )
 # Inside the model: extras of the ranks stand for them, see nodes/hung.
 _INSIDE = (
@@ -37,7 +38,9 @@ _INSIDE = (
     "IPAdapterPreciseComposition IPAdapterPreciseCompositionBatch IPAdapterUnifiedLoader IPAdapterUnifiedLoaderFaceID "
     "IPAdapterUnifiedLoaderCommunity ApplyInstantID ApplyInstantIDAdvanced InstantIDAttentionPatch InstantIdAdapterApply ApplyPulid "
     "ApplyPulidAdvanced ApplyIPAdapterSD3 TomePatchModel TGateApplySimple TGateApplyAdvanced ReferenceOnlySimple "
-    "StyleAlignedBatchAlign StyleAlignedReferenceSampler StyleAlignedSampleReferenceLatents"
+    "StyleAlignedBatchAlign StyleAlignedReferenceSampler StyleAlignedSampleReferenceLatents ApplyRAUNet ApplyRAUNetSimple "
+    "ApplyMSWMSAAttention ApplyMSWMSAAttentionSimple PLADIS TokenPerturbationGuidance NormalizedAttentionGuidance FreeU2PPM NAGGuider "
+    "NAGCFGGuider KSamplerWithNAG SamplerCustomWithNAG"
 )
 _ON_CONDITIONING = (
     "CLIPTextEncode CLIPTextEncodeSDXL CLIPTextEncodeSDXLRefiner CLIPTextEncodeSD3 CLIPTextEncodeControlnet ConditioningAverage "
@@ -70,7 +73,8 @@ _WITH_SPACES = (
     "easy preDetailerFix; easy detailerFix; ttN pipeLoader; ttN pipeLoader_v2; ttN pipeLoaderSDXL; ttN pipeKSampler; ttN pipeKSampler_v2; "
     "ttN pipeKSamplerAdvanced; ttN pipeKSamplerSDXL; ttN pipeLoraStack; ttN pipeIN; ttN pipeOUT; ttN pipeEDIT; "
     "Control Net Stacker; Apply ControlNet Stack; CR Apply ControlNet; CR Multi-ControlNet Stack; CR Apply Multi-ControlNet; "
-    "easy controlnetLoader; easy controlnetLoaderADV; easy controlnetLoader++; easy controlnetStack; easy controlnetStackApply"
+    "easy controlnetLoader; easy controlnetLoaderADV; easy controlnetLoader++; easy controlnetStack; easy controlnetStackApply; "
+    "KSamplerWithNAG (Advanced); Guidance Limiter"
 )
 RUN = (
     LOADERS

@@ -19,8 +19,7 @@ TRAINING = "a parallel MODEL can't be trained"
 _CLASSES = {
     ATTENTION: (
         "HypernetworkLoader GLIGENTextBoxApply ModelAttentionBackend ScaleROPE "
-        "TGateApply NegPip ApplyRAUNet ApplyRAUNetSimple "
-        "ApplyMSWMSAAttention ApplyMSWMSAAttentionSimple INPAINT_ApplyFooocusInpaint"
+        "TGateApply NegPip INPAINT_ApplyFooocusInpaint"
     ),
     CACHE: "TeaCache DeepCache ApplyFBCacheOnModel ApplyTeaCachePatch ApplyTeaCachePatchAdvanced",
     LAYERS: "SeamlessTile LoraLoaderBypass LoraLoaderBypassModelOnly LoadAndApplyICLightUnet BrushNet PowerPaint RAUNet",
