@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..config import CELL, MeshSpec
 from ..distributed import collectives
 from ..distributed.band_attention import BandSelfAttention, CachedCrossAttention
+from ..distributed.band_norm import BandGroupNorm
 from ..distributed.graph_breaks import keep_out_of_graphs
 from ..errors import ConfigError, in_a_line
 from .checkpoint import TensorSource, is_quantised
@@ -23,7 +24,7 @@ from .transformer import Attend
 # A block's code is made again for each of: branch of the guidance, kind of step, shape; torch's own limit is 8.
 MOST_VARIANTS = 64
 # All that has functions with the mark.
-MARKED = (collectives, collectives.Handle, BandSelfAttention, CachedCrossAttention, Attend)
+MARKED = (collectives, collectives.Handle, BandSelfAttention, CachedCrossAttention, BandGroupNorm, Attend)
 
 
 class FirstTimes:
