@@ -378,6 +378,7 @@ def test_states_are_told_in_words(many: Panel) -> None:
 
 def test_focus_scroll_and_elements_outlive_an_update(many: Panel) -> None:
     many.page.set_viewport_size({"width": 1280, "height": 500})
+    many.page.wait_for_timeout(2500)  # what another test has pressed is drawn by the next update
     many.card("two").get_by_role("button", name="Restart", exact=True).focus()
     many.page.evaluate("window.kept = [document.activeElement, ...document.querySelectorAll('.pm-mesh svg')]")
     many.root.evaluate("(root) => { root.scrollTop = 300; }")
