@@ -10,25 +10,23 @@ from ...parallel_backend.rpc.extras import AnyExtra, Downscale
 from .block_patches import AFTER_SKIP, INPUT, OUTPUT, acts, orders_of, range_of
 from .hidiffusion_pack import scales_residuals
 from .known_functions import closed_over
-from .patches import Call, Kind, Patch, origin
+from .patches import Call, Kind, Patch, in_node, is_made_by
 from .refusal import ELSEWHERE
 
-# By what ComfyUI calls its functions' places, their names in the node and what they hold. Older cores' nodes have a method of
-# another name.
+_NODE = "nodes_model_downscale:PatchModelAddDownscale"
+# By what ComfyUI calls its functions' places, their names in the node and what they hold.
 _FUNCTIONS = {
     INPUT: ("input_block_patch", {"block_number", "sigma_start", "sigma_end", "downscale_factor", "downscale_method"}),
     OUTPUT: ("output_block_patch", {"upscale_method"}),
 }
 _FUNCTIONS[AFTER_SKIP] = _FUNCTIONS[INPUT]
-_METHODS = ("execute", "patch")
 
 
 def _knows(patch: Patch) -> bool:
     if patch.kind not in _FUNCTIONS:
         return False
     name, held = _FUNCTIONS[patch.kind]
-    known = [f"nodes_model_downscale:PatchModelAddDownscale.{method}.<locals>.{name}" for method in _METHODS]
-    return origin(patch.function) in known and closed_over(patch.function).keys() == held
+    return is_made_by(patch, patch.kind, in_node(_NODE, name), held)
 
 
 def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:

@@ -7,22 +7,18 @@ from collections.abc import Iterable, Sequence
 from ...parallel_backend.rpc.extras import AnyExtra, FreeU
 from .block_patches import OUTPUT, orders_of
 from .known_functions import closed_over
-from .patches import Call, Kind, Patch, origin
+from .patches import Call, Kind, Patch, in_node, is_made_by, origin
 
-# By where the function was written, whether the image's factor differs by cell. Older cores' nodes have a method of another name.
+# By where the function was written, whether the image's factor differs by cell.
 _KNOWN = {
-    f"nodes_freelunch:{node}.{method}.<locals>.output_block_patch": node == "FreeU_V2"
+    written: node == "FreeU_V2"
     for node in ("FreeU", "FreeU_V2")
-    for method in ("execute", "patch")
+    for written in in_node(f"nodes_freelunch:{node}", "output_block_patch")
 }
 
 
 def _knows(patch: Patch) -> bool:
-    return (
-        patch.kind == OUTPUT
-        and origin(patch.function) in _KNOWN
-        and closed_over(patch.function).keys() == {"scale_dict", "on_cpu_devices"}
-    )
+    return is_made_by(patch, OUTPUT, _KNOWN, {"scale_dict", "on_cpu_devices"})
 
 
 def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:

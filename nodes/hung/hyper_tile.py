@@ -14,7 +14,7 @@ import torch
 from ...parallel_backend.errors import UnsupportedError
 from ...parallel_backend.rpc.extras import AnyExtra, PlaceName, TiledAttention
 from .known_functions import closed_over
-from .patches import Call, Kind, Patch, origin
+from .patches import Call, Kind, Patch, in_node, is_made_by
 from .refusal import ELSEWHERE
 from .unet_places import all_places, sides_at
 
@@ -27,9 +27,7 @@ _NO_CHOICE = 2
 
 
 def _is(patch: Patch, function: str) -> bool:
-    named = [f"{_NODE}.{method}.<locals>.{function}" for method in ("execute", "patch")]
-    known = patch.kind == _KINDS[function] and origin(patch.function) in named
-    return known and set(patch.function.__code__.co_freevars) == _HOLDS[function]
+    return is_made_by(patch, _KINDS[function], in_node(_NODE, function), _HOLDS[function])
 
 
 def _knows(patch: Patch) -> bool:

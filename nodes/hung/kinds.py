@@ -72,8 +72,7 @@ def unknown_patches(options: Mapping[str, Any]) -> Iterator[str]:
     yield from (patch.told for patch in patches_in(options) if _kind_of(patch) is None)
     for key, value in options.items():
         known = key in FORWARD_OPTIONS or key in ("patches", "patches_replace") or is_step_cache(key, value)
-        known = known or key in _OPTIONS or regional_prompts.is_told_beside(key, options)
-        known = known or t_gate.is_told(key, options)
+        known = known or key in _OPTIONS or any(kind.told(key, options) for kind in KINDS)
         if not known and is_set(value):
             yield f"transformer option {key!r}"
 
@@ -89,6 +88,8 @@ def extras_of(call: Call) -> list[AnyExtra]:
 def give_reports(call: Call, extras: Sequence[AnyExtra], reports: Sequence[Tensor], latent: Tensor) -> None:
     """What those extras report of a call's rows, to the patches that ask for it."""
     reporting = [extra for extra in extras if extra.reports]
+    if not reporting:
+        return
     for number, patches in _by_kind(call).items():
         for extra, report in zip(reporting, reports, strict=True):
             if (take := KINDS[number].reported.get(type(extra))) is not None:
@@ -126,8 +127,8 @@ def settings_refused(function: Any, network: Module) -> Iterator[str] | None:
 
 def is_known_change(attribute: str, value: Any) -> bool:
     """Whether what a node has put on a layer of the network is what a kind knows."""
-    is_patch = _kind_of(Patch(FORWARD, None, value)) is not None or shuffled_tokens.is_shuffling(value)
-    return (attribute == FORWARD and is_patch) or shared_norms.is_kept_forward(attribute, value)
+    is_patch = attribute == FORWARD and _kind_of(Patch(FORWARD, None, value)) is not None
+    return is_patch or any(kind.left(attribute, value) for kind in KINDS)
 
 
 def _kind_of(patch: Patch) -> Kind | None:

@@ -12,24 +12,19 @@ from torch import Tensor
 
 from ...parallel_backend.config.guidance import APG, AwayFromWeaker, check_neg_scale
 from ...parallel_backend.errors import ConfigError
-from .patches import Patch, origin
+from .patches import Patch, in_node, origin
 
-_PERP_NEG = ("nodes_perpneg:PerpNeg.execute.<locals>.", "nodes_perpneg:PerpNeg.patch.<locals>.")
-_APG = ("nodes_apg:APG.execute.<locals>.", "nodes_apg:APG.patch.<locals>.")
+_PERP_NEG = in_node("nodes_perpneg:PerpNeg", "")
+_APG = in_node("nodes_apg:APG", "")
 _SLG_NODES = ("SkipLayerGuidanceDiT", "SkipLayerGuidanceSD3")
 _SLG = tuple(
-    f"{module}:{node}.{method}.<locals>.post_cfg_function"
+    written
     for module in ("nodes_slg", "nodes_sd3")
     for node in _SLG_NODES
-    for method in ("execute", "skip_guidance")
+    for written in in_node(f"{module}:{node}", "post_cfg_function", "skip_guidance")
 )
-_SLG_SIMPLE = tuple(
-    f"nodes_slg:SkipLayerGuidanceDiTSimple.{method}.<locals>.calc_cond_batch_function"
-    for method in ("execute", "skip_guidance")
-)
-_PAG = tuple(
-    f"nodes_pag:PerturbedAttentionGuidance.{method}.<locals>.post_cfg_function" for method in ("execute", "patch")
-)
+_SLG_SIMPLE = in_node("nodes_slg:SkipLayerGuidanceDiTSimple", "calc_cond_batch_function", "skip_guidance")
+_PAG = in_node("nodes_pag:PerturbedAttentionGuidance", "post_cfg_function")
 
 
 @dataclass(frozen=True)

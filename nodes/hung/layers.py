@@ -17,15 +17,12 @@ from .refusal import module_of
 
 NAMED = 4
 _NO_PACKS = frozenset({*sys.stdlib_module_names, "torch", "comfy"})
-# Numbers that the pack ComfyUI-NAG leaves on layers, where nothing but a forward of its own reads them.
-LEFT_BY_NAG = ("nag_scale", "nag_tau", "nag_alpha")
 # What a layer holds its parts in, and what its output doesn't depend on.
 _PARTS = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _NO_MATTER = frozenset(
     {
         *(*_PARTS, *_HOOKS, "_non_persistent_buffers_set", "training", "as_made", "worn", "told", "control_cost"),
-        *LEFT_BY_NAG,
         *("extra_cost", "_is_torch_compile", "_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook"),
         *("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"),
         *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
@@ -50,6 +47,12 @@ class AsMade:
         self.network, self.unseen, self.is_known = network, True, is_known
         self.layers = {name: (layer, type(layer), _state(layer)) for name, layer in network.named_modules()}
         self.classes = {kind: dict(functions_of(kind)) for _, kind, _ in self.layers.values()}
+
+    def forwards(self) -> Iterator[tuple[str, Any]]:
+        """What stands in place of layers' own forwards, the network's aside, by their names: evaluations ask for it."""
+        for name, (layer, *_) in self.layers.items():
+            if name and _FORWARD in vars(layer):
+                yield name, vars(layer)[_FORWARD]
 
     def changes(self) -> Iterator[str]:
         """What has been changed since, of its name: a few, how many others, and whose functions and objects they are."""

@@ -21,7 +21,7 @@ from ...parallel_backend.rpc.extras import AnyExtra, NormalizedJointPrompt, Norm
 from . import skip_layers
 from .asked_patch import attention
 from .kept_extras import kept_extras
-from .layers import LEFT_BY_NAG, is_own
+from .layers import is_own
 from .normalized_formula import drawn, guided_away, in_fp32, is_alike
 from .pack_version import pack_and_version
 from .patches import Call, Kind, Patch, origin, patches_in
@@ -39,6 +39,8 @@ _FORWARDS = {
     ),
 }
 _NAME = "Normalized attention guidance"
+# Numbers that the pack leaves on layers, where nothing but a forward of its own reads them.
+_LEFT = ("nag_scale", "nag_tau", "nag_alpha")
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +97,7 @@ def _known_forward(network: Module, bound: Any) -> NagForward | None:
     layers = [network]
     if kind == _UNET:
         layers = [layer for name, layer in network.named_modules() if name.endswith(".attn2")]
-    numbers = {tuple(getattr(layer, name, None) for name in LEFT_BY_NAG) for layer in layers}
+    numbers = {tuple(getattr(layer, name, None) for name in _LEFT) for layer in layers}
     found: Any = numbers.pop() if len(numbers) == 1 else ()
     if not found or not all(isinstance(number, int | float) for number in found):
         return None
@@ -264,4 +266,4 @@ _MADE: Mapping[str, Callable[[NagForward, Call], list[AnyExtra]]] = {
     _UNET: _of_unet,
     _TRANSFORMER: _of_transformer,
 }
-KIND = Kind(_knows, _extras)
+KIND = Kind(_knows, _extras, left=lambda attribute, _: attribute in _LEFT)

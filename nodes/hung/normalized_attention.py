@@ -6,16 +6,14 @@ from collections.abc import Iterable, Sequence
 
 from ...parallel_backend.rpc.extras import AnyExtra, NormalizedGuidance
 from .known_functions import closed_over
-from .patches import Call, Kind, Patch, origin
+from .patches import Call, Kind, Patch, in_node, is_made_by
 
 _NODE = "nodes_nag:NAGuidance"
-_PATCHES = [f"{_NODE}.{method}.<locals>.nag_attention_output_patch" for method in ("execute", "patch")]
+_PATCHES = in_node(_NODE, "nag_attention_output_patch")
 
 
 def _knows(patch: Patch) -> bool:
-    if patch.kind != "attn1_output_patch" or origin(patch.function) not in _PATCHES:
-        return False
-    return closed_over(patch.function).keys() == {"nag_scale", "nag_alpha", "nag_tau"}
+    return is_made_by(patch, "attn1_output_patch", _PATCHES, {"nag_scale", "nag_alpha", "nag_tau"})
 
 
 def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:

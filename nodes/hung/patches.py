@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from inspect import getclosurevars
 from pathlib import PurePath
+from types import CellType
 from typing import Any
 
 import torch
@@ -100,6 +101,8 @@ class Kind:
         reported: by extra that reports, what is done with its report: (patches of this kind, call, (B, N), the latent that the
             network was given).
         option: a transformer option that asks for extras without a patch.
+        told: whether a transformer option, among all of them, only says what the ranks have from elsewhere: (its name, all of them).
+        left: whether its nodes leave that on layers, where it changes nothing by itself: (the attribute's name, its value).
         step_by_step: why a patch that it knows can't be had for all evaluations of a sampling at once.
     """
 
@@ -108,6 +111,8 @@ class Kind:
     functions: Mapping[str, Callable[[Any, Module], Iterator[str]]] = field(default_factory=dict)
     reported: Mapping[type, Callable[[Sequence[Patch], Call, Tensor, Tensor], None]] = field(default_factory=dict)
     option: str | None = None
+    told: Callable[[str, Mapping[str, Any]], bool] = lambda *_: False
+    left: Callable[[str, Any], bool] = lambda *_: False
     step_by_step: Callable[[Patch], Iterator[str]] = lambda _: iter(())
 
 
@@ -130,11 +135,9 @@ def _within(patch: Patch) -> Patch | None:
     return None if held is None else replace(patch, function=held)
 
 
-def forwards_in(network: Module) -> Iterator[Patch]:
+def forwards_in(network: Any) -> Iterator[Patch]:
     """Those that stand in place of layers' own forwards, the network's aside."""
-    for name, layer in network.named_modules():
-        if name and FORWARD in vars(layer):
-            yield Patch(FORWARD, (name,), vars(layer)[FORWARD])
+    return (Patch(FORWARD, (name,), put) for name, put in network.as_made.forwards())
 
 
 def origin(function: Any) -> str:
@@ -144,6 +147,19 @@ def origin(function: Any) -> str:
     """
     made = function if hasattr(function, "__qualname__") else type(function)
     return f"{PurePath(made.__module__ or '').name.rpartition('.')[2]}:{made.__qualname__}"
+
+
+def in_node(node: str, function: str, older: str = "patch") -> tuple[str, str]:
+    """The `origin` of a function that a node of core's makes: in `execute`, or in a method of the node's own in older cores."""
+    return f"{node}.execute.<locals>.{function}", f"{node}.{older}.<locals>.{function}"
+
+
+def is_made_by(patch: Patch, kind: str, origins: Container[str], holds: Set[str]) -> bool:
+    """Whether it hangs as this kind, is a function of one of these origins, and holds values of these names and no others."""
+    if patch.kind != kind or origin(patch.function) not in origins:
+        return False
+    is_empty = CellType() in (patch.function.__closure__ or ())
+    return not is_empty and set(patch.function.__code__.co_freevars) == holds
 
 
 def hands_on(function: Any, place: int, arguments: int) -> bool:

@@ -11,7 +11,7 @@ from torch.nn import Module
 
 from ...parallel_backend.rpc.extras import AnyExtra, PerturbedAttention
 from .known_functions import closed_over
-from .patches import Call, Kind, Patch, hands_on, origin
+from .patches import Call, Kind, Patch, hands_on, in_node, origin
 from .unet_places import blocks_outside, places_of
 
 _CORE = "nodes_pag:PerturbedAttentionGuidance"
@@ -19,13 +19,9 @@ _PACKS_ATTENTION = "guidance_utils:perturbed_attention"
 _PACKS_GUIDANCE = "pag_nodes:PerturbedAttention.patch.<locals>.post_cfg_function"
 
 
-def _named(function: str) -> list[str]:
-    return [f"{_CORE}.{method}.<locals>.{function}" for method in ("execute", "patch")]
-
-
 def _knows(patch: Patch) -> bool:
     """A function that gives the values as they came, whatever else it is called with."""
-    known = (*_named("perturbed_attention"), _PACKS_ATTENTION)
+    known = (*in_node(_CORE, "perturbed_attention"), _PACKS_ATTENTION)
     return patch.kind == "attn1" and origin(patch.function) in known and hands_on(patch.function, 2, arguments=4)
 
 
@@ -43,5 +39,7 @@ def _blocks_refused(function: Any, network: Module) -> Iterator[str]:
 
 
 KIND = Kind(
-    _knows, _extras, dict.fromkeys(_named("post_cfg_function"), _any_settings) | {_PACKS_GUIDANCE: _blocks_refused}
+    _knows,
+    _extras,
+    dict.fromkeys(in_node(_CORE, "post_cfg_function"), _any_settings) | {_PACKS_GUIDANCE: _blocks_refused},
 )

@@ -49,7 +49,7 @@ def _knows(patch: Patch) -> bool:
     return _origin(patch.function) in known.get(patch.kind, ())
 
 
-def is_told_beside(option: str, options: Any) -> bool:
+def _is_told_beside(option: str, options: Any) -> bool:
     """Whether a transformer option only says again what known patches beside it hold."""
     hung = options.get("patches", {}).get("attn2_patch", ())
     return option == _TOLD_BESIDE and any(origin(function) == _PROXY for function in hung)
@@ -264,4 +264,4 @@ def _strength(row_TE: Tensor, tile_TE: Tensor) -> float | None:
     return strength if torch.allclose(row_TE, strength * whole, rtol=1e-4, atol=1e-6) else None
 
 
-KIND = Kind(_knows, _extras)
+KIND = Kind(_knows, _extras, told=_is_told_beside)

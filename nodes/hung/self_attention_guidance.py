@@ -10,18 +10,17 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from ...parallel_backend.rpc.extras import AnyExtra, ReportScores
-from .patches import Call, Kind, Patch, origin
+from .patches import Call, Kind, Patch, in_node, is_made_by
 from .unet_places import places_of
 
 _NODE = "nodes_sag:SelfAttentionGuidance"
-_PATCHES = [f"{_NODE}.{method}.<locals>.attn_and_record" for method in ("execute", "patch")]
+_PATCHES = in_node(_NODE, "attn_and_record")
 _SCORES = "attn_scores"
 _UNCOND = 1
 
 
 def _knows(patch: Patch) -> bool:
-    known = patch.kind == "attn1" and origin(patch.function) in _PATCHES
-    return known and patch.function.__code__.co_freevars == (_SCORES,)
+    return is_made_by(patch, "attn1", _PATCHES, {_SCORES})
 
 
 def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:

@@ -27,7 +27,7 @@ _NORMED = ":register_norm_forward.<locals>.forward_"
 _KEPT = "orig_forward"
 
 
-def is_kept_forward(attribute: str, value: Any) -> bool:
+def _is_kept_forward(attribute: str, value: Any) -> bool:
     """Whether an attribute of a layer is its own forward, which the node has put aside."""
     return attribute == _KEPT and isinstance(value, MethodType) and is_own(value.__self__, FORWARD, value)
 
@@ -38,7 +38,7 @@ def _knows(patch: Patch) -> bool:
     if not origin(patch.function).endswith(_NORMED):
         return False
     made_with = closed_over(patch.function)
-    return made_with.keys() == {_KEPT} and is_kept_forward(_KEPT, made_with[_KEPT])
+    return made_with.keys() == {_KEPT} and _is_kept_forward(_KEPT, made_with[_KEPT])
 
 
 def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:
@@ -81,4 +81,4 @@ def _asked(function: FunctionType, rows: int, told: str) -> list[int]:
     return [number for number, _ in found]
 
 
-KIND = Kind(_knows, _extras)
+KIND = Kind(_knows, _extras, left=_is_kept_forward)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...parallel_backend.errors import UnsupportedError
 from ...parallel_backend.rpc.extras import AnyExtra, ShuffledTokens
 from .known_functions import closed_over
-from .patches import Call, Kind, Patch, origin
+from .patches import FORWARD, Call, Kind, Patch, origin
 from .refusal import ELSEWHERE
 from .unet_places import blocks_of, sides_at
 
@@ -52,7 +52,7 @@ def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:
     """Raises: UnsupportedError: what stands in a block's place, and would be told to shuffle, isn't known."""
     places, orders = [], []
     for place, block in blocks_of(call.network):
-        forward = vars(block).get("forward")
+        forward = vars(block).get(FORWARD)
         if forward is None or _is_blocks_own(forward):
             continue
         if not is_shuffling(forward):
@@ -80,4 +80,4 @@ def _as_given(x: Tensor, **_: Any) -> Tensor:
     return x
 
 
-KIND = Kind(_knows, _extras, option=_OPTION)
+KIND = Kind(_knows, _extras, option=_OPTION, left=lambda attribute, value: attribute == FORWARD and is_shuffling(value))

@@ -9,16 +9,15 @@ from torch.nn import Module
 
 from ...parallel_backend.rpc.extras import AnyExtra, SkipBlocks
 from .known_functions import closed_over
-from .patches import Call, Kind, Patch, hands_on, origin
+from .patches import Call, Kind, Patch, hands_on, in_node, origin
 
 _NODES = ("SkipLayerGuidanceDiT", "SkipLayerGuidanceDiTSimple", "SkipLayerGuidanceSD3")
-# Older cores' nodes have a method of their own name, which newer ones keep under another.
-_METHODS = ("execute", "skip_guidance")
+_OLDER = "skip_guidance"
 
 
 def _named(function: str) -> list[str]:
-    modules = ("nodes_slg", "nodes_sd3")
-    return [f"{m}:{node}.{method}.<locals>.{function}" for m in modules for node in _NODES for method in _METHODS]
+    nodes = [f"{module}:{node}" for module in ("nodes_slg", "nodes_sd3") for node in _NODES]
+    return [written for node in nodes for written in in_node(node, function, _OLDER)]
 
 
 def _knows(patch: Patch) -> bool:

@@ -9,7 +9,7 @@ from torch.nn import Module
 
 from ...parallel_backend.rpc.extras import AnyExtra, BlurQueries, PlaceName
 from .known_functions import closed_over
-from .patches import Call, Kind, Patch, origin
+from .patches import Call, Kind, Patch, is_made_by
 from .unet_places import blocks_outside, places_of
 
 _ATTENTION = "guidance_utils:seg_attention_wrapper.<locals>.seg_attention"
@@ -17,11 +17,7 @@ _GUIDANCE = "pag_nodes:SmoothedEnergyGuidanceAdvanced.patch.<locals>.post_cfg_fu
 
 
 def _knows(patch: Patch) -> bool:
-    return (
-        patch.kind == "attn1"
-        and origin(patch.function) == _ATTENTION
-        and closed_over(patch.function).keys() == {"attention", "blur_sigma"}
-    )
+    return is_made_by(patch, "attn1", (_ATTENTION,), {"attention", "blur_sigma"})
 
 
 def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from ...parallel_backend.errors import UnsupportedError
 from ...parallel_backend.rpc.extras import AnyExtra, PlaceName, SparseAttention
 from .known_functions import closed_over
-from .patches import Call, Kind, Patch, origin
+from .patches import Call, Kind, Patch, is_made_by
 from .refusal import ELSEWHERE
 from .unet_places import places_of
 
@@ -19,12 +19,8 @@ _INTO = "attn2_patch"
 
 
 def _knows(patch: Patch) -> bool:
-    return (
-        patch.kind == "attn2"
-        and origin(patch.function) == _ATTENTION
-        and closed_over(patch.function).keys() == {"pladis_scale", "sparse_func"}
-        and closed_over(patch.function)["sparse_func"] in _MAPS
-    )
+    known = is_made_by(patch, "attn2", (_ATTENTION,), {"pladis_scale", "sparse_func"})
+    return known and closed_over(patch.function)["sparse_func"] in _MAPS
 
 
 def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:

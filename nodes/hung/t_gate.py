@@ -52,7 +52,7 @@ class _Gates:
         return own, "kept"
 
 
-def is_told(option: str, options: Mapping[str, Any]) -> bool:
+def _is_told(option: str, options: Mapping[str, Any]) -> bool:
     """Whether a transformer option is what the wrapper says while it samples: a MODEL that carries it is of the node's older form."""
     return option in (_ENABLED, _CLEARED) and "sigmas" in options
 
@@ -87,4 +87,4 @@ def _gates(patch: Patch) -> _Gates:
     return _Gates(cross, own, bool(made_with["only_cross_attention"]))
 
 
-KIND = Kind(_knows, _extras)
+KIND = Kind(_knows, _extras, told=_is_told)

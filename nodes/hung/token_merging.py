@@ -11,7 +11,7 @@ import torch
 
 from ...parallel_backend.errors import UnsupportedError
 from ...parallel_backend.rpc.extras import AnyExtra, PlaceName
-from .patches import Call, Kind, Patch, origin
+from .patches import Call, Kind, Patch, in_node, is_made_by
 from .refusal import ELSEWHERE
 from .unet_places import all_places, sides_at
 
@@ -21,9 +21,7 @@ _KINDS = {"tomesd_m": "attn1_patch", "tomesd_u": "attn1_output_patch"}
 
 
 def _is(patch: Patch, function: str) -> bool:
-    named = [f"{_NODE}.{method}.<locals>.{function}" for method in ("execute", "patch")]
-    known = patch.kind == _KINDS[function] and origin(patch.function) in named
-    return known and set(patch.function.__code__.co_freevars) == _HOLDS[function]
+    return is_made_by(patch, _KINDS[function], in_node(_NODE, function), _HOLDS[function])
 
 
 def _knows(patch: Patch) -> bool:

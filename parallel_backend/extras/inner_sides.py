@@ -25,6 +25,8 @@ def check_inner_sides(extras: Sequence[Extra], target: Target) -> None:
 
     Raises: InputError: not so, at some sigma.
     """
+    if not any(extra.resizes or extra.is_drawn for extra in extras):
+        return
     for together in _together(extras):
         if any(extra.resizes or extra.is_drawn for extra in together):
             sides = _walked(together, target)

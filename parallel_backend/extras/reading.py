@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
+from operator import is_
 from typing import Any
 from weakref import ref
 
@@ -113,6 +114,7 @@ class Extras:
 
     def __init__(self) -> None:
         self._made: OrderedDict[tuple[Any, ...], _Made] = OrderedDict()
+        self._fitting: tuple[Extra, ...] = ()
         self._samplings = Samplings()
         # Of single tensors, by extras that come anew with each evaluation.
         self._parts: MutableMapping[Tensor, Any] = WeakIdKeyDictionary()
@@ -129,30 +131,37 @@ class Extras:
 
         Raises: InputError, UnsupportedError: it doesn't fit the model.
         """
-        self._made = OrderedDict((key, made) for key, made in self._made.items() if made.is_used())
+        self._keep_used()
         made = tuple(self._of(spec.each(lambda index: tensors[index]), predictor, *size) for spec in asked)
         for extra in made:
             extra.check(branches)
             extra.check_beside(made)
-        check_inner_sides(made, Target(predictor, *size))
+        # Step by step the same ones come with each evaluation, each made for its model and size.
+        if len(made) != len(self._fitting) or not all(map(is_, made, self._fitting)):
+            check_inner_sides(made, Target(predictor, *size))
+            # What keeps outputs of a sampling comes anew each time, and is let go of with it.
+            self._fitting = () if any(extra.has_memory for extra in made) else made
         return made
 
     def forget(self) -> None:
         """Nothing is kept."""
         self._made.clear()
+        self._fitting = ()
         self._samplings.clear()
         self._parts.clear()
 
     def prune(self) -> bool:
         """What was made for models that have left is gone. Returns: whether there was something."""
-        gone = [key for key, made in self._made.items() if not made.is_used()]
-        for key in gone:
-            del self._made[key]
-        left = {tensor: [one for one in kept if one[0]() is not None] for tensor, kept in self._parts.items()}
-        stale = [tensor for tensor, kept in left.items() if len(kept) < len(self._parts[tensor])]
-        for tensor in stale:
-            self._parts[tensor] = left[tensor]
-        return bool(gone or stale)
+        before = len(self._made)
+        self._keep_used()
+        is_less, self._fitting = len(self._made) < before, ()
+        for tensor, kept in list(self._parts.items()):
+            self._parts[tensor] = [one for one in kept if one[0]() is not None]
+            is_less |= len(self._parts[tensor]) < len(kept)
+        return is_less
+
+    def _keep_used(self) -> None:
+        self._made = OrderedDict((key, made) for key, made in self._made.items() if made.is_used())
 
     def end(self, samplings: Iterable[str]) -> None:
         """Nothing is kept of samplings of these names."""

@@ -6,8 +6,8 @@ Shapes: B this rank's rows, S sources, L tokens of this rank's band, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,17 +18,17 @@ from ..distributed.band_attention import attend_heads
 from ..distributed.collectives import all_gather
 from ..distributed.sites import At, Inner, Place, UNetSites
 from ..errors import InputError
-from ..models.extra import Extra, Row
-from ..models.spread import UNKNOWN, Spread, chosen
+from ..models.extra import Row
+from ..models.spread import chosen
 from ..rpc.extras import SharedAttention
-from .sources import SourceOf, Sources, check_named, source_of
+from .sources import FromSources, Sources, source_of
 from .target import Target
 
 _EPSILON = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttendedTogether(Extra):
+class AttendedTogether(FromSources):
     """Of every self-attention of a UNet. `keys`: by row, whose keys it has beside its own, and what they are multiplied by.
 
     Comm: where sources are on other ranks, their tokens to all of these; keys and values of rows and sources from every band to all;
@@ -36,12 +36,8 @@ class AttendedTogether(Extra):
     """
 
     places: tuple[Place, ...]
-    sources: SourceOf
     keys: Mapping[Row, tuple[Row, float]]
     matched: tuple[str, ...]
-    spread: Spread = UNKNOWN
-    pairs = True
-    across_batch = True
     name = "shared attention"
 
     @classmethod
@@ -65,20 +61,14 @@ class AttendedTogether(Extra):
             )
         return cls(places=places, sources=sources, keys=keys, matched=matched, **range_of)
 
-    def check(self, branches: Iterable[int]) -> None:
-        check_named(self.sources, branches, self.name)
-
-    def among(self, spread: Spread) -> AttendedTogether:
-        return replace(self, spread=spread)
-
     def on_unet(self, sites: UNetSites) -> None:
         sources = Sources.of(self.sources, self.spread, self.name)
-        rows = self.spread.rows[self.spread.own.start : self.spread.own.stop]
+        keys = [self.keys[row] for row in self.own_rows]
         shared = _Shared(
             sources,
-            [sources.rows.index(self.sources[row]) for row in rows],
-            [sources.rows.index(self.keys[row][0]) for row in rows],
-            [self.keys[row][1] for row in rows],
+            sources.numbers(self.sources[row] for row in self.own_rows),
+            sources.numbers(row for row, _ in keys),
+            [weight for _, weight in keys],
             self.matched,
         )
         for place in self.places:

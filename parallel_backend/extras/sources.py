@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from torch import Tensor
 
 from ..errors import InputError
-from ..models.extra import Row
-from ..models.spread import Spread, chosen
+from ..models.extra import Extra, Row
+from ..models.spread import UNKNOWN, Spread, chosen
 
 SourceOf = Mapping[Row, Row]
+F = TypeVar("F", bound="FromSources")
 
 
 def source_of(rows: Sequence[Row], sources: Sequence[Row], what: str) -> SourceOf:
@@ -29,13 +31,30 @@ def source_of(rows: Sequence[Row], sources: Sequence[Row], what: str) -> SourceO
     return found
 
 
-def check_named(source_of: SourceOf, branches: Iterable[int], what: str) -> None:
-    """Raises: InputError: rows of prompts that are not evaluated."""
-    if unknown := {branch for branch, _ in source_of} - set(branches):
-        raise InputError(
-            f"{what[0].upper()}{what[1:]} names rows of the prompts {sorted(unknown)}, which are not evaluated.",
-            "Name those of the evaluation.",
-        )
+@dataclass(frozen=True, kw_only=True)
+class FromSources(Extra):
+    """What gives each row something of another one. `sources`: of each, the row that it takes from."""
+
+    sources: SourceOf
+    spread: Spread = UNKNOWN
+    pairs = True
+    across_batch = True
+
+    def check(self, branches: Iterable[int]) -> None:
+        """Raises: InputError: rows of prompts that are not evaluated."""
+        if unknown := {branch for branch, _ in self.sources} - set(branches):
+            raise InputError(
+                f"{self.name[0].upper()}{self.name[1:]} names rows of the prompts {sorted(unknown)}, which are not evaluated.",
+                "Name those of the evaluation.",
+            )
+
+    def among(self: F, spread: Spread) -> F:
+        return replace(self, spread=spread)
+
+    @property
+    def own_rows(self) -> tuple[Row, ...]:
+        """This rank's."""
+        return self.spread.rows[self.spread.own.start : self.spread.own.stop]
 
 
 @dataclass(frozen=True)
@@ -62,6 +81,10 @@ class Sources:
         numbers = [number for number, row in enumerate(spread.rows) if row in wanted]
         own = tuple(number - spread.own.start for number in numbers if number in spread.own)
         return cls(tuple(spread.rows[number] for number in numbers), spread.only(numbers), own)
+
+    def numbers(self, rows: Iterable[Row]) -> list[int]:
+        """Of rows that are sources, their numbers among all of them."""
+        return [self.rows.index(row) for row in rows]
 
     def gather(self, x_B: Tensor) -> Tensor:
         """That of all sources, of this rank's rows. Comm: all-gathers of the sources' part to the ranks of all rows."""

@@ -10,7 +10,6 @@ import comfy_extras.nodes_attention_multiply as multiply
 import comfy_extras.nodes_eps as eps
 import comfy_extras.nodes_freelunch as freelunch
 import comfy_extras.nodes_model_advanced as advanced
-import comfy_extras.nodes_model_downscale as downscale
 import comfy_extras.nodes_nag as nag
 import comfy_extras.nodes_pag as pag
 import comfy_extras.nodes_rope as rope
@@ -22,6 +21,7 @@ import comfy_extras.nodes_torch_compile as compiling
 import comfy_extras.nodes_video_model as video
 import folder_paths
 import torch
+from block_cases import shrink
 from node_cases import hung, same
 from patch_cases import lora_file
 from safetensors.torch import save_file
@@ -39,16 +39,7 @@ ON_A_MODEL = {
     "FreeU": hung(freelunch.FreeU, b1=1.1, b2=1.2, s1=0.9, s2=0.2),
     "FreeU_V2": hung(freelunch.FreeU_V2, b1=1.3, b2=1.4, s1=0.9, s2=0.2),
     "TomePatchModel": hung(tomesd.TomePatchModel, ratio=0.3),
-    "PatchModelAddDownscale": hung(
-        downscale.PatchModelAddDownscale,
-        block_number=3,
-        downscale_factor=2.0,
-        start_percent=0.0,
-        end_percent=1.0,
-        downscale_after_skip=True,
-        downscale_method="bicubic",
-        upscale_method="bicubic",
-    ),
+    "PatchModelAddDownscale": shrink(3),
     "SelfAttentionGuidance": hung(sag.SelfAttentionGuidance, scale=0.5, blur_sigma=2.0),
     "PerturbedAttentionGuidance": hung(pag.PerturbedAttentionGuidance, scale=3.0),
     "NAGuidance": hung(nag.NAGuidance, nag_scale=5.0, nag_alpha=0.5, nag_tau=1.5),

@@ -7,12 +7,12 @@ import os
 
 import comfy_extras.nodes_freelunch as freelunch
 import comfy_extras.nodes_hypertile as hypertile
-import comfy_extras.nodes_model_downscale as downscale
 import comfy_extras.nodes_pag as pag
 import control_cases
 import meshes
 import packs
 import torch
+from block_cases import both, shrink
 from node_cases import hung
 from twins import call
 
@@ -47,16 +47,7 @@ WINDOWS = {"input_blocks": "3", "middle_blocks": "", "output_blocks": "3"}
 WINDOWS |= {"time_mode": "percent", "start_time": 0.0, "end_time": 1.0}
 
 
-SHRINK = hung(
-    downscale.PatchModelAddDownscale,
-    block_number=4,
-    downscale_factor=1.4,
-    start_percent=0.0,
-    end_percent=1.0,
-    downscale_after_skip=True,
-    downscale_method="bicubic",
-    upscale_method="bilinear",
-)
+SHRINK = shrink(4, downscale_factor=1.4, upscale_method="bilinear")
 
 
 def on(module, name, settings, more):
@@ -71,15 +62,6 @@ def rau_net(changed=None, **more):
 
 def windows(changed=None, **more):
     return on("msw_msa_attention", "ApplyMSWMSAAttention", WINDOWS | (changed or {}), more)
-
-
-def both(*changes):
-    def change(model):
-        for one in changes:
-            model = one(model)
-        return model
-
-    return change
 
 
 def sized(batch, rows, columns, **settings):

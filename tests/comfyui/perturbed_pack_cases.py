@@ -5,6 +5,7 @@ import os
 import meshes
 import packs
 import torch
+from block_cases import both
 from region_cases import doubled, part, with_negpip
 from twins import call
 
@@ -95,15 +96,6 @@ def on_transformers(twins):
     yield "SEG, without effect", node("SmoothedEnergyGuidanceAdvanced", scale=3.0), {}
     yield "PLADIS, without effect", node("Pladis", "pladis_nodes"), {}
     yield "TPG, without effect", node("TokenPerturbationGuidance", "tpg_nodes", unet_block_list=""), {}
-
-
-def both(*changes):
-    def change(model):
-        for one in changes:
-            model = one(model)
-        return model
-
-    return change
 
 
 def seeded(twins, picture):

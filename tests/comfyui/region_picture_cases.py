@@ -6,6 +6,7 @@ import os
 import comfy_extras.nodes_pag as pag
 import image_prompt_cases as pictures
 import region_cases as regions
+from block_cases import both
 from refusals import named
 from twins import call
 
@@ -34,9 +35,6 @@ def of_one(twins):
     split, coupled = regions.with_negpip(negpip), regions.ppm_coupled(twins, ppm)
     odd = {"of": regions.sized(twins, *regions.ODD)}
     two_odd = {"latent": drawn(2, 4, *regions.ODD, seed=3)}
-
-    def both(*changes):
-        return lambda model: functools.reduce(lambda changed, change: change(changed), changes, model)
 
     of_four = regions.cgem_coupled(twins, cgem, (128, 96))
     style = found["PULID"]["style"]
