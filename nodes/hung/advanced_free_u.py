@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from math import inf, nextafter
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from .known_functions import closed_over
 from .pack_version import pack_and_version
 from .patches import Call, Kind, Patch, origin
 from .refusal import ELSEWHERE
+from .sigmas import above
 
 _RANGE = {"sigma_start", "sigma_end"}
 _OF_IMAGE = {"_hidden_mean", "b1", "b2", "slice_b1", "slice_b2"} | _RANGE
@@ -84,8 +84,7 @@ def _of(patch: Patch, order: int, call: Call) -> Iterator[FreeU]:
     known, made_with = _FUNCTIONS[patch.kind], closed_over(patch.function)
     of_range = closed_over(made_with["block_patch"]) if "block_patch" in made_with else made_with
     start, end = (float(of_range[name]) for name in ("sigma_start", "sigma_end"))
-    # It acts above its end, as fp32 has that.
-    end = nextafter(float(torch.tensor(end)), inf)
+    end = above(end)
     if not acts(start, end):
         return
     asked = {width: _asked(known, patch.function, width, start) for width in _widths(call.network)}

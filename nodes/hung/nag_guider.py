@@ -22,10 +22,11 @@ from . import skip_layers
 from .asked_patch import attention
 from .kept_extras import kept_extras
 from .layers import is_own
-from .normalized_formula import drawn, guided_away, in_fp32, is_alike
+from .normalized_formula import NAME, drawn, guided_away, is_alike, unknown
 from .pack_version import pack_and_version
 from .patches import Call, Kind, Patch, origin, patches_in
 from .refusal import LOCALLY, MISFITS
+from .sigmas import in_fp32
 from .unet_places import all_places
 
 GUIDER = "samplers:NAGCFGGuider"
@@ -38,7 +39,6 @@ _FORWARDS = {
         {"nag_negative_context", "nag_negative_y", "nag_sigma_end"},
     ),
 }
-_NAME = "Normalized attention guidance"
 # Numbers that the pack leaves on layers, where nothing but a forward of its own reads them.
 _LEFT = ("nag_scale", "nag_tau", "nag_alpha")
 
@@ -69,6 +69,16 @@ class NagForward:
         """The last sigma at which it acts."""
         return in_fp32(float(self.given["nag_sigma_end"]))
 
+    @property
+    def on_layer(self) -> dict[str, float]:
+        """Its numbers as the pack calls them."""
+        return dict(zip(_LEFT, (self.scale, self.tau, self.alpha), strict=True))
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """Its numbers, and when it acts, as extras have them."""
+        return {"scale": self.scale, "tau": self.tau, "alpha": self.alpha, "end": self.end}
+
 
 def take_forward(guider: Any, network: Module) -> None:
     """The forward that the pack's guider has put on the network, if any, is one of the guider's options from now on.
@@ -82,7 +92,7 @@ def take_forward(guider: Any, network: Module) -> None:
     del network.forward
     forward = _known_forward(network, bound)
     if forward is None:
-        raise _unknown(type(guider), "it puts another forward on the network")
+        raise unknown(type(guider), "it puts another forward on the network")
     options = guider.model_options["transformer_options"]
     options["patches"] = {**options.get("patches", {}), forward.kind: [forward]}
 
@@ -135,42 +145,39 @@ def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:
 
 
 def _of_unet(forward: NagForward, call: Call) -> list[AnyExtra]:
-    prompt = _beside(forward, call)[1]
+    prompt = _beside(forward, call)
     _check(forward, _asked_attention, "NAGCrossAttention")
-    numbers = {"scale": forward.scale, "tau": forward.tau, "alpha": forward.alpha, "end": forward.end}
-    return [NormalizedPrompt(places=list(all_places(call.network)), prompt=prompt, **numbers)]
+    return [NormalizedPrompt(places=list(all_places(call.network)), prompt=prompt, **forward.settings)]
 
 
 def _of_transformer(forward: NagForward, call: Call) -> list[AnyExtra]:
-    context, pooled = _beside(forward, call)[1], forward.given["nag_negative_y"][:1].cpu()
+    context, pooled = _beside(forward, call), forward.given["nag_negative_y"][:1].cpu()
     _check(forward, _asked_block, "_nag_block_mixing")
-    numbers = {"scale": forward.scale, "tau": forward.tau, "alpha": forward.alpha, "end": forward.end}
-    return [NormalizedJointPrompt(context=context, pooled=pooled, **numbers)]
+    return [NormalizedJointPrompt(context=context, pooled=pooled, **forward.settings)]
 
 
-def _beside(forward: NagForward, call: Call) -> tuple[int, Tensor]:
-    """How often the prompt's tokens come, one after the other, so that there are as many as of the negative prompt, and that one.
+def _beside(forward: NagForward, call: Call) -> Tensor:
+    """The negative prompt as it stands beside the call's, (1, tokens, context width): the pack repeats the tokens of both.
 
-    As the pack's own function says, which repeats both. Raises: UnsupportedError: it does something else.
+    Raises: UnsupportedError: the pack's own function does something else.
     """
     own, tokens = forward.context[:1].float().cpu(), call.tokens
     if not torch.equal(forward.context.float().cpu(), own.expand(forward.context.shape)):
         raise UnsupportedError(
-            f"{_NAME} ({_version(forward)}) came with a negative prompt of {len(forward.context)} rows that differ.",
+            f"{NAME} ({_version(forward)}) came with a negative prompt of {len(forward.context)} rows that differ.",
             "Give it one prompt: a conditioning that isn't batched.",
         )
     counted = torch.arange(1.0, tokens + 1)[None, :, None].expand(1, -1, own.shape[2])
     try:
         both = forward.function.__globals__["cat_context"](counted, own)
     except MISFITS as error:
-        raise _unknown(forward, f"{type(error).__name__}: {str(error)[:200]}") from error
-    times = both.shape[1] // tokens
-    if len(both) != 2 or not torch.equal(both[0], counted[0].repeat(times, 1)):
-        raise _unknown(forward, "it changes the prompt")
+        raise unknown(forward.function, f"{type(error).__name__}: {str(error)[:200]}") from error
+    if len(both) != 2 or not torch.equal(both[0], counted[0].repeat(both.shape[1] // tokens, 1)):
+        raise unknown(forward.function, "it changes the prompt")
     wanted = own.repeat(1, -(-both.shape[1] // own.shape[1]), 1)[:, -both.shape[1] :]
     if not torch.equal(both[1:], wanted):
-        raise _unknown(forward, "it changes the negative prompt")
-    return times, wanted.contiguous()
+        raise unknown(forward.function, "it changes the negative prompt")
+    return wanted.contiguous()
 
 
 def _check_rows(forward: NagForward, call: Call) -> None:
@@ -178,13 +185,13 @@ def _check_rows(forward: NagForward, call: Call) -> None:
     layout, latents = call.layout, call.shape[0] // len(call.branches)
     if layout.count(0) > 1 or layout[-1] != 0:
         raise UnsupportedError(
-            f"{_NAME} ({_version(forward)}) can't be honoured in evaluations of {layout.count(0)} positive prompts among "
+            f"{NAME} ({_version(forward)}) can't be honoured in evaluations of {layout.count(0)} positive prompts among "
             f"{len(layout)}: it guides the last rows alone.",
             "Have one positive and one negative prompt.",
         )
     if (rows := len(forward.context)) != latents:
         raise UnsupportedError(
-            f"{_NAME} ({_version(forward)}) is for a batch of {rows}; here are {latents} latents.",
+            f"{NAME} ({_version(forward)}) is for a batch of {rows}; here are {latents} latents.",
             "Connect the same latent to the guider and to the sampler.",
         )
 
@@ -195,7 +202,7 @@ def _check_alone(forward: NagForward, call: Call) -> None:
         of_transformer = patch.kind == "dit" and not skip_layers.KIND.knows(patch)
         if of_transformer if forward.kind != _UNET else patch.kind.startswith("attn2"):
             raise UnsupportedError(
-                f"{_NAME} ({_version(forward)}) can't be honoured beside {patch.told}: both act on attention to the prompt.",
+                f"{NAME} ({_version(forward)}) can't be honoured beside {patch.told}: both act on attention to the prompt.",
                 f"Remove one of them, or {LOCALLY}.",
             )
 
@@ -212,16 +219,15 @@ def _check(forward: NagForward, ask: Callable[[FunctionType, NagForward], tuple[
         found = names[name]
         theirs, ours = ask(getattr(found, "forward", found), forward)
     except MISFITS as error:
-        raise _unknown(forward, f"{type(error).__name__}: {str(error)[:200]}") from error
+        raise unknown(forward.function, f"{type(error).__name__}: {str(error)[:200]}") from error
     if when != [True, False, False] or not is_alike(theirs, ours):
-        raise _unknown(forward, "it computes something else")
+        raise unknown(forward.function, "it computes something else")
 
 
 def _asked_attention(function: FunctionType, forward: NagForward) -> tuple[Tensor, Tensor]:
     """What an attention to the prompt gives of two rows, and of one of the negative prompt, and what it should."""
     x, context = drawn(2, 3, 8), drawn(3, 5, 8)
-    numbers = {"nag_scale": forward.scale, "nag_tau": forward.tau, "nag_alpha": forward.alpha}
-    layer = SimpleNamespace(**dict.fromkeys(("to_q", "to_k", "to_v", "to_out"), _as_it_is), **numbers)
+    layer = SimpleNamespace(**dict.fromkeys(("to_q", "to_k", "to_v", "to_out"), _as_it_is), **forward.on_layer)
     layer.heads, layer.attn_precision = 2, None
     theirs = _with_plain_attention(function)(layer, x, context=context)
     own, other = attention(x, context[:2], context[:2], 2), attention(x[1:], context[2:], context[2:], 2)
@@ -233,8 +239,7 @@ def _asked_block(function: FunctionType, forward: NagForward) -> tuple[Tensor, T
     context, x = drawn(3, 2, 8), drawn(2, 3, 8)
     projected = SimpleNamespace(pre_attention=lambda x, _: ((x, x, x), ()), post_attention=_as_it_is)
     projected.pre_only, projected.x_block_self_attn, projected.attn = False, False, SimpleNamespace(num_heads=2)
-    numbers = {"nag_scale": forward.scale, "nag_tau": forward.tau, "nag_alpha": forward.alpha}
-    theirs = _with_plain_attention(function)(context, x, projected, projected, drawn(3, 8), **numbers)
+    theirs = _with_plain_attention(function)(context, x, projected, projected, drawn(3, 8), **forward.on_layer)
     tokens = torch.cat([context, torch.cat([x, x[1:]])], dim=1)
     of_text, of_image = attention(tokens, tokens, tokens, 2).split([2, 3], dim=1)
     guided = guided_away(of_image[1:2], of_image[2:], forward.scale, forward.alpha, forward.tau)
@@ -253,13 +258,6 @@ def _with_plain_attention(function: FunctionType) -> FunctionType:
 
 def _version(forward: NagForward) -> str:
     return pack_and_version(forward.function)
-
-
-def _unknown(of_pack: Any, why: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"{_NAME} ({pack_and_version(getattr(of_pack, 'function', of_pack))}) is of a version that is not known: {why}.",
-        f"Use another version of that pack, or {LOCALLY}.",
-    )
 
 
 _MADE: Mapping[str, Callable[[NagForward, Call], list[AnyExtra]]] = {

@@ -17,17 +17,17 @@ from ...parallel_backend.rpc.extras import AnyExtra, NormalizedPrompt, PlaceName
 from .asked_patch import attention
 from .kept_extras import kept_extras
 from .known_functions import closed_over
-from .normalized_formula import drawn, guided_away, in_fp32, is_alike
+from .normalized_formula import NAME, drawn, guided_away, is_alike, unknown
 from .pack_version import pack_and_version
 from .patches import Call, Kind, Patch, origin
 from .prompt_projection import OfPrompt
-from .refusal import LOCALLY, MISFITS
+from .refusal import MISFITS
+from .sigmas import above, in_fp32
 from .unet_places import places_of
 
 _ORIGIN = "nag_nodes:nag_attn2_replace_wrapper.<locals>.nag_attn2_replace"
 _NUMBERS = ("nag_scale", "tau", "alpha", "sigma_start", "sigma_end")
 _HELD = {*_NUMBERS, "k_neg", "v_neg", "prev_attn2_replace"}
-_NAME = "Normalized attention guidance"
 
 
 def _knows(patch: Patch) -> bool:
@@ -59,16 +59,11 @@ def _translated(patches: Sequence[Patch], call: Call) -> list[NormalizedPrompt[T
     for (_, scale, tau, alpha, start, end), (prompt, places) in found.items():
         if scale == 0 or start <= end:  # at no step
             continue
-        range_of = {"start": None if start == inf else in_fp32(start), "end": None if end < 0 else _above(end)}
+        range_of = {"start": None if start == inf else in_fp32(start), "end": None if end < 0 else above(end)}
         # Its scale is of what is added to cond's output; the paper's is that of cond's output itself.
         numbers = {"scale": scale + 1, "alpha": alpha, "tau": tau}
         made.append(NormalizedPrompt(places=places, prompt=prompt.cpu(), **numbers, **range_of))
     return made
-
-
-def _above(sigma: float) -> float:
-    """The least that is above: it acts before that one, not at it."""
-    return float(torch.nextafter(torch.tensor(sigma, dtype=torch.float32), torch.tensor(inf)))
 
 
 def _check_prompt(places: Sequence[PlaceName], k: OfPrompt, v: OfPrompt, function: Any) -> None:
@@ -76,10 +71,10 @@ def _check_prompt(places: Sequence[PlaceName], k: OfPrompt, v: OfPrompt, functio
     layers = {layer.layer.removesuffix(end) for layer, end in ((k, ".to_k"), (v, ".to_v"))}
     rows = k.prompt.shape[0] if k.prompt.ndim == 3 else 0
     if len(layers) > 1 or k.prompt is not v.prompt or places != [_place_of(k.layer)]:
-        raise _unknown(function, "it attends to keys and values of other layers than its own")
+        raise unknown(function, "it attends to keys and values of other layers than its own")
     if rows != 1:
         raise UnsupportedError(
-            f"{_NAME} ({pack_and_version(function)}) came with a negative prompt of {rows} rows.",
+            f"{NAME} ({pack_and_version(function)}) came with a negative prompt of {rows} rows.",
             "Give it one prompt: a conditioning that isn't batched.",
         )
 
@@ -108,21 +103,14 @@ def _check(function: Any) -> None:
     try:
         theirs = asking(q, k, v, options)
     except MISFITS as error:
-        raise _unknown(function, f"{type(error).__name__}: {str(error)[:200]}") from error
+        raise unknown(function, f"{type(error).__name__}: {str(error)[:200]}") from error
     ours = attention(q, k, v, 2)
     scale, tau, alpha = (float(held[name]) for name in ("nag_scale", "tau", "alpha"))
     if scale != 0:
         cond = guided_away(ours[1:], attention(q[1:], k_neg, v_neg, 2), scale + 1, alpha, tau)
         ours = torch.cat([ours[:1], cond])
     if not is_alike(theirs, ours):
-        raise _unknown(function, "it computes something else")
-
-
-def _unknown(function: Any, why: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"{_NAME} ({pack_and_version(function)}) is of a version that is not known: {why}.",
-        f"Use another version of that pack, or {LOCALLY}.",
-    )
+        raise unknown(function, "it computes something else")
 
 
 KIND = Kind(_knows, _extras)
