@@ -110,16 +110,19 @@ class RemotePatcher(WeightsElsewhere):
 
     def pre_run(self) -> None:
         self.check()  # once more: what wraps the sampling has begun by now
-        self.model.as_made.unseen = True
+        self.model.as_made.forget_comparison()
         self.network.told, self.network.control_cost, self.network.extra_cost = {}, ControlCost(), ExtraCost()
         self._wear(self.current_hooks)
         super().pre_run()
 
     def cleanup(self) -> None:
-        """After a sampling, however it ended."""
+        """After a sampling, however it ended: the ranks forget what they kept for it, where no later one goes on with that."""
         super().cleanup()
-        if names := list(self.network.of_sampling):
-            self.network.of_sampling.clear()
+        network = self.network
+        names = [name for name, kept in network.of_sampling.items() if network.has_failed or not kept.goes_on]
+        if names:
+            for name in names:
+                del network.of_sampling[name]
             with suppress(BackendError):  # one that has ended keeps nothing
                 self.remote.backend.request(Forget(names))
 

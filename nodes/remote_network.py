@@ -42,8 +42,9 @@ class RemoteNetwork(torch.nn.Module):
     extra_cost: ExtraCost
     # What patches have become, as long as these are there; by the first of them, of each kind for itself.
     translated: WeakKeyDictionary[Any, Any]
-    # What kinds remember in a sampling, by the names under which the ranks keep theirs.
+    # What kinds remember in a sampling, by the names under which the ranks keep theirs; whether an evaluation of it has failed.
     of_sampling: dict[str, Any]
+    has_failed: bool
     calls_wrappers: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -76,16 +77,16 @@ class RemoteNetwork(torch.nn.Module):
     ) -> Tensor:
         # Checked here too: some guiders and wrappers add their patches while they sample.
         refuse(unknown_patches(options), "A parallel MODEL", ELSEWHERE)
-        if self.as_made.unseen:
-            refuse(self.as_made.changes(), "A parallel MODEL", RELOAD)
-            self.as_made.unseen = False
+        refuse(self.as_made.changes_since(), "A parallel MODEL", RELOAD)
         residuals = by_place(control or {}, self)
         self.control_cost.note(residuals, self.dtype.itemsize)
         given = {"patches": self.worn, "step": partial(step_of, options)}
         given |= {"residuals": residuals, "controls": (control or {}).get(USES, ())}
         given |= self._extras(x, context, options)
         context = self._prompt(context, given)
+        self.has_failed = True
         out = interruptible(self.remote.backend, self.remote.forward, x, timesteps, context, y, **given)
+        self.has_failed = False
         self._tell_once()
         return onto_device(out, x.device).to(x.dtype)
 
@@ -158,7 +159,7 @@ def make_remote(network: torch.nn.Module, remote: RemoteModel, dtype: torch.dtyp
     network.told, network.control_cost = {}, ControlCost()  # type: ignore[assignment]
     network.extra_cost = ExtraCost()  # type: ignore[assignment]
     network.translated = WeakKeyDictionary()  # type: ignore[assignment]
-    network.of_sampling = {}  # type: ignore[assignment]
+    network.of_sampling, network.has_failed = {}, False  # type: ignore[assignment]
     network.as_made = AsMade(network, is_known_change)  # type: ignore[assignment]
 
 

@@ -24,9 +24,9 @@ from .demo_size import tells_demo_size
 from .hung.controlnet import take_over
 from .hung.displaced_steps import Displaced, displaced_of
 from .hung.extra_cost import ExtraCost
-from .hung.known_functions import closed_over
 from .hung.loop import Loop, backends_own, read_loop
 from .hung.nag_guider import take_forward
+from .hung.patches import closed_over
 from .hung.refusal import refuse
 from .hung.step_cache import step_cache_of
 from .node_text import own_text, say

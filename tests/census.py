@@ -34,7 +34,6 @@ _NOTHING = "-"
 # By node that is refused.
 REASONS = {
     "ModelAttentionBackend": "Ranks have a kernel of their own; Mesh Config has it.",
-    "ScaleROPE": "No SD3 and no SDXL has rotary positions; ComfyUI's own ignores it.",
     "TorchCompileModel": "ComfyUI would compile a network without weights; Mesh Config compiles on the ranks.",
 }
 

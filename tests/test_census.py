@@ -19,7 +19,7 @@ REFUSED = {
     "failed": "parallel",
     "refused": "A parallel MODEL can't honour a; b (c:d).",
 }
-NODES = {"ScaleROPE", "FreeU_V2", "Epsilon Scaling"}
+NODES = {"TorchCompileModel", "FreeU_V2", "Epsilon Scaling"}
 
 
 def test_nodes_that_no_other_module_tries(comfy: ComfyInstallation, unets: Path, backend2: Backend) -> None:
@@ -71,9 +71,9 @@ def test_what_parallel_sampler_does_otherwise_is_said() -> None:
 
 
 def test_a_page_says_what_it_was_made_of_and_nothing_else() -> None:
-    rows = rows_of({"sdxl, ScaleROPE": REFUSED, "sd3.5-large, ScaleROPE": RUNS}, NODES)
+    rows = rows_of({"sdxl, TorchCompileModel": REFUSED, "sd3.5-large, TorchCompileModel": RUNS}, NODES)
     text = page(rows, "1.2.3")
-    assert "Of ComfyUI 1.2.3:" in text and REASONS["ScaleROPE"] in text
+    assert "Of ComfyUI 1.2.3:" in text and REASONS["TorchCompileModel"] in text
     assert not not_kept(rows, text)
-    others = rows_of({"sdxl, ScaleROPE": BY_STEPS, "sd3.5-large, Epsilon Scaling": RUNS}, NODES)
-    assert not_kept(others, text) == ["ScaleROPE on SDXL: step by step", "Epsilon Scaling on SD3.5: whole loop"]
+    others = rows_of({"sdxl, TorchCompileModel": BY_STEPS, "sd3.5-large, Epsilon Scaling": RUNS}, NODES)
+    assert not_kept(others, text) == ["TorchCompileModel on SDXL: step by step", "Epsilon Scaling on SD3.5: whole loop"]

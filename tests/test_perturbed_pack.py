@@ -37,7 +37,11 @@ def test_the_backend_runs_the_loop_where_nothing_acts_between_evaluations(outcom
     said = {name.rpartition(": ")[2]: outcome.get("said", "") for name, outcome in outcomes.items()}
     whole = {name for name, words in said.items() if "the whole loop in the backend" in words}
     assert {"NAG", "NAG of a list, at some sigmas", "NAG, cfg 1", "NAG twice", "PLADIS", "PLADIS of a list"} <= whole
-    assert "step by step: " in said["NAG beside PAG"] and "step by step: " in said["PLADIS and PAG"]
+    by_steps = [said[name] for name in ("NAG beside PAG", "PLADIS and PAG", "PLADIS, prompts of two lengths")]
+    assert (
+        all("step by step: " in words for words in by_steps)
+        and "SparseAttention with prompts of unlike lengths" in by_steps[2]
+    )
 
 
 def test_what_its_nodes_can_not_mean_is_named_before_the_first_step(
@@ -46,6 +50,8 @@ def test_what_its_nodes_can_not_mean_is_named_before_the_first_step(
     errors = {name.rpartition(": ")[2]: error for name, error in refused(outcomes).items()}
     if not NEGPIP.missing(comfy):
         assert "PLADIS beside the attn2_patch by sdxl_attn2_negpip" in errors.pop("PLADIS beside NegPiP")
+    others = {name: errors.pop(name) for name in ("PLADIS of another version", "SEG of another version")}
+    assert all("is of a version that is not known: it computes something else" in error for error in others.values())
     assert errors.keys() == {"a block outside", "a blur of 0", "NAG of two prompts"}
     assert "a negative prompt of 2 rows" in errors["NAG of two prompts"]
     assert "the block output 50 of Perturbed-Attention Guidance" in errors["a block outside"]

@@ -25,6 +25,7 @@ REFUSED = {
     "pre-hook": "a forward pre-hook of the network",
     "class": "the replaced class of input_blocks.1.0 (Other)",
     "all of a class": "the replaced forward of all ResBlock layers",
+    "all of a class, before": "the replaced forward of all ResBlock layers; put there by __main__.",
     "layer": "the replaced layer input_blocks.1.",
     "weight": "the replaced weight of out.2",
     "network": "the replaced diffusion_model (Identity)",
@@ -39,6 +40,12 @@ REFUSED = {
     "SLG of DiT": "the layers 99 of skip-layer guidance: this model's are 0 to",
     "named as PAG's": "the attn1 patch at middle 0 by PerturbedAttentionGuidance.execute.<locals>.perturbed_attention of nodes_pag",
     "a pack's": "Guided of __main__ (sampler_post_cfg_function), which patches blocks",
+}
+# Between the first evaluation and the second.
+REFUSED_LATER = {
+    **{name: REFUSED[name] for name in ("layer's forward", "hook", "all of a class")},
+    "pre-hook": "a forward pre-hook of x_embedder",
+    "nothing": "nothing",
 }
 
 
@@ -108,3 +115,9 @@ def test_what_nodes_change_is_named_before_the_first_request(outcomes: dict[str,
     assert refused.keys() == REFUSED.keys()
     assert {name: words for name, words in REFUSED.items() if words not in refused[name][0]} == {}, refused
     assert {name: requests for name, (_, requests) in refused.items() if requests} == {}
+
+
+def test_what_is_put_on_layers_between_evaluations_is_named_before_the_next_one(outcomes: dict[str, Any]) -> None:
+    refused = outcomes["refused later"]
+    assert {name: words for name, words in REFUSED_LATER.items() if words not in refused[name][0]} == {}, refused
+    assert {name: requests for name, (_, requests) in refused.items() if requests != 1} == {"nothing": 2}

@@ -15,9 +15,8 @@ from torch import Tensor
 from ...parallel_backend.errors import UnsupportedError
 from ...parallel_backend.rpc.extras import AnyExtra, FreeU, FreeUSite
 from .block_patches import INPUT, OUTPUT, acts, orders_of, range_of
-from .known_functions import closed_over
 from .pack_version import pack_and_version
-from .patches import Call, Kind, Patch, origin
+from .patches import Call, Kind, Patch, closed_over, origin
 from .refusal import ELSEWHERE
 from .sigmas import above
 

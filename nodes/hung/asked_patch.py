@@ -1,7 +1,4 @@
-"""A replacement of an attention to the prompt, asked what it adds: its own code is called, with another attention for it to call.
-
-Nothing of the pack is changed: its functions are copied, each with globals of its own.
-"""
+"""A replacement of an attention to the prompt, asked what it adds: its own code is called, with another attention for it to call."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -17,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...parallel_backend.errors import UnsupportedError
+from .asking import with_others
 
 # As functions of packs name ComfyUI's.
 _ATTENTION = "optimized_attention"
@@ -94,16 +91,9 @@ def called(
     """What the patch gives, where its code calls `attend` for ComfyUI's attention."""
     like = copy.copy(patch)
     if hasattr(patch, "callback"):
-        like.callback = [_with(callback, attend) for callback in patch.callback]
-    out: Tensor = _with(type(patch).__call__, attend)(like, q, k, v, dict(options))
+        like.callback = [with_others(callback, {_ATTENTION: attend}) for callback in patch.callback]
+    out: Tensor = with_others(type(patch).__call__, {_ATTENTION: attend})(like, q, k, v, dict(options))
     return out
-
-
-def _with(function: Any, attend: Callable[..., Tensor]) -> FunctionType:
-    names = function.__globals__ | {_ATTENTION: attend}
-    made = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
-    made.__kwdefaults__ = function.__kwdefaults__
-    return made
 
 
 def heard(patch: Any, q: Tensor, options: Mapping[str, Any]) -> Sequence[Heard] | None:

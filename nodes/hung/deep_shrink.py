@@ -9,8 +9,7 @@ from ...parallel_backend.errors import UnsupportedError
 from ...parallel_backend.rpc.extras import AnyExtra, Downscale
 from .block_patches import AFTER_SKIP, INPUT, OUTPUT, acts, orders_of, range_of
 from .hidiffusion_pack import scales_residuals
-from .known_functions import closed_over
-from .patches import Call, Kind, Patch, in_node, is_made_by
+from .patches import Call, Kind, Patch, closed_over, in_node, is_made_by
 from .refusal import ELSEWHERE
 
 _NODE = "nodes_model_downscale:PatchModelAddDownscale"

@@ -9,3 +9,5 @@ FORWARD_OPTIONS = frozenset(
         "context_window",
     }
 )
+# What networks of other families alone read: rotary positions, which no SD3 and no SDXL has.
+OF_OTHER_FAMILIES = frozenset({"rope_options"})

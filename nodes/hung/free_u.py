@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from ...parallel_backend.rpc.extras import AnyExtra, FreeU
 from .block_patches import OUTPUT, orders_of
-from .known_functions import closed_over
-from .patches import Call, Kind, Patch, in_node, is_made_by, origin
+from .patches import Call, Kind, Patch, closed_over, in_node, is_made_by, origin
 
 # By where the function was written, whether the image's factor differs by cell.
 _KNOWN = {

@@ -13,8 +13,7 @@ import torch
 
 from ...parallel_backend.errors import UnsupportedError
 from ...parallel_backend.rpc.extras import AnyExtra, PlaceName, TiledAttention
-from .known_functions import closed_over
-from .patches import Call, Kind, Patch, in_node, is_made_by
+from .patches import Call, Kind, Patch, closed_over, in_node, is_made_by
 from .refusal import ELSEWHERE
 from .unet_places import all_places, sides_at
 

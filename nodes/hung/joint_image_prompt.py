@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ...parallel_backend.errors import UnsupportedError
 from ...parallel_backend.rpc.extras import AnyExtra, JointImagePrompt
+from .asking import with_others
 from .kept_extras import kept_extras
-from .known_functions import closed_over
 from .pack_version import pack_and_version
-from .patches import Call, Kind, Patch, origin, patches_in
+from .patches import Call, Kind, Patch, closed_over, origin, patches_in
 from .refusal import LOCALLY, MISFITS
 
 _PARTS = ("norm_ip", "to_k_ip", "to_v_ip", "norm_q", "norm_k", "norm_ip_k")
@@ -176,10 +176,8 @@ def _noted(adapter: Any, hidden: Tensor, token: Tensor, t_emb: Tensor, heads: in
         noted.extend((q, k, v))
         return q
 
-    forward = type(adapter).forward
-    known = {**forward.__globals__, "F": SimpleNamespace(scaled_dot_product_attention=attend)}
-    asking = FunctionType(forward.__code__, known, forward.__name__, forward.__defaults__, forward.__closure__)
-    asking(adapter, hidden, token, token, token.unflatten(-1, (heads, -1)), t_emb, heads)
+    asked = with_others(type(adapter).forward, {"F": SimpleNamespace(scaled_dot_product_attention=attend)})
+    asked(adapter, hidden, token, token, token.unflatten(-1, (heads, -1)), t_emb, heads)
     return noted
 
 

@@ -34,7 +34,7 @@ from . import (
     token_merging,
 )
 from .core_step_caches import is_step_cache
-from .forward_options import FORWARD_OPTIONS
+from .forward_options import FORWARD_OPTIONS, OF_OTHER_FAMILIES
 from .patches import FORWARD, Call, Kind, Patch, forwards_in, origin, patches_in
 from .refusal import is_set
 
@@ -63,6 +63,7 @@ KINDS: tuple[Kind, ...] = (
     shuffled_tokens.KIND,
 )
 _OPTIONS = frozenset(kind.option for kind in KINDS if kind.option is not None)
+_KNOWN_OPTIONS = FORWARD_OPTIONS | OF_OTHER_FAMILIES | _OPTIONS | {"patches", "patches_replace"}
 # What only a UNet's network asks for, and what only a transformer's does: on the other, a patch has no effect, as in ComfyUI.
 _OF_TRANSFORMERS = ("dit", "dit_forward")
 
@@ -71,8 +72,7 @@ def unknown_patches(options: Mapping[str, Any]) -> Iterator[str]:
     """Of transformer options what nothing here knows, each by its name."""
     yield from (patch.told for patch in patches_in(options) if _kind_of(patch) is None)
     for key, value in options.items():
-        known = key in FORWARD_OPTIONS or key in ("patches", "patches_replace") or is_step_cache(key, value)
-        known = known or key in _OPTIONS or any(kind.told(key, options) for kind in KINDS)
+        known = key in _KNOWN_OPTIONS or is_step_cache(key, value) or any(kind.told(key, options) for kind in KINDS)
         if not known and is_set(value):
             yield f"transformer option {key!r}"
 

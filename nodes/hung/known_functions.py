@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import isclose
-from types import CellType, FunctionType
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor
 
 from ...parallel_backend.config.guidance import APG, AwayFromWeaker, check_neg_scale
 from ...parallel_backend.errors import ConfigError
-from .patches import Patch, in_node, origin
+from .patches import Patch, closed_over, in_node, origin
 
 _PERP_NEG = in_node("nodes_perpneg:PerpNeg", "")
 _APG = in_node("nodes_apg:APG", "")
@@ -175,9 +175,3 @@ _READERS: Mapping[str, Callable[[Any, Sampling, Known], Known | None]] = {
     "sampler_post_cfg_function": _post_cfg_function,
     "sampler_calc_cond_batch_function": _calc_cond_batch_function,
 }
-
-
-def closed_over(function: Callable[..., Any]) -> dict[str, Any]:
-    """What a function made inside another has of it, by name."""
-    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    return {name: cell.cell_contents for name, cell in cells if cell != CellType()}

@@ -13,9 +13,11 @@ from comfy.model_base import BaseModel
 from torch import Tensor
 from torch.nn import Module
 
+from .patches import FORWARD
 from .refusal import module_of
 
 NAMED = 4
+_OURS = PurePath(__name__).name.split(".")[0]
 _NO_PACKS = frozenset({*sys.stdlib_module_names, "torch", "comfy"})
 # What a layer holds its parts in, and what its output doesn't depend on.
 _PARTS = ("_parameters", "_buffers", "_modules")
@@ -30,29 +32,44 @@ _NO_MATTER = frozenset(
 )
 # Where ComfyUI's patcher notes how a layer's weights are to be cast and patched.
 _CORES_OWN = ("comfy_", "prev_comfy")
-_FORWARD = "forward"
 _EMPTY_AT_FIRST = ("weight_function", "bias_function")
 
 
 class AsMade:
     """A network's layers as they were, to be compared with what nodes have made of them.
 
-    Copied with its network, it compares the copy. `unseen`: a sampling has begun since the layers were last compared.
+    Copied with its network, it compares the copy.
 
     Args:
         is_known: whether that which is found as an attribute of this name may be there.
     """
 
     def __init__(self, network: Module, is_known: Callable[[str, Any], bool] = lambda *_: False) -> None:
-        self.network, self.unseen, self.is_known = network, True, is_known
+        self.network, self.is_known = network, is_known
         self.layers = {name: (layer, type(layer), _state(layer)) for name, layer in network.named_modules()}
         self.classes = {kind: dict(functions_of(kind)) for _, kind, _ in self.layers.values()}
+        self._compared: list[Any] | None = None
 
     def forwards(self) -> Iterator[tuple[str, Any]]:
         """What stands in place of layers' own forwards, the network's aside, by their names: evaluations ask for it."""
         for name, (layer, *_) in self.layers.items():
-            if name and _FORWARD in vars(layer):
-                yield name, vars(layer)[_FORWARD]
+            if name and FORWARD in vars(layer):
+                yield name, vars(layer)[FORWARD]
+
+    def forget_comparison(self) -> None:
+        """A sampling begins."""
+        self._compared = None
+
+    def changes_since(self) -> Iterator[str]:
+        """`changes`, at a sampling's first evaluation, and at those before which a forward or a hook has come or gone."""
+        put = [kind.forward for kind in self.classes]
+        for layer, *_ in self.layers.values():
+            hooks = (layer._forward_hooks, layer._forward_pre_hooks)
+            if (own := vars(layer).get(FORWARD)) is not None or any(hooks):
+                put += [own, *(hook for of in hooks for hook in of.values())]
+        if put != self._compared:
+            yield from self.changes()
+            self._compared = put
 
     def changes(self) -> Iterator[str]:
         """What has been changed since, of its name: a few, how many others, and whose functions and objects they are."""
@@ -67,8 +84,14 @@ class AsMade:
         """Each with what has been put there."""
         for kind, functions in self.classes.items():
             now = dict(functions_of(kind))
-            for name in _differing(functions, now):
-                yield f"the replaced {name} of all {kind.__name__} layers", now.get(name)
+            replaced = dict.fromkeys(
+                [*_differing(functions, now), *(name for name, own in now.items() if _is_foreign(own))]
+            )
+            for name in replaced:
+                if not _is_foreign(functions.get(name)) or _is_foreign(
+                    now.get(name)
+                ):  # else it is core's own once more
+                    yield f"the replaced {name} of all {kind.__name__} layers", now.get(name)
         for name, (layer, kind, state) in self.layers.items():
             if type(layer) is not kind:
                 yield f"the replaced class of {name or 'the network'} ({type(layer).__name__})", type(layer)
@@ -90,7 +113,7 @@ def network_changes(model: BaseModel) -> Iterator[str]:
 
 
 def maker_of(put: Any) -> str:
-    """The module whose function or object it is; empty where it is torch's, Python's or core's."""
+    """The module whose function or object it is, or one within it that it wraps; empty where it is torch's, Python's or core's."""
     while isinstance(put, partial):
         put = put.func
     put = getattr(put, "__func__", put)
@@ -98,7 +121,15 @@ def maker_of(put: Any) -> str:
         module = PurePath(put.__globals__["__name__"]).name
     else:
         module = module_of(put if isinstance(put, type) else type(put))
-    return "" if module.split(".")[0] in _NO_PACKS else module
+    if module.split(".")[0] not in _NO_PACKS:
+        return module
+    wrapped = getattr(put, "__wrapped__", None)  # as torch.no_grad() leaves it
+    return "" if wrapped is None else maker_of(wrapped)
+
+
+def _is_foreign(function: Any) -> bool:
+    """Whether a class has it from a pack: one that was put there before the MODEL was made changes it as well."""
+    return (maker_of(function) if isinstance(function, FunctionType) else "").split(".")[0] not in ("", _OURS)
 
 
 def _state(layer: Module) -> dict[str, Any]:

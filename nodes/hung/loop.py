@@ -24,6 +24,7 @@ from .controlnet import ControlChain
 from .further_branches import in_further_branches, odd_branches, processed_empty
 from .kinds import extras_of, step_by_step, unknown_patches
 from .known_functions import Known, Sampling, known_functions
+from .layers import maker_of
 from .loop_patches import loop_patches, replaced_functions
 from .model_sampling import read_sampling
 from .nag_guider import GUIDER, uneven_prompts
@@ -108,7 +109,11 @@ def read_loop(
     branches = _branches(guider.cfg, prompts, perp_neg)
     rows, tokens = (len(branches) * len(latent), *latent.shape[1:]), prompts["positive"].context.shape[1]
     extras = extras_of(Call(model.network, rows, branches, None, inside, tokens=tokens, schedule=schedule))
-    found += uneven_prompts(inside, extras, [prompt.context.shape[1] for prompt in prompts.values()])
+    lengths = [prompt.context.shape[1] for prompt in prompts.values()]
+    found += uneven_prompts(inside, extras, lengths)
+    if len(set(lengths)) > 1:  # ComfyUI repeats the tokens of the shorter one, where it evaluates both at once
+        counting = {type(extra).__name__ for extra in extras if extra.counts_tokens}
+        found += (f"{name} with prompts of unlike lengths" for name in counting)
     mixes_others = perp_neg is not None or known.in_uncond is not None
     names_rows = any(isinstance(extra, SharedAttention | SharedNorms) for extra in extras)
     if (any(extra.pairs for extra in extras) and mixes_others) or (names_rows and known.weaker is not None):
@@ -257,8 +262,7 @@ def _names() -> dict[Any, str]:
     """By ComfyUI's functions, those samplers that the backend has; without those that a pack has replaced."""
     named = {getattr(core_samplers, f"sample_{name}", None): name for name in SAMPLERS}
     named |= {uni_pc.sample_unipc: "uni_pc", uni_pc.sample_unipc_bh2: "uni_pc_bh2"}
-    own = (core_samplers.__name__, uni_pc.__name__)
-    return {function: name for function, name in named.items() if getattr(function, "__module__", "") in own}
+    return {function: name for function, name in named.items() if function is not None and not maker_of(function)}
 
 
 def _made_anew(function: Any) -> str | None:

@@ -6,10 +6,14 @@ from collections.abc import Iterator, Mapping
 from operator import attrgetter
 from typing import Any
 
+import comfy.k_diffusion.sampling
+import comfy.model_base
 import comfy.samplers
 from comfy.model_patcher import ModelPatcher
 
+from .layers import maker_of
 from .refusal import is_set
+from .shuffled_tokens import is_shuffling
 
 # The wrapper by which a parallel MODEL's own loop is entered.
 OWN = "parallel_mmdit"
@@ -17,23 +21,29 @@ OWN = "parallel_mmdit"
 _OF_GUIDERS = ("transformer_options", "to_load_options", "registered_hooks")
 # What nodes of a pack tell each other: ComfyUI-ppm's, that NegPiP's patch hangs.
 _OF_NODES = ("ppm_negpip",)
-# What ComfyUI's loop is made of, in comfy.samplers.
-_LOOP = (
-    *("sampling_function", "calc_cond_batch", "_calc_cond_batch", "cfg_function", "process_conds"),
-    *("KSAMPLER.sample", "KSamplerX0Inpaint.__call__"),
-    *(
-        f"CFGGuider.{name}"
-        for name in ("outer_sample", "inner_sample", "__call__", "outer_predict_noise", "predict_noise")
+# What ComfyUI's loop is made of, by the module that has it.
+_LOOP = {
+    comfy.samplers: (
+        *("sampling_function", "calc_cond_batch", "_calc_cond_batch", "cfg_function", "process_conds"),
+        *("KSAMPLER.sample", "KSamplerX0Inpaint.__call__"),
+        *(
+            f"CFGGuider.{name}"
+            for name in ("outer_sample", "inner_sample", "__call__", "outer_predict_noise", "predict_noise")
+        ),
     ),
-)
+    comfy.k_diffusion.sampling: ("default_noise_sampler", "BrownianTreeNoiseSampler", "get_ancestral_step", "to_d"),
+    comfy.model_base: ("BaseModel.apply_model", "BaseModel._apply_model"),
+}
+# What a MODEL puts in the place of its model's own, and the backend's loop reads from it, or another check does.
+_READ_FROM_IT = ("model_sampling", "manual_cast_dtype")
 
 
 def replaced_functions() -> Iterator[str]:
     """Functions of ComfyUI's own loop in whose place a pack has put others, for all MODELs."""
-    for name in _LOOP:
-        module = attrgetter(name)(comfy.samplers).__module__
-        if module != comfy.samplers.__name__:
-            yield f"{name}, which {module} has replaced"
+    for module, names in _LOOP.items():
+        for name in names:
+            if maker := maker_of(attrgetter(name)(module)):
+                yield f"{name}, which {maker} has replaced"
 
 
 def loop_patches(model: ModelPatcher, options: Mapping[str, Any]) -> Iterator[str]:
@@ -41,6 +51,9 @@ def loop_patches(model: ModelPatcher, options: Mapping[str, Any]) -> Iterator[st
     for key, value in options.items():
         if key not in (*_OF_GUIDERS, *_OF_NODES) and is_set(value):
             yield f"model option {key!r}"
+    for key, put in model.object_patches.items():
+        if key not in _READ_FROM_IT and not is_shuffling(put):
+            yield f"the object patch {key!r}"
     transformer_options = options.get("transformer_options", {})
     for kind in ("wrappers", "callbacks"):
         of_options = transformer_options.get(kind, {})

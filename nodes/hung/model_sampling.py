@@ -25,7 +25,7 @@ def read_sampling(model: ModelPatcher) -> ModelSampling | str:
     bases = type(sampling).__bases__
     reader = _readers().get(bases[0])
     known = reader(sampling, bases[1]) if reader is not None and len(bases) == 2 else None
-    if known is None or "latent_format" in model.object_patches:
+    if known is None:
         return f"model sampling changed to {' + '.join(base.__name__ for base in bases)}"
     return known
 

@@ -20,9 +20,10 @@ from ...parallel_backend.errors import UnsupportedError
 from ...parallel_backend.rpc.extras import AnyExtra, NormalizedJointPrompt, NormalizedPrompt
 from . import skip_layers
 from .asked_patch import attention
+from .asking import drawn, is_alike, unknown, with_others
 from .kept_extras import kept_extras
 from .layers import is_own
-from .normalized_formula import NAME, drawn, guided_away, is_alike, unknown
+from .normalized_formula import NAME, guided_away
 from .pack_version import pack_and_version
 from .patches import Call, Kind, Patch, origin, patches_in
 from .refusal import LOCALLY, MISFITS
@@ -92,7 +93,7 @@ def take_forward(guider: Any, network: Module) -> None:
     del network.forward
     forward = _known_forward(network, bound)
     if forward is None:
-        raise unknown(type(guider), "it puts another forward on the network")
+        raise unknown(NAME, type(guider), "it puts another forward on the network")
     options = guider.model_options["transformer_options"]
     options["patches"] = {**options.get("patches", {}), forward.kind: [forward]}
 
@@ -171,12 +172,12 @@ def _beside(forward: NagForward, call: Call) -> Tensor:
     try:
         both = forward.function.__globals__["cat_context"](counted, own)
     except MISFITS as error:
-        raise unknown(forward.function, f"{type(error).__name__}: {str(error)[:200]}") from error
+        raise unknown(NAME, forward.function, error) from error
     if len(both) != 2 or not torch.equal(both[0], counted[0].repeat(both.shape[1] // tokens, 1)):
-        raise unknown(forward.function, "it changes the prompt")
+        raise unknown(NAME, forward.function, "it changes the prompt")
     wanted = own.repeat(1, -(-both.shape[1] // own.shape[1]), 1)[:, -both.shape[1] :]
     if not torch.equal(both[1:], wanted):
-        raise unknown(forward.function, "it changes the negative prompt")
+        raise unknown(NAME, forward.function, "it changes the negative prompt")
     return wanted.contiguous()
 
 
@@ -219,9 +220,9 @@ def _check(forward: NagForward, ask: Callable[[FunctionType, NagForward], tuple[
         found = names[name]
         theirs, ours = ask(getattr(found, "forward", found), forward)
     except MISFITS as error:
-        raise unknown(forward.function, f"{type(error).__name__}: {str(error)[:200]}") from error
+        raise unknown(NAME, forward.function, error) from error
     if when != [True, False, False] or not is_alike(theirs, ours):
-        raise unknown(forward.function, "it computes something else")
+        raise unknown(NAME, forward.function, "it computes something else")
 
 
 def _asked_attention(function: FunctionType, forward: NagForward) -> tuple[Tensor, Tensor]:
@@ -229,7 +230,7 @@ def _asked_attention(function: FunctionType, forward: NagForward) -> tuple[Tenso
     x, context = drawn(2, 3, 8), drawn(3, 5, 8)
     layer = SimpleNamespace(**dict.fromkeys(("to_q", "to_k", "to_v", "to_out"), _as_it_is), **forward.on_layer)
     layer.heads, layer.attn_precision = 2, None
-    theirs = _with_plain_attention(function)(layer, x, context=context)
+    theirs = with_others(function, {"optimized_attention": attention})(layer, x, context=context)
     own, other = attention(x, context[:2], context[:2], 2), attention(x[1:], context[2:], context[2:], 2)
     return theirs, torch.cat([own[:1], guided_away(own[1:], other, forward.scale, forward.alpha, forward.tau)])
 
@@ -239,7 +240,9 @@ def _asked_block(function: FunctionType, forward: NagForward) -> tuple[Tensor, T
     context, x = drawn(3, 2, 8), drawn(2, 3, 8)
     projected = SimpleNamespace(pre_attention=lambda x, _: ((x, x, x), ()), post_attention=_as_it_is)
     projected.pre_only, projected.x_block_self_attn, projected.attn = False, False, SimpleNamespace(num_heads=2)
-    theirs = _with_plain_attention(function)(context, x, projected, projected, drawn(3, 8), **forward.on_layer)
+    theirs = with_others(function, {"optimized_attention": attention})(
+        context, x, projected, projected, drawn(3, 8), **forward.on_layer
+    )
     tokens = torch.cat([context, torch.cat([x, x[1:]])], dim=1)
     of_text, of_image = attention(tokens, tokens, tokens, 2).split([2, 3], dim=1)
     guided = guided_away(of_image[1:2], of_image[2:], forward.scale, forward.alpha, forward.tau)
@@ -249,11 +252,6 @@ def _asked_block(function: FunctionType, forward: NagForward) -> tuple[Tensor, T
 
 def _as_it_is(x: Tensor) -> Tensor:
     return x
-
-
-def _with_plain_attention(function: FunctionType) -> FunctionType:
-    names = function.__globals__ | {"optimized_attention": attention}
-    return FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
 
 
 def _version(forward: NagForward) -> str:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ...parallel_backend.rpc.extras import AnyExtra, NormalizedGuidance
-from .known_functions import closed_over
-from .patches import Call, Kind, Patch, in_node, is_made_by
+from .patches import Call, Kind, Patch, closed_over, in_node, is_made_by
 
 _NODE = "nodes_nag:NAGuidance"
 _PATCHES = in_node(_NODE, "nag_attention_output_patch")

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from math import inf
-from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -15,11 +14,11 @@ from torch import Tensor
 from ...parallel_backend.errors import UnsupportedError
 from ...parallel_backend.rpc.extras import AnyExtra, NormalizedPrompt, PlaceName
 from .asked_patch import attention
+from .asking import drawn, is_alike, unknown, with_others
 from .kept_extras import kept_extras
-from .known_functions import closed_over
-from .normalized_formula import NAME, drawn, guided_away, is_alike, unknown
+from .normalized_formula import NAME, guided_away
 from .pack_version import pack_and_version
-from .patches import Call, Kind, Patch, origin
+from .patches import Call, Kind, Patch, closed_over, origin
 from .prompt_projection import OfPrompt
 from .refusal import MISFITS
 from .sigmas import above, in_fp32
@@ -71,7 +70,7 @@ def _check_prompt(places: Sequence[PlaceName], k: OfPrompt, v: OfPrompt, functio
     layers = {layer.layer.removesuffix(end) for layer, end in ((k, ".to_k"), (v, ".to_v"))}
     rows = k.prompt.shape[0] if k.prompt.ndim == 3 else 0
     if len(layers) > 1 or k.prompt is not v.prompt or places != [_place_of(k.layer)]:
-        raise unknown(function, "it attends to keys and values of other layers than its own")
+        raise unknown(NAME, function, "it attends to keys and values of other layers than its own")
     if rows != 1:
         raise UnsupportedError(
             f"{NAME} ({pack_and_version(function)}) came with a negative prompt of {rows} rows.",
@@ -92,25 +91,19 @@ def _check(function: Any) -> None:
     q, k, v = drawn(2, 3, 8), drawn(2, 4, 8), drawn(2, 5, 8)[:, :4]
     k_neg, v_neg = drawn(1, 6, 8), drawn(1, 7, 8)[:, :6]
     known = {"k_neg": k_neg, "v_neg": v_neg, "prev_attn2_replace": None, "sigma_start": inf, "sigma_end": -1.0}
-    asking = FunctionType(
-        function.__code__,
-        function.__globals__ | {"optimized_attention": attention},
-        function.__name__,
-        function.__defaults__,
-        tuple(CellType(known.get(name, held[name])) for name in function.__code__.co_freevars),
-    )
+    asked = with_others(function, {"optimized_attention": attention}, known)
     options = {"n_heads": 2, "sigmas": torch.ones(1), "cond_or_uncond": [1, 0]}
     try:
-        theirs = asking(q, k, v, options)
+        theirs = asked(q, k, v, options)
     except MISFITS as error:
-        raise unknown(function, f"{type(error).__name__}: {str(error)[:200]}") from error
+        raise unknown(NAME, function, error) from error
     ours = attention(q, k, v, 2)
     scale, tau, alpha = (float(held[name]) for name in ("nag_scale", "tau", "alpha"))
     if scale != 0:
         cond = guided_away(ours[1:], attention(q[1:], k_neg, v_neg, 2), scale + 1, alpha, tau)
         ours = torch.cat([ours[:1], cond])
     if not is_alike(theirs, ours):
-        raise unknown(function, "it computes something else")
+        raise unknown(NAME, function, "it computes something else")
 
 
 KIND = Kind(_knows, _extras)

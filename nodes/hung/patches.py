@@ -162,6 +162,12 @@ def is_made_by(patch: Patch, kind: str, origins: Container[str], holds: Set[str]
     return not is_empty and set(patch.function.__code__.co_freevars) == holds
 
 
+def closed_over(function: Callable[..., Any]) -> dict[str, Any]:
+    """What a function made inside another has of it, by name."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    return {name: cell.cell_contents for name, cell in cells if cell != CellType()}
+
+
 def hands_on(function: Any, place: int, arguments: int) -> bool:
     """Whether a function of so many arguments, the last of them a mapping, gives back the one at `place` as it came."""
     given = [*(object() for _ in range(arguments - 1)), {}]

@@ -10,8 +10,7 @@ from typing import Any
 from torch.nn import Module
 
 from ...parallel_backend.rpc.extras import AnyExtra, PerturbedAttention
-from .known_functions import closed_over
-from .patches import Call, Kind, Patch, hands_on, in_node, origin
+from .patches import Call, Kind, Patch, closed_over, hands_on, in_node, origin
 from .unet_places import blocks_outside, places_of
 
 _CORE = "nodes_pag:PerturbedAttentionGuidance"

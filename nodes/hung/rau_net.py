@@ -15,8 +15,7 @@ import torch
 from ...parallel_backend.rpc.extras import AnyExtra, DownsampleByFour, Rescale, RescaleBack, UpsampleBy
 from .block_patches import AFTER_SKIP, INPUT, OUTPUT, acts, orders_of, range_of
 from .hidiffusion_pack import check_known, number_of, scales_residuals
-from .known_functions import closed_over
-from .patches import FORWARD, Call, Kind, Patch, origin
+from .patches import FORWARD, Call, Kind, Patch, closed_over, origin
 
 _LAYER = "raunet:HDForward"
 _NODE = "raunet:ApplyRAUNet.patch.<locals>."

@@ -19,9 +19,8 @@ from ...parallel_backend.errors import UnsupportedError
 from ...parallel_backend.rpc.extras import AnyExtra, SharedAttention
 from . import token_merging
 from .asked_rows import joined, marked, named, names_of
-from .known_functions import closed_over
 from .pack_version import pack_and_version
-from .patches import Call, Kind, Patch, origin
+from .patches import Call, Kind, Patch, closed_over, origin
 from .refusal import ELSEWHERE, MISFITS
 
 _INPUT = "attn1_patch"

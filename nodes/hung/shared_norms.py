@@ -7,7 +7,7 @@ as here. A layer norm is of each token alone, so that it stays as it was.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from types import CellType, FunctionType, MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor
@@ -16,10 +16,10 @@ from torch.nn import GroupNorm
 from ...parallel_backend.errors import UnsupportedError
 from ...parallel_backend.rpc.extras import AnyExtra, SharedNorms
 from .asked_rows import joined, marked, named, names_of
-from .known_functions import closed_over
+from .asking import with_others
 from .layers import is_own
 from .pack_version import pack_and_version
-from .patches import FORWARD, Call, Kind, Patch, origin
+from .patches import FORWARD, Call, Kind, Patch, closed_over, origin
 from .refusal import MISFITS, RELOAD
 
 # In the pack's first file, which is called as the user's folder is.
@@ -66,7 +66,7 @@ def _asked(function: FunctionType, rows: int, told: str) -> list[int]:
         heard.append(x)
         return x
 
-    asked = FunctionType(function.__code__, function.__globals__, closure=(CellType(norm),))
+    asked = with_others(function, held={_KEPT: norm})
     try:
         out = asked(marks)
     except MISFITS as error:

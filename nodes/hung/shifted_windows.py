@@ -15,8 +15,7 @@ from ...parallel_backend.errors import UnsupportedError
 from ...parallel_backend.rpc.extras import AnyExtra, DownsampleByFour, Downscale, PlaceName, Rescale, ShiftedWindows
 from . import deep_shrink, rau_net, token_merging
 from .hidiffusion_pack import check_known, number_of
-from .known_functions import closed_over
-from .patches import Call, Kind, Patch, origin, patches_in
+from .patches import Call, Kind, Patch, closed_over, origin, patches_in
 from .refusal import ELSEWHERE
 from .unet_places import all_places, sides_within
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from inspect import unwrap
-from types import CellType, FunctionType, MethodType
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ...parallel_backend.errors import UnsupportedError
 from ...parallel_backend.rpc.extras import AnyExtra, ShuffledTokens
-from .known_functions import closed_over
-from .patches import FORWARD, Call, Kind, Patch, origin
+from .asking import with_others
+from .layers import is_own
+from .patches import FORWARD, Call, Kind, Patch, closed_over, origin
 from .refusal import ELSEWHERE
 from .unet_places import blocks_of, sides_at
 
@@ -31,11 +32,7 @@ def is_shuffling(function: Any) -> bool:
         return False
     held = closed_over(_plain(function))
     inner = held.get(_INNER)
-    return held.keys() == {_INNER} and (is_shuffling(inner) or _is_blocks_own(inner))
-
-
-def _is_blocks_own(forward: Any) -> bool:
-    return isinstance(forward, MethodType) and forward.__func__ is getattr(type(forward.__self__), "forward", None)
+    return held.keys() == {_INNER} and (is_shuffling(inner) or is_own(getattr(inner, "__self__", None), FORWARD, inner))
 
 
 def _plain(function: FunctionType) -> FunctionType:
@@ -53,7 +50,7 @@ def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:
     places, orders = [], []
     for place, block in blocks_of(call.network):
         forward = vars(block).get(FORWARD)
-        if forward is None or _is_blocks_own(forward):
+        if forward is None or is_own(block, FORWARD, forward):
             continue
         if not is_shuffling(forward):
             raise UnsupportedError(
@@ -71,7 +68,7 @@ def _drawn(forward: FunctionType, tokens_1L1: Tensor) -> Tensor:
     """(L,): as a block would be given tokens, each its own number, by the node's code."""
     plain = _plain(forward)
     inner = closed_over(plain)[_INNER]
-    asked = FunctionType(plain.__code__, plain.__globals__, closure=(CellType(_as_given),))
+    asked = with_others(plain, held={_INNER: _as_given})
     given: Tensor = asked(tokens_1L1, None, {_OPTION: True})
     return _drawn(inner, given) if is_shuffling(inner) else given[0, :, 0]
 

@@ -8,8 +8,7 @@ from typing import Any
 from torch.nn import Module
 
 from ...parallel_backend.rpc.extras import AnyExtra, SkipBlocks
-from .known_functions import closed_over
-from .patches import Call, Kind, Patch, hands_on, in_node, origin
+from .patches import Call, Kind, Patch, closed_over, hands_on, in_node, origin
 
 _NODES = ("SkipLayerGuidanceDiT", "SkipLayerGuidanceDiTSimple", "SkipLayerGuidanceSD3")
 _OLDER = "skip_guidance"

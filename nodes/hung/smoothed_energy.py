@@ -1,18 +1,27 @@
-"""Smoothed energy guidance of the pack sd-perturbed-attention: queries blurred over the picture in its weaker model."""
+"""Smoothed energy guidance of the pack sd-perturbed-attention: queries blurred over the picture in its weaker model.
+
+Before the ranks are told its numbers, its own code is asked what it makes of a known picture.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from math import exp
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch.nn import Module
 
 from ...parallel_backend.rpc.extras import AnyExtra, BlurQueries, PlaceName
-from .known_functions import closed_over
-from .patches import Call, Kind, Patch, is_made_by
+from .asking import drawn, is_alike, unknown, with_others
+from .patches import Call, Kind, Patch, closed_over, is_made_by
+from .refusal import MISFITS
 from .unet_places import blocks_outside, places_of
 
 _ATTENTION = "guidance_utils:seg_attention_wrapper.<locals>.seg_attention"
+_NAME = "Smoothed Energy Guidance"
 _GUIDANCE = "pag_nodes:SmoothedEnergyGuidanceAdvanced.patch.<locals>.post_cfg_function"
 
 
@@ -21,6 +30,8 @@ def _knows(patch: Patch) -> bool:
 
 
 def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:
+    """Raises: UnsupportedError: a version that is not known."""
+    _check(patches[0].function)
     by_blur: dict[float | None, list[PlaceName]] = {}
     for patch in patches:
         sigma = float(closed_over(patch.function)["blur_sigma"])
@@ -30,11 +41,32 @@ def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:
     return [BlurQueries(places=places, blur=blur, **only) for blur, places in by_blur.items() if places]
 
 
+def _check(function: Any) -> None:
+    picture = drawn(1, 6 * 8, 2)
+    mean = picture.mean(1, keepdim=True).expand_as(picture)
+    for blur, ours in ((0.4, _blurred_a_little(picture.view(6, 8, 2))), (-1.0, mean)):
+        asked = with_others(function, held={"attention": lambda q, *_, **__: q, "blur_sigma": blur})
+        try:
+            theirs = asked(picture.clone(), picture, picture, {"n_heads": 1, "original_shape": [1, 4, 48, 64]})
+        except MISFITS as error:
+            raise unknown(_NAME, function, error) from error
+        if not is_alike(theirs, ours):
+            raise unknown(_NAME, function, "it computes something else")
+
+
+def _blurred_a_little(picture_YXD: Tensor) -> Tensor:
+    """(1, Y*X, D): by a Gaussian of 0.4 tokens, which reaches one to each side; the picture is mirrored at its edges."""
+    beside = exp(-1 / (2 * 0.4**2))
+    taps = torch.tensor([beside, 1.0, beside]) / (1 + 2 * beside)
+    padded = F.pad(picture_YXD.permute(2, 0, 1)[:, None], (1, 1, 1, 1), mode="reflect")
+    return F.conv2d(padded, torch.outer(taps, taps)[None, None]).flatten(1).T[None]
+
+
 def _refused(function: Any, network: Module) -> Iterator[str]:
     made_with = closed_over(function)
     if made_with.get("blur_sigma") == 0:
-        yield "a blur_sigma of 0 (Smoothed Energy Guidance), which makes its picture NaN"
-    yield from blocks_outside(made_with.get("blocks", ()), network, "Smoothed Energy Guidance")
+        yield f"a blur_sigma of 0 ({_NAME}), which makes its picture NaN"
+    yield from blocks_outside(made_with.get("blocks", ()), network, _NAME)
 
 
 KIND = Kind(_knows, _extras, {_GUIDANCE: _refused})

@@ -14,9 +14,8 @@ from typing import Any
 
 from ...parallel_backend.errors import UnsupportedError
 from ...parallel_backend.rpc.extras import AnyExtra, KeptAttention, KeptForm
-from .known_functions import closed_over
 from .pack_version import pack_and_version
-from .patches import FORWARD, Call, Kind, Patch, origin
+from .patches import FORWARD, Call, Kind, Patch, closed_over, origin
 from .refusal import RELOAD
 from .unet_places import all_places
 
@@ -27,11 +26,20 @@ _ENABLED, _CLEARED = "tgate_enable", "tgate_clear"
 
 @dataclass
 class _Sampling:
-    """What the ranks keep of a sampling, under its name."""
+    """What the ranks keep of a sampling, under its name, for the blocks' forwards of which `forward` is one."""
 
+    forward: Any
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
     has_self: bool = False
     has_cross: bool = False
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a later sampling takes what is kept: the node's forwards drop it at timestep 0 alone."""
+        return self.has_self or self.has_cross
+
+    def clear(self) -> None:
+        self.has_self = self.has_cross = False
 
 
 @dataclass(frozen=True)
@@ -58,8 +66,12 @@ def _is_told(option: str, options: Mapping[str, Any]) -> bool:
 
 
 def _knows(patch: Patch) -> bool:
-    function = getattr(patch.function, "__func__", patch.function)
+    function = _unbound(patch)
     return patch.kind == FORWARD and origin(function) == _FORWARD and closed_over(function).keys() == _HOLDS
+
+
+def _unbound(patch: Patch) -> Any:
+    return getattr(patch.function, "__func__", patch.function)
 
 
 def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:
@@ -70,19 +82,31 @@ def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:
     if len(gates) != 1 or len(patches) != len(list(all_places(call.network))):
         told = pack_and_version(patches[0].function)
         raise UnsupportedError(f"A parallel MODEL can't honour {told} with blocks of unlike settings.", RELOAD)
-    of_sampling: dict[str, Any] = call.network.of_sampling  # type: ignore[assignment]
-    sampling = next((kept for kept in of_sampling.values() if isinstance(kept, _Sampling)), None) or _Sampling()
-    of_sampling[sampling.name] = sampling
+    sampling = _sampling_of(_unbound(patches[0]), call.network.of_sampling)  # type: ignore[arg-type]
     own, cross = gates.pop().forms(inf if call.sigma is None else call.sigma, sampling)
     sampling.has_self |= own == "kept"
     sampling.has_cross |= cross == "kept"
     if call.options.get(_CLEARED):
-        sampling.has_self = sampling.has_cross = False
+        sampling.clear()
     yield KeptAttention(sampling=sampling.name, self_attention=own, cross_attention=cross)
 
 
+def _sampling_of(forward: Any, of_sampling: dict[str, Any]) -> _Sampling:
+    """That in which these forwards keep; what others kept, which stood in their place before, nothing takes any more."""
+    found = None
+    for kept in of_sampling.values():
+        if isinstance(kept, _Sampling) and kept.forward is forward:
+            found = kept
+        elif isinstance(kept, _Sampling):
+            kept.clear()
+    if found is None:
+        found = _Sampling(forward)
+        of_sampling[found.name] = found
+    return found
+
+
 def _gates(patch: Patch) -> _Gates:
-    made_with = closed_over(getattr(patch.function, "__func__", patch.function))
+    made_with = closed_over(_unbound(patch))
     cross, own = (float(made_with[name]) for name in ("sigma_gate", "sigma_gate_attn1"))
     return _Gates(cross, own, bool(made_with["only_cross_attention"]))
 

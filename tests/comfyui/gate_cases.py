@@ -40,8 +40,19 @@ def every(twins):
     yield "prompts of two lengths", both, longer
     yield "cfg 1", both, {"cfg": 1.0}
     yield "from the first step", gated(advanced, start_at=0.1), {"denoise": 0.6}
+    yield "two samplers", both, odd | {"of": in_two(twins)}
     yield "other blocks", unlike(advanced), {"of": parallel_alone(twins)}
     yield "TGateApply", gated("TGateApply", start_at=0.5), {"of": parallel_alone(twins)}
+
+
+def in_two(twins):
+    """KSamplerAdvanced twice, on the same nodes: the second one begins below both gates."""
+
+    def run(model, latent, steps, **settings):
+        first = twins.sample(model, latent=latent, steps=steps, last_step=4, **settings)
+        return twins.sample(model, latent=first, steps=steps, start_step=4, disable_noise=True, **settings)
+
+    return run
 
 
 def unlike(node):

@@ -45,6 +45,7 @@ def main(comfy_folder, pack, folder):
     outcomes["kept"] = kept(mm, ours, sides[MMDIT][1])
     outcomes["differences"] = {name: difference(ours, sides[MMDIT], name) for name in GUIDANCE}
     outcomes["refused"] = {name: refused(ours, sides, name) for name in CHANGES}
+    outcomes["refused later"] = {name: refused(ours, sides, name, LATER) for name in LATER}
     outcomes["saved"] = {name: saved(*sides[name]) for name in (MMDIT, UNET)}
     outcomes["lazy"] = lazy(ours, own[MMDIT])
     print(json.dumps(outcomes))
@@ -257,9 +258,9 @@ def saved(local, parallel):
 # -- changes ------------------------------------------------------------------------------------------------------------
 
 
-def refused(ours, sides, name):
+def refused(ours, sides, name, changes=None):
     """What is said of a changed MODEL when it is sampled, and how many requests have been made by then."""
-    kind, change = CHANGES[name]
+    kind, change = (changes or CHANGES)[name]
     model = copy.deepcopy(sides[kind][1])
     before = model.remote.requests
     sizes = {} if kind == MMDIT else {"width": 2048, "pooled": 1280, "channels": 4}
@@ -309,6 +310,24 @@ def whole_class(model):
     kind = type(block(model))
     PUT_BACK.append((kind, kind.forward))
     kind.forward = lambda self, x, *_: x
+
+
+def made_with_changed_class(model):
+    """As if a pack had done that before the MODEL was made."""
+    whole_class(model)
+    network = model.model.diffusion_model
+    network.as_made = model.model.as_made = type(network.as_made)(network, network.as_made.is_known)
+
+
+def put_back(model):
+    made_with_changed_class(model)
+    kind, function = PUT_BACK.pop()
+    kind.forward = function
+
+
+def between(change):
+    """What a function changes after the first evaluation."""
+    return lambda model: model.set_model_sampler_post_cfg_function(lambda args: change(model) or args["denoised"])
 
 
 def block(model):
@@ -371,6 +390,7 @@ CHANGES = {
     "pre-hook": (MMDIT, lambda model: model.model.diffusion_model.register_forward_pre_hook(print) and None),
     "class": (UNET, new_class),
     "all of a class": (UNET, whole_class),
+    "all of a class, before": (UNET, made_with_changed_class),
     "layer": (UNET, lambda model: model.model.diffusion_model.input_blocks.__setitem__(1, torch.nn.Identity())),
     "weight": (UNET, scaled),
     "network": (UNET, lambda model: setattr(model.model, "diffusion_model", torch.nn.Identity())),
@@ -384,6 +404,17 @@ CHANGES = {
     "SLG of DiT": (MMDIT, lambda model: patched("nodes_slg.SkipLayerGuidanceDiTSimple", model, double_layers="99")),
     "named as PAG's": (UNET, lambda model: model.set_model_attn1_replace(AnotherPerturbation(), "middle", 0)),
     "a pack's": (MMDIT, lambda model: model.set_model_sampler_post_cfg_function(Guided())),
+}
+# Requests are made until then.
+LATER = {
+    "layer's forward": (UNET, between(lambda model: setattr(block(model), "forward", lambda *_, **__: 0))),
+    "hook": (UNET, between(lambda model: block(model).register_forward_hook(print) and None)),
+    "pre-hook": (
+        MMDIT,
+        between(lambda model: model.model.diffusion_model.x_embedder.register_forward_pre_hook(print) and None),
+    ),
+    "all of a class": (UNET, between(whole_class)),
+    "nothing": (UNET, put_back),
 }
 
 

@@ -229,22 +229,53 @@ def told(twins):
     return run
 
 
-def replaced(twins, owner, name):
+def replaced(twins, owner, name, wrapper=lambda own: lambda other: other, sampler="euler"):
     """KSampler's latent while a pack has its own function in ComfyUI's place."""
 
     def run(model, **settings):
         own = getattr(owner, name)
 
+        @wrapper(own)
         def other(*args, **kwargs):
             return own(*args, **kwargs) * 0.95
 
         setattr(owner, name, other)
         try:
-            return twins.sample(model, **settings)
+            return twins.sample(model, sampler=sampler, **settings)
         finally:
             setattr(owner, name, own)
 
     return run
+
+
+def around_what_it_gives(own):
+    """Of a function that gives a function: what that one gives is changed."""
+
+    def wrapper(_):
+        def other(*args, **kwargs):
+            made = own(*args, **kwargs)
+            return lambda *given: made(*given) * 0.5
+
+        return other
+
+    return wrapper
+
+
+def with_object(name):
+    """With an object patch in the place of one of the model's methods, whose tensors it multiplies."""
+
+    def change(model):
+        own, changed = model.get_model_object(name), model.clone()
+        changed.add_object_patch(name, lambda *args, **kwargs: multiplied(own(*args, **kwargs)))
+        return changed
+
+    return change
+
+
+def multiplied(given):
+    if isinstance(given, torch.Tensor):
+        return given * 1.5
+    return {key: type(value)(value.cond * 1.5) for key, value in given.items()}
 
 
 def same(model):
@@ -269,6 +300,14 @@ def hung_cases(twins, name, model):
     yield "a pack's callback", same, {"of": told(twins)}
     for owner, function in ((comfy.samplers, "sampling_function"), (core_samplers, "sample_euler")):
         yield f"a pack's {function}", same, {"of": replaced(twins, owner, function)}
+    own_sampler = replaced(twins, core_samplers, "sample_euler", functools.wraps)
+    yield "a pack's sampler around core's", same, {"of": own_sampler}
+    own_noise = replaced(twins, core_samplers, "default_noise_sampler", around_what_it_gives, "euler_ancestral")
+    yield "a pack's default_noise_sampler", same, {"of": own_noise}
+    own_model = replaced(twins, comfy.model_base.BaseModel, "apply_model", functools.wraps)
+    yield "a pack's apply_model", same, {"of": own_model}
+    for put in ("extra_conds", "process_latent_out"):
+        yield f"a pack's object patch {put}", with_object(put), {}
     yield "DifferentialDiffusion, a mask", changes["DifferentialDiffusion"], {"noise_mask": masked(twins, model)}
 
 

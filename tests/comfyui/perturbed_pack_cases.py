@@ -6,7 +6,7 @@ import meshes
 import packs
 import torch
 from block_cases import both
-from region_cases import doubled, part, with_negpip
+from region_cases import doubled, parallel_alone, part, with_negpip
 from twins import call
 
 FOLDER = os.environ["PERTURBED_ATTENTION_PATH"]
@@ -71,6 +71,10 @@ def every(twins, picture, square, negative, longer):
     yield "PLADIS", node("Pladis", "pladis_nodes"), picture
     listed = {"scale": 1.5, "sparse_func": "sparsemax", "unet_block_list": "d0,m0,u0.0"}
     yield "PLADIS of a list", node("Pladis", "pladis_nodes", **listed), {}
+    uneven = {"negative": [[torch.randn(1, 48, 2048), {"pooled_output": torch.randn(1, 1280)}]]}
+    yield "step by step: PLADIS, prompts of two lengths", node("Pladis", "pladis_nodes"), uneven
+    yield "PLADIS of another version", node("Pladis", "pladis_nodes"), {"of": of_other_map(twins)}
+    yield "SEG of another version", node(smoothed, scale=3.0), {"of": of_other_blur(twins)}
     yield "step by step: PLADIS and PAG", both(node("Pladis", "pladis_nodes"), node(perturbed, scale=2.0)), picture
     if (negpip := part("PPM_PATH", "src.negpip.unet_negpip")) is not None:
         yield "PLADIS beside NegPiP", both(with_negpip(negpip), node("Pladis", "pladis_nodes")), {"of": doubled(twins)}
@@ -96,6 +100,30 @@ def on_transformers(twins):
     yield "SEG, without effect", node("SmoothedEnergyGuidanceAdvanced", scale=3.0), {}
     yield "PLADIS, without effect", node("Pladis", "pladis_nodes"), {}
     yield "TPG, without effect", node("TokenPerturbationGuidance", "tpg_nodes", unet_block_list=""), {}
+
+
+def of_other_map(twins):
+    return of_another_version(twins, packs.part_of_pack(FOLDER, "pladis_utils").Entmax, "entmax15", torch.softmax)
+
+
+def of_other_blur(twins):
+    utilities = packs.part_of_pack(FOLDER, "guidance_utils")
+    return of_another_version(twins, utilities, "gaussian_blur_2d", lambda picture, *_: picture * 0.9)
+
+
+def of_another_version(twins, owner, name, other):
+    """The parallel MODEL's latent where the pack's code calls another function under one of its names."""
+    run = parallel_alone(twins)
+
+    def changed(model, **settings):
+        own = getattr(owner, name)
+        setattr(owner, name, other)
+        try:
+            return run(model, **settings)
+        finally:
+            setattr(owner, name, own)
+
+    return changed
 
 
 def seeded(twins, picture):
