@@ -30,7 +30,7 @@ MODULES = (
         "test_restarts",
     ),
     *("test_room", "test_remote_network", "test_links"),
-    *("test_budgets", "test_fake_cuda", "test_nccl_order", "test_quantised"),
+    *("test_budgets", "test_fake_cuda", "test_fake_cuda_extras", "test_nccl_order", "test_quantised"),
 )
 
 

@@ -54,8 +54,10 @@ class AttentionScores(ReportingExtra):
     def _noted_of(self, inner: Inner, qkv_BLD: Tensor, at: At) -> Tensor:
         found = qkv_BLD.new_zeros(qkv_BLD.shape[0], self.width, dtype=torch.float32)
         if self.uncond:
-            rows = list(self.uncond)
-            found[rows] = _looked_at(qkv_BLD[rows], at)
+            # Row by row: a list of them would be copied to the GPU, and waited for.
+            looked_at = _looked_at(torch.cat([qkv_BLD[row : row + 1] for row in self.uncond]), at)
+            for row, scores_K in zip(self.uncond, looked_at.unbind(), strict=True):
+                found[row] = scores_K
         self.note(found)
         return inner(qkv_BLD)
 

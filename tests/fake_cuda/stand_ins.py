@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 HOPPER = (9, 0)
+_CUDA = torch.device("cuda", 0)
 _getitem, _setitem, _contiguous, _new_empty, _Generator = (
     Tensor.__getitem__,
     Tensor.__setitem__,
@@ -22,7 +23,7 @@ _getitem, _setitem, _contiguous, _new_empty, _Generator = (
 
 
 def _get(x: Tensor, index: Any) -> Tensor:
-    """Indexing by numbers, slices, None and an ellipsis, as views."""
+    """Indexing by numbers, slices, None and an ellipsis, as views; by lists and tensors, which come to the device first."""
     if x.device.type != "cuda":
         return _getitem(x, index)
     places: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
@@ -37,6 +38,8 @@ def _get(x: Tensor, index: Any) -> Tensor:
             continue
         if place is None:
             x = x.unsqueeze(dim)
+        elif isinstance(place, list | Tensor):
+            x = torch.ops.aten.index.Tensor(x, [None] * dim + [_on_device(place)])
         else:
             start, stop, step = place.indices(x.shape[dim])
             x = torch.ops.aten.slice(x, dim, start, max(start, stop), step)
@@ -44,8 +47,18 @@ def _get(x: Tensor, index: Any) -> Tensor:
     return x
 
 
+def _on_device(index: list[int] | Tensor) -> Tensor:
+    """As CUDA's kernel takes it: one of the host is copied, and the host waits; of a mask, it reads how many are chosen."""
+    index = torch.as_tensor(index)
+    if index.dtype == torch.bool:
+        index = index.nonzero()[:, 0]
+    return index if index.device.type == "cuda" else index.to(_CUDA)
+
+
 def _set(x: Tensor, index: Any, value: Any) -> None:
-    if x.device.type == "cuda":
+    if x.device.type == "cuda" and isinstance(index, list | Tensor):
+        torch.ops.aten.index_put_.default(x, [_on_device(index)], value)
+    elif x.device.type == "cuda":
         _get(x, index).copy_(value)
     else:
         _setitem(x, index, value)
@@ -107,6 +120,7 @@ _STAND_INS: list[tuple[Any, str, Any]] = [
     (Tensor, "contiguous", _in_order),
     (Tensor, "pin_memory", _pinned),
     (Tensor, "new_empty", _new),
+    (Tensor, "new_tensor", _otherwise("new_tensor", lambda x, data: torch.tensor(data, dtype=x.dtype).to(x.device))),
     (Tensor, "copy_", _otherwise("copy_", torch.ops.aten.copy_)),
     (Tensor, "nonzero", _otherwise("nonzero", torch.ops.aten.nonzero)),
     *((Tensor, name, _otherwise(name, _number)) for name in ("__float__", "__int__", "__bool__", "__index__")),
