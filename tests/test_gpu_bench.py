@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hung_inside import OF_MMDITS, OF_UNETS
 from served import wait_until
 
 from benchmarks.gpu.__main__ import SECTIONS
@@ -23,8 +24,10 @@ from benchmarks.gpu.one_card import Ranks, ranks_on_one_card
 from benchmarks.gpu.options import ROOT, Options
 from benchmarks.gpu.report import NO_GPU, Report, Told, shown, summary
 from benchmarks.gpu.runner import Section, run_all
-from benchmarks.gpu.sections import beside, graphs, host, loading, memory, quantised, ranks, sd35, sdxl
+from benchmarks.gpu.sections import beside, extras, graphs, host, loading, memory, quantised, ranks, sd35, sdxl
+from benchmarks.gpu.sizes import TINY
 from benchmarks.gpu.timing import synchronizations
+from benchmarks.gpu.weights import relative_error
 from parallel_backend.bench.device_time import covered, profile
 
 pytestmark = pytest.mark.busy
@@ -299,3 +302,21 @@ def test_every_quantised_form_has_a_row(tmp_path: Path) -> None:
     plain, *forms = table.rows
     assert len(forms) == 5 and all(row[1] < 0.7 * plain[1] and row[2] > 0 for row in forms)
     assert all(0 < row[-1] < 0.1 for row in forms[:3])
+
+
+def test_what_hangs_inside_is_compared_and_timed(tmp_path: Path) -> None:
+    compared, timed_ = told(extras.run, tmp_path).tables
+    assert [row[1] for row in compared.rows] == [*OF_UNETS, *OF_MMDITS]
+    assert all(row[2] < 1e-5 for row in compared.rows)
+    assert [row[0] for row in timed_.rows] == ["nothing", *OF_UNETS] and all(row[1] > 0 for row in timed_.rows)
+
+
+@torch.inference_mode()
+def test_each_that_hangs_inside_changes_what_is_given() -> None:
+    for model, cases in (("UNet", OF_UNETS), ("MMDiT", OF_MMDITS)):
+        of, _ = extras.small_models(model, torch.device("cpu"))
+        plain, *others = (
+            torch.cat(extras.evaluation(of, make, TINY.cells)()) for make in (extras.nothing, *cases.values())
+        )
+        without = {name for name, out in zip(cases, others, strict=True) if relative_error(out, plain) < 1e-3}
+        assert without <= {"T-Gate"}  # which keeps outputs here, and takes none

@@ -38,6 +38,7 @@ SECTIONS = (
 BY_NAME = (
     Section("quantised weights", _HERE + "quantised", 40, 90),
     Section("ControlNet", _HERE + "controlnet", 30, 60),
+    Section("inside", _HERE + "extras", 60, 120),
     Section("previews", _HERE + "host", 25, 60),
 )
 
