@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from hung_inside import LATENTS, OF_MMDITS, OF_UNETS, TOKENS, Make
 from torch import Tensor
 
 from parallel_backend import MeshSpec
@@ -20,8 +21,11 @@ from parallel_backend.config import SamplerSpec
 from parallel_backend.distributed.control import Control
 from parallel_backend.distributed.mesh import Groups
 from parallel_backend.errors import CancelledError
+from parallel_backend.extras.target import Target
+from parallel_backend.models.prediction import Predictor
 from parallel_backend.rank.engine import Engine
 from parallel_backend.rank.jobs import Job
+from parallel_backend.rpc.extras import AnyExtra, KeptAttention
 from parallel_backend.rpc.headers import RequestHeader
 from parallel_backend.rpc.messages import (
     Decode,
@@ -82,6 +86,11 @@ class RecordedRank:
         assert given_up is not None
         return None
 
+    def made(self, model: str, make: Make, size: tuple[int, int, int]) -> Sequence[AnyExtra]:
+        """Of the same numbers on every rank."""
+        torch.manual_seed(3)
+        return make(Target(self._engine.residents.model(model, Predictor), *size[1:]))
+
 
 @cache
 def this_rank() -> RecordedRank:
@@ -116,6 +125,36 @@ def record_samplings(
             rank.ask(Forward(model, 0, 1, 2, 3), tensors)
         rank.ask(Unload([model]))
     return trace, loading
+
+
+def record_inside(path: Path, mesh: MeshSpec, size: tuple[int, int, int]) -> tuple[Trace, int]:
+    """A model is loaded and evaluated once with each that can hang inside; it samples with those that a whole sampling can have.
+
+    Returns: as `record_samplings`.
+    """
+    rank, cases = this_rank(), OF_MMDITS if size[0] == 16 else OF_UNETS
+    prompts = [_prompt(TOKENS, *_widths(size[0])) for _ in range(2)]
+    rows = [torch.cat([of_cond, of_uncond]) for of_cond, of_uncond in zip(*prompts, strict=True)]
+    x, times = torch.zeros(LATENTS, *size), torch.full((2 * LATENTS,), 500.0)
+    with rank.recorder.recording() as trace, mock.patch.object(StepNoise, "gaussian", shared_draw(StepNoise.gaussian)):
+        model = rank.ask(LoadModel(str(path), content_key(path), "float32", mesh)).model
+        loading = len(trace)
+        for make in cases.values():
+            specs = rank.made(model, make, size)
+            given = [torch.cat([x, x]), times, *(row.repeat_interleave(LATENTS, 0) for row in rows)]
+            named = [spec.each(_numbered(given)) for spec in specs]
+            rank.ask(Forward(model, 0, 1, 2, 3, extras=named, branches=[0, 1]), given)
+            if not any(spec.reports or isinstance(spec, KeptAttention) for spec in specs):
+                given = [x, *prompts[0], *prompts[1]]
+                named = [spec.each(_numbered(given)) for spec in specs]
+                rank.ask(Sample(model, sampling(steps=1).spec, 0, Prompt(1, 2), Prompt(3, 4), extras=named), given)
+        rank.ask(Unload([model]))
+    return trace, loading
+
+
+def _numbered(tensors: list[Tensor]) -> Callable[[Tensor], int]:
+    """Each comes to `tensors`, and is its place there from then on."""
+    return lambda tensor: len(tensors.append(tensor) or tensors) - 1  # type: ignore[func-returns-value]
 
 
 def record_bands(paths: Sequence[Path], channels: int, sizes: Sequence[tuple[int, int, int]]) -> Trace:
