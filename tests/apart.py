@@ -26,6 +26,8 @@ MODULES = (
         "test_control_comfyui",
         "test_odd_values",
         "test_samplers_comfyui",
+        "test_image_prompt_packs",
+        "test_inside_other_ranks",
         "test_persistence",
         "test_restarts",
     ),

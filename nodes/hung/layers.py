@@ -17,7 +17,6 @@ from .patches import FORWARD
 from .refusal import module_of
 
 NAMED = 4
-_OURS = PurePath(__name__).name.split(".")[0]
 _NO_PACKS = frozenset({*sys.stdlib_module_names, "torch", "comfy"})
 # What a layer holds its parts in, and what its output doesn't depend on.
 _PARTS = ("_parameters", "_buffers", "_modules")
@@ -48,6 +47,7 @@ class AsMade:
         self.network, self.is_known = network, is_known
         self.layers = {name: (layer, type(layer), _state(layer)) for name, layer in network.named_modules()}
         self.classes = {kind: dict(functions_of(kind)) for _, kind, _ in self.layers.values()}
+        self.put_before = {kind: put_in(kind) for kind in self.classes}
         self._compared: list[Any] | None = None
 
     def forwards(self) -> Iterator[tuple[str, Any]]:
@@ -83,14 +83,10 @@ class AsMade:
     def _changes(self) -> Iterator[tuple[str, Any]]:
         """Each with what has been put there."""
         for kind, functions in self.classes.items():
-            now = dict(functions_of(kind))
-            replaced = dict.fromkeys(
-                [*_differing(functions, now), *(name for name, own in now.items() if _is_foreign(own))]
-            )
-            for name in replaced:
-                if not _is_foreign(functions.get(name)) or _is_foreign(
-                    now.get(name)
-                ):  # else it is core's own once more
+            now, put = dict(functions_of(kind)), put_in(kind)
+            for name in sorted({*_differing(functions, now), *put}):
+                # Else a class has its own once more, of which a pack had put another before.
+                if name in put or name not in self.put_before[kind]:
                     yield f"the replaced {name} of all {kind.__name__} layers", now.get(name)
         for name, (layer, kind, state) in self.layers.items():
             if type(layer) is not kind:
@@ -127,9 +123,10 @@ def maker_of(put: Any) -> str:
     return "" if wrapped is None else maker_of(wrapped)
 
 
-def _is_foreign(function: Any) -> bool:
-    """Whether a class has it from a pack: one that was put there before the MODEL was made changes it as well."""
-    return (maker_of(function) if isinstance(function, FunctionType) else "").split(".")[0] not in ("", _OURS)
+def put_in(kind: type) -> set[str]:
+    """Functions of a class that are a pack's, where neither it nor what it is of is that pack's: put there, maybe for all MODELs."""
+    own = {"", *(module_of(ancestor) for ancestor in kind.__mro__)}
+    return {name for name, function in functions_of(kind) if maker_of(function) not in own}
 
 
 def _state(layer: Module) -> dict[str, Any]:
