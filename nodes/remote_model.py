@@ -116,13 +116,10 @@ class RemotePatcher(WeightsElsewhere):
         super().pre_run()
 
     def cleanup(self) -> None:
-        """After a sampling, however it ended: the ranks forget what they kept for it, where no later one goes on with that."""
+        """After a sampling, however it ended."""
         super().cleanup()
-        network = self.network
-        names = [name for name, kept in network.of_sampling.items() if network.has_failed or not kept.goes_on]
-        if names:
-            for name in names:
-                del network.of_sampling[name]
+        if names := list(self.network.of_sampling):
+            self.network.of_sampling.clear()
             with suppress(BackendError):  # one that has ended keeps nothing
                 self.remote.backend.request(Forget(names))
 

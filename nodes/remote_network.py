@@ -42,9 +42,8 @@ class RemoteNetwork(torch.nn.Module):
     extra_cost: ExtraCost
     # What patches have become, as long as these are there; by the first of them, of each kind for itself.
     translated: WeakKeyDictionary[Any, Any]
-    # What kinds remember in a sampling, by the names under which the ranks keep theirs; whether an evaluation of it has failed.
+    # What kinds remember in a sampling, by the names under which the ranks keep theirs.
     of_sampling: dict[str, Any]
-    has_failed: bool
     calls_wrappers: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -84,9 +83,7 @@ class RemoteNetwork(torch.nn.Module):
         given |= {"residuals": residuals, "controls": (control or {}).get(USES, ())}
         given |= self._extras(x, context, options)
         context = self._prompt(context, given)
-        self.has_failed = True
         out = interruptible(self.remote.backend, self.remote.forward, x, timesteps, context, y, **given)
-        self.has_failed = False
         self._tell_once()
         return onto_device(out, x.device).to(x.dtype)
 
@@ -159,7 +156,7 @@ def make_remote(network: torch.nn.Module, remote: RemoteModel, dtype: torch.dtyp
     network.told, network.control_cost = {}, ControlCost()  # type: ignore[assignment]
     network.extra_cost = ExtraCost()  # type: ignore[assignment]
     network.translated = WeakKeyDictionary()  # type: ignore[assignment]
-    network.of_sampling, network.has_failed = {}, False  # type: ignore[assignment]
+    network.of_sampling = {}  # type: ignore[assignment]
     network.as_made = AsMade(network, is_known_change)  # type: ignore[assignment]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from msgspec import structs
 
 from parallel_backend.extras.target import Target
 from parallel_backend.models.unet import BandUNet
@@ -165,9 +166,9 @@ OF_UNETS: dict[str, Make] = {
     "HiDiffusion's ends": lambda target: [
         DownsampleByFour(block=downsampling(target)),
         UpsampleBy(block=upsampling(target), method="bicubic", halfway="nearest-exact"),
-        RescaleBack(blocks=tuple(range(1, outputs(target))), method="bilinear"),
     ],
 }  # fmt: skip
+
 OF_MMDITS: dict[str, Make] = {
     "skipped blocks": lambda target: [SkipBlocks(blocks=[1])],
     "image prompt": joint_prompt,
@@ -176,3 +177,9 @@ OF_MMDITS: dict[str, Make] = {
         *joint_negative(target), SkipBlocks(blocks=[0]), *joint_prompt(target)
     ],
 }  # fmt: skip
+
+
+def later(specs: Sequence[AnyExtra]) -> list[AnyExtra]:
+    """What the evaluation after that has in place of these: outputs that were kept are taken."""
+    taken: Any = {"self_attention": "taken_mean", "cross_attention": "taken_mean"}
+    return [structs.replace(spec, **taken) if isinstance(spec, KeptAttention) else spec for spec in specs]

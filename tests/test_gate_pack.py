@@ -11,7 +11,11 @@ from test_control_packs import Outcomes, Pack, run, wrong
 from parallel_backend import Backend
 
 TGATE = Pack("ComfyUI_TGate", "TGATE_PATH", "gate_cases")
-REFUSED = {"TGateApply": "transformer option 'tgate_enable'", "other blocks": "comfyui_tgate 0.1.0 with blocks of"}
+REFUSED = {
+    "TGateApply": "transformer option 'tgate_enable'",
+    "other blocks": "comfyui_tgate 0.1.0 with blocks of",
+    "two samplers": "would take what an earlier sampling kept, which did not end at timestep 0",
+}
 
 
 def of_case(outcomes: Outcomes) -> dict[str, str]:

@@ -269,8 +269,10 @@ def assert_in_order(traces: Sequence[Trace]) -> None:
 
 
 def assert_in_order_and_warm(recorded: Sequence[tuple[Trace, int]], *, all_used: bool = True) -> None:
-    """And the communicators that jobs use are made when the model is loaded, the whole world's at the start; others only where not
-    all are used: a way back is displaced steps' alone.
+    """And the communicators that jobs use are made when the model is loaded, the whole world's at the start.
+
+    Args:
+        all_used: no others are; False where none of the jobs has displaced steps, for which there is a way back.
     """
     assert_in_order([trace for trace, _ in recorded])
     for rank, (trace, loading) in enumerate(recorded):

@@ -37,10 +37,10 @@ def test_the_backend_runs_the_loop_where_nothing_acts_between_evaluations(outcom
     said = {name.rpartition(": ")[2]: outcome.get("said", "") for name, outcome in outcomes.items()}
     whole = {name for name, words in said.items() if "the whole loop in the backend" in words}
     assert {"NAG", "NAG of a list, at some sigmas", "NAG, cfg 1", "NAG twice", "PLADIS", "PLADIS of a list"} <= whole
+    assert "PLADIS, prompts of two lengths, cfg 1" in whole
     by_steps = [said[name] for name in ("NAG beside PAG", "PLADIS and PAG", "PLADIS, prompts of two lengths")]
     assert (
-        all("step by step: " in words for words in by_steps)
-        and "SparseAttention with prompts of unlike lengths" in by_steps[2]
+        all("step by step: " in words for words in by_steps) and "PLADIS with prompts of unlike lengths" in by_steps[2]
     )
 
 

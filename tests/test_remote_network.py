@@ -21,11 +21,12 @@ REFUSED = {
     "NAG": "computes with the layer input_blocks.3.1.transformer_blocks.0.attn2.to_k",
     "forward": "the replaced forward of the network",
     "layer's forward": "the replaced forward of input_blocks.1.0; put there by __main__.",
+    "made of text": "the replaced forward of input_blocks.1.0; put there by code without a module",
     "hook": "a forward hook of input_blocks.1.0.",
     "pre-hook": "a forward pre-hook of the network",
     "class": "the replaced class of input_blocks.1.0 (Other)",
-    "all of a class": "the replaced forward of all ResBlock layers",
-    "all of a class, before": "the replaced forward of all ResBlock layers; put there by __main__.",
+    "all of a class": "the replaced forward of all ResBlock layers, until ComfyUI restarts without it",
+    "all of a class, before": "the replaced forward of all ResBlock layers, until ComfyUI restarts without it; put there by __main__.",
     "layer": "the replaced layer input_blocks.1.",
     "weight": "the replaced weight of out.2",
     "network": "the replaced diffusion_model (Identity)",
@@ -121,3 +122,8 @@ def test_what_is_put_on_layers_between_evaluations_is_named_before_the_next_one(
     refused = outcomes["refused later"]
     assert {name: words for name, words in REFUSED_LATER.items() if words not in refused[name][0]} == {}, refused
     assert {name: requests for name, (_, requests) in refused.items() if requests != 1} == {"nothing": 2}
+
+
+def test_what_was_refused_once_is_refused_again(outcomes: dict[str, Any]) -> None:
+    first, second = outcomes["refused again"]
+    assert first == second and first[0].startswith("a forward hook of input_blocks.1.0")

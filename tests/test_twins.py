@@ -35,6 +35,7 @@ STEP_BY_STEP = {
     *("sampler dpmpp_2m_sde_gpu", "sampler euler_cfg_pp", "SamplerEulerAncestral, eta 0.5"),
     "FlipSigmas",
     *("a pack's sampling_function", "a pack's sample_euler", "a pack's sampler around core's"),
+    "a pack's partial of core's sampler",
     *("a pack's default_noise_sampler", "a pack's apply_model"),
     *("a pack's object patch extra_conds", "a pack's object patch process_latent_out"),
     *("a pack's partial", "a pack's object", "a pack's closure"),

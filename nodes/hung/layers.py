@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import PurePath
-from types import FunctionType, MethodType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 from comfy.model_base import BaseModel
@@ -17,6 +17,8 @@ from .patches import FORWARD
 from .refusal import module_of
 
 NAMED = 4
+# Of a function that was made of text.
+_NO_MODULE = "code without a module"
 _NO_PACKS = frozenset({*sys.stdlib_module_names, "torch", "comfy"})
 # What a layer holds its parts in, and what its output doesn't depend on.
 _PARTS = ("_parameters", "_buffers", "_modules")
@@ -49,6 +51,7 @@ class AsMade:
         self.classes = {kind: dict(functions_of(kind)) for _, kind, _ in self.layers.values()}
         self.put_before = {kind: put_in(kind) for kind in self.classes}
         self._compared: list[Any] | None = None
+        self._places: list[tuple[dict[str, Any], Mapping[int, Any], Mapping[int, Any]]] = []
 
     def forwards(self) -> Iterator[tuple[str, Any]]:
         """What stands in place of layers' own forwards, the network's aside, by their names: evaluations ask for it."""
@@ -57,19 +60,23 @@ class AsMade:
                 yield name, vars(layer)[FORWARD]
 
     def forget_comparison(self) -> None:
-        """A sampling begins."""
-        self._compared = None
+        """The next evaluation compares all layers, whatever was compared before."""
+        self._places, self._compared = [], None
 
     def changes_since(self) -> Iterator[str]:
-        """`changes`, at a sampling's first evaluation, and at those before which a forward or a hook has come or gone."""
+        """`changes`, unless none was found at this sampling's last evaluation, and no forward or hook has come or gone since."""
+        # Looked up once a sampling: there are thousands of layers, and an evaluation waits.
+        self._places = self._places or [
+            (vars(layer), layer._forward_hooks, layer._forward_pre_hooks) for layer, *_ in self.layers.values()
+        ]
         put = [kind.forward for kind in self.classes]
-        for layer, *_ in self.layers.values():
-            hooks = (layer._forward_hooks, layer._forward_pre_hooks)
-            if (own := vars(layer).get(FORWARD)) is not None or any(hooks):
-                put += [own, *(hook for of in hooks for hook in of.values())]
+        for own, hooks, pre_hooks in self._places:
+            if FORWARD in own or hooks or pre_hooks:
+                put += [own.get(FORWARD), *hooks.values(), *pre_hooks.values()]
         if put != self._compared:
-            yield from self.changes()
-            self._compared = put
+            found = list(self.changes())
+            yield from found
+            self._compared = None if found else put
 
     def changes(self) -> Iterator[str]:
         """What has been changed since, of its name: a few, how many others, and whose functions and objects they are."""
@@ -85,9 +92,10 @@ class AsMade:
         for kind, functions in self.classes.items():
             now, put = dict(functions_of(kind)), put_in(kind)
             for name in sorted({*_differing(functions, now), *put}):
-                # Else a class has its own once more, of which a pack had put another before.
+                # A class that got back its own was changed before the MODEL was made, and is as it should be.
                 if name in put or name not in self.put_before[kind]:
-                    yield f"the replaced {name} of all {kind.__name__} layers", now.get(name)
+                    told = f"the replaced {name} of all {kind.__name__} layers, until ComfyUI restarts without it"
+                    yield told, put.get(name, now.get(name))
         for name, (layer, kind, state) in self.layers.items():
             if type(layer) is not kind:
                 yield f"the replaced class of {name or 'the network'} ({type(layer).__name__})", type(layer)
@@ -114,7 +122,7 @@ def maker_of(put: Any) -> str:
         put = put.func
     put = getattr(put, "__func__", put)
     if isinstance(put, FunctionType):  # what wraps another calls itself by the other's name
-        module = PurePath(put.__globals__["__name__"]).name
+        module = PurePath(put.__globals__.get("__name__") or _NO_MODULE).name
     else:
         module = module_of(put if isinstance(put, type) else type(put))
     if module.split(".")[0] not in _NO_PACKS:
@@ -123,10 +131,17 @@ def maker_of(put: Any) -> str:
     return "" if wrapped is None else maker_of(wrapped)
 
 
-def put_in(kind: type) -> set[str]:
-    """Functions of a class that are a pack's, where neither it nor what it is of is that pack's: put there, maybe for all MODELs."""
-    own = {"", *(module_of(ancestor) for ancestor in kind.__mro__)}
-    return {name for name, function in functions_of(kind) if maker_of(function) not in own}
+def put_in(kind: type) -> dict[str, Any]:
+    """What a class calls that is a pack's, where neither it nor what it is of is that pack's: put there, maybe for all MODELs."""
+    own = {module_of(ancestor).split(".")[0] for ancestor in kind.__mro__}
+    called = ((name, value) for ancestor in kind.__mro__ for name, value in vars(ancestor).items() if callable(value))
+    return {name: value for name, value in called if (maker := maker_of(value)) and maker.split(".")[0] not in own}
+
+
+def is_cores_own(function: Any, module: ModuleType, name: str) -> bool:
+    """Whether what goes by this name in a module of core's is what core has put there."""
+    is_named = isinstance(function, FunctionType | type) and function.__qualname__ == name
+    return is_named and function.__module__ == module.__name__ and not maker_of(function)
 
 
 def _state(layer: Module) -> dict[str, Any]:

@@ -17,14 +17,14 @@ from torch import Tensor
 from ...parallel_backend import Conditioning, ControlUse, PerpNeg
 from ...parallel_backend.config import SAMPLERS, SAMPLERS_BELOW_ONE, SAMPLERS_OF_PATCHES, FlowSampling, ModelSampling
 from ...parallel_backend.errors import UnsupportedError
-from ...parallel_backend.rpc.extras import AnyExtra, ImagePrompt, SharedAttention, SharedNorms
+from ...parallel_backend.rpc.extras import AnyExtra, ImagePrompt, SharedAttention, SharedNorms, SparseAttention
 from ..known_to_core import known_to
 from . import joint_image_prompt
 from .controlnet import ControlChain
 from .further_branches import in_further_branches, odd_branches, processed_empty
 from .kinds import extras_of, step_by_step, unknown_patches
 from .known_functions import Known, Sampling, known_functions
-from .layers import maker_of
+from .layers import is_cores_own
 from .loop_patches import loop_patches, replaced_functions
 from .model_sampling import read_sampling
 from .nag_guider import GUIDER, uneven_prompts
@@ -38,6 +38,8 @@ _INPUTS, _MAY_HAVE = {"c_crossattn", "y"}, {"c_concat"}
 # Guiders, by `origin`: core's extra nodes are loaded under a name that differs from start to start.
 _BASIC, _OF_THREE = "nodes_custom_sampler:Guider_Basic", "nodes_perpneg:Guider_PerpNeg"
 _EMPTY = "empty_negative_prompt"
+# Prompts, as guiders call them, by their numbers as branches.
+_NUMBERED = ("positive", "negative", _EMPTY)
 # Marks the processed one that PerpNeg's node evaluates by itself.
 _OF_NODE = "of_node"
 # A MODEL's option.
@@ -109,11 +111,11 @@ def read_loop(
     branches = _branches(guider.cfg, prompts, perp_neg)
     rows, tokens = (len(branches) * len(latent), *latent.shape[1:]), prompts["positive"].context.shape[1]
     extras = extras_of(Call(model.network, rows, branches, None, inside, tokens=tokens, schedule=schedule))
-    lengths = [prompt.context.shape[1] for prompt in prompts.values()]
+    lengths = [prompts[_NUMBERED[number]].context.shape[1] for number in branches]
     found += uneven_prompts(inside, extras, lengths)
-    if len(set(lengths)) > 1:  # ComfyUI repeats the tokens of the shorter one, where it evaluates both at once
-        counting = {type(extra).__name__ for extra in extras if extra.counts_tokens}
-        found += (f"{name} with prompts of unlike lengths" for name in counting)
+    if len(set(lengths)) > 1 and any(isinstance(extra, SparseAttention) for extra in extras):
+        # ComfyUI repeats the shorter one's tokens, which changes what a sparse map gives each.
+        found.append("PLADIS with prompts of unlike lengths")
     mixes_others = perp_neg is not None or known.in_uncond is not None
     names_rows = any(isinstance(extra, SharedAttention | SharedNorms) for extra in extras)
     if (any(extra.pairs for extra in extras) and mixes_others) or (names_rows and known.weaker is not None):
@@ -260,9 +262,10 @@ def sampler_name(sampler: Any) -> str | None:
 
 def _names() -> dict[Any, str]:
     """By ComfyUI's functions, those samplers that the backend has; without those that a pack has replaced."""
-    named = {getattr(core_samplers, f"sample_{name}", None): name for name in SAMPLERS}
-    named |= {uni_pc.sample_unipc: "uni_pc", uni_pc.sample_unipc_bh2: "uni_pc_bh2"}
-    return {function: name for function, name in named.items() if function is not None and not maker_of(function)}
+    known = [(core_samplers, f"sample_{name}", name) for name in SAMPLERS]
+    known += [(uni_pc, "sample_unipc", "uni_pc"), (uni_pc, "sample_unipc_bh2", "uni_pc_bh2")]
+    found = ((getattr(module, function, None), module, function, name) for module, function, name in known)
+    return {function: name for function, module, called, name in found if is_cores_own(function, module, called)}
 
 
 def _made_anew(function: Any) -> str | None:

@@ -11,7 +11,7 @@ import comfy.model_base
 import comfy.samplers
 from comfy.model_patcher import ModelPatcher
 
-from .layers import maker_of
+from .layers import is_cores_own, maker_of
 from .refusal import is_set
 from .shuffled_tokens import is_shuffling
 
@@ -42,8 +42,9 @@ def replaced_functions() -> Iterator[str]:
     """Functions of ComfyUI's own loop in whose place a pack has put others, for all MODELs."""
     for module, names in _LOOP.items():
         for name in names:
-            if maker := maker_of(attrgetter(name)(module)):
-                yield f"{name}, which {maker} has replaced"
+            function = attrgetter(name)(module)
+            if not is_cores_own(function, module, name):
+                yield f"{name}, which {maker_of(function) or 'a pack'} has replaced"
 
 
 def loop_patches(model: ModelPatcher, options: Mapping[str, Any]) -> Iterator[str]:

@@ -25,21 +25,23 @@ _ENABLED, _CLEARED = "tgate_enable", "tgate_clear"
 
 
 @dataclass
+class _Kept:
+    """Which layers' outputs are kept."""
+
+    of_self: bool = False
+    of_cross: bool = False
+
+    def note(self, own: KeptForm, cross: KeptForm, cleared: bool) -> None:
+        self.of_self = (self.of_self or own == "kept") and not cleared
+        self.of_cross = (self.of_cross or cross == "kept") and not cleared
+
+
+@dataclass
 class _Sampling:
-    """What the ranks keep of a sampling, under its name, for the blocks' forwards of which `forward` is one."""
+    """What the ranks keep of a sampling, under its name."""
 
-    forward: Any
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
-    has_self: bool = False
-    has_cross: bool = False
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether a later sampling takes what is kept: the node's forwards drop it at timestep 0 alone."""
-        return self.has_self or self.has_cross
-
-    def clear(self) -> None:
-        self.has_self = self.has_cross = False
+    kept: _Kept = field(default_factory=_Kept)
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,12 @@ class _Gates:
     own: float
     only_cross: bool
 
-    def forms(self, sigma: float, sampling: _Sampling) -> tuple[KeptForm, KeptForm]:
+    def forms(self, sigma: float, kept: _Kept) -> tuple[KeptForm, KeptForm]:
         """What an evaluation does, of self-attention and of attention to the prompt."""
         own: KeptForm = "computed" if self.only_cross else "kept"
-        if not self.only_cross and sigma < self.own and sampling.has_self:
+        if not self.only_cross and sigma < self.own and kept.of_self:
             own = "taken_mean" if sigma < self.cross else "taken"
-        if sigma < self.cross and sampling.has_cross:
+        if sigma < self.cross and kept.of_cross:
             return own, "taken_mean" if self.only_cross or sigma < self.own else "taken"
         return own, "kept"
 
@@ -75,34 +77,28 @@ def _unbound(patch: Patch) -> Any:
 
 
 def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:
-    """Raises: UnsupportedError: blocks of a MODEL that differ."""
+    """Raises: UnsupportedError: blocks of a MODEL that differ, or that go on with what another sampling kept."""
     if not call.options.get(_ENABLED):
         return
     gates = {_gates(patch) for patch in patches}
     if len(gates) != 1 or len(patches) != len(list(all_places(call.network))):
         told = pack_and_version(patches[0].function)
         raise UnsupportedError(f"A parallel MODEL can't honour {told} with blocks of unlike settings.", RELOAD)
-    sampling = _sampling_of(_unbound(patches[0]), call.network.of_sampling)  # type: ignore[arg-type]
-    own, cross = gates.pop().forms(inf if call.sigma is None else call.sigma, sampling)
-    sampling.has_self |= own == "kept"
-    sampling.has_cross |= cross == "kept"
-    if call.options.get(_CLEARED):
-        sampling.clear()
+    of_sampling: dict[str, Any] = call.network.of_sampling  # type: ignore[assignment]
+    sampling = next((known for known in of_sampling.values() if isinstance(known, _Sampling)), None) or _Sampling()
+    of_sampling[sampling.name] = sampling
+    # The node's own forwards keep theirs beyond a sampling that doesn't come to timestep 0.
+    of_node: _Kept = call.network.translated.setdefault(_unbound(patches[0]), _Kept())  # type: ignore[operator,union-attr]
+    sigma, made_with = inf if call.sigma is None else call.sigma, gates.pop()
+    own, cross = made_with.forms(sigma, sampling.kept)
+    if made_with.forms(sigma, of_node) != (own, cross):
+        raise UnsupportedError(
+            f"{pack_and_version(patches[0].function)} would take what an earlier sampling kept, which did not end at timestep 0.",
+            "Make all steps in one sampler, take a scheduler that ends there (normal, karras), or remove T-Gate from the later one.",
+        )
+    for kept in (sampling.kept, of_node):
+        kept.note(own, cross, bool(call.options.get(_CLEARED)))
     yield KeptAttention(sampling=sampling.name, self_attention=own, cross_attention=cross)
-
-
-def _sampling_of(forward: Any, of_sampling: dict[str, Any]) -> _Sampling:
-    """That in which these forwards keep; what others kept, which stood in their place before, nothing takes any more."""
-    found = None
-    for kept in of_sampling.values():
-        if isinstance(kept, _Sampling) and kept.forward is forward:
-            found = kept
-        elif isinstance(kept, _Sampling):
-            kept.clear()
-    if found is None:
-        found = _Sampling(forward)
-        of_sampling[found.name] = found
-    return found
 
 
 def _gates(patch: Patch) -> _Gates:

@@ -40,17 +40,19 @@ def every(twins):
     yield "prompts of two lengths", both, longer
     yield "cfg 1", both, {"cfg": 1.0}
     yield "from the first step", gated(advanced, start_at=0.1), {"denoise": 0.6}
-    yield "two samplers", both, odd | {"of": in_two(twins)}
+    yield "two samplers, cleared between", both, odd | {"of": in_two(twins, "karras", 3)}
+    yield "two samplers", both, {"of": parallel_alone(twins, run=in_two(twins, "simple", 4))}
     yield "other blocks", unlike(advanced), {"of": parallel_alone(twins)}
     yield "TGateApply", gated("TGateApply", start_at=0.5), {"of": parallel_alone(twins)}
 
 
-def in_two(twins):
-    """KSamplerAdvanced twice, on the same nodes: the second one begins below both gates."""
+def in_two(twins, scheduler, start):
+    """KSampler to its end and KSamplerAdvanced from a step on, on the same nodes: the second one begins below both gates."""
 
-    def run(model, latent, steps, **settings):
-        first = twins.sample(model, latent=latent, steps=steps, last_step=4, **settings)
-        return twins.sample(model, latent=first, steps=steps, start_step=4, disable_noise=True, **settings)
+    def run(model, steps, **settings):
+        first = twins.sample(model, steps=steps, scheduler=scheduler, **settings)
+        settings["latent"] = first
+        return twins.sample(model, steps=steps, scheduler=scheduler, start_step=start, **settings)
 
     return run
 

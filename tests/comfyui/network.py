@@ -46,6 +46,7 @@ def main(comfy_folder, pack, folder):
     outcomes["differences"] = {name: difference(ours, sides[MMDIT], name) for name in GUIDANCE}
     outcomes["refused"] = {name: refused(ours, sides, name) for name in CHANGES}
     outcomes["refused later"] = {name: refused(ours, sides, name, LATER) for name in LATER}
+    outcomes["refused again"] = refused_again(sides[UNET][1])
     outcomes["saved"] = {name: saved(*sides[name]) for name in (MMDIT, UNET)}
     outcomes["lazy"] = lazy(ours, own[MMDIT])
     print(json.dumps(outcomes))
@@ -275,6 +276,14 @@ def refused(ours, sides, name, changes=None):
     return ["nothing", model.remote.requests - before]
 
 
+def refused_again(parallel):
+    """What is said of a layer's hook at two evaluations, the first of which was refused."""
+    model = copy.deepcopy(parallel)
+    block(model).register_forward_hook(print)
+    model.model.as_made.forget_comparison()
+    return [list(model.model.as_made.changes_since()) for _ in range(2)]
+
+
 PUT_BACK = []
 
 
@@ -328,6 +337,12 @@ def put_back(model):
 def between(change):
     """What a function changes after the first evaluation."""
     return lambda model: model.set_model_sampler_post_cfg_function(lambda args: change(model) or args["denoised"])
+
+
+def made_of_text(model):
+    names = {}
+    exec("def forward(x): return x", names)
+    block(model).forward = names["forward"]
 
 
 def block(model):
@@ -386,6 +401,7 @@ CHANGES = {
     "NAG": (UNET, negative_keys),
     "forward": (UNET, lambda model: setattr(model.model.diffusion_model, "forward", lambda *_, **__: 0)),
     "layer's forward": (UNET, lambda model: setattr(block(model), "forward", lambda *_, **__: 0)),
+    "made of text": (UNET, made_of_text),
     "hook": (UNET, lambda model: block(model).register_forward_hook(print) and None),
     "pre-hook": (MMDIT, lambda model: model.model.diffusion_model.register_forward_pre_hook(print) and None),
     "class": (UNET, new_class),

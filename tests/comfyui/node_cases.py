@@ -302,6 +302,12 @@ def hung_cases(twins, name, model):
         yield f"a pack's {function}", same, {"of": replaced(twins, owner, function)}
     own_sampler = replaced(twins, core_samplers, "sample_euler", functools.wraps)
     yield "a pack's sampler around core's", same, {"of": own_sampler}
+    churned = functools.partial(core_samplers.sample_euler, s_churn=10.0)
+    yield (
+        "a pack's partial of core's sampler",
+        same,
+        {"of": replaced(twins, core_samplers, "sample_euler", lambda _: lambda _: churned)},
+    )
     own_noise = replaced(twins, core_samplers, "default_noise_sampler", around_what_it_gives, "euler_ancestral")
     yield "a pack's default_noise_sampler", same, {"of": own_noise}
     own_model = replaced(twins, comfy.model_base.BaseModel, "apply_model", functools.wraps)

@@ -73,6 +73,7 @@ def every(twins, picture, square, negative, longer):
     yield "PLADIS of a list", node("Pladis", "pladis_nodes", **listed), {}
     uneven = {"negative": [[torch.randn(1, 48, 2048), {"pooled_output": torch.randn(1, 1280)}]]}
     yield "step by step: PLADIS, prompts of two lengths", node("Pladis", "pladis_nodes"), uneven
+    yield "PLADIS, prompts of two lengths, cfg 1", node("Pladis", "pladis_nodes"), uneven | {"cfg": 1.0}
     yield "PLADIS of another version", node("Pladis", "pladis_nodes"), {"of": of_other_map(twins)}
     yield "SEG of another version", node(smoothed, scale=3.0), {"of": of_other_blur(twins)}
     yield "step by step: PLADIS and PAG", both(node("Pladis", "pladis_nodes"), node(perturbed, scale=2.0)), picture

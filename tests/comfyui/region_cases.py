@@ -144,13 +144,13 @@ def masked(twins, module):
     return run
 
 
-def parallel_alone(twins, **given):
+def parallel_alone(twins, run=None, **given):
     """The parallel MODEL's latent; of the local one, which what hangs on it can break, nothing is asked."""
 
-    def run(model, **settings):
+    def sampled(model, **settings):
         wanted = {"latent": twins.latent(model, *ODD)} | given | settings
         if not isinstance(model, twins.remote_model.RemotePatcher):
             return wanted["latent"]
-        return twins.sample(model, **wanted)
+        return (run or twins.sample)(model, **wanted)
 
-    return run
+    return sampled

@@ -27,6 +27,8 @@ def _get(x: Tensor, index: Any) -> Tensor:
     if x.device.type != "cuda":
         return _getitem(x, index)
     places: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
+    if sum(isinstance(place, list | Tensor) for place in places) > 1:
+        raise NotImplementedError("several lists or tensors, which choose together")
     if Ellipsis in places:
         at = places.index(Ellipsis)
         missing = x.ndim - sum(not isinstance(place, EllipsisType | None) for place in places)
@@ -50,6 +52,8 @@ def _get(x: Tensor, index: Any) -> Tensor:
 def _on_device(index: list[int] | Tensor) -> Tensor:
     """As CUDA's kernel takes it: one of the host is copied, and the host waits; of a mask, it reads how many are chosen."""
     index = torch.as_tensor(index)
+    if index.ndim != 1:
+        raise NotImplementedError(f"an index of {index.ndim} dims")
     if index.dtype == torch.bool:
         index = index.nonzero()[:, 0]
     return index if index.device.type == "cuda" else index.to(_CUDA)
@@ -59,6 +63,10 @@ def _set(x: Tensor, index: Any, value: Any) -> None:
     if x.device.type == "cuda" and isinstance(index, list | Tensor):
         torch.ops.aten.index_put_.default(x, [_on_device(index)], value)
     elif x.device.type == "cuda":
+        if isinstance(index, tuple) and any(isinstance(place, list | Tensor) for place in index):
+            raise NotImplementedError(
+                "what lists or tensors choose along a later dim is no view, and can't be written to"
+            )
         _get(x, index).copy_(value)
     else:
         _setitem(x, index, value)

@@ -12,7 +12,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from hung_inside import LATENTS, OF_MMDITS, OF_UNETS, TOKENS, Make
+from hung_inside import LATENTS, OF_MMDITS, OF_UNETS, TOKENS, Make, later
 from torch import Tensor
 
 from parallel_backend import MeshSpec
@@ -128,7 +128,7 @@ def record_samplings(
 
 
 def record_inside(path: Path, mesh: MeshSpec, size: tuple[int, int, int]) -> tuple[Trace, int]:
-    """A model is loaded and evaluated once with each that can hang inside; it samples with those that a whole sampling can have.
+    """A model is loaded and evaluated twice with each that can hang inside; it samples with those that a whole sampling can have.
 
     Returns: as `record_samplings`.
     """
@@ -141,9 +141,10 @@ def record_inside(path: Path, mesh: MeshSpec, size: tuple[int, int, int]) -> tup
         loading = len(trace)
         for make in cases.values():
             specs = rank.made(model, make, size)
-            given = [torch.cat([x, x]), times, *(row.repeat_interleave(LATENTS, 0) for row in rows)]
-            named = [spec.each(_numbered(given)) for spec in specs]
-            rank.ask(Forward(model, 0, 1, 2, 3, extras=named, branches=[0, 1]), given)
+            for inside in (specs, later(specs)):
+                given = [torch.cat([x, x]), times, *(row.repeat_interleave(LATENTS, 0) for row in rows)]
+                named = [spec.each(_numbered(given)) for spec in inside]
+                rank.ask(Forward(model, 0, 1, 2, 3, extras=named, branches=[0, 1]), given)
             if not any(spec.reports or isinstance(spec, KeptAttention) for spec in specs):
                 given = [x, *prompts[0], *prompts[1]]
                 named = [spec.each(_numbered(given)) for spec in specs]

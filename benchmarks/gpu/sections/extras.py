@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from hung_inside import LATENTS, OF_MMDITS, OF_UNETS, TOKENS, Make
+from hung_inside import LATENTS, OF_MMDITS, OF_UNETS, ROWS, TOKENS, Make, later
 from torch import Tensor
 
 from parallel_backend.bench.device_time import timed
-from parallel_backend.distributed.stale import EXACT
 from parallel_backend.extras.reading import read_extra
 from parallel_backend.extras.target import Target
-from parallel_backend.models.prediction import Predictor
+from parallel_backend.models.prediction import Predictor, timesteps_of
+from parallel_backend.models.rows import Prompt, Rows
 
 from ..options import Options
 from ..report import NO_GPU, Report
@@ -56,19 +57,22 @@ def small_models(model: str, device: torch.device) -> tuple[Predictor, Predictor
 
 
 def evaluation(of: Predictor, make: Make, cells: int) -> Callable[[], list[Tensor]]:
-    """Of numbers that are the same on any device: cond's and uncond's outputs of square latents."""
+    """Of numbers that are the same on any device: outputs of square latents, cond's and uncond's, and what is reported beside."""
     torch.manual_seed(4)
     config, target = of.network.config, Target(of, cells, cells)
-    extras = [read_extra(spec, target) for spec in make(target)]
     x = torch.randn(LATENTS, config.channels, cells, cells).to(of.device)
     given = [(torch.randn(1, TOKENS, config.context_width), torch.randn(1, config.pooled_width)) for _ in range(2)]
-    share = of.share(LATENTS, [of.prompt(*pair, LATENTS) for pair in given], extras)
-    return lambda: of.outputs(x, torch.tensor(500.0), share, EXACT)
+    prompt = Prompt.stacked([of.prompt(*pair, LATENTS) for pair in given])
+    times = timesteps_of(torch.tensor(500.0), 2 * LATENTS, of.device)
+    rows, specs = Rows(torch.cat([x, x]), times, prompt, which=tuple(ROWS)), make(target)
+    of.output_and_reports(replace(rows, extras=[read_extra(spec, target) for spec in specs]))  # keeps what others take
+    rows = replace(rows, extras=[read_extra(spec, target) for spec in later(specs)])
+    return lambda: of.output_and_reports(rows)
 
 
 def _compare(report: Report, model: str, name: str, make: Make, *on: Predictor) -> None:
-    expected, out = (torch.cat(evaluation(of, make, TINY.cells)()).cpu() for of in on)
-    report.row(model, name, relative_error(out, expected))
+    expected, out = (evaluation(of, make, TINY.cells)() for of in on)
+    report.row(model, name, max(relative_error(there.cpu(), here) for there, here in zip(out, expected, strict=True)))
 
 
 def _time(report: Report, name: str, make: Make, of: Predictor, sizes: Sizes) -> None:

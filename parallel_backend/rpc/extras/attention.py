@@ -37,7 +37,6 @@ class SparseAttention(ExtraSpec, frozen=True):
     places: list[PlaceName]
     scale: float
     sparse: str
-    counts_tokens = True
 
 
 class ShuffledTokens(ExtraSpec, Generic[T], frozen=True):

@@ -33,8 +33,6 @@ class ExtraSpec(Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_on
     reports: ClassVar[bool] = False
     # It mixes rows of both prompts, which are evaluated at once.
     pairs: ClassVar[bool] = False
-    # What it gives changes where a prompt's tokens are repeated: softmax over them alone doesn't.
-    counts_tokens: ClassVar[bool] = False
 
     # Those of them that are other tensors at each evaluation, and are not kept.
     fresh_fields: ClassVar[tuple[str, ...]] = ()
