@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 import pytest
@@ -11,36 +12,33 @@ from fake_cuda.device import DEVICE, fake_cuda
 from fake_cuda.networks import Config, Evaluations, medium, predictor, shallow_sdxl
 from fake_cuda.watch import HostSyncError, MixedDevicesError, Watch
 from hung_inside import LATENTS, OF_MMDITS, OF_UNETS, TOKENS, Make
+from torch import Tensor
 
 from parallel_backend.config import MeshSpec
 from parallel_backend.extras.reading import _KINDS, read_extra
 from parallel_backend.extras.target import Target
+from parallel_backend.models.extra import Extra
 from parallel_backend.models.prediction import Predictor
 from parallel_backend.rpc.extras import KeptAttention
 
 SIZE = (64, 96)
-MMDIT_MESHES = [
-    (MeshSpec(), 0),
-    (MeshSpec(cfg=2), 1),
-    (MeshSpec(ring=2), 1),
-    (MeshSpec(ulysses=2), 0),
-    (MeshSpec(tp=2), 1),
-]
+MMDIT_MESHES = [MeshSpec(), MeshSpec(cfg=2), MeshSpec(ring=2), MeshSpec(ulysses=2), MeshSpec(tp=2)]
 
 
-def named(value: object) -> str | None:
-    return value.describe() if isinstance(value, MeshSpec) else None
+def evaluations_with(of: Predictor, extras: Sequence[Extra]) -> Callable[[], list[Tensor]]:
+    """Of a job, one after the other."""
+    evaluations = Evaluations(of, (SIZE[0] * 8, SIZE[1] * 8), tokens=(TOKENS, TOKENS), rows=LATENTS)
+    return partial(evaluations.next, share=of.share(LATENTS, evaluations.prompts, extras))
 
 
 def run(of: Predictor, make: Make) -> None:
     target = Target(of, *SIZE)
-    extras = tuple(read_extra(spec, target) for spec in make(target))
-    evaluations = Evaluations(of, (SIZE[0] * 8, SIZE[1] * 8), tokens=(TOKENS, TOKENS), rows=LATENTS)
-    share = of.share(LATENTS, evaluations.prompts, extras)
-    evaluations.next(share=share)  # after which what differs by row is on the device
+    evaluate = evaluations_with(of, [read_extra(spec, target) for spec in make(target)])
+    evaluate()  # after which what differs by row is on the device
     with Watch() as watch:
-        out = evaluations.next(share=share)
-    assert [x.shape for x in out] == [evaluations.shape] * 2 and out[0].device == DEVICE and watch.launches.total()
+        out = evaluate()
+    shape = (LATENTS, of.network.config.channels, *SIZE)
+    assert [x.shape for x in out] == [shape] * 2 and out[0].device == DEVICE and watch.launches.total()
 
 
 def faults(config: Config, mesh: MeshSpec, rank: int, cases: Mapping[str, Make]) -> dict[str, str]:
@@ -60,9 +58,9 @@ def test_a_unets_evaluations_with_each_stay_on_their_device() -> None:
     assert not faults(shallow_sdxl(), MeshSpec(cfg=2, patch=2), 3, OF_UNETS)
 
 
-@pytest.mark.parametrize(("mesh", "rank"), MMDIT_MESHES, ids=named)
-def test_a_transformers_evaluations_with_each_stay_on_their_device(mesh: MeshSpec, rank: int) -> None:
-    assert not faults(medium(2, dual=1), mesh, rank, OF_MMDITS)
+@pytest.mark.parametrize("mesh", MMDIT_MESHES, ids=MeshSpec.describe)
+def test_a_transformers_evaluations_with_each_stay_on_their_device(mesh: MeshSpec) -> None:
+    assert not faults(medium(2, dual=1), mesh, mesh.world_size - 1, OF_MMDITS)
 
 
 @pytest.mark.parametrize("form", ["taken", "taken_mean"])
@@ -72,10 +70,9 @@ def test_outputs_that_were_kept_are_taken_on_their_device(form: Literal["taken",
         target, launches = Target(of, *SIZE), []
         for asked in ("kept", form):
             gated = read_extra(KeptAttention(sampling="a", self_attention=asked, cross_attention=asked), target)
-            evaluations = Evaluations(of, (SIZE[0] * 8, SIZE[1] * 8), tokens=(TOKENS, TOKENS), rows=LATENTS)
-            share = of.share(LATENTS, evaluations.prompts, [gated])
+            evaluate = evaluations_with(of, [gated])
             with Watch() as watch:
-                evaluations.next(share=share)
+                evaluate()
             launches.append(watch.launches.total())
     assert launches[1] < launches[0]
 

@@ -5,7 +5,7 @@ Nothing of the pack is changed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import CellType, FunctionType
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...parallel_backend.errors import UnsupportedError
 from .pack_version import pack_and_version
-from .refusal import LOCALLY
+from .refusal import LOCALLY, MISFITS
 
 _TOLERANCE = 1e-4
 
@@ -31,6 +31,16 @@ def with_others(
     made = FunctionType(code, known, function.__name__, function.__defaults__, tuple(cells))
     made.__kwdefaults__ = function.__kwdefaults__
     return made
+
+
+def check(name: str, function: Any, ask: Callable[[], tuple[Tensor, Tensor]]) -> None:
+    """Raises: UnsupportedError: what `ask` has the function give isn't what it says that it should, or can't be had."""
+    try:
+        theirs, ours = ask()
+    except MISFITS as error:
+        raise unknown(name, function, error) from error
+    if not is_alike(theirs, ours):
+        raise unknown(name, function, "it computes something else")
 
 
 def drawn(*shape: int) -> Tensor:

@@ -134,8 +134,9 @@ def maker_of(put: Any) -> str:
 def put_in(kind: type) -> dict[str, Any]:
     """What a class calls that is a pack's, where neither it nor what it is of is that pack's: put there, maybe for all MODELs."""
     own = {module_of(ancestor).split(".")[0] for ancestor in kind.__mro__}
-    called = ((name, value) for ancestor in kind.__mro__ for name, value in vars(ancestor).items() if callable(value))
-    return {name: value for name, value in called if (maker := maker_of(value)) and maker.split(".")[0] not in own}
+    return {
+        name: value for name, value in _called_of(kind) if (maker := maker_of(value)) and maker.split(".")[0] not in own
+    }
 
 
 def is_cores_own(function: Any, module: ModuleType, name: str) -> bool:
@@ -163,9 +164,13 @@ def _state(layer: Module) -> dict[str, Any]:
 
 def functions_of(kind: type) -> Iterator[tuple[str, FunctionType]]:
     """The functions of a class and of those that it is of, which come before it: only those below torch's base of all layers."""
+    return ((name, value) for name, value in _called_of(kind) if isinstance(value, FunctionType))
+
+
+def _called_of(kind: type) -> Iterator[tuple[str, Any]]:
     for ancestor in reversed(kind.__mro__):
         if ancestor not in (object, Module):
-            yield from ((name, value) for name, value in vars(ancestor).items() if isinstance(value, FunctionType))
+            yield from ((name, value) for name, value in vars(ancestor).items() if callable(value))
 
 
 def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

@@ -113,15 +113,7 @@ def read_loop(
     extras = extras_of(Call(model.network, rows, branches, None, inside, tokens=tokens, schedule=schedule))
     lengths = [prompts[_NUMBERED[number]].context.shape[1] for number in branches]
     found += uneven_prompts(inside, extras, lengths)
-    if len(set(lengths)) > 1 and any(isinstance(extra, SparseAttention) for extra in extras):
-        # ComfyUI repeats the shorter one's tokens, which changes what a sparse map gives each.
-        found.append("PLADIS with prompts of unlike lengths")
-    mixes_others = perp_neg is not None or known.in_uncond is not None
-    names_rows = any(isinstance(extra, SharedAttention | SharedNorms) for extra in extras)
-    if (any(extra.pairs for extra in extras) and mixes_others) or (names_rows and known.weaker is not None):
-        found.append("a patch that mixes rows of two prompts, beside others")
-    elif any(extra.pairs for extra in extras) and not _are_alike(prompts, controls):
-        found.append("a patch that mixes rows of both prompts, which are of unlike lengths or ControlNets")
+    found += _odd_extras(extras, known, lengths, _are_alike(prompts, controls), mixes_others=perp_neg is not None)
     if any(isinstance(extra, ImagePrompt) and extra.regions is not None for extra in extras):
         found += _evaluated_apart(known, processed)
     if found:
@@ -188,6 +180,21 @@ def _odd_inputs(kind: str, entry: Mapping[str, Any], inputs: Mapping[str, Tensor
         yield f"model inputs {', '.join(sorted(odd))} of the {kind} conditioning"
     elif _OF_NODE in entry and "c_concat" in inputs:
         yield "PerpNeg on a model that takes a picture beside the latent"
+
+
+def _odd_extras(
+    extras: Sequence[AnyExtra], known: Known, lengths: Sequence[int], are_alike: bool, mixes_others: bool
+) -> Iterator[str]:
+    """What of what hangs inside only ComfyUI's own loop can do, beside these prompts and what else the MODEL carries."""
+    if len(set(lengths)) > 1 and any(isinstance(extra, SparseAttention) for extra in extras):
+        # ComfyUI repeats the shorter one's tokens, which changes what a sparse map gives each.
+        yield "PLADIS with prompts of unlike lengths"
+    pairs = any(extra.pairs for extra in extras)
+    names_rows = any(isinstance(extra, SharedAttention | SharedNorms) for extra in extras)
+    if (pairs and (mixes_others or known.in_uncond is not None)) or (names_rows and known.weaker is not None):
+        yield "a patch that mixes rows of two prompts, beside others"
+    elif pairs and not are_alike:
+        yield "a patch that mixes rows of both prompts, which are of unlike lengths or ControlNets"
 
 
 def _schedule(options: Mapping[str, Any], sampler: str | None, sigmas: Tensor) -> Schedule | None:

@@ -1,6 +1,7 @@
 """ComfyUI's own nodes that people hang on a MODEL and on CONDITIONING, and its samplers, for twins.py."""
 
 import functools
+from unittest.mock import patch
 
 import comfy.k_diffusion.sampling as core_samplers
 import comfy.samplers
@@ -239,11 +240,8 @@ def replaced(twins, owner, name, wrapper=lambda own: lambda other: other, sample
         def other(*args, **kwargs):
             return own(*args, **kwargs) * 0.95
 
-        setattr(owner, name, other)
-        try:
+        with patch.object(owner, name, other):
             return twins.sample(model, sampler=sampler, **settings)
-        finally:
-            setattr(owner, name, own)
 
     return run
 

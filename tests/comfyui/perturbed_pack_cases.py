@@ -1,6 +1,7 @@
 """The nodes of the pack sd-perturbed-attention, for twins.py."""
 
 import os
+from unittest.mock import patch
 
 import meshes
 import packs
@@ -117,12 +118,8 @@ def of_another_version(twins, owner, name, other):
     run = parallel_alone(twins)
 
     def changed(model, **settings):
-        own = getattr(owner, name)
-        setattr(owner, name, other)
-        try:
+        with patch.object(owner, name, other):
             return run(model, **settings)
-        finally:
-            setattr(owner, name, own)
 
     return changed
 

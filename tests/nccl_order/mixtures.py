@@ -155,7 +155,12 @@ def record_inside(path: Path, mesh: MeshSpec, size: tuple[int, int, int]) -> tup
 
 def _numbered(tensors: list[Tensor]) -> Callable[[Tensor], int]:
     """Each comes to `tensors`, and is its place there from then on."""
-    return lambda tensor: len(tensors.append(tensor) or tensors) - 1  # type: ignore[func-returns-value]
+
+    def number(tensor: Tensor) -> int:
+        tensors.append(tensor)
+        return len(tensors) - 1
+
+    return number
 
 
 def record_bands(paths: Sequence[Path], channels: int, sizes: Sequence[tuple[int, int, int]]) -> Trace:
