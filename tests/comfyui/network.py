@@ -11,7 +11,7 @@ import logging
 import sys
 import tempfile
 from pathlib import Path
-from types import MethodType, SimpleNamespace
+from types import FunctionType, MethodType, SimpleNamespace
 
 import shims
 import torch
@@ -340,9 +340,9 @@ def between(change):
 
 
 def made_of_text(model):
-    names = {}
-    exec("def forward(x): return x", names)
-    block(model).forward = names["forward"]
+    """As exec makes one of text: of no module, and of no file."""
+    code = (lambda x: x).__code__.replace(co_filename="<string>")
+    block(model).forward = FunctionType(code, {}, "forward")
 
 
 def block(model):
