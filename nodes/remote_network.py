@@ -19,6 +19,7 @@ from .hung.controlnet import USES, ControlCost, by_place
 from .hung.extra_cost import ExtraCost
 from .hung.guidance import names
 from .hung.kinds import extras_of, give_reports, is_known_change, unknown_patches
+from .hung.later_evaluations import later_evaluations
 from .hung.layers import AsMade, is_own
 from .hung.nag_guider import repeated_prompt
 from .hung.patches import Call
@@ -44,6 +45,8 @@ class RemoteNetwork(torch.nn.Module):
     translated: WeakKeyDictionary[Any, Any]
     # What kinds remember in a sampling, by the names under which the ranks keep theirs.
     of_sampling: dict[str, Any]
+    # Guidance functions of the sampling whose evaluations are still to be tried.
+    untried: list[Any]
     calls_wrappers: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -93,11 +96,13 @@ class RemoteNetwork(torch.nn.Module):
         sigma = None if sigmas is None else float(sigmas[0])
         tokens, device = context.shape[1], x.device
         call = Call(self, tuple(x.shape), branches, sigma, options, tokens=tokens, device=device)
-        extras = extras_of(call)
+        extras, later = extras_of(call), later_evaluations(self.untried, call)
+        self.untried = []
         self.extra_cost.note(extras)
         if not extras:
-            return {}
+            return {"later": later}
         return {
+            "later": later,
             "extras": extras,
             "branches": branches,
             "sigma": sigma,
@@ -156,7 +161,7 @@ def make_remote(network: torch.nn.Module, remote: RemoteModel, dtype: torch.dtyp
     network.told, network.control_cost = {}, ControlCost()  # type: ignore[assignment]
     network.extra_cost = ExtraCost()  # type: ignore[assignment]
     network.translated = WeakKeyDictionary()  # type: ignore[assignment]
-    network.of_sampling = {}  # type: ignore[assignment]
+    network.of_sampling, network.untried = {}, []  # type: ignore[assignment]
     network.as_made = AsMade(network, is_known_change)  # type: ignore[assignment]
 
 

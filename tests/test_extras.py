@@ -38,6 +38,7 @@ from parallel_backend.rpc.extras import (
     Downscale,
     FreeU,
     ImagePrompt,
+    LaterEvaluation,
     NormalizedGuidance,
     PerturbedAttention,
     RegionalPrompts,
@@ -251,6 +252,14 @@ def test_what_does_not_fit_is_named_before_the_first_step(
     assert not steps
 
 
+def test_what_a_later_evaluation_can_not_have_is_named_at_the_first(model: RemoteModel) -> None:
+    x = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(3))
+    given = (x, torch.tensor([1000.0]), POSITIVE.context, POSITIVE.pooled)
+    assert torch.equal(model.forward(*given, later=[LaterEvaluation([SKIPPED], [0])]), model.forward(*given))
+    with pytest.raises(InputError, match="Joint block 99 is named"):
+        model.forward(*given, later=[LaterEvaluation([SKIPPED], [0]), LaterEvaluation([SkipBlocks(blocks=[99])], [0])])
+
+
 def test_rows_that_cannot_be_shared_out_among_branches_are_named(model: RemoteModel) -> None:
     x, times = torch.zeros(3, 16, 8, 8), torch.ones(3)
     with pytest.raises(InputError, match="3 rows came for 2 branches"):
@@ -279,6 +288,8 @@ def test_what_knows_tokens_by_their_place_is_refused_beside_a_smaller_picture(ba
     given = torch.zeros(1, 4, 16, 12), torch.ones(1), context, pooled
     with pytest.raises(UnsupportedError, match="HyperTile can't be honoured beside deep shrink"):
         model.forward(*given, extras=[tiled, shrink], sigma=1.0)
+    with pytest.raises(UnsupportedError, match="HyperTile can't be honoured beside deep shrink"):
+        model.forward(*given, extras=[shrink], sigma=9.0, later=[LaterEvaluation([tiled, shrink], [0])])
     for sigma, acting in ((9.0, shrink), (1.0, later)):
         assert torch.equal(
             model.forward(*given, extras=[later, shrink], sigma=sigma), model.forward(*given, extras=[acting])

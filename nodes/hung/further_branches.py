@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from ...parallel_backend import WeakerModel
 from ...parallel_backend.rpc.extras import AnyExtra
 from .kinds import extras_of
 from .known_functions import Known
-from .patches import Call, Patch, patches_in
+from .patches import Call, Hung, patches_in
 
 
 def processed_empty(known: Known, model: Any, noise: Tensor) -> dict[str, Any] | None:
@@ -34,30 +34,28 @@ def in_further_branches(known: Known, call: Call) -> dict[str, Any]:
     """
     settings: dict[str, Any] = {}
     if known.weaker is not None:
-        extras = _extras(known.weaker.patches, replace(call, branches=(0,)))
+        extras = _extras(known.weaker.hung, call)
         settings["weaker"] = WeakerModel(extras, known.weaker.guidance)
     if (asked := known.in_uncond) is not None:
-        extras = _extras(asked.patches, replace(call, branches=(1,)))
+        extras = _extras(asked, call)
         settings["uncond_extras"] = [msgspec.structs.replace(e, start=asked.start, end=asked.end) for e in extras]
     return settings
 
 
 def odd_branches(known: Known, call: Call) -> Iterator[str]:
     """Those whose patches ranks don't know, come to nothing there, or take the place of the MODEL's own."""
-    for asked in (known.weaker, known.in_uncond):
-        if asked is None:
+    of_weaker = None if known.weaker is None else known.weaker.hung
+    for hung in (of_weaker, known.in_uncond):
+        if hung is None:
             continue
-        kinds = {patch.kind for patch in asked.patches}
+        kinds = {patch.kind for patch in hung.patches}
         # Of one kind with those: "attn1_patch" and "attn1_output_patch" are of "attn1".
         own = [patch for patch in patches_in(call.options) if any(patch.kind.startswith(kind) for kind in kinds)]
         if own:
             yield f"evaluations with patches of {', '.join(sorted(kinds))}, beside the MODEL's own"
-        elif not _extras(asked.patches, call):
+        elif not _extras(hung, call):
             yield "guidance away from a weaker model that nothing here makes weaker"
 
 
-def _extras(patches: Sequence[Patch], call: Call) -> list[AnyExtra]:
-    options: dict[str, Mapping[Any, Any]] = {}
-    for patch in patches:
-        options[patch.kind] = {**options.get(patch.kind, {}), patch.place: patch.function}
-    return extras_of(replace(call, options={"patches_replace": options}))
+def _extras(hung: Hung, call: Call) -> list[AnyExtra]:
+    return extras_of(replace(call, branches=(hung.branch,), options=hung.beside({})))

@@ -9,7 +9,7 @@ from typing import Any
 
 from comfy.model_patcher import ModelPatcher
 
-from .kinds import settings_refused
+from .kinds import guidance_of
 from .loop_patches import OWN
 from .refusal import module_of
 
@@ -35,8 +35,11 @@ def patching_functions(model: ModelPatcher) -> Iterator[str]:
     the ranks know, what of their settings can't be honoured.
     """
     for function, told in _functions_naming(_PATCHING, model):
-        refused = settings_refused(function, model.model.diffusion_model)
-        yield from [f"{told}, which patches blocks of the model"] if refused is None else refused
+        known = guidance_of(function)
+        if known is None:
+            yield f"{told}, which patches blocks of the model"
+        else:
+            yield from known.refused(function, model.model.diffusion_model)
 
 
 def functions_on_controls(model: ModelPatcher) -> Iterator[str]:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.nn import Module
 
 from ...parallel_backend.rpc.extras import AnyExtra
 from . import (
@@ -35,7 +34,7 @@ from . import (
 )
 from .core_step_caches import is_step_cache
 from .forward_options import FORWARD_OPTIONS, OF_OTHER_FAMILIES
-from .patches import FORWARD, Call, Kind, Patch, forwards_in, origin, patches_in
+from .patches import FORWARD, Call, Guidance, Kind, Patch, forwards_in, origin, patches_in
 from .refusal import is_set
 
 KINDS: tuple[Kind, ...] = (
@@ -117,12 +116,10 @@ def _by_kind(call: Call) -> dict[int, list[Patch]]:
     return found
 
 
-def settings_refused(function: Any, network: Module) -> Iterator[str] | None:
-    """What of a guidance function's settings can't be honoured; None where no kind knows the function."""
-    for kind in KINDS:
-        if (check := kind.functions.get(origin(function))) is not None:
-            return check(function, network)
-    return None
+def guidance_of(function: Any) -> Guidance | None:
+    """Of a guidance function that hangs patches; None where no kind knows it."""
+    found = (kind.functions.get(origin(function)) for kind in KINDS)
+    return next((guidance for guidance in found if guidance is not None), None)
 
 
 def is_known_change(attribute: str, value: Any) -> bool:

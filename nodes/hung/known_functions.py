@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ...parallel_backend.config.guidance import APG, AwayFromWeaker, check_neg_scale
 from ...parallel_backend.errors import ConfigError
-from .patches import Patch, closed_over, in_node, origin
+from .patches import Hung, closed_over, in_node, origin
+from .perturbed_attention import hung_by_core
+from .skip_layers import hung_beside_cond, hung_in_uncond
 
 _PERP_NEG = in_node("nodes_perpneg:PerpNeg", "")
 _APG = in_node("nodes_apg:APG", "")
@@ -52,17 +54,8 @@ class Sampling:
 class Weaker:
     """What a further evaluation is made with, and what leads away from it."""
 
-    patches: tuple[Patch, ...]
+    hung: Hung
     guidance: AwayFromWeaker
-
-
-@dataclass(frozen=True)
-class InUncond:
-    """What patches the evaluations of uncond alone, between two sigmas."""
-
-    patches: tuple[Patch, ...]
-    start: float
-    end: float
 
 
 @dataclass(frozen=True)
@@ -71,13 +64,14 @@ class Known:
 
     Args:
         shares: settings of `RemoteModel.sample` by name. empty: PerpNeg's prompt, as core holds it, and its neg_scale.
+        in_uncond: what hangs in the evaluations of uncond alone.
     """
 
     shares: Mapping[str, float]
     apg: APG | None = None
     empty: tuple[list[dict[str, Any]], float] | None = None
     weaker: Weaker | None = None
-    in_uncond: InUncond | None = None
+    in_uncond: Hung | None = None
 
 
 def known_functions(options: Mapping[str, Any], sampling: Sampling) -> tuple[Known, dict[str, Any]]:
@@ -139,33 +133,22 @@ def _pre_cfg_function(function: Any, sampling: Sampling, known: Known) -> Known 
 
 def _post_cfg_function(function: Any, sampling: Sampling, known: Known) -> Known | None:
     made_with, of = closed_over(function), origin(function)
-    scale = made_with.get("scale", 0)
+    scale = float(made_with.get("scale", 0))
     if scale <= 0:
         return None
-    if of in _PAG and {"perturbed_attention", "unet_block", "unet_block_id"} <= made_with.keys():
-        place = (made_with["unet_block"], made_with["unet_block_id"])
-        patches = (Patch("attn1", place, made_with["perturbed_attention"]),)
-        return replace(known, weaker=Weaker(patches, AwayFromWeaker(float(scale))))
-    if of not in _SLG or not {"sigma_start", "sigma_end"} <= made_with.keys():
-        return None
-    start, end = float(made_with["sigma_start"]), float(made_with["sigma_end"])
-    guidance = AwayFromWeaker(float(scale), start, end, float(made_with.get("rescaling_scale", 0.0)))
-    return replace(known, weaker=Weaker(_skips(made_with), guidance))
+    if of in _PAG and (hung := hung_by_core(function)) is not None:
+        return replace(known, weaker=Weaker(hung, AwayFromWeaker(scale)))
+    if of in _SLG and (hung := hung_beside_cond(function)) is not None:
+        guidance = AwayFromWeaker(scale, hung.start, hung.end, float(made_with.get("rescaling_scale", 0.0)))
+        return replace(known, weaker=Weaker(hung, guidance))
+    return None
 
 
 def _calc_cond_batch_function(function: Any, sampling: Sampling, known: Known) -> Known | None:
-    made_with = closed_over(function)
     if origin(function) not in _SLG_SIMPLE or sampling.own_guider or not sampling.is_guided:
         return None
-    if not {"sigma_start", "sigma_end"} <= made_with.keys():
-        return None
-    start, end = float(made_with["sigma_start"]), float(made_with["sigma_end"])
-    return replace(known, in_uncond=InUncond(_skips(made_with), start, end)) if start >= end else None
-
-
-def _skips(made_with: Mapping[str, Any]) -> tuple[Patch, ...]:
-    layers = made_with.get("double_layers", made_with.get("layers", ()))
-    return tuple(Patch("dit", ("double_block", number), made_with.get("skip")) for number in layers)
+    hung = hung_in_uncond(function)
+    return replace(known, in_uncond=hung) if hung is not None and hung.start >= hung.end else None
 
 
 _READERS: Mapping[str, Callable[[Any, Sampling, Known], Known | None]] = {

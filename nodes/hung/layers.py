@@ -25,7 +25,17 @@ _PARTS = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _NO_MATTER = frozenset(
     {
-        *(*_PARTS, *_HOOKS, "_non_persistent_buffers_set", "training", "as_made", "worn", "told", "control_cost"),
+        *(
+            *_PARTS,
+            *_HOOKS,
+            "_non_persistent_buffers_set",
+            "training",
+            "as_made",
+            "worn",
+            "told",
+            "untried",
+            "control_cost",
+        ),
         *("extra_cost", "_is_torch_compile", "_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook"),
         *("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"),
         *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),

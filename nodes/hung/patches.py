@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from inspect import getclosurevars
+from math import inf
 from pathlib import PurePath
 from types import CellType
 from typing import Any
@@ -63,6 +64,8 @@ class Call:
         tokens: of each row's prompt; of a whole sampling, of cond's. 0 where nothing asks.
         schedule: of all of a sampling, where a function around the network belongs to its patches.
         device: on which ComfyUI would compute it, where it draws by chance.
+        rehearsed: of an evaluation that is tried before the sampling's first, and of which nothing is to be remembered: the sigmas
+            between which there will be such.
     """
 
     network: Module
@@ -73,6 +76,7 @@ class Call:
     tokens: int = 0
     schedule: Schedule | None = None
     device: torch.device | str = "cpu"
+    rehearsed: tuple[float, float] | None = None
 
     @property
     def layout(self) -> tuple[int, ...]:
@@ -85,8 +89,49 @@ class Call:
         return self.network.dtype
 
     @property
+    def alone(self) -> dict[str, float | None]:
+        """The range of an extra that hangs in evaluations like this one alone."""
+        start, end = self.rehearsed or (self.sigma, self.sigma)
+        return {"start": None if start == inf else start, "end": end}
+
+    @property
     def is_unet(self) -> bool:
         return hasattr(self.network, "input_blocks")
+
+
+@dataclass(frozen=True)
+class Hung:
+    """What a guidance function adds to a MODEL's options for an evaluation of its own, of one prompt.
+
+    Args:
+        options: transformer options that are set. branch: the prompt's number. start, end: sigmas between which it evaluates that.
+    """
+
+    patches: Sequence[Patch] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    branch: int = 0
+    start: float = inf
+    end: float = 0.0
+
+    def beside(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Those transformer options with these added, as ComfyUI adds them: a replacement takes the place of what hung there."""
+        replaced = {kind: {**by_place} for kind, by_place in options.get("patches_replace", {}).items()}
+        for patch in self.patches:
+            replaced.setdefault(patch.kind, {})[patch.place] = patch.function
+        return {**options, **self.options, "patches_replace": replaced}
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """A guidance function of a MODEL, of one `origin`, that hangs patches while it samples.
+
+    Args:
+        hangs: function -> what it does hang; None where it does nothing.
+        refused: (function, network) -> what of its settings can't be honoured.
+    """
+
+    hangs: Callable[[Any], Hung | None]
+    refused: Callable[[Any, Module], Iterator[str]] = lambda *_: iter(())
 
 
 @dataclass(frozen=True)
@@ -96,8 +141,7 @@ class Kind:
     Args:
         knows: whether a patch is of it, from where its function comes and what that holds.
         extras: of those that it knows, in their order. Raises: UnsupportedError, InputError: one that can't be honoured.
-        functions: guidance functions of a MODEL that hang such patches while they sample, by `origin`: (function, network) ->
-            what of its settings can't be honoured.
+        functions: guidance functions of a MODEL that hang such patches while they sample, by `origin`.
         reported: by extra that reports, what is done with its report: (patches of this kind, call, (B, N), the latent that the
             network was given).
         option: a transformer option that asks for extras without a patch.
@@ -108,7 +152,7 @@ class Kind:
 
     knows: Callable[[Patch], bool]
     extras: Callable[[Sequence[Patch], Call], Iterable[AnyExtra]]
-    functions: Mapping[str, Callable[[Any, Module], Iterator[str]]] = field(default_factory=dict)
+    functions: Mapping[str, Guidance] = field(default_factory=dict)
     reported: Mapping[type, Callable[[Sequence[Patch], Call, Tensor, Tensor], None]] = field(default_factory=dict)
     option: str | None = None
     told: Callable[[str, Mapping[str, Any]], bool] = lambda *_: False

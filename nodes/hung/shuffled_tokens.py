@@ -7,6 +7,7 @@ for the orders that they draw, in the network's order: then ComfyUI's generator 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from inspect import unwrap
 from types import FunctionType
 from typing import Any
@@ -16,13 +17,16 @@ from torch import Tensor
 
 from ...parallel_backend.errors import UnsupportedError
 from ...parallel_backend.rpc.extras import AnyExtra, ShuffledTokens
+from . import hyper_tile, shifted_windows
 from .asking import with_others
 from .layers import is_own
-from .patches import FORWARD, Call, Kind, Patch, closed_over, origin
+from .patches import FORWARD, Call, Guidance, Kind, Patch, closed_over, origin, patches_in
+from .perturbed_pack import hung_by_pack
 from .refusal import ELSEWHERE
 from .unet_places import blocks_of, sides_at
 
 _FORWARD = "tpg_nodes:tpg_forward_wrapper.<locals>.forward"
+_GUIDANCE = "tpg_nodes:TokenPerturbationGuidance.patch.<locals>.post_cfg_function"
 _OPTION, _INNER = "tpg", "forward_orig"
 
 
@@ -46,7 +50,7 @@ def _knows(patch: Patch) -> bool:
 
 
 def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:
-    """Raises: UnsupportedError: what stands in a block's place, and would be told to shuffle, isn't known."""
+    """Raises: UnsupportedError: what stands in a block's place, and would be told to shuffle, isn't known; or attentions draw, too."""
     places, orders = [], []
     for place, block in blocks_of(call.network):
         forward = vars(block).get(FORWARD)
@@ -60,8 +64,9 @@ def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:
         places.append(place)
         orders.append(_drawn(forward, torch.arange(rows * columns, device=call.device)[None, :, None]))
     if places:
+        _check_draws(call)
         # Drawn for this evaluation alone.
-        yield ShuffledTokens(places=places, orders=torch.cat(orders).cpu(), start=call.sigma, end=call.sigma)
+        yield ShuffledTokens(places=places, orders=torch.cat(orders).cpu(), **call.alone)
 
 
 def _drawn(forward: FunctionType, tokens_1L1: Tensor) -> Tensor:
@@ -77,4 +82,22 @@ def _as_given(x: Tensor, **_: Any) -> Tensor:
     return x
 
 
-KIND = Kind(_knows, _extras, option=_OPTION, left=lambda attribute, value: attribute == FORWARD and is_shuffling(value))
+def _check_draws(call: Call) -> None:
+    """Raises: UnsupportedError: attentions draw between its blocks from the generator that gives it its orders: ComfyUI's of the CPU."""
+    if torch.device(call.device).type != "cpu":
+        return
+    for patch in patches_in(call.options):
+        if hyper_tile.KIND.knows(patch) or shifted_windows.KIND.knows(patch):
+            raise UnsupportedError(
+                f"A parallel MODEL can't honour token perturbation guidance beside {patch.told}, where ComfyUI computes on the CPU.",
+                "Remove one of them, or start ComfyUI with a GPU.",
+            )
+
+
+KIND = Kind(
+    _knows,
+    _extras,
+    {_GUIDANCE: Guidance(partial(hung_by_pack, options={_OPTION: True}))},
+    option=_OPTION,
+    left=lambda attribute, value: attribute == FORWARD and is_shuffling(value),
+)

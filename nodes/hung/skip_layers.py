@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch.nn import Module
 
 from ...parallel_backend.rpc.extras import AnyExtra, SkipBlocks
-from .patches import Call, Kind, Patch, closed_over, hands_on, in_node, origin
+from .patches import Call, Guidance, Hung, Kind, Patch, closed_over, hands_on, in_node, origin
 
 _NODES = ("SkipLayerGuidanceDiT", "SkipLayerGuidanceDiTSimple", "SkipLayerGuidanceSD3")
 _OLDER = "skip_guidance"
@@ -35,9 +35,7 @@ def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:
 
 def _outside(function: Any, network: Module) -> Iterator[str]:
     """Blocks that the model hasn't, where it has joint blocks at all."""
-    made_with = closed_over(function)
-    named = made_with.get("double_layers", made_with.get("layers", ()))
-    depth = len(_joint_blocks(network))
+    named, depth = _layers(closed_over(function)), len(_joint_blocks(network))
     if outside := [number for number in named if depth and number >= depth]:
         numbers = ", ".join(map(str, outside))
         yield f"the layers {numbers} of skip-layer guidance: this model's are 0 to {depth - 1}"
@@ -48,8 +46,32 @@ def _joint_blocks(network: Any) -> Sequence[Module]:
     return getattr(network, "joint_blocks", ())
 
 
+def hung_beside_cond(function: Any) -> Hung | None:
+    """What skip-layer guidance hangs for a weaker model's evaluation of cond; None of another version, and where it does nothing."""
+    made_with = closed_over(function)
+    return _hung(made_with, branch=0) if made_with.get("scale", 0) > 0 else None
+
+
+def hung_in_uncond(function: Any) -> Hung | None:
+    """As `hung_beside_cond`, of its Simple form, in the evaluation of uncond."""
+    return _hung(closed_over(function), branch=1)
+
+
+def _hung(made_with: Mapping[str, Any], branch: int) -> Hung | None:
+    if not {"skip", "sigma_start", "sigma_end"} <= made_with.keys():
+        return None
+    patches = [Patch("dit", ("double_block", number), made_with["skip"]) for number in _layers(made_with)]
+    return Hung(patches, branch=branch, start=float(made_with["sigma_start"]), end=float(made_with["sigma_end"]))
+
+
+def _layers(made_with: Mapping[str, Any]) -> Sequence[int]:
+    found: Sequence[int] = made_with.get("double_layers", made_with.get("layers", ()))
+    return found
+
+
 KIND = Kind(
     _knows,
     _extras,
-    {name: _outside for function in ("post_cfg_function", "calc_cond_batch_function") for name in _named(function)},
+    dict.fromkeys(_named("post_cfg_function"), Guidance(hung_beside_cond, _outside))
+    | dict.fromkeys(_named("calc_cond_batch_function"), Guidance(hung_in_uncond, _outside)),
 )

@@ -16,10 +16,12 @@ from torch.nn import Module
 
 from ...parallel_backend.rpc.extras import AnyExtra, BlurQueries, PlaceName
 from .asking import check, drawn, with_others
-from .patches import Call, Kind, Patch, closed_over, is_made_by
+from .patches import Call, Guidance, Hung, Kind, Patch, closed_over, is_made_by
+from .perturbed_pack import hung_by_pack
 from .unet_places import blocks_outside, places_of
 
-_ATTENTION = "guidance_utils:seg_attention_wrapper.<locals>.seg_attention"
+_WRAPPER = "seg_attention_wrapper"
+_ATTENTION = f"guidance_utils:{_WRAPPER}.<locals>.seg_attention"
 _NAME = "Smoothed Energy Guidance"
 _GUIDANCE = "pag_nodes:SmoothedEnergyGuidanceAdvanced.patch.<locals>.post_cfg_function"
 
@@ -36,8 +38,7 @@ def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:
         sigma = float(closed_over(patch.function)["blur_sigma"])
         by_blur.setdefault(sigma if sigma >= 0 else None, []).extend(places_of(patch, call))
     # Its function hangs these for the evaluations in which they act, and takes them away after each.
-    only = {"start": call.sigma, "end": call.sigma}
-    return [BlurQueries(places=places, blur=blur, **only) for blur, places in by_blur.items() if places]
+    return [BlurQueries(places=places, blur=blur, **call.alone) for blur, places in by_blur.items() if places]
 
 
 def _check(function: Any) -> None:
@@ -69,4 +70,13 @@ def _refused(function: Any, network: Module) -> Iterator[str]:
     yield from blocks_outside(made_with.get("blocks", ()), network, _NAME)
 
 
-KIND = Kind(_knows, _extras, {_GUIDANCE: _refused})
+def _hung(function: Any) -> Hung | None:
+    made, blur = function.__globals__.get(_WRAPPER), closed_over(function).get("blur_sigma")
+    return None if made is None or blur is None else hung_by_pack(function, attention=made(_of_no_use, blur))
+
+
+def _of_no_use(*_: Any, **__: Any) -> None:
+    """In place of an attention that nothing calls."""
+
+
+KIND = Kind(_knows, _extras, {_GUIDANCE: Guidance(_hung, _refused)})

@@ -78,7 +78,7 @@ def _unbound(patch: Patch) -> Any:
 
 def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:
     """Raises: UnsupportedError: blocks of a MODEL that differ, or that go on with what another sampling kept."""
-    if not call.options.get(_ENABLED):
+    if not call.options.get(_ENABLED) or call.rehearsed is not None:
         return
     gates = {_gates(patch) for patch in patches}
     if len(gates) != 1 or len(patches) != len(list(all_places(call.network))):

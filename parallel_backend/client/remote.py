@@ -14,7 +14,7 @@ from ..config import ModelSampling, SamplerSpec, StepCache
 from ..config.guidance import APG
 from ..errors import UnknownModelError, UnknownPatchesError
 from ..rpc.conditioning import Conditioning
-from ..rpc.extras import AnyExtra
+from ..rpc.extras import AnyExtra, LaterEvaluation
 from ..rpc.messages import (
     Forward,
     LoadControl,
@@ -250,6 +250,7 @@ class RemoteModel(Held[LoadModel]):
         extras: Sequence[AnyExtra] = (),
         branches: Sequence[int] = (0,),
         sigma: float | None = None,
+        later: Sequence[LaterEvaluation] = (),
         patches: WeightPatches | None = None,
         step: Callable[[], tuple[int, int]] = lambda: (0, 0),
         on_reports: Callable[[Sequence[Tensor]], object] | None = None,
@@ -265,6 +266,7 @@ class RemoteModel(Held[LoadModel]):
             extras: what hangs inside the model, with what doesn't act at `sigma`: what can't be honoured at any step is refused at the
                 first. `branches`: which prompt the rows are of, as many for each: 0 cond, 1 uncond.
             sigma: of the noise, where extras act between two; None lets all act.
+            later: evaluations of one latent's size that will be asked for: what of them can't be honoured is refused now.
             on_reports: told what those extras that report have of all rows, in their order: (B, N) each, fp32, on the CPU.
             step: asked where the output holds NaN or infinity: of which step, from 1, of how many it is; (0, 0) of none.
         Raises: as `sample`.
@@ -282,6 +284,7 @@ class RemoteModel(Held[LoadModel]):
             extras=given.extras(extras),
             branches=list(branches),
             sigma=sigma,
+            later=[msgspec.structs.replace(one, extras=given.extras(one.extras)) for one in later],
         )
         room = x.numel() * torch.float32.itemsize
         callbacks: dict[str, Any] = {"should_cancel": should_cancel, "room": room}

@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from ..config import BackendSpec, MeshSpec, SamplerSpec
-from .extras import AnyExtra
+from .extras import AnyExtra, LaterEvaluation
 from .state import AxisCost, JobCost, JobState, ModelState, RankCost, RankState, Swap, Unit
 
 TensorIndex: TypeAlias = int
@@ -189,7 +189,8 @@ class Control(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Forward(Message, frozen=True):
     """One evaluation of the model, rows as they come: as many for each of `branches`, which are prompts' numbers (0 cond, 1 uncond).
 
-    Of `extras`, those act that do at `sigma`; all do where it is None.
+    Of `extras`, those act that do at `sigma`; all do where it is None. `later` is computed by other requests: what of it can't be
+    honoured is refused here.
     """
 
     model: str
@@ -203,6 +204,7 @@ class Forward(Message, frozen=True):
     extras: list[AnyExtra] = []
     branches: list[int] = msgspec.field(default_factory=lambda: [0])
     sigma: float | None = None
+    later: list[LaterEvaluation] = []
 
 
 class PatchFilePart(Message, frozen=True):
@@ -445,7 +447,8 @@ def tensor_indices(body: Request | Reply) -> list[TensorIndex]:
         return [i for p in body.prompts for i in p.tensors] + [i for i in chosen if i is not None] + of_extras
     if isinstance(body, Forward):
         hints = [use.hint for use in body.controls]
-        of_extras = [i for extra in body.extras for i in extra.tensors()]
+        later = [extra for one in body.later for extra in one.extras]
+        of_extras = [i for extra in (*body.extras, *later) for i in extra.tensors()]
         return [body.x, body.timesteps, body.context, body.pooled, *body.control.indices, *hints, *of_extras]
     if isinstance(body, Decode):
         return [body.latent]

@@ -1,12 +1,17 @@
 """The nodes of the pack sd-perturbed-attention, for twins.py."""
 
+import functools
 import os
 from unittest.mock import patch
 
+import comfy_extras.nodes_attention_multiply as attention_multiply
+import comfy_extras.nodes_hypertile as hypertile
 import meshes
 import packs
 import torch
-from block_cases import both
+from block_cases import both, shrink
+from node_cases import hung, same
+from refusals import named
 from region_cases import doubled, parallel_alone, part, with_negpip
 from twins import call
 
@@ -87,8 +92,43 @@ def every(twins, picture, square, negative, longer):
     yield "TPG of a list", node(shuffled, "tpg_nodes", scale=2.0, **listed), drawn | {"steps": 3}
     late = {"sigma_start": 8.0, "rescale_mode": "snf", "unet_block_list": "u0"}
     yield "TPG at some sigmas", node(shuffled, "tpg_nodes", scale=2.0, **late), drawn | {"steps": 4}
+    weights = hung(attention_multiply.UNetCrossAttentionMultiply, q=1.1, k=0.9, v=1.05, out=0.95)
+    yield "NAG beside patched weights", same, {"of": again(twins, both(weights, guided(negative)))}
+    yield from refused_later(twins, perturbed, smoothed, shuffled)
     yield "a block outside", node(perturbed, unet_block="output", unet_block_id=50), picture
     yield "a blur of 0", node(smoothed, blur_sigma=0.0), picture
+
+
+def again(twins, change):
+    """Its keys are made by the network's weights as they are when the node runs: on a local MODEL, as the last sampling left them."""
+
+    def run(model, **settings):
+        twins.sample(change(model), **settings)
+        return twins.sample(change(model), **settings)
+
+    return run
+
+
+def refused_later(twins, perturbed, smoothed, shuffled):
+    """What only evaluations after the first can't be honoured in."""
+    picture = {"latent": torch.randn(1, 4, 40, 24, generator=torch.Generator().manual_seed(9)), "steps": 4}
+    at_the_end, tiled = (
+        {"sigma_start": 3.0},
+        hung(hypertile.HyperTile, tile_size=32, swap_size=2, max_depth=2, scale_depth=False),
+    )
+
+    def refusing(words):
+        sampled = functools.partial(twins.sample, **picture)
+        return {"of": functools.partial(named, twins, [words], sampled)}
+
+    beside = both(shrink(2), node(smoothed, blur_sigma=0.6, **at_the_end))
+    yield "SEG later, shrunk", beside, refusing("smoothed energy guidance can't be honoured beside deep shrink")
+    beside = both(shrink(2, end_percent=0.3), node(smoothed, blur_sigma=0.6, **at_the_end))
+    yield "SEG after what was shrunk", beside, picture
+    beside = both(tiled, node(perturbed, unet_block_list="d1,m0", **at_the_end))
+    yield "PAG later, tiled", beside, refusing("HyperTile tiles the attention at input")
+    beside = both(tiled, node(shuffled, "tpg_nodes", unet_block_list="m0", **at_the_end))
+    yield "TPG later, tiled", beside, refusing("token perturbation guidance beside the attn1_patch by HyperTile")
 
 
 def on_transformers(twins):

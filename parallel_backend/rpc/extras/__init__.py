@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
+from msgspec import Struct
+
 from .attention import (
     BlurQueries,
     KeptAttention,
@@ -64,6 +66,14 @@ AnyExtra: TypeAlias = (
     | SharedNorms
 )  # fmt: skip
 
+
+class LaterEvaluation(Struct, frozen=True, forbid_unknown_fields=True):
+    """What will hang inside, in an evaluation that is to come; `branches`: which prompts its rows are of."""
+
+    extras: list[AnyExtra]
+    branches: list[int]
+
+
 __all__ = [
     "IDENTITY_TOKENS",
     "POOLED",
@@ -79,6 +89,7 @@ __all__ = [
     "JointImagePrompt",
     "KeptAttention",
     "KeptForm",
+    "LaterEvaluation",
     "NormalizedGuidance",
     "NormalizedJointPrompt",
     "NormalizedPrompt",
