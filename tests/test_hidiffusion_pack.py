@@ -15,7 +15,7 @@ REFUSED = {
     "attention to the prompt": "force_apply_attn2 of MSW-MSA",
     "windows in windows": "two MSW-MSA nodes at one attention",
     "multipliers where skipped": "multipliers of MSW-MSA beside scale_mode skip",
-    "PAG at a window": "MSW-MSA cuts the attention at middle 0 0, which another node replaces",
+    "PAG at a window": "MSW-MSA beside the attn1 patch at middle 0 by PerturbedAttentionGuidance",
     "HyperTile and windows": "MSW-MSA beside the attn1_patch by HyperTile",
     "nothing resizes back": "At output block 3 a picture of 3 x 2 values (height x width) meets one of 6 x 4",
     "all of it smaller": "At the end a picture of",

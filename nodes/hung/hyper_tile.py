@@ -13,7 +13,7 @@ import torch
 
 from ...parallel_backend.errors import UnsupportedError
 from ...parallel_backend.rpc.extras import AnyExtra, PlaceName, TiledAttention
-from .patches import Call, Kind, Patch, closed_over, in_node, is_made_by
+from .patches import Call, Kind, Patch, closed_over, in_node, is_made_by, replacing
 from .refusal import ELSEWHERE
 from .unet_places import all_places, sides_at
 
@@ -41,8 +41,9 @@ def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:
     tiles = {place: tiling for place in all_places(call.network) if (tiling := _asked(cuts[0].function, place, call))}
     replaced = call.options.get("patches_replace", {}).get("attn1", {})
     if taken := [place for place in tiles if place in replaced or place[:2] in replaced]:
-        told = " ".join(map(str, taken[0]))
-        raise UnsupportedError(f"HyperTile tiles the attention at {told}, which another node replaces.", ELSEWHERE)
+        raise UnsupportedError(
+            f"A parallel MODEL can't honour HyperTile beside {replacing(taken[0], replaced)}.", ELSEWHERE
+        )
     if tiles:
         yield TiledAttention(places=list(tiles), tiles=list(tiles.values()))
 
@@ -61,6 +62,11 @@ def _asked(function: Any, place: PlaceName, call: Call) -> tuple[int, int, int, 
 def _step_by_step(patch: Patch) -> Iterator[str]:
     if _is(patch, "hypertile_in") and closed_over(patch.function)[_SWAP] > _NO_CHOICE:
         yield "HyperTile with a swap_size above 2, which draws tiles anew for each evaluation"
+
+
+def draws(patch: Patch) -> bool:
+    """Whether it draws among tilings: with a swap_size of 1 there is one."""
+    return _is(patch, "hypertile_in") and closed_over(patch.function)[_SWAP] > 1
 
 
 KIND = Kind(_knows, _extras, step_by_step=_step_by_step)

@@ -43,17 +43,18 @@ def later_evaluations(functions: list[Any], call: Call) -> list[LaterEvaluation]
 
 
 def _first_of(function: Any, call: Call) -> Call | None:
-    """The first evaluation that it makes of its own; None where it makes none."""
+    """The first evaluation that it makes of its own, as if it were of all rows of this one, by which options may hold what they tell; None
+    where it makes none.
+    """
     known = guidance_of(function)
     hung = None if known is None else known.hangs(function)
     sigma = None if hung is None else next(_sigmas(hung, call), None)
     if hung is None or sigma is None:
         return None
-    rows, sigmas = call.shape[0] // len(call.branches), call.options.get("sigmas")
-    said = {"cond_or_uncond": [hung.branch]} | ({} if sigmas is None else {"sigmas": sigmas.new_full((rows,), sigma)})
+    sigmas = call.options.get("sigmas")
+    said = {} if sigmas is None else {"sigmas": torch.full_like(sigmas, sigma)}
     between = min(hung.start, call.sigma or inf), max(hung.end, 0.0)
-    one = replace(call, shape=(rows, *call.shape[1:]), branches=(hung.branch,), sigma=sigma, rehearsed=between)
-    return replace(one, options=hung.beside(call.options) | said)
+    return replace(call, sigma=sigma, rehearsed=between, options=hung.beside(call.options) | said)
 
 
 def _sigmas(hung: Hung, call: Call) -> Iterator[float]:

@@ -172,6 +172,12 @@ def patches_in(options: Mapping[str, Any]) -> Iterator[Patch]:
         yield from (Patch(kind, None, function) for function in functions)
 
 
+def replacing(place: tuple[Any, ...], replaced: Mapping[tuple[Any, ...], Any], kind: str = "attn1") -> str:
+    """What takes an attention's place among these replacements, by its name: one of its own, or of the whole block."""
+    at = place if place in replaced else place[:2]
+    return Patch(kind, at, replaced[at]).told
+
+
 def _within(patch: Patch) -> Patch | None:
     """What hung at its place before, where it is one that keeps that and calls it."""
     cell = _KEPT_WITHIN.get(origin(patch.function))

@@ -87,7 +87,7 @@ def _check_draws(call: Call) -> None:
     if torch.device(call.device).type != "cpu":
         return
     for patch in patches_in(call.options):
-        if hyper_tile.KIND.knows(patch) or shifted_windows.KIND.knows(patch):
+        if hyper_tile.draws(patch) or shifted_windows.KIND.knows(patch):
             raise UnsupportedError(
                 f"A parallel MODEL can't honour token perturbation guidance beside {patch.told}, where ComfyUI computes on the CPU.",
                 "Remove one of them, or start ComfyUI with a GPU.",

@@ -326,7 +326,8 @@ def _caches(
     )
     if others:
         raise UnsupportedError(
-            f"The step cache {asked.method} can't be honoured beside {', '.join(others)}.", "Leave one of them out."
+            f"The step cache {asked.method} can't be honoured beside {', '.join(dict.fromkeys(others))}.",
+            "Leave one of them out.",
         )
     own = own_branches(range(len(branches)), mesh.cfg)
     together = all(branch.is_like(branches[0]) for branch in branches)

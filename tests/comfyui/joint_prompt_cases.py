@@ -72,6 +72,8 @@ def cases(twins):
             yield name, "SD3 IP-Adapter, below sigma 1, step by step", applied(twins), below_one
             skipped = lambda model: call(slg.SkipLayerGuidanceDiTSimple, model=applied(twins)(model), **SKIPPED)  # noqa: E731
             yield name, "SD3 IP-Adapter and skipped layers, step by step", skipped, {}
+            weaker = lambda model: call(slg.SkipLayerGuidanceDiT, model=applied(twins)(model), scale=2.0, **SKIPPED)  # noqa: E731
+            yield name, "SD3 IP-Adapter beside skip-layer guidance, step by step", stepwise(weaker), odd
             wider = applied(twins, wider=64)
             words = ("wide came to a model whose blocks are", "Choose an adapter for this model")
             refused = functools.partial(named, twins, words, lambda model, change=wider: twins.sample(change(model)))

@@ -126,8 +126,11 @@ def refused_later(twins, perturbed, smoothed, shuffled):
     beside = both(shrink(2, end_percent=0.3), node(smoothed, blur_sigma=0.6, **at_the_end))
     yield "SEG after what was shrunk", beside, picture
     beside = both(tiled, node(perturbed, unet_block_list="d1,m0", **at_the_end))
-    yield "PAG later, tiled", beside, refusing("HyperTile tiles the attention at input")
+    yield "PAG later, tiled", beside, refusing("HyperTile beside the attn1 patch at input")
     beside = both(tiled, node(shuffled, "tpg_nodes", unet_block_list="m0", **at_the_end))
+    whole = hung(hypertile.HyperTile, tile_size=32, swap_size=1, max_depth=2, scale_depth=False)
+    drawing = node(shuffled, "tpg_nodes", unet_block_list="m0", **at_the_end)
+    yield "TPG later, tiled in one way", both(whole, drawing), {"of": seeded(twins, picture)}
     yield "TPG later, tiled", beside, refusing("token perturbation guidance beside the attn1_patch by HyperTile")
 
 
