@@ -34,7 +34,7 @@ from .hung.controlnet import ControlCost
 from .hung.extra_cost import ExtraCost
 from .hung.guidance import patching_functions
 from .hung.kinds import unknown_patches
-from .hung.later_evaluations import guidance_functions
+from .hung.later_evaluations import hung_by_functions
 from .hung.layers import network_changes
 from .hung.loop_patches import OWN
 from .hung.patches import FORWARD
@@ -113,7 +113,7 @@ class RemotePatcher(WeightsElsewhere):
         self.check()  # once more: what wraps the sampling has begun by now
         self.model.as_made.forget_comparison()
         self.network.told, self.network.control_cost, self.network.extra_cost = {}, ControlCost(), ExtraCost()
-        self.network.untried = guidance_functions(self.model_options)
+        self.network.untried = hung_by_functions(self.model_options)
         self._wear(self.current_hooks)
         super().pre_run()
 

@@ -22,7 +22,7 @@ from .hung.kinds import extras_of, give_reports, is_known_change, unknown_patche
 from .hung.later_evaluations import later_evaluations
 from .hung.layers import AsMade, is_own
 from .hung.nag_guider import repeated_prompt
-from .hung.patches import Call
+from .hung.patches import Call, Hung
 from .hung.prompt_projection import PROJECTIONS, of_prompt, refuse_layer
 from .hung.refusal import ELSEWHERE, RELOAD, refuse
 from .node_text import say
@@ -45,8 +45,8 @@ class RemoteNetwork(torch.nn.Module):
     translated: WeakKeyDictionary[Any, Any]
     # What kinds remember in a sampling, by the names under which the ranks keep theirs.
     of_sampling: dict[str, Any]
-    # Guidance functions of the sampling whose evaluations are still to be tried.
-    untried: list[Any]
+    # What guidance functions of the sampling will hang, and no evaluation has been tried with yet.
+    untried: list[Hung]
     calls_wrappers: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -96,13 +96,12 @@ class RemoteNetwork(torch.nn.Module):
         sigma = None if sigmas is None else float(sigmas[0])
         tokens, device = context.shape[1], x.device
         call = Call(self, tuple(x.shape), branches, sigma, options, tokens=tokens, device=device)
-        extras, later = extras_of(call), later_evaluations(self.untried, call)
+        extras, given = extras_of(call), {"later": later_evaluations(self.untried, call)}
         self.untried = []
         self.extra_cost.note(extras)
         if not extras:
-            return {"later": later}
-        return {
-            "later": later,
+            return given
+        return given | {
             "extras": extras,
             "branches": branches,
             "sigma": sigma,

@@ -13,7 +13,7 @@ import torch
 
 from ...parallel_backend.errors import UnsupportedError
 from ...parallel_backend.rpc.extras import AnyExtra, PlaceName, TiledAttention
-from .patches import Call, Kind, Patch, closed_over, in_node, is_made_by, replacing
+from .patches import Call, Kind, Patch, closed_over, in_node, is_made_by, replacement_at
 from .refusal import ELSEWHERE
 from .unet_places import all_places, sides_at
 
@@ -39,11 +39,9 @@ def _extras(patches: Sequence[Patch], call: Call) -> Iterable[AnyExtra]:
     if len(cuts) != 1 or len(patches) != 2:
         raise UnsupportedError("A parallel MODEL can't honour more than one HyperTile.", ELSEWHERE)
     tiles = {place: tiling for place in all_places(call.network) if (tiling := _asked(cuts[0].function, place, call))}
-    replaced = call.options.get("patches_replace", {}).get("attn1", {})
-    if taken := [place for place in tiles if place in replaced or place[:2] in replaced]:
-        raise UnsupportedError(
-            f"A parallel MODEL can't honour HyperTile beside {replacing(taken[0], replaced)}.", ELSEWHERE
-        )
+    for place in tiles:
+        if (other := replacement_at(place, "attn1", call.options)) is not None:
+            raise UnsupportedError(f"A parallel MODEL can't honour HyperTile beside {other.told}.", ELSEWHERE)
     if tiles:
         yield TiledAttention(places=list(tiles), tiles=list(tiles.values()))
 

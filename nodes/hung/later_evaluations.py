@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import inf
 from typing import Any
 
 import torch
@@ -19,47 +18,40 @@ _FUNCTIONS = ("sampler_post_cfg_function", "sampler_pre_cfg_function", "sampler_
 _DRAWING = ("cuda", "xpu")
 
 
-def guidance_functions(options: Mapping[str, Any]) -> list[Any]:
-    """Those of a MODEL's options that hang patches which are known."""
+def hung_by_functions(options: Mapping[str, Any]) -> list[Hung]:
+    """What those of a MODEL's options hang that are known, and that do hang something."""
     held = [options.get(name) for name in _FUNCTIONS]
     functions = [function for one in held for function in (one if isinstance(one, list | tuple) else [one])]
-    return [function for function in functions if function is not None and guidance_of(function) is not None]
+    known = [(function, guidance_of(function)) for function in functions if function is not None]
+    found = [guidance.hangs(function) for function, guidance in known if guidance is not None]
+    return [hung for hung in found if hung is not None]
 
 
-def later_evaluations(functions: list[Any], call: Call) -> list[LaterEvaluation]:
-    """What ranks will be told of each function's first evaluation, beside what hangs in `call`, which is the sampling's first.
+def later_evaluations(untried: Sequence[Hung], call: Call) -> list[LaterEvaluation]:
+    """What ranks will be told of the first evaluation with each of these, beside what hangs in `call`, which is the sampling's first.
 
     Raises: UnsupportedError, InputError: a patch that can't be honoured there.
     """
+    evaluations = [one for hung in untried if (one := _first_with(hung, call)) is not None]
+    if not evaluations:
+        return []
     device = torch.device(call.device)
     generators = {"devices": [device], "device_type": device.type} if device.type in _DRAWING else {"devices": []}
     # What kinds draw by chance, they will draw then.
     with torch.random.fork_rng(**generators):  # type: ignore[arg-type]
-        return [
-            LaterEvaluation(extras_of(one), [*one.branches])
-            for function in functions
-            if (one := _first_of(function, call)) is not None
-        ]
+        return [LaterEvaluation(extras_of(one), [*one.branches]) for one in evaluations]
 
 
-def _first_of(function: Any, call: Call) -> Call | None:
-    """The first evaluation that it makes of its own, as if it were of all rows of this one, by which options may hold what they tell; None
-    where it makes none.
+def _first_with(hung: Hung, call: Call) -> Call | None:
+    """The first evaluation with that, as if it were of all rows of this one, by which options may hold what they tell; None where there is
+    none, or nobody knows when.
     """
-    known = guidance_of(function)
-    hung = None if known is None else known.hangs(function)
-    sigma = None if hung is None else next(_sigmas(hung, call), None)
-    if hung is None or sigma is None:
+    if call.sigma is None:
         return None
-    sigmas = call.options.get("sigmas")
-    said = {} if sigmas is None else {"sigmas": torch.full_like(sigmas, sigma)}
-    between = min(hung.start, call.sigma or inf), max(hung.end, 0.0)
-    return replace(call, sigma=sigma, rehearsed=between, options=hung.beside(call.options) | said)
-
-
-def _sigmas(hung: Hung, call: Call) -> Iterator[float]:
-    """Of the schedule's from this evaluation on, those at which it acts."""
-    schedule = call.options.get("sample_sigmas")
-    now = [] if call.sigma is None else [call.sigma]
-    later = [] if schedule is None else [float(sigma) for sigma in schedule if float(sigma) > 0]
-    return (sigma for sigma in (*now, *later) if sigma <= min(hung.start, *now) and sigma >= hung.end)
+    scheduled = (sigma for sigma in map(float, call.options.get("sample_sigmas", ())) if sigma > 0)
+    start = min(hung.start, call.sigma)
+    sigma = next((sigma for sigma in (call.sigma, *scheduled) if hung.end <= sigma <= start), None)
+    if sigma is None:
+        return None
+    options = hung.beside(call.options) | {"sigmas": torch.full_like(call.options["sigmas"], sigma)}
+    return replace(call, sigma=sigma, rehearsed=(start, max(hung.end, 0.0)), options=options)

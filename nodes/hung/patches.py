@@ -172,10 +172,10 @@ def patches_in(options: Mapping[str, Any]) -> Iterator[Patch]:
         yield from (Patch(kind, None, function) for function in functions)
 
 
-def replacing(place: tuple[Any, ...], replaced: Mapping[tuple[Any, ...], Any], kind: str = "attn1") -> str:
-    """What takes an attention's place among these replacements, by its name: one of its own, or of the whole block."""
-    at = place if place in replaced else place[:2]
-    return Patch(kind, at, replaced[at]).told
+def replacement_at(place: tuple[Any, ...], kind: str, options: Mapping[str, Any]) -> Patch | None:
+    """What takes a transformer block's attention's place: one of its own, or of all of the block that it is in; None where nothing does."""
+    replaced = options.get("patches_replace", {}).get(kind, {})
+    return next((Patch(kind, at, replaced[at]) for at in (place, place[:2]) if at in replaced), None)
 
 
 def _within(patch: Patch) -> Patch | None:

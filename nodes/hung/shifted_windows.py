@@ -15,7 +15,7 @@ from ...parallel_backend.errors import UnsupportedError
 from ...parallel_backend.rpc.extras import AnyExtra, DownsampleByFour, Downscale, PlaceName, Rescale, ShiftedWindows
 from . import deep_shrink, rau_net, token_merging
 from .hidiffusion_pack import check_known, number_of
-from .patches import Call, Kind, Patch, closed_over, origin, patches_in, replacing
+from .patches import Call, Kind, Patch, closed_over, origin, patches_in, replacement_at
 from .refusal import ELSEWHERE
 from .unet_places import all_places, sides_within
 
@@ -113,12 +113,9 @@ def _check_alone(cuts: Sequence[Any], call: Call) -> None:
         raise UnsupportedError(
             "A parallel MODEL can't honour two MSW-MSA nodes at one attention.", "Name other blocks."
         )
-    replaced = call.options.get("patches_replace", {}).get("attn1", {})
     for place in taken:
-        if place in replaced or place[:2] in replaced:
-            raise UnsupportedError(
-                f"A parallel MODEL can't honour MSW-MSA beside {replacing(place, replaced)}.", ELSEWHERE
-            )
+        if (other := replacement_at(place, "attn1", call.options)) is not None:
+            raise UnsupportedError(f"A parallel MODEL can't honour MSW-MSA beside {other.told}.", ELSEWHERE)
     for patch in patches_in(call.options):
         changes = patch.kind in ("attn1_patch", "attn1_output_patch") and not token_merging.KIND.knows(patch)
         if changes and not _knows(patch):

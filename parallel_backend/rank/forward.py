@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from math import isfinite
 
 import torch
@@ -13,11 +12,11 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..extras.reading import Extras, check_together
-from ..models.extra import Extra, Row
+from ..models.extra import Row
 from ..models.prediction import Predictor
 from ..models.residuals import Residuals
 from ..models.rows import Rows
-from ..rpc.extras import AnyExtra
+from ..rpc.extras import LaterEvaluation
 from ..rpc.host_copies import on_host, onto_device
 from ..rpc.messages import Control, Forward, Result
 from ..rpc.state import RankCost, Swap
@@ -60,10 +59,10 @@ def run_forward(
         predictor.network.own_residuals(residuals, x.shape[2], x.shape[3])  # which raises what doesn't fit
         if body.sigma is not None and not isfinite(body.sigma):
             raise InputError(f"Sigma {body.sigma} is not finite.", "Give that of the evaluation, or none.")
-        read = partial(_read, extras, tensors, predictor, (x.shape[2], x.shape[3]))
-        for one in body.later:
-            read(one.extras, one.branches)
-        asked = read(body.extras, body.branches)
+        evaluations: list[LaterEvaluation | Forward] = [*body.later, body]
+        for one in evaluations:
+            asked = extras.read(one.extras, tensors, predictor, (x.shape[2], x.shape[3]), one.branches)
+            check_together(asked)
         for extra in asked:
             extra.check_tokens(context.shape[1])
         return predictor, Rows(x, timesteps, prompt, residuals, asked, _which(body.branches, x.shape[0])), swap
@@ -73,20 +72,6 @@ def run_forward(
     notes = predictor.take_notes()
     ranks = [RankCost([], notes=notes)] if notes else []
     return Result(time.perf_counter() - start, 1, ranks, swap), output
-
-
-def _read(
-    extras: Extras,
-    tensors: Sequence[Tensor],
-    predictor: Predictor,
-    size: tuple[int, int],
-    named: Sequence[AnyExtra],
-    branches: Sequence[int],
-) -> tuple[Extra, ...]:
-    """Those of an evaluation. Raises: InputError, UnsupportedError: they don't fit the model, or each other."""
-    found = extras.read(named, tensors, predictor, size, branches)
-    check_together(found)
-    return found
 
 
 def _which(branches: Sequence[int], rows: int) -> tuple[Row, ...]:

@@ -437,21 +437,3 @@ Request: TypeAlias = (
 )
 Reply: TypeAlias = Welcome | Pong | Progress | StepDone | Loaded | Result | Done | Failed | BackendState
 FINAL_REPLIES = (Welcome, Pong, Loaded, Result, Done, Failed, BackendState)
-
-
-def tensor_indices(body: Request | Reply) -> list[TensorIndex]:
-    """Every place at which a request points into its tensors; replies have none."""
-    if isinstance(body, Sample):
-        chosen = [body.latent, body.mask, body.noise, body.sigmas]
-        of_extras = [i for e in (*body.extras, *body.uncond_extras, *body.weaker) for i in e.tensors()]
-        return [i for p in body.prompts for i in p.tensors] + [i for i in chosen if i is not None] + of_extras
-    if isinstance(body, Forward):
-        hints = [use.hint for use in body.controls]
-        later = [extra for one in body.later for extra in one.extras]
-        of_extras = [i for extra in (*body.extras, *later) for i in extra.tensors()]
-        return [body.x, body.timesteps, body.context, body.pooled, *body.control.indices, *hints, *of_extras]
-    if isinstance(body, Decode):
-        return [body.latent]
-    if isinstance(body, PatchFilePart):
-        return [body.data]
-    return [body.image] if isinstance(body, Encode) else []

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import ProtocolError
 from ..version import __version__
 from .headers import ReplyHeader, RequestHeader, SharedPlace, SharedRoom, TensorMeta
-from .messages import tensor_indices
+from .messages import Decode, Encode, Forward, PatchFilePart, Reply, Request, Sample, TensorIndex
 from .shared_memory import ALIGNED, is_shared_file
 
 # A frame's memory is read-only, and so are the tensors made of it: they are copied to a device or cast, never written.
@@ -96,7 +96,7 @@ def unpack(frames: Sequence[Frame], kind: type[Header]) -> tuple[Header, list[Te
             f"A message names {sent} tensors and carries {len(frames) - 1} frames.", "Send one frame per tensor."
         )
     if kind is RequestHeader and (
-        wrong := [i for i in tensor_indices(header.body) if not 0 <= i < len(header.tensors)]
+        wrong := [i for i in _tensor_indices(header.body) if not 0 <= i < len(header.tensors)]
     ):
         raise ProtocolError(
             f"A message points at tensor {wrong[0]} of {len(header.tensors)}.", "Point at tensors that travel with it."
@@ -141,3 +141,21 @@ def _tensor(meta: TensorMeta, frame: Frame) -> Tensor:
             f"A frame has {len(frame)} bytes where {meta.dtype} {meta.shape} needs {expected}.", "Send whole tensors."
         )
     return torch.frombuffer(frame, dtype=dtype).view(meta.shape) if expected else torch.empty(meta.shape, dtype=dtype)
+
+
+def _tensor_indices(body: Request | Reply) -> list[TensorIndex]:
+    """Every place at which a request points into its tensors; replies have none."""
+    if isinstance(body, Sample):
+        chosen = [body.latent, body.mask, body.noise, body.sigmas]
+        of_extras = [i for e in (*body.extras, *body.uncond_extras, *body.weaker) for i in e.tensors()]
+        return [i for p in body.prompts for i in p.tensors] + [i for i in chosen if i is not None] + of_extras
+    if isinstance(body, Forward):
+        hints = [use.hint for use in body.controls]
+        later = [extra for one in body.later for extra in one.extras]
+        of_extras = [i for extra in (*body.extras, *later) for i in extra.tensors()]
+        return [body.x, body.timesteps, body.context, body.pooled, *body.control.indices, *hints, *of_extras]
+    if isinstance(body, Decode):
+        return [body.latent]
+    if isinstance(body, PatchFilePart):
+        return [body.data]
+    return [body.image] if isinstance(body, Encode) else []

@@ -48,6 +48,10 @@ def of_unet():
     yield "HyperTile of odd sides", hung(hypertile.HyperTile, **tiles, swap_size=2), odd
 
 
+def tiled(swap_size=2):
+    return hung(hypertile.HyperTile, tile_size=32, swap_size=swap_size, max_depth=2, scale_depth=False)
+
+
 def _prompt(tokens):
     generator = torch.Generator().manual_seed(2)
     tensor = torch.randn(1, tokens, 2048, generator=generator)

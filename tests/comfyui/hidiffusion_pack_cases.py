@@ -6,12 +6,12 @@ import json
 import os
 
 import comfy_extras.nodes_freelunch as freelunch
-import comfy_extras.nodes_hypertile as hypertile
 import comfy_extras.nodes_pag as pag
 import control_cases
 import meshes
 import packs
 import torch
+from attention_cases import tiled
 from block_cases import both, shrink
 from node_cases import hung
 from twins import call
@@ -178,8 +178,7 @@ def refused(alone):
     yield "attention to the prompt", windows(force_apply_attn2=True), even
     yield "windows in windows", both(windows(), windows()), even
     yield "multipliers where skipped", windows(scale_mode="skip", pre_window_multiplier=2.0), sized(1, 21, 13, of=alone)
-    tiled = hung(hypertile.HyperTile, tile_size=32, swap_size=2, max_depth=2, scale_depth=False)
-    yield "HyperTile and windows", both(tiled, windows()), even
+    yield "HyperTile and windows", both(tiled(), windows()), even
     late = windows({"middle_blocks": "0", "start_time": 0.9})
     yield "PAG at a window", both(late, hung(pag.PerturbedAttentionGuidance, scale=3.0)), even
     yield "nothing resizes back", rau_net({**CA, "ca_output_blocks": "1"}, ca_latent_pixel_increment=1), even

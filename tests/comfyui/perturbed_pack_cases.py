@@ -5,10 +5,10 @@ import os
 from unittest.mock import patch
 
 import comfy_extras.nodes_attention_multiply as attention_multiply
-import comfy_extras.nodes_hypertile as hypertile
 import meshes
 import packs
 import torch
+from attention_cases import tiled
 from block_cases import both, shrink
 from node_cases import hung, same
 from refusals import named
@@ -112,10 +112,7 @@ def again(twins, change):
 def refused_later(twins, perturbed, smoothed, shuffled):
     """What only evaluations after the first can't be honoured in."""
     picture = {"latent": torch.randn(1, 4, 40, 24, generator=torch.Generator().manual_seed(9)), "steps": 4}
-    at_the_end, tiled = (
-        {"sigma_start": 3.0},
-        hung(hypertile.HyperTile, tile_size=32, swap_size=2, max_depth=2, scale_depth=False),
-    )
+    at_the_end = {"sigma_start": 3.0}
 
     def refusing(words):
         sampled = functools.partial(twins.sample, **picture)
@@ -125,13 +122,15 @@ def refused_later(twins, perturbed, smoothed, shuffled):
     yield "SEG later, shrunk", beside, refusing("smoothed energy guidance can't be honoured beside deep shrink")
     beside = both(shrink(2, end_percent=0.3), node(smoothed, blur_sigma=0.6, **at_the_end))
     yield "SEG after what was shrunk", beside, picture
-    beside = both(tiled, node(perturbed, unet_block_list="d1,m0", **at_the_end))
+    beside = both(tiled(), node(perturbed, unet_block_list="d1,m0", **at_the_end))
     yield "PAG later, tiled", beside, refusing("HyperTile beside the attn1 patch at input")
-    beside = both(tiled, node(shuffled, "tpg_nodes", unet_block_list="m0", **at_the_end))
-    whole = hung(hypertile.HyperTile, tile_size=32, swap_size=1, max_depth=2, scale_depth=False)
     drawing = node(shuffled, "tpg_nodes", unet_block_list="m0", **at_the_end)
-    yield "TPG later, tiled in one way", both(whole, drawing), {"of": seeded(twins, picture)}
-    yield "TPG later, tiled", beside, refusing("token perturbation guidance beside the attn1_patch by HyperTile")
+    yield "TPG later, tiled in one way", both(tiled(swap_size=1), drawing), {"of": seeded(twins, picture)}
+    yield (
+        "TPG later, tiled",
+        both(tiled(), drawing),
+        refusing("token perturbation guidance beside the attn1_patch by HyperTile"),
+    )
 
 
 def on_transformers(twins):

@@ -5,17 +5,16 @@ StyleAligned's norms change networks for good, so that these MODELs are of this 
 
 import os
 
-import comfy_extras.nodes_hypertile as hypertile
 import meshes
 import packs
 import torch
-from node_cases import hung, same
+from attention_cases import tiled
+from node_cases import same
 from region_cases import parallel_alone
 from twins import call
 
 MODELS = {f"{name}, aligned": files for name, files in meshes.models().items() if name.startswith("sdxl")}
 ALIGNED, REFERENCE = os.environ.get("STYLE_ALIGNED_PATH"), os.environ.get("EXPERIMENTS_PATH")
-TILED = hung(hypertile.HyperTile, tile_size=32, swap_size=2, max_depth=2, scale_depth=False)
 # On all meshes.
 EVERYWHERE = ("BatchAlign, attention", "BatchAlign, norms", "ReferenceOnlySimple")
 
@@ -66,7 +65,7 @@ def of_aligned(twins):
     yield "BatchAlign, odd rows", align("disabled", "q+k"), {"of": parallel_alone(twins, cfg=1.0)}
     yield (
         "BatchAlign and HyperTile",
-        lambda model: align("disabled", "q+k")(TILED(model)),
+        lambda model: align("disabled", "q+k")(tiled()(model)),
         {"of": parallel_alone(twins)},
     )
     yield "ReferenceSampler", same, {"of": by_reference_sampler(twins)}
