@@ -27,6 +27,13 @@ REFUSED = {
     "class": "the replaced class of input_blocks.1.0 (Other)",
     "all of a class": "the replaced forward of all ResBlock layers, until ComfyUI restarts without it",
     "all of a class, before": "the replaced forward of all ResBlock layers, until ComfyUI restarts without it; put there by __main__.",
+    **dict.fromkeys(
+        [
+            f"all blocks, {what}"
+            for what in ("without_options", "twice", "doubled", "where_it_is_small", "a change within")
+        ],
+        "the replaced forward of all BasicTransformerBlock layers, until ComfyUI restarts without it; put there by __main__.",
+    ),
     "layer": "the replaced layer input_blocks.1.",
     "weight": "the replaced weight of out.2",
     "network": "the replaced diffusion_model (Identity)",
@@ -42,11 +49,12 @@ REFUSED = {
     "named as PAG's": "the attn1 patch at middle 0 by PerturbedAttentionGuidance.execute.<locals>.perturbed_attention of nodes_pag",
     "a pack's": "Guided of __main__ (sampler_post_cfg_function), which patches blocks",
 }
+NOTHING = ("nothing", *(f"nothing, {how}" for how in ("by LayerDiffuse", "by several", "by name", "between")))
 # Between the first evaluation and the second.
 REFUSED_LATER = {
     **{name: REFUSED[name] for name in ("layer's forward", "hook", "all of a class")},
     "pre-hook": "a forward pre-hook of x_embedder",
-    "nothing": "nothing",
+    **dict.fromkeys(NOTHING, "nothing"),
 }
 
 
@@ -121,7 +129,7 @@ def test_what_nodes_change_is_named_before_the_first_request(outcomes: dict[str,
 def test_what_is_put_on_layers_between_evaluations_is_named_before_the_next_one(outcomes: dict[str, Any]) -> None:
     refused = outcomes["refused later"]
     assert {name: words for name, words in REFUSED_LATER.items() if words not in refused[name][0]} == {}, refused
-    assert {name: requests for name, (_, requests) in refused.items() if requests != 1} == {"nothing": 2}
+    assert {name: requests for name, (_, requests) in refused.items() if requests != 1} == dict.fromkeys(NOTHING, 2)
 
 
 def test_what_was_refused_once_is_refused_again(outcomes: dict[str, Any]) -> None:

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
-from pathlib import PurePath
-from types import FunctionType, MethodType, ModuleType
+from types import FunctionType, MethodType
 from typing import Any
 
 from comfy.model_base import BaseModel
 from torch import Tensor
 from torch.nn import Module
 
+from .makers import maker_of, own_within
 from .patches import FORWARD
 from .refusal import module_of
 
 NAMED = 4
-# Of a function that was made of text.
-_NO_MODULE = "code without a module"
-_NO_PACKS = frozenset({*sys.stdlib_module_names, "torch", "comfy"})
 # What a layer holds its parts in, and what its output doesn't depend on.
 _PARTS = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -102,10 +97,11 @@ class AsMade:
         for kind, functions in self.classes.items():
             now, put = dict(functions_of(kind)), put_in(kind)
             for name in sorted({*_differing(functions, now), *put}):
+                value = put.get(name, now.get(name))
                 # A class that got back its own was changed before the MODEL was made, and is as it should be.
-                if name in put or name not in self.put_before[kind]:
-                    told = f"the replaced {name} of all {kind.__name__} layers, until ComfyUI restarts without it"
-                    yield told, put.get(name, now.get(name))
+                is_other = name in put or name not in self.put_before[kind]
+                if is_other and own_within(value, kind, name) is None:
+                    yield f"the replaced {name} of all {kind.__name__} layers, until ComfyUI restarts without it", value
         for name, (layer, kind, state) in self.layers.items():
             if type(layer) is not kind:
                 yield f"the replaced class of {name or 'the network'} ({type(layer).__name__})", type(layer)
@@ -126,33 +122,12 @@ def network_changes(model: BaseModel) -> Iterator[str]:
     yield from as_made.changes()
 
 
-def maker_of(put: Any) -> str:
-    """The module whose function or object it is, or one within it that it wraps; empty where it is torch's, Python's or core's."""
-    while isinstance(put, partial):
-        put = put.func
-    put = getattr(put, "__func__", put)
-    if isinstance(put, FunctionType):  # what wraps another calls itself by the other's name
-        module = PurePath(put.__globals__.get("__name__") or _NO_MODULE).name
-    else:
-        module = module_of(put if isinstance(put, type) else type(put))
-    if module.split(".")[0] not in _NO_PACKS:
-        return module
-    wrapped = getattr(put, "__wrapped__", None)  # as torch.no_grad() leaves it
-    return "" if wrapped is None else maker_of(wrapped)
-
-
 def put_in(kind: type) -> dict[str, Any]:
     """What a class calls that is a pack's, where neither it nor what it is of is that pack's: put there, maybe for all MODELs."""
     own = {module_of(ancestor).split(".")[0] for ancestor in kind.__mro__}
     return {
         name: value for name, value in _called_of(kind) if (maker := maker_of(value)) and maker.split(".")[0] not in own
     }
-
-
-def is_cores_own(function: Any, module: ModuleType, name: str) -> bool:
-    """Whether what goes by this name in a module of core's is what core has put there."""
-    is_named = isinstance(function, FunctionType | type) and function.__qualname__ == name
-    return is_named and function.__module__ == module.__name__ and not maker_of(function)
 
 
 def _state(layer: Module) -> dict[str, Any]:

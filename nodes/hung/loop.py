@@ -24,8 +24,8 @@ from .controlnet import ControlChain
 from .further_branches import in_further_branches, odd_branches, processed_empty
 from .kinds import extras_of, step_by_step, unknown_patches
 from .known_functions import Known, Sampling, known_functions
-from .layers import is_cores_own
 from .loop_patches import loop_patches, replaced_functions
+from .makers import is_cores_own
 from .model_sampling import read_sampling
 from .nag_guider import GUIDER, uneven_prompts
 from .patches import Call, Schedule, origin
@@ -272,7 +272,9 @@ def _names() -> dict[Any, str]:
     known = [(core_samplers, f"sample_{name}", name) for name in SAMPLERS]
     known += [(uni_pc, "sample_unipc", "uni_pc"), (uni_pc, "sample_unipc_bh2", "uni_pc_bh2")]
     found = ((getattr(module, function, None), module, function, name) for module, function, name in known)
-    return {function: name for function, module, called, name in found if is_cores_own(function, module, called)}
+    return {
+        function: name for function, module, called, name in found if is_cores_own(function, module.__name__, called)
+    }
 
 
 def _made_anew(function: Any) -> str | None:

@@ -11,7 +11,7 @@ import comfy.model_base
 import comfy.samplers
 from comfy.model_patcher import ModelPatcher
 
-from .layers import is_cores_own, maker_of
+from .makers import is_cores_own, maker_of
 from .refusal import is_set
 from .shuffled_tokens import is_shuffling
 
@@ -43,7 +43,7 @@ def replaced_functions() -> Iterator[str]:
     for module, names in _LOOP.items():
         for name in names:
             function = attrgetter(name)(module)
-            if not is_cores_own(function, module, name):
+            if not is_cores_own(function, module.__name__, name):
                 yield f"{name}, which {maker_of(function) or 'a pack'} has replaced"
 
 

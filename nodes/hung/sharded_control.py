@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ...parallel_backend import ControlUse, RemoteControl
 from ..controlnet_files import InRanksAlone, has_changed_since
-from .layers import functions_of, is_own, maker_of
+from .layers import functions_of, is_own
+from .makers import maker_of
 from .refusal import module_of
 from .weights import PREFIX
 

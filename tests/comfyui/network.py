@@ -5,6 +5,7 @@ sampling is ComfyUI's own on both sides.
 """
 
 import copy
+import functools
 import importlib.util
 import json
 import logging
@@ -284,7 +285,7 @@ def refused_again(parallel):
     return [list(model.model.as_made.changes_since()) for _ in range(2)]
 
 
-PUT_BACK = []
+PUT_BACK, KEPT = [], {}
 
 
 def seamless_tile(model):
@@ -326,6 +327,61 @@ def made_with_changed_class(model):
     whole_class(model)
     network = model.model.diffusion_model
     network.as_made = model.model.as_made = type(network.as_made)(network, network.as_made.is_known)
+
+
+def transformers(*around, before=False):
+    """What puts one function around the other around the forward of all transformer blocks, as packs do when ComfyUI imports them."""
+
+    def change(model):
+        network = model.model.diffusion_model
+        kind = type(network.input_blocks[3][1].transformer_blocks[0])
+        PUT_BACK.append((kind, kind.forward))
+        for make in around:
+            kind.forward = make(kind.forward)
+        if before:
+            network.as_made = model.model.as_made = type(network.as_made)(network, network.as_made.is_known)
+
+    return change
+
+
+def keeping_options(function):
+    """LayerDiffuse's."""
+
+    @functools.wraps(function)
+    def forward(self, x, context=None, transformer_options=None):
+        KEPT["options"] = transformer_options
+        return function(self, x, context, transformer_options)
+
+    return forward
+
+
+def with_whatever_comes(function):
+    def of_another_name(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return of_another_name
+
+
+def by_a_name_of_the_module(function):
+    global core_forward
+    core_forward = function
+    return lambda self, x, **options: core_forward(self, x, **options)
+
+
+def without_options(function):
+    return lambda self, x, context=None, transformer_options={}: function(self, x, context)
+
+
+def twice(function):
+    return lambda *args, **kwargs: (function(*args, **kwargs), function(*args, **kwargs))[1]
+
+
+def doubled(function):
+    return lambda *args, **kwargs: function(*args, **kwargs) * 2
+
+
+def where_it_is_small(function):
+    return lambda self, x, **options: x if x.shape[1] < 9 else function(self, x, **options)
 
 
 def put_back(model):
@@ -394,6 +450,7 @@ def by_wrapper(kind):
     return change
 
 
+CHANGING = (without_options, twice, doubled, where_it_is_small)
 CHANGES = {
     "SeamlessTile": (UNET, seamless_tile),
     "Asymmetric Tiled KSampler": (UNET, asymmetric_tiling),
@@ -407,6 +464,8 @@ CHANGES = {
     "class": (UNET, new_class),
     "all of a class": (UNET, whole_class),
     "all of a class, before": (UNET, made_with_changed_class),
+    **{f"all blocks, {make.__name__}": (UNET, transformers(make, before=True)) for make in CHANGING},
+    "all blocks, a change within": (UNET, transformers(doubled, keeping_options)),
     "layer": (UNET, lambda model: model.model.diffusion_model.input_blocks.__setitem__(1, torch.nn.Identity())),
     "weight": (UNET, scaled),
     "network": (UNET, lambda model: setattr(model.model, "diffusion_model", torch.nn.Identity())),
@@ -431,6 +490,10 @@ LATER = {
     ),
     "all of a class": (UNET, between(whole_class)),
     "nothing": (UNET, put_back),
+    "nothing, by LayerDiffuse": (UNET, transformers(keeping_options, before=True)),
+    "nothing, by several": (UNET, transformers(keeping_options, with_whatever_comes, keeping_options)),
+    "nothing, by name": (UNET, transformers(by_a_name_of_the_module, before=True)),
+    "nothing, between": (UNET, between(transformers(keeping_options))),
 }
 
 

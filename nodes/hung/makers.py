@@ -1,0 +1,83 @@
+"""Whose code a function or object is: core's own, a pack's, or a pack's that only stands around core's own."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from inspect import signature
+from pathlib import PurePath
+from types import FunctionType
+from typing import Any
+
+from .asking import with_others
+from .patches import closed_over
+from .refusal import module_of
+
+# Of a function that was made of text.
+_NO_MODULE = "code without a module"
+_NO_PACKS = frozenset({*sys.stdlib_module_names, "torch", "comfy"})
+
+
+def maker_of(put: Any) -> str:
+    """The module whose function or object it is, or one within it that it wraps; empty where it is torch's, Python's or core's."""
+    while isinstance(put, partial):
+        put = put.func
+    put = getattr(put, "__func__", put)
+    if isinstance(put, FunctionType):  # what wraps another calls itself by the other's name
+        module = PurePath(put.__globals__.get("__name__") or _NO_MODULE).name
+    else:
+        module = module_of(put if isinstance(put, type) else type(put))
+    if module.split(".")[0] not in _NO_PACKS:
+        return module
+    wrapped = getattr(put, "__wrapped__", None)  # as torch.no_grad() leaves it
+    return "" if wrapped is None else maker_of(wrapped)
+
+
+def is_cores_own(function: Any, module: str, name: str) -> bool:
+    """Whether what goes by this name in a module of core's is what core has put there."""
+    is_named = isinstance(function, FunctionType | type) and function.__qualname__ == name
+    return is_named and function.__module__ == module and not maker_of(function)
+
+
+def own_within(put: Any, kind: type, name: str, outer: tuple[FunctionType, ...] = ()) -> FunctionType | None:
+    """What a class has by this name from its own module, where `put` is it, or where packs have put no more around it than functions
+    that call it with all that they get, and give back what it gives.
+
+    LayerDiffuse puts such a one around the forward of all transformer blocks, wherever it is installed. A copy is asked, with objects
+    that can only be handed on: a function that looks at what it gets counts as another.
+
+    Args:
+        outer: those around `put`.
+    Returns: None where it is something else.
+    """
+    if not isinstance(put, FunctionType) or put in outer:
+        return None
+    if any(is_cores_own(put, of.__module__, f"{of.__qualname__}.{name}") for of in kind.__mro__):
+        return put
+    of_module = {known: put.__globals__[known] for known in put.__code__.co_names if known in put.__globals__}
+    for variable, inner in (of_module | closed_over(put)).items():
+        own = own_within(inner, kind, name, (*outer, put))
+        if own is not None and _hands_on(put, variable, own):
+            return own
+    return None
+
+
+def _hands_on(put: FunctionType, variable: str, own: FunctionType) -> bool:
+    """Whether it calls once what it holds in this variable, with all that it gets, and gives back what that gives."""
+    taken, output = signature(own), object()
+    parameters = taken.parameters.values()
+    named = {p.name: object() for p in parameters if p.kind is p.KEYWORD_ONLY or p.default is not p.empty}
+    named |= {f"more_{p.name}": object() for p in parameters if p.kind is p.VAR_KEYWORD}
+    first = [object() for p in parameters if p.name not in named and p.kind is not p.VAR_KEYWORD]
+    calls = []
+
+    def asked(*args: Any, **kwargs: Any) -> object:
+        calls.append(taken.bind(*args, **kwargs))
+        return output
+
+    copy = with_others(put, {variable: asked}, {variable: asked})
+    try:
+        is_output = copy(*first, **named) is output
+    except Exception:  # noqa: BLE001 - whatever it does with what it is given, it does something with it
+        return False
+    return is_output and calls == [taken.bind(*first, **named)]
