@@ -134,12 +134,13 @@ class WeightsElsewhere(comfy.model_patcher.ModelPatcher):
         self.model.device = device
         self.model.model_loaded_weight_memory = self.model_size()
         self.model.model_lowvram = False
-        self.model.current_weight_patches_uuid = self.patches_uuid
+        # As of weights on which nothing lies: what does, evaluations bring. A patcher that a pack makes around the same model would
+        # otherwise put weights of zeros into its layers.
+        self.model.current_weight_patches_uuid = None
 
     def _note_gone(self) -> None:
         self.model.device = self.offload_device
         self.model.model_loaded_weight_memory = 0
-        self.model.current_weight_patches_uuid = None
 
     def _is_here(self) -> bool:
         return self.model_size() > 1

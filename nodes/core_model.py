@@ -72,7 +72,7 @@ def base_model(remote: RemoteModel, path: Path) -> BaseModel:
                 "The file is damaged, or of a model that this ComfyUI doesn't know: update ComfyUI, or download it again.",
                 str(error),
             ) from error
-    make_remote(model.diffusion_model, remote, dtype)
+    make_remote(model, remote, dtype)
     model.as_made = model.diffusion_model.as_made
     return model
 

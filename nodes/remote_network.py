@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import comfy.patcher_extension
 import torch
+from comfy.model_base import BaseModel
 from torch import Tensor
 
 from ..parallel_backend import RemoteModel, WeightPatches
 from ..parallel_backend.rpc.host_copies import onto_device
-from .core_memory import interruptible
+from .core_memory import WeightsElsewhere, interruptible
 from .hung.controlnet import USES, ControlCost, by_place
 from .hung.extra_cost import ExtraCost
-from .hung.guidance import names
+from .hung.guidance import names, patching_functions
 from .hung.kinds import extras_of, give_reports, is_known_change, unknown_patches
 from .hung.later_evaluations import later_evaluations
 from .hung.layers import AsMade, is_own
@@ -25,6 +27,7 @@ from .hung.nag_guider import repeated_prompt
 from .hung.patches import Call, Hung
 from .hung.prompt_projection import PROJECTIONS, of_prompt, refuse_layer
 from .hung.refusal import ELSEWHERE, RELOAD, refuse
+from .hung.weights import unsendable_weights
 from .node_text import say
 
 # Core hands a ControlNet's own prompt to the network as well, which takes no notice of it.
@@ -47,6 +50,8 @@ class RemoteNetwork(torch.nn.Module):
     of_sampling: dict[str, Any]
     # What guidance functions of the sampling will hang, and no evaluation has been tried with yet.
     untried: list[Hung]
+    # The one whose network it is: in a tuple, as it is none of its layers.
+    models: tuple[BaseModel]
     calls_wrappers: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -77,6 +82,7 @@ class RemoteNetwork(torch.nn.Module):
     def _remote_forward(
         self, x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor, control: Any, options: dict[str, Any], **_: Any
     ) -> Tensor:
+        self._check_patcher()
         # Checked here too: some guiders and wrappers add their patches while they sample.
         refuse(unknown_patches(options), "A parallel MODEL", ELSEWHERE)
         refuse(self.as_made.changes_since(), "A parallel MODEL", RELOAD)
@@ -89,6 +95,18 @@ class RemoteNetwork(torch.nn.Module):
         out = interruptible(self.remote.backend, self.remote.forward, x, timesteps, context, y, **given)
         self._tell_once()
         return onto_device(out, x.device).to(x.dtype)
+
+    def _check_patcher(self) -> None:
+        """Packs sample with a patcher of core's that they make around the model: what hangs on that one, nobody has looked at yet.
+
+        Raises: UnsupportedError: evaluations don't bring it.
+        """
+        patcher = getattr(self.models[0], "current_patcher", None)
+        if patcher is None or isinstance(patcher, WeightsElsewhere):
+            return
+        self.as_made.forget_comparison()
+        lying = ["patches of weights on a MODEL that a pack has made of this one"] if patcher.patches else []
+        refuse(chain(lying, unsendable_weights(patcher), patching_functions(patcher)), "A parallel MODEL", ELSEWHERE)
 
     def _extras(self, x: Tensor, context: Tensor, options: dict[str, Any]) -> dict[str, Any]:
         """What `forward` is told of the patches in these options."""
@@ -146,22 +164,22 @@ def _unsendable(kwargs: dict[str, Any]) -> Iterator[str]:
     yield from (f"the model argument {name!r}" for name in given)
 
 
-def make_remote(network: torch.nn.Module, remote: RemoteModel, dtype: torch.dtype) -> None:
-    """The network's evaluations are requests from now on; it stays an instance of its own class, with all that this one has."""
+def make_remote(model: BaseModel, remote: RemoteModel, dtype: torch.dtype) -> None:
+    """Evaluations of the model's network are requests from now on; it stays an instance of its own class, with all that this one has."""
+    network: Any = model.diffusion_model
     network.to("meta").requires_grad_(False)
     for name, layer in network.named_modules():
         if name.endswith(PROJECTIONS):
             layer.forward = partial(of_prompt, name)  # type: ignore[method-assign]
         elif layer is not network:
             layer.register_forward_pre_hook(partial(refuse_layer, name))
-    network.calls_wrappers = _calls_wrappers(type(network))  # type: ignore[assignment]
-    network.__class__ = _remote_class(type(network))  # type: ignore[arg-type]
-    network.remote, network.dtype, network.worn = remote, dtype, WeightPatches()  # type: ignore[assignment]
-    network.told, network.control_cost = {}, ControlCost()  # type: ignore[assignment]
-    network.extra_cost = ExtraCost()  # type: ignore[assignment]
-    network.translated = WeakKeyDictionary()  # type: ignore[assignment]
-    network.of_sampling, network.untried = {}, []  # type: ignore[assignment]
-    network.as_made = AsMade(network, is_known_change)  # type: ignore[assignment]
+    network.calls_wrappers = _calls_wrappers(type(network))
+    network.__class__ = _remote_class(type(network))
+    network.remote, network.dtype, network.worn = remote, dtype, WeightPatches()
+    network.told, network.control_cost, network.extra_cost = {}, ControlCost(), ExtraCost()
+    network.translated, network.of_sampling, network.untried = WeakKeyDictionary(), {}, []
+    network.models = (model,)
+    network.as_made = AsMade(network, is_known_change)
 
 
 def _calls_wrappers(of: type) -> bool:

@@ -16,6 +16,7 @@ from parallel_backend import Backend
 WITHOUT_EFFECT = {
     *("strength 0", "no key fits", "denoise 0", "ReferenceLatent", "DifferentialDiffusion"),
     *("ModelSamplingDiscrete eps", "ModelSamplingDiscrete lcm"),  # its sigmas, at these steps
+    "a pack's patcher, patched",
 }
 # What only ComfyUI's own loop can do; all else is one request.
 STEP_BY_STEP = {
@@ -71,6 +72,12 @@ def test_the_backend_runs_the_loop_of_all_that_it_knows(outcomes: Outcomes) -> N
         name.split(", ", 1)[1] for name, o in named(outcomes).items() if "the whole loop in the backend" in o["said"]
     }
     assert said - OLDER == STEP_BY_STEP and len(whole) > 30 and not said & whole
+
+
+def test_patches_on_a_patcher_that_a_pack_has_made_are_refused_before_the_first_step(outcomes: Outcomes) -> None:
+    said = {name: o["said"] for name, o in named(outcomes).items() if name.endswith("a pack's patcher, patched")}
+    words = "A parallel MODEL can't honour patches of weights on a MODEL that a pack has made of this one."
+    assert len(said) == 2 and all(text.startswith(words) for text in said.values()), said
 
 
 def test_the_kept_table_of_nodes_says_the_same(outcomes: Outcomes, comfy: ComfyInstallation) -> None:

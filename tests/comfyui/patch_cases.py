@@ -4,6 +4,8 @@ import functools
 import weakref
 
 import comfy.hooks
+import comfy.model_management as management
+import comfy.model_patcher
 import comfy.utils
 import comfy_extras.nodes_model_advanced as advanced
 import comfy_extras.nodes_model_merging as merging
@@ -217,6 +219,33 @@ def blocks_merged(twins):
     return change
 
 
+def by_a_packs_patcher(twins, *, hanging=False):
+    """KSampler's latent of a patcher that is made around a MODEL's model once that is loaded, as packs that tile or unsample do.
+
+    Args:
+        hanging: a LoRA hangs on that one, which a parallel MODEL says that it can't honour, and makes no step.
+    """
+
+    def run(model, **settings):
+        management.load_models_gpu([model])
+        devices = {"load_device": management.get_torch_device(), "offload_device": management.unet_offload_device()}
+        patcher, steps, told = comfy.model_patcher.ModelPatcher(model.model, **devices), [], ""
+        if not hanging:
+            return twins.sample(patcher, **settings)
+        if isinstance(model, twins.remote_model.RemotePatcher):
+            patcher.patches = with_lora(twins, (functools.partial(lora_file, kind="lora"), 0.7))(model).patches
+            try:
+                twins.sample(patcher, callback=lambda *step: steps.append(step), **settings)
+            except Exception as error:  # noqa: BLE001 - its words are looked at
+                told = str(error)
+        assert not steps, len(steps)
+        out = twins.sample(model, **settings)  # the MODEL is as it was
+        twins.said.append(told)
+        return out
+
+    return run
+
+
 def hooked(twins, keyframes=False, both=False, other=None):
     """KSampler's latent where LoRAs, or another model's weights, hang on the prompts as hooks.
 
@@ -268,6 +297,9 @@ def cases(twins):
             yield name, "ModelMergeSimple", half_merged, {}
             yield name, "ModelMergeSubtract, ModelMergeAdd", difference_added, {}
             yield name, "ModelMergeBlocks", blocks_merged(twins), {}
+            yield name, "a pack's patcher, with a LoRA", two, {"of": by_a_packs_patcher(twins)}
+            patched = {"of": by_a_packs_patcher(twins, hanging=True)}
+            yield name, "a pack's patcher, patched", lambda model: model, patched
             yield name, "hook on one prompt", lambda model: model, {"of": hooked(twins)}
             local = twins.pair(name, *MODELS[name])[0].model.diffusion_model.state_dict()
             other = {f"diffusion_model.{key}": tensor * 1.1 for key, tensor in local.items()}
