@@ -1,5 +1,5 @@
-"""MODEL nodes of the packs ComfyUI-ppm and ComfyUI_experiments, their own code: a local MODEL and its parallel twin give one latent,
-or the parallel one refuses by name. Each pack is left out where it isn't there."""
+"""MODEL nodes of the packs ComfyUI-ppm, ComfyUI_experiments and ComfyUI-AutomaticCFG, their own code: a local MODEL and its parallel twin
+give one latent, or the parallel one refuses by name. Each pack is left out where it isn't there."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from parallel_backend import Backend
 CASES = "guidance_pack_cases"
 PPM = Pack("ComfyUI-ppm", "PPM_PATH", CASES)
 EXPERIMENTS = Pack("ComfyUI_experiments", "EXPERIMENTS_PATH", CASES)
+AUTOMATIC_CFG = Pack("ComfyUI-AutomaticCFG", "AUTOMATIC_CFG_PATH", "automatic_cfg_cases", ("colorama",))
 # Of each pack how many cases there are on a UNet, and on a transformer.
 COUNTS = {PPM: (19, 12), EXPERIMENTS: (3, 3)}
 OF_EXPERIMENTS = {"RescaleClassifierFreeGuidance", "ModelSamplerTonemapNoiseTest", "TonemapNoiseWithRescaleCFG"}
@@ -59,3 +60,16 @@ def test_what_can_not_be_honoured_is_named_before_the_first_step(outcomes: Outco
     assert refused
     for name, outcome in refused.items():
         assert outcome.get("failed") == "parallel" and REFUSED[case_of(name)] in (outcome["refused"] or ""), outcome
+
+
+def test_automatic_cfg_runs_but_for_experiments_with_other_attentions(
+    comfy: ComfyInstallation, unets: Path, backend2: Backend
+) -> None:
+    """In a process of its own: it puts a function in the place of ComfyUI's own, for all MODELs."""
+    if missing := AUTOMATIC_CFG.missing(comfy):
+        pytest.skip(missing)
+    outcomes = run(comfy, backend2, unets, AUTOMATIC_CFG)
+    assert len(outcomes) == 2 * 8 + 3 and not wrong(outcomes), wrong(outcomes)
+    assert not {name for name, outcome in outcomes.items() if outcome["effect"] < 1e-3}
+    refused = {name for name, outcome in outcomes.items() if "which patches blocks" in outcome["said"]}
+    assert refused == {name for name in outcomes if name.endswith("by attentions")}

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...parallel_backend.rpc.extras import AnyExtra
 from . import (
     advanced_free_u,
+    automatic_cfg,
     deep_shrink,
     free_u,
     hyper_tile,
@@ -118,7 +119,8 @@ def _by_kind(call: Call) -> dict[int, list[Patch]]:
 
 def guidance_of(function: Any) -> Guidance | None:
     """Of a guidance function that hangs patches; None where no kind knows it."""
-    found = (kind.functions.get(origin(function)) for kind in KINDS)
+    known = (automatic_cfg.FUNCTIONS, *(kind.functions for kind in KINDS))
+    found = (functions.get(origin(function)) for functions in known)
     return next((guidance for guidance in found if guidance is not None), None)
 
 
