@@ -7,7 +7,7 @@ from functools import partial
 from itertools import chain
 from types import FunctionType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import comfy.patcher_extension
 import torch
@@ -34,6 +34,17 @@ from .node_text import say
 _OF_CONTROLNETS = "crossattn_controlnet"
 
 
+class Owner:
+    """The model that has a network. Weakly: ComfyUI takes a model that outlives its MODELs for a leak. Copied with it, that of the copy."""
+
+    def __init__(self, model: BaseModel) -> None:
+        self.model = ref(model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Owner:
+        model = self.model()
+        return Owner(memo.get(id(model), model))
+
+
 class RemoteNetwork(torch.nn.Module):
     """What a network of ComfyUI's becomes: an evaluation of it is a request, and its layers compute nothing."""
 
@@ -50,8 +61,7 @@ class RemoteNetwork(torch.nn.Module):
     of_sampling: dict[str, Any]
     # What guidance functions of the sampling will hang, and no evaluation has been tried with yet.
     untried: list[Hung]
-    # The one whose network it is: in a tuple, as it is none of its layers.
-    models: tuple[BaseModel]
+    owner: Owner
     calls_wrappers: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -101,7 +111,7 @@ class RemoteNetwork(torch.nn.Module):
 
         Raises: UnsupportedError: evaluations don't bring it.
         """
-        patcher = getattr(self.models[0], "current_patcher", None)
+        patcher = getattr(self.owner.model(), "current_patcher", None)
         if patcher is None or isinstance(patcher, WeightsElsewhere):
             return
         self.as_made.forget_comparison()
@@ -178,7 +188,7 @@ def make_remote(model: BaseModel, remote: RemoteModel, dtype: torch.dtype) -> No
     network.remote, network.dtype, network.worn = remote, dtype, WeightPatches()
     network.told, network.control_cost, network.extra_cost = {}, ControlCost(), ExtraCost()
     network.translated, network.of_sampling, network.untried = WeakKeyDictionary(), {}, []
-    network.models = (model,)
+    network.owner = Owner(model)
     network.as_made = AsMade(network, is_known_change)
 
 

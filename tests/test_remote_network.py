@@ -102,7 +102,7 @@ def test_a_file_under_diffusers_names_gives_comfyuis_own(name: str, outcomes: di
 def test_a_model_that_nobody_changed_is_never_held_to_be_and_copies_share_the_backends(
     outcomes: dict[str, Any],
 ) -> None:
-    assert len(outcomes["kept"]) == 6 and not any(outcomes["kept"].values()), outcomes["kept"]
+    assert len(outcomes["kept"]) == 8 and not any(outcomes["kept"].values()), outcomes["kept"]
 
 
 def test_what_evaluations_tell_is_told_once_in_the_order_of_its_coming(outcomes: dict[str, Any]) -> None:

@@ -74,6 +74,13 @@ def test_the_backend_runs_the_loop_of_all_that_it_knows(outcomes: Outcomes) -> N
     assert said - OLDER == STEP_BY_STEP and len(whole) > 30 and not said & whole
 
 
+def test_what_only_comfyuis_loop_can_do_is_told_by_its_node(outcomes: Outcomes) -> None:
+    of_sdxl = outcomes["sdxl"]
+    for case, node in (("Mahiro", "Mahiro of nodes_mahiro"), ("a pack's object", "WeakerGuidance of node_cases")):
+        said = of_sdxl[case]["said"].splitlines()[0]
+        assert said == f"step by step: model option 'sampler_post_cfg_function' by {node}"
+
+
 def test_patches_on_a_patcher_that_a_pack_has_made_are_refused_before_the_first_step(outcomes: Outcomes) -> None:
     said = {name: o["said"] for name, o in named(outcomes).items() if name.endswith("a pack's patcher, patched")}
     words = "A parallel MODEL can't honour patches of weights on a MODEL that a pack has made of this one."

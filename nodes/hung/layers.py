@@ -29,7 +29,7 @@ _NO_MATTER = frozenset(
             "worn",
             "told",
             "untried",
-            "models",
+            "owner",
             "control_cost",
         ),
         *("extra_cost", "_is_torch_compile", "_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook"),

@@ -12,6 +12,7 @@ import comfy.samplers
 from comfy.model_patcher import ModelPatcher
 
 from .makers import is_cores_own, maker_of
+from .patches import origin
 from .refusal import is_set
 from .shuffled_tokens import is_shuffling
 
@@ -51,7 +52,7 @@ def loop_patches(model: ModelPatcher, options: Mapping[str, Any]) -> Iterator[st
     """What acts between model calls, of the MODEL and of a guider's options: only ComfyUI's own loop can heed it."""
     for key, value in options.items():
         if key not in (*_OF_GUIDERS, *_OF_NODES) and is_set(value):
-            yield f"model option {key!r}"
+            yield f"model option {key!r}{_by(value)}"
     for key, put in model.object_patches.items():
         if key not in _READ_FROM_IT and not is_shuffling(put):
             yield f"the object patch {key!r}"
@@ -63,3 +64,15 @@ def loop_patches(model: ModelPatcher, options: Mapping[str, Any]) -> Iterator[st
             yield from (
                 f"{kind[:-1]} {name} of {key or 'another node'}" for key in by_key if by_key[key] and key != OWN
             )
+
+
+def _by(value: Any) -> str:
+    """ " by Mahiro of nodes_mahiro": which nodes, or other classes and functions, an option has its functions from; empty without any."""
+    made = [
+        origin(function).partition(":")
+        for function in (value if isinstance(value, list) else [value])
+        if callable(function)
+    ]
+    found = dict.fromkeys((name.partition(".<locals>")[0], module) for module, _, name in made)
+    told = dict.fromkeys(f"{name.rpartition('.')[0] or name} of {module}" for name, module in found)
+    return f" by {' and '.join(told)}" if told else ""

@@ -6,11 +6,13 @@ sampling is ComfyUI's own on both sides.
 
 import copy
 import functools
+import gc
 import importlib.util
 import json
 import logging
 import sys
 import tempfile
+import weakref
 from pathlib import Path
 from types import FunctionType, MethodType, SimpleNamespace
 
@@ -44,6 +46,7 @@ def main(comfy_folder, pack, folder):
     outcomes["diffusers"] = {name: from_diffusers(ours, name) for name in FAMILIES}
     outcomes["told"] = told(ours, sides[MMDIT][1])
     outcomes["kept"] = kept(mm, ours, sides[MMDIT][1])
+    outcomes["kept"]["gone with its MODEL"] = gone(copy.deepcopy(sides[UNET][1]))
     outcomes["differences"] = {name: difference(ours, sides[MMDIT], name) for name in GUIDANCE}
     outcomes["refused"] = {name: refused(ours, sides, name) for name in CHANGES}
     outcomes["refused later"] = {name: refused(ours, sides, name, LATER) for name in LATER}
@@ -174,7 +177,17 @@ def kept(mm, ours, parallel):
     twin = copy.deepcopy(parallel)
     look("copied", twin)
     found["shared"] = [] if twin.remote is parallel.remote and twin.model is not parallel.model else ["not shared"]
+    found["owners"] = [1 for each in (twin, parallel) if each.network.owner.model() is not each.model]
     return found
+
+
+def gone(parallel):
+    """Whether a model goes with its last MODEL: ComfyUI takes what stays, until Python looks for it, for a leak."""
+    model = weakref.ref(parallel.model)
+    gc.disable()
+    del parallel
+    gc.enable()
+    return [] if model() is None else ["still there"]
 
 
 # -- sampling ---------------------------------------------------------------------------------------------------------
