@@ -134,13 +134,14 @@ class WeightsElsewhere(comfy.model_patcher.ModelPatcher):
         self.model.device = device
         self.model.model_loaded_weight_memory = self.model_size()
         self.model.model_lowvram = False
-        # As of weights on which nothing lies: what does, evaluations bring. A patcher that a pack makes around the same model would
-        # otherwise put weights of zeros into its layers.
+        # As if nothing lay on the weights, whatever evaluations bring with them. A patcher that a pack makes around the same model then
+        # takes it as loaded; with another uuid here, it would put weights of zeros into the layers.
         self.model.current_weight_patches_uuid = None
 
     def _note_gone(self) -> None:
         self.model.device = self.offload_device
         self.model.model_loaded_weight_memory = 0
+        self.model.current_weight_patches_uuid = None
 
     def _is_here(self) -> bool:
         return self.model_size() > 1

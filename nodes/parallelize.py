@@ -121,8 +121,6 @@ def take_along(source: ModelPatcher, parallel: RemotePatcher) -> None:
     for name in vars(parallel).keys() & hung.keys() - _OF_THE_NETWORK:
         setattr(parallel, name, hung[name])
     parallel.sample_in_backend()  # its own wrapper, beside those
-    if not parallel.patches:
-        parallel.note_held()  # else ComfyUI takes another patches_uuid for other weights, and asks to load them
 
 
 def _unseen_by_ranks(model: ModelPatcher) -> Iterator[str]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..parallel_backend import RemoteModel, WeightPatches
 from ..parallel_backend.rpc.host_copies import onto_device
 from .core_memory import WeightsElsewhere, interruptible
+from .hung.compute import compute_patches
 from .hung.controlnet import USES, ControlCost, by_place
 from .hung.extra_cost import ExtraCost
 from .hung.guidance import names, patching_functions
@@ -26,7 +27,7 @@ from .hung.layers import AsMade, is_own
 from .hung.nag_guider import repeated_prompt
 from .hung.patches import Call, Hung
 from .hung.prompt_projection import PROJECTIONS, of_prompt, refuse_layer
-from .hung.refusal import ELSEWHERE, RELOAD, refuse
+from .hung.refusal import ELSEWHERE, IN_MESH_CONFIG, RELOAD, refuse
 from .hung.weights import unsendable_weights
 from .node_text import say
 
@@ -42,7 +43,7 @@ class Owner:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Owner:
         model = self.model()
-        return Owner(memo.get(id(model), model))
+        return self if model is None else Owner(memo.get(id(model), model))
 
 
 class RemoteNetwork(torch.nn.Module):
@@ -116,6 +117,7 @@ class RemoteNetwork(torch.nn.Module):
             return
         self.as_made.forget_comparison()
         lying = ["patches of weights on a MODEL that a pack has made of this one"] if patcher.patches else []
+        refuse(compute_patches(patcher), "A parallel MODEL", IN_MESH_CONFIG)
         refuse(chain(lying, unsendable_weights(patcher), patching_functions(patcher)), "A parallel MODEL", ELSEWHERE)
 
     def _extras(self, x: Tensor, context: Tensor, options: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,11 @@ from parallel_backend.small_checkpoints.unet import CONFIGS, write_unet
 
 MMDIT, UNET = "OpenAISignatureMMDITWrapper", "UNetModel"
 CLASSES = {"sd3-medium": MMDIT, "sd3.5-medium": MMDIT, "sd3.5-large": MMDIT, "sdxl-koala": UNET, "unet-tiny": UNET}
+# What does more than hand on, around the forward of all transformer blocks.
+AROUND = (
+    *("without_options", "twice", "doubled", "where_it_is_small", "of_tensors", "by_a_flag", "whatever_fails"),
+    *("round_and_round", "a change within"),
+)
 REFUSED = {
     "SeamlessTile": "the changed padding_mode of input_blocks.0.0; the changed padding_mode of",
     "Asymmetric Tiled KSampler": "the replaced _conv_forward of input_blocks.0.0",
@@ -28,12 +33,10 @@ REFUSED = {
     "all of a class": "the replaced forward of all ResBlock layers, until ComfyUI restarts without it",
     "all of a class, before": "the replaced forward of all ResBlock layers, until ComfyUI restarts without it; put there by __main__.",
     **dict.fromkeys(
-        [
-            f"all blocks, {what}"
-            for what in ("without_options", "twice", "doubled", "where_it_is_small", "a change within")
-        ],
+        [f"all blocks, {change}" for change in AROUND],
         "the replaced forward of all BasicTransformerBlock layers, until ComfyUI restarts without it; put there by __main__.",
     ),
+    "all of a class, of what it is made from": "the replaced forward of all Linear layers, until ComfyUI restarts without it",
     "layer": "the replaced layer input_blocks.1.",
     "weight": "the replaced weight of out.2",
     "network": "the replaced diffusion_model (Identity)",

@@ -10,7 +10,7 @@ from comfy.model_base import BaseModel
 from torch import Tensor
 from torch.nn import Module
 
-from .makers import maker_of, own_within
+from .makers import maker_of, stands_around
 from .patches import FORWARD
 from .refusal import module_of
 
@@ -101,7 +101,7 @@ class AsMade:
                 value = put.get(name, now.get(name))
                 # A class that got back its own was changed before the MODEL was made, and is as it should be.
                 is_other = name in put or name not in self.put_before[kind]
-                if is_other and own_within(value, kind, name) is None:
+                if is_other and not stands_around(value, functions.get(name), kind, name):
                     yield f"the replaced {name} of all {kind.__name__} layers, until ComfyUI restarts without it", value
         for name, (layer, kind, state) in self.layers.items():
             if type(layer) is not kind:

@@ -67,7 +67,7 @@ def loop_patches(model: ModelPatcher, options: Mapping[str, Any]) -> Iterator[st
 
 
 def _by(value: Any) -> str:
-    """ " by Mahiro of nodes_mahiro": which nodes, or other classes and functions, an option has its functions from; empty without any."""
+    """Which nodes, or other classes and functions, an option has its functions from: " by Mahiro of nodes_mahiro"; empty without any."""
     made = [
         origin(function).partition(":")
         for function in (value if isinstance(value, list) else [value])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+from dis import get_instructions, hasjabs, hasjrel
 from functools import partial
 from inspect import signature
 from pathlib import PurePath
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 from .asking import with_others
@@ -39,31 +40,42 @@ def is_cores_own(function: Any, module: str, name: str) -> bool:
     return is_named and function.__module__ == module and not maker_of(function)
 
 
-def own_within(put: Any, kind: type, name: str, outer: tuple[FunctionType, ...] = ()) -> FunctionType | None:
-    """What a class has by this name from its own module, where `put` is it, or where packs have put no more around it than functions
-    that call it with all that they get, and give back what it gives.
+def stands_around(put: Any, before: Any, kind: type, name: str) -> bool:
+    """Whether what a class has by this name now does what it had `before` did: packs have put no more around the function that is the
+    class's by its own module than such as call that with all that they get, and give back what it gives.
 
-    LayerDiffuse puts such a one around the forward of all transformer blocks, wherever it is installed. A copy is asked, with objects
-    that can only be handed on: a function that looks at what it gets counts as another.
-
-    Args:
-        outer: those around `put`.
-    Returns: None where it is something else.
+    LayerDiffuse puts such a one around the forward of all transformer blocks, wherever it is installed.
     """
+    own = _own_within(put, kind, name)
+    return own is not None and own is _own_within(before, kind, name)
+
+
+def _own_within(put: Any, kind: type, name: str, outer: tuple[FunctionType, ...] = ()) -> FunctionType | None:
     if not isinstance(put, FunctionType) or put in outer:
         return None
     if any(is_cores_own(put, of.__module__, f"{of.__qualname__}.{name}") for of in kind.__mro__):
         return put
+    if not _is_straight(put.__code__):
+        return None
     of_module = {known: put.__globals__[known] for known in put.__code__.co_names if known in put.__globals__}
     for variable, inner in (of_module | closed_over(put)).items():
-        own = own_within(inner, kind, name, (*outer, put))
+        own = _own_within(inner, kind, name, (*outer, put))
         if own is not None and _hands_on(put, variable, own):
             return own
     return None
 
 
+def _is_straight(code: CodeType) -> bool:
+    """Whether it does the same each time, and calls one thing: without branches, handlers of errors, or loops."""
+    steps = list(get_instructions(code))
+    calls = [step for step in steps if step.opname.startswith("CALL") and not step.opname.startswith("CALL_INTRINSIC")]
+    jumps = [step for step in steps if step.opcode in (*hasjrel, *hasjabs)]
+    return len(calls) == 1 and not jumps and not getattr(code, "co_exceptiontable", b"")
+
+
 def _hands_on(put: FunctionType, variable: str, own: FunctionType) -> bool:
-    """Whether it calls once what it holds in this variable, with all that it gets, and gives back what that gives."""
+    """Whether a copy, asked with objects that can only be handed on, calls what it holds in this variable with all of them, and gives back
+    what that gives."""
     taken, output = signature(own), object()
     parameters = taken.parameters.values()
     named = {p.name: object() for p in parameters if p.kind is p.KEYWORD_ONLY or p.default is not p.empty}

@@ -397,6 +397,44 @@ def where_it_is_small(function):
     return lambda self, x, **options: x if x.shape[1] < 9 else function(self, x, **options)
 
 
+def of_tensors(function):
+    return lambda self, x, **options: function(self, x * 2 if isinstance(x, torch.Tensor) else x, **options)
+
+
+def by_a_flag(function):
+    """That nobody has set yet."""
+    return lambda self, x, **options: function(self, x * 2 if KEPT.get("on") else x, **options)
+
+
+def whatever_fails(function):
+    def forward(self, x, **options):
+        try:
+            x = x * 2
+        except TypeError:
+            KEPT["failed"] = True
+        return function(self, x, **options)
+
+    return forward
+
+
+def torchs_own(model):
+    kind = type(model.model.diffusion_model.time_embed[0])
+    PUT_BACK.append((kind, kind.forward))
+    kind.forward = torch.nn.Linear.forward
+
+
+def round_and_round(function):
+    """Two that hold each other, and neither the class's own."""
+
+    def first(*args, **kwargs):
+        return second(*args, **kwargs)
+
+    def second(*args, **kwargs):
+        return first(*args, **kwargs)
+
+    return first
+
+
 def put_back(model):
     made_with_changed_class(model)
     kind, function = PUT_BACK.pop()
@@ -463,7 +501,7 @@ def by_wrapper(kind):
     return change
 
 
-CHANGING = (without_options, twice, doubled, where_it_is_small)
+CHANGING = (without_options, twice, doubled, where_it_is_small, of_tensors, by_a_flag, whatever_fails)
 CHANGES = {
     "SeamlessTile": (UNET, seamless_tile),
     "Asymmetric Tiled KSampler": (UNET, asymmetric_tiling),
@@ -479,6 +517,8 @@ CHANGES = {
     "all of a class, before": (UNET, made_with_changed_class),
     **{f"all blocks, {make.__name__}": (UNET, transformers(make, before=True)) for make in CHANGING},
     "all blocks, a change within": (UNET, transformers(doubled, keeping_options)),
+    "all blocks, round_and_round": (UNET, transformers(round_and_round)),
+    "all of a class, of what it is made from": (UNET, torchs_own),
     "layer": (UNET, lambda model: model.model.diffusion_model.input_blocks.__setitem__(1, torch.nn.Identity())),
     "weight": (UNET, scaled),
     "network": (UNET, lambda model: setattr(model.model, "diffusion_model", torch.nn.Identity())),
