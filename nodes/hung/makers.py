@@ -41,16 +41,17 @@ def is_cores_own(function: Any, module: str, name: str) -> bool:
 
 
 def stands_around(put: Any, before: Any, kind: type, name: str) -> bool:
-    """Whether what a class has by this name now does what it had `before` did: packs have put no more around the function that is the
-    class's by its own module than such as call that with all that they get, and give back what it gives.
+    """Whether what a class has by this name does what it had `before` did.
 
-    LayerDiffuse puts such a one around the forward of all transformer blocks, wherever it is installed.
+    Both have one function of the class's own module within, and packs have put around it only such as call it with all that they get,
+    and give back what it gives. LayerDiffuse puts one around the forward of all transformer blocks, wherever it is installed.
     """
     own = _own_within(put, kind, name)
     return own is not None and own is _own_within(before, kind, name)
 
 
 def _own_within(put: Any, kind: type, name: str, outer: tuple[FunctionType, ...] = ()) -> FunctionType | None:
+    """That function; None where something else was put around it. `outer`: those around `put`, which may hold each other."""
     if not isinstance(put, FunctionType) or put in outer:
         return None
     if any(is_cores_own(put, of.__module__, f"{of.__qualname__}.{name}") for of in kind.__mro__):
