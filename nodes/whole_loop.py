@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..parallel_backend.client.remote import Step
 from ..parallel_backend.rpc.messages import Preview, Result
-from .core_memory import interruptible
+from .core_memory import WeightsElsewhere, interruptible
 from .demo_size import tells_demo_size
 from .hung.controlnet import take_over
 from .hung.displaced_steps import Displaced, displaced_of
@@ -57,6 +57,8 @@ def sample_in_backend(
     that ComfyUI's loop would have to make."""
     guider: CFGGuider = executor.class_obj
     model = guider.model_patcher
+    if not isinstance(model, WeightsElsewhere):  # a pack's own around a MODEL's model, with that one's wrappers
+        return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **kwargs)
     take_forward(guider, model.network)
     model.check()
     local = take_over(guider.conds, model)

@@ -230,6 +230,7 @@ def by_a_packs_patcher(twins, *, hanging=False):
         management.load_models_gpu([model])
         devices = {"load_device": management.get_torch_device(), "offload_device": management.unet_offload_device()}
         patcher, steps, told = comfy.model_patcher.ModelPatcher(model.model, **devices), [], ""
+        patcher.wrappers = model.wrappers
         if not hanging:
             return twins.sample(patcher, **settings)
         if isinstance(model, twins.remote_model.RemotePatcher):
