@@ -27,7 +27,7 @@ from parallel_backend.errors import (
 )
 from parallel_backend.rpc import runtime_dir as files
 from parallel_backend.rpc.headers import RequestHeader
-from parallel_backend.rpc.messages import Forget, Forward
+from parallel_backend.rpc.messages import Cancel, Forget, Forward
 from parallel_backend.rpc.wire import pack
 from parallel_backend.serving.turns import QueuedJob, Turns
 from parallel_backend.small_checkpoints.mmdit import small_config, write_mmdit
@@ -205,6 +205,23 @@ def test_a_request_whose_line_was_cut_ends_as_if_nothing_was_or_is_said_to_be_lo
         assert torch.equal(sample(theirs, steps=40, on_step=cut), whole)
     except BackendLostError as error:
         assert "no longer knows the request" in error.message
+    assert torch.equal(sample(theirs), expected)
+    other.close()
+
+
+def test_a_job_that_the_backend_has_given_up_by_itself_is_lost_not_cancelled(
+    model: RemoteModel, expected: Tensor
+) -> None:
+    """As it does with those of a client to which nothing can be sent, and which is back before its job has ended."""
+    other = Backend.attach("test2")
+    theirs = other.load_model(model.load.path, MeshSpec(cfg=2), "float32")
+
+    def give_up(step: Step) -> None:
+        if step.index == 2:
+            other._send(Cancel(other._jobs))
+
+    with pytest.raises(BackendLostError, match="the connection was cut meanwhile"):
+        sample(theirs, steps=40, on_step=give_up)
     assert torch.equal(sample(theirs), expected)
     other.close()
 

@@ -287,6 +287,9 @@ class Connection:
             self._lost = True
         if pending is not None:
             raise pending
+        if isinstance(body, Failed) and body.code == CancelledError.code:
+            # Not by this client: what it was told didn't arrive, so the backend took it for gone.
+            raise self.lost()
         if isinstance(body, Failed):
             raise error_from_code(body.code, body.message, body.remedy, body.details)
         self._sent.note_sent(keys)
