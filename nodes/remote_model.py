@@ -10,7 +10,6 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -29,18 +28,16 @@ from ..parallel_backend.rpc.messages import Forget, LoadControl
 from .base_weights import BaseWeights
 from .core_memory import WeightsElsewhere, interruptible, make_room
 from .core_model import base_model
-from .hung.compute import compute_patches
 from .hung.controlnet import ControlCost
 from .hung.extra_cost import ExtraCost
-from .hung.guidance import patching_functions
-from .hung.kinds import unknown_patches
 from .hung.later_evaluations import hung_by_functions
 from .hung.layers import network_changes
 from .hung.loop_patches import OWN
+from .hung.patcher import check_patcher
 from .hung.patches import FORWARD
 from .hung.rau_net import is_forward
-from .hung.refusal import ELSEWHERE, IN_MESH_CONFIG, RELOAD, refuse
-from .hung.weights import PREFIX, PatchedWeights, all_patches, unsendable_weights, weight_patches
+from .hung.refusal import ELSEWHERE, RELOAD, refuse
+from .hung.weights import PREFIX, PatchedWeights, all_patches, weight_patches
 from .model_files import name_elsewhere
 from .node_text import say
 from .whole_loop import sample_in_backend
@@ -94,10 +91,7 @@ class RemotePatcher(WeightsElsewhere):
 
     def check(self) -> None:
         """Raises: UnsupportedError: what no path to the backend can honour hangs on it."""
-        refuse(compute_patches(self), "A parallel MODEL", IN_MESH_CONFIG)
-        options = self.model_options.get("transformer_options", {})
-        inside = chain(unsendable_weights(self), unknown_patches(options), patching_functions(self))
-        refuse(inside, "A parallel MODEL", ELSEWHERE)
+        check_patcher(self)
         refuse(network_changes(self.model), "A parallel MODEL", RELOAD)
 
     def partially_load(self, device_to: Any, extra_memory: int = 0, force_patch_weights: bool = False) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from itertools import chain
 from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -17,18 +16,17 @@ from torch import Tensor
 from ..parallel_backend import RemoteModel, WeightPatches
 from ..parallel_backend.rpc.host_copies import onto_device
 from .core_memory import WeightsElsewhere, interruptible
-from .hung.compute import compute_patches
 from .hung.controlnet import USES, ControlCost, by_place
 from .hung.extra_cost import ExtraCost
-from .hung.guidance import names, patching_functions
+from .hung.guidance import names
 from .hung.kinds import extras_of, give_reports, is_known_change, unknown_patches
 from .hung.later_evaluations import later_evaluations
 from .hung.layers import AsMade, is_own
 from .hung.nag_guider import repeated_prompt
+from .hung.patcher import check_patcher
 from .hung.patches import Call, Hung
 from .hung.prompt_projection import PROJECTIONS, of_prompt, refuse_layer
-from .hung.refusal import ELSEWHERE, IN_MESH_CONFIG, RELOAD, refuse
-from .hung.weights import unsendable_weights
+from .hung.refusal import ELSEWHERE, RELOAD, refuse
 from .node_text import say
 
 # Core hands a ControlNet's own prompt to the network as well, which takes no notice of it.
@@ -117,8 +115,7 @@ class RemoteNetwork(torch.nn.Module):
             return
         self.as_made.forget_comparison()
         lying = ["patches of weights on a MODEL that a pack has made of this one"] if patcher.patches else []
-        refuse(compute_patches(patcher), "A parallel MODEL", IN_MESH_CONFIG)
-        refuse(chain(lying, unsendable_weights(patcher), patching_functions(patcher)), "A parallel MODEL", ELSEWHERE)
+        check_patcher(patcher, lying)
 
     def _extras(self, x: Tensor, context: Tensor, options: dict[str, Any]) -> dict[str, Any]:
         """What `forward` is told of the patches in these options."""
